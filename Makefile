@@ -1,0 +1,32 @@
+# A thin face: each target is one or two plain commands, which work without make too. README.md shows them.
+# Another interpreter for .venv: make setup PYTHON=/path/to/python3.12
+
+PYTHON ?= python3
+
+.PHONY: setup demo chat test test-full lint format clean
+
+setup:  ## .venv with the tested packages, the project in place, the embedded model; does nothing if up to date
+	@$(PYTHON) scripts/setup.py
+
+demo: setup  ## the three steps on the embedded model and the bundled data, in a new run under output/
+	.venv/bin/python train.py --recipe demo
+
+chat: setup  ## a page with the SFT and the RLHF model of the latest run side by side
+	.venv/bin/python inference/gradio_chatbot.py
+
+test: setup  ## the test suite, minutes
+	.venv/bin/python -m pytest -m "not slow and not gpu"
+
+test-full: setup  ## every test, long
+	.venv/bin/python -m pytest
+
+lint: setup
+	.venv/bin/ruff check . && .venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+format: setup
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
+
+clean:  ## the environment and caches; runs under output/ stay
+	rm -rf .venv *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Three-step RLHF on DeepSpeed: supervised fine-tuning, reward model, PPO."""

@@ -1,0 +1,1 @@
+"""What the three steps share: arguments, models, data, DeepSpeed engines, checkpoints, metrics."""

@@ -1,0 +1,36 @@
+"""The one exception that means "the user can mend this": shown as one line, exit code 2."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+
+class UserError(Exception):
+    """Bad input. Its message is one line that says what is wrong and how to go on."""
+
+
+def run_program(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
+    """Run a program's ``main(argv)`` and turn a `UserError` into one line on stderr and exit code 2.
+
+    Every rank meets the same bad input, so every rank returns; only rank 0 prints. Without ``argv`` this is the whole
+    life of a process, and its process group is ended too.
+    """
+    try:
+        code = main(list(sys.argv[1:] if argv is None else argv))
+        if argv is None:
+            _leave_process_group()
+        return code
+    except UserError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return 2
+
+
+def _leave_process_group() -> None:
+    """End the group before the interpreter: a gloo thread that outlives it aborts the process after all is done."""
+    dist = sys.modules.get("torch.distributed")  # not there in a program that never made a group
+    if dist is not None and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
