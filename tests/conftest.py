@@ -1,0 +1,50 @@
+"""Tiny models and tokenizers built here, and one pair of ranks that lives for the whole test run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from training.utils.runtime import prepare_runtime
+
+prepare_runtime()  # before torch: the same compiled operations and the same freed locks as the programs
+
+from tests.rank_pair import RankPair  # noqa: E402
+from tests.tiny import save_tiny_model  # noqa: E402
+
+DEMO = Path(__file__).resolve().parents[1] / "training" / "data" / "demo"
+
+
+@pytest.fixture(autouse=True)
+def _own_folders(tmp_path_factory, monkeypatch):
+    """No test writes into the user's cache or the repository's output folder."""
+    base = tmp_path_factory.getbasetemp()
+    monkeypatch.setenv("TRIPOD_CACHE", str(base / "cache"))
+    monkeypatch.setenv("TRIPOD_OUTPUT", str(base / "output"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """A two-layer Llama with a chat template whose pad token is its EOS, as SmolLM2's."""
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> Path:
+    """A folder with a few demo rows for each step: sft.jsonl, preferences.jsonl, prompts.jsonl, held_out.jsonl."""
+    folder = tmp_path_factory.mktemp("data")
+    for name, count in {"sft": 12, "preferences": 12, "prompts": 8, "held_out": 6}.items():
+        lines = (DEMO / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        assert all(json.loads(line) for line in lines)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def rank_pair():
+    """Two gloo ranks in two processes; ``rank_pair.run(function, ...)`` gives both ranks' results."""
+    pair = RankPair()
+    yield pair
+    pair.close()

@@ -1,0 +1,100 @@
+"""Flags: the predecessors' command lines parse, ranges hold, --help is grouped and short enough to read."""
+
+import dataclasses
+import importlib
+
+import pytest
+
+from tests.bad_inputs import STEPS
+from training.utils import arguments
+from training.utils.errors import UserError
+from training.utils.zero_config import deepspeed_config, merge
+
+# alpaca-rlhf's README, with its machine's paths shortened
+SEED_LINES = {
+    1: "--sft_only_data_path MultiTurnAlpaca --data_output_path /rlhf/tmp/ "
+    "--model_name_or_path decapoda-research/llama-7b-hf "
+    "--per_device_train_batch_size 8 --per_device_eval_batch_size 8 --max_seq_len 512 --learning_rate 3e-4 "
+    "--num_train_epochs 1 --gradient_accumulation_steps 8 --num_warmup_steps 100 --output_dir /rlhf/actor --lora_dim 8 "
+    "--lora_module_name q_proj,k_proj --only_optimize_lora --deepspeed --zero_stage 2",
+    2: "--data_output_path /rlhf/tmp/ --model_name_or_path decapoda-research/llama-7b-hf --num_padding_at_beginning 0 "
+    "--per_device_train_batch_size 4 --per_device_eval_batch_size 64 --learning_rate 5e-4 --num_train_epochs 1 "
+    "--gradient_accumulation_steps 1 --num_warmup_steps 0 --zero_stage 2 --deepspeed --output_dir /rlhf/critic "
+    "--lora_dim 8 --lora_module_name q_proj,k_proj --only_optimize_lora",
+    3: "--data_output_path /rlhf/tmp/ --actor_model_name_or_path /rlhf/actor/ --tokenizer_name_or_path "
+    "decapoda-research/llama-7b-hf --critic_model_name_or_path /rlhf/critic --actor_zero_stage 2 --critic_zero_stage 2 "
+    "--num_padding_at_beginning 0 --per_device_train_batch_size 4 --per_device_mini_train_batch_size 4 --ppo_epochs 2 "
+    "--actor_learning_rate 9.65e-6 --critic_learning_rate 5e-6 --gradient_accumulation_steps 1 --deepspeed "
+    "--actor_lora_dim 8 --actor_lora_module_name q_proj --critic_lora_dim 8 --critic_lora_module_name q_proj,k_proj "
+    "--only_optimize_lora --output_dir /rlhf/final",
+}
+# DeepSpeed-Chat's flags about data, with its own dataset names and defaults, and those that have nothing left to do
+CHAT_DATA = (
+    "--data_path Dahoas/rm-static Dahoas/full-hh-rlhf yitingxie/rlhf-reward-datasets --data_split 2,4,4 "
+    "--data_output_path /tmp/data_files/ --num_padding_at_beginning 1 --add_eot_token --enable_tensorboard "
+    "--tensorboard_path logs --compute_fp32_loss --seed 1234 --deepspeed"
+)
+CHAT_STEP_1 = " --sft_only_data_path MultiTurnAlpaca --eot_token <|endoftext|> --print_loss"
+MOST_FLAGS = {1: 40, 2: 40, 3: 67}
+
+
+def parse(step, line):
+    groups = importlib.import_module(STEPS[step]).ARGUMENTS
+    aliases = arguments.ALIASES if step == 3 else {}
+    parsed = arguments.parse(groups, line.split(), prog="main.py", description="d", aliases=aliases)
+    return {f.name: getattr(g, f.name) for g in parsed for f in dataclasses.fields(g)}
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_deepspeed_chat_data_flags_parse(step):
+    values = parse(step, CHAT_DATA + (CHAT_STEP_1 if step == 1 else ""))
+    names = ["Dahoas/rm-static", "Dahoas/full-hh-rlhf", "yitingxie/rlhf-reward-datasets"]
+    assert (values["data_path"], values["data_split"]) == (names, "2,4,4")
+    assert values["data_output_path"] == "/tmp/data_files/"
+    assert step != 1 or values["sft_only_data_path"] == ["MultiTurnAlpaca"]
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_alpaca_rlhf_command_lines_parse(step):
+    values = parse(step, SEED_LINES[step])
+    assert values["only_optimize_lora"] is True
+    if step == 3:
+        assert values["per_device_generation_batch_size"] == values["per_device_training_batch_size"] == 4
+        assert values["critic_lora_module_name"] == "q_proj,k_proj"
+    else:
+        assert (values["lora_dim"], values["zero_stage"]) == (8, 2)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_help_is_grouped_and_not_endless(step, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(step, "--help")
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "\nData:" in text and "\nOutput:" in text
+    groups = importlib.import_module(STEPS[step]).ARGUMENTS
+    flags = [f.name for g in groups for f in dataclasses.fields(g) if f.name != "local_rank"]  # the launcher's
+    assert len(flags) <= MOST_FLAGS[step]
+
+
+def test_accepted_flags_take_their_value_with_them():
+    values = parse(1, "--num_padding_at_beginning 1 --seed 7")
+    assert values["seed"] == 7
+
+
+def test_a_name_is_never_abbreviated():
+    with pytest.raises(UserError, match="--learning_rate"):
+        parse(1, "--learning 1e-3")
+
+
+def test_the_users_json_wins_and_nested_keys_stay():
+    ours = deepspeed_config(zero_stage=3, dtype="bf16", overrides={"zero_optimization": {"reduce_bucket_size": 7}})
+    assert ours["zero_optimization"]["stage"] == 3
+    assert ours["zero_optimization"]["reduce_bucket_size"] == 7
+    assert merge({"a": {"b": 1}}, {"a": 2}) == {"a": 2}
+
+
+def test_stage_0_runs_as_stage_1_and_bf16_accumulates_in_fp32():
+    config = deepspeed_config(zero_stage=0, dtype="bf16")
+    assert config["zero_optimization"]["stage"] == 1
+    assert config["data_types"]["grad_accum_dtype"] == "fp32"

@@ -1,0 +1,116 @@
+"""Ranks: initialisation under any launcher, reductions, rank-0 printing."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+DEFAULT_TIMEOUT = datetime.timedelta(minutes=30)
+
+
+def init_distributed(local_rank: int = -1, timeout: datetime.timedelta = DEFAULT_TIMEOUT) -> torch.device:
+    """Join the process group and return this rank's device.
+
+    Works under ``deepspeed``, ``torchrun`` and plain ``python`` (a group of one). A second call in the same
+    process keeps the group that is there.
+
+    Args:
+        local_rank: the launcher's ``--local_rank``; below 0 the environment decides.
+        timeout: how long a collective may wait for the other ranks.
+    """
+    import deepspeed
+
+    launched = "MASTER_PORT" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1
+    os.environ.setdefault("RANK", "0")
+    os.environ.setdefault("WORLD_SIZE", "1")
+    os.environ.setdefault("LOCAL_RANK", str(max(local_rank, 0)))
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    if not dist.is_initialized():
+        # gloo on CPU: DeepSpeed's own default there would look for Intel's oneCCL first
+        backend = "gloo" if accelerator.device_name() == "cpu" else accelerator.communication_backend_name()
+        if not launched:  # a group of one meets in its own memory: no port that another program could hold
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+        release_shared_buffer()
+    return torch.device(accelerator.current_device_name())
+
+
+def release_shared_buffer(folder: Path = Path("/dev/shm")) -> None:
+    """Take the name from DeepSpeed's shared-memory buffer, so that it ends with the processes; a collective.
+
+    DeepSpeed maps 64 MiB per CPU rank and never unlinks them: each run, killed or not, would keep that memory until
+    the machine restarts. Mapped by all ranks, a buffer needs no name any more.
+    """
+    barrier()  # all ranks have mapped all buffers
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank()}"
+    (folder / name).unlink(missing_ok=True)
+
+
+def rank() -> int:
+    """This process's rank, 0 before initialisation."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """The number of ranks."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this is rank 0."""
+    return rank() == 0
+
+
+def say(message: str) -> None:
+    """Print one message, on rank 0 only, without tearing a progress bar."""
+    if is_main():
+        from tqdm import tqdm
+
+        tqdm.write(message)
+
+
+def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
+    """Sum a tensor over all ranks; returns a new tensor of the same shape, in float64 on the given device."""
+    total = values.detach().to(torch.float64).clone()
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(total, op=dist.ReduceOp.SUM)
+    return total
+
+
+def all_reduce_max(values: torch.Tensor) -> torch.Tensor:
+    """Elementwise maximum over all ranks; returns a new tensor."""
+    largest = values.detach().to(torch.float64).clone()
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest
+
+
+def reduce_sums(sums: Mapping[str, float], device: torch.device) -> dict[str, float]:
+    """Add up named local sums over all ranks in one collective; every rank must name the same keys."""
+    names = sorted(sums)
+    total = all_reduce_sum(torch.tensor([float(sums[n]) for n in names], dtype=torch.float64, device=device))
+    return dict(zip(names, total.tolist(), strict=True))
+
+
+def gather_objects(local: Sequence) -> list:
+    """Concatenate every rank's list, in rank order, on all ranks."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return list(local)
+    parts: list = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, list(local))
+    return [item for part in parts for item in part]
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()

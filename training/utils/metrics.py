@@ -1,0 +1,103 @@
+"""Where numbers go: metrics.jsonl always, TensorBoard or Weights & Biases beside it, a progress bar on rank 0."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+from training.utils.distributed import is_main
+
+T = TypeVar("T")
+
+
+class MetricsLogger:
+    """Writes one record per step, on rank 0; silent on the other ranks.
+
+    Args:
+        directory: gets ``metrics.jsonl`` and ``tensorboard/``.
+        report_to: ``tensorboard``, ``wandb`` or ``none``.
+        name: the run's name in Weights & Biases.
+        watch: called with every record on rank 0, after it was written.
+        done: steps that a resumed run has behind it; what was recorded of later ones is dropped.
+        seconds: that they took.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        report_to: str,
+        name: str,
+        watch: Callable[[int, Mapping[str, float]], object] | None = None,
+        done: int = 0,
+        seconds: float = 0.0,
+    ) -> None:
+        self._watch = watch
+        self._file = self._writer = self._wandb = None
+        self._start = time.monotonic() - seconds
+        if not is_main():
+            return
+        mode = "a" if done else "w"  # a resumed run has put the file back as it was at its checkpoint
+        self._file = open(directory / "metrics.jsonl", mode, encoding="utf-8")  # noqa: SIM115  as long as the run
+        if report_to == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=done + 1 if done else None)
+        elif report_to == "wandb":
+            import wandb
+
+            self._wandb = wandb.init(project="tripod", name=name, dir=str(directory))
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Record scalars of one optimizer step or iteration."""
+        if self._file is None:
+            return
+        record = {"step": step, "time": round(time.monotonic() - self._start, 3), **values}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(dict(values), step=step)
+        if self._watch is not None:
+            self._watch(step, values)
+
+    def text(self, step: int, name: str, content: str) -> None:
+        """Record a text, such as a sample answer."""
+        if self._writer is not None:
+            self._writer.add_text(name, content, step)
+
+    def close(self) -> None:
+        """Flush and close every sink."""
+        if self._file is not None:
+            self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def progress_bar(total: int, description: str, done: int = 0) -> Any:
+    """A progress bar with ETA on rank 0; one that shows nothing elsewhere."""
+    return tqdm(total=total, initial=done, desc=description, dynamic_ncols=True, disable=not is_main(), mininterval=0.5)
+
+
+def watched(items: Sequence[T], description: str) -> Iterable[T]:
+    """The items, with a bar on rank 0 that appears when they take more than two seconds and leaves when they end."""
+    return tqdm(
+        items, desc=description, dynamic_ncols=True, disable=not is_main(), delay=2, leave=False, mininterval=0.5
+    )
+
+
+def write_summary(directory: Path, summary: Mapping[str, Any]) -> None:
+    """Write ``summary.json`` whole or not at all; its presence says that the step is finished."""
+    if not is_main():
+        return
+    scratch = directory / "summary.json.tmp"
+    scratch.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    scratch.replace(directory / "summary.json")

@@ -1,0 +1,194 @@
+"""Where runs lie: ``output/NAME/step1``, ``step2``, ``step3``; ``output/latest`` links to the newest run.
+
+A step is finished if its ``summary.json`` exists, which is written last.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import time
+from pathlib import Path
+
+import training
+from training.utils.errors import UserError
+
+STEPS = {
+    "step1": "training/step1_supervised_finetuning/main.py",
+    "step2": "training/step2_reward_model_finetuning/main.py",
+    "step3": "training/step3_rlhf_finetuning/main.py",
+}
+LATEST = "latest"
+RANK_TIMEOUT = 120.0  # seconds that a rank waits for rank 0 to choose the run's folder
+
+_calls = itertools.count()
+
+
+def repository_root() -> Path:
+    """The folder that holds train.py, training/ and inference/."""
+    return Path(training.__file__).resolve().parents[1]
+
+
+def output_root() -> Path:
+    """Where runs are made: ``TRIPOD_OUTPUT``, or output/ in the repository."""
+    return Path(os.environ.get("TRIPOD_OUTPUT") or repository_root() / "output").absolute()
+
+
+def shown(path: Path | str) -> str:
+    """``path`` as a command in this folder would name it: relative if it lies below, absolute otherwise."""
+    full = Path(os.path.abspath(path))
+    here = Path.cwd()
+    return str(full.relative_to(here)) if full.is_relative_to(here) else str(full)
+
+
+def is_finished(step_dir: Path) -> bool:
+    """Whether a step's folder holds its finished output."""
+    return (step_dir / "summary.json").is_file()
+
+
+def make_dir(path: Path, flag: str = "--output_dir") -> Path:
+    """Create ``path`` with its parents and make sure that it can be written.
+
+    Raises:
+        UserError: it can not; names ``flag``.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{flag} {path} can not be made: {error.strerror}") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UserError(f"{flag} {path} can not be written")
+    return path
+
+
+def new_run_dir(name: str) -> Path:
+    """Create and return ``output/NAME``, or ``NAME-2``, ``NAME-3``, ... where runs of that name are there.
+
+    Raises:
+        UserError: the output folder can not be written.
+    """
+    root = make_dir(output_root(), "the output folder")
+    for candidate in itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2))):
+        try:
+            (root / candidate).mkdir()
+        except FileExistsError:  # mkdir decides, so that two runs started together never share a folder
+            continue
+        return root / candidate
+    raise AssertionError("unreachable: there is always a free name")
+
+
+def point_latest(run: Path) -> None:
+    """Let ``output/latest`` link to ``run``, if that lies in the output folder."""
+    root = output_root()
+    if run.absolute().parent != root:
+        return
+    scratch = root / f".{LATEST}-{os.getpid()}"
+    scratch.unlink(missing_ok=True)
+    scratch.symlink_to(run.name)
+    os.replace(scratch, root / LATEST)
+
+
+def runs_newest_first() -> list[Path]:
+    """Every run in the output folder, ``output/latest`` first, then by time of change."""
+    root = output_root()
+    if not root.is_dir():
+        return []
+    found = [p for p in root.iterdir() if p.is_dir() and not p.is_symlink()]
+    found.sort(key=lambda p: p.stat().st_mtime, reverse=True)
+    latest = root / LATEST
+    if latest.is_dir():
+        target = root / os.readlink(latest)
+        found = [target, *(p for p in found if p != target)]
+    return found
+
+
+def latest_output(step: str) -> Path:
+    """The newest run's folder of a finished ``step`` (``"step1"``, ``"step2"`` or ``"step3"``).
+
+    Raises:
+        UserError: no run has that step finished; names the command that makes it.
+    """
+    for run in runs_newest_first():
+        if is_finished(run / step):
+            return run / step
+    command = f"deepspeed --num_gpus 1 {shown(repository_root() / STEPS[step])}"
+    raise UserError(f"no run in {shown(output_root())} has finished step {step[-1]}; make it with: {command}")
+
+
+def prepare_output_dir(output_dir: str, step: str) -> Path:
+    """The folder that a step writes to, created; every rank gets the same one without a process group.
+
+    Args:
+        output_dir: the flag's value; empty for the latest run, or for a new one where the latest run already has
+            this step or a later one, so that nothing is overwritten.
+        step: ``"step1"``, ``"step2"`` or ``"step3"``.
+
+    Raises:
+        UserError: the folder can not be written or holds a finished step; or several hosts and no
+            ``--output_dir`` to agree on.
+    """
+    if output_dir:
+        path = make_dir(Path(output_dir).absolute())
+        if is_finished(path):
+            raise UserError(f"--output_dir {output_dir} already holds a finished run; choose another, or remove it")
+        if _rank() == 0 and path.name == step:
+            point_latest(path.parent)
+        return path
+    world, local = int(os.environ.get("WORLD_SIZE", "1")), _local_size()
+    if world == 1:
+        return _choose_output_dir(step)
+    if world > local:
+        raise UserError("several hosts can not agree on a new run: give --output_dir")
+    return _agree(step)
+
+
+def _choose_output_dir(step: str) -> Path:
+    latest = output_root() / LATEST
+    later = [name for name in STEPS if name > step]
+    free = latest.is_dir() and not is_finished(latest / step) and not any((latest / name).exists() for name in later)
+    run = output_root() / os.readlink(latest) if free else new_run_dir("run")
+    path = make_dir(run / step, "the output folder")
+    point_latest(run)
+    return path
+
+
+def _agree(step: str) -> Path:
+    """Rank 0 chooses; the other ranks of the same launcher read its choice from a file named after the launch."""
+    root = make_dir(output_root(), "the output folder")
+    port = os.environ.get("MASTER_PORT", "0")
+    note = root / f".launch-{os.getppid()}-{_start_time(os.getppid())}-{port}-{next(_calls)}.json"
+    if _rank() == 0:
+        for old in root.glob(".launch-*"):
+            if time.time() - old.stat().st_mtime > RANK_TIMEOUT:
+                old.unlink(missing_ok=True)
+        try:
+            choice = {"path": str(_choose_output_dir(step))}
+        except UserError as error:
+            choice = {"error": str(error)}
+        scratch = note.with_suffix(".tmp")
+        scratch.write_text(json.dumps(choice), encoding="utf-8")
+        os.replace(scratch, note)
+    deadline = time.monotonic() + RANK_TIMEOUT
+    while not note.exists():
+        if time.monotonic() > deadline:
+            raise UserError("rank 0 chose no output folder; give --output_dir")
+        time.sleep(0.05)
+    choice = json.loads(note.read_text(encoding="utf-8"))
+    if "error" in choice:
+        raise UserError(choice["error"])
+    return Path(choice["path"])
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _local_size() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ.get("WORLD_SIZE", "1"))
+
+
+def _start_time(pid: int) -> str:
+    """Tells a launcher from an earlier one with the same process id; empty where there is no /proc."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.read_text().rpartition(")")[2].split()[19] if stat.is_file() else ""
