@@ -1,0 +1,25 @@
+"""The preview program as a function."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.data import families
+from training.utils import models
+from training.utils.data import preview
+from training.utils.errors import run_program
+
+
+@pytest.fixture
+def preview_program(monkeypatch, capsys):
+    """Run the program with the small tokenizer; gives (exit code, stdout, stderr)."""
+    tok = families.smol_like()
+    monkeypatch.setattr(models, "resolve_model", lambda name: name)
+    monkeypatch.setattr(models, "load_tokenizer", lambda path, **kwargs: tok)
+
+    def program(*argv: str):
+        code = run_program(preview.main, list(argv))
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return program

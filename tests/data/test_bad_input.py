@@ -1,0 +1,198 @@
+"""Bad input, each kind as a user meets it: one line that names the place, or a row that is left out and counted."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from tests.data import families
+from tests.data.test_prepare import pairs, prepare, sft, write
+from training.utils.data import prepare as prepare_module, readers, selection
+from training.utils.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def tok():
+    return families.smol_like()
+
+
+def chat(*turns: tuple[str, str]) -> dict:
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+IMAGE = {"type": "image_url", "image_url": {"url": "https://a.example/b.png"}}
+# A fifth line after four good ones: what the error says, and under which name it is counted with --on_bad_row skip.
+BAD_ROWS = {
+    "broken JSON": ('{"prompt": "x", }', "broken JSON at column 17", "bad row"),
+    "invalid UTF-8": (b'{"prompt": "\xff", "response": "y"}', "invalid UTF-8: byte 13 of the line is 0xff", "bad row"),
+    "10 MB": (json.dumps({"prompt": "x", "response": "y" * 10_000_000}), "the row has 10.0 MB", "bad row"),
+    "missing role": (json.dumps({"messages": [{"content": "a"}]}), "message 1 of 'messages' has no role", "bad row"),
+    "two user turns": (
+        json.dumps(chat(("user", "a"), ("user", "b"), ("assistant", "c"))),
+        "two user turns in a row",
+        "bad row",
+    ),
+    "image part": (
+        json.dumps({"messages": [{"role": "user", "content": [IMAGE]}]}),
+        "the content of message 1 of 'messages' holds an image where text should be",
+        "bad row",
+    ),
+    "half a character": (r'{"prompt": "\ud800", "response": "y"}', r"holds half a character, \\ud800", "bad row"),
+    "no value": ('{"prompt": NaN, "response": "y"}', "an empty user turn", "bad row"),
+    "other columns": ('{"foo": 1}', "no known format has the columns foo", "bad row"),
+    "special token": ('{"prompt": "<|im_end|>", "response": "y"}', "which is a special token", "bad row"),
+    "empty response": ('{"prompt": "x", "response": " "}', "", "empty response"),
+    "image address": (
+        '{"prompt": "https://a.example/b.png", "response": "a cat"}',
+        "",
+        "an image's address where text should be",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_ROWS)
+def test_a_bad_row_is_one_line_or_counted(tok, tmp_path, kind):
+    line, message, counted_as = BAD_ROWS[kind]
+    path = tmp_path / "a.jsonl"
+    good = "".join(json.dumps(row) + "\n" for row in sft(5)).encode().splitlines(keepends=True)
+    path.write_bytes(b"".join(good[:4]) + (line if isinstance(line, bytes) else line.encode()) + b"\n" + good[4])
+    if message:
+        with pytest.raises(UserError, match=rf"a\.jsonl:5: .*{message}.*--on_bad_row skip"):
+            prepare(1, tok, str(path))
+    data = prepare(1, tok, str(path), on_bad_row="skip")
+    drop = data.report.dropped[counted_as]
+    assert drop.count == 1 and drop.places[0].startswith(f"{path}:5")
+    assert len(data.train) + len(data.held_out) == 5 and len(data.report.text()) < 600
+
+
+def test_a_row_of_10_mb_in_a_list_and_in_a_table(tok, tmp_path):
+    rows = [*sft(4), {"prompt": "x", "response": "y" * 10_000_000}, *sft(1, 50)]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    (tmp_path / "a.csv").write_text("prompt,response\n" + "".join(f"{r['prompt']},{r['response']}\n" for r in rows))
+    for name, place in (("a.json", "a.json:1"), ("a.csv", "a.csv:6")):
+        with pytest.raises(UserError, match=rf"{place}: the row has 10\.0 MB, the limit is 4\.2 MB"):
+            prepare(1, tok, str(tmp_path / name))
+        data = prepare(1, tok, str(tmp_path / name), on_bad_row="skip")
+        assert data.report.dropped["bad row"].count == 1 and len(data.train) + len(data.held_out) == 5
+
+
+def test_a_list_whose_quote_is_missing_does_not_fill_the_memory(tok, tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "_FAR", 1 << 16)
+    monkeypatch.setattr(readers, "_CHUNK", 1 << 12)
+    text = json.dumps([*sft(1), *({"text": "words " * 9} for _ in range(9000))]).replace("words ", '"words ', 1)
+    (tmp_path / "a.json").write_text('[{"prompt": "x, "' + text)
+    with pytest.raises(UserError, match=r"a\.json:1: broken JSON at column \d+: "):
+        prepare(1, tok, str(tmp_path / "a.json"))
+    (tmp_path / "b.json").write_text('[{"prompt": "' + "x" * 1_000_000)
+    with pytest.raises(UserError, match=r"column 13: Unterminated string .*, and no end of the row in 0 MB"):
+        prepare(1, tok, str(tmp_path / "b.json"))
+
+
+BAD_FILES = {
+    "half.jsonl.gz": (gzip.compress(b'{"prompt": "a", "response": "b"}\n' * 9999)[:60], "cut off or damaged after row"),
+    "semicolons.csv": (b"prompt;response\na;b\n", "separated by semicolons, not commas; save it with commas"),
+    "list.json": (b'[{"prompt": "a", "response": "b"},\n {"prompt",}]', "list.json:2: broken JSON at column 11"),
+    "utf16.jsonl": ('{"prompt": "a", "response": "b"}\n'.encode("utf-16"), "the file is in UTF-16; save it as UTF-8"),
+    "quote.csv": (b'prompt,response\na,"b\nc,d\n', "quote.csv:2: broken CSV: .*is a quote missing"),
+    "nothing.jsonl": (b"\n\n", "no row is left to train step 1 on: 0 rows read"),
+    "all_dropped.jsonl": (b'{"prompt": "a", "response": ""}\n' * 3, "3 rows read; 3 empty response"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+@pytest.mark.parametrize("on_bad_row", ["error", "skip"])
+def test_a_bad_file_is_one_line_whatever_is_skipped(tok, tmp_path, name, on_bad_row):
+    content, message = BAD_FILES[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        prepare(1, tok, str(tmp_path / name), on_bad_row=on_bad_row)
+
+
+def test_a_parquet_with_other_columns(tok, tmp_path):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"zip": [1], "city": ["x"]}), path)
+    with pytest.raises(UserError, match=r"a\.parquet:1: no known format has the columns zip, city; three ways"):
+        prepare(1, tok, str(path))
+
+
+def test_a_parquet_with_damaged_pages(tok, tmp_path):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(sft(200)), path)
+    data = bytearray(path.read_bytes())
+    data[30:90] = b"\xff" * 60
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"a\.parquet: not a readable parquet file"):
+        prepare(1, tok, str(path))
+
+
+def test_bytes_that_are_no_utf8_in_a_csv_are_a_bad_row(tok, tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"prompt,response\nHow?,So.\nWhat?,\xe9t\xe9\nWhy?,Thus.\n")
+    with pytest.raises(UserError, match=r"a\.csv:3: invalid UTF-8: byte 0xe9"):
+        prepare(1, tok, str(path))
+    data = prepare(1, tok, str(path), on_bad_row="skip")
+    assert data.report.dropped["bad row"].count == 1 and len(data.train) + len(data.held_out) == 2
+
+
+def test_half_a_character_in_a_column_that_nothing_reads(tok, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(r'{"prompt": "Who?", "response": "Ada", "id": "\ud800"}' + "\n" + json.dumps(sft(1)[0]) + "\n")
+    assert len(prepare(1, tok, str(path)).train) == 1
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ 1 / 0 }}", "{% for i in range(10 ** 9) %}a{% endfor %}", "{{ messages[9].x }}"]
+)
+def test_a_template_that_fails(tok, tmp_path, template):
+    (tmp_path / "a.jinja").write_text(template)
+    with pytest.raises(UserError, match="the chat template fails on a plain conversation"):
+        prepare(1, families.smol_like(), write(tmp_path / "a.jsonl", sft(2)), chat_template=str(tmp_path / "a.jinja"))
+
+
+def test_a_template_that_loses_a_turn(tmp_path):
+    (tmp_path / "a.jinja").write_text(families.SMOL.replace("for message in messages", "for message in messages[-2:]"))
+    with pytest.raises(UserError, match="the chat template loses the user turn"):
+        prepare(1, families.smol_like(), write(tmp_path / "a.jsonl", sft(2)), chat_template=str(tmp_path / "a.jinja"))
+
+
+EDITS = {
+    "longer": lambda rows: [*rows, *sft(3, 100)],
+    "shorter": lambda rows: rows[:-2],
+    "other rows": lambda rows: rows[::-1],
+    "broken": lambda rows: [*rows[:3], {"foo": 1}, *rows[4:]],
+    "gone": None,
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_a_file_that_is_edited_between_the_two_passes(tok, tmp_path, monkeypatch, edit):
+    path, cache = write(tmp_path / "a.jsonl", sft(20)), tmp_path / "cache"
+
+    def edit_after(*arguments):
+        decided = selection.decide(*arguments)
+        if EDITS[edit] is None:
+            Path(path).unlink()
+        else:
+            write(Path(path), EDITS[edit](sft(20)))
+        return decided
+
+    monkeypatch.setattr(prepare_module, "decide", edit_after)
+    message = r"a\.jsonl: No such file" if edit == "gone" else r"a\.jsonl: the file changed while it was read"
+    with pytest.raises(UserError, match=message):
+        prepare(1, tok, path, data_output_path=str(cache))
+    assert not [p for p in cache.iterdir() if p.is_dir()], "nothing of it stays in the cache"
+
+
+def test_a_cache_folder_that_can_not_be(tok, tmp_path):
+    with pytest.raises(UserError, match=r"--data_output_path: .* can not be written \(.*\); name another folder"):
+        prepare(1, tok, write(tmp_path / "a.jsonl", sft(3)), data_output_path="/proc/nowhere")
+
+
+def test_a_split_that_leaves_nothing_says_so(tok, tmp_path):
+    with pytest.raises(UserError, match="20 rows read; --data_split leaves 20 to the other steps"):
+        prepare(2, tok, write(tmp_path / "a.jsonl", pairs(20)), data_split="1,0,1")

@@ -1,0 +1,176 @@
+"""Every line of the table in docs/data.md, and what the formats refuse."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from training.utils.data.adapters import ADAPTERS
+from training.utils.data.chat import RowError
+from training.utils.data.columns import convert, parse_column_map
+from training.utils.data.conversations import Dropped, Example
+from training.utils.data.formats import FORMATS
+from training.utils.errors import UserError
+
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "data.md"
+
+
+def summary(result: list[Example] | Dropped) -> str:
+    """What the table's last column says."""
+    if isinstance(result, Dropped):
+        return f"dropped: {result}"
+
+    def turns(messages):
+        return " ".join(f"{m['role']}: {m['content']}" for m in messages)
+
+    told = []
+    for example in result:
+        parts = [f"text: {example.text}"] if example.text else [turns(example.prompt)]
+        if example.response:
+            parts.append(f"response: {turns(example.response).removeprefix('assistant: ')}")
+        if example.chosen:
+            parts += [
+                f"{name}: {turns(answer).removeprefix('assistant: ')}"
+                for name, answer in (("chosen", example.chosen), ("rejected", example.rejected))
+            ]
+        told.append(" → ".join(parts))
+    return " ; ".join(told).replace("\n", "\\n")
+
+
+def outcome(row, source=""):
+    try:
+        return convert(row, source)
+    except Dropped as dropped:
+        return "", dropped
+
+
+def table() -> list[tuple[str, str, str]]:
+    lines = DOCS.read_text(encoding="utf-8").splitlines()
+    found = []
+    for line in lines:
+        match = re.fullmatch(r"\| `([^`]+)` \| `(\{.*\})` \| `(.*)` \|", line)
+        if match:
+            found.append((match[1], match[2], match[3]))
+    return found
+
+
+@pytest.mark.parametrize(("name", "row", "becomes"), table(), ids=lambda value: str(value)[:40])
+def test_line_of_the_table(name, row, becomes):
+    adapter = name if name.lower() in ADAPTERS else ""
+    found, result = outcome(json.loads(row), f"someone/{adapter}" if adapter else "")
+    assert summary(result) == becomes
+    assert not found or found == name
+
+
+def test_table_has_every_format_and_adapter():
+    told = {name for name, _, _ in table()}
+    assert {f.name for f in FORMATS} <= told
+    assert set(ADAPTERS) <= {name.lower() for name in told}
+
+
+HH = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: More?\n\nAssistant:"
+
+
+def test_hh_prefix_ends_at_the_last_assistant_turn():
+    _, (example,) = convert({"chosen": f"{HH} Yes.", "rejected": f"{HH} No."})
+    assert [m["role"] for m in example.prompt] == ["user", "assistant", "user"]
+    assert (example.chosen[0]["content"], example.rejected[0]["content"]) == ("Yes.", "No.")
+
+
+DROPPED = {
+    "differing prefixes": {"chosen": f"{HH} Yes.", "rejected": f"{HH.replace('More', 'Less')} No."},
+    "empty response": {"chosen": f"{HH} Yes.", "rejected": HH},
+    "two assistant turns": {"chosen": f"{HH} Yes.\n\nAssistant: A", "rejected": f"{HH} No."},
+    "does not end with the assistant": {"chosen": f"{HH} Yes.\n\nHuman: A", "rejected": f"{HH} No."},
+    "tie": {"question": "q", "answer_0": "a", "answer_1": "b", "score_0": 0.5, "score_1": "0.5"},
+    "marked as a bad answer": {"prompt": "q", "completion": "a", "label": False},
+    "image's address": {"instruction": "What is this?", "input": "https://a.example/b/c.png", "output": "a cat"},
+    "empty text": {"text": " "},
+    "no answers": {"context": "c", "question": "q", "answers": {"text": []}},
+}
+
+
+@pytest.mark.parametrize("reason", DROPPED)
+def test_useless_rows_are_dropped(reason):
+    with pytest.raises(Dropped, match=reason):
+        convert(DROPPED[reason])
+
+
+def messages(*pairs, **more):
+    return {"messages": [{"role": r, "content": c} for r, c in pairs], **more}
+
+
+BAD = {
+    "message 2 of 'messages' has no role": {"messages": [{"role": "user", "content": "a"}, {"content": "b"}]},
+    "message 1 of 'messages' has no content": {"messages": [{"role": "user"}]},
+    "the role 'tool'": messages(("user", "a"), ("tool", "b")),
+    "two user turns in a row": messages(("user", "a"), ("user", "b"), ("assistant", "c")),
+    "two assistant turns in a row": messages(("user", "a"), ("assistant", "b"), ("assistant", "c")),
+    "starts with the assistant": messages(("assistant", "a"), ("user", "b")),
+    "no user turn": messages(("system", "a")),
+    "a system turn stands after": messages(("user", "a"), ("system", "b"), ("assistant", "c")),
+    "an empty user turn": messages(("user", " "), ("assistant", "b")),
+    "holds an image where text": messages(("user", [{"type": "image_url", "image_url": {"url": "x"}}])),
+    "column 'output' holds a list": {"instruction": "a", "output": ["b"]},
+    "column 'messages' is a int": {"messages": 3},
+    "message 1 of 'messages' is a str": {"messages": ["hi"]},
+    "must be numbers": {"question": "q", "answer_0": "a", "answer_1": "b", "score_0": "x", "score_1": 1},
+    "labels is 'A'": {"history": "q", "human_ref_A": "a", "human_ref_B": "b", "labels": "A"},
+    "neither a prompt nor": {"chosen": "yes", "rejected": "no"},
+    "rejected must end with an assistant turn": {
+        "prompt": "a",
+        "chosen": "b",
+        "rejected": [{"role": "user", "content": "c"}],
+    },
+}
+
+
+@pytest.mark.parametrize("reason", BAD)
+def test_bad_rows(reason):
+    with pytest.raises((RowError), match=reason):
+        convert(BAD[reason])
+
+
+def test_empty_response_is_dropped_everywhere():
+    for row in (
+        {"instruction": "a", "output": " "},
+        messages(("user", "a"), ("assistant", "")),
+        {"prompt": "a", "chosen": "", "rejected": "b"},
+    ):
+        with pytest.raises(Dropped, match="empty response"):
+            convert(row)
+
+
+def test_multi_part_text_is_joined():
+    _, (example,) = convert(messages(("user", [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])))
+    assert example.prompt[0]["content"] == "a\nb"
+
+
+def test_unknown_columns_show_three_ways_to_go_on():
+    with pytest.raises(UserError, match=r"columns foo, bar; three ways.*--column_map.*messages.*formats\.py"):
+        convert({"foo": 1, "bar": 2})
+
+
+def test_column_map():
+    column_map = parse_column_map(["prompt=body.ask", "response=reply"])
+    _, (example,) = convert({"body": {"ask": "a"}, "reply": "b", "text": "noise"}, "", column_map)
+    assert (example.prompt[0]["content"], example.response[0]["content"]) == ("a", "b")
+    column_map.check_all_found()
+    with pytest.raises(UserError, match="write NAME=COLUMN"):
+        parse_column_map(["prompt"])
+    with pytest.raises(UserError, match="no format has a column promt; did you mean prompt"):
+        parse_column_map(["promt=ask"])
+    with pytest.raises(UserError, match="no row has the column nope"):
+        typo = parse_column_map(["prompt=nope"])
+        convert({"prompt": "a"}, "", typo)
+        typo.check_all_found()
+
+
+def test_an_adapter_needs_its_name():
+    row = {"prompt": "\n\nHuman: Hi", "chosen": "Assistant: A", "rejected": "Assistant: B"}
+    assert convert(row, "yitingxie/rlhf-reward-datasets")[1][0].chosen[0]["content"] == "A"
+    assert convert(row, "mine")[1][0].chosen[0]["content"] == "Assistant: A"
+    assert ADAPTERS.keys() == {name.lower() for name in ADAPTERS}

@@ -1,0 +1,122 @@
+"""The preview program: what it shows, what it counts, its page, --validate."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.data import families
+from tests.data.test_prepare import pairs, prepare, sft, write
+from training.utils.data.preview import Piece, coloured, pieces
+
+
+@pytest.fixture
+def run(preview_program):
+    return preview_program
+
+
+def table(out: str) -> dict[str, str]:
+    return dict(
+        re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in out.splitlines() if re.search(r"\S\s{2,}\S", line)
+    )
+
+
+def test_rows_and_counts(run, tmp_path):
+    rows = pairs(20) + pairs(2) + [{"prompt": "Same?", "chosen": "Yes.", "rejected": "Yes."}]
+    rows += [{"prompt": "Long?", "chosen": "Quite a long answer.", "rejected": "No."}]
+    code, out, _ = run("--data_path", write(tmp_path / "a.jsonl", rows), "--step", "2", "--rows", "3")
+    told = table(out)
+    assert code == 0 and out.count("--- row") == 6
+    assert re.search(r"<\|im_start\|>assistant\n\[\[Good \d+\.<\|im_end\|>\]\]", out)
+    assert told[f"rows read from {tmp_path / 'a.jsonl'}"] == "24" and told["as prompt/chosen/rejected"] == "24"
+    assert told["dropped: exact duplicate"].startswith(f"2 ({tmp_path / 'a.jsonl'}:21")
+    assert told["dropped: identical pair"].startswith(f"1 ({tmp_path / 'a.jsonl'}:23")
+    assert (told["rows to train on"], told["rows held out"]) == ("19", "2")
+    assert told["pairs whose longer answer is the chosen one"] == "100.0% of 21"
+    assert told["held-out rows whose prompt is trained on"] == "0"
+    assert "p50" in told["length in tokens"] and "grouped by length" in told["padding in batches of 8"]
+    assert told["truncated"].startswith("0 of 21")
+
+
+def test_training_finds_what_preview_tokenised(run, tmp_path):
+    path = write(tmp_path / "a.jsonl", sft(20))
+    assert run("--data_path", path)[0] == 0
+    assert prepare(1, families.smol_like(), path, max_length=512, seed=1234).report.from_cache
+
+
+def test_colours():
+    parts = [
+        Piece("<s>", False, True),
+        Piece("Hi ", False, False),
+        Piece("Yes", True, False),
+        Piece("</s>", True, True),
+    ]
+    assert coloured(parts, False) == "<s>Hi [[Yes</s>]]"
+    assert coloured(parts, True) == (
+        "\x1b[1;35m\x1b[2m<s>\x1b[0m\x1b[2mHi \x1b[0m\x1b[32mYes\x1b[0m\x1b[1;35m\x1b[32m</s>\x1b[0m"
+    )
+
+
+def test_special_tokens_are_pieces_of_their_own():
+    tok = families.smol_like()
+    ids = tok("<|im_start|>user\nHé<|im_end|>", add_special_tokens=False)["input_ids"]
+    mask = [0] * (len(ids) - 1) + [1]
+    assert pieces(tok, ids, mask) == [
+        Piece("<|im_start|>", False, True),
+        Piece("user\nHé", False, False),
+        Piece("<|im_end|>", True, True),
+    ]
+
+
+def test_page_escapes_text(run, tmp_path):
+    rows = [{"prompt": "<script>alert(1)</script>", "response": "a & b"}, *sft(3)]
+    target = tmp_path / "page.html"
+    code, _, _ = run("--data_path", write(tmp_path / "a.jsonl", rows), "--html", str(target))
+    page = target.read_text(encoding="utf-8")
+    assert code == 0 and "<script>" not in page and "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert '<span class="trained">a &amp; b</span><span class="trained special">&lt;|im_end|&gt;</span>' in page
+    assert "rows to train on" in page
+    code, _, err = run("--data_path", str(tmp_path / "a.jsonl"), "--html", str(tmp_path / "no" / "page.html"))
+    assert code == 2 and err.startswith("error: --html")
+
+
+def test_page_of_pairs_shows_the_prompt_once(run, tmp_path):
+    rows = [{"prompt": "Why " + "so " * n + "blue?", "chosen": "Light.", "rejected": "Paint."} for n in range(40)]
+    target = tmp_path / "page.html"
+    argv = ["--data_path", write(tmp_path / "a.jsonl", rows), "--step", "2", "--rows", "1", "--html", str(target)]
+    assert run(*argv)[0] == 0
+    page = target.read_text(encoding="utf-8")
+    assert page.count("blue?") == 1
+    card = page[page.index("<section") : page.index("</section>")]
+    answers = re.findall(r'<h3>(\w+)</h3><pre><span class="trained">([^<]+)</span>', card)
+    assert answers == [("chosen", "Light."), ("rejected", "Paint.")]
+    bars = [int(count) for count in re.findall(r"tokens: (\d+) rows", page)]
+    assert len(bars) == 24 and sum(bars) == 36, "a histogram of the rows to train on"
+
+
+def test_validate(run, tmp_path):
+    good = write(tmp_path / "good.jsonl", sft(10))
+    assert run("--data_path", good, "--validate") == (0, "", "")
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(
+        Path(good).read_text() + "{nonsense\n" + json.dumps(sft(1)[0]) + "\n" + '{"prompt": "a", "response": ""}\n'
+    )
+    code, out, err = run("--data_path", str(bad), "--validate")
+    assert (code, err) == (1, "")
+    assert out.splitlines() == [
+        f"{bad}:11: broken JSON at column 2: Expecting property name enclosed in double quotes",
+        f"1 x empty response: {bad}:13",
+        f"1 x exact duplicate: {bad}:12",
+    ]
+    code, out, err = run("--data_path", str(tmp_path / "none.jsonl"), "--validate")
+    assert (code, err) == (1, "") and out.startswith("--data_path") and out.count("\n") == 1
+
+
+def test_bad_input_is_one_line(run, tmp_path):
+    code, out, err = run("--data_path", str(tmp_path / "none.jsonl"))
+    assert (code, out) == (2, "") and err.startswith("error: --data_path") and err.count("\n") == 1
+    code, _, err = run("--steps", "1")
+    assert code == 2 and "did you mean --step" in err

@@ -1,0 +1,142 @@
+"""Tokenised rows on disk: memory-mapped Arrow files under a key that names everything they were made from.
+
+No pickle, no collective: whoever comes first, of all ranks and programs, tokenises under a file lock into a folder
+beside the final one and renames it; the others wait at the lock and find it ready.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import filelock
+import pyarrow
+
+from training.utils.errors import UserError
+
+_NOT_CODE = ("__init__.py", "preview.py", "preview_page.py", "batches.py")  # they change no token
+_BATCH = 1000
+
+
+def cache_root(data_output_path: str) -> Path:
+    """Where tokenised data lies: ``--data_output_path``, else the user's cache folder."""
+    if data_output_path:
+        return Path(data_output_path).expanduser()
+    base = os.environ.get("TRIPOD_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tripod"
+    return Path(base).expanduser() / "data"
+
+
+def code_version() -> str:
+    """A hash of the code that turns files into tokens, and of the libraries that do it."""
+    import tokenizers
+    import transformers
+
+    digest = hashlib.sha256(f"{tokenizers.__version__} {transformers.__version__}".encode())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        if path.name not in _NOT_CODE:
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def tokenizer_version(tokenizer: Any) -> str:
+    """A hash of all that decides how the tokenizer makes ids: vocabulary, merges, added tokens, template."""
+    if tokenizer.is_fast:
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        state.pop("padding", None)  # the state of the last call, not of the tokenizer
+        state.pop("truncation", None)
+    else:
+        state = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+    # The pad token is left out: it is in no row, and programs choose another one where it equals EOS.
+    named = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if name != "pad_token"}
+    state = [state, tokenizer.chat_template, named]
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def key_of(parts: Mapping[str, Any]) -> str:
+    """The folder name for rows made from ``parts`` (JSON values)."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def cached(root: Path, key: str, build: Callable[[Path], None]) -> tuple[Path, bool]:
+    """The folder of ``key``, built if it is not there; and whether it was there.
+
+    Raises:
+        UserError: the cache folder can not be written.
+    """
+    folder = root / key
+    if _whole(folder):
+        return folder, True
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(root / f"{key}.lock"):
+            if _whole(folder):
+                return folder, True
+            for broken in root.glob(f"{key}*"):  # of a run that was killed: nobody else holds the lock
+                if broken.is_dir():
+                    shutil.rmtree(broken)
+            scratch = Path(tempfile.mkdtemp(prefix=f"{key}.", dir=root))
+            try:
+                build(scratch)
+                sizes = {path.name: path.stat().st_size for path in sorted(scratch.iterdir())}
+                (scratch / "sizes.json").write_text(json.dumps(sizes), encoding="utf-8")
+                os.replace(scratch, folder)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+    except OSError as error:  # of reading a source `build` makes a UserError
+        where = error.filename or root
+        raise UserError(
+            f"--data_output_path: {where} can not be written ({error.strerror or error}); name another folder"
+        ) from None
+    return folder, False
+
+
+def _whole(folder: Path) -> bool:
+    sizes = folder / "sizes.json"
+    if not sizes.is_file():
+        return False
+    wanted = json.loads(sizes.read_text(encoding="utf-8"))
+    return all((folder / n).is_file() and (folder / n).stat().st_size == size for n, size in wanted.items())
+
+
+_INTS, _BITS, _WORDS = pyarrow.list_(pyarrow.int32()), pyarrow.list_(pyarrow.int8()), pyarrow.string()
+_COMMON = [("length", pyarrow.int32()), ("source", _WORDS), ("row", _WORDS)]
+SCHEMAS = {
+    1: pyarrow.schema([("input_ids", _INTS), ("response_mask", _BITS), *_COMMON]),
+    2: pyarrow.schema(
+        [("chosen_ids", _INTS), ("chosen_mask", _BITS), ("rejected_ids", _INTS), ("rejected_mask", _BITS), *_COMMON]
+    ),
+    3: pyarrow.schema([("prompt_ids", _INTS), ("messages", _WORDS), *_COMMON]),
+}
+
+
+class ArrowWriter:
+    """Writes rows of one step to an Arrow stream file, a batch at a time."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.schema = SCHEMAS[step]
+        self.file = pyarrow.OSFile(str(path), "wb")
+        self.stream = pyarrow.ipc.new_stream(self.file, self.schema)
+        self.rows: list[dict[str, Any]] = []
+
+    def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Add rows; they need not be on disk before `close`."""
+        self.rows.extend(rows)  # type: ignore[arg-type]
+        while len(self.rows) >= _BATCH:
+            self._flush(_BATCH)
+
+    def _flush(self, count: int) -> None:
+        batch, self.rows = self.rows[:count], self.rows[count:]
+        self.stream.write_batch(pyarrow.RecordBatch.from_pylist(batch, schema=self.schema))
+
+    def close(self) -> None:
+        """Write what is left and close the file."""
+        if self.rows:
+            self._flush(len(self.rows))
+        self.stream.close()
+        self.file.close()

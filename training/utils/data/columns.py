@@ -1,0 +1,112 @@
+"""Which format a row has: from its columns, renamed by ``--column_map``, or from its source's name."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from training.utils.data.adapters import ADAPTERS
+from training.utils.data.conversations import Example, Row
+from training.utils.data.formats import FORMATS, Format
+from training.utils.errors import UserError
+
+
+class UnknownFormat(UserError):
+    """No format has these columns; ``short`` says it without the ways to go on."""
+
+    def __init__(self, columns: Sequence[str]) -> None:
+        self.short = f"no known format has the columns {', '.join(map(str, columns)) or '(none)'}"
+        super().__init__(
+            f"{self.short}; three ways to go on: "
+            "name them with --column_map prompt=COLUMN response=COLUMN (or chosen=, rejected=); "
+            'write the rows as {"messages": [{"role": "user", "content": "..."}, ...]}; '
+            "or add a format to training/utils/data/formats.py (docs/data.md shows how)"
+        )
+
+
+class ColumnMap:
+    """``--column_map``: names of ours for columns of theirs; a column may be a path like question.full_text.
+
+    A name may be given twice for sources that differ: the first column that a row has counts.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[str, str]]) -> None:
+        self.pairs = list(pairs)
+        self._unseen = {column for _, column in self.pairs}
+
+    def apply(self, row: Row) -> dict[str, Any]:
+        """The mapped columns that the row has, under our names."""
+        found: dict[str, Any] = {}
+        for name, column in self.pairs:
+            value: Any = row
+            for part in [column] if column in row else column.split("."):
+                if not isinstance(value, Mapping) or part not in value:
+                    break
+                value = value[part]
+            else:
+                self._unseen.discard(column)
+                found.setdefault(name, value)
+        return found
+
+    def check_all_found(self) -> None:
+        """Raise a `UserError` if a column was in no row."""
+        if self._unseen:
+            raise UserError(f"--column_map: no row has the column {', '.join(sorted(self._unseen))}")
+
+
+# Columns that a format reads where they are there, beside those that its name lists
+_OPTIONAL = frozenset({"system", "history", "input", "context", "response", "label"})
+
+
+def parse_column_map(items: Sequence[str]) -> ColumnMap:
+    """``prompt=instruction`` means: our prompt is in the column instruction.
+
+    Raises:
+        UserError: an item without "=", or a name that no format has.
+    """
+    known = sorted(_OPTIONAL.union(*(format_.columns for format_ in FORMATS)))
+    pairs = []
+    for item in items:
+        name, separator, column = item.partition("=")
+        if not separator or not name or not column:
+            raise UserError(f"--column_map {item}: write NAME=COLUMN, for example prompt=instruction")
+        if name.lower() not in known:
+            near = difflib.get_close_matches(name.lower(), known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "use prompt, response, chosen, rejected, messages or text"
+            raise UserError(f"--column_map {item}: no format has a column {name}; {hint}")
+        pairs.append((name.lower(), column))
+    return ColumnMap(pairs)
+
+
+def _find(columns: frozenset[str]) -> Format | None:
+    return next((f for f in FORMATS if f.columns <= columns), None)
+
+
+def convert(row: Row, source: str = "", column_map: ColumnMap | None = None) -> tuple[str, list[Example]]:
+    """The format's name and the examples of one raw row.
+
+    Args:
+        row: the columns as they were read.
+        source: the source's name; its last part may choose a named adapter.
+        column_map: from `parse_column_map`.
+
+    Raises:
+        RowError: the row breaks the rules of its format.
+        Dropped: the row is sound but useless.
+        UnknownFormat: no format has these columns.
+    """
+    mapped = column_map.apply(row) if column_map is not None else {}
+    lower = {key.lower(): value for key, value in row.items()}
+    adapter = ADAPTERS.get(re.sub(r"\.(jsonl?|csv|parquet)(\.gz)?$", "", source.rstrip("/").split("/")[-1].lower()))
+    if adapter is not None and adapter[0] <= lower.keys() and not mapped:
+        return source.rstrip("/").split("/")[-1], adapter[1](lower)
+    format_ = _find(frozenset(mapped)) if mapped else None
+    if format_ is not None:
+        return format_.name, format_.convert({**lower, **mapped})
+    lower.update(mapped)
+    format_ = _find(frozenset(lower))
+    if format_ is None:
+        raise UnknownFormat(list(row))
+    return format_.name, format_.convert(lower)

@@ -1,0 +1,216 @@
+"""What a row can say, and the words that formats use to say it: conversations, turns, checked texts.
+
+A format (formats.py) or a named adapter (adapters.py) turns a raw row into examples with these functions. They refuse
+what breaks the rules of a conversation (`RowError`) and leave out what teaches nothing (`Dropped`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from training.utils.data.chat import Message, RowError, is_image
+
+Row = Mapping[str, Any]
+
+
+class Dropped(Exception):
+    """A sound row that nothing can be learned from (a tie, an empty response); it is counted and left out."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """What a row says.
+
+    Attributes:
+        prompt: the conversation up to the last user turn; empty for plain text.
+        response: the demonstration that follows it, turns from the first assistant turn on; may be empty.
+        chosen, rejected: the preferred and the other continuation; both or neither.
+        text: plain text for language modelling, instead of all the others.
+    """
+
+    prompt: list[Message] = field(default_factory=list)
+    response: list[Message] = field(default_factory=list)
+    chosen: list[Message] = field(default_factory=list)
+    rejected: list[Message] = field(default_factory=list)
+    text: str = ""
+
+
+Converter = Callable[[Row], list[Example]]
+
+_ROLES = {
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "bot", "model", "chatgpt", "bard", "bing"), "assistant"),
+    "system": "system",
+}
+
+
+_HALF = re.compile("[\ud800-\udfff]")  # a surrogate alone, which JSON can write and UTF-8 can not
+
+
+def has_half_character(text: str) -> bool:
+    """Whether a text holds a surrogate alone, which no UTF-8 file can hold."""
+    return bool(_HALF.search(text))
+
+
+def text_of(row: Row, name: str) -> str:
+    """A column as text; None is empty. WebGPT and mkqa wrap the text in a dict."""
+    return plain_text(row.get(name), f"column {name!r}")
+
+
+def plain_text(value: Any, where: str) -> str:
+    """A value as text; None and NaN are empty, ``where`` is what the error names."""
+    if value is None or (isinstance(value, float) and value != value):  # NaN is how tables write "nothing"
+        return ""
+    if isinstance(value, dict) and isinstance(value.get("full_text"), str):
+        value = value["full_text"]
+    if isinstance(value, list) and value and all(isinstance(part, dict) and "type" in part for part in value):
+        value = _text_parts(value, where)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str):
+        kind = "an image" if isinstance(value, dict) and "image_url" in value else f"a {type(value).__name__}"
+        raise RowError(f"{where} holds {kind} where text should be")
+    if not value.isascii() and (half := _HALF.search(value)):
+        raise RowError(f"{where} holds half a character, \\u{ord(half[0]):04x}, which is no text")
+    if is_image(value):
+        raise Dropped("an image's address where text should be")
+    return value
+
+
+def _text_parts(parts: Sequence[dict[str, Any]], where: str) -> str:
+    """The multi-part content of chat APIs, if every part is text."""
+    for part in parts:
+        if part["type"] != "text" or not isinstance(part.get("text"), str):
+            kind = "an image" if "image" in str(part["type"]) else f"a part of type {part['type']!r}"
+            raise RowError(f"{where} holds {kind} where text should be")
+    return "\n".join(part["text"] for part in parts)
+
+
+def _message(item: Any, where: str) -> Message:
+    if not isinstance(item, dict):
+        raise RowError(f"{where} is a {type(item).__name__}, it must have a role and a content")
+    role = item.get("role", item.get("from"))
+    if role is None:
+        raise RowError(f"{where} has no role")
+    if str(role).lower() not in _ROLES:
+        raise RowError(f"{where} has the role {role!r}; known are system, user (human) and assistant (gpt)")
+    if "content" not in item and "value" not in item:
+        raise RowError(f"{where} has no content")
+    return {
+        "role": _ROLES[str(role).lower()],
+        "content": plain_text(item.get("content", item.get("value")), f"the content of {where}"),
+    }
+
+
+def messages_of(value: Any, name: str) -> list[Message]:
+    """A column that holds a conversation: a list of messages, one message, or a text (a transcript or one turn)."""
+    if isinstance(value, str):
+        return parse_transcript(value) or [user_turn(value)]
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list):
+        raise RowError(f"column {name!r} is a {type(value).__name__}, it must be a list of messages")
+    return [_message(item, f"message {i + 1} of {name!r}") for i, item in enumerate(value)]
+
+
+def user_turn(text: str) -> Message:
+    """A message of the user."""
+    return {"role": "user", "content": text}
+
+
+def assistant_turn(text: str) -> list[Message]:
+    """An answer: the one message that follows a prompt."""
+    return [{"role": "assistant", "content": text}]
+
+
+def _check_turns(messages: Sequence[Message]) -> None:
+    """The rules of a conversation: system only first, then user and assistant in turn, no empty turn."""
+    turns = list(messages)
+    if turns and turns[0]["role"] == "system":
+        turns = turns[1:]
+    for number, message in enumerate(turns):
+        role = message["role"]
+        if role == "system":
+            raise RowError("a system turn stands after the first message")
+        if role != ("assistant" if number % 2 else "user"):
+            raise RowError(f"two {role} turns in a row" if number else f"the conversation starts with the {role}")
+        if not message["content"].strip():
+            if message["role"] == "assistant":
+                raise Dropped("empty response")
+            raise RowError("an empty user turn")
+
+
+def conversation(messages: list[Message], system: str = "") -> Example:
+    """Split a conversation into its prompt and its last answer."""
+    if system.strip() and not (messages and messages[0]["role"] == "system"):
+        messages = [{"role": "system", "content": system}, *messages]
+    if not any(message["role"] == "user" for message in messages):
+        raise RowError("the conversation has no user turn")
+    _check_turns(messages)
+    if messages[-1]["role"] == "assistant":
+        return Example(prompt=messages[:-1], response=messages[-1:])
+    return Example(prompt=messages)
+
+
+def answered(prompt: str | list[Message], response: str | list[Message], system: str = "") -> list[Example]:
+    """A prompt with its answer; a prompt that is a whole transcript is taken apart."""
+    messages = as_prompt(prompt)
+    answer = assistant_turn(response) if isinstance(response, str) else response
+    return [conversation([*messages, *answer], system)]
+
+
+def as_prompt(prompt: str | list[Message]) -> list[Message]:
+    """A prompt as messages; a text may be a transcript, whose open last turn is cut."""
+    if isinstance(prompt, str):
+        prompt = parse_transcript(prompt) or [user_turn(prompt)]
+    if prompt and prompt[-1]["role"] == "assistant" and not prompt[-1]["content"].strip():
+        prompt = prompt[:-1]  # "Assistant:" at the end of a transcript is its generation prompt
+    return prompt
+
+
+def preference(
+    prompt: list[Message], chosen: list[Message], rejected: list[Message], response: str = ""
+) -> list[Example]:
+    """A prompt with its two answers, checked, and a demonstration if there is one."""
+    for answer in (chosen, rejected):
+        if not answer or not answer[-1]["content"].strip():
+            raise Dropped("empty response")
+        if answer[-1]["role"] != "assistant":
+            raise RowError("chosen and rejected must end with an assistant turn")
+        _check_turns([*prompt, *answer])
+    demonstration = assistant_turn(response) if response.strip() else []
+    return [Example(prompt=prompt, response=demonstration, chosen=chosen, rejected=rejected)]
+
+
+_TURN = re.compile(r"(?:^|\n\n)\s*(Human|Assistant):")
+
+
+def parse_transcript(text: str) -> list[Message]:
+    r"""The turns of a "\n\nHuman: ... \n\nAssistant: ..." text, [] if it is none; an open last turn is empty."""
+    parts = _TURN.split(text)
+    if len(parts) < 3 or parts[0].strip() or parts[1] != "Human":
+        return []
+    messages = [
+        {"role": _ROLES[role.lower()], "content": content.strip()}
+        for role, content in zip(parts[1::2], parts[2::2], strict=True)
+    ]
+    for before, after in zip(messages, messages[1:], strict=False):
+        if before["role"] == after["role"]:  # hh-rlhf has a few; which text belongs to whom can not be told
+            raise Dropped(f"transcript with two {before['role']} turns in a row")
+    return messages
+
+
+def is_parts(value: Any) -> bool:
+    """Whether a value is the multi-part content of chat APIs, not a list of messages."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and "type" in value[0]
+
+
+def first_item(value: Any, key: str, name: str) -> str:
+    """The first of a list of texts, or of dicts that hold a text under ``key``; `Dropped` if there is none."""
+    if not isinstance(value, list) or not value:
+        raise Dropped(f"no {name}")
+    item = value[0]
+    return plain_text(item.get(key) if isinstance(item, dict) else item, f"column {name!r}")

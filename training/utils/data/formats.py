@@ -1,0 +1,254 @@
+"""Formats: a raw row of any known shape becomes conversations, and its columns decide which shape it is.
+
+To add a format, write a function from a row to examples with the words of conversations.py, give it a line in
+`FORMATS` (tried from the top; the first whose columns are all there counts) and a line in the table of docs/data.md,
+which is its test. Datasets whose columns mislead are in adapters.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from training.utils.data.chat import RowError
+from training.utils.data.conversations import (
+    Converter,
+    Dropped,
+    Example,
+    Row,
+    answered,
+    as_prompt,
+    assistant_turn,
+    conversation,
+    first_item,
+    is_parts,
+    messages_of,
+    parse_transcript,
+    plain_text,
+    preference,
+    text_of,
+    user_turn,
+)
+
+
+def prompt_chosen_rejected(row: Row) -> list[Example]:
+    """A prompt (a text, a transcript or messages) with a chosen and a rejected answer, and a demonstration if given."""
+    prompt = as_prompt(messages_of(row["prompt"], "prompt"))
+    transcript = isinstance(row["prompt"], str) and bool(parse_transcript(row["prompt"]))
+    answers = []
+    for name in ("chosen", "rejected"):
+        value = row[name]
+        if isinstance(value, (list, dict)) and not is_parts(value):
+            answer = messages_of(value, name)
+            # Some datasets repeat the prompt in both answers.
+            answers.append(answer[len(prompt) :] if answer[: len(prompt)] == prompt else answer)
+        else:
+            text = text_of(row, name)
+            answers.append(assistant_turn(text.strip() if transcript else text))
+    response = row.get("response")
+    demonstration = response.strip() if isinstance(response, str) else ""
+    return preference(prompt, answers[0], answers[1], demonstration)
+
+
+def _context_chosen_rejected(row: Row) -> list[Example]:
+    return prompt_chosen_rejected({**row, "prompt": row["context"]})
+
+
+def _conversations_pair(row: Row) -> list[Example]:
+    name = "conversations" if "conversations" in row else "messages"
+    return prompt_chosen_rejected({"prompt": row[name], "chosen": row["chosen"], "rejected": row["rejected"]})
+
+
+def _transcript_pair(row: Row) -> list[Example]:
+    """hh-rlhf: two transcripts; the common prefix ends at the last Assistant turn."""
+    if isinstance(row["chosen"], list):
+        chosen, rejected = messages_of(row["chosen"], "chosen"), messages_of(row["rejected"], "rejected")
+    else:
+        chosen, rejected = parse_transcript(text_of(row, "chosen")), parse_transcript(text_of(row, "rejected"))
+    if not chosen or not rejected:
+        raise RowError(r"chosen and rejected have neither a prompt nor '\n\nHuman:' and '\n\nAssistant:' turns")
+    if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
+        raise Dropped("transcript that does not end with the assistant")
+    if chosen[:-1] != rejected[:-1]:
+        raise Dropped("differing prefixes")
+    return preference(chosen[:-1], chosen[-1:], rejected[-1:])
+
+
+def _chat(row: Row) -> list[Example]:
+    name = "messages" if "messages" in row else "conversations"
+    if isinstance(row.get("label"), bool) and not row["label"]:
+        raise Dropped("marked as a bad answer")
+    system = text_of(row, "system")
+    return [conversation(messages_of(row[name], name), system)]
+
+
+def _shp(row: Row) -> list[Example]:
+    a, b = text_of(row, "human_ref_a"), text_of(row, "human_ref_b")
+    label = str(row["labels"]).strip()
+    if label not in ("0", "1"):
+        raise RowError(f"labels is {row['labels']!r}, it must be 1 (A is better) or 0")
+    chosen, rejected = (a, b) if label == "1" else (b, a)
+    return preference([user_turn(text_of(row, "history"))], assistant_turn(chosen), assistant_turn(rejected))
+
+
+def webgpt(row: Row) -> list[Example]:
+    """WebGPT's comparisons: the answer with the higher score is the chosen one, a tie teaches nothing."""
+    answers = [text_of(row, "answer_0"), text_of(row, "answer_1")]
+    try:
+        scores = [float(row["score_0"]), float(row["score_1"])]
+    except (TypeError, ValueError):
+        raise RowError(f"the scores must be numbers, they are {row['score_0']!r}, {row['score_1']!r}") from None
+    if scores[0] == scores[1]:
+        raise Dropped("tie")
+    if scores[0] < scores[1]:
+        answers.reverse()
+    return preference([user_turn(text_of(row, "question"))], assistant_turn(answers[0]), assistant_turn(answers[1]))
+
+
+def _summaries(row: Row) -> list[Example]:
+    """openai/summarize_from_feedback: a post or an article, two summaries, and which one was chosen."""
+    info, texts = row["info"], [plain_text(s.get("text"), "a summary") for s in row["summaries"]]
+    if row["choice"] not in (0, 1) or len(texts) != 2:
+        raise RowError(f"choice is {row['choice']!r} of {len(texts)} summaries, it must be 0 or 1 of two")
+    post = plain_text(info.get("post") or info.get("article"), "column 'info'")
+    chosen, rejected = texts[row["choice"]], texts[1 - row["choice"]]
+    prompt = [user_turn(f"{post}\n\nTL;DR:")]
+    return preference(prompt, assistant_turn(chosen.strip()), assistant_turn(rejected.strip()))
+
+
+def _stack_exchange(row: Row) -> list[Example]:
+    return preference(
+        [user_turn(text_of(row, "question"))],
+        assistant_turn(text_of(row, "response_j")),
+        assistant_turn(text_of(row, "response_k")),
+    )
+
+
+def _marked_solutions(row: Row) -> list[Example]:
+    """Grade-school maths with solutions marked right or wrong: each right one is paired with a wrong one."""
+    marked = [value for value in row.values() if isinstance(value, dict) and {"is_correct", "solution"} <= value.keys()]
+    right = [plain_text(m["solution"], "a solution") for m in marked if m["is_correct"]]
+    wrong = [plain_text(m["solution"], "a solution") for m in marked if not m["is_correct"]]
+    prompt, truth = [user_turn(text_of(row, "question"))], assistant_turn(text_of(row, "ground_truth"))
+    pairs = [
+        Example(prompt, truth, assistant_turn(good), assistant_turn(bad))
+        for good, bad in zip(right, wrong, strict=False)
+        if good.strip() and bad.strip()
+    ]
+    return pairs or [conversation([*prompt, *truth])]
+
+
+def _alpaca(row: Row) -> list[Example]:
+    """instruction with an optional input (dolly: context) and history; output, response or answer."""
+    instruction = text_of(row, "instruction")
+    extra = text_of(row, "input" if "input" in row else "context")
+    user = f"{instruction}\n\n{extra}" if extra.strip() and instruction.strip() else instruction or extra
+    history = []
+    for question, answer in row.get("history") or []:
+        history += [user_turn(plain_text(question, "history")), *assistant_turn(plain_text(answer, "history"))]
+    answer = next(name for name in ("output", "response", "answer") if name in row)
+    if history:
+        return answered([*history, user_turn(user)], text_of(row, answer), text_of(row, "system"))
+    return answered(user, text_of(row, answer), text_of(row, "system"))
+
+
+def _pair_of(prompt: str, response: str) -> Converter:
+    """Two columns, one answering the other; each may also be a list of messages."""
+
+    def convert(row: Row) -> list[Example]:
+        if isinstance(row.get("label"), bool) and response != "label" and not row["label"]:
+            raise Dropped("marked as a bad answer")
+        ask, answer = row[prompt], row[response]
+        asked = messages_of(ask, prompt) if isinstance(ask, list) and not is_parts(ask) else text_of(row, prompt)
+        listed = isinstance(answer, (list, dict)) and not is_parts(answer) and "full_text" not in answer
+        if listed:
+            return answered(asked, messages_of(answer, response))
+        text = text_of(row, response)
+        return answered(asked, text.strip() if isinstance(asked, str) and parse_transcript(asked) else text)
+
+    return convert
+
+
+def _prompt_label(row: Row) -> list[Example]:
+    return _pair_of("prompt", "label")(row)
+
+
+def _source_target(row: Row) -> list[Example]:
+    """Seed pre-training rows: an empty source makes the target plain text."""
+    if text_of(row, "source").strip():
+        return _pair_of("source", "target")(row)
+    return _text_alone({"text": row["target"]})
+
+
+def _text_alone(row: Row) -> list[Example]:
+    text = text_of(row, "text")
+    if not text.strip():
+        raise Dropped("empty text")
+    return [Example(text=text)]
+
+
+def _prompt_only(row: Row) -> list[Example]:
+    prompt = row["prompt"]
+    messages = messages_of(prompt, "prompt") if isinstance(prompt, list) else as_prompt(text_of(row, "prompt"))
+    return [conversation(as_prompt(messages))]
+
+
+def _passages(row: Row) -> list[Example]:
+    """miracl: the first passage that answers the query, against the first that does not."""
+    found = [first_item(row[name], "text", name) for name in ("positive_passages", "negative_passages")]
+    return preference([user_turn(text_of(row, "query"))], assistant_turn(found[0]), assistant_turn(found[1]))
+
+
+def _squad(row: Row) -> list[Example]:
+    """Reading comprehension (squad, mlqa): a passage, a question about it, answers."""
+    answers = row["answers"]
+    texts = answers.get("text") if isinstance(answers, dict) else answers
+    return answered(f"{text_of(row, 'context')}\n\n{text_of(row, 'question')}", first_item(texts, "text", "answers"))
+
+
+def _hc3(row: Row) -> list[Example]:
+    return answered(text_of(row, "question"), first_item(row["human_answers"], "text", "human_answers"))
+
+
+@dataclass(frozen=True)
+class Format:
+    """A shape of rows: its name, the (lower-case) columns it must have, and what becomes of a row."""
+
+    name: str
+    columns: frozenset[str]
+    convert: Converter
+
+
+def _format(name: str, convert: Converter) -> Format:
+    return Format(name, frozenset(name.lower().split("/")), convert)
+
+
+FORMATS = (
+    _format("context/chosen/rejected", _context_chosen_rejected),
+    _format("conversations/chosen/rejected", _conversations_pair),
+    _format("prompt/chosen/rejected", prompt_chosen_rejected),
+    _format("messages/chosen/rejected", _conversations_pair),
+    _format("chosen/rejected", _transcript_pair),
+    _format("history/human_ref_A/human_ref_B/labels", _shp),
+    _format("question/answer_0/answer_1/score_0/score_1", webgpt),
+    _format("question/response_j/response_k", _stack_exchange),
+    _format("query/positive_passages/negative_passages", _passages),
+    _format("info/summaries/choice", _summaries),
+    _format("messages", _chat),
+    _format("conversations", _chat),
+    _format("instruction/output", _alpaca),
+    _format("instruction/response", _alpaca),
+    _format("instruction/answer", _alpaca),
+    _format("prompt/completion", _pair_of("prompt", "completion")),
+    _format("prompt/response", _pair_of("prompt", "response")),
+    _format("prompt/label", _prompt_label),
+    _format("context/question/answers", _squad),
+    _format("question/human_answers/chatgpt_answers", _hc3),
+    _format("question/ground_truth", _marked_solutions),
+    _format("question/answer", _pair_of("question", "answer")),
+    _format("query/response", _pair_of("query", "response")),
+    _format("input/output", _pair_of("input", "output")),
+    _format("input/target", _pair_of("input", "target")),
+    _format("source/target", _source_target),
+    _format("prompt", _prompt_only),
+    _format("text", _text_alone),
+)

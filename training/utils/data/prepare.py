@@ -1,0 +1,265 @@
+"""From sources to the rows of one step: read, recognise, drop duplicates, split, hold out, tokenise, cache.
+
+Rows are read twice as a stream: the first pass (selection.py) checks every row and decides which rows go where, the
+second tokenises. What was made once is found in the cache by every rank, by the next run and after `preview`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from training.utils.arguments import DataArguments
+from training.utils.data import cache, tokenise
+from training.utils.data.chat import RowError, configure_chat_template, render_text
+from training.utils.data.conversations import Example, has_half_character
+from training.utils.data.report import DataReport
+from training.utils.data.selection import (
+    DUPLICATE,
+    HELD_OUT,
+    SKIP,
+    TRAIN,
+    Candidate,
+    Request,
+    Stream,
+    bad_row,
+    candidates,
+    decide,
+    make_request,
+    progress,
+)
+from training.utils.errors import UserError
+
+_BATCH = 512
+
+
+@dataclass(frozen=True)
+class StepData:
+    """The rows of one step; the columns are those of `cache.SCHEMAS`."""
+
+    train: datasets.Dataset
+    held_out: datasets.Dataset
+    report: DataReport
+
+
+def prepare_data(
+    step: int,
+    arguments: DataArguments,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    max_prompt_length: int | None = None,
+    seed: int,
+    sft_only_data_path: Sequence[str] = (),
+    train_on_prompts: bool = False,
+    run_dir: Path | None = None,
+) -> StepData:
+    """The rows of step 1, 2 or 3, tokenised once and memory-mapped.
+
+    Args:
+        step: 1 demonstrations, 2 preference pairs, 3 prompts.
+        arguments: the data flags. The tokenizer's chat template is set from them, in place.
+        tokenizer: makes the ids.
+        max_length: the most tokens of a row (steps 1 and 2).
+        max_prompt_length: the most tokens of a prompt in step 3; default ``max_length``.
+        seed: decides ``--data_split`` and which rows are held out.
+        sft_only_data_path: further sources for step 1 only, never divided.
+        train_on_prompts: step 1's mask is 1 everywhere.
+        run_dir: where ``--data_split`` records its row numbers.
+
+    Raises:
+        UserError: a source, a row (with file:line) or a flag is wrong, or no row is left.
+    """
+    configure_chat_template(tokenizer, arguments.chat_template, arguments.system_message)
+    length = (max_prompt_length or max_length) if step == 3 else max_length
+    request = make_request(step, arguments, sft_only_data_path, seed, length, train_on_prompts)
+    fingerprints = [stream.source.fingerprint() for stream in request.streams]
+    folder, ready = cache.cached(
+        cache.cache_root(arguments.data_output_path),
+        cache.key_of(_key(request, tokenizer, fingerprints)),
+        functools.partial(_build_unchanged, request, tokenizer, fingerprints),
+    )
+    report = DataReport.from_dict(json.loads((folder / "report.json").read_text(encoding="utf-8")))
+    report.from_cache = ready
+    if "bad row" in report.dropped and not request.skip_bad_rows:  # made by a run that was allowed to skip
+        raise UserError(f"{report.dropped['bad row'].places[0]} (--on_bad_row skip leaves such rows out)")
+    if run_dir is not None and request.shares:
+        _record_split(folder / "data_split.json", run_dir)
+    datasets.disable_progress_bars()
+    train, held_out = (datasets.Dataset.from_file(str(folder / f"{part}.arrow")) for part in ("train", "held_out"))
+    return StepData(train, held_out, report)
+
+
+def prepare_pretraining(
+    paths: Sequence[str], arguments: DataArguments, tokenizer: Any, *, max_length: int, seed: int
+) -> StepData:
+    """The pre-training mix of step 3: rows as step 1's, trained on every token; long texts are cut in several rows.
+
+    Args:
+        paths: sources of plain text or of conversations.
+        arguments: the data flags; those that divide or hold out rows do not apply here.
+        tokenizer, max_length, seed: as in `prepare_data`.
+    """
+    whole = dataclasses.replace(arguments, data_path=list(paths), eval_data_path=[], data_split="")
+    return prepare_data(1, whole, tokenizer, max_length=max_length, seed=seed, train_on_prompts=True)
+
+
+def _key(request: Request, tokenizer: Any, fingerprints: Sequence[str]) -> dict[str, Any]:
+    probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    return {
+        "code": cache.code_version(),
+        "tokenizer": cache.tokenizer_version(tokenizer),
+        "rendering": render_text(tokenizer, probe),  # some templates write today's date
+        "step": request.step,
+        "sources": [
+            (s.name, fingerprint, s.eval_split, s.use, s.divided)
+            for s, fingerprint in zip(request.streams, fingerprints, strict=True)
+        ],
+        "column_map": request.column_map.pairs,
+        "shares": request.shares,
+        "seed": request.seed,
+        "max_length": request.max_length,
+        "train_on_prompts": request.train_on_prompts,
+    }
+
+
+def _build_unchanged(request: Request, tokenizer: Any, fingerprints: Sequence[str], folder: Path) -> None:
+    """`_build`, and a clear error if a file was edited between its fingerprint and the last of the two passes."""
+    try:
+        _build(request, tokenizer, folder)
+    except Exception:
+        _check_unchanged(request, fingerprints)
+        raise
+    _check_unchanged(request, fingerprints)
+
+
+def _check_unchanged(request: Request, fingerprints: Sequence[str]) -> None:
+    for stream, before in zip(request.streams, fingerprints, strict=True):
+        if stream.source.fingerprint() != before:
+            raise UserError(f"{stream.source.name}: the file changed while it was read; run again when it is complete")
+
+
+def _build(request: Request, tokenizer: Any, folder: Path) -> None:
+    """Fill a cache folder: train.arrow, held_out.arrow, report.json, and data_split.json where rows are divided."""
+    report = DataReport(step=request.step)
+    recorded = decide(request, tokenizer, report)
+    if request.shares:
+        record = {"seed": request.seed, "shares": request.shares, "rows": recorded}
+        (folder / "data_split.json").write_text(json.dumps(record), encoding="utf-8")
+    writers = {
+        TRAIN: cache.ArrowWriter(folder / "train.arrow", request.step),
+        HELD_OUT: cache.ArrowWriter(folder / "held_out.arrow", request.step),
+    }
+    counts = {TRAIN: 0, HELD_OUT: 0}
+    bar = progress(sum(len(stream.decisions) for stream in request.streams), "tokenising")
+    for stream in request.streams:
+        for batch in _batches(stream, request, report):
+            for decision, rows in _tokenise(batch, stream, request, tokenizer, report):
+                writers[decision].write(rows)
+                counts[decision] += len(rows)
+                report.tokens += sum(row["length"] for row in rows)
+            bar.update(len(batch))
+    bar.close()
+    for writer in writers.values():
+        writer.close()
+    report.train_rows, report.held_out_rows = counts[TRAIN], counts[HELD_OUT]
+    if not report.train_rows:
+        read = sum(source.read for source in report.sources.values())
+        why = [f"{drop.count} {reason}" for reason, drop in report.dropped.items()]
+        others = sum(source.other_steps for source in report.sources.values())
+        why += [f"--data_split leaves {others} to the other steps"] if others else []
+        names = ", ".join(report.sources)
+        because = f"; {'; '.join(why)}" if why else ""
+        raise UserError(f"{names}: no row is left to train step {request.step} on: {read} rows read{because}")
+    (folder / "report.json").write_text(json.dumps(report.to_dict()), encoding="utf-8")
+
+
+def _batches(stream: Stream, request: Request, report: DataReport) -> Iterator[list[tuple[int, Candidate]]]:
+    batch: list[tuple[int, Candidate]] = []
+    for decision, candidate in zip(stream.decisions.tolist(), candidates(stream, request, None), strict=True):
+        if decision == DUPLICATE:
+            report.drop("exact duplicate", candidate.row.place)
+        elif decision != SKIP:
+            batch.append((decision, candidate))
+        if len(batch) == _BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _tokenise(
+    batch: list[tuple[int, Candidate]], stream: Stream, request: Request, tokenizer: Any, report: DataReport
+) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    examples = [candidate.example for _, candidate in batch]
+    results = _robustly(_tokeniser(request, tokenizer, report), examples)
+    for (decision, candidate), result in zip(batch, results, strict=True):
+        if isinstance(result, RowError):
+            bad_row(result, candidate.row.place, request, report)
+        elif isinstance(result, str):
+            report.drop(result, candidate.row.place)
+        else:
+            original = json.dumps(candidate.row.values, ensure_ascii=False, default=str)
+            if not original.isascii() and has_half_character(original):  # in a column that nothing reads
+                original = json.dumps(candidate.row.values, default=str)
+            if request.step == 2:
+                _compare_lengths(candidate.example, report)
+            yield decision, [{**row, "source": stream.source.name, "row": original} for row in result]
+
+
+def _compare_lengths(example: Example, report: DataReport) -> None:
+    chosen, rejected = (sum(len(turn["content"]) for turn in turns) for turns in (example.chosen, example.rejected))
+    report.unequal_pairs += chosen != rejected
+    report.longer_chosen += chosen > rejected
+
+
+Result = list[dict[str, Any]] | str
+Tokeniser = Callable[[Sequence[Example]], list[Result]]
+
+
+def _tokeniser(request: Request, tokenizer: Any, report: DataReport) -> Tokeniser:
+    def run(examples: Sequence[Example]) -> list[Result]:
+        if request.step == 1:
+            return tokenise.sft_rows(tokenizer, examples, request.max_length, report, request.train_on_prompts)
+        rows = tokenise.pair_rows if request.step == 2 else tokenise.prompt_rows
+        return rows(tokenizer, examples, request.max_length, report)
+
+    return run
+
+
+def _robustly(run: Tokeniser, examples: Sequence[Example]) -> list[Result | RowError]:
+    """All at once; one by one if the template refuses a conversation, to find out which."""
+    try:
+        return list(run(examples))
+    except RowError as error:
+        if len(examples) == 1:
+            return [error]
+        return [result for example in examples for result in _robustly(run, [example])]
+
+
+def _record_split(made: Path, run_dir: Path) -> None:
+    """Keep the row numbers of ``--data_split`` in the step's directory; the steps of one run must agree on them."""
+    text = made.read_text(encoding="utf-8")
+    for other in [run_dir / "data_split.json", *sorted(run_dir.parent.glob("step*/data_split.json"))]:
+        if other.is_file() and not _agree(json.loads(text), json.loads(other.read_text(encoding="utf-8"))):
+            raise UserError(
+                f"{other} divides the same data differently, so the steps of this run would share rows; "
+                "use the same --data_split, --seed and --column_map in all steps, or another --output_dir"
+            )
+    run_dir.mkdir(parents=True, exist_ok=True)
+    scratch = run_dir / f"data_split.json.{os.getpid()}"
+    scratch.write_text(text, encoding="utf-8")
+    os.replace(scratch, run_dir / "data_split.json")
+
+
+def _agree(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two records divide the sources that they share alike."""
+    return all(other["rows"].get(source, steps) == steps for source, steps in one["rows"].items())

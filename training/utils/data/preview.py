@@ -1,0 +1,199 @@
+"""See what the model will see: rows with the trained tokens marked, and what became of the others.
+
+    python -m training.utils.data.preview --data_path FILE --step 1
+    python -m training.utils.data.preview --data_path FILE --step 2 --html preview.html
+    python -m training.utils.data.preview --data_path FILE --step 2 --validate
+
+It runs the same preparation as training, so what it tokenises, training finds in the cache.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from training.utils import arguments
+from training.utils.arguments import DataArguments, flag
+from training.utils.data.batches import epoch_batches, padding_share
+from training.utils.data.prepare import StepData, prepare_data
+from training.utils.data.preview_page import Piece, page
+from training.utils.data.report import DataReport
+from training.utils.errors import UserError, run_program
+
+_PERCENTILES = (5, 25, 50, 75, 95, 99, 100)
+_COLOURS = {"trained": "\x1b[32m", "untrained": "\x1b[2m", "special": "\x1b[1;35m"}
+_OFF = "\x1b[0m"
+
+
+@dataclass
+class PreviewArguments:
+    """Preview"""
+
+    step: int = flag(1, "the step that the rows are for", choices=(1, 2, 3))
+    model_name_or_path: str = flag("embedded", "the model whose tokenizer is used")
+    max_seq_len: int = flag(512, "longest prompt plus response in tokens (steps 1 and 2)", minimum=8)
+    max_prompt_seq_len: int = flag(256, "longest prompt in tokens (step 3)", minimum=4)
+    sft_only_data_path: list[str] = flag([], "sources used by step 1 alone, whole")
+    train_on_prompts: bool = flag(False, "step 1 trains on prompt tokens too")
+    per_device_train_batch_size: int = flag(8, "the batch size that the padding is told for", minimum=1)
+    seed: int = flag(1234, "decides which rows are held out", minimum=0)
+    rows: int = flag(5, "how many rows to show", minimum=0)
+    html: str = flag("", "write the same as a page to this file")
+    validate: bool = flag(False, "print problems only, and exit 1 if there are any")
+
+
+def pieces(tokenizer: Any, ids: Sequence[int], mask: Sequence[int]) -> list[Piece]:
+    """A row's tokens as text, put together as long as their kind stays the same."""
+    special = set(tokenizer.all_special_ids)
+    kinds = [(bool(m), i in special) for i, m in zip(ids, mask, strict=True)]
+    found = []
+    for (trained, is_special), group in itertools.groupby(zip(kinds, ids, strict=True), key=lambda pair: pair[0]):
+        text = tokenizer.decode([i for _, i in group], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        found.append(Piece(text, trained, is_special))
+    return found
+
+
+def shown_rows(data: StepData, tokenizer: Any, step: int, count: int) -> Iterator[tuple[str, list[Piece]]]:
+    """(title, pieces) of ``count`` rows spread over the training rows; a pair gives two."""
+    total = len(data.train)
+    for n in range(min(count, total)):
+        number = n * total // min(count, total)
+        row = data.train[number]
+        title = f"row {number + 1} of {total}, {row['source']}, {row['length']} tokens"
+        if step == 1:
+            yield title, pieces(tokenizer, row["input_ids"], row["response_mask"])
+        elif step == 2:
+            for name in ("chosen", "rejected"):
+                yield f"{title}, {name}", pieces(tokenizer, row[f"{name}_ids"], row[f"{name}_mask"])
+        else:
+            yield title, pieces(tokenizer, row["prompt_ids"], [0] * len(row["prompt_ids"]))
+
+
+def coloured(parts: Sequence[Piece], colour: bool) -> str:
+    """One row for the terminal; without colours the trained tokens stand between [[ and ]]."""
+    out = []
+    for part in parts:
+        text = part.text.replace("\n", "\\n\n") if part.special else part.text
+        if colour:
+            kind = _COLOURS["trained" if part.trained else "untrained"]
+            out.append(f"{_COLOURS['special'] if part.special else ''}{kind}{text}{_OFF}")
+        else:
+            out.append(f"[[{text}]]" if part.trained else text)
+    return "".join(out).replace("]][[", "")
+
+
+def counts(data: StepData, batch_size: int, seed: int) -> list[tuple[str, str]]:
+    """(what, how many) of everything that the preview tells."""
+    report = data.report
+    lines: list[tuple[str, str]] = []
+    for name, source in report.sources.items():
+        lines.append((f"rows read from {name}", str(source.read)))
+        lines += [(f"  as {shape}", str(count)) for shape, count in source.formats.items()]
+        if source.other_steps:
+            lines.append(("  for the other steps", str(source.other_steps)))
+    lines += [("rows to train on", str(report.train_rows)), ("rows held out", str(report.held_out_rows))]
+    for reason, entry in report.dropped.items():
+        lines.append((f"dropped: {reason}", f"{entry.count} ({entry.where()})"))
+    for reason in ("exact duplicate", *(("identical pair",) if report.step == 2 else ())):
+        if reason not in report.dropped:
+            lines.append((f"dropped: {reason}", "0"))
+    rows = report.train_rows + report.held_out_rows
+    how = f"{report.turns_dropped} lost their oldest turns, {report.left_cut} their left side"
+    lines.append(("truncated", f"{report.truncated} of {rows} ({report.truncated / max(1, rows):.1%}): {how}"))
+    lines.append(("held-out rows whose prompt is trained on", str(report.shared_prompts)))
+    if report.step == 2:
+        share = report.longer_chosen / max(1, report.unequal_pairs)
+        lines.append(("pairs whose longer answer is the chosen one", f"{share:.1%} of {report.unequal_pairs}"))
+    lengths = data.train["length"][:]
+    values = np.percentile(lengths, _PERCENTILES)
+    told = ", ".join(
+        f"p{p} {v:.0f}" if p < 100 else f"longest {v:.0f}" for p, v in zip(_PERCENTILES, values, strict=True)
+    )
+    lines.append(("length in tokens", told))
+    shares = []
+    for grouped in (True, False):
+        batches = epoch_batches(lengths, batch_size, seed, 0, group_by_length=grouped)
+        shares.append(padding_share(lengths, batches, batch_size))
+    lines.append(
+        (f"padding in batches of {batch_size}", f"{shares[0]:.1%} grouped by length, {shares[1]:.1%} in random order")
+    )
+    return lines
+
+
+def problems(report: DataReport) -> list[str]:
+    """What ``--validate`` prints: rows that are left out, and prompts that are trained on and held out."""
+    found = []
+    for reason, entry in report.dropped.items():
+        if reason == "bad row":
+            found += entry.places
+            if entry.count > len(entry.places):
+                found.append(f"and {entry.count - len(entry.places)} more bad rows")
+        else:
+            found.append(f"{entry.count} x {reason}: {entry.where()}")
+    if report.shared_prompts:
+        found.append(f"{report.shared_prompts} held-out rows have a prompt that is also trained on")
+    return found
+
+
+def _prepare(preview: PreviewArguments, data: DataArguments, tokenizer: Any) -> StepData:
+    return prepare_data(
+        preview.step,
+        data,
+        tokenizer,
+        max_length=preview.max_seq_len,
+        max_prompt_length=preview.max_prompt_seq_len,
+        seed=preview.seed,
+        sft_only_data_path=preview.sft_only_data_path,
+        train_on_prompts=preview.train_on_prompts,
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the program; returns its exit code."""
+    preview, data = arguments.parse(
+        [PreviewArguments, DataArguments],
+        argv,
+        prog="python -m training.utils.data.preview",
+        description=(__doc__ or "").strip(),
+    )
+    from training.utils.models import load_tokenizer, resolve_model
+
+    if preview.validate:
+        data.on_bad_row = "skip"  # to tell of all of them, not of the first alone
+    try:
+        path = resolve_model(preview.model_name_or_path)
+        tokenizer = load_tokenizer(path, chat_template=data.chat_template, system_message=data.system_message)
+        prepared = _prepare(preview, data, tokenizer)
+    except UserError as error:
+        if not preview.validate:
+            raise
+        print(" ".join(str(error).split()))
+        return 1
+    if preview.validate:
+        found = problems(prepared.report)
+        print("\n".join(found), end="\n" if found else "")
+        return 1 if found else 0
+    rows = list(shown_rows(prepared, tokenizer, preview.step, preview.rows))
+    table = counts(prepared, preview.per_device_train_batch_size, preview.seed)
+    colour = "NO_COLOR" not in os.environ and (sys.stdout.isatty() or "FORCE_COLOR" in os.environ)
+    for title, parts in rows:
+        print(f"--- {title}\n{coloured(parts, colour)}\n")
+    width = max(len(what) for what, _ in table)
+    print("\n".join(f"{what:<{width}}  {how}" for what, how in table))
+    if preview.html:
+        try:
+            Path(preview.html).write_text(page(preview.step, rows, table, prepared.train["length"][:]), "utf-8")
+        except OSError as error:
+            raise UserError(f"--html {preview.html}: {error.strerror}") from None
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

@@ -1,0 +1,105 @@
+"""What became of the rows: counts that the log, `preview` and the tests read."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+_SHOWN = 5
+
+
+@dataclass
+class SourceReport:
+    """Counts of one source: rows read, rows by format, rows that its data split gives to other steps."""
+
+    read: int = 0
+    formats: dict[str, int] = field(default_factory=dict)
+    other_steps: int = 0
+
+
+@dataclass
+class Drop:
+    """How many rows were left out for one reason, and where the first of them stand."""
+
+    count: int = 0
+    places: list[str] = field(default_factory=list)
+
+    def where(self, most: int = _SHOWN) -> str:
+        """The first places in short: ``a.jsonl:3, 7, b.jsonl:2, ...``."""
+        told, before = [], ""
+        for place in self.places[:most]:
+            name, _, line = place.rpartition(":")
+            told.append(line if name and name == before and line.isdigit() else place)
+            before = name
+        return ", ".join([*told, *(["..."] if self.count > len(told) else [])])
+
+
+@dataclass
+class DataReport:
+    """Counts of one prepared step.
+
+    Attributes:
+        sources: by source name (an eval split of its own counts as "NAME (eval)").
+        dropped: by reason.
+        truncated: rows that were shortened to fit, in one way or the other.
+        turns_dropped: rows that lost whole oldest turns to fit.
+        left_cut: rows whose prompt lost its left side to fit.
+        shared_prompts: held-out rows whose prompt is also trained on.
+        longer_chosen: pairs whose chosen answer has more characters, of ``unequal_pairs``.
+        from_cache: whether the tokens were found ready.
+    """
+
+    step: int
+    sources: dict[str, SourceReport] = field(default_factory=dict)
+    dropped: dict[str, Drop] = field(default_factory=dict)
+    train_rows: int = 0
+    held_out_rows: int = 0
+    tokens: int = 0
+    truncated: int = 0
+    turns_dropped: int = 0
+    left_cut: int = 0
+    shared_prompts: int = 0
+    longer_chosen: int = 0
+    unequal_pairs: int = 0
+    from_cache: bool = False
+
+    def drop(self, reason: str, place: str) -> None:
+        """Count one row that is left out."""
+        entry = self.dropped.setdefault(reason, Drop())
+        entry.count += 1
+        if len(entry.places) < _SHOWN:
+            entry.places.append(place)
+
+    def lines(self) -> list[str]:
+        """A few lines of text for the log."""
+        lines = []
+        for name, source in self.sources.items():
+            shapes = ", ".join(f"{count} as {shape}" for shape, count in source.formats.items()) or "none"
+            other = f", {source.other_steps} belong to the other steps" if source.other_steps else ""
+            lines.append(f"{name}: {source.read} rows read: {shapes}{other}")
+        for reason, entry in self.dropped.items():
+            lines.append(f"dropped {entry.count}: {reason} ({entry.where(2)})")
+        if self.truncated:
+            how = f"{self.turns_dropped} lost their oldest turns, {self.left_cut} their left side"
+            lines.append(f"truncated {self.truncated}: {how}")
+        if self.shared_prompts:
+            lines.append(f"{self.shared_prompts} held-out rows have a prompt that is also trained on")
+        counts = f"{self.train_rows} rows to train on, {self.held_out_rows} held out, {self.tokens} tokens"
+        lines.append(f"step {self.step}: {counts}{' from the cache' if self.from_cache else ''}")
+        return lines
+
+    def text(self) -> str:
+        """`lines` as one text."""
+        return "\n".join(self.lines())
+
+    def to_dict(self) -> dict:
+        """For JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> DataReport:
+        """The opposite of `to_dict`."""
+        values = dict(values)
+        values["sources"] = {name: SourceReport(**source) for name, source in values["sources"].items()}
+        values["dropped"] = {reason: Drop(**entry) for reason, entry in values["dropped"].items()}
+        return cls(**values)

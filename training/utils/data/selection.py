@@ -1,0 +1,321 @@
+"""Which rows a step trains on and which it holds out, decided in one pass over all sources.
+
+Only a few bytes of each row are kept, so a million rows fit in memory. Everything follows from the rows, the flags and
+a seeded hash of each prompt, so every rank and every machine decides alike without talking.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from training.utils.arguments import DataArguments
+from training.utils.data.chat import RowError, special_texts
+from training.utils.data.columns import ColumnMap, UnknownFormat, convert, parse_column_map
+from training.utils.data.conversations import Dropped, Example
+from training.utils.data.report import DataReport, SourceReport
+from training.utils.data.sources import RawRow, Source, resolve
+from training.utils.errors import UserError
+
+HELD_OUT_SHARE = 0.1
+SKIP, TRAIN, HELD_OUT, DUPLICATE = 0, 1, 2, 3
+
+
+@dataclass
+class Stream:
+    """One split of one source, and what its rows are for.
+
+    Attributes:
+        eval_split: read the source's own eval split.
+        use: "train", "held_out", or "both" where a share of the rows is held out.
+        divided: ``--data_split`` applies.
+        decisions: SKIP, TRAIN, HELD_OUT or DUPLICATE for every example, once `decide` has run.
+    """
+
+    source: Source
+    eval_split: bool
+    use: str
+    divided: bool = False
+    decisions: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))
+
+    @property
+    def name(self) -> str:
+        """The source's name for reports."""
+        return f"{self.source.name} (eval)" if self.use == "held_out" else self.source.name
+
+
+@dataclass
+class Request:
+    """What decides the rows, resolved and checked; ``max_length`` is the step's own (step 3: of a prompt)."""
+
+    step: int
+    streams: list[Stream]
+    column_map: ColumnMap
+    shares: list[float]
+    skip_bad_rows: bool
+    seed: int
+    max_length: int
+    train_on_prompts: bool
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One example with its place in the stream."""
+
+    row_number: int
+    row: RawRow
+    example: Example
+
+
+def make_request(
+    step: int,
+    arguments: DataArguments,
+    sft_only_data_path: Sequence[str],
+    seed: int,
+    max_length: int,
+    train_on_prompts: bool,
+) -> Request:
+    """Resolve the sources and check the flags.
+
+    Raises:
+        UserError: a source does not exist or a flag's value is wrong.
+    """
+    return Request(
+        step=step,
+        streams=_streams(step, arguments, sft_only_data_path),
+        column_map=parse_column_map(arguments.column_map),
+        shares=_shares(arguments.data_split),
+        skip_bad_rows=arguments.on_bad_row == "skip",
+        seed=seed,
+        max_length=max_length,
+        train_on_prompts=train_on_prompts and step == 1,
+    )
+
+
+def _streams(step: int, arguments: DataArguments, sft_only: Sequence[str]) -> list[Stream]:
+    found = []
+    paths = [(path, True) for path in arguments.data_path]
+    paths += [(path, False) for path in (sft_only if step == 1 else ())]
+    for path, divided in paths:
+        source = resolve(path, step)
+        if arguments.eval_data_path:
+            found.append(Stream(source, False, "train", divided))
+        elif source.has_held_out:
+            found += [Stream(source, False, "train", divided), Stream(source, True, "held_out")]
+        else:
+            found.append(Stream(source, False, "both", divided))
+    for path in arguments.eval_data_path:
+        source = resolve(path, step)
+        found.append(Stream(source, source.has_held_out, "held_out"))
+    return found
+
+
+def _shares(data_split: str) -> list[float]:
+    if not data_split:
+        return []
+    try:
+        shares = [float(part) for part in data_split.split(",")]
+    except ValueError:
+        shares = []
+    if len(shares) != 3 or not all(0 <= share < float("inf") for share in shares) or sum(shares) == 0:
+        raise UserError(f"--data_split {data_split}: give three shares for the steps 1,2,3, for example 2,4,4")
+    return [share / sum(shares) for share in shares]
+
+
+# --- rows to examples --------------------------------------------------------------------------------------------
+
+
+def candidates(stream: Stream, request: Request, report: DataReport | None) -> Iterator[Candidate]:
+    """The examples of every row of a stream; what is wrong is raised, or counted in ``report``."""
+    counts = SourceReport() if report is None else report.sources.setdefault(stream.name, SourceReport())
+    recognised = False
+    for number, row in enumerate(stream.source.rows(stream.eval_split)):
+        counts.read += 1
+        try:
+            if isinstance(row.values, RowError):
+                raise row.values
+            name, examples = convert(row.values, stream.source.name, request.column_map)
+        except Dropped as dropped:
+            recognised = True
+            if report is not None:
+                report.drop(str(dropped), row.place)
+            continue
+        except UnknownFormat as error:
+            if not recognised:  # the whole source, most likely: skipping every row would hide it
+                raise UserError(f"{row.place}: {error}") from None
+            bad_row(RowError(error.short), row.place, request, report)
+            continue
+        except RowError as error:
+            bad_row(error, row.place, request, report)
+            continue
+        recognised = True
+        counts.formats[name] = counts.formats.get(name, 0) + 1
+        for example in examples:
+            yield Candidate(number, row, example)
+
+
+def bad_row(error: RowError, place: str, request: Request, report: DataReport | None) -> None:
+    """Raise the error with its place, or count it under ``--on_bad_row skip``."""
+    if not request.skip_bad_rows:
+        raise UserError(f"{place}: {error} (--on_bad_row skip leaves such rows out)")
+    if report is not None:
+        report.drop("bad row", f"{place}: {error}")
+
+
+def _check_use(example: Example, step: int) -> None:
+    """Raise `Dropped` if the step can not use the example."""
+    if step == 1 and not (example.text or example.response or example.chosen):
+        raise Dropped("no response to learn from")
+    if step == 2 and not example.chosen:
+        raise Dropped("no chosen and rejected answer")
+    if step == 2 and example.chosen == example.rejected:
+        raise Dropped("identical pair")
+    if step == 3 and not example.prompt:
+        raise Dropped("plain text, no prompt")
+
+
+def _check_no_special_token(example: Example, forbidden: re.Pattern[str] | None) -> None:
+    """A text must not be able to end its own turn or to write another speaker's."""
+    turns = [*example.prompt, *example.response, *example.chosen, *example.rejected]
+    for text in (example.text, *(turn["content"] for turn in turns)):
+        if forbidden is not None and (found := forbidden.search(text)):
+            raise RowError(f"the text contains {found[0]!r}, which is a special token of the tokenizer")
+
+
+# --- which rows go where -----------------------------------------------------------------------------------------
+
+
+def _hash(value: Any, salt: str = "") -> int:
+    data = json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8, key=salt.encode()).digest(), "little")
+
+
+def _identity(example: Example, step: int) -> Any:
+    """What makes two examples the same row in this step."""
+    if step == 1:
+        return [example.text, example.prompt, example.response or example.chosen]
+    return [example.prompt, example.chosen, example.rejected] if step == 2 else example.prompt
+
+
+@dataclass(frozen=True)
+class _Scan:
+    """What is kept of every example of a stream, as arrays of one length."""
+
+    rows: np.ndarray  # the row's number
+    groups: np.ndarray  # a seeded hash of the prompt: rows of one prompt stay together
+    usable: np.ndarray
+    identities: np.ndarray
+
+
+def _scan(stream: Stream, request: Request, forbidden: re.Pattern[str] | None, report: DataReport) -> _Scan:
+    rows, groups, usable, identities = array("Q"), array("Q"), array("B"), array("Q")
+    first_of_row = 0
+    bar = progress(None, f"reading {stream.name}")
+    for candidate in candidates(stream, request, report):
+        bar.update()
+        example = candidate.example
+        if not rows or rows[-1] != candidate.row_number:
+            first_of_row = len(rows)
+        rows.append(candidate.row_number)
+        groups.append(_hash(example.text or example.prompt, str(request.seed)))
+        identities.append(_hash(_identity(example, request.step)))
+        usable.append(0)
+        if identities[-1] in identities[first_of_row:-1]:
+            continue  # several pairs of one row are one prompt and one demonstration
+        try:
+            _check_use(example, request.step)
+            _check_no_special_token(example, forbidden)
+            usable[-1] = 1
+        except Dropped as dropped:
+            report.drop(str(dropped), candidate.row.place)
+        except RowError as error:
+            bad_row(error, candidate.row.place, request, report)
+    bar.close()
+    return _Scan(
+        np.array(rows, np.uint64),
+        np.array(groups, np.uint64),
+        np.array(usable, np.uint8).astype(bool),
+        np.array(identities, np.uint64),
+    )
+
+
+def _step_of_rows(groups: np.ndarray, shares: Sequence[float]) -> np.ndarray:
+    """The step (1, 2, 3) of every example: prompts in the order of their hash, cut at the shares of the rows."""
+    order = np.argsort(groups, kind="stable")
+    # A prompt belongs where its first row falls, so that its rows are never divided.
+    _, first, inverse = np.unique(groups[order], return_index=True, return_inverse=True)
+    position = first[inverse] / max(1, len(order))
+    steps = np.empty(len(order), np.uint8)
+    steps[order] = 1 + np.searchsorted(np.cumsum(shares)[:2], position, side="right")
+    return steps
+
+
+def _hold_out(groups: np.ndarray) -> np.ndarray:
+    """Which of these examples are held out: about a tenth, whole prompts, at least one prompt of two."""
+    ordered = np.sort(groups)[::-1]
+    if not len(ordered) or ordered[0] == ordered[-1]:
+        return np.zeros(len(groups), bool)
+    wanted = max(1, round(len(groups) * HELD_OUT_SHARE))
+    held = groups >= ordered[wanted - 1]
+    return groups == ordered[0] if held.all() else held
+
+
+def _duplicates(identities: np.ndarray, chosen: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which chosen examples were seen before, and ``seen`` grown by the others; 8 bytes for each of them."""
+    rows = np.flatnonzero(chosen)
+    values, first = np.unique(identities[rows], return_index=True)
+    again = chosen.copy()
+    again[rows[first[~np.isin(values, seen)]]] = False
+    return again, np.union1d(seen, values)
+
+
+def decide(request: Request, tokenizer: Any, report: DataReport) -> dict[str, dict[str, list[int]]]:
+    """Fill every stream's ``decisions``, and count in ``report`` what is left out.
+
+    Returns:
+        The row numbers (from 0) that ``--data_split`` gives to each step, by source; empty without it.
+
+    Raises:
+        UserError: a row is wrong (with file:line), or a mapped column is nowhere.
+    """
+    texts = special_texts(tokenizer)
+    forbidden = re.compile("|".join(map(re.escape, texts))) if texts else None
+    recorded: dict[str, dict[str, list[int]]] = {}
+    seen = {"train": np.zeros(0, np.uint64), "held_out": np.zeros(0, np.uint64)}
+    groups: dict[int, list[np.ndarray]] = {TRAIN: [], HELD_OUT: []}
+    for stream in request.streams:
+        scan = _scan(stream, request, forbidden, report)
+        chosen = scan.usable
+        if stream.divided and request.shares:
+            steps = _step_of_rows(scan.groups, request.shares)
+            recorded[stream.name] = {f"step{s}": np.unique(scan.rows[steps == s]).tolist() for s in (1, 2, 3)}
+            report.sources[stream.name].other_steps = len(np.unique(scan.rows[steps != request.step]))
+            chosen = chosen & (steps == request.step)
+        use = "held_out" if stream.use == "held_out" else "train"
+        again, seen[use] = _duplicates(scan.identities, chosen, seen[use])
+        kept = chosen & ~again
+        stream.decisions = np.where(kept, HELD_OUT if use == "held_out" else TRAIN, SKIP).astype(np.uint8)
+        stream.decisions[again] = DUPLICATE
+        if stream.use == "both":
+            rows = np.flatnonzero(kept)
+            stream.decisions[rows[_hold_out(scan.groups[rows])]] = HELD_OUT
+        for part in (TRAIN, HELD_OUT):
+            groups[part].append(scan.groups[stream.decisions == part])
+    report.shared_prompts = int(np.isin(np.concatenate(groups[HELD_OUT]), np.concatenate(groups[TRAIN])).sum())
+    request.column_map.check_all_found()
+    return recorded
+
+
+def progress(total: int | None, what: str) -> tqdm:
+    """A bar for what takes longer than three seconds, on rank 0 only."""
+    quiet = os.environ.get("RANK", "0") != "0"
+    return tqdm(total=total, desc=what, unit=" rows", disable=quiet, delay=3, mininterval=1)

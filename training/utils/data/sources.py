@@ -1,0 +1,191 @@
+"""Sources of rows: a local file or folder, a hub name, or a known name become raw rows with their place.
+
+Data is text, never code: only json, jsonl, csv, tsv, txt and parquet files (each also gzipped) are read, and of a hub
+dataset only such files; dataset scripts and pickles are refused.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import itertools
+import os
+import re
+import socket
+import urllib.parse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from training.utils.data.readers import EVAL_WORDS, TYPES, RawRow, file_type, read_file, type_of
+from training.utils.errors import UserError
+
+_DEMO = Path(__file__).resolve().parents[2] / "data" / "demo"
+_DEMO_FILES = {1: "sft.jsonl", 2: "preferences.jsonl", 3: "prompts.jsonl"}
+_HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
+# DeepSpeed-Chat's and alpaca-rlhf's names for files that the user brings
+_ELSEWHERE = {
+    "local/jsonfile": "give the folder of train.json and eval.json itself",
+    "multiturnalpaca": "give the path of the folder MultiTurnAlpaca with training_data.txt.train and .test",
+}
+_HUB_BUILDERS = ("arrow", "csv", "json", "parquet", "text")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where rows come from.
+
+    Attributes:
+        name: as the user wrote it, without the row limit.
+        train, held_out: data files; ``held_out`` is empty if the source has no eval split of its own.
+        limit: the most rows to take of each split, 0 for all.
+        hub: a hub dataset's splits (train, held out), instead of files.
+    """
+
+    name: str
+    train: tuple[Path, ...] = ()
+    held_out: tuple[Path, ...] = ()
+    limit: int = 0
+    hub: tuple[Any, Any] | None = None
+
+    def rows(self, held_out: bool = False) -> Iterator[RawRow]:
+        """The rows of one split, in order, up to the limit."""
+        rows = self._all_rows(held_out)
+        yield from itertools.islice(rows, self.limit) if self.limit else rows
+
+    def _all_rows(self, held_out: bool) -> Iterator[RawRow]:
+        if self.hub is not None:
+            split = self.hub[1 if held_out else 0]
+            for number, row in enumerate(split if split is not None else ()):
+                yield RawRow(row, f"{self.name}:{number + 1}")
+            return
+        for path in self.held_out if held_out else self.train:
+            yield from read_file(path)
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether the source has an eval split of its own."""
+        return bool(self.held_out) or (self.hub is not None and self.hub[1] is not None)
+
+    def fingerprint(self) -> str:
+        """A hash of the content of every file, so that an edited file is another source.
+
+        Raises:
+            UserError: a file can not be read.
+        """
+        digest = hashlib.sha256(f"{self.name} {self.limit}".encode())
+        files = [("train", path) for path in self.train] + [("held_out", path) for path in self.held_out]
+        if self.hub is not None:
+            for part, split in zip(("train", "held_out"), self.hub, strict=True):
+                files += [(part, Path(f["filename"])) for f in (split.cache_files if split is not None else ())]
+        for part, path in files:
+            try:
+                digest.update(f"{part} {path.name} {path.stat().st_size} ".encode())
+                with path.open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+            except OSError as error:
+                raise UserError(f"{path}: {error.strerror or error}") from None
+        return digest.hexdigest()
+
+
+def resolve(text: str, step: int) -> Source:
+    """Find what ``text`` names: ``demo``, a local file or folder, else a hub dataset; ``:N`` limits its rows.
+
+    Raises:
+        UserError: nothing of that name, no data file in the folder, an unknown file type, or a limit of 0.
+    """
+    name, limit = _split_limit(text)
+    if name == "demo":
+        return Source(name, (_DEMO / _DEMO_FILES[step],), (_DEMO / "held_out.jsonl",), limit)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _folder(name, path, limit)
+    if path.is_file():
+        file_type(path)
+        return Source(name, (path,), (), limit)
+    looks_local = name.startswith(("/", "./", "../", "~")) or any(s.lstrip(".") in TYPES for s in path.suffixes[-2:])
+    if looks_local or not _HUB_NAME.match(name):
+        near = _nearest(path)
+        raise UserError(f"--data_path {name}: no such file or folder" + (f"; did you mean {near}?" if near else ""))
+    return _hub(name, limit)
+
+
+def _split_limit(text: str) -> tuple[str, int]:
+    match = re.fullmatch(r"(.+):(\d+)", text)
+    if match is None or Path(text).expanduser().exists():
+        return text, 0
+    if int(match[2]) == 0:
+        raise UserError(f"--data_path {text}: a limit of 0 rows leaves nothing")
+    return match[1], int(match[2])
+
+
+def _nearest(path: Path) -> str:
+    names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, n=1)
+    return str(path.parent / near[0]) if near else ""
+
+
+def _folder(name: str, folder: Path, limit: int) -> Source:
+    files = sorted(p for p in folder.iterdir() if p.is_file() and type_of(p) and not p.name.startswith((".", "_")))
+    if not files:
+        for_people = ", ".join(TYPES)
+        raise UserError(f"--data_path {name}: the folder holds no data file ({for_people}, each also .gz)")
+    held_out = tuple(p for p in files if _is_eval(p))
+    train = tuple(p for p in files if not _is_eval(p))
+    if not train:
+        train, held_out = held_out, ()
+    return Source(name, train, held_out, limit)
+
+
+def _is_eval(path: Path) -> bool:
+    # test.jsonl, test-00000-of-00001.parquet, held_out.json, my_eval.csv, data.txt.test
+    words = re.split(r"[^a-z]+", path.name.lower())
+    return bool(EVAL_WORDS.intersection(words)) and "train" not in words
+
+
+def _hub(name: str, limit: int) -> Source:
+    import datasets
+
+    if name.lower() in _ELSEWHERE:
+        raise UserError(f"--data_path {name}: {_ELSEWHERE[name.lower()]}")
+    online = _hub_is_reachable()
+    try:
+        builder = datasets.load_dataset_builder(name)
+        kind = type(builder).__module__.split(".")
+        if kind[:2] != ["datasets", "packaged_modules"] or kind[2] not in _HUB_BUILDERS:
+            raise UserError(f"--data_path {name}: not plain data files; save it as json or parquet and give the path")
+        splits = datasets.load_dataset(name)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise UserError(
+            f"--data_path {name}: no file or folder here, and not loaded from the hub "
+            f"({reason if online else 'this machine does not reach it, and its cache has no such dataset'}); "
+            f"give the path of a file, or of a folder with the dataset's files"
+        ) from None
+    names = list(splits)
+    held_out = next((n for n in names if EVAL_WORDS.intersection(re.split(r"[^a-z]+", n.lower()))), None)
+    train = "train" if "train" in names else next((n for n in names if n != held_out), None)
+    if train is None:
+        train, held_out = held_out, None
+    return Source(name, limit=limit, hub=(splits[train], splits[held_out] if held_out else None))
+
+
+def _hub_is_reachable() -> bool:
+    """Whether the hub's name is known to this network; if not, the hub's libraries are told to use their cache only.
+
+    They would try for half a minute, with a warning for each try.
+    """
+    import datasets
+    import huggingface_hub.constants as hub
+
+    if hub.HF_HUB_OFFLINE:
+        return False
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True  # the proxy looks the name up
+    try:
+        socket.getaddrinfo(urllib.parse.urlsplit(hub.ENDPOINT).hostname, 443)
+    except OSError:
+        hub.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+        return False
+    return True
