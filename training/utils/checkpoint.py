@@ -1,0 +1,148 @@
+"""Export to Hugging Face folders: whole or not at all, and verified by loading them again."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
+
+from training.utils.distributed import barrier, is_main, say
+from training.utils.lora import is_lora, merged_state_dict
+from training.utils.models import TokenScorer
+
+
+def unwrap(engine: Any) -> Any:
+    """The transformers (or PEFT) model inside an engine and a `TokenScorer`."""
+    module = engine.module if hasattr(engine, "module") else engine
+    return module.classifier if isinstance(module, TokenScorer) else module
+
+
+@contextlib.contextmanager
+def gathered(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Inside, parameters that ZeRO-3 shards are whole on every rank; a collective, changes are not kept."""
+    sharded = [p for p in parameters if hasattr(p, "ds_id")]
+    if not sharded:
+        yield
+        return
+    with deepspeed.zero.GatheredParameters(sharded):
+        yield
+
+
+def full_state_dict(engine: Any) -> dict[str, torch.Tensor]:
+    """The weights of a role under plain transformers names, adapters merged in, on CPU.
+
+    A collective at ZeRO-3, where parameters are gathered one by one (with LoRA: all at once, as a layer and
+    its adapter are needed together). Only rank 0 keeps the result; the others get an empty dictionary.
+    """
+    model = unwrap(engine)
+    if is_lora(model):
+        with gathered(list(model.parameters())):
+            state = merged_state_dict(model) if is_main() else {}
+            return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+    state = {}
+    for name, parameter in model.named_parameters():
+        with gathered([parameter]):
+            if is_main():
+                state[name] = parameter.detach().cpu().clone()
+    if is_main():
+        names = set(model.state_dict().keys())
+        state |= {n: b.detach().cpu().clone() for n, b in model.named_buffers() if n in names}
+    return state
+
+
+def save_model(
+    engine: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    *,
+    stop_ids: Sequence[int],
+    config_updates: dict[str, Any] | None = None,
+    state: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write a role as a folder that plain transformers loads, then load it and compare every tensor.
+
+    Files are written beside ``directory`` and moved in when all are there; a collective.
+
+    Args:
+        engine: the role's engine (or bare model).
+        tokenizer: saved with its chat template.
+        directory: where the model goes; other files in it are left alone.
+        stop_ids: EOS and the template's turn end; saved in ``generation_config.json``.
+        config_updates: written into ``config.json``.
+        state: the weights to write instead of the engine's own (an average); names as in `full_state_dict`.
+
+    Raises:
+        RuntimeError: the saved model differs from the engine's.
+    """
+    say(f"saving {directory.name}, and comparing it with the engine ...")
+    model = unwrap(engine)
+    weights = full_state_dict(engine) if state is None else state
+    scratch = directory.parent / f".{directory.name}.saving"
+    if is_lora(model) and state is None:
+        with gathered(list(model.parameters())):
+            if is_main():
+                model.save_pretrained(scratch / "adapter")
+    if is_main():
+        _write(model, weights, tokenizer, scratch, stop_ids, config_updates or {})
+        _verify(scratch, weights)
+        move_into(scratch, directory)
+    barrier()
+
+
+def _write(
+    model: Any,
+    weights: dict[str, torch.Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    scratch: Path,
+    stop_ids: Sequence[int],
+    config_updates: dict[str, Any],
+) -> None:
+    base = model.get_base_model() if is_lora(model) else model
+    config = copy.deepcopy(base.config)
+    config.use_cache = True
+    config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    config.dtype = next(iter(weights.values())).dtype
+    for key, value in config_updates.items():
+        setattr(config, key, value)
+    with torch.device("meta"):  # the names of a plain model, whatever PEFT or ZeRO did to this one
+        plain = type(base)(config).to(config.dtype)  # save_pretrained writes the model's dtype into the config
+    if getattr(plain, "generation_config", None) is not None:
+        generation = copy.deepcopy(base.generation_config)
+        generation.eos_token_id, generation.pad_token_id = list(stop_ids), tokenizer.pad_token_id
+        plain.generation_config = generation
+    plain.save_pretrained(scratch, state_dict=dict(weights))  # it empties the dictionary it is given
+    tokenizer.save_pretrained(scratch)
+
+
+def _verify(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Load the folder with plain transformers and compare it with what was to be saved, bit for bit."""
+    dtype = next(iter(weights.values())).dtype
+    classifier = "score.weight" in weights
+    factory = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    loaded = factory.from_pretrained(folder, dtype=dtype).state_dict()
+    wrong = [name for name, tensor in weights.items() if name not in loaded or not torch.equal(loaded[name], tensor)]
+    if wrong:
+        raise RuntimeError(
+            f"{folder}: the saved model differs from the trained one in {len(wrong)} tensors: {wrong[:3]}"
+        )
+
+
+def move_into(scratch: Path, directory: Path) -> None:
+    """Move a finished folder's files; config.json goes last, as its presence says that a model is there."""
+    directory.mkdir(parents=True, exist_ok=True)
+    entries = sorted(scratch.iterdir(), key=lambda p: p.name == "config.json")
+    for entry in entries:
+        target = directory / entry.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        os.replace(entry, target)
+    scratch.rmdir()

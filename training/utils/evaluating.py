@@ -1,0 +1,151 @@
+"""What the steps' evaluate.py programs share: which model and rows, intervals, tables, evaluation.json."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.utils import arguments
+from training.utils.distributed import say
+from training.utils.errors import UserError
+from training.utils.manifest import read_manifest, write_json
+from training.utils.runs import is_finished, latest_output, shown
+
+EVALUATION_FILE = "evaluation.json"
+RESAMPLES = 2000  # of each bootstrap
+Z95 = 1.959964
+
+
+@dataclass
+class EvaluationArguments:
+    """Evaluation"""
+
+    path: str = arguments.flag("", "the step's output folder (default: the latest run's)")
+    max_prompts: int = arguments.flag(64, "answer at most this many held-out prompts, 0 for all", minimum=0)
+    per_device_eval_batch_size: int = arguments.flag(16, "rows that are done together", minimum=1)
+    dtype: str = arguments.flag("bf16", "precision of the models", choices=("bf16", "fp32"))
+
+
+def step_folder(path: str, step: str) -> Path:
+    """The finished output of a step: ``--path``, or the latest run's.
+
+    Raises:
+        UserError: it is not there, or the step has not finished.
+    """
+    folder = Path(path).absolute() if path else latest_output(step)
+    if not folder.is_dir():
+        raise UserError(f"--path {path}: no such folder")
+    if not is_finished(folder):
+        raise UserError(f"--path {path}: {step} has not finished there (no summary.json)")
+    return folder
+
+
+def recorded_arguments(
+    folder: Path, groups: Sequence[type], aliases: Mapping[str, str] | None = None
+) -> dict[type, Any]:
+    """The flags that a step was run with, from the manifest that train.py leaves beside it; defaults without one.
+
+    Args:
+        folder: the step's output.
+        groups, aliases: of the step's program.
+
+    Returns:
+        Group -> its flags.
+    """
+    argv = read_manifest(folder.parent / "manifest.json").get("steps", {}).get(folder.name, {}).get("arguments", [])
+    parsed = arguments.parse(groups, argv, prog=folder.name, description="", aliases=aliases)
+    return dict(zip(groups, parsed, strict=True))
+
+
+def data_arguments(given: arguments.DataArguments, recorded: arguments.DataArguments) -> arguments.DataArguments:
+    """The data flags given to the evaluation; without any, those that the step was run with."""
+    chosen = recorded if given == arguments.DataArguments() else given
+    say(f"held-out rows of: {' '.join(chosen.eval_data_path or chosen.data_path)}")
+    return chosen
+
+
+def write_evaluation(folder: Path, content: Mapping[str, Any]) -> Path:
+    """Write ``evaluation.json`` whole or not at all; one that is there is kept under the next free number."""
+    path = folder / EVALUATION_FILE
+    if path.exists():
+        number = 1
+        while (earlier := folder / f"evaluation-{number}.json").exists():
+            number += 1
+        path.rename(earlier)
+        say(f"the earlier {EVALUATION_FILE} is kept as {shown(earlier)}")
+    write_json(path, content)
+    say(f"written to {shown(path)}")
+    return path
+
+
+def mean(values: Sequence[float]) -> float:
+    """The arithmetic mean of at least one value."""
+    return sum(values) / len(values)
+
+
+def bootstrap_interval(values: Sequence[float], weights: Sequence[float] | None = None, *, seed: int) -> list[float]:
+    """95% percentile bootstrap interval of a mean over rows (Efron and Tibshirani 1993, chapter 13).
+
+    Args:
+        values: one for each row; with ``weights``, each row's sum.
+        weights: each row's count, for a mean over its parts, such as the tokens of a response.
+        seed: of the resamples.
+
+    Returns:
+        Lower and upper end.
+    """
+    value = torch.tensor(values, dtype=torch.float64)
+    weight = torch.ones_like(value) if weights is None else torch.tensor(weights, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.randint(len(value), (RESAMPLES, len(value)), generator=generator)
+    means = value[draws].sum(1) / weight[draws].sum(1).clamp(min=1e-12)
+    return torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+
+
+def wilson_interval(share: float, count: int) -> list[float]:
+    """95% interval of a share (Wilson 1927): unlike the bootstrap's it is not a point where every row is right."""
+    centre = share + Z95**2 / (2 * count)
+    half = Z95 * math.sqrt(share * (1 - share) / count + Z95**2 / (4 * count**2))
+    scale = 1 + Z95**2 / count
+    return [max((centre - half) / scale, 0.0), min((centre + half) / scale, 1.0)]
+
+
+def correlation(a: Sequence[float], b: Sequence[float]) -> float:
+    """Pearson's correlation; 0 where one of the two does not vary."""
+    x, y = (torch.tensor(values, dtype=torch.float64) for values in (a, b))
+    x, y = x - x.mean(), y - y.mean()
+    spread = (x.norm() * y.norm()).item()
+    return (x @ y).item() / spread if spread > 0 else 0.0
+
+
+def histogram(values: Sequence[float], bins: int = 20) -> dict[str, list[float]]:
+    """``edges`` (one more than bins, from the least to the greatest value) and ``counts``."""
+    low, high = min(values), max(values)
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+    counts, edges = torch.histogram(torch.tensor(values, dtype=torch.float64), bins=bins, range=(low, high))
+    return {"edges": edges.tolist(), "counts": counts.tolist()}
+
+
+def table(rows: Sequence[Sequence[Any]]) -> str:
+    """Rows of cells in columns, the first left-aligned; floats with three decimals, pairs of them as intervals."""
+    texts = [[cell_text(cell) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in texts) for i in range(len(texts[0]))]
+    return "\n".join(
+        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        for row in texts
+    )
+
+
+def cell_text(cell: Any) -> str:
+    """A cell of `table`."""
+    if isinstance(cell, float):
+        return f"{cell:.3f}"
+    if isinstance(cell, list):
+        return f"[{', '.join(cell_text(part) for part in cell)}]"
+    return "" if cell is None else str(cell)

