@@ -1,0 +1,150 @@
+"""What makes a run the same run: flags, inputs and versions, compared when a checkpoint is taken up."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.utils.distributed import world_size
+from training.utils.errors import UserError
+
+# Flags that change where and how a run is watched, and nothing in its result
+FREE = frozenset({
+    "output_dir", "report_to", "local_rank", "data_output_path", "save_every", "keep_last", "resume",
+    "distributed_timeout", "hang_timeout", "max_shard_size", "trust_remote_code", "plan",
+})  # fmt: skip
+# Flags under which the same mathematics is summed up in another order: a run goes on, not bit for bit
+ROUNDING = frozenset({
+    "zero_stage", "actor_zero_stage", "critic_zero_stage", "offload", "offload_reference_model", "offload_reward_model",
+    "gradient_checkpointing", "actor_gradient_checkpointing", "critic_gradient_checkpointing", "deepspeed_config",
+    "attn_implementation", "per_device_eval_batch_size",
+})  # fmt: skip
+# Compared by what they lead to: models and data by content, batches by the rows of an optimizer step
+BY_CONTENT = frozenset({
+    "model_name_or_path", "actor_model_name_or_path", "critic_model_name_or_path", "tokenizer_name_or_path",
+    "data_path", "eval_data_path",
+})  # fmt: skip
+BATCH = frozenset({
+    "per_device_train_batch_size", "per_device_training_batch_size", "per_device_generation_batch_size",
+    "generation_batches", "gradient_accumulation_steps",
+})  # fmt: skip
+PACKAGES = ("torch", "deepspeed", "transformers", "peft", "tokenizers", "datasets")
+MODEL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja", "reward_stats.json")
+_SAMPLED_ROWS = 64
+_EDGE = 1 << 20
+
+
+def describe(
+    step: str, groups: Sequence[Any], models: Mapping[str, str], data: Mapping[str, Any], batches: Mapping[str, int]
+) -> dict[str, Any]:
+    """A run as JSON, to be compared by `differences`.
+
+    Args:
+        step: ``step1``, ``step2`` or ``step3``.
+        groups: parsed groups of flags.
+        models: flag -> folder or hub name of what the run starts from.
+        data: name -> dataset.
+        batches: what an optimizer step (step 3: an iteration) consists of over all ranks.
+    """
+    flags = {f.name: getattr(group, f.name) for group in groups for f in dataclasses.fields(group)}
+    return {
+        "step": step,
+        "flags": flags,
+        "models": {flag: model_fingerprint(path) for flag, path in models.items()},
+        "data": {name: data_fingerprint(rows) for name, rows in data.items()},
+        "batches": dict(batches),
+        "world_size": world_size(),
+        "threads": torch.get_num_threads(),
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+
+
+def model_fingerprint(path: str) -> str:
+    """A hash over a model folder's configuration and weights: of each file its size, beginning and end."""
+    folder = Path(path)
+    digest = hashlib.sha256()
+    if not folder.is_dir():
+        return path  # a hub name
+    files = [folder / name for name in MODEL_FILES if (folder / name).is_file()]
+    for file in sorted([*files, *folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        size = file.stat().st_size
+        digest.update(f"{file.name}\0{size}\n".encode())
+        with file.open("rb") as opened:
+            digest.update(opened.read(_EDGE))
+            opened.seek(max(0, size - _EDGE))
+            digest.update(opened.read(_EDGE))
+    return digest.hexdigest()
+
+
+def data_fingerprint(rows: Any) -> str:
+    """A hash over a dataset's size, the lengths of all rows, and some rows spread over it."""
+    digest = hashlib.sha256(f"{len(rows)}\n".encode())
+    if len(rows):
+        digest.update(json.dumps(list(rows["length"])).encode())
+        for index in range(0, len(rows), max(1, len(rows) // _SAMPLED_ROWS)):
+            digest.update(json.dumps(rows[index], sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def refuse_other_run(before: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Path) -> None:
+    """Refuse a checkpoint of a run whose result would be another one.
+
+    Raises:
+        UserError: names the flag that has changed.
+    """
+    over = "or start over with --resume never"
+    if before["step"] != now["step"]:
+        raise UserError(f"{checkpoint} is a checkpoint of {before['step']}, this is {now['step']}")
+    for name in sorted(before["flags"].keys() | now["flags"].keys()):
+        if name in FREE | ROUNDING | BY_CONTENT | BATCH:
+            continue
+        old, new = before["flags"].get(name), now["flags"].get(name)
+        if old != new:
+            raise UserError(
+                f"--{name} was {_shown(old)} when {checkpoint} was written and is {_shown(new)} now, which changes the "
+                f"result; give --{name} {_shown(old)} again, {over}"
+            )
+    for flag, fingerprint in before["models"].items():
+        if now["models"].get(flag) != fingerprint:
+            raise UserError(f"{checkpoint} belongs to another model than {flag} names; give that one again, {over}")
+    for name, fingerprint in before["data"].items():
+        if now["data"].get(name) != fingerprint:
+            raise UserError(
+                f"{checkpoint} belongs to other {name} rows than --data_path gives; give those again, {over}"
+            )
+    same_flags = all(before["flags"].get(name) == now["flags"].get(name) for name in BATCH)
+    if before["batches"] != now["batches"] and not (same_flags and before["world_size"] != now["world_size"]):
+        name, old = next((n, v) for n, v in before["batches"].items() if now["batches"].get(n) != v)
+        changed = [f"--{n}" for n in sorted(BATCH) if before["flags"].get(n) != now["flags"].get(n)]
+        raise UserError(
+            f"{checkpoint} has {old} {name}, these flags ({', '.join(changed)}) and {now['world_size']} ranks make "
+            f"{now['batches'].get(name)}, which changes the result; keep the product, {over}"
+        )
+
+
+def inexact_because(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Why a resumed run equals an uninterrupted one only up to rounding; empty if it does so bit for bit."""
+    reasons = []
+    for name in ("world_size", "device", "threads"):
+        if before[name] != now[name]:
+            reasons.append(f"{name.replace('_', ' ')} {before[name]} -> {now[name]}")
+    for name in sorted(ROUNDING | BATCH):
+        old, new = before["flags"].get(name), now["flags"].get(name)
+        if old != new:
+            reasons.append(f"--{name} {_shown(old)} -> {_shown(new)}")
+    for name, old in before["versions"].items():
+        if now["versions"].get(name) != old:
+            reasons.append(f"{name} {old} -> {now['versions'].get(name)}")
+    return reasons
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
