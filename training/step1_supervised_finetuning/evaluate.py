@@ -1,0 +1,175 @@
+"""Evaluate step 1: the SFT model against the model that it started from, on held-out rows.
+
+    python training/step1_supervised_finetuning/evaluate.py
+    python training/step1_supervised_finetuning/evaluate.py --path output/run/step1 --max_prompts 0
+
+Both models get the same prompts, rendered by the SFT model's chat template. Perplexity is over response tokens, the end
+token included. The answers are decoded greedily, so they are the same at every run, and held against the row's own
+response by ROUGE-1, -2 and -L F-measures (Lin 2004), from torchmetrics. Writes evaluation.json into the step's folder.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from training.utils.runtime import prepare_runtime
+
+prepare_runtime()
+
+import torch  # noqa: E402  threads and PATH must be set before
+
+from training.step1_supervised_finetuning import main as step1  # noqa: E402
+from training.step1_supervised_finetuning.rouge import rouge_scores  # noqa: E402
+from training.step3_rlhf_finetuning.rollout import RolloutRequest, SamplingConfig, rollout_backend  # noqa: E402
+from training.utils import arguments, evaluating, models  # noqa: E402
+from training.utils.data import collate_prompts, collate_sft, prepare_data, stop_token_ids  # noqa: E402
+from training.utils.distributed import init_distributed, say  # noqa: E402
+from training.utils.errors import UserError, run_program  # noqa: E402
+from training.utils.logprobs import response_log_probs  # noqa: E402
+from training.utils.metrics import progress_bar  # noqa: E402
+
+SHOWN = 3  # answers on the terminal; evaluation.json has all
+
+
+@dataclass
+class StepArguments:
+    """Step 1"""
+
+    base_model_name_or_path: str = arguments.flag("", "what to hold it against (default: what step 1 started from)")
+    max_answer_seq_len: int = arguments.flag(128, "longest answer in tokens", minimum=1)
+
+
+ARGUMENTS = [evaluating.EvaluationArguments, StepArguments, arguments.DataArguments]
+
+
+def last_turn(input_ids: Sequence[int], response_mask: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Split a rendered conversation before its last response: prompt ids, and response ids with the end token."""
+    start = len(response_mask)
+    while start and response_mask[start - 1]:
+        start -= 1
+    return list(input_ids[:start]), list(input_ids[start:])
+
+
+@torch.no_grad()
+def likelihoods(model: Any, dataset: Any, batch_size: int, pad_id: int, title: str) -> tuple[list[float], list[int]]:
+    """Negative log-likelihood in nats, and tokens, of every row's responses."""
+    sums: list[float] = []
+    counts: list[int] = []
+    bar = progress_bar(len(dataset), f"perplexity of {title}")
+    for start in range(0, len(dataset), batch_size):
+        rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
+        batch = {name: tensor.to(model.device) for name, tensor in collate_sft(rows, pad_id).items()}
+        log_probs, _ = response_log_probs(model, batch["input_ids"], batch["attention_mask"], batch["response_mask"])
+        sums += (-log_probs.sum(1)).tolist()
+        counts += batch["response_mask"][:, 1:].sum(1).tolist()
+        bar.update(len(rows))
+    bar.close()
+    return sums, counts
+
+
+def greedy_answers(
+    model: Any, prompts: Sequence[list[int]], tokenizer: Any, batch_size: int, longest: int, title: str
+) -> list[str]:
+    """The likeliest continuation of each prompt as text, without special tokens."""
+    backend, sampling = rollout_backend("fast"), SamplingConfig(longest, greedy=True)
+    stop_ids = tuple(stop_token_ids(tokenizer))
+    answers: list[str] = []
+    bar = progress_bar(len(prompts), f"answers of {title}")
+    for start in range(0, len(prompts), batch_size):
+        ids = prompts[start : start + batch_size]
+        batch = collate_prompts([{"prompt_ids": p} for p in ids], tokenizer.pad_token_id)
+        request = RolloutRequest(
+            batch["input_ids"].to(model.device),
+            batch["attention_mask"].to(model.device),
+            torch.arange(start, start + len(ids), device=model.device),
+            seed=0,
+            iteration=0,
+            stop_ids=stop_ids,
+            pad_id=tokenizer.pad_token_id,
+        )
+        rollout = backend.generate(model, request, sampling)
+        for row, mask in zip(rollout.input_ids[:, rollout.response_start :], rollout.response_mask, strict=True):
+            answers.append(tokenizer.decode(row[mask], skip_special_tokens=True).strip())
+        bar.update(len(ids))
+    bar.close()
+    return answers
+
+
+def base_model(folder: Any, given: str) -> str:
+    """The model that step 1 started from.
+
+    Raises:
+        UserError: its name is not known, or it is gone.
+    """
+    name = given or json.loads((folder / "summary.json").read_text(encoding="utf-8")).get("base_model", "")
+    if not name:
+        raise UserError(f"{folder}/summary.json does not name the model that step 1 started from: give "
+                        "--base_model_name_or_path")  # fmt: skip
+    return models.resolve_model(name, "--base_model_name_or_path")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Evaluate; returns the exit code. See the module's docstring for what it writes."""
+    args, step, data = arguments.parse(ARGUMENTS, argv, prog="step1/evaluate.py", description=__doc__)
+    folder = evaluating.step_folder(args.path, "step1")
+    base_path = base_model(folder, step.base_model_name_or_path)
+    recorded = evaluating.recorded_arguments(folder, step1.ARGUMENTS)
+    max_seq_len, seed = recorded[arguments.ModelArguments].max_seq_len, recorded[arguments.TrainingArguments].seed
+    for path in (str(folder), base_path):
+        models.check_length(path, max_seq_len, "--max_seq_len of step 1")
+        models.check_length(path, step.max_answer_seq_len, "--max_answer_seq_len")
+    tokenizer = models.load_tokenizer(str(folder))
+    chosen = evaluating.data_arguments(data, recorded[arguments.DataArguments])
+    rows = prepare_data(1, chosen, tokenizer, max_length=max_seq_len, seed=seed).held_out
+    device = init_distributed()
+    limit = (models.max_positions(base_path) or sys.maxsize) - step.max_answer_seq_len
+    turns = [last_turn(row["input_ids"], row["response_mask"]) for row in rows]
+    turns = [turn for turn in turns if len(turn[0]) <= limit][: args.max_prompts or None]
+    prompts = [prompt for prompt, _ in turns]
+    references = [tokenizer.decode(response, skip_special_tokens=True).strip() for _, response in turns]
+
+    results: dict[str, dict[str, Any]] = {}
+    answers: dict[str, list[str]] = {}
+    for name, path in (("base", base_path), ("sft", str(folder))):
+        model = models.load_causal_lm(path, dtype=args.dtype).to(device).eval()
+        batch = args.per_device_eval_batch_size
+        nll, tokens = likelihoods(model, rows, batch, tokenizer.pad_token_id, name)
+        loss, interval = sum(nll) / sum(tokens), evaluating.bootstrap_interval(nll, tokens, seed=seed)
+        answers[name] = greedy_answers(model, prompts, tokenizer, batch, step.max_answer_seq_len, name)
+        results[name] = {
+            "loss": loss,
+            "perplexity": math.exp(loss),
+            "perplexity_interval": [math.exp(end) for end in interval],
+        }
+        for kind, values in rouge_scores(answers[name], references).items():
+            results[name] |= {
+                kind: evaluating.mean(values),
+                f"{kind}_interval": evaluating.bootstrap_interval(values, seed=seed),
+            }
+        del model
+    columns = [key for key in results["base"] if not key.endswith("_interval")]
+    head = ["", "base", "", "SFT", ""]
+    body = [
+        [key, results["base"][key], results["base"].get(f"{key}_interval"), results["sft"][key],
+         results["sft"].get(f"{key}_interval")] for key in columns
+    ]  # fmt: skip
+    say(f"\n{len(rows)} held-out rows, {len(prompts)} prompts answered; in brackets 95% bootstrap intervals over rows")
+    say(evaluating.table([head, *body]))
+    samples = [
+        {"prompt": tokenizer.decode(p), "reference": r, "base": answers["base"][i], "sft": answers["sft"][i]}
+        for i, (p, r) in enumerate(zip(prompts, references, strict=True))
+    ]
+    for sample in samples[:SHOWN]:
+        say("\n" + "\n".join(f"{name:<10}{text}" for name, text in sample.items()))
+    content = {"rows": len(rows), "prompts": len(prompts), "base_model": base_path, "models": results}
+    evaluating.write_evaluation(folder, content | {"samples": samples})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))
