@@ -1,0 +1,194 @@
+"""Evaluate step 2: how well the saved reward model, loaded again from disk, tells chosen from rejected answers.
+
+    python training/step2_reward_model_finetuning/evaluate.py
+    python training/step2_reward_model_finetuning/evaluate.py --path output/run/step2 --data_path my_pairs.jsonl
+
+Accuracy with a 95% Wilson interval, over all held-out pairs, by source and by length; against a coin and against rules
+that know only the length; the margins; how much the reward follows the length; the pairs it gets most wrong. Writes
+evaluation.json into the step's folder.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from training.utils.runtime import prepare_runtime
+
+prepare_runtime()
+
+import torch  # noqa: E402  threads and PATH must be set before
+
+from training.step2_reward_model_finetuning import main as step2  # noqa: E402
+from training.step2_reward_model_finetuning.main import score_pairs  # noqa: E402
+from training.utils import arguments, engine as engines, evaluating, models  # noqa: E402
+from training.utils.data import collate_pairs, prepare_data  # noqa: E402
+from training.utils.distributed import init_distributed, say  # noqa: E402
+from training.utils.errors import run_program  # noqa: E402
+from training.utils.metrics import progress_bar  # noqa: E402
+from training.utils.reward_model import RewardStats  # noqa: E402
+
+WORST = 5
+LENGTHS = (16, 32, 64, 128, 256, 512)  # upper ends of the length buckets, in tokens of the longer answer
+
+ARGUMENTS = [evaluating.EvaluationArguments, arguments.DataArguments]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A judged pair.
+
+    Attributes:
+        row: in the held-out dataset.
+        source: the file or dataset that it comes from.
+        chosen, rejected: rewards.
+        chosen_length, rejected_length: of the answers in tokens.
+    """
+
+    row: int
+    source: str
+    chosen: float
+    rejected: float
+    chosen_length: int
+    rejected_length: int
+
+    @property
+    def margin(self) -> float:
+        """Reward of the chosen minus that of the rejected answer."""
+        return self.chosen - self.rejected
+
+    @property
+    def right(self) -> float:
+        """1 if the chosen answer has the higher reward, a tie half."""
+        return half_ties(self.chosen, self.rejected)
+
+
+def half_ties(a: float, b: float) -> float:
+    """1 if a is above b, 0.5 if they are equal, else 0."""
+    return (a > b) + 0.5 * (a == b)
+
+
+def share_right(pairs: Sequence[Pair]) -> dict[str, Any]:
+    """Pairs, accuracy and its 95% interval."""
+    accuracy = evaluating.mean([pair.right for pair in pairs])
+    interval = evaluating.wilson_interval(accuracy, len(pairs))
+    return {"pairs": len(pairs), "accuracy": accuracy, "accuracy_interval": interval}
+
+
+def grouped(pairs: Sequence[Pair], key: Callable[[Pair], str]) -> dict[str, dict[str, Any]]:
+    """`share_right` of each group, in the order of the keys."""
+    groups: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        groups.setdefault(key(pair), []).append(pair)
+    return {name: share_right(groups[name]) for name in sorted(groups)}
+
+
+def length_bucket(pair: Pair) -> str:
+    """Which bucket the longer answer falls into; written so that the names sort by length."""
+    longest = max(pair.chosen_length, pair.rejected_length)
+    low = 1
+    for high in LENGTHS:
+        if longest <= high:
+            return f"{low:>3} to {high:>3} tokens"
+        low = high + 1
+    return f"{low:>3} tokens and more"
+
+
+def judge(pairs: Sequence[Pair]) -> dict[str, Any]:
+    """Everything that evaluation.json says about the rewards, from the rewards alone."""
+    longer = evaluating.mean([half_ties(p.chosen_length, p.rejected_length) for p in pairs])
+    rewards = [r for p in pairs for r in (p.chosen, p.rejected)]
+    lengths = [float(n) for p in pairs for n in (p.chosen_length, p.rejected_length)]
+    margins = [p.margin for p in pairs]
+    differences = [float(p.chosen_length - p.rejected_length) for p in pairs]
+    return {
+        **share_right(pairs),
+        "baselines": {"a coin": 0.5, "always the longer": longer, "always the shorter": 1 - longer},
+        "margin_mean": evaluating.mean(margins),
+        "correlation_reward_length": evaluating.correlation(rewards, lengths),
+        "correlation_margin_length_difference": evaluating.correlation(margins, differences),
+        "by_source": grouped(pairs, lambda pair: pair.source),
+        "by_length": grouped(pairs, length_bucket),
+        "margins": evaluating.histogram(margins),
+    }
+
+
+@torch.no_grad()
+def judged_pairs(scorer: Any, rows: Any, batch_size: int, pad_id: int, device: torch.device) -> list[Pair]:
+    """Score every held-out pair, those of like length together; in the order of the dataset."""
+    order = sorted(range(len(rows)), key=lambda i: rows[i]["length"])
+    pairs: list[Pair] = []
+    bar = progress_bar(len(rows), "scoring pairs")
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        batch = [rows[i] for i in indices]
+        tensors = {name: tensor.to(device) for name, tensor in collate_pairs(batch, pad_id).items()}
+        chosen, rejected = (side.tolist() for side in score_pairs(scorer, tensors))
+        for i, row, good, bad in zip(indices, batch, chosen, rejected, strict=True):
+            pairs.append(Pair(i, row["source"], good, bad, sum(row["chosen_mask"]), sum(row["rejected_mask"])))
+        bar.update(len(batch))
+    bar.close()
+    return sorted(pairs, key=lambda pair: pair.row)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Evaluate; returns the exit code. See the module's docstring for what it writes."""
+    args, data = arguments.parse(ARGUMENTS, argv, prog="step2/evaluate.py", description=__doc__)
+    folder = evaluating.step_folder(args.path, "step2")
+    recorded = evaluating.recorded_arguments(folder, step2.ARGUMENTS)
+    max_seq_len, seed = recorded[arguments.ModelArguments].max_seq_len, recorded[arguments.TrainingArguments].seed
+    models.check_length(str(folder), max_seq_len, "--max_seq_len of step 2")
+    tokenizer = models.load_tokenizer(str(folder))
+    chosen = evaluating.data_arguments(data, recorded[arguments.DataArguments])
+    rows = prepare_data(2, chosen, tokenizer, max_length=max_seq_len, seed=seed).held_out
+    device = init_distributed()
+    pad_id = tokenizer.pad_token_id
+    scorer = engines.load_frozen_scorer(
+        str(folder),
+        zero_stage=0,
+        dtype=args.dtype,
+        pad_token_id=pad_id,
+        attn_implementation="sdpa",
+        offload=False,
+        device=device,
+    )
+    pairs = judged_pairs(scorer, rows, args.per_device_eval_batch_size, pad_id, device)
+    found = judge(pairs)
+    worst = []
+    for pair in sorted(pairs, key=lambda pair: pair.margin)[:WORST]:
+        texts = {side: tokenizer.decode(rows[pair.row][f"{side}_ids"]) for side in ("chosen", "rejected")}
+        worst.append({"margin": pair.margin} | asdict(pair) | {f"{side}_text": text for side, text in texts.items()})
+    stats = RewardStats.of([pair.chosen for pair in pairs], args.dtype)
+    content = found | {"reward_mean_chosen": stats.mean, "reward_std_chosen": stats.std, "worst_pairs": worst}
+    tell(found, worst)
+    evaluating.write_evaluation(folder, content)
+    return 0
+
+
+def tell(found: dict[str, Any], worst: Sequence[dict[str, Any]]) -> None:
+    """Print the tables."""
+    lines = [["", "pairs", "accuracy", "95% interval"]]
+    groups = {"all held-out pairs": found} | found["by_source"] | found["by_length"]
+    lines += [[name, g["pairs"], g["accuracy"], g["accuracy_interval"]] for name, g in groups.items()]
+    lines += [[name, "", share, ""] for name, share in found["baselines"].items()]
+    say("\n" + evaluating.table(lines))
+    say(
+        f"\nmean margin {found['margin_mean']:.3f}; correlation of reward and length "
+        f"{found['correlation_reward_length']:+.2f}, of margin and difference in length "
+        f"{found['correlation_margin_length_difference']:+.2f}"
+    )
+    top = max(found["margins"]["counts"])
+    for low, high, count in zip(
+        found["margins"]["edges"], found["margins"]["edges"][1:], found["margins"]["counts"], strict=False
+    ):
+        say(f"{low:+8.2f} to {high:+8.2f}  {'#' * round(50 * count / top)} {count:.0f}")
+    say("\nlargest mistakes, or least sure answers:")
+    for pair in worst:
+        say(f"  margin {pair['margin']:+.2f}\n    chosen:   {pair['chosen_text']!r}\n"
+            f"    rejected: {pair['rejected_text']!r}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

@@ -1,0 +1,269 @@
+"""Step 2: the reward model.
+
+Learns which of two answers people prefer. The model is the step-1 model with its output layer replaced by
+a head with one number; the reward of an answer is the number at its last token, the end token. The loss is
+Bradley-Terry's, -log sigmoid(reward of chosen - reward of rejected), the mean over all pairs of an optimizer
+step on all ranks (Ouyang et al. 2022, arXiv 2203.02155).
+
+    deepspeed --num_gpus 1 training/step2_reward_model_finetuning/main.py
+    deepspeed --num_gpus 2 training/step2_reward_model_finetuning/main.py --model_name_or_path output/run/step1 \
+        --data_path my_pairs.jsonl --zero_stage 2
+
+Writes a Hugging Face sequence-classification folder, reward_stats.json (mean and standard deviation of the
+held-out chosen rewards: step 3 normalises with them), metrics.jsonl and summary.json.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from training.utils.runtime import prepare_runtime
+
+prepare_runtime()
+
+import torch  # noqa: E402  threads and PATH must be set before
+
+from training.step2_reward_model_finetuning.preference import (  # noqa: E402
+    CENTER_COEFFICIENT,
+    bradley_terry_loss,
+    length_accuracy,
+    pair_metrics,
+    verdicts,
+)
+from training.utils import arguments, engine as engines, models  # noqa: E402
+from training.utils.checkpoint import save_model  # noqa: E402
+from training.utils.data import (  # noqa: E402
+    batches_after,
+    collate_pairs,
+    epoch_batches,
+    prepare_data,
+    rank_micro_batches,
+    stop_token_ids,
+)
+from training.utils.distributed import gather_objects, init_distributed, rank, reduce_sums, say, world_size  # noqa: E402
+from training.utils.errors import run_program  # noqa: E402
+from training.utils.lora import check_lora, inject_lora  # noqa: E402
+from training.utils.metrics import MetricsLogger, progress_bar, watched, write_summary  # noqa: E402
+from training.utils.model_card import write_model_card  # noqa: E402
+from training.utils.phases import Phases  # noqa: E402
+from training.utils.resume import Run, resume_output_dir  # noqa: E402
+from training.utils.reward_model import RewardStats, last_token_scores  # noqa: E402
+from training.utils.runs import latest_output, prepare_output_dir  # noqa: E402
+from training.utils.training_plan import show_sequence_plan  # noqa: E402
+from training.utils.zero_config import check_dtype, deepspeed_config, read_user_config  # noqa: E402
+
+
+@dataclass
+class StepArguments:
+    """Step 2"""
+
+    loss: str = arguments.flag(
+        "log_sig",
+        "log_sig: -logsigmoid(difference); log_exp: log(1 + exp(-difference))",
+        choices=("log_sig", "log_exp"),
+    )
+
+
+ARGUMENTS = [
+    arguments.DataArguments,
+    arguments.ModelArguments,
+    arguments.LoraArguments,
+    arguments.TrainingArguments,
+    arguments.DeepSpeedArguments,
+    arguments.OutputArguments,
+    arguments.ReliabilityArguments,
+    StepArguments,
+]
+
+
+def micro_batches(dataset, indices: list[int], batch_size: int, pad_id: int, device: torch.device):
+    """This rank's micro-batches of pairs, with each pair's weight: 0 for a filler that keeps ranks in step."""
+    for rows in rank_micro_batches(indices, rank(), world_size(), batch_size):
+        batch = collate_pairs([dataset[i] for i in rows or indices[:1]], pad_id)
+        yield {name: tensor.to(device) for name, tensor in batch.items()}, float(bool(rows))
+
+
+def score_pairs(scorer, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rewards of the chosen and of the rejected answers of a batch ``[2B, T]``: two tensors ``[B]``, fp32."""
+    scores = scorer(batch["input_ids"], batch["attention_mask"])
+    chosen, rejected = last_token_scores(scores, batch["response_mask"]).chunk(2)
+    return chosen, rejected
+
+
+@torch.no_grad()
+def held_out_rewards(scorer, dataset, batch_size: int, pad_id: int, device: torch.device) -> list[tuple[float, float]]:
+    """(chosen, rejected) rewards of every held-out pair, on all ranks."""
+    scorer.eval()
+    pairs: list[tuple[float, float]] = []
+    for indices in watched(epoch_batches(dataset["length"], batch_size * world_size(), 0, 0), "held out"):
+        for batch, weight in micro_batches(dataset, indices, batch_size, pad_id, device):
+            chosen, rejected = score_pairs(scorer, batch)
+            if weight:
+                pairs += zip(chosen.tolist(), rejected.tolist(), strict=True)
+    return gather_objects(pairs)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run step 2; returns the exit code. See the module's docstring for what it writes."""
+    groups = arguments.parse(ARGUMENTS, argv, prog="step2_reward_model_finetuning/main.py", description=__doc__)
+    data, model_args, lora, train, ds, output, reliability, step = groups
+    start, phases = time.monotonic(), Phases()
+    check_dtype(model_args.dtype)
+    overrides = read_user_config(ds.deepspeed_config)
+    model_path = models.resolve_model(model_args.model_name_or_path or str(latest_output("step1")))
+    models.check_length(model_path, model_args.max_seq_len, "--max_seq_len")
+    check_lora(model_path, lora.lora_dim, lora.lora_module_name)
+    if output.plan:
+        return show_sequence_plan(2, model_path, model_args, lora, train, ds, overrides)
+    output_dir = prepare_output_dir(resume_output_dir(reliability.resume, output.output_dir), "step2")
+    device = init_distributed(ds.local_rank)
+    torch.manual_seed(train.seed)
+
+    # Data
+    tokenizer = models.load_tokenizer(model_path, chat_template=data.chat_template, system_message=data.system_message)
+    rows = prepare_data(2, data, tokenizer, max_length=model_args.max_seq_len, seed=train.seed, run_dir=output_dir)
+    say("\n".join(rows.report.lines()))
+    pad_id, stop_ids = tokenizer.pad_token_id, stop_token_ids(tokenizer)
+    pairs_per_rank = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    run = Run.open(
+        "step2",
+        output_dir,
+        reliability,
+        groups,
+        models={"--model_name_or_path": model_path},
+        data={"training": rows.train, "held-out": rows.held_out},
+        batches={"pairs per step": pairs_per_rank * world_size()},
+    )
+    global_batch = run.batches["pairs per step"]
+    steps_per_epoch = math.ceil(len(rows.train) / global_batch)
+    total_steps = steps_per_epoch * train.num_train_epochs
+    phases.end("data", "loading the model")
+
+    # Engine
+    config = deepspeed_config(
+        zero_stage=ds.zero_stage,
+        dtype=model_args.dtype,
+        offload=ds.offload,
+        micro_batch_size=2 * train.per_device_train_batch_size,
+        overrides=overrides,
+    )
+    load = {"dtype": model_args.dtype, "pad_token_id": pad_id, "attn_implementation": model_args.attn_implementation}
+    model = models.load_classifier(model_path, ds_config=config, fresh_head_seed=train.seed, **load)
+    if lora.lora_dim:
+        model = inject_lora(
+            model, dim=lora.lora_dim, module_name=lora.lora_module_name, only_optimize_lora=lora.only_optimize_lora
+        )
+    if model_args.gradient_checkpointing:
+        models.enable_gradient_checkpointing(model)
+    engine = engines.initialize_engine(
+        models.TokenScorer(model).to(device),
+        config,
+        learning_rate=train.learning_rate,
+        weight_decay=train.weight_decay,
+        num_warmup_steps=train.num_warmup_steps,
+        total_steps=total_steps,
+    )
+    phases.end("load")
+
+    # Loop, from the checkpoint on if there is one
+    run.load({"model": engine})
+    progress = run.progress
+    logger = MetricsLogger(
+        output_dir, output.report_to, output_dir.parent.name + "/step2", done=run.step, seconds=run.seconds
+    )
+
+    def evaluate(step_number: int) -> dict[str, float]:
+        metrics = pair_metrics(
+            held_out_rewards(engine, rows.held_out, train.per_device_eval_batch_size, pad_id, device)
+        )
+        engine.train()
+        phases.end("evaluate")
+        logger.log(step_number, {f"eval/{name}": value for name, value in metrics.items()})
+        say(f"step {step_number}: held-out accuracy {metrics['accuracy']:.3f}, margin {metrics['margin']:.3f}")
+        return metrics
+
+    if not run.step:
+        progress["before"] = evaluate(0)
+    engine.train()
+    bar = progress_bar(total_steps, "step 2", run.step)
+    for step_number, indices in batches_after(
+        run.step, rows.train["length"], global_batch, train.seed, train.num_train_epochs
+    ):
+        sums = dict.fromkeys(("loss", "correct", "chosen", "rejected"), 0.0)
+        for batch, weight in micro_batches(rows.train, indices, train.per_device_train_batch_size, pad_id, device):
+            chosen, rejected = score_pairs(engine, batch)
+            loss = bradley_terry_loss(chosen, rejected, step.loss)
+            centred = loss + CENTER_COEFFICIENT * (chosen + rejected).square()
+            engines.backward(engine, weight * centred.sum(), len(indices))
+            sums["loss"] += weight * loss.sum().item()
+            sums["correct"] += weight * (chosen > rejected).sum().item()
+            sums["chosen"] += weight * chosen.sum().item()
+            sums["rejected"] += weight * rejected.sum().item()
+        result = engines.optimizer_step(engine)
+        phases.end("train")
+        mean = {name: total / len(indices) for name, total in reduce_sums(sums, device).items()}
+        logger.log(
+            step_number,
+            {
+                "train/loss": mean["loss"],
+                "train/accuracy": mean["correct"],
+                "train/chosen_mean": mean["chosen"],
+                "train/rejected_mean": mean["rejected"],
+                "train/margin": mean["chosen"] - mean["rejected"],
+                "train/grad_norm": result.grad_norm,
+                "train/learning_rate": result.learning_rate,
+                "train/skipped": float(result.skipped),
+            },
+        )
+        bar.update()
+        bar.set_postfix(loss=f"{mean['loss']:.3f}", accuracy=f"{mean['correct']:.2f}")
+        if train.eval_interval and step_number % train.eval_interval == 0 and step_number < total_steps:
+            evaluate(step_number)
+        run.after_step(step_number, progress)
+    bar.close()
+    save_model(engine, tokenizer, output_dir, stop_ids=stop_ids)
+    phases.end("save", "judging the held-out pairs with the saved model")
+
+    # The numbers that step 3 relies on come from the model on disk, in the precision step 3 uses
+    frozen = engines.load_frozen_scorer(
+        str(output_dir), zero_stage=ds.zero_stage, offload=ds.offload, device=device, **load
+    )
+    pairs = held_out_rewards(frozen, rows.held_out, train.per_device_eval_batch_size, pad_id, device)
+    after = pair_metrics(pairs)
+    phases.end("evaluate")
+    logger.log(total_steps, {f"eval/{name}": value for name, value in after.items()})
+    logger.close()
+    stats = RewardStats.of([chosen for chosen, _ in pairs], model_args.dtype)
+    longer = length_accuracy(rows.held_out)
+    say(f"held-out accuracy {after['accuracy']:.3f} (always the longer answer: {longer:.3f})")
+    for question, holds in verdicts(after).items():
+        say(f"  {'yes' if holds else 'NO '}  {question}")
+    if rank() == 0:
+        stats.write(output_dir)
+    summary = {
+        "accuracy_before": progress["before"]["accuracy"],
+        "accuracy_after": after["accuracy"],
+        "accuracy_longer": longer,
+        "accuracy_shorter": 1 - longer,
+        "chosen_mean": after["chosen_mean"],
+        "rejected_mean": after["rejected_mean"],
+        "verdicts": verdicts(after),
+        "steps": total_steps,
+        "seconds": time.monotonic() - start + run.seconds,
+        "phases": phases.summary(),
+    }
+    base = (model_args.model_name_or_path or model_path, model_path)
+    write_model_card(
+        output_dir, "reward", base, argv=argv, data=rows.report.lines(), results=summary, tokenizer=tokenizer
+    )
+    write_summary(output_dir, summary)
+    say(f"step 2 saved to {output_dir}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

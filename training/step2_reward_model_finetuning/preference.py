@@ -1,0 +1,55 @@
+"""The mathematics of preferences: the Bradley-Terry loss, and what tells a good reward model from a bad one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+# Pulls the sum of a pair's two rewards towards 0, which the Bradley-Terry loss leaves free, so that chosen answers
+# tend to be positive and rejected ones negative (Eisenstein et al. 2023, arXiv 2312.09244, section 2).
+CENTER_COEFFICIENT = 0.01
+
+
+def bradley_terry_loss(chosen: torch.Tensor, rejected: torch.Tensor, kind: str) -> torch.Tensor:
+    """Negative log-likelihood that the chosen answers win: rewards ``[B]`` and ``[B]`` -> ``[B]``.
+
+    The two kinds are the same function, written as in Ouyang et al. (log_sig) and Askell et al. (log_exp),
+    both in a form that does not overflow.
+    """
+    if kind == "log_sig":
+        return -torch.nn.functional.logsigmoid(chosen - rejected)
+    return torch.nn.functional.softplus(rejected - chosen)
+
+
+def pair_metrics(pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
+    """Accuracy (a tie counts half), mean rewards, margin and loss of (chosen, rejected) rewards."""
+    count = len(pairs)
+    chosen, rejected = (sum(side) / count for side in zip(*pairs, strict=True))
+    losses = bradley_terry_loss(torch.tensor([c for c, _ in pairs]), torch.tensor([r for _, r in pairs]), "log_sig")
+    return {
+        "accuracy": sum((c > r) + 0.5 * (c == r) for c, r in pairs) / count,
+        "chosen_mean": chosen,
+        "rejected_mean": rejected,
+        "margin": chosen - rejected,
+        "loss": losses.mean().item(),
+    }
+
+
+def length_accuracy(dataset: Any) -> float:
+    """Accuracy of always preferring the answer with more tokens; always the shorter one has 1 minus this."""
+    wins = [
+        (sum(c) > sum(r)) + 0.5 * (sum(c) == sum(r))
+        for c, r in zip(dataset["chosen_mask"], dataset["rejected_mask"], strict=True)
+    ]
+    return sum(wins) / len(wins)
+
+
+def verdicts(metrics: dict[str, float]) -> dict[str, bool]:
+    """ColossalChat's three questions to a reward model before it is used."""
+    return {
+        "chosen mean above rejected mean": metrics["chosen_mean"] > metrics["rejected_mean"],
+        "accuracy above 0.6": metrics["accuracy"] > 0.6,
+        "chosen positive and rejected negative": metrics["chosen_mean"] > 0 > metrics["rejected_mean"],
+    }
