@@ -1,0 +1,83 @@
+"""Draw reward against KL through step 3, with best-of-n of the SFT model on the same axes, from a run's own files.
+
+    python benchmarks/plot_reward_kl.py output/latest docs/images/reward_kl.png
+
+Reads step3/metrics.jsonl (the held-out evaluations during training, and every iteration's rollouts) and
+step3/evaluation.json (training/step3_rlhf_finetuning/evaluate.py writes it). Prints the KL at which PPO first reaches
+the reward of each best-of-n, on the straight line between two evaluations.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from training.step3_rlhf_finetuning.best_of_n import kl_to_reach
+from training.utils.errors import UserError, run_program
+
+Point = tuple[float, float]  # (KL in nats per response, mean raw reward)
+
+
+def read_points(run: Path) -> tuple[list[Point], list[Point], dict[str, Point]]:
+    """Held-out evaluations, rollouts, and the models of evaluation.json.
+
+    Raises:
+        UserError: a file is missing, or has no such points.
+    """
+    metrics, evaluation = run / "step3" / "metrics.jsonl", run / "step3" / "evaluation.json"
+    if not metrics.is_file():
+        raise UserError(f"{metrics}: no such file; give the folder of a run that has finished step 3")
+    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    held_out = [(r["eval/kl"], r["eval/reward"]) for r in records if "eval/kl" in r]
+    rollouts = [(r["kl/per_sequence"], r["reward/raw"]) for r in records if "reward/raw" in r]
+    if not evaluation.is_file():
+        raise UserError(f"{evaluation} is missing: python training/step3_rlhf_finetuning/evaluate.py makes it")
+    models = json.loads(evaluation.read_text(encoding="utf-8"))["models"]
+    return held_out, rollouts, {name: (entry["kl"], entry["reward"]) for name, entry in models.items()}
+
+
+def kl_table(curve: Sequence[Point], models: dict[str, Point]) -> list[str]:
+    """A Markdown table: for each best-of-n its reward, its KL, and the KL at which the curve reaches the reward."""
+    lines = ["| best-of-n of the SFT model | reward | its KL | KL at which PPO reaches it |", "|---|---|---|---|"]
+    for name, (kl, reward) in models.items():
+        if name.startswith("best of"):
+            reached = kl_to_reach(curve, reward)
+            lines.append(f"| {name} | {reward:.3f} | {kl:.2f} | {'never' if reached is None else f'{reached:.2f}'} |")
+    return lines
+
+
+def main(argv: Sequence[str]) -> int:
+    """Draw and print; returns the exit code."""
+    if len(argv) != 2:
+        raise UserError("give the run's folder and the picture to write: plot_reward_kl.py output/latest picture.png")
+    held_out, rollouts, models = read_points(Path(argv[0]))
+    curve = held_out or rollouts
+    figure, axis = plt.subplots(figsize=(7, 4.5), constrained_layout=True)
+    axis.plot(*zip(*rollouts, strict=True), ".", color="0.7", label="PPO, rollouts of an iteration")
+    if held_out:
+        axis.plot(*zip(*held_out, strict=True), "o-", label="PPO, held-out evaluations")
+    for name, point in models.items():
+        if name == "RLHF":
+            axis.plot(*point, "s", color="C3", label="the actor that was kept")
+        elif name.startswith("best of"):
+            axis.plot(*point, "^", color="C2")
+            axis.annotate(name, point, textcoords="offset points", xytext=(6, -4), fontsize=8)
+    axis.plot([], [], "^", color="C2", label="best-of-n of the SFT model")
+    axis.set_xlabel("KL to the SFT model, nats per response")
+    axis.set_ylabel("mean reward")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(argv[1], dpi=110)
+    print("\n".join(kl_table(curve, models)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

@@ -1,0 +1,291 @@
+"""Rollout speed: useful tokens per second of `hf`, `fast`, and ``generate`` through a hooked ZeRO-3 engine.
+
+    python benchmarks/rollout.py                      # the embedded model, bf16, 32 prompts of the demo data
+    python benchmarks/rollout.py --ablation --json rollout.json
+
+The engines take turns on the same prompts in one process; each figure is the median over the rounds. A useful token is
+a response token up to and including its stop token; what is decoded for rows that have already ended counts for
+nothing. Responses must end at different lengths for that to show: by default one ends with its first sentence (a
+token that holds one of `--stop_text`, or the end of turn). The table says how the lengths came out.
+
+Where the time goes is profiled in a round of its own, by kind of operation.
+
+Two lower bounds for a step of decoding are measured in the same run: reading all weights once at the memory's
+bandwidth (a large copy), and the products of all rows at the speed of a large matrix product.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.step3_rlhf_finetuning.rollout import (
+    FastBackend,
+    HfBackend,
+    RolloutBatch,
+    RolloutRequest,
+    SamplingConfig,
+)
+from training.utils.data import collate_prompts, render, stop_token_ids
+from training.utils.distributed import init_distributed
+from training.utils.errors import run_program
+from training.utils.models import load_causal_lm, load_tokenizer, resolve_model
+from training.utils.zero_config import DTYPES, frozen_config
+
+PROMPTS = Path(__file__).resolve().parents[1] / "training" / "data" / "demo" / "prompts.jsonl"
+Engine = Callable[[RolloutRequest, SamplingConfig], RolloutBatch]
+# Kinds of operators by parts of their names; the first that fits counts. The empty part fits everything.
+KINDS: dict[str, tuple[str, ...]] = {
+    "copies and cache": ("copy_", "::cat", "index", "clone", "fill_", "reorder", "gather", "scatter"),
+    "matrix products": ("linear", "::mm", "addmm", "gemm"),
+    "attention": ("scaled_dot_product", "bmm"),
+    "softmax and sampling": ("softmax", "exp", "multinomial", "argmax", "amax", "sort", "log", "topk"),
+    "everything else": ("",),
+}
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the flags."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", default="embedded")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16")
+    parser.add_argument("--rows", type=int, default=32, help="prompts per round")
+    parser.add_argument("--max_new_tokens", type=int, default=64)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--stop_text", default=".!?\n", help="characters that end a response; empty: end of turn only")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds per engine, after one that is not timed")
+    parser.add_argument("--ablation", action="store_true", help="also fast with one of its parts switched off")
+    parser.add_argument("--no_hooked", action="store_true", help="leave out the ZeRO-3 engine")
+    parser.add_argument(
+        "--cpu_time", action="store_true", help="CPU seconds of this process: for a machine that is busy"
+    )
+    parser.add_argument("--json", default="", help="also write the figures to this file")
+    return parser.parse_args(argv)
+
+
+def make_request(tokenizer: Any, rows: int, stop_text: str) -> RolloutRequest:
+    """The first prompts of the demo data, left-padded, with the stop tokens of the benchmark."""
+    messages = [json.loads(line)["prompt"] for line in PROMPTS.read_text(encoding="utf-8").splitlines()[:rows]]
+    prompts = [{"prompt_ids": render(tokenizer, turns, add_generation_prompt=True).input_ids} for turns in messages]
+    batch = collate_prompts(prompts, tokenizer.pad_token_id)
+    texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+    ends = {token for token, text in enumerate(texts) if set(text) & set(stop_text)}
+    return RolloutRequest(
+        prompt_ids=batch["input_ids"],
+        prompt_mask=batch["attention_mask"],
+        row_ids=torch.arange(len(prompts)),
+        seed=0,
+        iteration=0,
+        stop_ids=tuple(sorted(ends | set(stop_token_ids(tokenizer)))),
+        pad_id=tokenizer.pad_token_id,
+    )
+
+
+def hooked_module(path: str, dtype: str) -> Any:
+    """A model in a ZeRO-3 engine whose hooks gather each layer at each token (one rank: no network)."""
+    import deepspeed
+
+    config = frozen_config(dtype=dtype)
+    engine, *_ = deepspeed.initialize(model=load_causal_lm(path, dtype=dtype).eval(), config=config)
+    return engine.module
+
+
+def make_engines(model: Any, path: str, arguments: argparse.Namespace) -> dict[str, Engine]:
+    """Name -> how it continues prompts, in the order of the table."""
+    backends: dict[str, Any] = {"hf": HfBackend(), "fast": FastBackend()}
+    if arguments.ablation:
+        backends["fast, weights not packed"] = FastBackend(pack_weights=False)
+        backends["fast, sdpa for single queries"] = FastBackend(decode_attention=False)
+        backends["fast, neither"] = FastBackend(pack_weights=False, decode_attention=False)
+    engines: dict[str, Engine] = {name: partial(backend.generate, model) for name, backend in backends.items()}
+    if not arguments.no_hooked:
+        init_distributed()
+        module = hooked_module(path, arguments.dtype)
+        engines["generate, hooked ZeRO-3"] = partial(HfBackend(synced_gpus=True).generate, module)
+        if arguments.ablation:
+            engines["fast, hooked ZeRO-3"] = partial(FastBackend(synced=True).generate, module)
+    return engines
+
+
+def fastest(run: Callable[[], Any], times: int = 5) -> float:
+    """Wall-clock seconds of the fastest of several calls, after one that is not timed."""
+    run()
+    seconds = []
+    for _ in range(times):
+        started = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def machine_bounds(dtype: torch.dtype) -> tuple[float, float]:
+    """Bytes per second of a large copy (read and written), operations per second of a large matrix product."""
+    source = torch.ones(1 << 26)
+    target = torch.empty_like(source)
+    bandwidth = 2 * source.nbytes / fastest(lambda: target.copy_(source))
+    square = torch.randn(2048, 2048).to(dtype)
+    return bandwidth, 2 * 2048**3 / fastest(lambda: square @ square.T)
+
+
+def profile_shares(engine: Engine, request: RolloutRequest, sampling: SamplingConfig) -> dict[str, float]:
+    """Share of one round's operator time by `KINDS`; what Python itself takes is not in it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        engine(request, sampling)
+    times = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
+    total = sum(times.values())
+    shares = dict.fromkeys(KINDS, 0.0)
+    for name, time_ in times.items():
+        kind = next(kind for kind, parts in KINDS.items() if any(part in name for part in parts))
+        shares[kind] += time_ / total
+    return shares
+
+
+def profile_table(shares: dict[str, dict[str, float]]) -> str:
+    """The shares of each engine as Markdown."""
+    lines = ["| operator time | " + " | ".join(KINDS) + " |", "|---" * (len(KINDS) + 1) + "|"]
+    for name, row in shares.items():
+        lines.append(f"| {name} | " + " | ".join(f"{row[kind]:.0%}" for kind in KINDS) + " |")
+    return "\n".join(lines)
+
+
+def measure(
+    engines: dict[str, Engine],
+    request: RolloutRequest,
+    sampling: SamplingConfig,
+    rounds: int,
+    clock: Callable[[], float],
+) -> dict[str, Any]:
+    """Run every engine once per round, the order rotated, and collect seconds and response lengths [rounds][rows]."""
+    results: dict[str, Any] = {name: {"seconds": [], "lengths": []} for name in engines}
+    names = list(engines)
+    for round_ in range(-1, rounds):
+        shift = round_ % len(names)
+        for name in names[shift:] + names[:shift]:
+            asked = RolloutRequest(**{**vars(request), "iteration": round_ + 1})
+            started = clock()
+            batch = engines[name](asked, sampling)
+            seconds = clock() - started
+            if round_ >= 0:
+                results[name]["seconds"].append(seconds)
+                results[name]["lengths"].append(batch.response_mask.sum(1).tolist())
+            print(f"round {round_ + 1}: {name} {seconds:.2f} s", file=sys.stderr, flush=True)
+    return results
+
+
+def summarise(
+    results: dict[str, Any], request: RolloutRequest, weights: int, parameters: int, bounds: tuple[float, float]
+) -> list[dict[str, Any]]:
+    """One row per engine: medians over the rounds, and the two lower bounds for the tokens that it produced."""
+    bandwidth, operations = bounds
+    prompt_tokens = int(request.prompt_mask.sum())
+    rows = []
+    for name, result in results.items():
+        speeds, memory, arithmetic = [], [], []
+        for seconds, lengths in zip(result["seconds"], result["lengths"], strict=True):
+            speeds.append(sum(lengths) / seconds)
+            memory.append(max(lengths) * weights / bandwidth / seconds)
+            arithmetic.append(2 * parameters * (sum(lengths) + prompt_tokens) / operations / seconds)
+        rows.append(
+            {
+                "engine": name,
+                "tokens_per_second": statistics.median(speeds),
+                "lowest": min(speeds),
+                "highest": max(speeds),
+                "seconds": statistics.median(result["seconds"]),
+                "share_of_memory_bound": statistics.median(memory),
+                "share_of_arithmetic_bound": statistics.median(arithmetic),
+                "lengths": result["lengths"],
+            }
+        )
+    baseline = rows[0]["tokens_per_second"]
+    return [row | {"ratio_to_hf": row["tokens_per_second"] / baseline} for row in rows]
+
+
+def shared_beginning(request: RolloutRequest) -> int:
+    """How many tokens all prompts begin with, such as a template's system message; `fast` computes them once."""
+    pairs = zip(request.prompt_ids, request.prompt_mask, strict=True)
+    prompts = [ids[mask.bool()].tolist() for ids, mask in pairs]
+    return next((i for i, column in enumerate(zip(*prompts, strict=False)) if len(set(column)) > 1), len(min(prompts)))
+
+
+def length_summary(rows: list[dict[str, Any]]) -> str:
+    """The distribution of the response lengths over all rounds and engines, in words."""
+    lengths = sorted(length for row in rows for drawn in row["lengths"] for length in drawn)
+    deciles = statistics.quantiles(lengths, n=10)
+    return (
+        f"mean {statistics.mean(lengths):.1f}, 10% at most {deciles[0]:.0f}, median {deciles[4]:.0f}, "
+        f"90% at most {deciles[8]:.0f}, longest {lengths[-1]}"
+    )
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        "| engine | useful tokens/s | lowest - highest | against hf | s per round | of memory bound | of arithmetic |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['engine']} | {row['tokens_per_second']:.0f} | {row['lowest']:.0f} - {row['highest']:.0f} "
+            f"| {row['ratio_to_hf']:.2f}x | {row['seconds']:.2f} | {row['share_of_memory_bound']:.0%} "
+            f"| {row['share_of_arithmetic_bound']:.0%} |"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure, print the Markdown table, and write the JSON file if asked to."""
+    arguments = parse(argv)
+    path = resolve_model(arguments.model_name_or_path)
+    tokenizer = load_tokenizer(path)
+    model = load_causal_lm(path, dtype=arguments.dtype).eval()
+    request = make_request(tokenizer, arguments.rows, arguments.stop_text)
+    sampling = SamplingConfig(arguments.max_new_tokens, temperature=arguments.temperature)
+    engines = make_engines(model, path, arguments)
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
+    before = machine_bounds(DTYPES[arguments.dtype])
+    results = measure(engines, request, sampling, arguments.rounds, clock)
+    after = machine_bounds(DTYPES[arguments.dtype])
+    bounds = max(before[0], after[0]), max(before[1], after[1])
+    shares = {name: profile_shares(engines[name], request, sampling) for name in ("hf", "fast")}
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    rows = summarise(results, request, weights, parameters, bounds)
+    prompt_lengths = request.prompt_mask.sum(1)
+    print(
+        f"{arguments.model_name_or_path}, {parameters / 1e6:.0f}M parameters, {arguments.dtype}, "
+        f"{torch.get_num_threads()} threads; {len(prompt_lengths)} prompts of {int(prompt_lengths.min())} to "
+        f"{int(prompt_lengths.max())} tokens (the first {shared_beginning(request)} the same in all), at most "
+        f"{arguments.max_new_tokens} new; medians of {arguments.rounds} rounds, engines in "
+        f"turn, {'CPU' if arguments.cpu_time else 'wall-clock'} seconds.\n\n"
+        f"Response lengths: {length_summary(rows)}.\n\n{table(rows)}\n\n"
+        f"{profile_table(shares)}\n\n"
+        f"Memory: a large copy moves {bounds[0] / 1e9:.1f} GB/s; a step reads {weights / 1e6:.0f} MB of weights, which "
+        f"takes at least {weights / bounds[0] * 1e3:.1f} ms whatever the number of rows. Arithmetic: a large matrix "
+        f"product runs at {bounds[1] / 1e9:.0f} GFLOP/s, so a step of {len(prompt_lengths)} rows takes at least "
+        f"{2 * parameters * len(prompt_lengths) / bounds[1] * 1e3:.1f} ms. A share is the bound's time, for the steps "
+        f"(memory) or the prompt and response tokens (arithmetic) of the round, over the measured time."
+    )
+    if arguments.json:
+        figures = {
+            "arguments": vars(arguments),
+            "bandwidth": bounds[0],
+            "operations": bounds[1],
+            "engines": rows,
+            "shares": shares,
+        }
+        Path(arguments.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

@@ -1,0 +1,201 @@
+"""Step 3 on tiny models, callable in this process (one rank) and on the rank pair (two)."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.utils.engine_checks import TINY_SHARDS, collate, fixed_rows
+from training.step3_rlhf_finetuning.hybrid_engine import HybridEngine
+from training.step3_rlhf_finetuning.ppo_trainer import PPOSettings, PPOTrainer
+from training.step3_rlhf_finetuning.prompts import deal
+from training.step3_rlhf_finetuning.rlhf_engine import Roles, RoleSettings, SharedSettings, build_actor, build_critic
+from training.step3_rlhf_finetuning.rollout import RolloutRequest, SamplingConfig, rollout_backend
+from training.utils import engine as engines
+from training.utils.checkpoint import full_state_dict
+from training.utils.distributed import init_distributed, rank, world_size
+from training.utils.logprobs import response_log_probs
+from training.utils.reward_model import RewardStats
+
+PAD, STOPS = 0, (2,)
+
+
+def shared_settings(dtype: str = "fp32", **changes: Any) -> SharedSettings:
+    values: dict[str, Any] = {
+        "dtype": dtype,
+        "attn_implementation": "sdpa",
+        "offload": False,
+        "offload_reference_model": False,
+        "offload_reward_model": False,
+        "only_optimize_lora": True,
+        "overrides": TINY_SHARDS,
+        "micro_batch_size": 2,
+        "num_warmup_steps": 0,
+        "total_steps": 1000,
+        "pad_token_id": PAD,
+        "device": init_distributed(),
+    }
+    return SharedSettings(**(values | changes))
+
+
+def role(path: str, stage: int, rate: float, lora: int = 0, checkpointing: bool = False) -> RoleSettings:
+    return RoleSettings(path, stage, rate, 0.0, checkpointing, lora, "all-linear")
+
+
+def prompts(count: int) -> list[list[int]]:
+    """Prompts of unequal lengths, the same on all ranks."""
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(3, 399, (3 + i % 5,), generator=generator).tolist() for i in range(count)]
+
+
+def request(
+    rows: list[list[int]], ids: list[int], iteration: int = 0, seed: int = 1, stop_ids: tuple[int, ...] = STOPS
+) -> RolloutRequest:
+    """Left-padded prompts; the noise hangs on ``ids``."""
+    width = max(len(r) for r in rows)
+    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows])
+    tokens = torch.tensor([[PAD] * (width - len(r)) + r for r in rows])
+    return RolloutRequest(
+        tokens, mask, torch.tensor(ids), seed=seed, iteration=iteration, stop_ids=stop_ids, pad_id=PAD
+    )
+
+
+def train_two_steps(actor: HybridEngine) -> None:
+    """Two optimizer steps on fixed rows, the same on all ranks."""
+    rows = fixed_rows()
+    batch = collate(rows, max(len(ids) for ids, _ in rows))
+    for _ in range(2):
+        with actor.training_mode() as engine:
+            log_probs, _ = response_log_probs(engine, **batch)
+            engines.backward(engine, -log_probs.sum() / world_size(), 30.0)
+            engines.optimizer_step(engine)
+
+
+def twin_equals_engine(
+    path: str, *, stage: int, dtype: str = "fp32", lora: int = 0, checkpointing: bool = False, unlink: bool = False
+) -> dict[str, Any]:
+    """Train two steps, decode greedily on the twin, and compare with a plain model of the same weights.
+
+    Ranks stop at different lengths. ``unlink`` plants a fault: a twin with weights of its own.
+    """
+    settings = shared_settings(dtype)
+    torch.manual_seed(0)
+    actor = build_actor(role(path, stage, 1e-2, lora, checkpointing), settings)
+    if unlink:
+        own = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        actor = HybridEngine(actor.engine, own, actor.reference)
+    train_two_steps(actor)
+    rows = fixed_rows()
+    batch = collate(rows, max(len(ids) for ids, _ in rows))
+    sampling = SamplingConfig(3 if rank() else 9, greedy=True)
+    mine = request(prompts(6)[rank() :: 2], list(range(3)))
+    with actor.generation_mode() as twin:
+        rollouts = {name: rollout_backend(name).generate(twin, mine, sampling) for name in ("hf", "fast")}
+        training_flag = twin.training
+    with actor.scoring_mode() as engine:
+        by_engine, _ = response_log_probs(engine, **batch)
+    state = full_state_dict(actor.engine)
+    return {
+        "tokens": {name: r.input_ids for name, r in rollouts.items()},
+        "request": mine,
+        "sampling": sampling,
+        "engine_log_probs": by_engine,
+        "state": state,
+        "twin_trains": training_flag,
+        "own_reference": actor.reference is not None,
+    }
+
+
+def trajectory(
+    actor_path: str,
+    reward_path: str,
+    *,
+    stage: int,
+    critic_stage: int | None = None,
+    iterations: int = 3,
+    accumulation: int = 1,
+    micro_batch: int = 2,
+    ppo_epochs: int = 2,
+    lora: int = 0,
+    dtype: str = "fp32",
+    rate: float = 1e-3,
+    answer_length: int = 6,
+    rows: int = 8,
+    kl_coef: float = 0.05,
+    engine: str = "fast",
+    backend: Any = None,
+    hooked: bool = False,
+    order: int = 0,
+    stop_ids: tuple[int, ...] = STOPS,
+) -> list[dict[str, float]]:
+    """Metrics of a few PPO iterations over the same ``rows`` prompts, dealt to the ranks as the program deals them.
+
+    ``backend`` replaces the ``engine`` of that name; ``order`` seeds a shuffle of the samples (0: as dealt);
+    ``hooked`` generates through the ZeRO-3 hooks.
+    """
+    settings = shared_settings(dtype, micro_batch_size=micro_batch)
+    torch.manual_seed(0)
+    stats = RewardStats(0.1, 0.7, 10, dtype)
+    reward = engines.load_frozen_scorer(
+        reward_path,
+        zero_stage=stage if critic_stage is None else critic_stage,
+        dtype=dtype,
+        pad_token_id=PAD,
+        attn_implementation="sdpa",
+        offload=False,
+        device=settings.device,
+    )
+    roles = Roles(
+        build_actor(role(actor_path, stage, rate, lora), settings),
+        build_critic(role(reward_path, stage if critic_stage is None else critic_stage, rate), settings, stats),
+        reward,
+    )
+    constants = PPOSettings(
+        advantage="gae",
+        samples_per_prompt=1,
+        ppo_epochs=ppo_epochs,
+        per_device_training_batch_size=micro_batch,
+        gradient_accumulation_steps=accumulation,
+        kl_coef=kl_coef,
+        clip_ratio=0.2,
+        clip_value=0.2,
+        clip_reward=5.0,
+        gamma=1.0,
+        gae_lambda=0.95,
+        entropy_coef=0.0,
+        target_kl=0.0,
+        missing_eos_penalty=0.0,
+        whiten_advantages=True,
+        seed=1,
+    )
+    sampling = SamplingConfig(answer_length)
+    roles.actor.hooked = hooked
+    backend = backend or rollout_backend(engine, synced=hooked)
+    trainer = PPOTrainer(roles, backend, sampling, constants, stats, dtype)
+    all_prompts = prompts(rows)
+    history = []
+    for number in range(iterations):
+        dealt = deal(list(range(rows)), [len(p) for p in all_prompts], world_size(), 1)[0][rank()]
+        if order:
+            random.Random(order + number).shuffle(dealt)
+        history.append(
+            trainer.iteration([request([all_prompts[i] for i in dealt], dealt, number, stop_ids=stop_ids)], number)
+        )
+    return history
+
+
+def save_tiny_reward_model(path: str, folder: Path) -> Path:
+    """A reward model with the tiny model's backbone and a fresh head."""
+    from training.utils.checkpoint import save_model
+    from training.utils.models import TokenScorer, load_classifier, load_tokenizer
+
+    model = load_classifier(path, dtype="fp32", pad_token_id=PAD, fresh_head_seed=1)
+    with torch.no_grad():
+        model.score.weight.mul_(30)
+    save_model(TokenScorer(model), load_tokenizer(path), folder, stop_ids=STOPS)
+    RewardStats(0.1, 0.7, 10, "fp32").write(folder)
+    return folder

@@ -1,0 +1,171 @@
+"""What the hybrid engine's modes do and leave behind, on tiny models; callable here and on the rank pair."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from typing import Any
+
+import torch
+
+from tests.step3.hybrid_checks import prompts, request, role, shared_settings, train_two_steps
+from training.step3_rlhf_finetuning import decode_loop, generation_memory, hybrid_engine
+from training.step3_rlhf_finetuning.experience import score_log_probs
+from training.step3_rlhf_finetuning.hybrid_engine import HybridEngine
+from training.step3_rlhf_finetuning.rlhf_engine import build_actor, generation_backend
+from training.step3_rlhf_finetuning.rollout import SamplingConfig, rollout_backend
+from training.utils.checkpoint import gathered
+from training.utils.distributed import rank
+from training.utils.lora import lora_layers
+
+
+def _base_weights(actor: HybridEngine) -> dict[str, torch.Tensor]:
+    """Copies of all parameters, whole."""
+    with gathered(list(actor.engine.module.parameters())):
+        return {name: p.detach().clone() for name, p in actor.engine.module.named_parameters()}
+
+
+def unmerge_by_subtraction(peft_model: Any) -> Any:
+    """The planted fault: PEFT's own merge and unmerge."""
+
+    @contextlib.contextmanager
+    def merged() -> Any:
+        peft_model.merge_adapter()
+        try:
+            yield
+        finally:
+            peft_model.unmerge_adapter()
+
+    return merged()
+
+
+def merge_and_restore(
+    path: str, *, stage: int, dtype: str, raises: bool = False, subtract: bool = False
+) -> dict[str, Any]:
+    """Generate from merged adapters after two training steps; what changed, and the tokens merged and unmerged."""
+    settings = shared_settings(dtype, merge_lora_for_generation=True)
+    torch.manual_seed(0)
+    actor = build_actor(role(path, stage, 3e-2, 4), settings)
+    train_two_steps(actor)
+    before = _base_weights(actor)
+    flags = {name: p.requires_grad for name, p in actor.engine.module.named_parameters()}
+    asked, sampling = request(prompts(6)[rank() :: 2], list(range(3))), SamplingConfig(8, greedy=True)
+    tokens: list[list[int]] = []
+    weights_differ = adapters_passed_over = False
+    original = hybrid_engine.adapters_merged
+    if subtract:
+        hybrid_engine.adapters_merged = unmerge_by_subtraction
+    try:
+        with actor.generation_mode() as twin:
+            now = dict(twin.named_parameters())
+            weights_differ = any(not torch.equal(now[name], p) for name, p in before.items())
+            adapters_passed_over = all(layer.merged for layer in lora_layers(twin).values())
+            if raises:
+                raise RuntimeError("out of memory while decoding")
+            tokens = rollout_backend("fast").generate(twin, asked, sampling).input_ids.tolist()
+    except RuntimeError as error:
+        if str(error) != "out of memory while decoding":
+            raise
+    finally:
+        hybrid_engine.adapters_merged = original
+    after = _base_weights(actor)
+    with actor._gathered_twin() as twin:
+        unmerged = rollout_backend("fast").generate(twin, asked, sampling).input_ids.tolist()
+    return {
+        "changed": [name for name, p in before.items() if not torch.equal(p, after[name])],
+        "flags_kept": flags == {name: p.requires_grad for name, p in actor.engine.module.named_parameters()},
+        "weights_differ": weights_differ,
+        "adapters_passed_over": adapters_passed_over,
+        "adapters_back": not any(layer.merged for layer in lora_layers(actor._twin).values()),
+        "tokens": tokens,
+        "unmerged": unmerged,
+    }
+
+
+def hooked_and_twin(path: str, *, lora: int, backend: str, stale: bool = False) -> dict[str, Any]:
+    """Sample through the ZeRO-3 hooks and from the twin, ranks stopping at different lengths; then train on.
+
+    ``stale`` plants a fault: the hooked round comes one training step later.
+    """
+    settings = shared_settings("fp32")
+    torch.manual_seed(0)
+    actor = build_actor(role(path, 3, 1e-2, lora), settings)
+    train_two_steps(actor)
+    asked = request(prompts(6)[rank() :: 2], [10 * rank() + i for i in range(3)])
+    sampling = SamplingConfig(3 if rank() else 9)
+    with actor.generation_mode() as twin:
+        expected = rollout_backend(backend).generate(twin, asked, sampling)
+    with actor.reference_mode() as reference:
+        expected_reference, _ = score_log_probs(reference, expected, 2, 1.0)
+    if stale:
+        train_two_steps(actor)
+    actor.hooked = True
+    held = []
+    for _ in range(2):  # twice: the first round records the order of the layers, the second follows it
+        with actor.generation_mode() as module:
+            got = rollout_backend(backend, synced=True).generate(module, asked, sampling)
+        held.append(sum(p.numel() for p in actor.engine.module.parameters()))
+    with actor.reference_mode() as reference:
+        got_reference, _ = score_log_probs(reference, expected, 2, 1.0)
+    train_two_steps(actor)
+    return {
+        "expected": expected,
+        "got": got,
+        "reference": (expected_reference, got_reference),
+        "held": held,
+        "flags": (actor.engine.module.training, actor._twin.training),
+    }
+
+
+def modes(path: str, *, stage: int, lora: int = 0, checkpointing: bool = False) -> dict[str, Any]:
+    """What generation and training leave behind: flags, gathered parameters, keys and values."""
+    torch.manual_seed(0)
+    actor = build_actor(role(path, stage, 1e-2, lora, checkpointing), shared_settings())
+    whole = sum(getattr(p, "ds_numel", p.numel()) for p in actor.engine.module.parameters())
+    held = lambda: sum(p.numel() for p in actor.engine.module.parameters())  # noqa: E731
+    gathers, caches = [], []
+    original_gathered, original_cache = hybrid_engine.gathered, decode_loop._make_cache
+    hybrid_engine.gathered = lambda parameters: (gathers.append(len(parameters)), original_gathered(parameters))[1]
+
+    def watched(*args: Any) -> Any:
+        cache = original_cache(*args)
+        caches.extend(weakref.ref(layer) for layer in cache.layers)
+        return cache
+
+    decode_loop._make_cache = watched
+    asked, result = request(prompts(3), list(range(3))), {"whole": whole, "before": held()}
+    try:
+        with actor.training_mode() as engine:
+            result["training"] = (engine.module.training, actor._twin.training)
+            with actor.generation_mode() as twin:
+                for _ in range(2):
+                    rollout_backend("fast").generate(twin, asked, SamplingConfig(4))
+                result["inside"] = (held(), len(gathers), engine.module.training, twin.training)
+        with contextlib.suppress(RuntimeError), actor.generation_mode():
+            raise RuntimeError("an exception inside")
+    finally:
+        hybrid_engine.gathered, decode_loop._make_cache = original_gathered, original_cache
+    train_two_steps(actor)
+    return result | {
+        "after": held(),
+        "evaluating": (actor.engine.module.training, actor._twin.training),
+        "caches": len(caches),
+        "caches_alive": sum(ref() is not None for ref in caches),
+        "checkpointing": tuple(
+            any(getattr(m, "gradient_checkpointing", False) for m in tree.modules())
+            for tree in (actor.engine.module, actor._twin)
+        ),
+    }
+
+
+def decision(path: str, *, stage: int, free: int | None) -> tuple[bool, bool]:
+    """Whether the actor chose the hooks, and whether its backend decodes in step, if rank 1 had so much memory."""
+    actor = build_actor(role(path, stage, 1e-2), shared_settings())
+    original = generation_memory.free_bytes
+    if free is not None and rank() == 1:
+        generation_memory.free_bytes = lambda: free
+    try:
+        backend: Any = generation_backend(actor, "fast", rows=4, length=32)
+    finally:
+        generation_memory.free_bytes = original
+    return actor.hooked, backend.synced

@@ -1,0 +1,167 @@
+"""The evaluation during step 3: which actor is kept, what is logged, the KL, and a resumed run."""
+
+import contextlib
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.step3.hybrid_checks import prompts, request
+from training.step3_rlhf_finetuning import held_out
+from training.step3_rlhf_finetuning.evaluation import Answer, HeldOutPrompts, sequence_kl
+from training.step3_rlhf_finetuning.held_out import MAX_KL, RUNNING_PROMPTS, HeldOutEvaluation, Kept, spread_rows
+from training.step3_rlhf_finetuning.rollout import SamplingConfig, rollout_backend
+from training.utils.logprobs import response_log_probs
+
+ROWS = RUNNING_PROMPTS + 8
+
+
+class Log:
+    """A logger that remembers."""
+
+    def __init__(self):
+        self.records = []
+
+    def log(self, step, values):
+        self.records.append((step, dict(values)))
+
+
+class Scripted:
+    """Stands for models: each policy has one reward and one KL for all prompts; policy 0 is the SFT model."""
+
+    def __init__(self, policies, monkeypatch, every=2, iterations=6):
+        self.policies = policies
+        self.now = 0
+        self.saved = []
+        self.log = Log()
+        actor = SimpleNamespace(
+            engine=SimpleNamespace(device=torch.device("cpu")),
+            generation_mode=lambda: contextlib.nullcontext(self.now),
+            reference_mode=lambda: contextlib.nullcontext("reference"),
+        )
+        dataset = [{"messages": '[{"role": "user", "content": "q"}]', "row": "{}"}] * ROWS
+        monkeypatch.setattr(held_out, "answer_held_out", self.answer)
+        monkeypatch.setattr(HeldOutEvaluation, "_saved_actor", lambda _: contextlib.nullcontext(self.saved[-1]))
+        self.evaluation = HeldOutEvaluation(
+            HeldOutPrompts(dataset, None, (2,), 0),
+            SimpleNamespace(actor=actor, reward=None),
+            None,
+            None,
+            self.log,
+            every=every,
+            iterations=iterations,
+            function=lambda prompts, responses, rows: [len(text) for text in responses],
+            function_name="length",
+            actor_dir=None,
+            save=lambda: self.saved.append(self.now),
+        )
+
+    def answer(self, prompts, rows, generation, reward, backend, sampling, device, reference):
+        with generation as policy:
+            value, kl = self.policies[policy]
+        return [Answer(row, "x" * policy, value, True, policy, kl if reference else None) for row in rows]
+
+    def train(self, first=1, last=6):
+        for self.now in range(first, last + 1):
+            self.evaluation.after_iteration(self.now)
+
+
+def test_the_best_reward_within_the_bound_is_kept_and_summarised(monkeypatch):
+    """Iteration 4 is best; 6 has more reward beyond the bound."""
+    world = Scripted({0: (0, 0), 2: (0.1, 3), 4: (0.5, MAX_KL), 6: (0.9, MAX_KL + 1)}, monkeypatch)
+    world.evaluation.begin()
+    world.train()
+    summary = world.evaluation.finish()
+    assert world.saved == [2, 4]
+    assert {k: summary["kept"][k] for k in ("iteration", "reward", "kl", "within_bound")} == {
+        "iteration": 4,
+        "reward": pytest.approx(0.5),
+        "kl": MAX_KL,
+        "within_bound": True,
+    }
+    assert summary["reward_after"] == pytest.approx(0.5)  # of the actor on disk, not of the last one
+    assert (summary["prompts"], summary["length_after"]) == (ROWS, 4)
+    assert json.loads(json.dumps(summary)) == summary
+    curve = {step: values for step, values in world.log.records if "eval/kl" in values}
+    assert sorted(curve) == [0, 2, 4, 6]
+    assert (curve[0]["eval/kl"], curve[0]["eval/win_rate"]) == (0.0, 0.5)
+    assert (curve[6]["eval/reward"], curve[6]["eval/win_rate"]) == (pytest.approx(0.9), 1.0)
+    assert (curve[4]["eval/function"], curve[4]["eval/function_win_rate"]) == (4.0, 1.0)
+    assert all(values["eval/seconds"] >= 0 for values in curve.values())
+    assert any("final/win_rate" in values for _, values in world.log.records)
+
+
+def test_the_last_actor_is_answered_for_once(monkeypatch):
+    world = Scripted({0: (0, 0), 6: (1, 2)}, monkeypatch, every=0)
+    world.evaluation.begin()
+    world.train()
+    summary = world.evaluation.finish()
+    assert (world.saved, summary["kept"]["iteration"], summary["reward_after"]) == ([6], 6, 1)
+
+
+def test_beyond_the_bound_the_lowest_kl_is_kept(monkeypatch):
+    world = Scripted({0: (0, 0), 2: (1, 90), 4: (0.5, 40), 6: (2, 60)}, monkeypatch)
+    world.evaluation.begin()
+    world.train()
+    kept = world.evaluation.finish()["kept"]
+    assert (kept["iteration"], kept["within_bound"]) == (4, False)
+    assert "lowest KL" in kept["chosen_by"]
+
+
+def test_a_resumed_evaluation_goes_on(monkeypatch):
+    policies = {0: (0, 0), 2: (0.9, 3), 4: (0.5, 3), 6: (0.2, 3)}
+    first = Scripted(policies, monkeypatch)
+    first.evaluation.begin()
+    first.train(last=3)
+    state = json.loads(json.dumps(first.evaluation.state_dict()))
+    second = Scripted(policies, monkeypatch)
+    second.saved = list(first.saved)  # on disk
+    second.evaluation.load_state_dict(state)
+    second.train(first=4)
+    summary = second.evaluation.finish()
+    assert second.saved == [2]
+    assert (summary["kept"]["iteration"], summary["reward_before"]) == (2, 0)
+
+
+def test_kept_order():
+    inside, better, outside, further = (
+        Kept(1, 0.1, 1, True),
+        Kept(2, 0.2, 5, True),
+        Kept(3, 9, 20, False),
+        Kept(4, 99, 30, False),
+    )
+    ranks = [further, outside, inside, better]
+    for i, low in enumerate(ranks):
+        assert low.better_than(None)
+        for high in ranks[i + 1 :]:
+            assert high.better_than(low) and not low.better_than(high)
+
+
+def test_running_rows_are_spread():
+    assert spread_rows(10, 4) == [0, 2, 5, 7]
+    assert spread_rows(3, 32) == [0, 1, 2]
+
+
+def test_kl_is_the_log_ratio_of_the_sampled_tokens(tiny_model):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    other = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    with torch.no_grad():
+        other.model.norm.weight.mul_(0.7)
+    rollout = rollout_backend("fast").generate(
+        model, request(prompts(3), [0, 1, 2]), SamplingConfig(5, temperature=0.8)
+    )
+    assert sequence_kl(model, rollout, 0.8).abs().max() < 1e-4
+    expected = []
+    for i in range(3):  # each row alone, without padding
+        kept = rollout.attention_mask[i].bool()
+        ids = rollout.input_ids[i][kept][None]
+        mask = torch.zeros_like(ids)
+        mask[0, -int(rollout.response_mask[i].sum()) :] = 1
+        values = [
+            response_log_probs(m, ids, torch.ones_like(ids), mask, temperature=0.8)[0].sum() for m in (model, other)
+        ]
+        expected.append((values[0] - values[1]).item())
+    assert sequence_kl(other, rollout, 0.8).tolist() == pytest.approx(expected, abs=1e-4)
+    assert max(map(abs, expected)) > 0.1

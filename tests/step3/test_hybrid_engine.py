@@ -1,0 +1,127 @@
+"""The twin is the actor: token for token after optimizer steps, at every ZeRO stage, on one rank and on two."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.step3.hybrid_checks import save_tiny_reward_model, trajectory, twin_equals_engine
+from tests.step3.mode_checks import decision, hooked_and_twin, merge_and_restore, modes
+from tests.utils.engine_checks import collate, fixed_rows
+from training.step3_rlhf_finetuning.generation_memory import generation_bytes
+from training.step3_rlhf_finetuning.rollout import rollout_backend
+from training.utils.logprobs import response_log_probs
+from training.utils.lora import inject_lora
+
+
+@pytest.fixture(scope="module")
+def tiny_reward(tiny_model, tmp_path_factory):
+    return save_tiny_reward_model(str(tiny_model), tmp_path_factory.mktemp("models") / "reward")
+
+
+def check_twin(path, results):
+    """Greedy tokens of each rank's twin against a plain model with the engine's weights."""
+    plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    before = {name: p.clone() for name, p in plain.named_parameters()}
+    plain.load_state_dict(results[0]["state"], strict=False)
+    assert any((p - before[name]).abs().max() > 1e-3 for name, p in plain.named_parameters())
+    rows = fixed_rows()
+    with torch.no_grad():
+        expected, _ = response_log_probs(plain, **collate(rows, max(len(ids) for ids, _ in rows)))
+    for result in results:
+        torch.testing.assert_close(result["engine_log_probs"], expected, rtol=0, atol=2e-4)
+        tokens = rollout_backend("hf").generate(plain, result["request"], result["sampling"]).input_ids
+        for name in ("hf", "fast"):
+            assert result["tokens"][name].tolist() == tokens.tolist(), name
+        assert not result["twin_trains"]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_twin_equals_engine_on_two_ranks(tiny_model, rank_pair, stage):
+    check_twin(tiny_model, rank_pair.run(twin_equals_engine, str(tiny_model), stage=stage, checkpointing=stage > 1))
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_lora_twin_equals_engine(tiny_model, rank_pair, stage):
+    results = rank_pair.run(twin_equals_engine, str(tiny_model), stage=stage, lora=4)
+    check_twin(tiny_model, results)
+    assert not results[0]["own_reference"]
+
+
+def test_a_twin_with_weights_of_its_own_is_caught(tiny_model):
+    with pytest.raises(AssertionError):
+        check_twin(tiny_model, [twin_equals_engine(str(tiny_model), stage=1, unlink=True)])
+
+
+@pytest.mark.parametrize(("stage", "lora"), [(2, 0), (3, 0), (3, 4)])
+def test_modes_free_what_they_held_and_keep_to_their_own_flags(tiny_model, rank_pair, stage, lora):
+    for seen in rank_pair.run(modes, str(tiny_model), stage=stage, lora=lora, checkpointing=True):
+        sharded = stage == 3
+        assert seen["before"] == seen["after"] == (0 if sharded else seen["whole"])
+        assert seen["inside"] == (seen["whole"], 1, True, False), "one gather for the whole round"
+        assert seen["training"] == (True, False) and seen["evaluating"] == (False, False)
+        assert seen["caches"] == 2 * 2 and seen["caches_alive"] == 0
+        assert seen["checkpointing"] == (True, False)
+
+
+@pytest.mark.parametrize(("stage", "free", "hooked"), [(3, None, False), (3, 1000, True), (2, 1000, False)])
+def test_the_hooks_are_chosen_by_all_ranks_where_one_is_short_of_memory(tiny_model, rank_pair, stage, free, hooked):
+    assert rank_pair.run(decision, str(tiny_model), stage=stage, free=free) == [(hooked, hooked)] * 2
+
+
+def test_the_memory_estimate_counts_weights_copies_and_cache(tiny_model):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    weights = sum(p.nbytes for p in model.parameters())
+    plain = generation_bytes(model, rows=4, length=32, packed=False, merged=False)
+    assert plain == weights + 2 * 4 * 32 * 2 * 2 * 8 * 4 + 2 * 4 * 400 * 4  # 2 layers of 2 heads 8 wide, 400 tokens
+    assert generation_bytes(model, rows=4, length=32, packed=True, merged=False) == plain + weights
+    adapted = inject_lora(model, dim=4, module_name="q_proj", only_optimize_lora=True)
+    more = generation_bytes(adapted, rows=4, length=32, packed=False, merged=True) - plain
+    assert more == 2 * (32 * 32 + 4 * (32 + 32)) * 4  # in two layers: the saved q_proj, and the adapter itself
+
+
+@pytest.mark.parametrize("raises", [False, True])
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_merged_adapters_leave_no_trace(tiny_model, rank_pair, stage, raises):
+    for result in rank_pair.run(merge_and_restore, str(tiny_model), stage=stage, dtype="bf16", raises=raises):
+        assert result["weights_differ"] and result["adapters_passed_over"]
+        assert result["changed"] == [] and result["adapters_back"] and result["flags_kept"]
+
+
+def test_merged_and_unmerged_generate_the_same_tokens(tiny_model, rank_pair):
+    for result in rank_pair.run(merge_and_restore, str(tiny_model), stage=3, dtype="fp32"):
+        assert result["tokens"] == result["unmerged"]
+
+
+def test_unmerging_by_subtraction_is_caught(tiny_model):
+    assert merge_and_restore(str(tiny_model), stage=0, dtype="bf16", subtract=True)["changed"]
+
+
+@pytest.mark.parametrize(("lora", "backend"), [(0, "fast"), (4, "fast"), (0, "hf"), (4, "hf")])
+def test_hooked_generation_equals_the_twins(tiny_model, rank_pair, lora, backend):
+    lengths = set()
+    for result in rank_pair.run(hooked_and_twin, str(tiny_model), lora=lora, backend=backend):
+        expected, got = result["expected"], result["got"]
+        assert got.input_ids.tolist() == expected.input_ids.tolist()
+        torch.testing.assert_close(got.logprobs, expected.logprobs, rtol=0, atol=1e-5)
+        torch.testing.assert_close(*reversed(result["reference"]), rtol=0, atol=1e-5)
+        assert result["held"] == [0, 0], "parameters stayed gathered"
+        assert result["flags"] == (False, False)
+        lengths.add(got.response_mask.shape[1])
+    assert len(lengths) == 2, "ranks must stop at different lengths for this to mean anything"
+
+
+def test_hooked_generation_with_other_weights_is_caught(tiny_model, rank_pair):
+    result = rank_pair.run(hooked_and_twin, str(tiny_model), lora=0, backend="fast", stale=True)[0]
+    assert result["got"].input_ids.tolist() != result["expected"].input_ids.tolist()
+
+
+@pytest.mark.parametrize(("stage", "lora", "dtype"), [(0, 0, "fp32"), (3, 4, "fp32"), (2, 0, "bf16"), (3, 0, "bf16")])
+def test_first_minibatch_has_ratio_one_and_no_kl(tiny_model, tiny_reward, rank_pair, stage, lora, dtype):
+    history, _ = rank_pair.run(
+        trajectory, str(tiny_model), str(tiny_reward), stage=stage, lora=lora, dtype=dtype, iterations=2
+    )
+    assert history[0]["policy/first_ratio"] == 1.0
+    assert history[1]["policy/first_ratio"] == 1.0
+    assert history[0]["kl/per_sequence"] == 0.0
+    assert history[1]["kl/per_sequence"] != 0.0
+    assert history[0]["rollout/sampler_difference"] < (1e-5 if dtype == "fp32" else 0.1)

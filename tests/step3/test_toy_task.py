@@ -1,0 +1,68 @@
+"""The toy task is learned: at least 95% of the optimum within a fixed number of iterations, whatever the settings."""
+
+import pytest
+
+from tests.step3.toy import learn, save_toy_models
+from training.step3_rlhf_finetuning.ppo_trainer import ADVANTAGES
+
+BOUND = 0.95
+ITERATIONS = {"full": 24, "lora": 14}  # at 4 PPO epochs; one epoch per iteration is given four times as many
+
+
+@pytest.fixture(scope="module")
+def toy_models(tmp_path_factory):
+    return save_toy_models(tmp_path_factory.mktemp("toy"))
+
+
+def check(toy_models, *, ppo_epochs=4, lora=0, iterations=None, **settings):
+    wanted = iterations or ITERATIONS["lora" if lora else "full"] * 4 // ppo_epochs
+    history = learn(toy_models, iterations=wanted, ppo_epochs=ppo_epochs, lora=lora, **settings)
+    assert history[0] < 0.2
+    assert sum(history[-3:]) / 3 >= BOUND, [round(x, 2) for x in history]
+
+
+@pytest.mark.parametrize("advantage", ADVANTAGES)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_ninety_five_percent_of_the_optimum(toy_models, seed, advantage):
+    check(toy_models, seed=seed, advantage=advantage)
+
+
+def test_ninety_five_percent_of_the_optimum_with_lora_at_zero_3(toy_models):
+    check(toy_models, seed=0, lora=8, stage=3, iterations=10)
+
+
+def test_a_reward_that_is_flat_above_half_is_not_climbed(toy_models):
+    """The bound can be missed: with the reward clipped at half the optimum nothing pulls the policy higher."""
+    with pytest.raises(AssertionError, match="0\\."):
+        check(toy_models, seed=0, clip_reward=3.0, advantage="grpo")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("advantage", ADVANTAGES)
+@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("lora", [0, 8])
+@pytest.mark.parametrize("ppo_epochs", [1, 4])
+@pytest.mark.parametrize("seed", range(5))
+def test_every_seed_epochs_lora_and_stage(toy_models, seed, ppo_epochs, lora, stage, advantage):
+    check(toy_models, seed=seed, ppo_epochs=ppo_epochs, lora=lora, stage=stage, advantage=advantage)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ppo_epochs", [1, 4])
+@pytest.mark.parametrize("generation_batches", [1, 2])
+@pytest.mark.parametrize(("generation_batch_size", "training_batch_size"), [(32, 8), (32, 32), (64, 16)])
+@pytest.mark.parametrize("samples_per_prompt", [1, 4])
+def test_every_combination_of_batches(
+    toy_models, ppo_epochs, generation_batches, generation_batch_size, training_batch_size, samples_per_prompt
+):
+    """DeepSpeed-Chat never got more than one epoch, generation batch or minibatch to converge."""
+    check(
+        toy_models,
+        seed=0,
+        iterations=30 * 4 // ppo_epochs,
+        ppo_epochs=ppo_epochs,
+        generation_batches=generation_batches,
+        generation_batch_size=generation_batch_size,
+        training_batch_size=training_batch_size,
+        samples_per_prompt=samples_per_prompt,
+    )

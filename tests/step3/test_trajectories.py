@@ -1,0 +1,124 @@
+"""Whole step-3 trajectories are the same however the work is cut: ranks, accumulation, ZeRO stage, hooks, order.
+
+Five iterations of two epochs, in fp32, on recorded rollouts; losses agree to 1e-5. Each kind of test is shown to fail
+on a mistake of its kind.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.step3.hybrid_checks import save_tiny_reward_model
+from tests.step3.trajectory_checks import record, replayed
+
+LOSSES = ("policy/loss", "critic/loss", "reward/raw", "kl/per_token", "policy/entropy")
+
+
+@pytest.fixture(scope="module")
+def models(tiny_model, tmp_path_factory):
+    reward = save_tiny_reward_model(str(tiny_model), tmp_path_factory.mktemp("models") / "reward")
+    return str(tiny_model), str(reward)
+
+
+@pytest.fixture(scope="module")
+def recorded(models):
+    history, rows = record(*models)
+    assert len({len(tokens) for tokens, _ in rows.values()}) > 1, "responses of one length would hide wrong means"
+    assert len({round(m["policy/loss"], 4) for m in history}) == 5, "a trajectory that stands still proves nothing"
+    return history, rows
+
+
+def differences(one, two):
+    """The largest difference of each loss over the iterations; of a loss above 1, as a share of it."""
+    assert [m["rollout/tokens"] for m in one] == [m["rollout/tokens"] for m in two]
+    pairs = list(zip(one, two, strict=True))
+    return {name: max(abs(a[name] - b[name]) / max(1.0, abs(a[name])) for a, b in pairs) for name in LOSSES}
+
+
+def assert_same(one, two):
+    found = differences(one, two)
+    assert max(found.values()) <= 1e-5, found
+    for a, b in zip(one, two, strict=True):
+        for name in ("policy/grad_norm", "critic/grad_norm"):
+            assert a[name] == pytest.approx(b[name], rel=1e-3), name
+
+
+def timeless(history):
+    return [{k: v for k, v in m.items() if not k.startswith("time/")} for m in history]
+
+
+def test_a_replay_is_the_run_it_was_recorded_from(models, recorded):
+    history, rows = recorded
+    assert timeless(replayed(*models, rows, stage=0, micro_batch=8)) == timeless(history)
+
+
+@pytest.mark.parametrize("fault", ["", "a step at every micro-batch"])
+def test_accumulation(models, recorded, fault):
+    history, rows = recorded
+    other = replayed(*models, rows, stage=0, micro_batch=2, accumulation=4, fault=fault)
+    if fault:
+        assert max(differences(history, other).values()) > 1e-3
+    else:
+        assert_same(history, other)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("fault", ["", "rows in another order"])
+def test_order_of_the_samples(models, recorded, fault, order):
+    history, rows = recorded
+    other = replayed(*models, rows, stage=0, micro_batch=2, accumulation=4, order=order, fault=fault)
+    if fault:
+        assert max(differences(history, other).values()) > 1e-3
+    else:
+        assert_same(history, other)
+
+
+@pytest.mark.parametrize(
+    ("stage", "critic_stage", "micro_batch", "accumulation", "fault"),
+    [
+        (0, 0, 4, 1, ""),
+        (1, 1, 1, 4, ""),
+        (2, 0, 4, 1, ""),
+        (2, 2, 2, 2, ""),
+        (3, 3, 4, 1, ""),
+        (3, 1, 1, 4, ""),
+        (1, 1, 4, 1, "each rank for itself"),
+        (2, 2, 4, 1, "a phantom optimizer step"),
+    ],
+)
+def test_two_ranks_and_stages(models, recorded, rank_pair, stage, critic_stage, micro_batch, accumulation, fault):
+    history, rows = recorded
+    cut = {"stage": stage, "critic_stage": critic_stage, "micro_batch": micro_batch, "accumulation": accumulation}
+    two, other = rank_pair.run(replayed, *models, rows, **cut, fault=fault)
+    if fault:
+        assert max(differences(history, two).values()) > 1e-3
+    else:
+        assert timeless(two) == timeless(other), "ranks disagree about the metrics"
+        assert_same(history, two)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_stages_on_one_rank(models, recorded, stage):
+    history, rows = recorded
+    assert_same(history, replayed(*models, rows, stage=stage, micro_batch=8))
+
+
+def stale(history):
+    """The largest mean difference between the sampler's log-probs and the engine's: is the twin the actor?"""
+    return max(m["rollout/sampler_difference"] for m in history)
+
+
+@pytest.mark.parametrize("lora", [4, pytest.param(0, marks=pytest.mark.slow)])
+def test_twin_and_hooks(models, recorded, rank_pair, lora):
+    """Live: with the same policy both draw the same tokens, so the recording is only needed to compare with it."""
+    cut = {"stage": 3, "micro_batch": 4, "lora": lora}
+    twin, hooked = (rank_pair.run(replayed, *models, None, **cut, hooked=hooked)[0] for hooked in (False, True))
+    assert_same(twin, hooked)
+    assert max(stale(twin), stale(hooked)) < 1e-5
+    if not lora:
+        assert_same(recorded[0], hooked)
+
+
+def test_a_twin_with_weights_of_its_own_is_caught(models):
+    run = replayed(*models, None, stage=0, micro_batch=8, fault="a twin with weights of its own")
+    assert run[0]["rollout/sampler_difference"] < 1e-5 and stale(run) > 1e-3

@@ -1,0 +1,121 @@
+"""A task with a known optimum: a tiny random model must learn to answer with one token, over and over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
+
+from tests.step3.hybrid_checks import PAD, request, role, shared_settings
+from training.step3_rlhf_finetuning.ppo_trainer import PPOSettings, PPOTrainer
+from training.step3_rlhf_finetuning.rlhf_engine import Roles, build_actor, build_critic
+from training.step3_rlhf_finetuning.rollout import SamplingConfig, rollout_backend
+
+VOCABULARY = 16
+FAVOURITE = 7
+ANSWER_LENGTH = 6
+PROMPTS = 16
+LEARNING_RATE = {"full": 5e-3, "lora": 3e-2}  # a model this small stands, and needs, far more than a real one
+CRITIC_LEARNING_RATE = 1e-2
+ENTROPY_COEF = 0.02  # without it some prompts' first token settles on another choice before the favourite is tried
+
+
+def save_toy_models(folder: Path) -> tuple[str, str]:
+    """A one-layer Llama of 16 tokens as actor, and as critic the same with a score head; returns both folders."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.15,  # nearly uniform at first; with the head frozen (LoRA) still able to be certain
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=PAD,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "actor")
+    config.num_labels = 1
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder / "critic")
+    return str(folder / "actor"), str(folder / "critic")
+
+
+class CountOfFavourite(nn.Module):
+    """How many of an answer's six places hold `FAVOURITE`, as scores of tokens."""
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """ids, mask ``[B, T]`` -> ``[B, T]``; prompts hold no `FAVOURITE`."""
+        return ((input_ids == FAVOURITE) & attention_mask.bool()).cumsum(1).float()
+
+
+def toy_prompts() -> list[list[int]]:
+    """Prompts of unequal lengths without `FAVOURITE`; all end alike, as a chat template's generation prompt does."""
+    generator = torch.Generator().manual_seed(5)
+    return [
+        torch.randint(FAVOURITE + 1, VOCABULARY, (1 + i % 3,), generator=generator).tolist() + [1]
+        for i in range(PROMPTS)
+    ]
+
+
+def learn(
+    models: tuple[str, str],
+    *,
+    seed: int,
+    iterations: int,
+    advantage: str = "gae",
+    ppo_epochs: int,
+    stage: int = 0,
+    lora: int = 0,
+    generation_batches: int = 1,
+    generation_batch_size: int = 64,
+    training_batch_size: int = 32,
+    samples_per_prompt: int = 4,
+    clip_reward: float = 0.0,
+) -> list[float]:
+    """Share of the optimum after each iteration of PPO, on this process alone.
+
+    Each iteration answers ``generation_batches * generation_batch_size / samples_per_prompt`` prompts.
+    """
+    updates = iterations * ppo_epochs * generation_batches * (generation_batch_size // training_batch_size)
+    shared = shared_settings(micro_batch_size=training_batch_size, total_steps=updates)
+    rate = LEARNING_RATE["lora" if lora else "full"]
+    torch.manual_seed(seed)
+    roles = Roles(
+        build_actor(role(models[0], stage, rate, lora), shared),
+        build_critic(role(models[1], stage, CRITIC_LEARNING_RATE), shared, None) if advantage == "gae" else None,
+        CountOfFavourite(),
+    )
+    settings = PPOSettings(
+        advantage=advantage,
+        samples_per_prompt=samples_per_prompt,
+        ppo_epochs=ppo_epochs,
+        per_device_training_batch_size=training_batch_size,
+        gradient_accumulation_steps=1,
+        kl_coef=0.0,  # nothing but the reward has an optimum
+        clip_ratio=0.2,
+        clip_value=0.2,
+        clip_reward=clip_reward,  # above a clip the reward is flat and can not be climbed
+        gamma=1.0,
+        gae_lambda=0.95,
+        entropy_coef=ENTROPY_COEF,
+        target_kl=0.0,
+        missing_eos_penalty=0.0,
+        whiten_advantages=True,
+        seed=seed,
+    )
+    trainer = PPOTrainer(roles, rollout_backend("fast"), SamplingConfig(ANSWER_LENGTH), settings, None, "fp32")
+    prompts, history = toy_prompts(), []
+    per_batch = generation_batch_size // samples_per_prompt
+    for number in range(iterations):
+        requests = []
+        for batch in range(generation_batches):
+            chosen = [(number * generation_batches + batch) * per_batch + i for i in range(per_batch)]
+            rows = [prompts[i % PROMPTS] for i in chosen for _ in range(samples_per_prompt)]
+            ids = range(batch * generation_batch_size, (batch + 1) * generation_batch_size)
+            requests.append(request(rows, list(ids), number, seed))
+        history.append(trainer.iteration(requests, number)["reward/raw"] / ANSWER_LENGTH)
+    return history

@@ -1,0 +1,324 @@
+"""Evaluate step 3: the SFT model, the RLHF model and best-of-n of the SFT model on the same held-out prompts.
+
+    python training/step3_rlhf_finetuning/evaluate.py
+    python training/step3_rlhf_finetuning/evaluate.py --path output/run/step3 --best_of 1,4 --max_prompts 0 \
+        --eval_function my_rules.py:score --judge_model_name_or_path another/reward-model
+
+The reward model that step 3 was trained with can not judge alone: training has learned to please it. Give a different
+judge: --eval_function (rules; the run's own if it had one) or another reward model. Answers are sampled as in training.
+Win rates are against one answer of the SFT model to each prompt, a tie half, with 95% bootstrap intervals over prompts.
+KL to the SFT model is measured for the RLHF model and log n - (n - 1) / n for best-of-n. All models are loaded from
+disk. Writes evaluation.json into the step's folder; benchmarks/plot_reward_kl.py draws it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from training.utils.runtime import prepare_runtime
+
+prepare_runtime()
+
+import torch  # noqa: E402  threads and PATH must be set before
+
+from training.step3_rlhf_finetuning import best_of_n, main as step3, settings  # noqa: E402
+from training.step3_rlhf_finetuning.evaluation import Answer, HeldOutPrompts, answer_held_out, checks  # noqa: E402
+from training.step3_rlhf_finetuning.held_out import spread_rows  # noqa: E402
+from training.step3_rlhf_finetuning.rewards import TextFunction, load_text_function  # noqa: E402
+from training.step3_rlhf_finetuning.rollout import SamplingConfig, rollout_backend  # noqa: E402
+from training.utils import arguments, engine as engines, evaluating, models  # noqa: E402
+from training.utils.data import prepare_data, render, stop_token_ids  # noqa: E402
+from training.utils.distributed import init_distributed, say  # noqa: E402
+from training.utils.errors import UserError, run_program  # noqa: E402
+from training.utils.metrics import progress_bar  # noqa: E402
+from training.utils.runs import is_finished  # noqa: E402
+
+DRAW_SEED = 7_919  # best-of-n draws under other noise than the answers that it is held against
+
+
+@dataclass
+class StepArguments:
+    """Step 3"""
+
+    sft_model_name_or_path: str = arguments.flag("", "the SFT model (default: step1 of the run)")
+    reward_model_name_or_path: str = arguments.flag("", "the reward model (default: step2 of the run)")
+    judge_model_name_or_path: str = arguments.flag("", "a different reward model to judge by")
+    eval_function: str = arguments.flag("", "file.py:name, rules to judge by (default: the run's own)")
+    best_of: str = arguments.flag("1,4,16", "draw best-of-n from the SFT model for these n, empty for none")
+    max_answer_seq_len: int = arguments.flag(0, "longest answer in tokens (default: the run's)", minimum=0)
+    temperature: float = arguments.flag(0.0, "sampling temperature (default: the run's)", minimum=0)
+
+
+ARGUMENTS = [evaluating.EvaluationArguments, StepArguments, arguments.DataArguments]
+
+
+def of_the_run(given: str, folder: Path, step: str, flag: str) -> str:
+    """A model's folder: the flag's, else another step of the same run.
+
+    Raises:
+        UserError: neither is there.
+    """
+    beside = folder.parent / step
+    if not given and not is_finished(beside):
+        raise UserError(f"the run has no finished {step} beside {folder}: give {flag}")
+    return models.resolve_model(given or str(beside), flag)
+
+
+class Evaluator:
+    """Answers prompts by models from disk and judges the answers.
+
+    Args:
+        prompts: the held-out prompts.
+        rows: which of them.
+        sampling: as in training.
+        batch_size: rows decoded together.
+        dtype, device: of every model.
+    """
+
+    def __init__(
+        self, prompts: HeldOutPrompts, rows: Sequence[int], sampling: SamplingConfig, dtype: str, device: torch.device
+    ) -> None:
+        self.prompts = prompts
+        self.rows = list(rows)
+        self.sampling = sampling
+        self.dtype = dtype
+        self.device = device
+
+    def scorer(self, path: str, pad_id: int) -> Any:
+        """A reward model from disk, which scores every token."""
+        return engines.load_frozen_scorer(
+            path,
+            zero_stage=0,
+            dtype=self.dtype,
+            pad_token_id=pad_id,
+            attn_implementation="sdpa",
+            offload=False,
+            device=self.device,
+        )
+
+    def model(self, path: str) -> Any:
+        """A causal LM from disk."""
+        return models.load_causal_lm(path, dtype=self.dtype).to(self.device).eval()
+
+    def answers(self, model: Any, reward: Any, seed: int, reference: Any | None = None) -> list[Answer]:
+        """One answer to each prompt; with ``reference`` its KL too."""
+        with torch.no_grad():
+            return answer_held_out(
+                replace(self.prompts, seed=seed),
+                self.rows,
+                contextlib.nullcontext(model),
+                reward,
+                rollout_backend("fast"),
+                self.sampling,
+                self.device,
+                contextlib.nullcontext(reference) if reference is not None else None,
+            )
+
+
+def judge_rewards(scorer: Any, tokenizer: Any, prompts: HeldOutPrompts, answers: Sequence[Answer]) -> list[float]:
+    """Rewards by another reward model, which reads the text in its own chat template."""
+    device, values = next(scorer.parameters()).device, []
+    for answer in answers:
+        ids = render(
+            tokenizer, [*prompts.messages(answer.row), {"role": "assistant", "content": answer.text}]
+        ).input_ids
+        tensor = torch.tensor([ids], device=device)
+        with torch.no_grad():
+            values.append(scorer(tensor, torch.ones_like(tensor))[0, -1].item())
+    return values
+
+
+def judged_by(
+    judge: Callable[[Sequence[Answer]], list[float]], tables: Mapping[str, Sequence[Sequence[Answer]]]
+) -> dict[str, list[list[float]]]:
+    """Call a judge once for all answers: ``[model][prompt][draw]`` answers -> values."""
+    values = iter(judge([answer for table in tables.values() for row in table for answer in row]))
+    return {name: [[next(values) for _ in row] for row in table] for name, table in tables.items()}
+
+
+def per_prompt(values: Sequence[Sequence[float]], chosen: Sequence[Sequence[int]]) -> list[float]:
+    """Mean over a prompt's chosen answers: ``values[prompt][draw]``, ``chosen[prompt]`` -> one value a prompt."""
+    return [evaluating.mean([row[i] for i in picks]) for row, picks in zip(values, chosen, strict=True)]
+
+
+def wins(
+    values: Sequence[Sequence[float]], chosen: Sequence[Sequence[int]], baseline: Sequence[float], seed: int
+) -> dict[str, Any]:
+    """Win rate of the chosen answers over one baseline answer a prompt; a tie half, several answers averaged."""
+    shares = [
+        evaluating.mean([(row[i] > base) + 0.5 * (row[i] == base) for i in picks])
+        for row, picks, base in zip(values, chosen, baseline, strict=True)
+    ]
+    return {"rate": evaluating.mean(shares), "interval": evaluating.bootstrap_interval(shares, seed=seed)}
+
+
+def described(
+    draws: Sequence[Sequence[Answer]],
+    judged: Mapping[str, Sequence[Sequence[float]]],
+    chosen: Sequence[Sequence[int]],
+    baseline: Mapping[str, Sequence[float]],
+    kl: float,
+    seed: int,
+) -> dict[str, Any]:
+    """One policy's entry in evaluation.json.
+
+    Args:
+        draws: ``[prompt][draw]`` answers.
+        judged: judge -> ``[prompt][draw]`` values; ``reward`` among them.
+        chosen: ``[prompt]`` -> which draws the policy answers with; a mean over them is taken.
+        baseline: judge -> the SFT model's value for each prompt; empty for the SFT model itself.
+        kl: to the SFT model, nats per answer.
+        seed: of the bootstrap.
+    """
+    lengths = per_prompt([[float(a.length) for a in row] for row in draws], chosen)
+    ended = per_prompt([[float(a.ended) for a in row] for row in draws], chosen)
+    entry: dict[str, Any] = {"kl": kl, "length": evaluating.mean(lengths), "eos_rate": evaluating.mean(ended)}
+    for name, values in judged.items():
+        means = per_prompt(values, chosen)
+        entry |= {name: evaluating.mean(means), f"{name}_interval": evaluating.bootstrap_interval(means, seed=seed)}
+        if baseline:
+            won = wins(values, chosen, baseline[name], seed)
+            entry |= {f"win_rate_by_{name}": won["rate"], f"win_rate_by_{name}_interval": won["interval"]}
+    return entry
+
+
+def draw(
+    evaluator: Evaluator, paths: Mapping[str, str], draws_per_prompt: int, seed: int
+) -> dict[str, list[list[Answer]]]:
+    """Answers ``[model][prompt][draw]`` of ``sft``, of ``rlhf`` and, if there are draws, of ``best_of``."""
+    reward = evaluator.scorer(paths["reward"], evaluator.prompts.tokenizer.pad_token_id)
+    sft = evaluator.model(paths["sft"])
+    say(f"answering {len(evaluator.rows)} held-out prompts with the SFT model, "
+        f"{draws_per_prompt} times more for best-of-n, and with the RLHF model ...")  # fmt: skip
+    bar = progress_bar(draws_per_prompt + 2, "answers")
+    rounds = []
+    for number in range(draws_per_prompt + 1):  # round 0 is what everything is held against
+        rounds.append(evaluator.answers(sft, reward, seed + DRAW_SEED * number))
+        bar.update()
+    actor = evaluator.model(paths["rlhf"])
+    drawn = {"sft": [[a] for a in rounds[0]]}
+    drawn["rlhf"] = [[a] for a in evaluator.answers(actor, reward, seed, reference=sft)]
+    bar.update()
+    bar.close()
+    return drawn | ({"best_of": [list(row) for row in zip(*rounds[1:], strict=True)]} if draws_per_prompt else {})
+
+
+def all_judges(
+    evaluator: Evaluator,
+    drawn: Mapping[str, Sequence[Sequence[Answer]]],
+    function: TextFunction | None,
+    judge_path: str,
+) -> dict[str, dict[str, list[list[float]]]]:
+    """Values ``[judge][model][prompt][draw]`` by the training reward (known) and by each different judge given."""
+    prompts = evaluator.prompts
+    judged = {"reward": judged_by(lambda answers: [a.reward for a in answers], drawn)}
+    if function is not None:
+        judged["function"] = judged_by(lambda answers: checks(prompts, answers, function) or [], drawn)
+    if judge_path:
+        tokenizer = models.load_tokenizer(judge_path)
+        judge = evaluator.scorer(judge_path, tokenizer.pad_token_id)
+        judged["judge"] = judged_by(lambda answers: judge_rewards(judge, tokenizer, prompts, answers), drawn)
+    return judged
+
+
+def main(argv: Sequence[str]) -> int:
+    """Evaluate; returns the exit code. See the module's docstring for what it writes."""
+    args, step, data = arguments.parse(ARGUMENTS, argv, prog="step3/evaluate.py", description=__doc__)
+    counts = best_of_n.parse_counts(step.best_of, "--best_of")
+    folder = evaluating.step_folder(args.path, "step3")
+    recorded = evaluating.recorded_arguments(folder, step3.ARGUMENTS, arguments.ALIASES)
+    rollout, seed = recorded[settings.RolloutArguments], recorded[settings.OptimizationArguments].seed
+    function_name = step.eval_function or recorded[settings.EvaluationArguments].eval_function
+    function = load_text_function(function_name, "--eval_function")
+    actor_path = models.resolve_model(str(folder / "actor"), "--path")
+    sft_path = of_the_run(step.sft_model_name_or_path, folder, "step1", "--sft_model_name_or_path")
+    reward_path = of_the_run(step.reward_model_name_or_path, folder, "step2", "--reward_model_name_or_path")
+    judge_path = ""
+    if step.judge_model_name_or_path:
+        judge_path = models.resolve_model(step.judge_model_name_or_path, "--judge_model_name_or_path")
+    longest = step.max_answer_seq_len or rollout.max_answer_seq_len
+    for path in (actor_path, sft_path, reward_path):
+        models.check_length(path, rollout.max_prompt_seq_len + longest, "--max_prompt_seq_len + --max_answer_seq_len")
+    tokenizer = models.load_tokenizer(actor_path)
+    for path, flag in ((sft_path, "--sft_model_name_or_path"), (reward_path, "--reward_model_name_or_path")):
+        if not models.same_tokenizer(tokenizer, models.load_tokenizer(path)):
+            raise UserError(f"{flag} {path} has another tokenizer or chat template than {actor_path}")
+    if function is None and not judge_path:
+        say("warning: the only judge is the reward model that training has learned to please; give --eval_function or "
+            "--judge_model_name_or_path")  # fmt: skip
+    chosen_data = evaluating.data_arguments(data, recorded[arguments.DataArguments])
+    rows = prepare_data(
+        3,
+        chosen_data,
+        tokenizer,
+        max_length=rollout.max_prompt_seq_len + longest,
+        max_prompt_length=rollout.max_prompt_seq_len,
+        seed=seed,
+    ).held_out
+    device = init_distributed()
+    sampling = SamplingConfig(longest, temperature=step.temperature or rollout.temperature, top_p=rollout.top_p,
+                              top_k=rollout.top_k)  # fmt: skip
+    prompts = HeldOutPrompts(rows, tokenizer, tuple(stop_token_ids(tokenizer)), seed)
+    evaluator = Evaluator(prompts, spread_rows(len(rows), args.max_prompts or len(rows)), sampling, args.dtype, device)
+
+    paths = {"sft": sft_path, "rlhf": actor_path, "reward": reward_path}
+    drawn = draw(evaluator, paths, counts[-1] if counts else 0, seed)
+    judged = all_judges(evaluator, drawn, function, judge_path)
+    content = assemble(drawn, judged, counts, seed)
+    say("\n" + result_table(content["models"]))
+    say(f"in brackets: 95% intervals over {len(evaluator.rows)} prompts; win rates are against one SFT answer each")
+    samples = [
+        {
+            "prompt": prompts.messages(row)[-1]["content"],
+            **{name: drawn[name][i][0].text for name in ("sft", "rlhf")},
+            **{f"{name}_reward": drawn[name][i][0].reward for name in ("sft", "rlhf")},
+        }
+        for i, row in enumerate(evaluator.rows)
+    ]
+    facts = {"prompts": len(evaluator.rows), "temperature": sampling.temperature, "max_answer_seq_len": longest,
+             "eval_function": function_name, "judge_model": judge_path}  # fmt: skip
+    evaluating.write_evaluation(folder, facts | content | {"samples": samples})
+    return 0
+
+
+def assemble(
+    drawn: Mapping[str, Sequence[Sequence[Answer]]],
+    judged: Mapping[str, Mapping[str, Sequence[Sequence[float]]]],
+    counts: Sequence[int],
+    seed: int,
+) -> dict[str, Any]:
+    """The entry ``models`` of evaluation.json, from answers ``[model][prompt][draw]`` and ``[judge][model]...``."""
+    only = [[0]] * len(drawn["sft"])
+    baseline = {judge: [row[0] for row in tables["sft"]] for judge, tables in judged.items()}
+
+    def entry(name: str, chosen: Sequence[Sequence[int]], kl: float, against: Mapping[str, Sequence[float]]) -> Any:
+        values = {judge: tables[name] for judge, tables in judged.items()}
+        return described(drawn[name], values, chosen, against, kl, seed)
+
+    kls = [row[0].kl or 0.0 for row in drawn["rlhf"]]
+    found = {"SFT": entry("sft", only, 0.0, {}), "RLHF": entry("rlhf", only, evaluating.mean(kls), baseline)}
+    for n in counts:
+        chosen = [best_of_n.chosen_of(row, n) for row in judged["reward"]["best_of"]]
+        found[f"best of {n}"] = entry("best_of", chosen, best_of_n.best_of_kl(n), baseline)
+    return {"models": found}
+
+
+def result_table(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """Policies as rows; a number and its interval share a cell."""
+    keys = [key for key in found["RLHF"] if not key.endswith("_interval")]
+    lines: list[list[Any]] = [["", *(key.replace("_", " ") for key in keys)]]
+    for name, entry in found.items():
+        cells = [
+            " ".join(evaluating.cell_text(entry[k]) for k in (key, f"{key}_interval") if k in entry) for key in keys
+        ]
+        lines.append([name, *cells])
+    return evaluating.table(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

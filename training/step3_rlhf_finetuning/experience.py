@@ -1,0 +1,167 @@
+"""Rollouts -> experience: log-probs, values and rewards of what the actor just did."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from training.step3_rlhf_finetuning.ppo import token_rewards
+from training.step3_rlhf_finetuning.rollout import RolloutBatch
+from training.utils.logprobs import response_log_probs
+from training.utils.reward_model import last_token_scores
+
+
+@dataclass(frozen=True)
+class Experience:
+    """One generation batch with everything the update needs.
+
+    Rows keep one padded layout from here to the last PPO epoch: another padding would move bf16 log-probs.
+
+    Shapes: B rows, P padded prompt length, R padded response length, T = P + R. Tensors ``[B, R]`` are 0
+    outside ``mask`` and aligned as in `training.step3_rlhf_finetuning.ppo`.
+
+    Attributes:
+        input_ids, attention_mask: ``[B, T]``, prompts left-padded, responses right-padded.
+        mask: ``[B, R]`` bool, response tokens with the end token.
+        log_probs: ``[B, R]`` of the actor before this iteration's updates, from its engine.
+        reference_log_probs: ``[B, R]``.
+        values: ``[B, R]`` of the critic before this iteration's updates.
+        rewards: ``[B, R]``, KL penalty and the sequence score.
+        advantages, returns: ``[B, R]``, filled in once per iteration.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    mask: Tensor
+    log_probs: Tensor
+    reference_log_probs: Tensor
+    values: Tensor
+    rewards: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    @property
+    def response_start(self) -> int:
+        """P, the column of the first response token."""
+        return self.input_ids.shape[1] - self.mask.shape[1]
+
+    def rows(self, indices: Sequence[int]) -> Experience:
+        """The given rows, in the same layout."""
+        index = torch.as_tensor(indices, device=self.input_ids.device)
+        return replace(self, **{f.name: getattr(self, f.name)[index] for f in fields(self)})
+
+
+def full_response_mask(mask: Tensor, total_length: int) -> Tensor:
+    """``[B, R]`` -> ``[B, T]``: false on the prompt's columns."""
+    blank = torch.zeros(mask.shape[0], total_length - mask.shape[1], dtype=torch.bool, device=mask.device)
+    return torch.cat([blank, mask.bool()], dim=1)
+
+
+def actor_log_probs(
+    model: Any, input_ids: Tensor, attention_mask: Tensor, mask: Tensor, temperature: float, entropy: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probs (and entropies) of the response tokens, ``[B, R]`` fp32, by any causal LM or its engine."""
+    total = input_ids.shape[1]
+    log_probs, entropies = response_log_probs(
+        model,
+        input_ids,
+        attention_mask,
+        full_response_mask(mask, total),
+        temperature=temperature,
+        entropy=entropy,
+    )
+    start = total - mask.shape[1]
+    return log_probs[:, start:], entropies[:, start:] if entropies is not None else None
+
+
+def state_values(critic: Any, input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> Tensor:
+    """The critic's value of the state before each response token, ``[B, R]`` fp32, 0 outside the mask.
+
+    The state before token t ends with token t - 1, so its value is the score one column to the left.
+    """
+    start = input_ids.shape[1] - mask.shape[1]
+    return critic(input_ids, attention_mask)[:, start - 1 : -1] * mask
+
+
+def in_pieces(batch_size: int, total: int) -> list[slice]:
+    """Row slices of at most ``batch_size``."""
+    return [slice(i, min(i + batch_size, total)) for i in range(0, total, batch_size)]
+
+
+@torch.no_grad()
+def score_log_probs(
+    model: nn.Module, rollout: RolloutBatch, batch_size: int, temperature: float, entropy: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """`actor_log_probs` of a rollout, ``batch_size`` rows at a time."""
+    parts = [
+        actor_log_probs(
+            model,
+            rollout.input_ids[piece],
+            rollout.attention_mask[piece],
+            rollout.response_mask[piece],
+            temperature,
+            entropy,
+        )
+        for piece in in_pieces(batch_size, rollout.input_ids.shape[0])
+    ]
+    log_probs = torch.cat([p[0] for p in parts])
+    return log_probs, torch.cat([p[1] for p in parts if p[1] is not None]) if entropy else None
+
+
+@torch.no_grad()
+def score_values(critic: Any, rollout: RolloutBatch, batch_size: int) -> Tensor:
+    """`state_values` of a rollout, ``batch_size`` rows at a time."""
+    return torch.cat(
+        [
+            state_values(critic, rollout.input_ids[piece], rollout.attention_mask[piece], rollout.response_mask[piece])
+            for piece in in_pieces(batch_size, rollout.input_ids.shape[0])
+        ]
+    )
+
+
+@torch.no_grad()
+def score_rewards(reward: Any, rollout: RolloutBatch, batch_size: int) -> Tensor:
+    """Raw reward of each response, ``[B]`` fp32: the reward model's score at its last token."""
+    total = rollout.input_ids.shape[1]
+    return torch.cat(
+        [
+            last_token_scores(
+                reward(rollout.input_ids[piece], rollout.attention_mask[piece]),
+                full_response_mask(rollout.response_mask[piece], total),
+            )
+            for piece in in_pieces(batch_size, rollout.input_ids.shape[0])
+        ]
+    )
+
+
+def make_experience(
+    rollout: RolloutBatch,
+    *,
+    log_probs: Tensor,
+    reference_log_probs: Tensor,
+    values: Tensor,
+    scores: Tensor,
+    kl_coef: float,
+) -> Experience:
+    """Put one rollout's scores together; advantages and returns are still 0."""
+    mask = rollout.response_mask
+    rewards = token_rewards(log_probs, reference_log_probs, scores, mask, kl_coef=kl_coef)
+    blank = torch.zeros_like(rewards)
+    return Experience(
+        rollout.input_ids,
+        rollout.attention_mask,
+        mask,
+        log_probs,
+        reference_log_probs,
+        values,
+        rewards,
+        blank,
+        blank,
+    )

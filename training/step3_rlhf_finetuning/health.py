@@ -1,0 +1,174 @@
+"""A health monitor: turns step 3's metrics into one-line advice while it trains.
+
+Two levels. A *warning* says what is wrong and which flag to change. A *note* explains what looks wrong and is not,
+such as a negative reward. A remark is made when a metric has been outside its healthy range for some iterations in a
+row, and again each time that number has doubled. docs/metrics.md has the same ranges beside what each metric is.
+
+Remarks go to the log and to ``health.jsonl``: ``step``, ``level``, ``metric``, ``value`` and ``text`` in each line.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from training.step3_rlhf_finetuning.health_rules import DRIFTS, NOTE, RULES, WARNING
+from training.utils.distributed import is_main, say
+
+HEALTH_FILE = "health.jsonl"
+FIRST_LOOK = 9  # iterations before a trend is judged: three thirds of three
+GAIN_MARGIN = 0.05  # how far an evaluation function may fall from its best before it is said to fall
+
+
+@dataclass(frozen=True)
+class Remark:
+    """One line of advice.
+
+    Attributes:
+        step: the iteration.
+        level: ``note`` or ``warning``.
+        metric, value: what it is about.
+        text: what is seen, then after a colon what to do.
+    """
+
+    step: int
+    level: str
+    metric: str
+    value: float
+    text: str
+
+
+def not_rising(history: Sequence[float], minimum: int = FIRST_LOOK) -> tuple[float, float] | None:
+    """Means of the first and the last third of a history, if the last is not above the first by a standard error.
+
+    Args:
+        history: one value for each iteration.
+        minimum: fewer values give None.
+    """
+    third = len(history) // 3
+    if len(history) < minimum:
+        return None
+    first, last = history[:third], history[-third:]
+    error = math.sqrt((statistics.variance(first) + statistics.variance(last)) / third)
+    start, end = statistics.fmean(first), statistics.fmean(last)
+    return None if end > start + error else (start, end)
+
+
+class HealthMonitor:
+    """Watches metrics and makes remarks.
+
+    Args:
+        folder: gets ``health.jsonl``; None writes nothing and prints nothing.
+
+    Attributes:
+        remarks: all that were made.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.remarks: list[Remark] = []
+        self._file = folder / HEALTH_FILE if folder is not None and is_main() else None
+        self._history: dict[str, list[float]] = {}
+        self._outside: dict[str, int] = {}
+        self._trend_due = FIRST_LOOK
+        if self._file is not None:
+            self._file.touch()  # an empty file says that the monitor was there and had nothing to remark
+
+    def observe(self, step: int, metrics: Mapping[str, float]) -> list[Remark]:
+        """Take one record of metrics.jsonl; returns the remarks that it gave rise to, already logged."""
+        for name, value in metrics.items():
+            self._history.setdefault(name, []).append(value)
+        found = [*self._ranges(step, metrics)]
+        if "reward/score" in metrics:
+            found += [*self._trend(step), *self._drift(step, metrics)]
+        if "eval/reward" in metrics:
+            found += self._exploited(step)
+        self.remarks += found
+        if self._file is not None and found:
+            with self._file.open("a", encoding="utf-8") as file:
+                for remark in found:
+                    say(f"[{step}] {remark.level}: {remark.text}")
+                    file.write(json.dumps(asdict(remark), ensure_ascii=False) + "\n")
+        return found
+
+    def replay(self, metrics: Path, until: int) -> None:
+        """Take up a resumed run: look at its records again, without a word, and write ``health.jsonl`` anew.
+
+        Args:
+            metrics: its ``metrics.jsonl``.
+            until: how many iterations it has behind it; nothing to do if there are none.
+        """
+        file, self._file = self._file, None
+        if file is None:
+            return
+        for line in metrics.read_text(encoding="utf-8").splitlines() if until else []:
+            record = json.loads(line)
+            self.observe(record.pop("step"), {name: value for name, value in record.items() if name != "time"})
+        text = "".join(json.dumps(asdict(remark), ensure_ascii=False) + "\n" for remark in self.remarks)
+        file.write_text(text, encoding="utf-8")
+        self._file = file
+
+    def _counted(self, name: str, outside: bool, patience: int, once: bool = False) -> bool:
+        """Count iterations in a row; true at ``patience`` and at every doubling of it."""
+        count = self._outside[name] = self._outside.get(name, 0) + 1 if outside else 0
+        if once and any(remark.metric == name and remark.level == NOTE for remark in self.remarks):
+            return False
+        multiple, rest = divmod(count, patience)
+        return count > 0 and rest == 0 and multiple & (multiple - 1) == 0
+
+    def _ranges(self, step: int, metrics: Mapping[str, float]) -> list[Remark]:
+        found = []
+        for rule in RULES:
+            value = metrics.get(rule.metric)
+            if value is None:
+                continue
+            if self._counted(rule.metric, not rule.low <= value <= rule.high, rule.patience, rule.once):
+                text = rule.text.format(value=value, count=self._outside[rule.metric])
+                found.append(Remark(step, rule.level, rule.metric, value, text))
+        return found
+
+    def _trend(self, step: int) -> list[Remark]:
+        """Whether the reward rises, looked at after 9, 18, 36, ... iterations."""
+        history = self._history["reward/score"]
+        if len(history) < self._trend_due:
+            return []
+        self._trend_due *= 2
+        flat = not_rising(history)
+        if flat is None:
+            return []
+        start, end = flat
+        text = (
+            f"the reward has not risen in {len(history)} iterations ({start:.2f} in the first third, {end:.2f} in the "
+            "last): see that the reward model tells good from bad (step 2's accuracy and verdicts), then raise "
+            "--actor_learning_rate or --per_device_generation_batch_size, or lower --kl_coef"
+        )
+        return [Remark(step, WARNING, "reward/score", end, text)]
+
+    def _drift(self, step: int, metrics: Mapping[str, float]) -> list[Remark]:
+        """Length and entropy against their first three iterations."""
+        found = []
+        for name, limit, outside, text in DRIFTS:
+            history = self._history.get(name, [])
+            if name not in metrics or len(history) <= 3:
+                continue
+            start = statistics.fmean(history[:3])
+            if self._counted(f"{name} {limit}", outside(metrics[name], start * limit), 3):
+                found.append(Remark(step, WARNING, name, metrics[name], text.format(start=start, value=metrics[name])))
+        return found
+
+    def _exploited(self, step: int) -> list[Remark]:
+        """The reward model says better, the independent measure says worse."""
+        rewards, values = self._history["eval/reward"], self._history.get("eval/function", [])
+        if len(values) < 2 or len(values) != len(rewards):
+            return []
+        fallen = values[-1] < max(values) - GAIN_MARGIN and rewards[-1] >= max(rewards)
+        if not self._counted("exploited", fallen, 1):
+            return []
+        text = (
+            f"held-out reward rises ({rewards[-1]:.2f}) while --eval_function falls ({max(values):.2f} -> "
+            f"{values[-1]:.2f}): the reward model is being exploited; raise --kl_coef or end earlier (--num_iterations)"
+        )
+        return [Remark(step, WARNING, "eval/function", values[-1], text)]

@@ -1,0 +1,246 @@
+"""The actor held against the SFT model while it trains, and the choice of the checkpoint that is kept.
+
+Every ``--eval_every`` iterations the actor answers some of the held-out prompts, always the same ones under the same
+sampling noise. The best actor so far is saved each time: the highest mean reward among the evaluations whose KL to
+the SFT model is at most `MAX_KL`. Reward alone would choose the actor that exploits the reward model most (Gao et al.
+2022, arXiv 2210.10760). The numbers of the summary are then those of the actor that was kept, over all held-out
+prompts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.step3_rlhf_finetuning.evaluation import (
+    Answer,
+    HeldOutPrompts,
+    answer_held_out,
+    checks,
+    compare,
+    mean,
+)
+from training.step3_rlhf_finetuning.rewards import TextFunction, win_rate
+from training.step3_rlhf_finetuning.rlhf_engine import Roles
+from training.step3_rlhf_finetuning.rollout import RolloutBackend, SamplingConfig
+from training.utils import models
+from training.utils.distributed import say
+from training.utils.metrics import MetricsLogger
+
+# An evaluation during training answers this many prompts (the last one and the SFT model answer all): it then costs
+# about as much as the rollouts of one iteration of the demo.
+RUNNING_PROMPTS = 32
+# Nats per response. docs/experiments.md: at 11 the demo's answers still win 0.82 by a check that training never saw,
+# at 25 they have turned into good wishes.
+MAX_KL = 16.0
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The evaluation whose actor is kept.
+
+    Attributes:
+        iteration: after which it was taken, from 1.
+        reward, kl: means over the evaluation's prompts.
+        within_bound: False only if no evaluation had a KL of at most `MAX_KL`; then the lowest KL was chosen.
+    """
+
+    iteration: int
+    reward: float
+    kl: float
+    within_bound: bool
+
+    def better_than(self, other: Kept | None) -> bool:
+        """Whether this one is to be kept instead."""
+        if other is None or self.within_bound != other.within_bound:
+            return other is None or self.within_bound
+        return self.reward > other.reward if self.within_bound else self.kl < other.kl
+
+
+def spread_rows(total: int, count: int) -> list[int]:
+    """At most ``count`` of ``total`` rows, evenly spread from the first on."""
+    count = min(count, total)
+    return [i * total // count for i in range(count)]
+
+
+class HeldOutEvaluation:
+    """Evaluates the actor on held-out prompts during and after training.
+
+    Args:
+        prompts: the held-out prompts.
+        roles: the actor, its reference and the reward model.
+        backend, sampling: how answers are decoded, as in training.
+        logger: gets the metrics ``eval/...``.
+        every: iterations between two evaluations, 0 for one at the end only.
+        iterations: how many there are.
+        function, function_name: an independent measure of answers, None without one.
+        actor_dir: where the actor goes.
+        save: writes the actor there; a collective.
+
+    Attributes:
+        before, after: answers of the SFT model, and of the actor that was kept, to all prompts.
+        kept: the evaluation whose actor is in ``actor_dir``.
+        seconds: spent here so far.
+    """
+
+    def __init__(
+        self,
+        prompts: HeldOutPrompts,
+        roles: Roles,
+        backend: RolloutBackend,
+        sampling: SamplingConfig,
+        logger: MetricsLogger,
+        *,
+        every: int,
+        iterations: int,
+        function: TextFunction | None,
+        function_name: str,
+        actor_dir: Path,
+        save: Callable[[], None],
+    ) -> None:
+        self.prompts = prompts
+        self.roles = roles
+        self.backend = backend
+        self.sampling = sampling
+        self.logger = logger
+        self.every = every
+        self.iterations = iterations
+        self.function = function
+        self.function_name = function_name
+        self.actor_dir = actor_dir
+        self.save = save
+        self.before: list[Answer] = []
+        self.after: list[Answer] = []
+        self.kept: Kept | None = None
+        self.seconds = 0.0
+        self._started = 0.0
+        self.running_rows = spread_rows(len(prompts.dataset), RUNNING_PROMPTS)
+        running = set(self.running_rows)
+        self.other_rows = [i for i in range(len(prompts.dataset)) if i not in running]
+
+    def begin(self) -> None:
+        """Let the SFT model answer every prompt: before the first update the actor is that model."""
+        with self._timed():
+            say(f"answering {len(self.prompts.dataset)} held-out prompts with the SFT model ...")
+            self.before = self._all_answers(self.roles.actor.generation_mode, measure_kl=False)
+            self._log(0, [replace(self.before[i], kl=0.0) for i in self.running_rows])
+
+    def after_iteration(self, iteration: int) -> None:
+        """Evaluate and save if it is time to and this is not the last iteration, which `finish` evaluates."""
+        if self.every and iteration % self.every == 0 and iteration < self.iterations:
+            with self._timed():
+                self._judge(iteration, self._answers(self.running_rows, self.roles.actor.generation_mode(), True))
+
+    def finish(self) -> dict[str, Any]:
+        """Evaluate the last actor, then hold the kept one against the SFT model on all prompts.
+
+        Returns:
+            What `compare` gives, with ``kept`` (the evaluation that was chosen, the bound and what it was chosen
+            by) and ``evaluation_seconds``.
+        """
+        with self._timed():
+            say(f"answering {len(self.prompts.dataset)} held-out prompts with the RLHF model ...")
+            self.after = self._all_answers(self.roles.actor.generation_mode)
+            self._judge(self.iterations, [self.after[i] for i in self.running_rows])
+            assert self.kept is not None
+            if self.kept.iteration != self.iterations:
+                say(f"answering them with the actor of iteration {self.kept.iteration}, which is kept ...")
+                self.after = self._all_answers(self._saved_actor)
+        summary = compare(self.prompts, self.before, self.after, self.function, self.function_name)
+        self.logger.log(self.iterations, {f"final/{k}": v for k, v in summary.items() if isinstance(v, float)})
+        rule = "the highest held-out reward" if self.kept.within_bound else "the lowest KL, none is within the bound"
+        kept = asdict(self.kept) | {"max_kl": MAX_KL, "chosen_by": rule}
+        return summary | {"kept": kept, "evaluation_seconds": self.seconds}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, as JSON holds it: the SFT model's answers and which actor is kept."""
+        return {
+            "before": [asdict(answer) for answer in self.before],
+            "kept": asdict(self.kept) if self.kept else None,
+            "seconds": self.seconds,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`, instead of `begin`."""
+        self.before = [Answer(**values) for values in state["before"]]
+        self.kept = Kept(**state["kept"]) if state["kept"] else None
+        self.seconds = state["seconds"]
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        self._started = time.monotonic()
+        yield
+        self.seconds += time.monotonic() - self._started
+
+    @contextlib.contextmanager
+    def _saved_actor(self) -> Iterator[Any]:
+        """The kept actor, from disk: the engine holds the last one."""
+        engine = self.roles.actor.engine
+        dtype = "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
+        model = models.load_causal_lm(str(self.actor_dir), dtype=dtype).to(engine.device).eval()
+        with torch.no_grad():
+            yield model
+
+    def _answers(self, rows: Sequence[int], generation: Any, measure_kl: bool) -> list[Answer]:
+        actor = self.roles.actor
+        return answer_held_out(
+            self.prompts,
+            rows,
+            generation,
+            self.roles.reward,
+            self.backend,
+            self.sampling,
+            actor.engine.device,
+            actor.reference_mode() if measure_kl else None,
+        )
+
+    def _all_answers(
+        self, generation: Callable[[], contextlib.AbstractContextManager[Any]], measure_kl: bool = True
+    ) -> list[Answer]:
+        """Answers to every prompt in order; KL, which needs a forward of the reference, for the running ones only."""
+        answers = self._answers(self.running_rows, generation(), measure_kl)
+        if self.other_rows:
+            answers += self._answers(self.other_rows, generation(), False)
+        return sorted(answers, key=lambda answer: answer.row)
+
+    def _judge(self, iteration: int, answers: Sequence[Answer]) -> None:
+        """Log an evaluation's metrics and save the actor if it is the best so far."""
+        metrics = self._log(iteration, answers)
+        current = Kept(iteration, metrics["eval/reward"], metrics["eval/kl"], metrics["eval/kl"] <= MAX_KL)
+        best = current.better_than(self.kept)
+        say(
+            f"[{iteration}] held-out reward {current.reward:.3f}, KL {current.kl:.2f}, win rate over SFT "
+            f"{metrics['eval/win_rate']:.2f} [{metrics['eval/win_rate_low']:.2f}, {metrics['eval/win_rate_high']:.2f}]"
+            f" on {len(answers)} prompts in {metrics['eval/seconds']:.0f} s"
+            + ("" if current.within_bound else f"; KL above the bound of {MAX_KL:g}")
+            + ("; kept" if best else "")
+        )
+        if best:
+            self.save()
+            self.kept = current
+
+    def _log(self, iteration: int, answers: Sequence[Answer]) -> dict[str, float]:
+        """Metrics of the running prompts' answers, held against the SFT model's; logged and returned."""
+        sft = [self.before[i] for i in self.running_rows]
+        rewards = [answer.reward for answer in answers]
+        rates = win_rate(rewards, [answer.reward for answer in sft], seed=self.prompts.seed)
+        metrics = {
+            "eval/reward": mean(rewards),
+            "eval/kl": mean([answer.kl for answer in answers if answer.kl is not None]),
+            "eval/length": mean([answer.length for answer in answers]),
+            "eval/eos_rate": mean([float(answer.ended) for answer in answers]),
+            **{f"eval/{name}": value for name, value in rates.items()},
+        }
+        values, sft_values = (checks(self.prompts, given, self.function) for given in (answers, sft))
+        if values is not None and sft_values is not None:
+            metrics["eval/function"] = mean(values)
+            metrics["eval/function_win_rate"] = win_rate(values, sft_values, seed=self.prompts.seed)["win_rate"]
+        metrics["eval/seconds"] = time.monotonic() - self._started
+        self.logger.log(iteration, metrics)
+        return metrics

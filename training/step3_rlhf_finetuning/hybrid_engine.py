@@ -1,0 +1,141 @@
+"""The hybrid engine: one actor that alternates between generation and training.
+
+Before DeepSpeed sees the model, `make_twin` copies its modules but not its parameters: the twin owns no weights, it
+shares the actor's Parameter objects. Training runs on the DeepSpeed engine, with its hooks; generation runs on the
+twin, which has none. Every optimizer step is visible to the twin at once and nothing is copied. At ZeRO-3, where a
+rank holds only a part of each parameter, one gather surrounds a whole round of rollouts: no collective runs while
+tokens are decoded, so ranks may stop at different lengths.
+
+Where the gathered model would not fit, generation goes through the engine's own hooks instead, which gather each layer
+at each token: the same tokens, much slower, and the ranks decode in step.
+
+Train and eval mode, gradient checkpointing and the KV cache belong to one module or the other and never leak.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from training.step3_rlhf_finetuning.generation_memory import fits, free_bytes, generation_bytes
+from training.utils.checkpoint import gathered
+from training.utils.distributed import say
+from training.utils.lora import adapters_merged
+
+
+def make_twin(model: nn.Module) -> nn.Module:
+    """A module tree of its own over the same parameters and buffers, in evaluation mode.
+
+    Call it before `deepspeed.initialize` and before gradient checkpointing is enabled, whose hooks a later copy
+    would carry along.
+    """
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    return copy.deepcopy(model, memo).eval()
+
+
+class HybridEngine:
+    """The actor's DeepSpeed engine and its twin.
+
+    Args:
+        engine: the actor's engine, after `deepspeed.initialize`.
+        twin: from `make_twin` of the same model.
+        reference: a frozen causal LM, or None if the twin with its adapter disabled is the reference policy:
+            that needs LoRA, adapters made fresh on the SFT weights, and no other trained parameter.
+        merge_lora: generate from weights with the adapters added, see `training.utils.lora.adapters_merged`.
+
+    Attributes:
+        gather_seconds: time spent gathering (and merging) parameters since it was last reset.
+        hooked: the whole model does not fit on a rank, so generation goes through the engine's ZeRO-3 hooks; ranks
+            must then decode in step (``rollout_backend(..., synced=True)``).
+    """
+
+    def __init__(self, engine: Any, twin: Any, reference: nn.Module | None, *, merge_lora: bool = False) -> None:
+        self.engine = engine
+        self.reference = reference
+        self.gather_seconds = 0.0
+        self.hooked = False
+        self._merge_lora = merge_lora
+        self._twin = twin
+        self._relink_buffers()
+
+    def _relink_buffers(self) -> None:
+        """Moving a module to a device keeps its Parameter objects but replaces its buffers: share them anew."""
+        for name, buffer in self.engine.module.named_buffers():
+            owner, _, leaf = name.rpartition(".")
+            self._twin.get_submodule(owner)._buffers[leaf] = buffer
+
+    def choose_generation(self, *, rows: int, length: int, packed: bool) -> None:
+        """Set `hooked` if the gathered model does not fit beside all roles, and say so; a collective.
+
+        Call it when every role is built. The arguments are those of
+        `training.step3_rlhf_finetuning.generation_memory.generation_bytes`.
+        """
+        if not any(hasattr(parameter, "ds_id") for parameter in self._twin.parameters()):
+            return  # below ZeRO-3 every rank holds the whole model anyway
+        needed = generation_bytes(self._twin, rows=rows, length=length, packed=packed, merged=self._merge_lora)
+        if fits(needed, self.engine.device):
+            return
+        self.hooked = True
+        merge = "; --merge_lora_for_generation has no effect then" if self._merge_lora else ""
+        say(
+            f"the whole actor does not fit on a rank (a rollout needs {needed / 1e9:.2f} GB, {free_bytes() / 1e9:.2f} "
+            f"are free): generating through the ZeRO-3 hooks, which gather each layer at each token and are slow{merge}"
+        )
+
+    @contextlib.contextmanager
+    def _gathered_twin(self) -> Iterator[Any]:
+        with gathered(list(self._twin.parameters())), torch.no_grad():
+            yield self._twin
+
+    @contextlib.contextmanager
+    def _hooked_module(self) -> Iterator[Any]:
+        """The engine's module, whose hooks gather and free; what they still hold at the end is freed."""
+        try:
+            with torch.no_grad():
+                yield self.engine.module
+        finally:
+            self.engine.empty_partition_cache()
+
+    @contextlib.contextmanager
+    def generation_mode(self) -> Iterator[Any]:
+        """Inside, a module that can generate; leaving frees gathered parameters. A collective at ZeRO-3."""
+        if self.hooked:
+            with self._hooked_module() as module:
+                yield module
+            return
+        start = time.perf_counter()
+        with self._gathered_twin() as twin, adapters_merged(twin) if self._merge_lora else contextlib.nullcontext():
+            self.gather_seconds += time.perf_counter() - start
+            yield twin
+
+    @contextlib.contextmanager
+    def training_mode(self) -> Iterator[Any]:
+        """Inside, the engine trains; outside it is in evaluation mode, so that scoring has no side effects."""
+        self.engine.train()
+        try:
+            yield self.engine
+        finally:
+            self.engine.eval()
+
+    @contextlib.contextmanager
+    def scoring_mode(self) -> Iterator[Any]:
+        """Inside, the engine's forward gives the log-probs that the first minibatch will see again."""
+        self.engine.eval()
+        with torch.no_grad():
+            yield self.engine
+
+    @contextlib.contextmanager
+    def reference_mode(self) -> Iterator[nn.Module]:
+        """Inside, a module that gives the reference policy's log-probs. A collective at ZeRO-3."""
+        if self.reference is not None:
+            with torch.no_grad():
+                yield self.reference
+            return
+        with self._hooked_module() if self.hooked else self._gathered_twin() as module, module.disable_adapter():
+            yield module

@@ -1,0 +1,241 @@
+"""The memory plan of step 3: five roles, and phases that decode, score and train."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from training.step3_rlhf_finetuning.decode_loop import PREFILL_TOKENS
+from training.step3_rlhf_finetuning.evaluation import BATCH_SIZE
+from training.step3_rlhf_finetuning.experience import actor_log_probs, state_values
+from training.step3_rlhf_finetuning.packed_linear import packed_bytes
+from training.step3_rlhf_finetuning.rollout import MIN_STEPS_TO_PACK
+from training.step3_rlhf_finetuning.settings import (
+    OptimizationArguments,
+    RoleArguments,
+    RoleZeroArguments,
+    RolloutArguments,
+)
+from training.utils import memory_plan as plans
+from training.utils.distributed import world_size
+from training.utils.live_memory import FakeModel, PassMemory
+from training.utils.models import without_adapters
+from training.utils.zero_config import deepspeed_config
+from training.utils.zero_memory import BYTES, RoleMemory, frozen_role, trained_role
+
+FLAGS = {
+    "zero_stage": "--actor_zero_stage {0} --critic_zero_stage {0}",
+    "offload": "--offload",
+    "checkpointing": "--actor_gradient_checkpointing --critic_gradient_checkpointing",
+    "batch": "--per_device_training_batch_size {} (accumulate more)",
+    "other_batch": "--per_device_generation_batch_size {}",
+}
+
+
+@dataclass(frozen=True)
+class RolePaths:
+    """The folders of actor and critic."""
+
+    actor: str
+    critic: str
+
+
+class RoleCosts:
+    """Passes of actor and critic without storage, each counted once.
+
+    Args:
+        actor, critic: from `training.utils.memory_plan.fake_role`.
+        prompt, response: their longest lengths in tokens.
+    """
+
+    def __init__(self, actor: FakeModel, critic: FakeModel, prompt: int, response: int) -> None:
+        self.actor, self.critic, self.prompt, self.response = actor, critic, prompt, response
+        self.training = functools.cache(self._training)
+        self.scoring = functools.cache(self._scoring)
+        self.prefill = functools.cache(self._prefill)
+
+    def _outputs(self, role: str, model: Any, rows: int) -> torch.Tensor:
+        ids, mask = plans.fake_batch(rows, self.prompt + self.response)
+        response = torch.ones(rows, self.response, dtype=torch.bool)
+        if role == "critic":
+            return state_values(model, ids, mask, response.to(plans.device()))
+        return actor_log_probs(model, ids, mask, response, 1.0, entropy=not torch.is_grad_enabled())[0]
+
+    def _training(self, role: str, rows: int, checkpointing: bool) -> PassMemory:
+        model: FakeModel = getattr(self, role)
+        model.gradient_checkpointing(checkpointing)
+        return model.training_pass(lambda m: self._outputs(role, m, rows).sum())
+
+    def _scoring(self, role: str, rows: int) -> PassMemory:
+        return getattr(self, role).forward_pass(lambda m: self._outputs(role, m, rows))
+
+    def _prefill(self, rows: int, length: int) -> PassMemory:
+        ids, mask = plans.fake_batch(rows, length)
+        last = torch.zeros(rows, 1, dtype=torch.bool).logical_not()
+        return self.actor.forward_pass(lambda m: actor_log_probs(m, ids, mask, last, 1.0)[0])
+
+    @functools.cached_property
+    def cache_bytes_per_token(self) -> int:
+        """Bytes of keys and values of one token in all layers."""
+        ids, mask = plans.fake_batch(1, 8)
+        with torch.no_grad():
+            cache = self.actor(input_ids=ids, attention_mask=mask, use_cache=True).past_key_values
+        tensors = [t for layer in cache.layers for t in vars(layer).values() if isinstance(t, torch.Tensor)]
+        return sum(t.numel() * t.element_size() for t in tensors if t.dim() == 4) // 8
+
+
+def decoding_parts(costs: RoleCosts, rows: int, dtype: str, engine: str, gathered: int) -> dict[str, int]:
+    """What decoding allocates, by name.
+
+    Args:
+        costs: of the roles.
+        rows: decoded together.
+        dtype: of the weights and the cache.
+        engine: ``fast`` or ``hf``.
+        gathered: bytes of the twin's whole parameters at stage 3.
+    """
+    vocabulary = plans.vocabulary(costs.actor)
+    tokens = costs.prompt + costs.response
+    cache = rows * tokens * costs.cache_bytes_per_token
+    if engine == "hf":  # its cache grows by concatenation: one layer is there twice
+        prefill = costs.prefill(rows, costs.prompt)
+        return {"gathered twin": gathered, "KV cache": cache, "prompts": prefill.peak}
+    group = max(1, PREFILL_TOKENS // costs.prompt + 1)
+    packs = plans.device().type == "cpu" and costs.response >= MIN_STEPS_TO_PACK
+    return {
+        "gathered twin": gathered,
+        "KV cache": cache,
+        "packed weights": packed_bytes(without_adapters(costs.actor.module)) if packs else 0,
+        "logits and sampling": rows * vocabulary * (BYTES[dtype] + 4),
+        "prompts": costs.prefill(min(rows, group), costs.prompt).peak,
+    }
+
+
+def rlhf_plan(
+    costs: RoleCosts,
+    settings: plans.Settings,
+    roles: RoleArguments,
+    rollout: RolloutArguments,
+    zero: RoleZeroArguments,
+    overrides: dict[str, Any],
+    stages: tuple[int, int],
+) -> plans.Plan:
+    """The plan of step 3.
+
+    Args:
+        costs: of actor and critic.
+        settings: what may change.
+        roles, rollout, zero: the step's flags.
+        overrides: the user's DeepSpeed configuration.
+        stages: ZeRO stages of actor and critic.
+    """
+    dtype, on_cpu, ranks = roles.dtype, plans.device().type == "cpu", world_size()
+    memory: dict[str, RoleMemory] = {}
+    for role, stage in zip(("actor", "critic"), stages, strict=True):
+        config = deepspeed_config(zero_stage=stage, dtype=dtype, offload=settings.offload, overrides=overrides)
+        size = plans.role_size(getattr(costs, role))
+        memory[role] = trained_role(
+            size, config=config, dtype=dtype, ranks=ranks, on_cpu=on_cpu, accumulates=settings.accumulates
+        )
+    bare = functools.partial(frozen_role, dtype=dtype, ranks=ranks)
+    if not (zero.actor_lora_dim and zero.only_optimize_lora):
+        count = plans.base_parameters(costs.actor)
+        memory["reference"] = bare(count, zero_stage=stages[0], offload=zero.offload_reference_model)
+    count = plans.base_parameters(costs.critic)
+    memory["reward"] = bare(count, zero_stage=stages[1], offload=zero.offload_reward_model)
+    return plans.Plan(memory, _phases(costs, settings, memory, dtype, rollout), on_cpu, _notes(costs, settings))
+
+
+def _phases(
+    costs: RoleCosts, settings: plans.Settings, memory: dict[str, RoleMemory], dtype: str, rollout: RolloutArguments
+) -> list[plans.Phase]:
+    rows, actor, critic = settings.batch, memory["actor"], memory["critic"]
+    decoding = functools.partial(
+        decoding_parts, costs, dtype=dtype, engine=rollout.rollout_engine, gathered=actor.gathered
+    )
+    logits = plans.logits_bytes(costs.actor, rows, costs.response, dtype)
+    scored, rewarded = costs.scoring("actor", rows), costs.scoring("critic", max(rows, BATCH_SIZE))
+    score = {"gathered parameters": actor.gathered, "logits": logits, "activations": scored.peak - logits}
+    held_out, held_out_logits = costs.scoring("actor", BATCH_SIZE), logits // rows * BATCH_SIZE
+    evaluate = {
+        "gathered parameters": actor.gathered,
+        "logits": held_out_logits,
+        "activations": held_out.peak - held_out_logits,
+    }
+    reward = {"gathered parameters": memory["reward"].gathered, "activations": rewarded.peak}
+    train = functools.partial(plans.training_phases, accumulates=settings.accumulates)
+    before = critic.pending if settings.accumulates else 0
+    passes = {role: costs.training(role, rows, settings.checkpointing) for role in ("actor", "critic")}
+    saved = max(plans.role_size(costs.actor).parameters, plans.role_size(costs.critic).parameters)
+    return [
+        plans.Phase("evaluation: answers", decoding(BATCH_SIZE)),
+        plans.Phase("evaluation: KL", evaluate),
+        plans.Phase("generation", decoding(settings.other_batch)),
+        plans.Phase("scoring: log-probs", score),
+        plans.Phase("scoring: rewards", reward),
+        *train("actor", actor, passes["actor"], logits, others=before, others_at_step=critic.pending),
+        *train("critic", critic, passes["critic"], 0, others=actor.pending),
+        plans.saving_phase(saved, BYTES[dtype]),
+    ]
+
+
+def _notes(costs: RoleCosts, settings: plans.Settings) -> list[str]:
+    lines = []
+    for role in ("actor", "critic"):
+        now, other = (
+            costs.training(role, settings.batch, on).peak for on in (settings.checkpointing, not settings.checkpointing)
+        )
+        note, change = "without" if settings.checkpointing else "with", (other - now) / plans.MIB
+        lines.append(f"{note} --{role}_gradient_checkpointing the {role}'s backward needs {change:+,.0f}")
+    return lines
+
+
+def show_rlhf_plan(
+    paths: RolePaths,
+    roles: RoleArguments,
+    rollout: RolloutArguments,
+    train: OptimizationArguments,
+    zero: RoleZeroArguments,
+    overrides: dict[str, Any],
+) -> int:
+    """Print the plan of step 3; returns the exit code, see `training.utils.memory_plan.show_plan`.
+
+    Args:
+        paths: of the models.
+        roles, rollout, train, zero: the step's flags.
+        overrides: the user's DeepSpeed configuration.
+
+    Raises:
+        UserError: no model can be built from a path.
+    """
+    adapters = {
+        "actor": plans.LoraSettings(zero.actor_lora_dim, zero.actor_lora_module_name, zero.only_optimize_lora),
+        "critic": plans.LoraSettings(zero.critic_lora_dim, zero.critic_lora_module_name, zero.only_optimize_lora),
+    }
+    build = functools.partial(plans.fake_role, dtype=roles.dtype, attn_implementation=roles.attn_implementation)
+    costs = RoleCosts(
+        build(paths.actor, lora=adapters["actor"], classifier=False),
+        build(paths.critic, lora=adapters["critic"], classifier=True),
+        rollout.max_prompt_seq_len,
+        rollout.max_answer_seq_len,
+    )
+    settings = plans.Settings(
+        zero_stage=max(zero.actor_zero_stage, zero.critic_zero_stage),
+        offload=zero.offload,
+        checkpointing=roles.actor_gradient_checkpointing and roles.critic_gradient_checkpointing,
+        batch=train.per_device_training_batch_size,
+        other_batch=rollout.per_device_generation_batch_size,
+        accumulates=train.gradient_accumulation_steps > 1,
+    )
+    asked = (zero.actor_zero_stage, zero.critic_zero_stage)
+
+    def plan_of(s: plans.Settings) -> plans.Plan:
+        stages = asked if s.zero_stage == settings.zero_stage else (s.zero_stage, s.zero_stage)
+        return rlhf_plan(costs, s, roles, rollout, zero, overrides, stages)
+
+    stages = f"ZeRO {asked[0]} and {asked[1]}"
+    title = f"step 3: {paths.actor}, {paths.critic}, {roles.dtype}, {stages}, ranks: {world_size()}"
+    return plans.show_plan(title, settings, plan_of, FLAGS)

@@ -1,0 +1,130 @@
+"""What a response is worth: the sequence reward before the KL penalty, and user-defined functions."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from training.utils.errors import UserError
+from training.utils.reward_model import RewardStats
+
+Messages = list[dict[str, str]]
+TextFunction = Callable[[Sequence[Messages], Sequence[str], Sequence[dict[str, Any]]], Sequence[float]]
+
+
+def load_text_function(spec: str, flag: str) -> TextFunction | None:
+    """Load ``file.py:name``, a function of (prompts, responses, rows) that returns a float for each response.
+
+    Args:
+        spec: the flag's value; empty gives None.
+        flag: named in messages.
+
+    Raises:
+        UserError: no such file, no such function, or the file can not be run.
+    """
+    if not spec:
+        return None
+    file, _, name = spec.rpartition(":")
+    path = Path(file).expanduser()
+    if not file or not path.is_file():
+        raise UserError(f"{flag} {spec}: no such file; write it as path/to/file.py:function")
+    module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    if module_spec is None or module_spec.loader is None:
+        raise UserError(f"{flag} {spec}: not a Python file")
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:  # the user's own code may raise anything
+        raise UserError(f"{flag} {spec}: the file fails with {type(error).__name__}: {error}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise UserError(f"{flag} {spec}: the file has no function {name}")
+    return function
+
+
+def call_text_function(
+    function: TextFunction,
+    prompts: Sequence[Messages],
+    responses: Sequence[str],
+    rows: Sequence[dict[str, Any]],
+    flag: str,
+) -> list[float]:
+    """Call a user's function and check what it returns.
+
+    Raises:
+        UserError: it raises, or returns the wrong number of values, something that is no number, or one that
+            is not finite; the first such row is named.
+    """
+    try:
+        values = list(function(prompts, responses, rows))
+    except Exception as error:  # the user's own code may raise anything
+        raise UserError(
+            f"{flag}: {type(error).__name__}: {error}; {_failing_row(function, prompts, responses, rows)}"
+        ) from error
+    if len(values) != len(responses):
+        raise UserError(f"{flag}: returned {len(values)} values for {len(responses)} responses")
+    for i, value in enumerate(values):
+        if isinstance(value, (str, bytes)) or not _is_finite(value):
+            raise UserError(f"{flag}: returned {value!r} for row {i}, response {responses[i]!r}")
+    return [float(v) for v in values]
+
+
+def _failing_row(
+    function: TextFunction, prompts: Sequence[Messages], responses: Sequence[str], rows: Sequence[dict[str, Any]]
+) -> str:
+    """Call the function row by row to name the one it fails on."""
+    for i in range(len(responses)):
+        try:
+            function(prompts[i : i + 1], responses[i : i + 1], rows[i : i + 1])
+        except Exception:  # looked for: the row that raises
+            return f"at row {i}, prompt {prompts[i][-1]['content']!r}, response {responses[i]!r}"
+    return "not at any single row"
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(float(value))
+    except (TypeError, ValueError):
+        return False
+
+
+def sequence_scores(
+    raw: Tensor, ended: Tensor, *, stats: RewardStats | None, clip_reward: float, missing_eos_penalty: float
+) -> Tensor:
+    """The reward that PPO maximises for each response, before the KL penalty: ``[B]``.
+
+    Args:
+        raw: ``[B]`` rewards as their source gives them.
+        ended: ``[B]`` bool, whether the response has its end token.
+        stats: normalise as ``(raw - mean) / std``; None leaves rewards raw.
+        clip_reward: then hold rewards in [-clip_reward, clip_reward]; 0 turns it off.
+        missing_eos_penalty: subtracted, after the clip, from responses cut off at the length limit.
+    """
+    scores = stats.normalise(raw) if stats is not None else raw
+    if clip_reward > 0:
+        scores = scores.clamp(-clip_reward, clip_reward)
+    return scores - missing_eos_penalty * (~ended).to(scores.dtype)
+
+
+def win_rate(ours: Sequence[float], theirs: Sequence[float], *, seed: int, samples: int = 2000) -> dict[str, float]:
+    """Share of prompts at which ours is worth more, a tie half, with a 95% bootstrap interval over prompts.
+
+    Args:
+        ours, theirs: one value for each prompt, in the same order.
+        seed: of the bootstrap.
+        samples: bootstrap resamples.
+
+    Returns:
+        ``win_rate``, ``win_rate_low``, ``win_rate_high``.
+    """
+    wins = torch.tensor([(a > b) + 0.5 * (a == b) for a, b in zip(ours, theirs, strict=True)], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.randint(len(wins), (samples, len(wins)), generator=generator)
+    low, high = torch.quantile(wins[draws].mean(1), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return {"win_rate": wins.mean().item(), "win_rate_low": low, "win_rate_high": high}

@@ -1,0 +1,230 @@
+"""Step 3's own flags, and what they must satisfy together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from training.step3_rlhf_finetuning.ppo_trainer import ADVANTAGES, PPOSettings
+from training.utils.arguments import flag
+from training.utils.distributed import say
+from training.utils.errors import UserError
+
+
+@dataclass
+class RoleArguments:
+    """Models of the roles"""
+
+    actor_model_name_or_path: str = flag(
+        "", "the SFT model: actor and reference start from it (default: the latest step 1)"
+    )
+    critic_model_name_or_path: str = flag(
+        "", "the reward model: the critic starts from it (default: the latest step 2)"
+    )
+    tokenizer_name_or_path: str = flag("", "tokenizer of all roles (default: the actor's)")
+    dtype: str = flag(
+        "bf16", "precision of weights and activations; masters stay fp32", choices=("bf16", "fp16", "fp32")
+    )
+    attn_implementation: str = flag("sdpa", "attention of transformers", choices=("sdpa", "eager", "flash_attention_2"))
+    actor_gradient_checkpointing: bool = flag(False, "trade a second forward for activation memory")
+    critic_gradient_checkpointing: bool = flag(False, "trade a second forward for activation memory")
+
+
+@dataclass
+class RolloutArguments:
+    """Rollouts"""
+
+    max_prompt_seq_len: int = flag(256, "longest prompt in tokens; longer ones lose their oldest turns", minimum=4)
+    max_answer_seq_len: int = flag(256, "longest response in tokens", minimum=1)
+    per_device_generation_batch_size: int = flag(16, "responses per rank that are decoded together", minimum=1)
+    generation_batches: int = flag(1, "generation batches per iteration", minimum=1)
+    samples_per_prompt: int = flag(1, "responses to each prompt of an iteration", minimum=1)
+    rollout_engine: str = flag("fast", "how tokens are decoded", choices=("fast", "hf"))
+    temperature: float = flag(1.0, "sampling temperature, applied in training log-probs too", above=0)
+    top_p: float = flag(1.0, "nucleus sampling; below 1 the sampler is no longer the policy", above=0, maximum=1)
+    top_k: int = flag(0, "sample from the k likeliest tokens; above 0 the sampler is no longer the policy", minimum=0)
+
+
+@dataclass
+class PPOArguments:
+    """PPO"""
+
+    advantage: str = flag(
+        "gae",
+        "what is better than expected: by a critic (gae), or by other answers to the prompt (rloo, grpo), no critic",
+        choices=ADVANTAGES,
+    )
+    ppo_epochs: int = flag(1, "passes over each iteration's rollouts", minimum=1)
+    kl_coef: float = flag(0.05, "weight of the KL penalty to the reference", minimum=0)
+    clip_ratio: float = flag(0.2, "clip of the policy ratio", above=0)
+    clip_value: float = flag(0.2, "clip of the value around the old value, 0 for none", minimum=0)
+    clip_reward: float = flag(5.0, "clip of the normalised reward, 0 for none", minimum=0)
+    gamma: float = flag(1.0, "discount per token", minimum=0, maximum=1)
+    gae_lambda: float = flag(0.95, "lambda of generalised advantage estimation", minimum=0, maximum=1)
+    entropy_coef: float = flag(0.0, "weight of an entropy bonus", minimum=0)
+    target_kl: float = flag(
+        0.0, "end an iteration's epochs above this KL from the sampling policy, 0 for never", minimum=0
+    )
+    missing_eos_penalty: float = flag(1.0, "subtracted from the reward of a response cut off at the limit", minimum=0)
+    whiten_advantages: bool = flag(True, "shift and scale gae's advantages to mean 0, variance 1")
+    normalize_reward: bool = flag(True, "normalise rewards by step 2's reward_stats.json")
+
+
+@dataclass
+class OptimizationArguments:
+    """Training"""
+
+    per_device_training_batch_size: int = flag(8, "rows per rank and micro-batch of the update", minimum=1)
+    gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step", minimum=1)
+    actor_learning_rate: float = flag(9.65e-6, "peak learning rate of the actor", above=0)
+    critic_learning_rate: float = flag(5e-6, "peak learning rate of the critic", above=0)
+    actor_weight_decay: float = flag(0.0, "AdamW weight decay of the actor", minimum=0)
+    critic_weight_decay: float = flag(0.0, "AdamW weight decay of the critic", minimum=0)
+    num_train_epochs: int = flag(1, "passes over the prompts", minimum=1)
+    num_iterations: int = flag(0, "iterations in all, 0 for every prompt of every epoch", minimum=0)
+    num_warmup_steps: int = flag(0, "optimizer steps of linear warm-up before the cosine decay", minimum=0)
+    seed: int = flag(1234, "seed of data order and sampling", minimum=0)
+
+
+@dataclass
+class RoleZeroArguments:
+    """DeepSpeed and LoRA of the roles"""
+
+    actor_zero_stage: int = flag(0, "ZeRO stage of actor and reference", choices=(0, 1, 2, 3))
+    critic_zero_stage: int = flag(0, "ZeRO stage of critic and reward model", choices=(0, 1, 2, 3))
+    offload: bool = flag(False, "keep optimizer states (and at stage 3 parameters) in CPU memory")
+    offload_reference_model: bool = flag(False, "at stage 3 keep the reference's parameters in CPU memory")
+    offload_reward_model: bool = flag(False, "at stage 3 keep the reward model's parameters in CPU memory")
+    deepspeed_config: str = flag("", "a JSON file merged over the configuration that these flags make")
+    actor_lora_dim: int = flag(0, "rank of the actor's adapters, 0 for none", minimum=0)
+    actor_lora_module_name: str = flag("all-linear", "comma-separated parts of module names, or all-linear")
+    critic_lora_dim: int = flag(0, "rank of the critic's adapters, 0 for none", minimum=0)
+    critic_lora_module_name: str = flag("all-linear", "comma-separated parts of module names, or all-linear")
+    only_optimize_lora: bool = flag(False, "freeze everything but the adapters (and the critic's head)")
+    merge_lora_for_generation: bool = flag(False, "add the actor's adapters to its weights while it generates")
+    local_rank: int = flag(-1, "set by the launcher")
+
+
+@dataclass
+class EvaluationArguments:
+    """Evaluation"""
+
+    eval_every: int = flag(
+        10, "evaluate on some held-out prompts every this many iterations, 0 for the end only", minimum=0
+    )
+    eval_function: str = flag("", "file.py:name, an independent measure of answers beside the reward model")
+
+
+def check_batches(rollout: RolloutArguments, train: OptimizationArguments) -> None:
+    """Refuse batch sizes that do not divide.
+
+    Raises:
+        UserError: names the two flags.
+    """
+    generation, training = rollout.per_device_generation_batch_size, train.per_device_training_batch_size
+    if generation % rollout.samples_per_prompt:
+        raise UserError(
+            f"--per_device_generation_batch_size {generation} is not a multiple of "
+            f"--samples_per_prompt {rollout.samples_per_prompt}"
+        )
+    if generation % training:
+        raise UserError(
+            f"--per_device_generation_batch_size {generation} is not a multiple of "
+            f"--per_device_training_batch_size {training}"
+        )
+    pieces = generation * rollout.generation_batches // training
+    if pieces % train.gradient_accumulation_steps:
+        raise UserError(
+            f"an iteration has {pieces} micro-batches per rank, not a multiple of "
+            f"--gradient_accumulation_steps {train.gradient_accumulation_steps}"
+        )
+
+
+def batches_of_all_ranks(rollout: RolloutArguments, train: OptimizationArguments, ranks: int) -> dict[str, int]:
+    """What an iteration and an optimizer step consist of over all ranks."""
+    return {
+        "responses per iteration": rollout.per_device_generation_batch_size * rollout.generation_batches * ranks,
+        "rows per step": train.per_device_training_batch_size * train.gradient_accumulation_steps * ranks,
+    }
+
+
+def divide_batches(
+    rollout: RolloutArguments, train: OptimizationArguments, batches: Mapping[str, int], ranks: int
+) -> None:
+    """Let each rank's batches make up ``batches`` again where a run goes on with another number of ranks, in place.
+
+    The batch sizes of the flags are kept if they divide a rank's share, else the next smaller ones that do.
+
+    Raises:
+        UserError: the ranks can not share the rows evenly.
+    """
+    if batches == batches_of_all_ranks(rollout, train, ranks):
+        return
+    responses, rows = batches["responses per iteration"], batches["rows per step"]
+    if responses % (ranks * rollout.samples_per_prompt) or rows % ranks:
+        raise UserError(
+            f"the run has {responses} responses per iteration and {rows} rows per optimizer step, which {ranks} ranks "
+            f"can not share evenly; give it another number of ranks"
+        )
+    share, samples = responses // ranks, rollout.samples_per_prompt
+    rollout.per_device_generation_batch_size = max(
+        size
+        for size in range(1, min(rollout.per_device_generation_batch_size, share) + 1)
+        if share % size == 0 and size % samples == 0
+    )
+    rollout.generation_batches = share // rollout.per_device_generation_batch_size
+    train.per_device_training_batch_size = max(
+        size
+        for size in range(1, min(train.per_device_training_batch_size, rows // ranks) + 1)
+        if rows // ranks % size == 0 and rollout.per_device_generation_batch_size % size == 0
+    )
+    train.gradient_accumulation_steps = rows // ranks // train.per_device_training_batch_size
+    check_batches(rollout, train)
+
+
+def check(rollout: RolloutArguments, ppo: PPOArguments, train: OptimizationArguments, zero: RoleZeroArguments) -> None:
+    """Refuse flags that contradict each other; warn once about a sampler that is not the policy.
+
+    Raises:
+        UserError: names the flags.
+    """
+    check_batches(rollout, train)
+    check_advantage(ppo, rollout)
+    if zero.merge_lora_for_generation and not zero.actor_lora_dim:
+        raise UserError("--merge_lora_for_generation needs adapters: set --actor_lora_dim")
+    if rollout.top_p < 1 or rollout.top_k > 0:
+        say("warning: with --top_p below 1 or --top_k above 0 the sampler is not the policy that is trained")
+
+
+def check_advantage(ppo: PPOArguments, rollout: RolloutArguments) -> None:
+    """Refuse an advantage over other answers where each prompt is answered once.
+
+    Raises:
+        UserError: names the two flags.
+    """
+    if ppo.advantage != "gae" and rollout.samples_per_prompt < 2:
+        raise UserError(
+            f"--advantage {ppo.advantage} compares answers to the same prompt: --samples_per_prompt must be at least 2"
+        )
+
+
+def ppo_settings(args: PPOArguments, rollout: RolloutArguments, train: OptimizationArguments) -> PPOSettings:
+    """The trainer's constants from the flags."""
+    return PPOSettings(
+        advantage=args.advantage,
+        samples_per_prompt=rollout.samples_per_prompt,
+        ppo_epochs=args.ppo_epochs,
+        per_device_training_batch_size=train.per_device_training_batch_size,
+        gradient_accumulation_steps=train.gradient_accumulation_steps,
+        kl_coef=args.kl_coef,
+        clip_ratio=args.clip_ratio,
+        clip_value=args.clip_value,
+        clip_reward=args.clip_reward,
+        gamma=args.gamma,
+        gae_lambda=args.gae_lambda,
+        entropy_coef=args.entropy_coef,
+        target_kl=args.target_kl,
+        missing_eos_penalty=args.missing_eos_penalty,
+        whiten_advantages=args.whiten_advantages,
+        seed=train.seed,
+    )
