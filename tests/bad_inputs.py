@@ -1,0 +1,296 @@
+"""One table of bad inputs: what a user types, and what the one line says. It grows with every issue."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+STEPS = {
+    1: "training.step1_supervised_finetuning.main",
+    2: "training.step2_reward_model_finetuning.main",
+    3: "training.step3_rlhf_finetuning.main",
+    "evaluate 1": "training.step1_supervised_finetuning.evaluate",
+    "evaluate 2": "training.step2_reward_model_finetuning.evaluate",
+    "evaluate 3": "training.step3_rlhf_finetuning.evaluate",
+}
+
+
+class World(NamedTuple):
+    """What a case may refer to."""
+
+    model: Path
+    reward: Path
+    other_reward: Path
+    data: Path
+    tmp: Path
+
+
+class Case(NamedTuple):
+    """A bad input: the step, its arguments, and words that the error line must hold."""
+
+    name: str
+    step: int | str
+    arguments: Callable[[World], list[str]]
+    words: list[str]
+
+
+def _write(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def _bytes(path: Path, data: bytes) -> str:
+    path.write_bytes(data)
+    return str(path)
+
+
+def _sft(w: World, *more: str) -> list[str]:
+    return ["--model_name_or_path", str(w.model), "--output_dir", str(w.tmp / "out"), *more]
+
+
+def _rl(w: World, *more: str) -> list[str]:
+    roles = ["--actor_model_name_or_path", str(w.model), "--critic_model_name_or_path", str(w.reward)]
+    return [*roles, "--output_dir", str(w.tmp / "out"), *more]
+
+
+def _rows(w: World, *rows: dict) -> str:
+    return _write(w.tmp / "rows.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
+
+
+def _finished(w: World, step: str, model: str = "") -> str:
+    """A finished step's folder in a run of its own; its model lies in ``model``, or in the folder itself."""
+    folder = w.tmp / "run" / step
+    shutil.copytree(w.model, folder / model)
+    _write(folder / "summary.json", "{}")
+    return str(folder)
+
+
+GOOD = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}
+
+CASES = [
+    Case("missing data", 1, lambda w: _sft(w, "--data_path", str(w.tmp / "no.jsonl")), ["no.jsonl"]),
+    Case(
+        "empty data", 1, lambda w: _sft(w, "--data_path", _write(w.tmp / "empty.jsonl", "")), ["empty.jsonl", "no row"]
+    ),
+    Case(
+        "a row without its fields",
+        1,
+        lambda w: _sft(w, "--data_path", _rows(w, GOOD, {"messages": []})),
+        ["rows.jsonl", "2"],
+    ),
+    Case("no preference columns", 2, lambda w: _sft(w, "--data_path", _rows(w, GOOD)), ["rows.jsonl", "no chosen"]),
+    Case(
+        "missing model", 1, lambda w: _sft(w)[2:] + ["--model_name_or_path", str(w.tmp / "none")], ["none", "no such"]
+    ),
+    Case(
+        "missing gguf", 1, lambda w: _sft(w)[2:] + ["--model_name_or_path", "none.gguf"], ["none.gguf", "no such file"]
+    ),
+    Case("empty folder as model", 2, lambda w: _sft(w)[2:] + ["--model_name_or_path", str(w.tmp)], ["no config.json"]),
+    Case(
+        "LoRA matches nothing",
+        1,
+        lambda w: _sft(w, "--lora_dim", "4", "--lora_module_name", "c_attn"),
+        ["c_attn", "q_proj"],
+    ),
+    Case(
+        "the critic's LoRA matches nothing",
+        3,
+        lambda w: _rl(w, "--critic_lora_dim", "4", "--critic_lora_module_name", "c_attn"),
+        ["c_attn", "q_proj"],
+    ),
+    Case("unknown flag", 1, lambda w: _sft(w, "--learning_rates", "1"), ["--learning_rates", "--learning_rate"]),
+    Case("unknown flag of step 3", 3, lambda w: _rl(w, "--ppo_epoch", "1"), ["--ppo_epoch", "--ppo_epochs"]),
+    Case("a word for a number", 2, lambda w: _sft(w, "--learning_rate", "fast"), ["--learning_rate", "fast"]),
+    Case("negative rate", 1, lambda w: _sft(w, "--learning_rate", "-1"), ["--learning_rate", "above 0"]),
+    Case("a rate that is no number", 1, lambda w: _sft(w, "--learning_rate", "nan"), ["--learning_rate"]),
+    Case("top_p out of range", 3, lambda w: _rl(w, "--top_p", "1.5"), ["--top_p", "at most 1"]),
+    Case("unknown choice", 1, lambda w: _sft(w, "--zero_stage", "4"), ["--zero_stage", "4"]),
+    Case("fp16 on a CPU", 1, lambda w: _sft(w, "--dtype", "fp16"), ["fp16", "bf16"]),
+    Case("longer than the positions", 1, lambda w: _sft(w, "--max_seq_len", "4096"), ["--max_seq_len", "4096", "512"]),
+    Case(
+        "responses longer than the positions",
+        3,
+        lambda w: _rl(w, "--max_answer_seq_len", "4096"),
+        ["--max_answer_seq_len", "512"],
+    ),
+    Case(
+        "training batch does not divide",
+        3,
+        lambda w: _rl(w, "--per_device_generation_batch_size", "6", "--per_device_training_batch_size", "4"),
+        ["6", "--per_device_training_batch_size 4"],
+    ),
+    Case(
+        "accumulation does not divide",
+        3,
+        lambda w: _rl(w, "--gradient_accumulation_steps", "3"),
+        ["--gradient_accumulation_steps 3"],
+    ),
+    Case(
+        "samples do not divide",
+        3,
+        lambda w: _rl(w, "--samples_per_prompt", "3"),
+        ["--samples_per_prompt 3"],
+    ),
+    Case("one answer has no siblings", 3, lambda w: _rl(w, "--advantage", "rloo"), ["rloo", "--samples_per_prompt"]),
+    Case("unknown advantage", 3, lambda w: _rl(w, "--advantage", "ppo"), ["--advantage", "gae"]),
+    Case(
+        "nothing to merge",
+        3,
+        lambda w: _rl(w, "--merge_lora_for_generation"),
+        ["--merge_lora_for_generation", "--actor_lora_dim"],
+    ),
+    Case(
+        "reward model of another tokenizer",
+        3,
+        lambda w: _rl(w)[:2] + ["--critic_model_name_or_path", str(w.other_reward)],
+        ["tokenizer"],
+    ),
+    Case(
+        "no reward statistics",
+        3,
+        lambda w: _rl(w)[:2] + ["--critic_model_name_or_path", str(w.model)],
+        ["reward_stats.json", "--no-normalize_reward"],
+    ),
+    Case(
+        "no such evaluation function", 3, lambda w: _rl(w, "--eval_function", "no.py:f"), ["--eval_function", "no.py"]
+    ),
+    Case(
+        "a file without the function",
+        3,
+        lambda w: _rl(w, "--eval_function", _write(w.tmp / "f.py", "x = 1") + ":g"),
+        ["no function g"],
+    ),
+    Case("DeepSpeed JSON missing", 1, lambda w: _sft(w, "--deepspeed_config", "no.json"), ["no.json"]),
+    Case(
+        "DeepSpeed JSON broken",
+        1,
+        lambda w: _sft(w, "--deepspeed_config", _write(w.tmp / "ds.json", '{"a": ')),
+        ["ds.json", "line 1"],
+    ),
+    Case(
+        "DeepSpeed JSON sets what is ours",
+        1,
+        lambda w: _sft(w, "--deepspeed_config", _write(w.tmp / "ds.json", '{"train_batch_size": 8}')),
+        ["train_batch_size", "--per_device_train_batch_size"],
+    ),
+    Case(
+        "unwritable output",
+        1,
+        lambda w: _sft(w)[:2] + ["--output_dir", _write(w.tmp / "file", "") + "/x"],
+        ["--output_dir", "file"],
+    ),
+    Case(
+        "finished output",
+        1,
+        lambda w: _sft(w)[:2] + ["--output_dir", str(Path(_write(w.tmp / "summary.json", "{}")).parent)],
+        ["already holds a finished run"],
+    ),
+    Case(
+        "step 2 before step 1",
+        2,
+        lambda w: ["--output_dir", str(w.tmp / "out")],
+        ["step 1", "step1_supervised_finetuning"],
+    ),
+    Case(
+        "step 3 before step 1",
+        3,
+        lambda w: ["--output_dir", str(w.tmp / "out")],
+        ["step 1", "step1_supervised_finetuning"],
+    ),
+    Case(
+        "half a gzip",
+        1,
+        lambda w: _sft(w, "--data_path", _bytes(w.tmp / "a.jsonl.gz", gzip.compress(b'{"text": "a"}' * 999)[:30])),
+        ["a.jsonl.gz", "cut off or damaged"],
+    ),
+    Case(
+        "another separator",
+        2,
+        lambda w: _sft(w, "--data_path", _write(w.tmp / "a.csv", "prompt;chosen;rejected\na;b;c\n")),
+        ["a.csv:1", "semicolons, not commas"],
+    ),
+    Case(
+        "UTF-16",
+        3,
+        lambda w: _rl(w, "--data_path", _bytes(w.tmp / "a.jsonl", '{"prompt": "a"}'.encode("utf-16"))),
+        ["a.jsonl", "UTF-16"],
+    ),
+    Case(
+        "a column map of no format",
+        1,
+        lambda w: _sft(w, "--column_map", "promt=question"),
+        ["--column_map", "did you mean prompt"],
+    ),
+    Case(
+        "a template that loses a turn",
+        1,
+        lambda w: _sft(w, "--chat_template", _write(w.tmp / "a.jinja", "{{ messages[-1].content }}<|im_end|>")),
+        ["loses the user turn"],
+    ),
+    Case(
+        "a name for the user's own files",
+        1,
+        lambda w: _sft(w, "--sft_only_data_path", "MultiTurnAlpaca"),
+        ["MultiTurnAlpaca", "give the path of the folder"],
+    ),
+    Case(
+        "evaluation before step 1",
+        "evaluate 1",
+        lambda w: [],
+        ["no run", "step 1", "step1_supervised_finetuning"],
+    ),
+    Case(
+        "evaluation of nothing", "evaluate 2", lambda w: ["--path", str(w.tmp / "none")], ["--path", "no such folder"]
+    ),
+    Case(
+        "evaluation of a step that has not finished", "evaluate 2", lambda w: ["--path", str(w.data)], ["not finished"]
+    ),
+    Case(
+        "evaluation without the base model's name",
+        "evaluate 1",
+        lambda w: ["--path", _finished(w, "step1")],
+        ["--base_model_name_or_path"],
+    ),
+    Case("best of no number", "evaluate 3", lambda w: ["--best_of", "1,four"], ["--best_of", "1,4,16"]),
+    Case("best of numbers that do not divide", "evaluate 3", lambda w: ["--best_of", "3,16"], ["--best_of", "3"]),
+    Case(
+        "evaluation without the SFT model",
+        "evaluate 3",
+        lambda w: ["--path", _finished(w, "step3", "actor")],
+        ["--sft_model_name_or_path"],
+    ),
+    Case(
+        "a judge that is not there",
+        "evaluate 3",
+        lambda w: [
+            *("--path", _finished(w, "step3", "actor"), "--sft_model_name_or_path", str(w.model)),
+            *("--reward_model_name_or_path", str(w.reward), "--judge_model_name_or_path", str(w.tmp / "judge")),
+        ],
+        ["--judge_model_name_or_path", "no such"],
+    ),
+    Case(
+        "evaluation rules that are not there",
+        "evaluate 3",
+        lambda w: ["--path", _finished(w, "step3", "actor"), "--eval_function", "rules.py:f"],
+        ["--eval_function", "rules.py"],
+    ),
+    Case(
+        "evaluation by a reward model of another tokenizer",
+        "evaluate 3",
+        lambda w: [
+            *("--path", _finished(w, "step3", "actor"), "--sft_model_name_or_path", str(w.model)),
+            *("--reward_model_name_or_path", str(w.other_reward)),
+        ],
+        ["--reward_model_name_or_path", "tokenizer"],
+    ),
+    Case(
+        "evaluation data missing",
+        "evaluate 2",
+        lambda w: ["--path", _finished(w, "step2"), "--data_path", str(w.tmp / "no.jsonl")],
+        ["no.jsonl"],
+    ),
+]

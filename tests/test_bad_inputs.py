@@ -1,0 +1,76 @@
+"""Bad input: one line, exit code 2, before a model is loaded, nothing written over."""
+
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.bad_inputs import CASES, STEPS, World
+from tests.step3.hybrid_checks import save_tiny_reward_model
+from tests.tiny import tiny_tokenizer
+from training.utils import models
+from training.utils.errors import run_program
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def reward_models(tiny_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rewards")
+    good = save_tiny_reward_model(str(tiny_model), folder / "good")
+    other = Path(shutil.copytree(good, folder / "other"))
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["unheard-of"])
+    tokenizer.save_pretrained(other)
+    return good, other
+
+
+@pytest.fixture
+def world(tiny_model, reward_models, tiny_data, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRIPOD_OUTPUT", str(tmp_path / "runs"))
+    return World(tiny_model, *reward_models, tiny_data, tmp_path)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
+def test_one_line_and_exit_code_2(case, world, capsys, monkeypatch):
+    def no_model(*_args, **_kwargs):
+        raise AssertionError("a model was loaded before the input was checked")
+
+    monkeypatch.setattr(models, "load_causal_lm", no_model)
+    monkeypatch.setattr(models, "load_classifier", no_model)
+    program = importlib.import_module(STEPS[case.step])
+    assert run_program(program.main, case.arguments(world)) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    for word in case.words:
+        assert word in lines[0], (word, lines[0])
+
+
+def test_two_ranks_both_end(world):
+    """Under the real launcher: the message once, code 2, no rank hangs."""
+    script = ROOT / "training" / "step1_supervised_finetuning" / "main.py"
+    command = [
+        str(Path(sys.executable).parent / "deepspeed"),
+        "--num_gpus",
+        "2",
+        "--master_port",
+        "29641",
+        str(script),
+        "--model_name_or_path",
+        str(world.model),
+        "--data_path",
+        str(world.tmp / "no.jsonl"),
+        "--output_dir",
+        str(world.tmp / "out"),
+    ]
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=180, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False
+    )
+    assert result.returncode == 2, result.stderr[-2000:]
+    errors = [line for line in (result.stdout + result.stderr).splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "Traceback" not in result.stdout + result.stderr

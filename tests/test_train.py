@@ -1,0 +1,508 @@
+"""train.py with stand-ins for the launcher and the steps: commands, feeding, logs, manifest, failures, signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+import train
+from training.utils import runs
+from training.utils.errors import UserError
+from training.utils.processes import LineLog, last_lines, run_logged
+from training.utils.showcase import answers_text, summary_table
+
+# Takes DeepSpeed's options, starts the program as a child like DeepSpeed's runner, and like it passes no signal on.
+LAUNCHER = """
+import subprocess, sys
+assert sys.argv[1:6:2] == ["--num_gpus", "--master_port", "--quiet"] and int(sys.argv[4]) > 0
+code = subprocess.Popen([sys.executable, *sys.argv[6:]]).wait()
+sys.exit(max(code, 0))
+"""
+
+# A step: says its arguments, writes what a step writes; --fail CODE, --hang and --silent let it misbehave.
+STEP = """
+import json, pathlib, signal, sys, time
+argv = sys.argv[1:]
+out = pathlib.Path(argv[argv.index("--output_dir") + 1])
+out.mkdir(parents=True, exist_ok=True)
+print("arguments", *argv, flush=True)
+for i in range(3):
+    sys.stderr.write(f"\\rbar {i}")
+sys.stderr.write("\\n")
+if "--fail" in argv:
+    print("this line says why", file=sys.stderr)
+    sys.exit(int(argv[argv.index("--fail") + 1]))
+if "--hang" in argv:
+    def end(*_):
+        time.sleep(0.5)
+        (out / "cleaned").touch()
+        sys.exit(0)
+    signal.signal(signal.SIGTERM, end)
+    (out / "hanging").touch()
+    time.sleep(60)
+if out.name == "step3":
+    (out / "actor").mkdir(exist_ok=True)
+    (out / "samples.json").write_text(json.dumps(SAMPLES))
+if "--silent" not in argv:
+    (out / "summary.json").write_text(json.dumps(SUMMARY[out.name]))
+"""
+
+SUMMARY = {
+    "step1": {"loss_before": 3.25, "loss_after": 2.5, "perplexity_before": 25.8, "perplexity_after": 12.2},
+    "step2": {
+        "accuracy_before": 0.5,
+        "accuracy_after": 0.91,
+        "accuracy_longer": 0.4,
+        "accuracy_shorter": 0.6,
+        "chosen_mean": 1.5,
+        "rejected_mean": -1.25,
+        "verdicts": {"accuracy_above_0.6": True, "chosen_above_rejected": False},
+    },
+    "step3": {
+        "reward_before": 0.1,
+        "reward_after": 1.1,
+        "win_rate": 0.8,
+        "win_rate_low": 0.7,
+        "win_rate_high": 0.9,
+        "eval_function": {"name": "check.py:score", "win_rate": 0.75, "before": 0.4, "after": 0.6},
+    },
+}
+
+SAMPLES = [
+    {
+        "prompt": [{"role": "user", "content": "Write a story about a kite."}],
+        "answers": {
+            "base": {"text": "kite " * 60, "reward": -1.5, "check": 0.25},
+            "sft": {"text": "First line.\nSecond line.", "reward": 0.5},
+            "rlhf": {"text": "The kite flew home.", "reward": 2.0, "check": 1.0},
+        },
+    },
+    {"prompt": [{"role": "user", "content": "Hello"}], "answers": {"rlhf": {"text": ""}}},
+]
+
+
+class Bench:
+    """An output folder of its own, stand-ins for launcher and steps, and train.py on top of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.output = folder / "output"
+        launcher, step = folder / "launcher.py", folder / "step.py"
+        launcher.write_text(LAUNCHER)
+        step.write_text(STEP.replace("SAMPLES", repr(SAMPLES)).replace("SUMMARY", repr(SUMMARY)))
+        self.launcher = [sys.executable, str(launcher)]
+        self.scripts = {name: str(step) for name in ("step1", "step2", "step3")}
+        self.recipe = folder / "tiny.yaml"
+        self.recipe.write_text("step1: {num_train_epochs: 2}\nstep3: {ppo_epochs: 1}\n")
+
+    def train(self, *argv: str) -> int:
+        argv = argv if "--recipe" in argv else ("--recipe", str(self.recipe), *argv)
+        return train.main(list(argv), launcher=self.launcher, scripts=self.scripts)
+
+    def manifest(self, run: str = "tiny") -> dict:
+        return json.loads((self.output / run / "manifest.json").read_text())
+
+    def arguments(self, step: str, run: str = "tiny") -> str:
+        lines = (self.output / run / f"{step}.log").read_text().splitlines()
+        return next(line.removeprefix("arguments ") for line in lines if line.startswith("arguments "))
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    monkeypatch.setenv("TRIPOD_OUTPUT", str(tmp_path / "output"))
+    monkeypatch.chdir(tmp_path)
+    return Bench(tmp_path)
+
+
+def test_each_step_feeds_the_next(bench: Bench, capfd: pytest.CaptureFixture) -> None:
+    assert bench.train("--num_gpus", "2", "--step3_args", "--gamma 0.9 --text 'two words'") == 0
+    assert (
+        bench.arguments("step1") == "--model_name_or_path embedded --output_dir output/tiny/step1 --num_train_epochs 2"
+    )
+    assert bench.arguments("step2") == "--model_name_or_path output/tiny/step1 --output_dir output/tiny/step2"
+    assert bench.arguments("step3") == (
+        "--actor_model_name_or_path output/tiny/step1 --critic_model_name_or_path output/tiny/step2 "
+        "--output_dir output/tiny/step3 --ppo_epochs 1 --gamma 0.9 --text two words"
+    )
+    out = capfd.readouterr().out
+    printed = [line for line in out.splitlines() if "--num_gpus 2" in line]
+    assert len(printed) == 3 and printed[2].endswith("--text 'two words'")
+    for step, command in zip(("step1", "step2", "step3"), printed, strict=True):
+        assert out.index(command) < out.index("bar 2", out.index(command)), "the command comes before the output"
+        done = subprocess.run(command, shell=True, capture_output=True, text=True)  # it works as printed
+        assert f"--output_dir output/tiny/{step}" in done.stdout
+    assert (bench.output / "latest").resolve() == bench.output / "tiny"
+    assert os.readlink(bench.output / "latest") == "tiny"
+
+
+def test_end_shows_table_answers_and_where_to_look(bench: Bench, capfd: pytest.CaptureFixture) -> None:
+    assert bench.train() == 0
+    out = capfd.readouterr().out
+    assert "3.250" in out and "2.500" in out and "always the longer: 0.400" in out
+    assert "The kite flew home." in out and "reward +2.00   check +1.00" in out
+    assert out.splitlines()[-3:] == [
+        "Report:           output/tiny/report.html",
+        "Chat with it:     make chat",
+        "Everything is in: output/tiny",
+    ]
+    assert "The kite flew home." in (bench.output / "tiny" / "report.html").read_text()
+    assert bench.train("--output_dir", str(bench.folder / "elsewhere")) == 0
+    last = capfd.readouterr().out.splitlines()[-2]
+    assert "gradio_chatbot.py --path SFT=elsewhere/step1 RLHF=elsewhere/step3/actor" in last
+
+
+def test_a_report_that_can_not_be_written_costs_no_run(
+    bench: Bench, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(run: Path) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train, "write_report", full)
+    assert bench.train() == 0
+    assert (
+        "Report:           could not be written (No space left on device); later: python -m" in capfd.readouterr().out
+    )
+
+
+def test_runs_stand_beside_each_other(bench: Bench) -> None:
+    for name in ("tiny", "tiny-2", "tiny-3"):
+        assert bench.train("--step", "1") == 0
+        assert runs.is_finished(bench.output / name / "step1")
+        assert (bench.output / "latest").resolve() == bench.output / name
+
+
+def test_manifest(bench: Bench, tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text("{}\n")
+    assert bench.train("--step1_args", f"--data_path {data}:10 some/hub-name") == 0
+    manifest = bench.manifest()
+    assert manifest["versions"]["torch"] and manifest["versions"]["python"].startswith("3.")
+    assert set(manifest["git"]) == {"commit", "changed"}
+    assert manifest["recipe"]["name"] == str(bench.recipe) and len(manifest["recipe"][str(bench.recipe)]) == 64
+    first, second = manifest["steps"]["step1"], manifest["steps"]["step2"]
+    assert first["exit_code"] == 0 and first["seconds"] > 0 and first["metrics"] == SUMMARY["step1"]
+    assert first["command"][-5:] == ["--num_train_epochs", "2", "--data_path", f"{data}:10", "some/hub-name"]
+    # sha256 of "{}\n"
+    assert first["inputs"][f"{data}:10"] == "ca3d163bab055381827226140568f3bef7eaac187cebd76878e0b63e9e442356"
+    assert first["inputs"]["embedded"] is None and first["inputs"]["some/hub-name"] is None
+    assert len(second["inputs"]["output/tiny/step1"]) == 64 and len(second["inputs"]["demo"]) == 64
+    assert not any("step2" in name for name in second["inputs"]), "what a step writes is not an input"
+    assert not list((bench.output / "tiny").glob("*.tmp"))
+
+
+def test_log_keeps_lines_not_bars(bench: Bench) -> None:
+    assert bench.train("--step", "1") == 0
+    log = (bench.output / "tiny" / "step1.log").read_text()
+    assert "bar 2\n" in log and "bar 0" not in log and "\r" not in log
+
+
+def test_failure_names_step_and_how_to_go_on(bench: Bench, capfd: pytest.CaptureFixture) -> None:
+    assert bench.train("--step2_args", "--fail 7") == 7
+    error = capfd.readouterr().err
+    assert "step 2 failed with exit code 7" in error and "    this line says why" in error
+    again = next(line for line in error.splitlines() if line.startswith("To run this step alone again:"))
+    assert subprocess.run(again.partition(":")[2], shell=True, capture_output=True).returncode == 7
+    assert "train.py --recipe" in error and error.rstrip().endswith("--output_dir output/tiny")
+    assert bench.manifest()["steps"]["step2"]["exit_code"] == 7
+    assert "this line says why" in (bench.output / "tiny" / "report.html").read_text()
+    assert "step3" not in bench.manifest()["steps"]
+
+
+def test_success_without_output_is_a_failure(bench: Bench, capfd: pytest.CaptureFixture) -> None:
+    assert bench.train("--step1_args=--silent") == 1
+    assert "step 1 failed with exit code 1" in capfd.readouterr().err
+
+
+def test_continues(bench: Bench, capfd: pytest.CaptureFixture) -> None:
+    assert bench.train("--step2_args", "--fail 2") == 2
+    first = bench.manifest()["steps"]["step1"]
+    capfd.readouterr()
+    # with its own recipe, not the default one
+    assert train.main(["--output_dir", "output/tiny"], launcher=bench.launcher, scripts=bench.scripts) == 0
+    assert "step 1 is finished\n" in capfd.readouterr().out
+    manifest = bench.manifest()
+    assert manifest["steps"]["step1"] == first
+    assert "--ppo_epochs 1" in bench.arguments("step3")
+    assert len(manifest["started_as"]) == 2
+    assert bench.train("--output_dir", "output/tiny", "--step1_args", "--seed 2") == 0
+    out = capfd.readouterr().out
+    assert "step 1 is finished with other flags; to repeat it, remove output/tiny/step1" in out
+    assert "step 3 is finished\n" in out and "2.500" in out, "a finished run shows its table again"
+
+
+def test_later_steps_follow_a_repeated_one(bench: Bench) -> None:
+    assert bench.train() == 0
+    started = bench.manifest()["steps"]["step3"]["command"]
+    (bench.output / "tiny" / "step2" / "summary.json").unlink()
+    assert bench.train("--output_dir", "output/tiny") == 0
+    assert bench.manifest()["steps"]["step3"]["command"] != started, "another port: it ran again"
+
+
+def test_plan_asks_each_step_and_makes_no_run(
+    bench: Bench, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    echo = bench.folder / "step.py"
+    echo.write_text(
+        "import os, sys\n"
+        "print('arguments', os.environ['WORLD_SIZE'], *sys.argv[1:])\n"
+        "sys.exit('ppo_epochs' in str(sys.argv))"
+    )
+    assert bench.train("--plan", "--num_gpus", "4", "--actor_model_name_or_path", "my/base") == 1, "step 3 does not fit"
+    lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("arguments 4 ")]
+    assert len(lines) == 3 and all(line.endswith("--plan") for line in lines)
+    assert lines[1].startswith("arguments 4 --model_name_or_path my/base ")  # step 1's output is of the same shape
+    assert "--critic_model_name_or_path my/base " in lines[2]
+    assert not bench.output.exists()
+
+
+def test_starts_in_the_middle(bench: Bench) -> None:
+    with pytest.raises(UserError, match=r"finished step 1; make it with: deepspeed --num_gpus 1 .*step1"):
+        bench.train("--step", "2")
+    assert not (bench.output / "tiny").exists()
+    assert bench.train("--step", "2", "--actor_model_name_or_path", "my/sft") == 0
+    assert bench.arguments("step2").startswith("--model_name_or_path my/sft ")
+    assert (
+        bench.train("--step", "3", "--actor_model_name_or_path", "my/sft", "--reward_model_name_or_path", "my/rm") == 0
+    )
+    assert "--critic_model_name_or_path my/rm " in bench.arguments("step3", "tiny-2")
+    assert bench.train("--step", "3", "--actor_model_name_or_path", "my/sft") == 0  # the newest run's reward model
+    assert "--critic_model_name_or_path output/tiny/step2 " in bench.arguments("step3", "tiny-3")
+
+
+def test_models_by_flag_and_by_recipe(bench: Bench) -> None:
+    bench.recipe.write_text("step1: {model_name_or_path: a/b}\nstep2: {model_name_or_path: c/d}\n")
+    assert bench.train() == 0
+    assert bench.arguments("step1").startswith("--model_name_or_path a/b ")
+    assert bench.arguments("step2").startswith("--model_name_or_path c/d ")
+    assert bench.train("--actor_model_name_or_path", "e/f", "--reward_model_name_or_path", "g/h") == 0
+    assert bench.arguments("step1", "tiny-2").startswith("--model_name_or_path e/f ")
+    assert bench.arguments("step2", "tiny-2").startswith("--model_name_or_path g/h ")
+
+
+def test_recipe_values(bench: Bench) -> None:
+    (bench.folder / "recipes").mkdir()
+    (bench.folder / "recipes" / "data.py").touch()
+    recipe = bench.folder / "recipes" / "r.yaml"
+    recipe.write_text(
+        textwrap.dedent("""
+            step1:
+              offload: true
+              gradient_checkpointing: false
+              data_path: [demo, x.jsonl]
+              learning_rate: 1e-5
+              shift: -3
+              nothing: null
+              function: ./data.py:score
+              other: ./missing.py
+        """)
+    )
+    assert bench.train("--recipe", str(recipe), "--step", "1") == 0
+    assert bench.arguments("step1", "r").partition("step1 ")[2] == (
+        "--offload --no-gradient_checkpointing --data_path demo x.jsonl --learning_rate 1e-5 --shift=-3 "
+        "--function recipes/data.py:score --other ./missing.py"
+    )
+
+
+BAD = [
+    (["--num_gpu", "2"], "unknown flag --num_gpu; did you mean --num_gpus"),
+    (["--num_gpus", "0"], "--num_gpus is 0, it must be at least 1"),
+    (["--step", "4"], "invalid choice: 4"),
+    (["--recipe", "nosuch"], "no recipe of that name; there are: .*demo"),
+    (["--recipe", "section.yaml"], "unknown section stpe1; did you mean step1"),
+    (["--recipe", "list.yaml"], "needs sections"),
+    (["--recipe", "flags.yaml"], "section step1 holds no flags"),
+    (["--recipe", "broken.yaml"], "not readable as YAML"),
+    (["--recipe", "output.yaml"], "step1 gets --output_dir from train.py"),
+    (["--recipe", "nested.yaml"], "step1: optimizer can not hold a section"),
+    (["--step1_args", "--output_dir x"], "--output_dir is given by train.py"),
+    (["--step1_args", "'open"], "--step1_args: No closing quotation"),
+    (["--output_dir", "file/run"], "--output_dir .*file/run can not be made"),
+    (["--output_dir", "bad"], "manifest.json is not readable as JSON"),
+]
+
+
+@pytest.mark.parametrize(("argv", "message"), BAD, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_bad_flags_end_before_anything_runs(bench: Bench, argv: list[str], message: str) -> None:
+    files = {
+        "section.yaml": "stpe1: {}",
+        "list.yaml": "[1]",
+        "flags.yaml": "step1: 3",
+        "broken.yaml": "step1: {a: [}",
+        "output.yaml": "step1: {output_dir: x}",
+        "nested.yaml": "step1: {optimizer: {lr: 1}}",
+        "file": "",
+    }
+    for name, text in files.items():
+        (bench.folder / name).write_text(text)
+    (bench.folder / "bad").mkdir()
+    (bench.folder / "bad" / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match=message):
+        bench.train(*argv)
+    assert not bench.output.exists()
+
+
+def test_bad_flag_as_a_program() -> None:
+    root = runs.repository_root()
+    done = subprocess.run([sys.executable, root / "train.py", "--stpe", "1"], capture_output=True, text=True, cwd=root)
+    assert done.returncode == 2
+    assert done.stderr == "error: unknown flag --stpe; did you mean --step?\n" and not done.stdout
+
+
+def test_two_at_work_in_one_run(bench: Bench) -> None:
+    (bench.output / "tiny").mkdir(parents=True)
+    with train.locked(bench.output / "tiny"), pytest.raises(UserError, match="another train.py is at work"):
+        bench.train("--output_dir", "output/tiny")
+
+
+def _wait_for(condition, seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_reach_the_step_and_nothing_is_left(bench: Bench, number: signal.Signals) -> None:
+    driver = bench.folder / "driver.py"
+    driver.write_text(
+        f"import sys; sys.path.insert(0, {str(runs.repository_root())!r}); import train\n"
+        f"sys.exit(train.main(sys.argv[1:], launcher={bench.launcher!r}, scripts={bench.scripts!r}))\n"
+    )
+    argv = [sys.executable, driver, "--recipe", bench.recipe, "--step1_args=--hang"]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    step = bench.output / "tiny" / "step1"
+    _wait_for((step / "hanging").exists)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=20)
+    assert process.returncode == 128 + number
+    assert (step / "cleaned").exists(), "train.py waited for the step, although the launcher had gone"
+    assert f"step 1 was stopped by {number.name}" in error and "Traceback" not in error
+    assert "--output_dir output/tiny" in error.splitlines()[-1]
+    assert bench.manifest()["steps"]["step1"]["exit_code"] == 128 + number
+
+
+def test_what_does_not_end_is_killed(tmp_path: Path) -> None:
+    code = "import signal, os, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(os.getpid(), flush=True)"
+    parent = (
+        "import subprocess, sys\n"
+        f"p = subprocess.Popen([sys.executable, '-c', {code + '; time.sleep(60)'!r}], stdout=subprocess.PIPE)\n"
+        "print(p.stdout.readline().decode(), flush=True)\n"
+        "sys.exit(3)\n"
+    )
+    start = time.monotonic()
+    assert run_logged([sys.executable, "-c", parent], tmp_path / "log", grace=1.0).code == 3
+    assert time.monotonic() - start < 15
+    pid = int(last_lines(tmp_path / "log", 1)[0])
+    status = Path(f"/proc/{pid}/stat")
+    _wait_for(lambda: not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z")
+
+
+def test_line_log(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    with path.open("wb") as file:
+        log = LineLog(file)
+        for piece in (b"one\r\n\x1b[31mtw", b"o\x1b[0m\n", b"\r10%", b"\r20", b"%\r", b"\r30%"):
+            log.feed(piece)
+        log.close()
+    assert path.read_text() == "one\ntwo\n30%\n"
+    assert last_lines(path, 2) == ["two", "30%"]
+
+
+def test_table_tolerates_missing_numbers(tmp_path: Path) -> None:
+    assert summary_table(tmp_path, {}) == "" and answers_text(tmp_path) == ""
+    for step, summary in (("step1", {}), ("step2", {"accuracy_after": 0.9}), ("step3", {"reward_after": 1.0})):
+        (tmp_path / step).mkdir()
+        (tmp_path / step / "summary.json").write_text(json.dumps(summary))
+    table = summary_table(tmp_path, {"step2": 75.2})
+    assert "1 min 15 s" in table and "0.900" in table and "+1.000" in table
+
+
+def test_table_and_answers_are_readable(tmp_path: Path) -> None:
+    for step, summary in SUMMARY.items():
+        (tmp_path / step).mkdir()
+        (tmp_path / step / "summary.json").write_text(json.dumps(summary))
+    (tmp_path / "step3" / "samples.json").write_text(json.dumps(SAMPLES))
+    lines = summary_table(tmp_path, {"step1": 12.0}).splitlines()
+    assert lines[0].split() == ["before", "after"]
+    column = lines[0].index("after") + len("after")
+    assert all(len(line) <= column or line[column] == " " for line in lines), "numbers stand in columns"
+    assert any("win rate by check.py:score" in line and "0.750" in line for line in lines)
+    assert any("missed: chosen above rejected" in line and "1 of 2" in line for line in lines)
+    text = answers_text(tmp_path, width=80)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "    First line.\n    Second line.\n" in text and "    (nothing)" in text
+    assert (
+        text.index("  base  reward -1.50") < text.index("  SFT   reward +0.50\n") < text.index("  RLHF  reward +2.00")
+    )
+
+
+class TestOutputFolders:
+    """training/utils/runs.py without train.py: what the steps use when they run bare."""
+
+    def finish(self, output: Path, *names: str) -> None:
+        for name in names:
+            (output / name).mkdir(parents=True, exist_ok=True)
+            (output / name / "summary.json").write_text("{}")
+
+    def test_bare_steps_share_a_run(self, bench: Bench) -> None:
+        for step in ("step1", "step2", "step3"):
+            assert runs.prepare_output_dir("", step) == bench.output / "run" / step
+            self.finish(bench.output, f"run/{step}")
+        assert runs.prepare_output_dir("", "step2") == bench.output / "run-2" / "step2", "nothing is overwritten"
+
+    def test_unfinished_step_is_taken_up(self, bench: Bench) -> None:
+        assert runs.prepare_output_dir("", "step1") == runs.prepare_output_dir("", "step1")
+
+    def test_step1_does_not_join_a_run_with_later_steps(self, bench: Bench) -> None:
+        self.finish(bench.output, "run/step2")
+        runs.point_latest(bench.output / "run")
+        assert runs.prepare_output_dir("", "step1") == bench.output / "run-2" / "step1"
+
+    def test_latest_output(self, bench: Bench) -> None:
+        self.finish(bench.output, "a/step1", "b/step1")
+        runs.point_latest(bench.output / "a")
+        assert runs.latest_output("step1") == bench.output / "a" / "step1"
+        self.finish(bench.output, "c/step2")
+        assert runs.latest_output("step2") == bench.output / "c" / "step2"
+        with pytest.raises(UserError, match="no run in output has finished step 3; make it with: deepspeed"):
+            runs.latest_output("step3")
+
+    def test_unwritable(self, bench: Bench) -> None:
+        (bench.folder / "file").touch()
+        with pytest.raises(UserError, match="--output_dir .*file/step1 can not be made"):
+            runs.prepare_output_dir("file/step1", "step1")
+
+    def test_ranks_agree(self, bench: Bench) -> None:
+        code = "from training.utils.runs import prepare_output_dir as p; print(p('', 'step1'), p('', 'step2'))"
+        outputs = []
+        for _launch in range(2):
+            env = os.environ | {"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_PORT": str(_launch)}
+            ranks = [
+                subprocess.Popen(
+                    [sys.executable, "-c", code], env=env | {"RANK": rank}, stdout=subprocess.PIPE, text=True
+                )
+                for rank in ("1", "0")
+            ]
+            first, second = (rank.communicate(timeout=30)[0] for rank in ranks)
+            assert first == second
+            outputs.append(first)
+            self.finish(bench.output, "run/step1", "run/step2")
+            for note in bench.output.glob(".launch-*"):
+                os.utime(note, (0, 0))
+        assert "run/step1" in outputs[0] and "run-2/step1" in outputs[1]
+        assert len(list(bench.output.glob(".launch-*"))) == 2, "the second launch has removed the first one's notes"
+
+    def test_ranks_get_the_same_error(self, bench: Bench) -> None:
+        (bench.folder / "file").touch()
+        code = "from training.utils.runs import prepare_output_dir as p; p('', 'step1')"
+        env = os.environ | {"WORLD_SIZE": "4", "LOCAL_SIZE": "2", "RANK": "1"}
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+        assert "several hosts can not agree on a new run: give --output_dir" in done.stderr

@@ -1,0 +1,350 @@
+"""Run the three steps in one run directory, each as its own ``deepspeed`` process, each feeding the next.
+
+    python train.py                                    the demo: embedded model, bundled data, into output/demo
+    python train.py --recipe my.yaml --num_gpus 2      your own flags, a section for each step
+    python train.py --output_dir output/demo           goes on with a run; finished steps are skipped
+    python train.py --step 2 3 --actor_model_name_or_path SFT_MODEL    starts from a model you have
+    python train.py --step3_args "--ppo_epochs 2"      anything else, as the step's own flags
+
+The exact command of each step is printed before it starts and can be run by itself. A run directory holds
+step1/, step2/, step3/, a log of each, and manifest.json: versions, commands, inputs with hashes, metrics, times.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from training.report.page import write_report
+from training.utils import arguments
+from training.utils.errors import UserError, run_program
+from training.utils.manifest import describe_environment, hash_inputs, read_manifest, write_json
+from training.utils.processes import Ended, last_lines, run_logged
+from training.utils.recipes import GIVEN, flags_of, located, read_recipe
+from training.utils.runs import (
+    LATEST,
+    STEPS,
+    is_finished,
+    latest_output,
+    make_dir,
+    new_run_dir,
+    output_root,
+    point_latest,
+    repository_root,
+    shown,
+)
+from training.utils.runtime import prepare_runtime
+from training.utils.showcase import answers_text, summary_table
+
+ROOT = repository_root()
+LOG_LINES = 20  # of a failed step's log
+
+
+@dataclass
+class RunArguments:
+    """Run"""
+
+    recipe: str = arguments.flag(
+        "", "a name in training/recipes, or a YAML file with sections step1, step2, step3 (default: demo)"
+    )
+    step: list[int] = arguments.flag([1, 2, 3], "which steps to run", choices=(1, 2, 3))
+    num_gpus: int = arguments.flag(
+        1, "ranks on this machine, one per GPU; on a machine without one, processes", minimum=1
+    )
+    output_dir: str = arguments.flag(
+        "", "the run directory; one that is there is continued (default: output/RECIPE, new)"
+    )
+    plan: bool = arguments.flag(False, "print the memory that each step needs on each rank, and stop")
+
+
+@dataclass
+class InputArguments:
+    """Models, and flags of the steps"""
+
+    actor_model_name_or_path: str = arguments.flag(
+        "", "what step 1 starts from; without step 1, its output (default: embedded)"
+    )
+    reward_model_name_or_path: str = arguments.flag(
+        "", "what step 2 starts from; without step 2, its output (default: step 1's output)"
+    )
+    step1_args: str = arguments.flag(
+        "", 'flags of step 1 in one string, such as "--learning_rate 1e-5"; they win over the recipe'
+    )
+    step2_args: str = arguments.flag("", "the same for step 2")
+    step3_args: str = arguments.flag("", "the same for step 3")
+
+
+@dataclass
+class Step:
+    """One step of a run, ready to start."""
+
+    name: str  # step1, step2, step3
+    script: str
+    argv: list[str]
+    directory: Path
+
+    def command(self, launcher: Sequence[str], num_gpus: int) -> list[str]:
+        """The process to start; a free port lets runs share a machine."""
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        options = ["--num_gpus", str(num_gpus), "--master_port", str(port), "--quiet"]
+        return [*launcher, *options, self.script, *self.argv]
+
+
+def own_args(name: str, text: str) -> list[str]:
+    """The flags in ``--stepN_args``.
+
+    Raises:
+        UserError: an open quote, or a flag that train.py gives itself.
+    """
+    try:
+        tokens = shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"--{name}_args: {error}") from error
+    for token in tokens:
+        flag = token.partition("=")[0].removeprefix("--")
+        if token.startswith("--") and flag in GIVEN[name]:
+            raise UserError(
+                f"--{name}_args: --{flag} is given by train.py; see its own flags for models and --output_dir"
+            )
+    return tokens
+
+
+def plan_steps(
+    options: RunArguments, inputs: InputArguments, recipe_name: str, run: Path, scripts: Mapping[str, str]
+) -> list[Step]:
+    """The steps asked for, with what each takes from the one before it.
+
+    Raises:
+        UserError: the recipe or a flag is not usable, or the output of a step that does not run is nowhere.
+    """
+    recipe_path, recipe = read_recipe(recipe_name)
+    folders = [Path(recipe_path).resolve().parent, ROOT]
+    wanted = [f"step{n}" for n in sorted(set(options.step))]
+
+    starts: dict[str, str] = {}
+
+    def output_of(step: str, given: str) -> str:
+        """What this run makes or has made; else what the flag names; else the newest run's."""
+        if options.plan and step in wanted and not is_finished(run / step):
+            return starts[step]  # not there yet, but of the same shape
+        if step in wanted or (not given and is_finished(run / step)):
+            return shown(run / step)
+        return given or shown(latest_output(step))
+
+    steps = []
+    for name in wanted:
+        section = dict(recipe.get(name, {}))
+        directory = run / name
+        if name == "step1":
+            named = section.pop("model_name_or_path", "embedded")
+            models = ["--model_name_or_path", inputs.actor_model_name_or_path or located(str(named), folders)]
+        elif name == "step2":
+            named = section.pop("model_name_or_path", "")
+            start = inputs.reward_model_name_or_path or located(str(named), folders)
+            models = ["--model_name_or_path", start or output_of("step1", inputs.actor_model_name_or_path)]
+        else:
+            models = ["--actor_model_name_or_path", output_of("step1", inputs.actor_model_name_or_path)]
+            models += ["--critic_model_name_or_path", output_of("step2", inputs.reward_model_name_or_path)]
+        starts[name] = models[1]
+        given = own_args(name, getattr(inputs, f"{name}_args"))
+        argv = [*models, "--output_dir", shown(directory), *flags_of(section, folders), *given]
+        steps.append(Step(name, shown(ROOT / scripts[name]), argv, directory))
+    return steps
+
+
+def show_plans(steps: Sequence[Step], ranks: int) -> int:
+    """Run each step's program with ``--plan``, as one process that plans for ``ranks``.
+
+    Returns:
+        0 if every step fits, 1 if one does not, 2 if a step's flags are not usable.
+    """
+    codes = [0]
+    for step in steps:
+        command = [sys.executable, step.script, *step.argv, "--plan"]
+        environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+        codes.append(subprocess.run(command, env=os.environ | environment, check=False).returncode)
+        print(flush=True)
+    return max(codes)
+
+
+def default_launcher() -> list[str]:
+    """DeepSpeed's launcher of this interpreter; its script is missing where .venv sees the system's packages."""
+    script = Path(sys.executable).with_name("deepspeed")
+    return [shown(script)] if script.is_file() else [shown(sys.executable), "-m", "deepspeed.launcher.runner"]
+
+
+@contextlib.contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Keep a second train.py out of a run directory.
+
+    Raises:
+        UserError: one is at work there.
+    """
+    with (run / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another train.py is at work in {run}") from None
+        yield
+
+
+def run_step(step: Step, command: list[str], run: Path, manifest: dict[str, Any]) -> Ended:
+    """Run one step; its command, inputs, time, exit code and metrics are in manifest.json when this returns."""
+    print(f"\n== {step.name[:4]} {step.name[4:]}\n{shlex.join(command)}\n", flush=True)
+    named = {"demo": ROOT / "training" / "data" / "demo"}
+    data = [] if "--data_path" in step.argv else ["--data_path", "demo"]  # the steps' default
+    entry: dict[str, Any] = {
+        "command": command,
+        "arguments": step.argv,
+        "inputs": hash_inputs([*step.argv, *data], named),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    manifest.setdefault("steps", {})[step.name] = entry
+    write_json(run / "manifest.json", manifest)
+    start = time.monotonic()
+    ended = run_logged(command, run / f"{step.name}.log")
+    if ended.code == 0 and not is_finished(step.directory):
+        ended = Ended(1)  # the launcher says 0 when it was killed itself
+    entry["seconds"] = round(time.monotonic() - start, 1)
+    entry["exit_code"] = ended.code
+    if ended.code == 0:
+        entry["metrics"] = json.loads((step.directory / "summary.json").read_text(encoding="utf-8"))
+    write_json(run / "manifest.json", manifest)
+    return ended
+
+
+def tell_failure(step: Step, command: list[str], ended: Ended, run: Path, again: str) -> None:
+    """Say on stderr which step failed, what it said last, and how to go on."""
+    log = run / f"{step.name}.log"
+    name = f"{step.name[:4]} {step.name[4:]}"
+    if ended.signal is not None:
+        lines = [f"\n{name} was stopped by {signal.Signals(ended.signal).name}."]
+    else:
+        hint = " (killed; the machine may have run out of memory)" if ended.code in (137, 247) else ""
+        lines = [f"\n{name} failed with exit code {ended.code}{hint}. The last lines of {shown(log)}:"]
+        lines += [f"    {line}" for line in last_lines(log, LOG_LINES)]
+    lines += [f"The run so far, as a page:     {report(run)}"]
+    lines += [f"To run this step alone again:  {shlex.join(command)}", f"To go on with the run:         {again}"]
+    print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+def show_end(run: Path, manifest: Mapping[str, Any]) -> None:
+    """The summary table, the answers to held-out prompts, and where to look next."""
+    seconds = {name: entry["seconds"] for name, entry in manifest.get("steps", {}).items() if "seconds" in entry}
+    for text in (summary_table(run, seconds), answers_text(run)):
+        if text:
+            print(f"\n{text}")
+    sft, rlhf = run / "step1", run / "step3" / "actor"
+    latest = output_root() / LATEST
+    if latest.is_dir() and latest.resolve() == run.resolve():
+        chat = "make chat"
+    else:
+        page = ROOT / "inference" / "gradio_chatbot.py"
+        chat = shlex.join([shown(sys.executable), shown(page), "--path", f"SFT={shown(sft)}", f"RLHF={shown(rlhf)}"])
+    print(f"\nReport:           {report(run)}")
+    if rlhf.is_dir():
+        print(f"Chat with it:     {chat}")
+    print(f"Everything is in: {shown(run)}", flush=True)
+
+
+def report(run: Path) -> str:
+    """Write the run's page; returns what to say about it. A full disk costs the page, not the run."""
+    try:
+        return shown(write_report(run))
+    except OSError as error:
+        return f"could not be written ({error.strerror}); later: python -m training.report {shown(run)}"
+
+
+def main(
+    argv: Sequence[str], *, launcher: Sequence[str] | None = None, scripts: Mapping[str, str] | None = None
+) -> int:
+    """Run the steps; returns the exit code: 0, that of the step that failed, or 128 + the signal that ended it.
+
+    Args:
+        argv: the flags.
+        launcher: what starts a step instead of ``deepspeed``, for tests.
+        scripts: the steps' programs, relative to the repository, by step1, step2, step3.
+
+    Raises:
+        UserError: a flag or the recipe is not usable; nothing has run then.
+    """
+    options, inputs = arguments.parse(
+        [RunArguments, InputArguments], _joined(argv), prog="train.py", description=__doc__
+    )
+    scripts = scripts or STEPS
+    launcher = launcher or default_launcher()
+    run = Path(options.output_dir).absolute() if options.output_dir else output_root() / "unmade"
+    manifest = read_manifest(run / "manifest.json")
+    recipe = options.recipe or manifest.get("recipe", {}).get("name", "demo")  # a run goes on with its own
+    planned = plan_steps(options, inputs, recipe, run, scripts)  # bad flags end here, before a folder is made
+    if options.plan:
+        return show_plans(planned, options.num_gpus)
+    run = make_dir(run) if options.output_dir else new_run_dir(Path(recipe).stem)
+    steps = plan_steps(options, inputs, recipe, run, scripts)
+    with locked(run):
+        point_latest(run)
+        recipe_path, _ = read_recipe(recipe)
+        manifest |= describe_environment(ROOT)
+        manifest["recipe"] = {"name": recipe, **hash_inputs([recipe_path], {})}
+        manifest.setdefault("started_as", []).append(["train.py", *argv])
+        again = shlex.join([shown(sys.executable), shown(ROOT / "train.py"), *_continued(argv, run)])
+        ran = False
+        for step in steps:
+            if is_finished(step.directory) and not ran:
+                before = manifest.get("steps", {}).get(step.name, {}).get("arguments", step.argv)
+                changed = (
+                    "" if before == step.argv else f" with other flags; to repeat it, remove {shown(step.directory)}"
+                )
+                print(f"step {step.name[4:]} is finished{changed}", flush=True)
+                continue
+            (step.directory / "summary.json").unlink(missing_ok=True)  # made from the output that has changed
+            command = step.command(launcher, options.num_gpus)
+            ended = run_step(step, command, run, manifest)
+            ran = True
+            if ended.code:
+                tell_failure(step, command, ended, run, again)
+                return ended.code
+        show_end(run, manifest)
+    return 0
+
+
+def _joined(argv: Sequence[str]) -> list[str]:
+    """``--step1_args VALUE`` as one token, because a value that starts with a dash looks like a flag."""
+    tokens = list(argv)
+    for i in range(len(tokens) - 1, 0, -1):
+        if tokens[i - 1] in ("--step1_args", "--step2_args", "--step3_args"):
+            value = tokens.pop(i)
+            tokens[i - 1 : i] = [f"{tokens[i - 1]}={value}"] if value else []
+    return tokens
+
+
+def _continued(argv: Sequence[str], run: Path) -> list[str]:
+    """The same flags, with the run directory named."""
+    tokens = list(argv)
+    while "--output_dir" in tokens:
+        at = tokens.index("--output_dir")
+        del tokens[at : at + 2]
+    return [*(t for t in tokens if not t.startswith("--output_dir=")), "--output_dir", shown(run)]
+
+
+if __name__ == "__main__":
+    prepare_runtime()
+    try:
+        sys.exit(run_program(main))
+    except KeyboardInterrupt:  # between two steps; during one, run_logged passes the signal on
+        sys.exit(130)

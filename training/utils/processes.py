@@ -1,0 +1,176 @@
+"""Run a program as a child: its output live on the terminal and in a log, signals passed on, nothing left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pty
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import BinaryIO
+
+GRACE = 40.0  # seconds from a signal to SIGKILL; DeepSpeed's launcher gives its ranks 30
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+_ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+@dataclass
+class Ended:
+    """How a child ended: ``code`` as a shell gives it, and the signal that this process got and passed on."""
+
+    code: int
+    signal: int | None = None
+
+
+class LineLog:
+    """Writes a stream to a file as lines: of a progress bar its last state, of colours nothing."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._rest = b""
+
+    def feed(self, data: bytes) -> None:
+        """Take the next bytes; complete lines are in the file when this returns."""
+        *lines, rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            self._write(line)
+        # what a carriage return will overwrite is dropped at once: a bar that runs for days stays one line
+        self._rest = rest[rest[:-1].rfind(b"\r") + 1 :]
+        self._file.flush()
+
+    def close(self) -> None:
+        """Write a last line that has no end."""
+        if self._rest.strip():
+            self._write(self._rest)
+        self._file.flush()
+
+    def _write(self, line: bytes) -> None:
+        self._file.write(_ESCAPES.sub(b"", line.rstrip(b"\r").rpartition(b"\r")[2]).rstrip() + b"\n")
+
+
+def run_logged(command: Sequence[str], log: Path, *, grace: float = GRACE) -> Ended:
+    """Run ``command`` in a process group of its own; copy its output to the terminal and append it to ``log``.
+
+    SIGINT, SIGTERM or SIGHUP that this process gets reaches the whole group as SIGTERM: DeepSpeed's runner passes
+    none on, its launcher turns each into SIGTERM, and SIGINT would only add a traceback of every process. Returns
+    when the group has ended; what is left of it after ``grace`` seconds is killed.
+
+    Raises:
+        OSError: the command can not be started.
+    """
+    with log.open("ab") as file, _output_of_child() as (child_end, own_end):
+        file.write(b"$ " + " ".join(command).encode() + b"\n")
+        file.flush()
+        received: list[int] = []
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=child_end, stderr=child_end, start_new_session=True
+        )
+        os.close(child_end)
+        with _passing_signals_on(process.pid, received):
+            lines = LineLog(file)
+            _copy_output(process, own_end, lines, received, grace)
+            lines.close()
+            code = process.wait()
+            _end_group(process.pid, signalled=bool(received), grace=grace)
+    if received:
+        return Ended(128 + received[0], received[0])
+    return Ended(128 - code if code < 0 else code)
+
+
+def last_lines(log: Path, count: int) -> list[str]:
+    """The last ``count`` lines of a log that are not empty."""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 65536))
+        text = file.read().decode(errors="replace")
+    return [line for line in text.splitlines() if line.strip()][-count:]
+
+
+@contextlib.contextmanager
+def _output_of_child() -> Iterator[tuple[int, int]]:
+    """Descriptors to write to and to read from: a terminal if ours is one, so that bars are drawn; else a pipe."""
+    if sys.stdout.isatty():
+        own_end, child_end = pty.openpty()
+        size = shutil.get_terminal_size()
+        termios.tcsetwinsize(child_end, (size.lines, size.columns))
+    else:
+        own_end, child_end = os.pipe()
+    try:
+        yield child_end, own_end
+    finally:
+        os.close(own_end)
+
+
+@contextlib.contextmanager
+def _passing_signals_on(group: int, received: list[int]) -> Iterator[None]:
+    def forward(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        _signal_group(group, signal.SIGTERM)
+
+    # SIGHUP is ignored under nohup, and stays ignored
+    numbers = [n for n in FORWARDED if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, forward) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _copy_output(process: subprocess.Popen, source: int, lines: LineLog, received: list[int], grace: float) -> None:
+    """Copy until the output ends, or the process has ended and what it left behind is silent."""
+    terminal = sys.stdout.buffer
+    killed_at = None
+    while True:
+        ended = process.poll() is not None
+        if select.select([source], [], [], 0.2)[0]:
+            try:
+                data = os.read(source, 65536)
+            except OSError:  # a pseudo-terminal whose other end is closed
+                return
+            if not data:
+                return
+            terminal.write(data)
+            terminal.flush()
+            lines.feed(data)
+        elif ended:
+            return
+        if received and killed_at is None:
+            killed_at = time.monotonic() + grace
+        if killed_at is not None and time.monotonic() > killed_at:
+            _signal_group(process.pid, signal.SIGKILL)
+            return
+
+
+def _end_group(group: int, *, signalled: bool, grace: float) -> None:
+    """Wait until no process of the group is left; ask what outlived its parent to end, and kill it in the end."""
+    if not signalled and _group_lives(group):
+        _signal_group(group, signal.SIGTERM)
+    deadline = time.monotonic() + grace
+    while _group_lives(group):
+        if time.monotonic() > deadline:
+            _signal_group(group, signal.SIGKILL)
+            return
+        time.sleep(0.05)
+
+
+def _group_lives(group: int) -> bool:
+    return _signal_group(group, 0)
+
+
+def _signal_group(group: int, number: int) -> bool:
+    try:
+        os.killpg(group, number)
+    except ProcessLookupError:
+        return False
+    return True

@@ -1,0 +1,133 @@
+"""What a finished run shows on the terminal: a table of its numbers, and three answers side by side."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+MODELS = (("base", "base"), ("sft", "SFT"), ("rlhf", "RLHF"))
+WIDEST = 110
+
+
+def summary_table(run: Path, seconds: Mapping[str, float]) -> str:
+    """The numbers of each finished step, one per line: name, before, after, and what to hold it against.
+
+    Args:
+        run: the run directory; a step without ``summary.json``, and a number that is not in it, is left out.
+        seconds: wall time of each step, by ``"step1"`` and so on.
+    """
+    rows: list[tuple[str, str, str, str, str]] = []
+    for step, lines in (("step1", _step1), ("step2", _step2), ("step3", _step3)):
+        path = run / step / "summary.json"
+        if not path.is_file():
+            continue
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        time = seconds.get(step, summary.get("seconds"))
+        found = lines(summary) or [("finished", "", "", "")]
+        for i, line in enumerate(found):
+            rows.append((f"step {step[-1]}  {_duration(time):>9}" if i == 0 else "", *line))
+    if not rows:
+        return ""
+    rows.insert(0, ("", "", "before", "after", ""))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    return "\n".join(
+        f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]:>{widths[3]}}  {row[4]}".rstrip()
+        for row in rows
+    )
+
+
+def answers_text(run: Path, width: int = 0) -> str:
+    """The prompts of step 3's samples.json, each with the answer of the base, the SFT and the RLHF model.
+
+    Args:
+        run: the run directory; empty text if there are no samples.
+        width: columns; 0 for the terminal's.
+    """
+    path = run / "step3" / "samples.json"
+    if not path.is_file():
+        return ""
+    width = width or min(WIDEST, shutil.get_terminal_size((100, 24)).columns)
+    blocks = []
+    for number, sample in enumerate(json.loads(path.read_text(encoding="utf-8")), 1):
+        lines = [f"-- prompt {number} ".ljust(width, "-")]
+        for message in sample.get("prompt", []):
+            lines += _wrapped(message.get("content", ""), width, f"{message.get('role', '')}: ", "    ")
+        for key, title in MODELS:
+            answer = sample.get("answers", {}).get(key)
+            if answer is None:
+                continue
+            scores = [f"{name} {answer[name]:+.2f}" for name in ("reward", "check") if answer.get(name) is not None]
+            lines += ["", f"  {title:<5} {'   '.join(scores)}".rstrip()]
+            lines += _wrapped(answer.get("text", "") or "(nothing)", width, "    ", "    ")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def _step1(s: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    return [
+        *_change("held-out loss", s, "loss_before", "loss_after", ".3f"),
+        *_change("held-out perplexity", s, "perplexity_before", "perplexity_after", ".2f"),
+    ]
+
+
+def _step2(s: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    rules = [f"always {name}: {s[key]:.3f}" for name, key in _RULES if s.get(key) is not None]
+    rows = _change("held-out accuracy", s, "accuracy_before", "accuracy_after", ".3f", ", ".join(rules))
+    if s.get("chosen_mean") is not None and s.get("rejected_mean") is not None:
+        rows.append(("reward of rejected, chosen", f"{s['rejected_mean']:+.2f}", f"{s['chosen_mean']:+.2f}", ""))
+    verdicts = s.get("verdicts") or {}
+    if verdicts:
+        held = [name.replace("_", " ") for name, value in verdicts.items() if value]
+        missed = [name.replace("_", " ") for name, value in verdicts.items() if not value]
+        text = f"missed: {', '.join(missed)}" if missed else ", ".join(held)
+        rows.append(("verdicts that hold", "", f"{len(held)} of {len(verdicts)}", text))
+    return rows
+
+
+_RULES = (("the longer", "accuracy_longer"), ("the shorter", "accuracy_shorter"))
+
+
+def _step3(s: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    check = s.get("eval_function") or {}
+    name = check.get("name", "evaluation function").rpartition("/")[2]
+    return [
+        *_change("mean held-out reward", s, "reward_before", "reward_after", "+.3f"),
+        *_change(f"mean {name}", check, "before", "after", "+.3f"),
+        *_win_rate("win rate by reward model", s),
+        *_win_rate(f"win rate by {name}", check),
+    ]
+
+
+def _change(
+    title: str, s: Mapping[str, Any], before: str, after: str, form: str, note: str = ""
+) -> list[tuple[str, str, str, str]]:
+    if s.get(after) is None:
+        return []
+    return [(title, format(s[before], form) if s.get(before) is not None else "", format(s[after], form), note)]
+
+
+def _win_rate(title: str, s: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    if s.get("win_rate") is None:
+        return []
+    low, high = s.get("win_rate_low"), s.get("win_rate_high")
+    interval = f"95% interval {low:.3f} to {high:.3f}" if low is not None and high is not None else ""
+    return [(title, "", f"{s['win_rate']:.3f}", interval)]
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def _wrapped(text: str, width: int, first: str, later: str) -> list[str]:
+    lines: list[str] = []
+    for paragraph in text.strip().splitlines() or [""]:
+        lines += textwrap.wrap(paragraph, width, initial_indent=first, subsequent_indent=later) or [""]
+        first = later
+    return lines
