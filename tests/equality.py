@@ -1,0 +1,265 @@
+"""The equality matrix: what may not change a run's losses, tried in every combination on a tiny model.
+
+    python -m tests.equality          prints the table of docs/results.md (about a quarter of an hour)
+
+A case is a step trained for a few optimizer steps on eight fixed rows, over ZeRO stage, ranks, accumulation, full or
+LoRA, precision and offload. Its losses are held against those of one rank, without accumulation and offload, at ZeRO 0
+in fp32 and at ZeRO 1 in bf16. Runs in this process (one rank) and on the rank pair (two).
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.rank_pair import RankPair
+from tests.step3.hybrid_checks import PAD, prompts, request, save_tiny_reward_model, shared_settings
+from tests.tiny import save_tiny_model
+from tests.utils.engine_checks import ROWS, TINY_SHARDS, collate, fixed_rows
+from training.step1_supervised_finetuning.main import negative_log_likelihood
+from training.step2_reward_model_finetuning.main import score_pairs
+from training.step2_reward_model_finetuning.preference import bradley_terry_loss
+from training.step3_rlhf_finetuning.experience import actor_log_probs
+from training.step3_rlhf_finetuning.ppo_trainer import PPOSettings, PPOTrainer
+from training.step3_rlhf_finetuning.prompts import deal
+from training.step3_rlhf_finetuning.rlhf_engine import Roles, RoleSettings, build_actor, build_critic
+from training.step3_rlhf_finetuning.rollout import RolloutBatch, RolloutRequest, SamplingConfig, rollout_backend
+from training.utils import engine as engines, models
+from training.utils.distributed import init_distributed, rank, reduce_sums, world_size
+from training.utils.lora import inject_lora
+from training.utils.reward_model import RewardStats
+from training.utils.runtime import prepare_runtime
+from training.utils.zero_config import deepspeed_config
+
+# Largest difference of a loss, relative to the larger of it and 1; bf16 weights have three digits.
+TOLERANCE = {"fp32": 2e-5, "bf16": 5e-2}
+RESPONSE = 6  # tokens of step 3's responses
+STATS = RewardStats(0.1, 0.7, 10, "fp32")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One combination."""
+
+    step: int
+    zero_stage: int
+    ranks: int
+    accumulation: int
+    lora: bool
+    dtype: str
+    offload: bool
+
+    def baseline(self) -> Case:
+        """What its losses are held against."""
+        stage = 0 if self.dtype == "fp32" else 1
+        return replace(self, zero_stage=stage, ranks=1, accumulation=1, offload=False)
+
+
+FACTORS: dict[str, Sequence[Any]] = {
+    "step": (1, 2, 3),
+    "zero_stage": (0, 1, 2, 3),
+    "ranks": (1, 2),
+    "accumulation": (1, 2),
+    "lora": (False, True),
+    "dtype": ("fp32", "bf16"),
+    "offload": (False, True),
+}
+ALL = [Case(*values) for values in itertools.product(*FACTORS.values())]
+
+
+def pairs_of(case: Case) -> set[tuple]:
+    """Every pair of settings of a case: ((name, value), (name, value))."""
+    return set(itertools.combinations([(f.name, getattr(case, f.name)) for f in fields(case)], 2))
+
+
+def pairwise(cases: Sequence[Case]) -> list[Case]:
+    """A few cases in which every pair of settings occurs: always the one that adds most, the first of equals."""
+    missing = set().union(*map(pairs_of, cases))
+    chosen = []
+    while missing:
+        best = max(cases, key=lambda case: len(pairs_of(case) & missing))
+        chosen.append(best)
+        missing -= pairs_of(best)
+    return chosen
+
+
+def train_sequences(case: Case, path: str, fault: bool = False) -> list[float]:
+    """Losses of three optimizer steps of step 1 or 2; the fault: only the last micro-batch's gradient counts."""
+    device = init_distributed()
+    micro_batch = ROWS // world_size() // case.accumulation
+    config = deepspeed_config(zero_stage=case.zero_stage, dtype=case.dtype, offload=case.offload, overrides=TINY_SHARDS)
+    model: Any
+    if case.step == 1:
+        model = models.load_causal_lm(path, dtype=case.dtype, ds_config=config)
+    else:
+        model = models.load_classifier(path, dtype=case.dtype, pad_token_id=PAD, ds_config=config)
+    if case.lora:
+        torch.manual_seed(0)
+        model = inject_lora(model, dim=4, module_name="q_proj,down_proj", only_optimize_lora=True)
+    wrapped = model if case.step == 1 else models.TokenScorer(model)
+    engine = engines.initialize_engine(
+        wrapped.to(device), config, learning_rate=3e-3, weight_decay=0.1, num_warmup_steps=0, total_steps=100
+    )
+    rows = fixed_rows()
+    width = max(len(ids) for ids, _ in rows)
+    mine = rows[rank() * ROWS // world_size() : (rank() + 1) * ROWS // world_size()]
+    losses = []
+    for _ in range(3):
+        count, total = (sum(sum(m) for _, m in rows) if case.step == 1 else ROWS), 0.0
+        for start in range(0, len(mine), micro_batch):
+            piece = mine[start : start + micro_batch]
+            if case.step == 1:
+                loss = negative_log_likelihood(engine, collate(piece, width))
+            else:  # the rejected answer of each row is its neighbour's
+                at = rank() * ROWS // world_size() + start
+                rejected = [rows[(at + i + 1) % ROWS] for i in range(len(piece))]
+                loss = bradley_terry_loss(*score_pairs(engine, collate(piece + rejected, width)), "log_sig").sum()
+            lost = fault and start + micro_batch < len(mine)
+            engines.backward(engine, loss * (0.0 if lost else 1.0), count)
+            total += loss.item()
+        engines.optimizer_step(engine)
+        losses.append(reduce_sums({"loss": total}, device)["loss"] / count)
+    return losses
+
+
+class Dictated:
+    """A rollout backend whose responses are given: the twin only says how likely they are.
+
+    In bf16 rounding may turn a sampled token into another, and two correct runs would part.
+    """
+
+    def generate(self, model: Any, request: RolloutRequest, sampling: SamplingConfig) -> RolloutBatch:
+        """Responses that depend on the row's number and the iteration alone."""
+        columns = torch.arange(sampling.max_new_tokens)
+        tokens = (request.row_ids.unsqueeze(1) * 31 + columns * 7 + request.iteration * 11) % 390 + 3
+        lengths = 2 + request.row_ids % (sampling.max_new_tokens - 1)
+        mask = columns < lengths.unsqueeze(1)
+        ids = torch.cat([request.prompt_ids, tokens.masked_fill(~mask, PAD)], dim=1)
+        attention = torch.cat([request.prompt_mask, mask.long()], dim=1)
+        with torch.no_grad():
+            log_probs, _ = actor_log_probs(model, ids, attention, mask, sampling.temperature)
+        return RolloutBatch(ids, attention, request.prompt_ids.shape[1], mask, log_probs)
+
+
+def train_ppo(case: Case, path: str, reward_path: str, fault: bool = False) -> list[float]:
+    """Policy loss, value loss, reward and KL of three PPO iterations; the fault: advantages are not whitened."""
+    micro_batch = ROWS // world_size() // case.accumulation
+    settings = shared_settings(case.dtype, micro_batch_size=micro_batch, offload=case.offload)
+    reward = engines.load_frozen_scorer(
+        reward_path,
+        zero_stage=case.zero_stage,
+        dtype=case.dtype,
+        pad_token_id=PAD,
+        attn_implementation="sdpa",
+        offload=False,
+        device=settings.device,
+    )
+    lora = 4 if case.lora else 0
+    role = [RoleSettings(p, case.zero_stage, 1e-3, 0.0, False, lora, "all-linear") for p in (path, reward_path)]
+    torch.manual_seed(0)
+    roles = Roles(build_actor(role[0], settings), build_critic(role[1], settings, STATS), reward)
+    constants = PPOSettings(
+        advantage="gae",
+        samples_per_prompt=1,
+        ppo_epochs=1,
+        per_device_training_batch_size=micro_batch,
+        gradient_accumulation_steps=case.accumulation,
+        kl_coef=0.05,
+        clip_ratio=0.2,
+        clip_value=0.2,
+        clip_reward=5.0,
+        gamma=1.0,
+        gae_lambda=0.95,
+        entropy_coef=0.0,
+        target_kl=0.0,
+        missing_eos_penalty=0.0,
+        whiten_advantages=not fault,
+        seed=1,
+    )
+    backend = rollout_backend("fast") if case.dtype == "fp32" else Dictated()
+    trainer = PPOTrainer(roles, backend, SamplingConfig(RESPONSE), constants, STATS, case.dtype)
+    everything = prompts(ROWS)
+    losses = []
+    for number in range(3):
+        dealt = deal(list(range(ROWS)), [len(p) for p in everything], world_size(), 1)[0][rank()]
+        metrics = trainer.iteration([request([everything[i] for i in dealt], dealt, number)], number)
+        losses += [metrics[name] for name in ("policy/loss", "critic/loss", "reward/raw", "kl/per_token")]
+    return losses
+
+
+def run_case(values: dict[str, Any], path: str, reward_path: str, fault: bool = False) -> list[float]:
+    """Losses of a case, on as many ranks as there are."""
+    case = Case(**values)
+    if case.step == 3:
+        return train_ppo(case, path, reward_path, fault)
+    return train_sequences(case, reward_path if case.step == 2 else path, fault)
+
+
+class Matrix:
+    """Runs cases; baselines are run once.
+
+    Args:
+        path, reward_path: a tiny model and a reward model on it.
+        pair: two living ranks.
+    """
+
+    def __init__(self, path: Path, reward_path: Path, pair: RankPair) -> None:
+        self.paths = (str(path), str(reward_path))
+        self.pair = pair
+        self._baselines: dict[Case, list[float]] = {}
+
+    def losses(self, case: Case, fault: bool = False) -> list[float]:
+        """A case's losses."""
+        if case.ranks == 1:
+            return run_case(asdict(case), *self.paths, fault)
+        first, second = self.pair.run(run_case, asdict(case), *self.paths, fault)
+        assert first == second, "ranks report different losses"
+        return first
+
+    def difference(self, case: Case, fault: bool = False) -> float:
+        """The largest difference of a loss from the baseline's, relative to the larger of the loss and 1."""
+        baseline = case.baseline()
+        if baseline not in self._baselines:
+            self._baselines[baseline] = self.losses(baseline)
+        expected = self._baselines[baseline]
+        found = self.losses(case, fault)
+        return max(abs(a - b) / max(abs(b), 1.0) for a, b in zip(found, expected, strict=True))
+
+
+def table(matrix: Matrix, cases: Iterable[Case] = ALL) -> str:
+    """Markdown: the largest difference of each group of cases, by ZeRO stage."""
+    groups: dict[tuple, dict[int, list[float]]] = {}
+    for case in cases:
+        row = groups.setdefault((case.step, "LoRA" if case.lora else "full", case.dtype), {})
+        row.setdefault(case.zero_stage, []).append(matrix.difference(case))
+    lines = [
+        "| step | weights | precision | ZeRO 0 | ZeRO 1 | ZeRO 2 | ZeRO 3 | within |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for (step, weights, dtype), row in groups.items():
+        cells = " | ".join(f"{max(row[stage]):.1e}" for stage in sorted(row))
+        lines.append(f"| {step} | {weights} | {dtype} | {cells} | {TOLERANCE[dtype]:.0e} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print the table."""
+    prepare_runtime()
+    pair = RankPair()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            path = save_tiny_model(Path(folder) / "model")
+            reward = save_tiny_reward_model(str(path), Path(folder) / "reward")
+            print(table(Matrix(path, reward, pair)))
+    finally:
+        pair.close()
+
+
+if __name__ == "__main__":
+    main()

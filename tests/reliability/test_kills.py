@@ -1,0 +1,113 @@
+"""Killed at any moment and taken up again, a run ends with the same weights and metrics, bit for bit.
+
+As a program it prints the table of docs/reliability.md: ``python -m tests.reliability.test_kills 45``.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.reliability.tiny_runs import Launcher, make_inputs, metrics, step_arguments, weights
+
+MOMENTS = ("while saving", "at random")
+
+
+def uninterrupted(launcher: Launcher, inputs: Path, step: int, folder: Path) -> tuple[Path, float]:
+    """A run without a kill; its folder and its seconds."""
+    start = time.monotonic()
+    run = launcher.start(step, step_arguments(step, inputs, folder / "whole"), folder / "whole.log")
+    assert run.wait() == 0, run.text()[-3000:]
+    return folder / "whole", time.monotonic() - start
+
+
+def killed_and_resumed(
+    launcher: Launcher, inputs: Path, step: int, output: Path, moments: list[str], seconds: float, rng: random.Random
+) -> int:
+    """Start a step, kill it at each of these moments, resume it after each; returns how many kills hit.
+
+    Args:
+        moments: of `MOMENTS`; "while saving" waits for a half-written checkpoint.
+        seconds: that an uninterrupted run takes; a random kill comes within them.
+    """
+    arguments, log = step_arguments(step, inputs, output), output.with_suffix(".log")
+    hits = 0
+    for moment in moments:
+        run = launcher.start(step, arguments, log)
+        if moment == "while saving":
+            wanted = rng.randint(2, 3)
+            seen: set[str] = set()
+
+            def saving(seen: set[str] = seen, wanted: int = wanted) -> bool:
+                seen.update(p.name for p in (output / "checkpoints").glob(".saving-*"))
+                return len(seen) >= wanted
+
+            run.wait_for(saving)
+        else:
+            end = time.monotonic() + rng.uniform(0.1, seconds)
+            run.wait_for(lambda end=end: time.monotonic() > end)
+        if run.alive():
+            run.kill()
+            hits += 1
+        if (output / "summary.json").exists():
+            return hits
+    run = launcher.start(step, arguments, log)
+    assert run.wait() == 0, run.text()[-3000:]
+    return hits
+
+
+def assert_same(step: int, whole: Path, resumed: Path) -> None:
+    assert weights(step, resumed) == weights(step, whole)
+    assert metrics(resumed) == metrics(whole)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_a_kill_while_saving_changes_nothing(launcher, inputs, tmp_path, step):
+    whole, seconds = uninterrupted(launcher, inputs, step, tmp_path)
+    resumed = tmp_path / "killed"
+    assert killed_and_resumed(launcher, inputs, step, resumed, ["while saving"], seconds, random.Random(step)) == 1
+    assert "going on from" in resumed.with_suffix(".log").read_text()
+    assert_same(step, whole, resumed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_many_kills_change_nothing(launcher, inputs, tmp_path, step):
+    table = kill_often(launcher, inputs, step, tmp_path, kills=15, seed=step)
+    assert sum(table.values()) >= 15
+
+
+def kill_often(launcher: Launcher, inputs: Path, step: int, folder: Path, kills: int, seed: int) -> dict[str, int]:
+    """Runs with up to three kills each until there were ``kills`` of them; each is compared; moment -> kills."""
+    whole, seconds = uninterrupted(launcher, inputs, step, folder)
+    rng, counts, number = random.Random(seed), dict.fromkeys(MOMENTS, 0), 0
+    while sum(counts.values()) < kills:
+        moment = MOMENTS[number % 2]
+        moments = [moment] * min(3, kills - sum(counts.values()))
+        output = folder / f"killed-{number}"
+        counts[moment] += killed_and_resumed(launcher, inputs, step, output, moments, seconds, rng)
+        assert_same(step, whole, output)
+        number += 1
+    return counts
+
+
+def main(kills: int) -> None:
+    """Kill each step ``kills`` / 3 times and print a table."""
+    launcher = Launcher()
+    print(f"| step | kills {MOMENTS[0]} | kills {MOMENTS[1]} | same weights | same metrics |\n|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        inputs = make_inputs(Path(folder) / "inputs")
+        for step in (1, 2, 3):
+            (base := Path(folder) / f"step{step}").mkdir()
+            counts = kill_often(launcher, inputs, step, base, -(-kills // 3), seed=step)
+            print(f"| {step} | {counts[MOMENTS[0]]} | {counts[MOMENTS[1]]} | all | all |", flush=True)
+    launcher.close()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

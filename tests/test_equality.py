@@ -1,0 +1,41 @@
+"""ZeRO stage, ranks, accumulation, LoRA, precision and offload in every combination leave the losses as they are."""
+
+import pytest
+
+from tests.equality import ALL, TOLERANCE, Case, Matrix, pairs_of, pairwise
+from tests.step3.hybrid_checks import save_tiny_reward_model
+
+SAMPLE = pairwise(ALL)
+NAMES = [(step, lora, dtype) for step in (1, 2, 3) for lora in (False, True) for dtype in ("fp32", "bf16")]
+
+
+@pytest.fixture(scope="module")
+def matrix(tiny_model, tmp_path_factory, rank_pair):
+    reward = save_tiny_reward_model(str(tiny_model), tmp_path_factory.mktemp("models") / "reward")
+    return Matrix(tiny_model, reward, rank_pair)
+
+
+def test_the_sample_holds_every_pair_of_settings():
+    assert set().union(*map(pairs_of, SAMPLE)) == set().union(*map(pairs_of, ALL))
+    assert len(SAMPLE) < 20
+
+
+@pytest.mark.parametrize("case", SAMPLE, ids=lambda c: "-".join(map(str, vars(c).values())))
+def test_sample(matrix, case):
+    assert matrix.difference(case) <= TOLERANCE[case.dtype]
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_planted_fault_is_caught(matrix, step, dtype):
+    case = Case(step, 1, 1, 2, lora=False, dtype=dtype, offload=False)
+    assert matrix.difference(case, fault=True) > 2 * TOLERANCE[dtype]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("step", "lora", "dtype"), NAMES)
+def test_whole_matrix(matrix, step, lora, dtype):
+    cases = [case for case in ALL if (case.step, case.lora, case.dtype) == (step, lora, dtype)]
+    assert len(cases) == 32
+    different = {case: d for case in cases if (d := matrix.difference(case)) > TOLERANCE[dtype]}
+    assert not different
