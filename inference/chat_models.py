@@ -1,0 +1,265 @@
+"""Models to talk to: folders, hub names, GGUF files and LoRA adapters, loaded one after another.
+
+Two paths that rest on the same weights share them: an adapter and its base, two adapters of one base, or the
+same folder twice. `load_chat_models` is the whole interface; the terminal chat and the page both start there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from chat_arguments import LoadArguments
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+from training.utils.data import stop_token_ids
+from training.utils.errors import UserError
+from training.utils.models import load_tokenizer, resolve_model
+from training.utils.runs import is_finished, latest_output
+
+DTYPES = {"auto": "auto", "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+ADAPTER_CONFIG = "adapter_config.json"
+# What a damaged or foreign folder makes transformers, PEFT and safetensors raise while they load.
+LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, SafetensorError)
+
+
+@dataclass
+class Weights:
+    """One set of weights in memory, perhaps with several adapters on it.
+
+    Attributes:
+        model: a causal language model, or PEFT's wrapper around one.
+        lock: held while an adapter is chosen and the model runs, because the choice is a state of the model.
+        adapters: folder of an adapter -> its name in PEFT.
+        active: the adapter that is switched on; None when the base answers.
+    """
+
+    model: Any
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    adapters: dict[str, str] = field(default_factory=dict)
+    active: str | None = None
+
+    @contextlib.contextmanager
+    def use(self, adapter: str | None) -> Iterator[Any]:
+        """Hold the weights with ``adapter`` switched on, or with every adapter off."""
+        with self.lock, torch.inference_mode():
+            if self.adapters and adapter != self.active:
+                if adapter is None:
+                    self.model.base_model.disable_adapter_layers()
+                else:
+                    self.model.base_model.enable_adapter_layers()
+                    self.model.set_adapter(adapter)
+                self.active = adapter
+            yield self.model
+
+
+@dataclass(frozen=True)
+class ChatModel:
+    """A name, its tokenizer, and the weights (with one adapter or none) that answer under that name.
+
+    Attributes:
+        stop_ids: the whole stop set, from the saved generation config.
+        context: the longest prompt plus answer in tokens; None where the model does not say.
+    """
+
+    name: str
+    path: str
+    weights: Weights
+    adapter: str | None
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: frozenset[int]
+    context: int | None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the input ids go."""
+        return self.weights.model.get_input_embeddings().weight.device
+
+
+def latest_models() -> tuple[dict[str, str], str]:
+    """SFT and RLHF of the newest run whose step 3 is finished, and its reward model ("" if it has none).
+
+    Raises:
+        UserError: no run has got that far; names the ways on.
+    """
+    try:
+        step3 = latest_output("step3")
+        run = step3.parent
+        sft = run / "step1" if is_finished(run / "step1") else latest_output("step1")
+    except UserError as error:
+        raise UserError(f"{error}; or name models with --path") from error
+    judge = run / "step2"
+    return {"SFT": str(sft), "RLHF": str(step3 / "actor")}, str(judge) if is_finished(judge) else ""
+
+
+def named_paths(values: Sequence[str]) -> dict[str, str]:
+    """Read ``NAME=DIR`` pairs; a path without a name is called after its last folder.
+
+    Raises:
+        UserError: an empty path, or a name used twice.
+    """
+    result: dict[str, str] = {}
+    for value in values:
+        name, equals, path = value.partition("=")
+        if not equals or "/" in name:
+            path, name = value, Path(value).name or value
+        if not path or not name:
+            raise UserError(f"--path {value!r}: expected NAME=DIR")
+        if name in result:
+            raise UserError(f"--path names {name!r} twice; write NAME=DIR with different names")
+        result[name] = path
+    return result
+
+
+def load_chat_models(paths: dict[str, str], arguments: LoadArguments, report: Callable[[str], None]) -> list[ChatModel]:
+    """Load every model, in order; every path is looked at before the first weights are read.
+
+    Args:
+        paths: name -> folder, hub name, GGUF file, ``embedded``, or a folder with a LoRA adapter.
+        arguments: precision, quantisation and placement, the same for all.
+        report: gets one line before and one after each model.
+
+    Raises:
+        UserError: a path without a model, a corrupt adapter, an option that does not work here.
+    """
+    _check_options(arguments)
+    if not sys.stderr.isatty():
+        disable_progress_bar()
+    resolved = {name: _resolve(path) for name, path in paths.items()}
+    shared: dict[str, Weights] = {}
+    models = []
+    for number, (name, (base, adapter_dir)) in enumerate(resolved.items(), start=1):
+        report(f"[{number}/{len(resolved)}] loading {name} from {paths[name]} ...")
+        started = time.monotonic()
+        known = base in shared
+        if not known:
+            shared[base] = Weights(_load_weights(base, arguments))
+        adapter = _attach(shared[base], adapter_dir) if adapter_dir else None
+        models.append(_chat_model(name, base, adapter_dir, shared[base], adapter))
+        size = models[-1].weights.model.get_memory_footprint() / 2**20
+        with_whom = "weights shared" if known else f"{size:,.1f} MiB on {models[-1].device}"
+        report(f"[{number}/{len(resolved)}] {name}: {with_whom}, {time.monotonic() - started:.1f} s")
+    return models
+
+
+def _check_options(arguments: LoadArguments) -> None:
+    if arguments.device_map not in ("", "auto"):
+        try:
+            device = torch.device(arguments.device_map)
+        except RuntimeError as error:
+            raise UserError(f"--device_map {arguments.device_map}: use auto, cpu, or a device like cuda:0") from error
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise UserError(f"--device_map {arguments.device_map}: this machine has {torch.cuda.device_count()} GPUs")
+    if arguments.quantize != "none":
+        # it logs its way of working on a CPU (a cast, an optional kernel) at its import and once per layer and token
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        try:
+            import bitsandbytes  # noqa: F401  transformers imports it much later, after the download
+        except ImportError as error:
+            raise UserError("--quantize needs bitsandbytes: pip install bitsandbytes -c constraints.txt") from error
+
+
+def _resolve(path: str) -> tuple[str, str | None]:
+    """Path -> (folder or hub name of the weights, folder of the adapter or None)."""
+    folder = Path(path).expanduser()
+    if not (folder / ADAPTER_CONFIG).is_file() or (folder / "config.json").is_file():
+        return resolve_model(path, "--path"), None
+    try:
+        base = json.loads((folder / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--path {path}: {ADAPTER_CONFIG} is damaged ({type(error).__name__})") from error
+    if not isinstance(base, str) or not base:
+        raise UserError(f"--path {path}: {ADAPTER_CONFIG} does not name the base model")
+    if not any(folder.glob("adapter_model.*")):
+        raise UserError(f"--path {path}: the adapter has no weights (adapter_model.safetensors)")
+    beside = (folder / base).resolve()
+    try:
+        return resolve_model(str(beside) if (beside / "config.json").is_file() else base, "--path"), str(
+            folder.resolve()
+        )
+    except UserError as error:
+        raise UserError(f"--path {path}: its base model can not be found: {error}") from error
+
+
+def _load_weights(base: str, arguments: LoadArguments) -> Any:
+    device = arguments.device_map or ("cuda:0" if torch.cuda.is_available() else "cpu")
+    options: dict[str, Any] = {"dtype": DTYPES[arguments.dtype]}
+    if arguments.quantize != "none":
+        from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=arguments.quantize == "int8",
+            load_in_4bit=arguments.quantize == "int4",
+            bnb_4bit_quant_type="nf4",  # Dettmers et al. 2023, arXiv 2305.14314: beats plain int4 at its size
+            bnb_4bit_compute_dtype=torch.float32 if arguments.dtype == "fp32" else torch.bfloat16,
+        )
+    if arguments.device_map == "auto" or arguments.quantize != "none":
+        options["device_map"] = device
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(base, **options)
+        return (model if "device_map" in options else model.to(device)).eval().requires_grad_(False)
+    except torch.cuda.OutOfMemoryError as error:
+        raise UserError(f"{base} does not fit on {device}; try --quantize int8, int4 or --device_map auto") from error
+    except LOAD_ERRORS as error:
+        raise UserError(f"--path {base}: the model can not be loaded: {_first_line(error)}") from error
+
+
+def _attach(weights: Weights, folder: str) -> str:
+    """Put an adapter on the weights, switched off until `Weights.use`; returns its name in PEFT."""
+    from peft import PeftConfig, PeftModel
+
+    if folder in weights.adapters:
+        return weights.adapters[folder]
+    name = f"adapter{len(weights.adapters)}"
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error below
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # PEFT 0.21 asks by the old name
+            if not weights.adapters:
+                weights.model = PeftModel(weights.model, PeftConfig.from_pretrained(folder), adapter_name=name)
+            device = str(weights.model.get_input_embeddings().weight.device)
+            result = weights.model.load_adapter(folder, adapter_name=name, torch_device=device)
+    except LOAD_ERRORS as error:
+        raise UserError(f"--path {folder}: the adapter can not be loaded: {_first_line(error)}") from error
+    if result.missing_keys:
+        raise UserError(f"--path {folder}: the adapter lacks weights, {result.missing_keys[0]} among them")
+    weights.model.eval().requires_grad_(False)
+    weights.model.base_model.disable_adapter_layers()
+    weights.adapters[folder], weights.active = name, None
+    return name
+
+
+def _chat_model(name: str, base: str, adapter_dir: str | None, weights: Weights, adapter: str | None) -> ChatModel:
+    own = Path(adapter_dir) if adapter_dir else None
+    has_tokenizer = own is not None and (own / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(str(own) if has_tokenizer else base)
+    generation = weights.model.generation_config
+    if own is not None and (own / "generation_config.json").is_file():
+        generation = GenerationConfig.from_pretrained(str(own))
+    eos = generation.eos_token_id if generation is not None else None
+    stops = stop_token_ids(tokenizer) if eos is None else [eos] if isinstance(eos, int) else eos
+    config = weights.model.config.get_text_config()
+    rows = weights.model.get_input_embeddings().weight.shape[0]
+    if max(tokenizer.get_vocab().values(), default=0) >= rows:
+        raise UserError(
+            f"--path {name}: the tokenizer has ids above the model's {rows} embeddings; they do not belong together"
+        )
+    context = getattr(config, "max_position_embeddings", None)
+    return ChatModel(name, adapter_dir or base, weights, adapter, tokenizer, frozenset(stops), context)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:300]

@@ -1,0 +1,452 @@
+"""The page itself: layout, what each button does, and how answers grow side by side."""
+
+from __future__ import annotations
+
+import html
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from chat_models import ChatModel
+from chat_reward import RewardModel
+from chat_sessions import LETTERS, SAME, Session, Turn
+from chat_stream import Answer, SamplingArguments, checked_sampling, stream_answer
+
+from training.utils.errors import UserError
+
+EXAMPLES = (
+    "Tell me a short story about a lost seal.",
+    "How do I keep bread fresh for a few days?",
+    "Why is the sky blue?",
+    "Write a kind note to a leaving colleague.",
+)
+REFRESH_SECONDS = 0.1  # between two updates of the browser, which take time from the models on a small machine
+VISITORS_AT_ONCE = 2  # whose answers grow at the same time; the others queue
+
+# Fonts of the visitor's system: gradio's default theme fetches its own from the network.
+_FONT = ["ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "sans-serif"]
+_MONO = ["ui-monospace", "Menlo", "Consolas", "monospace"]
+_CSS = """
+.gradio-container {width: 100%; max-width: 1280px !important; margin: 0 auto !important;}
+footer {display: none !important;}
+#title h1 {margin: 0; font-size: 1.35rem;}
+#title p {margin: .1rem 0 0; color: var(--body-text-color-subdued);}
+.heading p {margin: 0; font-weight: 600; font-size: 1.05rem;}
+.chat .message:has(.note) {background: none !important; border: none !important; box-shadow: none !important;}
+.chat .message:has(.note) {padding: 0;}
+/* beside the copy button of the answer */
+.chat .message-row:has(.note) {margin: -23px 0 16px 52px !important;}
+.chat .note {color: var(--body-text-color-subdued); font-size: .85rem; font-variant-numeric: tabular-nums;}
+/* the bin would empty one column in the browser alone; Clear empties the conversation */
+.chat .top-panel, .chat .message-buttons-right {display: none !important;}
+#actions {align-items: center;}
+#actions > button {flex: 0 0 auto !important;}
+#actions > :last-child {flex: 0 0 auto !important; width: auto; border: none;}
+#blind {width: auto; border-width: 0 !important; overflow: visible;}
+#notice p {margin: 0; padding: .5rem .8rem; border-radius: 8px; background: var(--color-accent-soft);}
+"""
+# No request leaves for another host, whatever an answer contains: an image in Markdown would tell its owner.
+_HEAD = (
+    "<meta http-equiv=\"Content-Security-Policy\" content=\"img-src 'self' data: blob:; media-src 'self' data: blob:; "
+    "connect-src 'self'; object-src 'none'; frame-src 'self'; form-action 'self'\">"
+)
+STYLE = {
+    "theme": gr.themes.Default(primary_hue="indigo", neutral_hue="slate", font=_FONT, font_mono=_MONO),
+    "css": _CSS,
+    "head": _HEAD,
+}
+_DOWNLOAD = """(text) => {
+    if (!text) return;
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob([text], {type: "application/json"}));
+    link.download = "conversation.json";
+    link.click();
+    URL.revokeObjectURL(link.href);
+}"""
+
+
+Update = dict[Any, Any]  # widget -> its new value; the others keep theirs
+
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Widgets:
+    """What the handlers write to."""
+
+    session: gr.State
+    headings: list[gr.Markdown]
+    chats: list[gr.Chatbot]
+    notice: gr.Markdown
+    prompt: gr.Textbox
+    send: gr.Button
+    stop: gr.Button
+    votes: list[gr.Button]
+    blind: gr.Checkbox
+
+    @property
+    def outputs(self) -> list[Any]:
+        """What a handler may change."""
+        state = [self.session, self.notice, self.prompt, self.send, self.stop, self.blind]
+        return [*state, *self.headings, *self.chats, *self.votes]
+
+
+class Page:
+    """Models, reward model and vote file, and the handlers that the buttons call.
+
+    A handler gets the visitor's `Session`, which never leaves the server, and returns or yields an `Update`.
+    """
+
+    widgets: Widgets  # set when the page has been laid out
+
+    def __init__(
+        self, models: Sequence[ChatModel], judge: RewardModel | None, votes: Path, *, blind: bool, system: str
+    ) -> None:
+        self.models = list(models)
+        self.judge = judge
+        self.votes = votes
+        self.blind = blind and len(models) > 1
+        self.system = system
+        self.judging = threading.Lock()
+        self.answering: set[int] = set()  # visitors whose answers grow right now, by the identity of their session
+
+    def new_session(self) -> Session:
+        """A visitor's empty conversation."""
+        return Session(tuple(model.name for model in self.models), blind=self.blind)
+
+    def view(self, session: Session, notice: str = "", prompt: str | None = None) -> Update:
+        """Everything that may have changed; ``prompt`` replaces what is in the box."""
+        w = self.widgets
+        update = self._chats(session) | {
+            w.session: session,
+            w.notice: gr.update(value=notice, visible=bool(notice)),
+            w.send: gr.update(visible=not session.busy),
+            w.stop: gr.update(visible=session.busy),
+        }
+        update |= {heading: session.heading(column) for column, heading in enumerate(w.headings)}
+        update |= {button: gr.update(interactive=session.can_vote) for button in w.votes}
+        return update if prompt is None else update | {w.prompt: prompt}
+
+    def _chats(self, session: Session) -> Update:
+        """The conversations alone, several times a second."""
+        normalised = self.judge is not None and self.judge.std is not None
+        return {chat: _bubbles(session, column, normalised) for column, chat in enumerate(self.widgets.chats)}
+
+    def start(self) -> Update:
+        """A visitor opens the page; names come to the browser only here, and not in blind mode."""
+        return self.view(self.new_session())
+
+    def knock(self, session: Session | None) -> Update:
+        """Tell a visitor at once that others are being answered first; `send` starts when a place is free."""
+        others = len(self.answering - {id(session)})
+        if others < VISITORS_AT_ONCE:
+            return {self.widgets.notice: gr.skip()}
+        said = f"{others} other visitors are being answered. Yours is next in line, it starts by itself."
+        return {self.widgets.notice: gr.update(value=said, visible=True)}
+
+    def send(self, session: Session | None, prompt: str, system: str, *options: Any) -> Iterator[Update]:
+        """A prompt goes to every model."""
+        yield from self._turn(session, lambda s: s.ask(str(prompt or ""), str(system or "")), options)
+
+    def retry(self, session: Session | None, *options: Any) -> Iterator[Update]:
+        """The last prompt is answered again."""
+        yield from self._turn(session, lambda s: s.retry(), options)
+
+    def _turn(
+        self, session: Session | None, begin: Callable[[Session], Turn], options: Sequence[Any]
+    ) -> Iterator[Update]:
+        session = session or self.new_session()
+        if session.busy:
+            yield self.view(session, "The last answers are still being written; stop them first.")
+            return
+        before = list(session.turns)
+        try:
+            sampling = checked_sampling(options)
+            turn = begin(session)
+        except UserError as error:
+            yield self.view(session, str(error))
+            return
+        session.busy, session.cancel = True, False
+        self.answering.add(id(session))
+        try:
+            yield self.view(session, prompt="")
+            problem = ""
+            try:
+                yield from self._answer(session, turn, sampling)
+            except UserError as error:
+                problem = str(error)
+            except Exception:  # out of memory, for example: the page must not be left waiting
+                _log.exception("an answer failed")
+                problem = "The model failed on this prompt; the terminal shows why."
+            session.busy = False
+            if problem:
+                session.turns = before
+            yield self.view(session, problem, prompt=turn.prompt if problem else None)
+        finally:  # also when the visitor has gone: gradio drops the generator
+            session.busy = False
+            self.answering.discard(id(session))
+            for answer in turn.answers:
+                if answer is not None and not answer.ended:
+                    answer.ended = "cancelled"
+
+    def _answer(self, session: Session, turn: Turn, sampling: SamplingArguments) -> Iterator[Update]:
+        """Every model in turn gives one token, so answers grow side by side and none slows the other's clock."""
+        position = len(session.turns) - 1
+        seed = (sampling.seed + session.attempts - 1) % 2**31
+        sampling = SamplingArguments(**(vars(sampling) | {"seed": seed}))
+        question = {"role": "user", "content": turn.prompt}
+        growing: dict[int, Iterator[Answer]] = {
+            c: stream_answer(self.models[m], [*session.history(c, position), question], sampling)
+            for c, m in enumerate(session.order)
+        }
+        shown = 0.0
+        while growing:
+            for column, stream in list(growing.items()):
+                answer = next(stream)
+                turn.answers[column] = answer
+                if session.cancel and not answer.ended:
+                    answer.ended = "cancelled"
+                if answer.ended:
+                    del growing[column]
+            if time.monotonic() - shown >= REFRESH_SECONDS:
+                yield self._chats(session)
+                shown = time.monotonic()
+        if self.judge is not None and not session.cancel:
+            yield self._chats(session)
+            for column in range(len(session.order)):
+                with self.judging:
+                    turn.rewards[column] = self.judge.score(session.history(column))
+
+    def stop(self, session: Session | None) -> None:
+        """Ask growing answers to end; the loop in `_answer` sees it at the next token."""
+        if session is not None:
+            session.cancel = True
+
+    def clear(self, session: Session | None) -> Update:
+        """A new conversation."""
+        if session is not None and session.busy:
+            session.cancel = True
+            return self.view(session, "Stopping the answers; clear again in a moment.")
+        session = session or self.new_session()
+        session.restart()
+        return self.view(session)
+
+    def set_blind(self, session: Session | None, blind: bool) -> Update:
+        """Blind mode on: a new conversation with shuffled columns. Off: the names are shown."""
+        session = session or self.new_session()
+        if session.busy:
+            session.cancel = True
+            notice = "Stopping the answers; change blind mode again in a moment."
+            return self.view(session, notice) | {self.widgets.blind: session.blind}
+        session.blind = bool(blind)
+        if session.blind:
+            session.restart()
+        session.revealed = not session.blind
+        return self.view(session)
+
+    def vote(self, session: Session | None, winner: int) -> Update:
+        """Append the vote to the file and show the names."""
+        session = session or self.new_session()
+        try:
+            rows = session.vote(winner, self.votes)
+        except UserError as error:
+            return self.view(session, str(error))
+        if winner == SAME:
+            said = "Saved: about the same."
+        elif rows:
+            said = f"Saved: {session.heading(winner)} is better."
+        else:
+            said = "The answers are identical, so there is nothing to prefer."
+        return self.view(session, said + (" Clear starts the next blind round." if session.blind else ""))
+
+    def export(self, session: Session | None) -> str:
+        """The conversation as JSON, for the browser to save."""
+        return session.export() if session is not None and session.turns else ""
+
+
+def _bubbles(session: Session, column: int, normalised: bool) -> list[dict[str, Any]]:
+    """A column for gr.Chatbot, a note under every answer; as dictionaries, since it would trim plain strings."""
+    bubbles = []
+    for turn in session.turns:
+        answer = turn.answers[column]
+        text = "" if answer is None else answer.text
+        if answer is not None and answer.ended and not text.strip():
+            text = "*(an empty answer)*"
+        bubbles.append(_bubble("user", {"type": "text", "text": turn.prompt}))
+        bubbles.append(_bubble("assistant", {"type": "text", "text": text or "…"}))
+        note = session.note(turn, column, normalised)
+        if note:  # a bubble of its own (drawn without one), since gradio can only copy a bubble of plain text
+            markup = f'<span class="note">{html.escape(note)}</span>'
+            bubbles.append(_bubble("assistant", gr.HTML(markup, render=False)))
+    return bubbles
+
+
+def _bubble(role: str, part: Any) -> dict[str, Any]:
+    return {"role": role, "content": [part]}
+
+
+def build_page(
+    models: Sequence[ChatModel],
+    judge: RewardModel | None,
+    sampling: SamplingArguments,
+    votes: Path,
+    *,
+    blind: bool = False,
+    system: str = "",
+) -> gr.Blocks:
+    """Lay the page out and connect it.
+
+    Args:
+        models: one column each; one alone gives a plain chat without votes.
+        judge: scores every answer, if given.
+        sampling: where the sliders start.
+        votes: file that votes are appended to.
+        blind: start in blind mode.
+        system: where the system message starts.
+    """
+    page = Page(models, judge, votes, blind=blind, system=system)
+    with gr.Blocks(title="Tripod chat", analytics_enabled=False, fill_width=True) as blocks:
+        page.widgets, others = _layout(page, sampling)
+        _connect(blocks, page, page.widgets, others)
+    return blocks
+
+
+def _layout(page: Page, sampling: SamplingArguments) -> tuple[Widgets, dict[str, Any]]:
+    count = len(page.models)
+    several = count > 1
+    session = gr.State(None, time_to_live=24 * 3600)
+    subtitle = "One prompt, answered side by side. Which answer is better?" if several else "Chat with a model."
+    gr.Markdown(f"# Tripod\n{subtitle}", elem_id="title")
+    headings, chats = [], []
+    with gr.Row(equal_height=True):
+        for column in range(count):
+            with gr.Column(min_width=320):
+                headings.append(gr.Markdown("", elem_classes="heading", elem_id=f"heading-{column}"))
+                chats.append(_chat(column))
+    votes = []
+    if several:
+        better = [(c, f"{LETTERS[c]} is {'better' if count == 2 else 'best'}") for c in range(count)]
+        with gr.Row():
+            for column, label in [better[0], (SAME, "About the same"), *better[1:]]:
+                elem_id = "vote-same" if column == SAME else f"vote-{column}"
+                votes.append((column, gr.Button(label, interactive=False, elem_id=elem_id)))
+    notice = gr.Markdown("", visible=False, elem_id="notice")
+    with gr.Row(equal_height=True):
+        prompt = gr.Textbox(
+            placeholder="Write a prompt; Enter sends it, Shift+Enter makes a new line",
+            label="Prompt",  # for screen readers
+            show_label=False,
+            container=False,
+            lines=1,  # with more, gradio sends on Shift+Enter
+            max_lines=10,
+            scale=8,
+            autofocus=True,
+            elem_id="prompt",
+        )
+        send = gr.Button("Send", variant="primary", scale=1, min_width=110, elem_id="send")
+        stop = gr.Button("Stop", variant="stop", scale=1, min_width=110, visible=False, elem_id="stop")
+    with gr.Row(elem_id="actions"):
+        others: dict[str, Any] = {
+            "retry": gr.Button("Retry", size="sm", min_width=90, elem_id="retry"),
+            "clear": gr.Button("Clear", size="sm", min_width=90, elem_id="clear"),
+            "export": gr.Button("Export", size="sm", min_width=90, elem_id="export"),
+        }
+        blind = gr.Checkbox(
+            value=page.blind,
+            label="Blind: hide and shuffle the names",
+            visible=several,
+            container=False,
+            elem_id="blind",
+            min_width=260,
+        )
+    gr.Examples(
+        [[text] for text in EXAMPLES], inputs=[prompt], label="Try one", elem_id="examples", api_visibility="private"
+    )
+    with gr.Accordion("Settings", open=False, elem_id="settings"):
+        others["system"] = gr.Textbox(
+            value=page.system,
+            label="System message",
+            lines=2,
+            elem_id="system",
+            info="Taken with the first prompt of a conversation.",
+        )
+        others["options"] = _sliders(sampling)
+    others["download"] = gr.Textbox(visible=False)
+    others["votes"] = votes
+    buttons = [button for _, button in votes]
+    return Widgets(session, headings, chats, notice, prompt, send, stop, buttons, blind), others
+
+
+def _chat(column: int) -> gr.Chatbot:
+    return gr.Chatbot(
+        show_label=False,
+        height="46vh",
+        min_height=260,
+        buttons=["copy"],
+        sanitize_html=True,
+        allow_tags=False,
+        allow_file_downloads=False,
+        feedback_options=None,
+        layout="bubble",
+        group_consecutive_messages=False,
+        placeholder="The answer appears here.",
+        elem_id=f"chat-{column}",
+        elem_classes="chat",
+    )
+
+
+def _sliders(sampling: SamplingArguments) -> list[Any]:
+    """In the order of the fields of `SamplingArguments`."""
+    s = sampling  # a flag may go beyond what a slider usually offers
+    with gr.Row():
+        length = gr.Slider(1, max(1024, s.max_new_tokens), s.max_new_tokens, step=1, label="Longest answer, tokens")
+        temperature = gr.Slider(
+            0,
+            max(2, s.temperature),
+            s.temperature,
+            step=0.05,
+            label="Temperature",
+            info="0: always the likeliest token",
+        )
+        top_p = gr.Slider(min(0.05, s.top_p), 1, s.top_p, step=0.05, label="Top-p", info="1 keeps all tokens")
+    with gr.Row():
+        top_k = gr.Slider(0, max(200, s.top_k), s.top_k, step=1, label="Top-k", info="0 keeps all tokens")
+        penalty = gr.Slider(
+            min(1, s.repetition_penalty),
+            max(2, s.repetition_penalty),
+            s.repetition_penalty,
+            step=0.05,
+            label="Repetition penalty",
+            info="1 is none",
+        )
+        seed = gr.Number(s.seed, precision=0, label="Seed", info="The same seed repeats a conversation", elem_id="seed")
+    return [length, temperature, top_p, top_k, penalty, seed]
+
+
+def _connect(blocks: gr.Blocks, page: Page, w: Widgets, others: dict[str, Any]) -> None:
+    """Buttons to handlers; none of them is a public API endpoint."""
+    quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+    long: dict[str, Any] = quiet | {"concurrency_limit": VISITORS_AT_ONCE, "concurrency_id": "answers"}
+    options = others["options"]
+    blocks.load(page.start, None, w.outputs, **quiet)
+    gr.on(
+        [w.send.click, w.prompt.submit], page.send, [w.session, w.prompt, others["system"], *options], w.outputs, **long
+    )
+    asked = [w.send.click, w.prompt.submit, others["retry"].click]
+    gr.on(asked, page.knock, [w.session], [w.notice], queue=False, **quiet)
+    others["retry"].click(page.retry, [w.session, *options], w.outputs, **long)
+    w.stop.click(page.stop, [w.session], None, queue=False, **quiet)
+    others["clear"].click(page.clear, [w.session], w.outputs, **quiet)
+    # only a visitor's own click: the page sets the box at the start without starting a conversation anew
+    w.blind.input(page.set_blind, [w.session, w.blind], w.outputs, **quiet)
+    for column, button in others["votes"]:
+        button.click(lambda session, winner=column: page.vote(session, winner), [w.session], w.outputs, **quiet)
+    others["export"].click(page.export, [w.session], others["download"], **quiet).then(
+        None, [others["download"]], None, js=_DOWNLOAD, **quiet
+    )

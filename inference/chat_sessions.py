@@ -1,0 +1,264 @@
+"""One visitor's conversation with several models: what was said, what is shown, votes and export.
+
+Nothing here knows Gradio or a network, so all of it is tested without a browser.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from chat_stream import Answer, Message
+
+from training.utils.errors import UserError
+
+MAX_PROMPT_CHARACTERS = 10_000  # a page of text has 3,000; beyond this it is a paste by mistake
+SAME = -1  # a vote for none of the columns
+LETTERS = "ABCDEFGH"  # of the columns
+_votes_lock = threading.Lock()
+
+
+@dataclass
+class Turn:
+    """One prompt and the answers to it, one per column.
+
+    Attributes:
+        rewards: one per column, None while unknown or without a reward model.
+        vote: the column that won, `SAME`, or None before the vote.
+    """
+
+    prompt: str
+    answers: list[Answer | None]
+    rewards: list[float | None]
+    vote: int | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether every column has an answer that ended by itself or at the limit."""
+        return all(answer is not None and answer.ended in ("stop", "length") for answer in self.answers)
+
+
+@dataclass
+class Session:
+    """A conversation; it lives on the server, and the browser only gets what `heading` and the texts show.
+
+    Attributes:
+        names: the models' names.
+        order: the model in each column; shuffled in blind mode.
+        blind: names, rewards and speeds are hidden until the vote.
+        system: the system message of this conversation, fixed by its first prompt.
+        attempts: answers asked for so far; retry draws other ones.
+        busy: answers are growing right now.
+        cancel: asks the growing answers to end.
+    """
+
+    names: tuple[str, ...]
+    blind: bool = False
+    order: list[int] = field(default_factory=list)
+    revealed: bool = True
+    system: str = ""
+    turns: list[Turn] = field(default_factory=list)
+    attempts: int = 0
+    busy: bool = False
+    cancel: bool = False
+
+    def __post_init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """A new conversation; in blind mode with the columns shuffled and hidden again."""
+        self.order = list(range(len(self.names)))
+        if self.blind:
+            # not from the seed of the answers, which the visitor knows
+            random.SystemRandom().shuffle(self.order)
+        self.revealed = not self.blind
+        self.turns, self.system, self.attempts = [], "", 0
+
+    def heading(self, column: int) -> str:
+        """What a column is called: its letter, and its model's name when that may be seen."""
+        letter = LETTERS[column]
+        if len(self.names) == 1:
+            return self.names[0]
+        return f"{letter} · {self.names[self.order[column]]}" if self.revealed else letter
+
+    def history(self, column: int, turns: int | None = None) -> list[Message]:
+        """The conversation of one column as messages: its own answers only, up to ``turns`` turns."""
+        messages: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
+        for turn in self.turns[:turns]:
+            messages.append({"role": "user", "content": turn.prompt})
+            answer = turn.answers[column]
+            if answer is not None:
+                messages.append({"role": "assistant", "content": answer.text})
+        return messages
+
+    def ask(self, prompt: str, system: str) -> Turn:
+        """Start a turn.
+
+        Raises:
+            UserError: an empty or too long prompt or system message; nothing has changed then.
+        """
+        if not prompt.strip():
+            raise UserError("Write a prompt first.")
+        for what, text in (("prompt", prompt), ("system message", system)):
+            if len(text) > MAX_PROMPT_CHARACTERS:
+                raise UserError(
+                    f"The {what} has {len(text):,} characters; at most {MAX_PROMPT_CHARACTERS:,} are read. "
+                    "Please shorten it."
+                )
+        if not self.turns:
+            self.system = system.strip()
+        columns = len(self.names)
+        self.turns.append(Turn(prompt.strip(), [None] * columns, [None] * columns))
+        self.attempts += 1
+        return self.turns[-1]
+
+    def retry(self) -> Turn:
+        """Empty the last turn, to answer its prompt again with other random numbers.
+
+        Raises:
+            UserError: there is no turn, or its vote is already in the file.
+        """
+        if not self.turns:
+            raise UserError("There is nothing to retry yet.")
+        if self.turns[-1].vote is not None:
+            raise UserError("This round has your vote already; write the next prompt, or clear.")
+        columns = len(self.names)
+        self.turns[-1] = Turn(self.turns[-1].prompt, [None] * columns, [None] * columns)
+        self.attempts += 1
+        return self.turns[-1]
+
+    @property
+    def can_vote(self) -> bool:
+        """Whether the last turn waits for a vote."""
+        return len(self.names) > 1 and not self.busy and bool(self.turns) and self._votable(self.turns[-1])
+
+    @staticmethod
+    def _votable(turn: Turn) -> bool:
+        return turn.complete and turn.vote is None
+
+    def vote(self, winner: int, file: Path) -> list[dict[str, Any]]:
+        """Record the vote on the last turn and show the names; returns the rows that were appended.
+
+        Args:
+            winner: the better column, or `SAME`.
+            file: where preferences go; ties go to a file beside it, since step 2 can learn nothing from them.
+
+        Raises:
+            UserError: no finished turn waits for a vote, or the file can not be written.
+        """
+        if not self.can_vote:
+            raise UserError("There is nothing to vote on: wait for whole answers, one vote for each round.")
+        if winner != SAME and not 0 <= winner < len(self.names):
+            raise UserError("There is no such answer.")
+        rows = self._same_row() if winner == SAME else self._preference_rows(winner)
+        append_rows(ties_file(file) if winner == SAME else file, rows)
+        self.turns[-1].vote = winner
+        self.revealed = True
+        return rows
+
+    def _preference_rows(self, winner: int) -> list[dict[str, Any]]:
+        """The winner against every other column that said something else, each a row of step 2."""
+        rows = []
+        chosen = self.history(winner)
+        for loser in range(len(self.names)):
+            rejected = self.history(loser)
+            if loser == winner or rejected == chosen:
+                continue
+            shared = 0
+            while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+                shared += 1
+            rows.append(
+                {
+                    "prompt": chosen[:shared],
+                    "chosen": _continuation(chosen[shared:]),
+                    "rejected": _continuation(rejected[shared:]),
+                    "vote": self._about(winner, loser),
+                }
+            )
+        return rows
+
+    def _same_row(self) -> list[dict[str, Any]]:
+        columns = range(len(self.names))
+        about = {"models": [self.names[self.order[c]] for c in columns], "blind": self.blind, "time": _now()}
+        return [{"conversations": [self.history(c) for c in columns], "vote": about}]
+
+    def _about(self, winner: int, loser: int) -> dict[str, Any]:
+        chosen, rejected = self.names[self.order[winner]], self.names[self.order[loser]]
+        return {"chosen_model": chosen, "rejected_model": rejected, "blind": self.blind, "time": _now()}
+
+    def export(self) -> str:
+        """The whole conversation as JSON; in blind mode without names, rewards and speeds before the vote."""
+        columns = []
+        for column in range(len(self.names)):
+            answers = []
+            for turn in self.turns:
+                answer = turn.answers[column]
+                if answer is None:
+                    continue
+                entry: dict[str, Any] = {"ended": answer.ended, "tokens": len(answer.token_ids)}
+                if self.revealed:
+                    entry |= {"reward": turn.rewards[column], "tokens_per_second": round(answer.tokens_per_second, 2)}
+                answers.append(entry)
+            columns.append({"name": self.heading(column), "messages": self.history(column), "answers": answers})
+        votes = [None if t.vote is None else "same" if t.vote == SAME else self.heading(t.vote) for t in self.turns]
+        data = {"time": _now(), "blind": self.blind, "models": columns, "votes": votes}
+        return json.dumps(data, indent=2, ensure_ascii=False)
+
+    def note(self, turn: Turn, column: int, normalised: bool) -> str:
+        """The line under an answer: reward, length, speed, and why it ended; "" while it grows."""
+        answer = turn.answers[column]
+        if answer is None or not answer.ended:
+            return ""
+        parts = []
+        reward = turn.rewards[column]
+        if self.revealed:
+            if reward is not None:
+                parts.append(f"reward {reward:+.2f}" + ("" if normalised else " (raw)"))
+            parts.append(f"{len(answer.token_ids)} tokens")
+            if answer.tokens_per_second:
+                parts.append(f"{answer.tokens_per_second:.1f} tokens/s")
+        endings = {"length": "cut at the limit", "cancelled": "stopped"}
+        if answer.ended in endings:
+            parts.append(endings[answer.ended])
+        if answer.dropped:
+            parts.append(f"the oldest {answer.dropped} messages no longer fit")
+        return " · ".join(parts)
+
+
+def _continuation(messages: Sequence[Message]) -> str | list[Message]:
+    """A plain string for one answer; after the columns' histories have parted, the messages since then."""
+    return messages[0]["content"] if len(messages) == 1 else list(messages)
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def ties_file(file: Path) -> Path:
+    """Where votes for "same" go: votes.jsonl -> votes_same.jsonl."""
+    return file.with_name(f"{file.stem}_same{file.suffix}")
+
+
+def append_rows(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Append JSON lines, whole or not at all as far as other visitors of this page see.
+
+    Raises:
+        UserError: the file can not be written.
+    """
+    data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    try:
+        with _votes_lock:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with file.open("ab") as out:
+                out.write(data)
+                out.flush()
+                os.fsync(out.fileno())
+    except OSError as error:
+        raise UserError(f"The vote can not be saved to {file.name}: {error.strerror}.") from error

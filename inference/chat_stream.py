@@ -1,0 +1,178 @@
+"""Answers, token by token: one loop that the terminal chat and the page pull from.
+
+The loop is a generator that runs one forward per `next`. Whoever reads it decides the pace: the page takes one
+token from each model in turn, so two answers grow side by side on one machine, and a reader that goes away
+(Stop, Ctrl-C, a closed browser tab) ends the work because nobody pulls any more. ``generate`` with a streamer
+would need a thread per answer and a flag to end it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from chat_arguments import SamplingArguments
+from chat_models import ChatModel
+from transformers import (
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from training.utils.data import render
+from training.utils.errors import UserError
+
+Message = dict[str, str]
+INCOMPLETE = "\ufffd"  # what a tokenizer decodes half a character to
+
+
+def checked_sampling(values: Sequence[object]) -> SamplingArguments:
+    """Options from anywhere else than the command line, in the order of the fields, held to the same ranges.
+
+    Raises:
+        UserError: a value that is not a number, or out of range.
+    """
+    chosen = {}
+    for option, value in zip(fields(SamplingArguments), values, strict=True):
+        what = option.name.replace("_", " ")
+        try:
+            number = float(value)  # type: ignore[arg-type]  # whatever it is, float() judges it
+        except (TypeError, ValueError) as error:
+            raise UserError(f"The {what} must be a number.") from error
+        low, high, above = (option.metadata[bound] for bound in ("minimum", "maximum", "above"))
+        if not number <= high or (low is not None and number < low) or (above is not None and number <= above):
+            bound = f"at least {low:g}" if low is not None else f"above {above:g}"
+            raise UserError(f"The {what} must be {bound} and at most {high:g}.")
+        chosen[option.name] = int(number) if option.type == "int" else number
+    return SamplingArguments(**chosen)  # type: ignore[arg-type]  # int where the field says so
+
+
+@dataclass
+class Answer:
+    """One answer, while it grows and when it is done.
+
+    Attributes:
+        token_ids: the sampled tokens, the stop token left out.
+        ended: "" while it grows; "stop" (the model ended it), "length" (the limit did) or "cancelled".
+        seconds: time spent in the model after the prompt was read.
+        dropped: messages of the conversation that no longer fit and were left out, the oldest ones.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    token_ids: list[int] = field(default_factory=list)
+    ended: str = ""
+    seconds: float = 0.0
+    dropped: int = 0
+    _decoded: tuple[int, str] = field(default=(0, ""), init=False, repr=False)
+
+    @property
+    def text(self) -> str:
+        """The answer so far; half a character at its end is held back until it is whole."""
+        if self._decoded[0] != len(self.token_ids):
+            self._decoded = (len(self.token_ids), str(self.tokenizer.decode(self.token_ids, skip_special_tokens=True)))
+        text = self._decoded[1]
+        return text if self.ended else text.rstrip(INCOMPLETE)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decoding speed; reading the prompt is not part of it."""
+        return (len(self.token_ids) - 1) / self.seconds if self.seconds > 0 and len(self.token_ids) > 1 else 0.0
+
+
+def prompt_ids(model: ChatModel, messages: Sequence[Message], max_new_tokens: int) -> tuple[list[int], int]:
+    """Token ids of a conversation up to where the answer starts, cut to the model's context.
+
+    The oldest turns go first, question and answer together; a system message and the last prompt stay.
+
+    Returns:
+        the ids, and how many messages were left out.
+
+    Raises:
+        UserError: the last prompt alone does not fit, or the chat template refuses the conversation.
+    """
+    kept = list(messages)
+    start = 1 if kept and kept[0]["role"] == "system" else 0
+    while True:
+        ids = render(model.tokenizer, kept, add_generation_prompt=True).input_ids
+        if model.context is None or len(ids) + min(max_new_tokens, model.context // 2) <= model.context:
+            return ids, len(messages) - len(kept)
+        if len(kept) - start <= 1:  # the last prompt alone: a shorter answer is better than none
+            if len(ids) >= model.context:
+                raise UserError(f"the prompt has {len(ids):,} tokens, the model reads at most {model.context - 1:,}")
+            return ids, len(messages) - len(kept)
+        del kept[start : start + 2]
+
+
+def stream_answer(model: ChatModel, messages: Sequence[Message], sampling: SamplingArguments) -> Iterator[Answer]:
+    """Decode one answer; yields the same growing `Answer` after every token, at the last one with ``ended`` set.
+
+    Closing the generator ends the work at once.
+
+    Args:
+        model: who answers.
+        messages: role and content, the last one from the user.
+        sampling: ``temperature`` 0 is greedy.
+
+    Raises:
+        UserError: see `prompt_ids`.
+    """
+    ids, dropped = prompt_ids(model, messages, sampling.max_new_tokens)
+    limit = sampling.max_new_tokens if model.context is None else min(sampling.max_new_tokens, model.context - len(ids))
+    answer = Answer(model.tokenizer, dropped=dropped)
+    generator = torch.Generator(model.device).manual_seed(sampling.seed)
+    sequence = torch.tensor([ids], device=model.device)
+    fed, cache, processors = sequence, None, _processors(sampling)
+    while not answer.ended:
+        started = time.perf_counter()
+        with model.weights.use(model.adapter) as network:
+            output = network(input_ids=fed, past_key_values=cache, use_cache=True, **_last_logits_only(network))
+        scores = processors(sequence, output.logits[:, -1].float())
+        if sampling.temperature == 0:
+            token = scores.argmax(-1, keepdim=True)
+        else:
+            token = torch.multinomial(scores.softmax(-1), 1, generator=generator)
+        sequence = torch.cat([sequence, token], dim=-1)
+        cache = getattr(output, "past_key_values", None)
+        fed = token if cache is not None else sequence  # a family without this kind of cache reads all of it again
+        _take(answer, int(token), model.stop_ids, limit)
+        if len(answer.token_ids) > 1:
+            answer.seconds += time.perf_counter() - started
+        yield answer
+
+
+def _take(answer: Answer, token: int, stop_ids: frozenset[int], limit: int) -> None:
+    if token in stop_ids:
+        answer.ended = "stop"
+        return
+    answer.token_ids.append(token)
+    if len(answer.token_ids) >= limit:
+        answer.ended = "length"
+
+
+def _processors(sampling: SamplingArguments) -> Any:
+    """transformers' own, in the order in which ``generate`` applies them."""
+    processors = LogitsProcessorList()
+    if sampling.repetition_penalty != 1:
+        processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+    if sampling.temperature == 0:
+        return processors
+    if sampling.temperature != 1:
+        processors.append(TemperatureLogitsWarper(sampling.temperature))
+    if sampling.top_k:
+        processors.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        processors.append(TopPLogitsWarper(sampling.top_p))
+    return processors
+
+
+def _last_logits_only(network: Any) -> dict[str, int]:
+    """A long prompt's logits are [1, T, V]; most families can be asked for the last row alone."""
+    inner = network.get_base_model() if hasattr(network, "get_base_model") else network
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(inner.forward).parameters else {}

@@ -1,0 +1,200 @@
+"""Talk to a model in the terminal.
+
+    python inference/chatbot.py                          the model that the latest run's step 3 has trained
+    python inference/chatbot.py --path output/demo/step1 any other folder, hub name, GGUF file or LoRA adapter
+
+Answers appear while they are written. Ctrl-C ends an answer, Ctrl-D or /quit the program; the arrow keys bring
+earlier prompts back. /help lists the commands.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import sys
+import time
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from training.utils.arguments import flag, parse
+from training.utils.errors import UserError, run_program
+
+if TYPE_CHECKING:
+    from chat_models import ChatModel
+    from chat_stream import SamplingArguments
+
+HELP = """\
+/system TEXT   set the system message and start anew; without TEXT show it, "/system -" removes it
+/reset         start a new conversation
+/save FILE     write the conversation as one JSON line, a row that step 1 can train on
+/seed N        set the seed of the next answers
+/help          this list
+/quit          leave (or Ctrl-D)"""
+
+
+@dataclass
+class ChatArguments:
+    """Chat"""
+
+    path: str = flag("", "folder, hub name, GGUF file or LoRA adapter (default: step3/actor of the latest run)")
+    system: str = flag("", "a system message")
+
+
+@dataclass
+class Conversation:
+    """What has been said; ``attempts`` makes every answer draw other random numbers under one seed."""
+
+    system: str
+    seed: int
+    messages: list[dict[str, str]] = field(default_factory=list)
+    attempts: int = 0
+
+    def with_system(self) -> list[dict[str, str]]:
+        """The messages, the system message first if there is one."""
+        return ([{"role": "system", "content": self.system}] if self.system else []) + self.messages
+
+
+def printable(text: str) -> str:
+    """Text without control characters, so that an answer can not move the cursor or retitle the terminal."""
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf") or c == "\u200d")
+
+
+def command(line: str, chat: Conversation) -> bool:
+    """Carry out a line that starts with a slash; False when it means to leave.
+
+    Raises:
+        UserError: an unknown command or a bad value; the conversation has not changed then.
+    """
+    name, _, rest = line.partition(" ")
+    rest = rest.strip()
+    if name == "/quit":
+        return False
+    if name == "/help":
+        print(HELP)
+    elif name == "/reset":
+        chat.messages.clear()
+        print("(new conversation)")
+    elif name == "/system":
+        if rest:
+            chat.system = "" if rest == "-" else rest
+            chat.messages.clear()
+            print("(new conversation)")
+        print(f"system message: {chat.system or '(none)'}")
+    elif name == "/seed":
+        if not rest.isdecimal() or int(rest) >= 2**31:
+            raise UserError("/seed takes a number from 0 to 2147483647")
+        chat.seed, chat.attempts = int(rest), 0
+        print(f"(seed {chat.seed})")
+    elif name == "/save":
+        _save(rest, chat)
+    else:
+        raise UserError(f"unknown command {name}; /help lists them")
+    return True
+
+
+def _save(name: str, chat: Conversation) -> None:
+    if not name:
+        raise UserError("/save needs a file name")
+    if not chat.messages:
+        raise UserError("there is nothing to save yet")
+    file = Path(name).expanduser()
+    try:
+        with file.open("a", encoding="utf-8") as out:
+            out.write(json.dumps({"messages": chat.with_system()}, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise UserError(f"{file} can not be written: {error.strerror}") from error
+    print(f"(saved to {file})")
+
+
+def answer(chat: Conversation, prompt: str, model: ChatModel, sampling: SamplingArguments) -> None:
+    """Stream one answer to the terminal and add it to the conversation; Ctrl-C keeps what is there.
+
+    Args:
+        chat: gets the prompt and the answer, or neither if the prompt does not fit.
+        prompt: not empty.
+        model: who answers.
+        sampling: the conversation's own seed takes the place of its seed.
+    """
+    from chat_stream import stream_answer
+
+    chat.attempts += 1
+    sampling = dataclasses.replace(sampling, seed=(chat.seed + chat.attempts - 1) % 2**31)
+    messages = [*chat.with_system(), {"role": "user", "content": prompt}]
+    shown, last, started = "", None, time.monotonic()
+    try:
+        for last in stream_answer(model, messages, sampling):
+            text = printable(last.text)
+            if text.startswith(shown):  # a tokenizer may change its mind about the last character
+                sys.stdout.write(text[len(shown) :])
+                sys.stdout.flush()
+                shown = text
+    except KeyboardInterrupt:
+        if last is None:
+            print("\n(stopped)")
+            return
+        last.ended = "cancelled"
+    assert last is not None
+    print()
+    notes = {"length": f"cut at --max_new_tokens {sampling.max_new_tokens}", "cancelled": "stopped"}
+    parts = [f"{len(last.token_ids)} tokens", f"{time.monotonic() - started:.1f} s"]
+    parts += [notes[last.ended]] if last.ended in notes else []
+    parts += [f"the oldest {last.dropped} messages no longer fit"] if last.dropped else []
+    print(f"({', '.join(parts)})")
+    chat.messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": last.text}]
+
+
+def chat_loop(model: ChatModel, sampling: SamplingArguments, system: str) -> None:
+    """Read prompts and commands until the end of the input; a mistake costs one line, never the conversation."""
+    interactive = sys.stdin.isatty()
+    if interactive:
+        try:
+            importlib.import_module("readline")  # its import alone gives input() arrow keys and a history
+        except ImportError:
+            print("(this Python has no readline: no history with the arrow keys)")
+    chat = Conversation(system, sampling.seed)
+    while True:
+        try:
+            line = input("\nyou> " if interactive else "").strip()
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print("\n(/quit or Ctrl-D leaves)")
+            continue
+        if not line:
+            continue
+        try:
+            if line.startswith("/"):
+                if not command(line, chat):
+                    return
+            else:
+                print(f"{model.name}> ", end="", flush=True)
+                answer(chat, line, model, sampling)
+        except UserError as error:
+            print(f"({error})")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parse, load, chat; 0 when the user leaves."""
+    # Heavy imports come after the flags have been checked, so --help and mistakes answer at once.
+    from chat_arguments import LoadArguments, SamplingArguments
+
+    chat, sampling, load = parse(
+        [ChatArguments, SamplingArguments, LoadArguments], argv, prog="chatbot.py", description=__doc__ or ""
+    )
+    print("starting ...", flush=True)
+    from chat_models import latest_models, load_chat_models
+
+    path = chat.path or latest_models()[0]["RLHF"]
+    [model] = load_chat_models({Path(path).name or path: path}, load, print)
+    print("/help lists the commands")
+    chat_loop(model, sampling, chat.system)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_program(main))

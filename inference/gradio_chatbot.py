@@ -1,0 +1,204 @@
+"""Compare models in the browser: one prompt, their answers side by side, your vote.
+
+    python inference/gradio_chatbot.py                                          SFT beside RLHF of the latest run
+    python inference/gradio_chatbot.py --path SFT=output/demo/step1 RLHF=output/demo/step3/actor
+    python inference/gradio_chatbot.py --path output/demo/step1                 one model: a plain chat page
+
+Votes are appended to a file that step 2 trains on as it is (--data_path). The page listens on 127.0.0.1; another
+--host, or a public link by --share, needs --auth USER:PASSWORD.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from training.utils.arguments import flag, parse
+from training.utils.errors import UserError, run_program
+
+if TYPE_CHECKING:
+    import gradio as gr
+    from chat_models import ChatModel
+    from chat_reward import RewardModel
+
+MAX_MODELS = 4  # columns that stay readable on a laptop
+PORTS_TRIED = 100
+
+
+@dataclass
+class PageArguments:
+    """Page"""
+
+    path: list[str] = flag([], "NAME=DIR for each model (default: SFT and RLHF of the latest run)")
+    reward_model: str = flag("", "reward model for the line under each answer (default: step2 of the latest run)")
+    votes_path: str = flag("", "file that votes are appended to (default: votes.jsonl in the output folder)")
+    blind: bool = flag(False, "start in blind mode: names are hidden and shuffled until the vote")
+    system: str = flag("", "a system message")
+
+
+@dataclass
+class ServerArguments:
+    """Server"""
+
+    host: str = flag("127.0.0.1", "address to listen on; any but this machine's own needs --auth")
+    port: int = flag(7860, "port to listen on; the next free one if it is taken", minimum=1, maximum=65535)
+    share: bool = flag(False, "make a public link through gradio's servers; needs --auth")
+    auth: str = flag("", "USER:PASSWORD that visitors must give")
+    max_queue: int = flag(32, "requests that may wait; more are told to come back", minimum=1)
+
+
+def credentials(server: ServerArguments) -> tuple[str, str] | None:
+    """The user and password of ``--auth``.
+
+    Raises:
+        UserError: malformed, or missing although others than this machine could reach the page.
+    """
+    if server.auth:
+        user, colon, password = server.auth.partition(":")
+        if not (user and colon and password):
+            raise UserError("--auth: expected USER:PASSWORD, both not empty")
+        return user, password
+    if server.share:
+        raise UserError("--share makes the page public: give --auth USER:PASSWORD with it")
+    if not _is_loopback(server.host):
+        raise UserError(f"--host {server.host} lets other machines in: give --auth USER:PASSWORD with it")
+    return None
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def free_port(host: str, port: int) -> int:
+    """The first port from ``port`` on that can be listened on.
+
+    Raises:
+        UserError: not an address of this machine, or a hundred ports are taken.
+    """
+    last = min(port + PORTS_TRIED, 65536)
+    for candidate in range(port, last):
+        try:
+            family, _, _, _, address = socket.getaddrinfo(host, candidate, type=socket.SOCK_STREAM)[0]
+            with socket.socket(family, socket.SOCK_STREAM) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+                return candidate
+        except PermissionError as error:
+            raise UserError(f"--port {candidate} needs more rights; choose one from 1024 on") from error
+        except socket.gaierror as error:
+            raise UserError(f"--host {host}: {error.strerror}") from error
+        except OSError as error:
+            if error.errno == 99:  # EADDRNOTAVAIL
+                raise UserError(f"--host {host} is not an address of this machine") from error
+    raise UserError(f"no free port from {port} to {last - 1}; choose another --port")
+
+
+def serve(
+    page: gr.Blocks, server: ServerArguments, login: tuple[str, str] | None, style: dict[str, Any]
+) -> tuple[str, str | None]:
+    """Start the server in a thread; returns its address and, with ``--share``, the public one."""
+    port = free_port(server.host, server.port)
+    if port != server.port:
+        print(f"port {server.port} is in use, taking {port}", flush=True)
+    _, local, public = page.launch(
+        server_name=server.host,
+        server_port=port,
+        share=server.share,
+        auth=login,
+        prevent_thread_lock=True,
+        quiet=True,
+        show_error=False,  # an unforeseen error's text may name paths and, in blind mode, models
+        footer_links=[],
+        run_history=False,
+        enable_monitoring=False,
+        mcp_server=False,
+        ssr_mode=False,
+        state_session_capacity=1000,
+        max_file_size=1,  # nothing is uploaded
+        **style,
+    )
+    return local, public or None
+
+
+def load(page: PageArguments, models: Any) -> tuple[list[ChatModel], RewardModel | None]:
+    """Load what the page shows, one after another.
+
+    Args:
+        page: paths; empty ones mean the latest run.
+        models: `chat_models.LoadArguments`.
+
+    Raises:
+        UserError: a path without a model, too many models.
+    """
+    from chat_models import latest_models, load_chat_models, named_paths
+    from chat_reward import load_reward_model
+
+    paths, reward_path = named_paths(page.path), page.reward_model
+    if not paths:
+        paths, judge = latest_models()
+        reward_path = reward_path or judge
+    if len(paths) > MAX_MODELS:
+        raise UserError(f"--path: at most {MAX_MODELS} models fit side by side")
+    if reward_path:
+        from training.utils.models import resolve_model
+
+        resolve_model(reward_path, "--reward_model")  # a wrong path is said before minutes of loading
+    loaded = load_chat_models(paths, models, _say)
+    return loaded, load_reward_model(reward_path, _say) if reward_path else None
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parse, load, serve until Ctrl-C."""
+    from chat_arguments import LoadArguments, SamplingArguments
+
+    from training.utils.runs import make_dir, output_root, shown
+
+    page, sampling, server, models = parse(
+        [PageArguments, SamplingArguments, ServerArguments, LoadArguments],
+        argv,
+        prog="gradio_chatbot.py",
+        description=__doc__ or "",
+    )
+    login = credentials(server)
+    free_port(server.host, server.port)
+    votes = Path(page.votes_path).expanduser() if page.votes_path else output_root() / "votes.jsonl"
+    make_dir(votes.parent, "--votes_path")
+    if votes.is_dir():
+        raise UserError(f"--votes_path {votes} is a folder, name a file")
+    _say("starting ...")  # the imports below take seconds
+    # before gradio is imported: it reads the switch then
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    from chat_page import STYLE, build_page
+
+    loaded, judge = load(page, models)
+    blocks = build_page(loaded, judge, sampling, votes, blind=page.blind, system=page.system)
+    blocks.queue(max_size=server.max_queue)
+    local, public = serve(blocks, server, login, STYLE)
+    if len(loaded) > 1:
+        print(f"votes go to {shown(votes)}", flush=True)
+    print(f"open {local}" + (f" or {public}" if public else "") + "   (Ctrl-C ends)", flush=True)
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        print("\nbye", flush=True)
+    finally:
+        blocks.close(verbose=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

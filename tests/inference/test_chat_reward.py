@@ -1,0 +1,75 @@
+import json
+import shutil
+
+import pytest
+import torch
+from chat_reward import load_reward_model
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from training.utils.data import render
+from training.utils.errors import UserError
+
+TALK = [{"role": "user", "content": "tell me a story"}, {"role": "assistant", "content": "a small red house"}]
+
+
+def load(path):
+    return load_reward_model(str(path), lambda line: None)
+
+
+def plain_score(folder, messages):
+    """transformers alone, on the row as it was trained."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    ids = torch.tensor([render(tokenizer, messages).input_ids])
+    assert ids[0, -1] == tokenizer.eos_token_id
+    with torch.no_grad():
+        return float(model(ids).logits[0, 0])
+
+
+def test_the_reward_is_the_score_at_the_last_token(chat_folders):
+    model = load(chat_folders["reward"])
+    assert model.score(TALK) == pytest.approx(plain_score(chat_folders["reward"], TALK), abs=1e-5)
+    assert model.std is None
+    other = [*TALK[:-1], {"role": "assistant", "content": "a lost key"}]
+    assert abs(model.score(other) - model.score(TALK)) > 1e-3
+
+
+def test_it_is_normalised_with_step_2s_numbers(chat_folders, tmp_path):
+    folder = shutil.copytree(chat_folders["reward"], tmp_path / "m")
+    (folder / "reward_stats.json").write_text(json.dumps({"mean": 0.5, "std": 2.0, "count": 9, "dtype": "fp32"}))
+    expected = (plain_score(folder, TALK) - 0.5) / 2.0
+    assert load(folder).score(TALK) == pytest.approx(expected, abs=1e-5)
+
+
+def test_pad_equal_to_eos_does_not_move_the_score(chat_folders, tmp_path):
+    """Plain transformers would then score the token before the EOS."""
+    folder = shutil.copytree(chat_folders["reward"], tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": config["eos_token_id"]}))
+    assert load(folder).score(TALK) == pytest.approx(plain_score(chat_folders["reward"], TALK), abs=1e-5)
+    assert plain_score(folder, TALK) != pytest.approx(plain_score(chat_folders["reward"], TALK), abs=1e-5)
+
+
+def test_a_long_conversation_is_scored_by_its_end(chat_folders):
+    model = load(chat_folders["reward"])
+    history = [*TALK] * 40
+    assert model.score([*history, *TALK]) is not None
+    assert model.score([{"role": "system", "content": "be kind"}, *history, *TALK]) is not None
+    assert model.score([{"role": "user", "content": "story " * 900}, TALK[1]]) is None
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"mean": 1}', '{"mean": 0, "std": 0}', '{"mean": 0, "std": "x"}'])
+def test_damaged_stats_are_said(text, chat_folders, tmp_path):
+    folder = shutil.copytree(chat_folders["reward"], tmp_path / "m")
+    (folder / "reward_stats.json").write_text(text)
+    with pytest.raises(UserError, match="reward_stats.json"):
+        load(folder)
+
+
+def test_no_model_there_is_said(tmp_path, chat_folders):
+    with pytest.raises(UserError, match="--reward_model"):
+        load(tmp_path / "nowhere")
+    folder = shutil.copytree(chat_folders["reward"], tmp_path / "m")
+    (folder / "model.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(UserError, match="--reward_model"):
+        load(folder)

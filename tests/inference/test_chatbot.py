@@ -1,0 +1,170 @@
+import json
+import os
+import pty
+import select
+import subprocess
+import sys
+import time
+
+import chat_stream
+import chatbot
+import pytest
+
+from tests.inference.conftest import INFERENCE
+from tests.inference.tiny_chat import save_parrot
+from training.utils.errors import run_program
+
+FOX = "the quick brown fox jumps!"
+
+
+@pytest.fixture
+def type_in(monkeypatch, capsys):
+    """``type_in(lines, *flags)`` runs the program on these lines; gives its exit code and what it printed."""
+
+    def _run(lines, *flags):
+        pending = iter(lines)
+
+        def read(prompt=""):
+            line = next(pending, EOFError())
+            if isinstance(line, BaseException):
+                raise line
+            return line
+
+        monkeypatch.setattr("builtins.input", read)
+        code = run_program(chatbot.main, list(flags))
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return _run
+
+
+def test_a_conversation_of_two_turns_with_history(type_in, chat_folders, tmp_path):
+    save = tmp_path / "talk.jsonl"
+    lines = ["hello", "again", f"/save {save}", "/reset", "new", f"/save {save}"]
+    code, out, _ = type_in(lines, "--path", str(chat_folders["fox"]), "--system", "be kind")
+    assert code == 0 and out.count(f"fox> {FOX}") == 3
+    first, second = (json.loads(line)["messages"] for line in save.read_text().splitlines())
+    assert [m["content"] for m in first] == ["be kind", "hello", FOX, "again", FOX]
+    assert [m["content"] for m in second] == ["be kind", "new", FOX]
+
+
+def test_the_model_sees_the_history_and_the_system_message(type_in, chat_folders, monkeypatch):
+    seen = []
+    stream = chat_stream.stream_answer
+
+    def spy(model, messages, sampling):
+        seen.append(([m["content"] for m in messages], sampling))
+        return stream(model, messages, sampling)
+
+    monkeypatch.setattr(chat_stream, "stream_answer", spy)
+    lines = ["one", "/seed 9", "two", "/system be brief", "three", "/system -", "four"]
+    type_in(lines, "--path", str(chat_folders["fox"]), "--temperature", "0.3", "--top_k", "4", "--seed", "3")
+    assert [m for m, _ in seen] == [["one"], ["one", FOX, "two"], ["be brief", "three"], ["four"]]
+    assert [s.seed for _, s in seen] == [3, 9, 10, 11]
+    assert all(s.temperature == 0.3 and s.top_k == 4 for _, s in seen)
+
+
+def test_commands(type_in, chat_folders, tmp_path):
+    lines = [
+        "/help", "/system", "/seed x", "/seed 99999999999", "/save", "/save a", "/nonsense", "", "   ", "hello",
+        f"/save {tmp_path}/no/such/folder/x", "/quit", "never read",
+    ]  # fmt: skip
+    code, out, _ = type_in(lines, "--path", str(chat_folders["fox"]))
+    assert code == 0 and out.count(FOX) == 1
+    for said in ("/save FILE", "system message: (none)", "/save needs", "nothing to save", "unknown command /nonsense"):
+        assert said in out
+    assert out.count("/seed takes a number") == 2 and "can not be written" in out
+
+
+def test_ctrl_c_ends_the_answer_and_not_the_chat(type_in, chat_folders, monkeypatch, tmp_path):
+    stream = chat_stream.stream_answer
+
+    def interrupted(model, messages, sampling):
+        for count, answer in enumerate(stream(model, messages, sampling)):
+            if count == stops_after:
+                raise KeyboardInterrupt
+            yield answer
+
+    monkeypatch.setattr(chat_stream, "stream_answer", interrupted)
+    stops_after = 3
+    lines = ["hello", f"/save {tmp_path}/talk", KeyboardInterrupt(), "again"]
+    code, out, _ = type_in(lines, "--path", str(chat_folders["fox"]))
+    assert code == 0 and out.count("stopped") == 2 and "Ctrl-D leaves" in out
+    part = json.loads((tmp_path / "talk").read_text())["messages"][1]["content"]
+    assert part and FOX.startswith(part) and part != FOX
+    stops_after = 0  # before the first token
+    code, out, _ = type_in(["hello", "/save x"], "--path", str(chat_folders["fox"]))
+    assert code == 0 and "(stopped)" in out and "nothing to save" in out
+
+
+def test_answers_can_not_command_the_terminal(type_in, tmp_path):
+    save_parrot(tmp_path / "evil", "a\x1b[2J\x07é\u202eb")
+    code, out, _ = type_in(["hello"], "--path", str(tmp_path / "evil"))
+    assert code == 0 and "a[2Jéb\n" in out
+    assert "\x1b" not in out and "\x07" not in out and "\u202e" not in out
+
+
+def test_a_cut_answer_is_said(type_in, chat_folders):
+    _, out, _ = type_in(["hello"], "--path", str(chat_folders["fox"]), "--max_new_tokens", "2")
+    assert "cut at --max_new_tokens 2" in out
+
+
+def test_a_prompt_that_does_not_fit_is_said_and_forgotten(type_in, chat_folders):
+    code, out, _ = type_in(["story " * 2000, "hello"], "--path", str(chat_folders["fox"]))
+    assert code == 0 and "the model reads at most" in out and FOX in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--path", "/nowhere"], "--path /nowhere: no such folder"),
+        ([], "name models with --path"),
+        (["--temprature", "1"], "did you mean --temperature?"),
+        (["--temperature", "-1"], "--temperature"),
+        (["--top_p", "0"], "--top_p"),
+        (["--quantize", "int3"], "--quantize"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(flags, message, type_in):
+    code, _, err = type_in([], *flags)
+    assert code == 2 and message in err and err.count("\n") == 1
+
+
+class Screen:
+    """Reads what a program writes to a terminal; what follows an awaited text stays for the next one."""
+
+    def __init__(self, terminal):
+        self.terminal, self.unread = terminal, ""
+
+    def until(self, text, seconds=90):
+        end = time.monotonic() + seconds
+        while text not in self.unread:
+            assert time.monotonic() < end, self.unread
+            if select.select([self.terminal], [], [], 0.2)[0]:
+                self.unread += os.read(self.terminal, 4096).decode(errors="replace")
+        self.unread = self.unread.split(text, 1)[1]
+
+
+def test_arrow_keys_bring_earlier_prompts_back_in_a_real_terminal(chat_folders):
+    pytest.importorskip("readline")
+    terminal, inner = pty.openpty()
+    screen = Screen(terminal)
+    command = [sys.executable, str(INFERENCE / "chatbot.py"), "--path", str(chat_folders["fox"])]
+    environment = os.environ | {"PYTHONPATH": str(INFERENCE.parent), "TERM": "xterm"}
+    program = subprocess.Popen(command, stdin=inner, stdout=inner, stderr=inner, env=environment, cwd="/")
+    try:
+        screen.until("you> ")
+        os.write(terminal, b"first words\n")
+        screen.until(FOX)
+        screen.until("you> ")
+        os.write(terminal, b"\x1b[A")
+        screen.until("first words")
+        os.write(terminal, b"\n")
+        screen.until(FOX)
+        screen.until("you> ")
+        os.write(terminal, b"\x04")  # Ctrl-D
+        assert program.wait(20) == 0
+    finally:
+        program.kill()
+        os.close(terminal)
+        os.close(inner)

@@ -1,0 +1,361 @@
+"""The page in a real browser: Debian's chromium and chromium-driver, driven by selenium, where they are."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import chat_page
+import gradio_chatbot
+import pytest
+from chat_models import LoadArguments, load_chat_models
+from chat_reward import load_reward_model
+from chat_stream import SamplingArguments
+from gradio_chatbot import ServerArguments
+
+import training
+from tests.inference.tiny_chat import save_parrot
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+selenium = pytest.importorskip("selenium", reason="selenium is not installed: pip install selenium")
+
+from selenium import webdriver  # noqa: E402
+from selenium.webdriver.chrome.service import Service  # noqa: E402
+from selenium.webdriver.common.by import By  # noqa: E402
+from selenium.webdriver.common.keys import Keys  # noqa: E402
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver: apt-get install chromium chromium-driver"
+    ),
+]
+
+FOX, HOUSE = "the quick brown fox jumps!", "a small red house"
+# without the network switches chromium asks its makers' servers at every start
+SWITCHES = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --window-size=1360,1000"
+)
+
+
+class Browser:
+    """One visitor."""
+
+    def __init__(self, address, downloads, performance=False):
+        options = webdriver.ChromeOptions()
+        options.binary_location = CHROMIUM
+        for switch in SWITCHES.split():
+            options.add_argument(switch)
+        options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
+        if performance:
+            options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+        self.driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+        self.driver.get(address)
+        self.until(lambda: self.find("#prompt textarea").is_displayed() and self.text("#heading-0"))
+
+    def find(self, selector):
+        return self.driver.find_element(By.CSS_SELECTOR, selector)
+
+    def all(self, selector):
+        return self.driver.find_elements(By.CSS_SELECTOR, selector)
+
+    def text(self, selector):
+        return self.find(selector).text
+
+    def answers(self, column):
+        """The answers of a column, the note under an answer as its last line."""
+        answers = []
+        for row in self.all(f"#chat-{column} .bot-row"):
+            if row.find_elements(By.CSS_SELECTOR, ".note"):
+                answers[-1] += "\n" + row.text
+            else:
+                answers.append(row.text)
+        return answers
+
+    def until(self, condition, seconds=60):
+        end, result = time.monotonic() + seconds, None
+        while time.monotonic() < end:
+            try:
+                result = condition()
+            except (selenium.common.exceptions.WebDriverException, IndexError):
+                result = None  # not there yet, or the page is drawing that part anew
+            if result:
+                return result
+            time.sleep(0.02)
+        raise AssertionError(f"waited {seconds} s for a condition; the page says: {self.text('body')}")
+
+    def ask(self, prompt):
+        self.find("#prompt textarea").send_keys(prompt + Keys.ENTER)
+
+    def can_vote(self):
+        return self.find("#vote-0").is_enabled()
+
+    def click(self, selector):
+        self.find(selector).click()
+
+
+@pytest.fixture
+def visit(tmp_path):
+    """``visit(address)`` opens a browser of its own."""
+    open_ = []
+
+    def _visit(address, **options):
+        open_.append(Browser(address, tmp_path, **options))
+        return open_[-1]
+
+    yield _visit
+    for browser in open_:
+        browser.driver.quit()
+
+
+@pytest.fixture
+def serve(chat_folders, tmp_path):
+    """``serve("fox", "house")`` starts a page; models are called Alpha and Omega, votes go to tmp_path."""
+    started = []
+
+    def _serve(*paths, blind=False, judge=False, sampling=None):
+        names = ("Alpha", "Omega")[: len(paths)]
+        folders = {n: str(chat_folders.get(p, p)) for n, p in zip(names, paths, strict=True)}
+        models = load_chat_models(folders, LoadArguments(), lambda line: None)
+        model = load_reward_model(str(chat_folders["reward"]), lambda line: None) if judge else None
+        sampling = sampling or SamplingArguments(max_new_tokens=200)
+        blocks = chat_page.build_page(models, model, sampling, tmp_path / "votes.jsonl", blind=blind)
+        blocks.queue(max_size=8)
+        address, _ = gradio_chatbot.serve(blocks, ServerArguments(port=18860), None, chat_page.STYLE)
+        started.append(blocks)
+        return address, models
+
+    yield _serve
+    for blocks in started:
+        blocks.close(verbose=False)
+
+
+@pytest.fixture
+def slowly(monkeypatch):
+    """Every token takes 50 ms, so that a browser can watch answers grow."""
+    stream = chat_page.stream_answer
+
+    def _stream(*arguments):
+        for answer in stream(*arguments):
+            time.sleep(0.05)
+            _stream.tokens += 1
+            yield answer
+
+    _stream.tokens = 0
+    monkeypatch.setattr(chat_page, "stream_answer", _stream)
+    return _stream
+
+
+def test_type_a_prompt_watch_both_answers_and_vote(serve, visit, slowly, tmp_path):
+    address, _ = serve("fox", "house", judge=True)
+    browser = visit(address)
+    assert (browser.text("#heading-0"), browser.text("#heading-1")) == ("A · Alpha", "B · Omega")
+    browser.ask("hello")
+    seen = set()
+
+    def done():
+        seen.add(tuple(browser.answers(c)[-1] for c in range(2)))
+        return browser.can_vote()
+
+    browser.until(done)
+    growing = [(a, b) for a, b in seen if "tokens" not in a + b and a not in ("…", FOX) and b not in ("…", HOUSE)]
+    assert len(growing) >= 2, seen
+    for column, text in enumerate((FOX, HOUSE)):
+        answer, note = browser.answers(column)[0].split("\n")
+        assert answer == text
+        assert re.fullmatch(r"reward [+-]\d+\.\d\d \(raw\) · \d+ tokens · [\d.]+ tokens/s", note), note
+    browser.click("#vote-1")
+    browser.until(lambda: "Saved: B · Omega is better." in browser.text("#notice"))
+    [row] = [json.loads(line) for line in (tmp_path / "votes.jsonl").read_text().splitlines()]
+    assert row["prompt"] == [{"role": "user", "content": "hello"}]
+    assert (row["chosen"], row["rejected"]) == (HOUSE, FOX)
+    assert not browser.can_vote()
+    browser.click("#chat-1 .message-buttons-left button[title='Copy message']")
+    browser.find("#prompt textarea").send_keys(Keys.CONTROL, "v")
+    browser.until(lambda: browser.find("#prompt textarea").get_attribute("value") == HOUSE)
+
+
+def test_votes_of_the_page_train_step_2(serve, visit, chat_folders, tmp_path):
+    address, _ = serve("fox", "house", blind=True)
+    browser = visit(address)
+    for prompt in ("hello", "tell me a story", "why?"):
+        browser.ask(prompt)
+        browser.until(browser.can_vote)
+        browser.click("#vote-0")
+        browser.until(lambda: "Saved:" in browser.text("#notice"))
+        browser.click("#clear")
+        browser.until(lambda: not browser.answers(0))
+    votes = tmp_path / "votes.jsonl"
+    assert len(votes.read_text().splitlines()) == 3
+    flags = {
+        "--data_path": votes, "--eval_data_path": votes, "--model_name_or_path": chat_folders["sft"],
+        "--output_dir": tmp_path / "step2", "--dtype": "fp32", "--report_to": "none", "--max_seq_len": 256,
+    }  # fmt: skip
+    script = Path(training.__file__).parent / "step2_reward_model_finetuning" / "main.py"
+    command = [sys.executable, str(script), *(str(part) for pair in flags.items() for part in pair)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
+    assert "step 2: 3 rows to train on" in done.stdout, done.stdout
+    assert json.loads((tmp_path / "step2" / "summary.json").read_text())["steps"] >= 1
+
+
+def test_retry_clear_examples_export_and_settings(serve, visit, tmp_path):
+    address, _ = serve("sft", "rlhf", sampling=SamplingArguments(max_new_tokens=12, temperature=1.5))
+    browser = visit(address)
+    browser.click("#examples button, #examples .gallery-item")
+    browser.until(lambda: "story" in browser.find("#prompt textarea").get_attribute("value"))
+    browser.click("#send")
+    browser.until(browser.can_vote)
+    first = browser.answers(0)
+    browser.click("#retry")
+    browser.until(lambda: browser.can_vote() and browser.answers(0) != first)
+    assert len(browser.answers(0)) == 1
+    browser.click("#export")
+    exported = browser.until(lambda: next(iter(tmp_path.glob("conversation*.json")), None))
+    data = json.loads(exported.read_text())
+    assert [m["name"] for m in data["models"]] == ["A · Alpha", "B · Omega"]
+    assert "story" in data["models"][0]["messages"][0]["content"] and len(data["models"][1]["answers"]) == 1
+    browser.click("#clear")
+    browser.until(lambda: not browser.answers(0) and not browser.answers(1))
+
+
+def test_blind_mode_leaks_no_names(serve, visit, tmp_path):
+    """Nothing that reaches the browser before the vote holds a name: page source, scripts' data, every message."""
+    address, _ = serve("fox", "house", blind=True)
+    browser = visit(address, performance=True)
+    browser.ask("hello")
+    browser.until(browser.can_vote)
+    browser.click("#export")
+    exported = browser.until(lambda: next(iter(tmp_path.glob("conversation*.json")), None))
+    received = [
+        browser.driver.page_source,
+        browser.driver.execute_script("return JSON.stringify(window.gradio_config)"),
+    ]
+    received.append(exported.read_text())
+    received += _bodies(browser.driver)
+    assert any(FOX in part for part in received), "the answers were not captured: the test is blind"
+    for part in received:
+        assert "Alpha" not in part and "Omega" not in part
+        assert "tokens/s" not in part
+    assert [browser.text(f"#heading-{c}") for c in range(2)] == ["A", "B"]
+    browser.click("#vote-0")
+    browser.until(lambda: browser.text("#heading-0")[:4] == "A · ")
+    assert {browser.text(f"#heading-{c}")[4:] for c in range(2)} == {"Alpha", "Omega"}
+    [row] = [json.loads(line) for line in (tmp_path / "votes.jsonl").read_text().splitlines()]
+    shown = browser.text("#heading-0")[4:]
+    assert row["vote"]["chosen_model"] == shown and row["vote"]["blind"]
+    assert row["chosen"] == {"Alpha": FOX, "Omega": HOUSE}[shown]
+
+
+def _bodies(driver):
+    """Every response body and streamed message that the browser got, from its network log."""
+    events = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
+    bodies = [e["params"]["data"] for e in events if e["method"] == "Network.eventSourceMessageReceived"]
+    finished = [e["params"]["requestId"] for e in events if e["method"] == "Network.loadingFinished"]
+    for request in finished:
+        try:
+            bodies.append(driver.execute_cdp_cmd("Network.getResponseBody", {"requestId": request})["body"])
+        except selenium.common.exceptions.WebDriverException:
+            continue  # a download or an empty answer has no body
+    return bodies
+
+
+EVIL = "<script>hit=1</script>"
+IMAGE = "<img src='x' onerror='hit=2'>"
+CLICK = "<a href='javascript:hit=3'>z</a>"
+FETCH = "![z](http://192.0.2.1/p)"
+
+
+@pytest.mark.parametrize("evil", [EVIL, IMAGE, CLICK, FETCH])
+def test_an_answer_can_not_run_or_fetch_anything(evil, serve, visit, tmp_path):
+    folder = save_parrot(tmp_path / "evil", f"x{evil}y", one_token=True)
+    address, models = serve("fox", str(folder))
+    browser = visit(address, performance=True)
+    browser.ask("hello" + evil)
+    browser.until(browser.can_vote)
+    time.sleep(1)
+    assert browser.driver.execute_script("return window.hit") is None
+    assert not browser.all(".chat script, .chat [onerror], .chat [href^=javascript]")
+    events = [json.loads(e["message"])["message"] for e in browser.driver.get_log("performance")]
+    refused = {e["params"]["requestId"] for e in events if e["params"].get("blockedReason") == "csp"}
+    sent = [e["params"] for e in events if e["method"] == "Network.requestWillBeSent"]
+    left = [p["request"]["url"] for p in sent if p["requestId"] not in refused]
+    assert {url.split("/")[2] for url in left if url.startswith("http")} == {address.split("/")[2]}
+    assert browser.answers(1)[0].startswith("x")
+
+
+def test_a_prompt_of_20000_characters_gets_a_message(serve, visit):
+    address, _ = serve("fox", "house")
+    browser = visit(address)
+    browser.driver.execute_script(
+        "const box = document.querySelector('#prompt textarea'); box.value = 'x'.repeat(20000);"
+        "box.dispatchEvent(new Event('input', {bubbles: true}));"
+    )
+    browser.click("#send")
+    browser.until(lambda: "The prompt has 20,000 characters; at most 10,000 are read" in browser.text("#notice"))
+    assert len(browser.find("#prompt textarea").get_attribute("value")) == 20_000, "what was typed is not lost"
+    assert not browser.answers(0)
+    browser.find("#prompt textarea").clear()
+    browser.ask("hello")
+    browser.until(browser.can_vote)
+    assert browser.answers(0)[0].startswith(FOX)
+
+
+def test_two_clients_at_once_keep_their_own_conversations(serve, visit, slowly):
+    address, _ = serve("fox", "house")
+    one, two = visit(address), visit(address)
+    one.ask("first visitor")
+    two.ask("second visitor")
+    one.until(lambda: len(one.answers(0)[-1]) > 3 and len(two.answers(0)[-1]) > 3 and not one.can_vote())
+    one.until(one.can_vote)
+    two.until(two.can_vote)
+    assert "first visitor" in one.text("#chat-0") and "second visitor" not in one.text("#chat-0")
+    assert "second visitor" in two.text("#chat-1") and "first visitor" not in two.text("#chat-1")
+    assert one.answers(0)[0].startswith(FOX) and two.answers(1)[0].startswith(HOUSE)
+
+
+def test_a_visitor_who_has_to_wait_is_told(serve, visit, slowly, tmp_path):
+    save_parrot(tmp_path / "endless", "a small red house", then_stop=False)
+    address, _ = serve("fox", str(tmp_path / "endless"), sampling=SamplingArguments(max_new_tokens=450))
+    visitors = [visit(address) for _ in range(chat_page.VISITORS_AT_ONCE + 1)]
+    for browser in visitors[:-1]:
+        browser.ask("hello")
+        browser.until(lambda browser=browser: len(browser.answers(1)[-1]) > 20)
+    last = visitors[-1]
+    last.ask("hello")
+    last.until(lambda: "2 other visitors are being answered" in last.text("#notice"))
+    visitors[0].click("#stop")
+    last.until(lambda: last.answers(0)[0].startswith(FOX) and not last.find("#notice").is_displayed())
+    assert not any("other visitors" in browser.text("body") for browser in visitors)
+
+
+def test_stop_and_a_closed_tab_end_the_work(serve, visit, slowly, tmp_path):
+    save_parrot(tmp_path / "endless", "a small red house", then_stop=False)
+    address, _ = serve("fox", str(tmp_path / "endless"))
+    browser = visit(address)
+    browser.ask("hello")
+    browser.until(lambda: len(browser.answers(1)[-1]) > 20)
+    browser.click("#stop")
+    browser.until(lambda: "stopped" in browser.answers(1)[-1] and browser.find("#send").is_displayed())
+    assert not browser.can_vote()
+    browser.ask("once more")
+    browser.until(lambda: len(browser.answers(1)) == 2 and len(browser.answers(1)[-1]) > 20)
+    browser.driver.get("about:blank")
+    time.sleep(2)
+    tokens = slowly.tokens
+    time.sleep(2)
+    assert slowly.tokens == tokens, "the models go on without a reader"
+
+
+def test_one_model_is_a_plain_chat_page(serve, visit):
+    address, _ = serve("fox")
+    browser = visit(address)
+    assert browser.text("#heading-0") == "Alpha" and not browser.all("#vote-0")
+    browser.ask("hello")
+    browser.until(lambda: "tokens/s" in browser.answers(0)[0])
+    browser.ask("again")
+    browser.until(lambda: len(browser.answers(0)) == 2 and "tokens/s" in browser.answers(0)[1])

@@ -1,0 +1,353 @@
+"""The page without a browser: what its buttons do, what it sends, and who may reach it."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import chat_page
+import gradio as gr
+import gradio_chatbot
+import httpx
+import pytest
+from chat_models import LoadArguments
+from chat_reward import load_reward_model
+from chat_sessions import SAME
+from chat_stream import SamplingArguments
+from gradio_chatbot import PageArguments, ServerArguments, credentials, free_port
+
+from tests.inference.conftest import INFERENCE
+from training.utils.errors import UserError, run_program
+
+OPTIONS = [64, 0.7, 0.9, 0, 1.0, 7]
+FOX, HOUSE = "the quick brown fox jumps!", "a small red house"
+
+
+@pytest.fixture
+def page(load, tmp_path):
+    """``page("fox", "house")`` is a `Page` of these models, laid out, with its session."""
+
+    def _page(*names, judge=None, **options):
+        made = chat_page.Page(
+            load(*names), judge, tmp_path / "votes.jsonl", **({"blind": False, "system": ""} | options)
+        )
+        with gr.Blocks():
+            made.widgets, _ = chat_page._layout(made, SamplingArguments())
+        return made, made.new_session()
+
+    return _page
+
+
+def text_of(update, page, column):
+    """What a column shows after the last prompt: the answer, and its note when it has ended."""
+    bubbles = update[page.widgets.chats[column]]
+    last = max(i for i, bubble in enumerate(bubbles) if bubble["role"] == "user")
+    parts = [bubble["content"][0] for bubble in bubbles[last + 1 :]]
+    return [part["text"] if isinstance(part, dict) else part.value for part in parts]
+
+
+def notice_of(update, page):
+    return update[page.widgets.notice]["value"]
+
+
+def test_both_answers_grow_side_by_side_and_get_rewards(page, chat_folders, monkeypatch):
+    monkeypatch.setattr(chat_page, "REFRESH_SECONDS", 0)
+    judge = load_reward_model(str(chat_folders["reward"]), lambda line: None)
+    p, session = page("fox", "house", judge=judge)
+    updates = list(p.send(session, "hello", "", *OPTIONS))
+    both = [(text_of(u, p, 0)[0], text_of(u, p, 1)[0]) for u in updates]
+    growing = [(a, b) for a, b in both if a not in ("…", FOX) and b not in ("…", HOUSE)]
+    assert len(growing) >= 2, "one column waits for the other"
+    assert both[-1] == (FOX, HOUSE)
+    expected = judge.score([{"role": "user", "content": "hello"}, {"role": "assistant", "content": HOUSE}])
+    assert f"reward {expected:+.2f} (raw)" in text_of(updates[-1], p, 1)[1]
+    assert updates[0][p.widgets.stop]["visible"] and not updates[-1][p.widgets.stop]["visible"]
+    assert updates[0][p.widgets.prompt] == "" and session.can_vote
+
+
+def test_the_second_turn_sees_its_own_columns_first_answer(page, monkeypatch):
+    p, session = page("fox", "house")
+    seen = []
+    stream = chat_page.stream_answer
+    monkeypatch.setattr(
+        chat_page,
+        "stream_answer",
+        lambda m, h, s: seen.append((m.name, [x["content"] for x in h], s)) or stream(m, h, s),
+    )
+    list(p.send(session, "one", "be kind", *OPTIONS))
+    list(p.send(session, "two", "be kind", *OPTIONS))
+    list(p.retry(session, *OPTIONS))
+    assert [s[:2] for s in seen[2:4]] == [
+        ("fox", ["be kind", "one", FOX, "two"]),
+        ("house", ["be kind", "one", HOUSE, "two"]),
+    ]
+    assert [s[:2] for s in seen[4:]] == [s[:2] for s in seen[2:4]], "retry asks the same"
+    assert [s[2].seed for s in seen] == [7, 7, 8, 8, 9, 9], "retry draws anew"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ("", OPTIONS, "Write a prompt first."),
+        ("x" * 20_000, OPTIONS, "20,000 characters; at most 10,000 are read"),
+        ("story " * 1500, OPTIONS, "the model reads at most"),
+        ("hello", [64, -1, 0.9, 0, 1.0, 7], "temperature must be"),
+        ("hello", [None, 0.7, 0.9, 0, 1.0, 7], "must be a number"),
+    ],
+)
+def test_bad_input_is_a_message_in_the_page_and_changes_nothing(prompt, options, message, page):
+    p, session = page("fox", "house")
+    updates = list(p.send(session, prompt, "", *options))
+    assert message in notice_of(updates[-1], p)
+    assert session.turns == [] and not session.busy
+    assert updates[-1].get(p.widgets.prompt, prompt) == prompt.strip(), "the prompt is not lost"
+    assert text_of(list(p.send(session, "hello", "", *OPTIONS))[-1], p, 0)[0] == FOX, "the page goes on"
+
+
+def test_a_failing_model_is_a_message_in_the_page(page, monkeypatch, caplog):
+    p, session = page("fox", "house")
+    monkeypatch.setattr(p.models[1].weights.model, "forward", lambda **kw: 1 / 0)
+    *_, last = p.send(session, "hello", "", *OPTIONS)
+    assert "terminal" in notice_of(last, p) and "ZeroDivisionError" in caplog.text
+    assert session.turns == [] and last[p.widgets.send]["visible"]
+
+
+def test_who_has_to_wait_is_told_at_once(page):
+    page, _ = page("fox", "house")
+    sessions = [page.new_session() for _ in range(chat_page.VISITORS_AT_ONCE + 1)]
+    turns = [page.send(session, "hello", "", *OPTIONS) for session in sessions[:-1]]
+    assert page.knock(sessions[-1])[page.widgets.notice] == gr.skip()
+    for turn in turns:
+        next(turn)
+    notice = page.knock(sessions[-1])[page.widgets.notice]
+    assert notice["visible"] and "2 other visitors" in notice["value"]
+    assert page.knock(sessions[0])[page.widgets.notice] == gr.skip(), "who is being answered does not wait"
+    turns[0].close()
+    assert page.knock(sessions[-1])[page.widgets.notice] == gr.skip(), "a place is free again"
+
+
+def test_stop_keeps_what_is_there(page, monkeypatch):
+    monkeypatch.setattr(chat_page, "REFRESH_SECONDS", 0)
+    p, session = page("fox", "house")
+    updates = p.send(session, "hello", "", *OPTIONS)
+    for _ in range(3):
+        next(updates)
+    p.stop(session)
+    *_, last = updates
+    text, note = text_of(last, p, 0)
+    assert text and FOX.startswith(text) and text != FOX and "stopped" in note
+    assert not session.can_vote and not session.busy
+
+
+def test_a_visitor_who_leaves_frees_the_models(page, monkeypatch):
+    monkeypatch.setattr(chat_page, "REFRESH_SECONDS", 0)
+    p, session = page("sft", "rlhf")
+    updates = p.send(session, "hello", "", *OPTIONS)
+    for _ in range(3):
+        next(updates)
+    updates.close()  # what gradio does after a disconnect
+    assert not session.busy and not any(m.weights.lock.locked() for m in p.models)
+    assert all(answer.ended == "cancelled" for answer in session.turns[-1].answers)
+
+
+def test_one_answer_at_a_time_for_each_visitor(page, monkeypatch):
+    monkeypatch.setattr(chat_page, "REFRESH_SECONDS", 0)
+    p, session = page("fox", "house")
+    first = p.send(session, "hello", "", *OPTIONS)
+    next(first)
+    [refused] = p.send(session, "again", "", *OPTIONS)
+    assert "still being written" in notice_of(refused, p) and len(session.turns) == 1
+    assert "Stopping" in notice_of(p.clear(session), p)
+    list(first)
+    assert session.turns
+    p.clear(session)
+    assert session.turns == []
+
+
+def test_votes_land_in_the_file(page):
+    p, session = page("fox", "house")
+    list(p.send(session, "hello", "", *OPTIONS))
+    said = notice_of(p.vote(session, 1), p)
+    assert said == "Saved: B · house is better."
+    [row] = [json.loads(line) for line in p.votes.read_text().splitlines()]
+    assert (row["chosen"], row["rejected"]) == (HOUSE, FOX)
+    assert "nothing to vote on" in notice_of(p.vote(session, 1), p)
+    list(p.send(session, "hello", "", *OPTIONS))
+    assert "about the same" in notice_of(p.vote(session, SAME), p)
+    assert len(p.votes.read_text().splitlines()) == 1
+
+
+def test_blind_mode_in_the_page(page):
+    p, session = page("fox", "house", blind=True)
+    names = ("fox", "house")
+    updates = list(p.send(session, "hello", "", *OPTIONS))
+    headings = [updates[-1][h] for h in p.widgets.headings]
+    assert headings == ["A", "B"]
+    assert all(len(text_of(u, p, c)) == 1 for u in updates for c in range(2)), "no note: speed and reward tell"
+    shown = p.vote(session, 0)
+    assert sorted(shown[h][4:] for h in p.widgets.headings) == sorted(names)
+    assert "Clear starts the next blind round" in notice_of(shown, p)
+    assert [p.clear(session)[h] for h in p.widgets.headings] == ["A", "B"]
+    assert sorted(p.set_blind(session, False)[h][4:] for h in p.widgets.headings) == sorted(names)
+    assert [p.set_blind(session, True)[h] for h in p.widgets.headings] == ["A", "B"]
+
+
+def test_one_model_is_a_plain_chat(page):
+    p, session = page("fox", blind=True)
+    *_, last = p.send(session, "hello", "", *OPTIONS)
+    assert text_of(last, p, 0)[0] == FOX and last[p.widgets.headings[0]] == "fox" and p.widgets.votes == []
+
+
+def test_an_empty_answer_is_visible(page, monkeypatch):
+    p, session = page("fox", "house")
+    list(p.send(session, "hello", "", *OPTIONS))
+    session.turns[0].answers[0].token_ids = []
+    assert "empty answer" in text_of(p.view(session), p, 0)[0]
+
+
+# --- who may reach the page ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.7", "example.org"])
+def test_other_addresses_need_a_password(host):
+    with pytest.raises(UserError, match="--auth"):
+        credentials(ServerArguments(host=host))
+    assert credentials(ServerArguments(host=host, auth="me:se:cret")) == ("me", "se:cret")
+
+
+def test_a_public_link_needs_a_password():
+    with pytest.raises(UserError, match="--share.*--auth"):
+        credentials(ServerArguments(share=True))
+
+
+@pytest.mark.parametrize("auth", ["me", "me:", ":secret", ":"])
+def test_half_a_password_is_refused(auth):
+    with pytest.raises(UserError, match="USER:PASSWORD"):
+        credentials(ServerArguments(auth=auth))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.8.8.8"])
+def test_this_machine_needs_none(host):
+    assert credentials(ServerArguments(host=host)) is None
+
+
+def test_a_taken_port_leads_to_the_next_free_one():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert port < free_port("127.0.0.1", port) < port + 100
+
+
+@pytest.mark.parametrize("host", ["192.0.2.7", "no.such.host.invalid"])
+def test_a_foreign_address_is_refused(host):
+    with pytest.raises(UserError, match="--host"):
+        free_port(host, 7860)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--host", "0.0.0.0"], "--auth USER:PASSWORD"),
+        (["--share"], "--auth USER:PASSWORD"),
+        (["--path", "A=/nowhere"], "--path /nowhere: no such folder"),
+        (["--path", "/a/x", "/b/x"], "names 'x' twice"),
+        (["--path", *(f"M{n}=/x" for n in range(5))], "at most 4 models"),
+        ([], "name models with --path"),
+        (["--port", "0"], "--port"),
+        (["--pth", "x"], "did you mean --path?"),
+        (["--votes_path", "{tmp}/file/votes.jsonl"], "--votes_path"),
+        (["--votes_path", "{tmp}"], "is a folder"),
+    ],
+)
+def test_bad_flags_are_one_line_and_exit_code_2(flags, message, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert run_program(gradio_chatbot.main, [f.format(tmp=tmp_path) for f in flags]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_bad_reward_model_is_said_before_anything_loads(chat_folders, capsys):
+    arguments = PageArguments(
+        path=[f"A={chat_folders['fox']}"], reward_model="/nowhere", votes_path="", blind=False, system=""
+    )
+    with pytest.raises(UserError, match="--reward_model /nowhere"):
+        gradio_chatbot.load(arguments, LoadArguments())
+    assert "loading" not in capsys.readouterr().out
+
+
+@pytest.fixture
+def served(load, tmp_path):
+    """``served(blind=..., auth=...)`` starts a page of two models called Alpha and Omega; gives its address."""
+    started = []
+
+    def _serve(auth="", blind=False):
+        import dataclasses
+
+        models = [dataclasses.replace(m, name=n) for m, n in zip(load("fox", "house"), ("Alpha", "Omega"), strict=True)]
+        blocks = chat_page.build_page(models, None, SamplingArguments(), tmp_path / "votes.jsonl", blind=blind)
+        blocks.queue(max_size=4)
+        server = ServerArguments(auth=auth, port=17860)
+        address, _ = gradio_chatbot.serve(blocks, server, credentials(server), chat_page.STYLE)
+        started.append(blocks)
+        return address.rstrip("/")
+
+    yield _serve
+    for blocks in started:
+        blocks.close(verbose=False)
+
+
+def test_the_page_holds_no_names_no_api_and_asks_nobody_else(served):
+    address = served(blind=True)
+    html = httpx.get(address).text
+    config = httpx.get(f"{address}/config").text
+    assert "Tripod" in html
+    for name in ("Alpha", "Omega", "fox", "house"):
+        assert name not in html and name not in config, name
+    assert "fonts.googleapis" not in html and "Content-Security-Policy" in html + config
+    assert httpx.get(f"{address}/gradio_api/info").json() == {"named_endpoints": {}, "unnamed_endpoints": {}}
+
+
+def test_only_the_password_opens_the_page(served):
+    address = served(auth="me:secret")
+    assert httpx.get(f"{address}/config").status_code == 401
+    assert "Tripod" not in json.dumps(httpx.get(f"{address}/config").json())
+    assert httpx.post(f"{address}/gradio_api/queue/join", json={"data": [], "fn_index": 0}).status_code == 401
+    assert httpx.post(f"{address}/login", data={"username": "me", "password": "wrong"}).status_code == 400
+    with httpx.Client() as client:
+        assert client.post(f"{address}/login", data={"username": "me", "password": "secret"}).status_code == 200
+        assert client.get(f"{address}/config").status_code == 200
+
+
+def test_the_program_starts_says_where_and_ends_on_ctrl_c(chat_folders, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        command = [
+            sys.executable, str(INFERENCE / "gradio_chatbot.py"), "--path", f"A={chat_folders['fox']}",
+            f"B={chat_folders['house']}", "--reward_model", str(chat_folders["reward"]), "--port", str(port),
+            "--votes_path", str(tmp_path / "votes.jsonl"),
+        ]  # fmt: skip
+        environment = os.environ | {"PYTHONPATH": str(INFERENCE.parent), "GRADIO_SHARE": "True"}
+        program = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=tmp_path
+        )
+        lines = []
+        try:
+            for line in program.stdout:
+                lines.append(line)
+                if line.startswith("open "):
+                    break
+            said = "".join(lines)
+            assert f"port {port} is in use, taking " in said and "loading the reward model" in said, said
+            address = lines[-1].split()[1]
+            assert address.startswith("http://127.0.0.1:") and "gradio.live" not in said
+            assert httpx.get(address).status_code == 200
+            program.send_signal(signal.SIGINT)
+            assert program.wait(20) == 0
+        finally:
+            program.kill()
+            program.stdout.close()
