@@ -1,0 +1,155 @@
+"""What to try next, from the numbers of a run. Each line names what was seen and the flag that changes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from training.report.run import RunRecord, StepRecord, mapping, number
+
+# Where a number stops being comfortable; docs/metrics.md or the step's README says why.
+FEW_HELD_OUT = 100  # prompts below which an interval is wide
+LARGE_KL = 8.0  # nats per response: the policy says things the SFT model would almost never say
+CEILING = 0.98  # of the reward model's accuracy
+LENGTH_MARGIN = 0.05  # accuracy above "always the longer" (or shorter) that shows more than a taste for length
+LENGTH_RATIO = 1.5
+CLIPPED = 0.3
+
+
+def next_steps(run: RunRecord) -> list[str]:
+    """Lines of plain text, the most important first; a run that did not finish says how to go on, and no more."""
+    broken = [s for s in run.steps.values() if s.state in ("failed", "stopped", "unfinished")]
+    if broken:
+        return [f"{title(s)} is not finished ({s.state}): the last lines of its log are below." for s in broken] + [
+            "Go on where it ended with the same command and --output_dir set to this run; finished steps are skipped."
+        ]
+    lines = [*_step1(run.steps["step1"]), *_step2(run.steps["step2"]), *_step3(run.steps["step3"])]
+    missing = [s for s in run.steps.values() if s.state == "not run"]
+    if missing:
+        lines.append(
+            f"{title(missing[0])} has not run yet: the same command with --output_dir set to this run does it."
+        )
+    if run.steps["step3"].summary:
+        lines.append(
+            "Talk to the models side by side (make chat) and vote: step 2 trains on your votes with "
+            "--data_path output/votes.jsonl, no conversion needed."
+        )
+        lines.append("One run is one throw of the dice: repeat with another --seed before you believe a difference.")
+    return lines
+
+
+def title(step: StepRecord) -> str:
+    """``step1`` -> ``Step 1``."""
+    return f"Step {step.name[-1]}"
+
+
+def _step1(step: StepRecord) -> list[str]:
+    s = step.summary
+    best, steps = number(s.get("best_step")), number(s.get("steps"))
+    losses = step.curve("eval/loss")
+    if best is None or steps is None:
+        return []
+    if best < steps:
+        return [
+            f"Step 1's held-out loss was lowest at step {best:.0f} of {steps:.0f} (that model was kept): more training "
+            "of this kind only memorises. Use fewer --num_train_epochs, or more data."
+        ]
+    if len(losses) >= 3 and losses[-2][1] - losses[-1][1] > 0.02 * losses[-1][1]:
+        return [
+            f"Step 1's held-out loss was still falling at its end ({losses[-2][1]:.3f} to {losses[-1][1]:.3f}): more "
+            "--num_train_epochs or more data would help."
+        ]
+    return []
+
+
+def _step2(step: StepRecord) -> list[str]:
+    accuracy = number(step.summary.get("accuracy_after"))
+    if accuracy is None:
+        return []
+    longer = number(step.summary.get("accuracy_longer"))
+    lines = []
+    if longer is not None and accuracy - max(longer, 1 - longer) < LENGTH_MARGIN:
+        rule = "longer" if longer >= 0.5 else "shorter"
+        lines.append(
+            f"The reward model ({accuracy:.1%}) is hardly better than always preferring the {rule} answer "
+            f"({max(longer, 1 - longer):.1%}): give step 2 pairs of similar length, or more pairs. What step 3 learns "
+            "from it would be length."
+        )
+    elif accuracy < 0.6:
+        lines.append(
+            f"The reward model prefers the right answer in only {accuracy:.1%} of held-out pairs: more or cleaner "
+            "pairs, or a smaller --learning_rate; step 3 can not be better than its judge."
+        )
+    elif accuracy > CEILING:
+        lines.append(
+            f"The reward model is at its ceiling ({accuracy:.1%}): these pairs are easy. Harder pairs, such as votes "
+            "between this run's own answers, would teach step 3 finer differences."
+        )
+    return lines
+
+
+def _step3(step: StepRecord) -> list[str]:
+    s = step.summary
+    lines = _drift(step) + _responses(s) + _optimisation(step)
+    before, after = number(s.get("reward_before")), number(s.get("reward_after"))
+    if before is not None and after is not None and after <= before:
+        lines.insert(
+            0,
+            f"The held-out reward did not rise ({before:+.2f} to {after:+.2f}): raise --actor_learning_rate or "
+            "--num_iterations, or lower --kl_coef.",
+        )
+    prompts = number(s.get("prompts"))
+    if prompts is not None and prompts < FEW_HELD_OUT:
+        lines.append(f"Only {prompts:.0f} held-out prompts: the intervals are wide, hold more out.")
+    return lines
+
+
+def _drift(step: StepRecord) -> list[str]:
+    """Reward hacking: the judge that was trained on likes it, an independent one less."""
+    s, lines = step.summary, []
+    check = mapping(s.get("eval_function"))
+    win, other = number(s.get("win_rate")), number(check.get("win_rate"))
+    if win is not None and other is not None and win - other > 0.15:
+        lines.append(
+            f"The reward model sees {win:.0%} wins, the independent check {other:.0%}: part of the gain pleases the "
+            "reward model alone. Stop earlier (fewer --num_iterations) or hold on tighter (higher --kl_coef)."
+        )
+    curve = step.curve("kl/per_sequence")
+    if curve and curve[-1][1] > LARGE_KL:
+        coefficient = step.flag("kl_coef")
+        now = f", now {coefficient}" if coefficient else ""
+        lines.append(
+            f"KL to the SFT model reached {curve[-1][1]:.1f} nats per response, which is far: manner wins over "
+            f"content there. Raise --kl_coef{now}, or use fewer iterations."
+        )
+    return lines
+
+
+def _responses(s: Mapping[str, Any]) -> list[str]:
+    lines = []
+    ended = number(s.get("eos_rate_after"))
+    if ended is not None and ended < 0.9:
+        lines.append(
+            f"Only {ended:.0%} of the answers end by themselves: raise --max_answer_seq_len or --missing_eos_penalty."
+        )
+    before, after = number(s.get("length_before")), number(s.get("length_after"))
+    if before and after and not 1 / LENGTH_RATIO < after / before < LENGTH_RATIO:
+        lines.append(
+            f"Answers went from {before:.0f} to {after:.0f} tokens: look at the answers above whether the reward is "
+            "for length alone, and balance the lengths in step 2's pairs."
+        )
+    return lines
+
+
+def _optimisation(step: StepRecord) -> list[str]:
+    lines = []
+    clipped = step.curve("policy/clip_fraction")
+    if clipped and clipped[-1][1] > CLIPPED:
+        lines.append(f"{clipped[-1][1]:.0%} of the policy's ratios were clipped: halve --actor_learning_rate.")
+    explained = step.curve("critic/explained_variance")
+    if len(explained) >= 5 and sum(y for _, y in explained[-5:]) / 5 < 0.1:
+        lines.append(
+            "The critic explains almost none of the returns; that is usual for a short run. For a longer one raise "
+            "--critic_learning_rate; until then --gae_lambda 1 keeps it from misleading the policy."
+        )
+    return lines

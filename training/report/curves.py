@@ -1,0 +1,66 @@
+"""The training curves of the three steps."""
+
+from __future__ import annotations
+
+from training.report import charts
+from training.report.charts import Series
+from training.report.run import RunRecord, StepRecord
+from training.report.text import TITLES
+
+
+def curves(run: RunRecord) -> str:
+    """The training curves of all three steps."""
+    one, two, three = (run.steps[name] for name in TITLES)
+    step, iteration = "optimizer step", "iteration"
+    drawn = {
+        "step1": [
+            charts.line_chart(
+                "Loss", step, "nats per token", [_train(one, "train/loss"), _held_out(one, "eval/loss")]
+            ),
+            charts.line_chart("Gradient norm", step, "norm", [Series("norm", one.curve("train/grad_norm"))]),
+        ],
+        "step2": [
+            charts.line_chart(
+                "Pairs judged right", step, "share", [_train(two, "train/accuracy"), _held_out(two, "eval/accuracy")],
+                zero_one=True,
+            ),
+            charts.line_chart("Loss", step, "nats per pair", [_train(two, "train/loss"), _held_out(two, "eval/loss")]),
+        ],
+        "step3": [
+            charts.line_chart(
+                "Reward", iteration, "mean reward (raw)",
+                [Series("rollouts", three.curve("reward/raw")), _held_out(three, "eval/reward")],
+            ),
+            charts.line_chart(
+                "KL to the SFT model", iteration, "nats per response",
+                [Series("rollouts", three.curve("kl/per_sequence")), _held_out(three, "eval/kl")],
+            ),
+            charts.line_chart(
+                "Answer length", iteration, "tokens", [Series("rollouts", three.curve("rollout/length"))]
+            ),
+            charts.line_chart(
+                "Answers that end by themselves", iteration, "share",
+                [Series("rollouts", three.curve("rollout/eos_rate"))], zero_one=True,
+            ),
+            charts.line_chart("Entropy of the policy", iteration, "nats per token",
+                              [Series("entropy", three.curve("policy/entropy"))]),
+            charts.line_chart(
+                "Critic: explained variance", iteration, "1 is perfect, 0 useless",
+                [Series("explained", three.curve("critic/explained_variance"))],
+            ),
+        ],
+    }  # fmt: skip
+    parts = [
+        f'<h3>Step {name[-1]} · {TITLES[name]}</h3><div class="grid">{"".join(figures)}</div>'
+        for name, figures in drawn.items()
+        if any(figures)
+    ]
+    return "".join(parts)
+
+
+def _train(step: StepRecord, name: str) -> Series:
+    return Series("training", step.curve(name), 1)
+
+
+def _held_out(step: StepRecord, name: str) -> Series:
+    return Series("held out", step.curve(name), 2, dots=True)

@@ -1,0 +1,179 @@
+"""What a run directory holds, read so that a partial, failed or damaged run still gives a page."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from training.utils.errors import UserError
+from training.utils.manifest import read_manifest
+from training.utils.processes import last_lines
+from training.utils.runs import STEPS
+
+LOG_LINES = 20  # of a step that failed
+STOPPED = (130, 143)  # exit codes of Ctrl-C and SIGTERM
+_DATA_LINE = re.compile(
+    r"rows read: |^dropped \d+: |^truncated \d+: |rows to train on, |prompt that is also trained on"
+)
+
+
+@dataclass
+class StepRecord:
+    """What one step left behind.
+
+    Attributes:
+        name: ``step1``, ``step2`` or ``step3``.
+        entry: its part of manifest.json; empty for a step that train.py did not start.
+        summary: summary.json; empty unless the step is finished.
+        metrics: records of metrics.jsonl in the order of their steps.
+        evaluation: evaluation.json, what the step's evaluate.py found; None without it.
+        health: remarks of the health monitor; None where the run has none.
+        data: lines of the log about the rows.
+        log_tail: the last lines of the log of a step that failed.
+    """
+
+    name: str
+    entry: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    evaluation: dict[str, Any] | None = None
+    health: list[dict[str, Any]] | None = None
+    data: list[str] = field(default_factory=list)
+    log_tail: list[str] = field(default_factory=list)
+
+    @property
+    def state(self) -> str:
+        """``finished``, ``failed``, ``stopped``, ``unfinished`` (at work, or killed) or ``not run``."""
+        if self.summary:
+            return "finished"
+        code = self.entry.get("exit_code")
+        if code in STOPPED:
+            return "stopped"
+        if code is not None:
+            return "failed"
+        return "unfinished" if self.entry or self.metrics else "not run"
+
+    @property
+    def seconds(self) -> float | None:
+        """Wall time with start and end of the process, or what the step itself has measured."""
+        return number(self.entry.get("seconds")) or number(self.summary.get("seconds"))
+
+    def curve(self, name: str) -> list[tuple[float, float]]:
+        """(step, value) of one metric; what is missing or not finite is left out."""
+        points = [(number(r.get("step")), number(r.get(name))) for r in self.metrics]
+        return [(x, y) for x, y in points if x is not None and y is not None]
+
+    def flag(self, name: str) -> str | None:
+        """The value of a flag on the step's command line; None if it had its default."""
+        tokens = [str(t) for t in self.entry.get("arguments", [])]
+        for i, token in enumerate(tokens):
+            if token == f"--{name}" and i + 1 < len(tokens):
+                return tokens[i + 1]
+            if token.startswith(f"--{name}="):
+                return token.partition("=")[2]
+        return None
+
+
+@dataclass
+class RunRecord:
+    """A whole run; ``notes`` says what could not be read."""
+
+    path: Path
+    manifest: dict[str, Any]
+    steps: dict[str, StepRecord]
+    samples: list[dict[str, Any]]
+    notes: list[str]
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def mapping(value: Any) -> Mapping[str, Any]:
+    """An object of JSON, or an empty one for anything else."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def read_run(path: Path) -> RunRecord:
+    """Read a run directory.
+
+    Raises:
+        UserError: there is no such folder, it holds no run, or its manifest is damaged.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path}: no such run directory")
+    manifest = read_manifest(path / "manifest.json")
+    if not manifest and not any((path / name).is_dir() for name in STEPS):
+        raise UserError(f"{path} holds no run: neither manifest.json nor step1, step2 or step3")
+    notes: list[str] = []
+    entries = manifest.get("steps") or {}
+    steps = {name: _read_step(path, name, entries.get(name) or {}, notes) for name in STEPS}
+    samples = _json(path / "step3" / "samples.json", notes, list) or []
+    return RunRecord(path, manifest, steps, [s for s in samples if isinstance(s, dict)], notes)
+
+
+def _read_step(run: Path, name: str, entry: Mapping[str, Any], notes: list[str]) -> StepRecord:
+    folder, log = run / name, run / f"{name}.log"
+    record = StepRecord(name, dict(entry))
+    record.summary = _json(folder / "summary.json", notes, dict) or {}
+    record.metrics = _one_per_step(_lines(folder / "metrics.jsonl", notes) or [])
+    record.evaluation = _json(folder / "evaluation.json", notes, dict)
+    record.health = _lines(folder / "health.jsonl", notes)
+    if log.is_file():
+        with log.open(encoding="utf-8", errors="replace") as file:
+            record.data = [line.strip() for _, line in zip(range(500), file, strict=False) if _DATA_LINE.search(line)]
+        if record.state in ("failed", "unfinished"):
+            record.log_tail = last_lines(log, LOG_LINES)
+    return record
+
+
+def _json(path: Path, notes: list[str], kind: type) -> Any:
+    """A JSON file's content; None, and a note unless the file is not there, if it is not what it should be."""
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        notes.append(f"{path.parent.name}/{path.name} can not be read: {error}")
+        return None
+    if not isinstance(content, kind):
+        notes.append(f"{path.parent.name}/{path.name} is not what this page expects, it is left out")
+        return None
+    return content
+
+
+def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]] | None:
+    """The objects of a JSON-lines file; a killed run leaves half a last line, other damage is noted."""
+    if not path.is_file():
+        return None
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    records, bad = [], 0
+    for i, line in enumerate(lines):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            bad += bool(line.strip()) and i + 1 < len(lines)
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    if bad:
+        notes.append(f"{path.parent.name}/{path.name}: {bad} lines are damaged and left out")
+    return records
+
+
+def _one_per_step(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records in the order of their steps; of two with the same step and metrics, as a resumed run has, the later."""
+    last: dict[tuple[float, frozenset[str]], dict[str, Any]] = {}
+    for record in records:
+        step = number(record.get("step"))
+        if step is not None:
+            last[step, frozenset(record)] = record
+    return sorted(last.values(), key=lambda r: r["step"])

@@ -1,0 +1,55 @@
+"""Text that every part of the page uses."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from training.utils.runs import repository_root
+
+TITLES = {"step1": "Supervised fine-tuning", "step2": "Reward model", "step3": "RLHF with PPO"}
+LONGEST_TEXT = 4000  # characters of one answer
+
+
+def e(value: Any) -> str:
+    """Text, safe inside markup, with this machine's folders shortened: a report is made to be passed on."""
+    text = str(value)
+    for folder, short in ((str(repository_root()) + "/", ""), (str(Path.home()) + "/", "~/")):
+        text = text.replace(folder, short)
+    return html.escape(text)
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds for people: 3.2 s, 2 min 10 s, 1 h 05 min."""
+    if seconds is None:
+        return ""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes_left = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes_left:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def cut(text: str, longest: int = LONGEST_TEXT) -> str:
+    """A text, or its beginning if it is longer than a page should hold."""
+    return text if len(text) <= longest else text[:longest] + " … (cut)"
+
+
+def words(name: str) -> str:
+    """``mean_length`` -> ``mean length``."""
+    return name.replace("_", " ")
+
+
+def hardware(machine: Mapping[str, Any]) -> str:
+    """The manifest's machine in a few words."""
+    if not machine:
+        return ""
+    gpus = [str(g) for g in machine.get("gpus") or []]
+    names = dict.fromkeys(gpus)
+    devices = [f"{gpus.count(name)} × {name}" for name in names] or [f"{machine.get('cores', '?')} CPU cores, no GPU"]
+    memory = f"{machine['memory_gib']} GiB memory" if machine.get("memory_gib") else ""
+    return ", ".join(part for part in (*devices, memory) if part)
