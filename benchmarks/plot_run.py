@@ -1,0 +1,45 @@
+"""Draw the training curves of a run from its metrics.jsonl files.
+
+python benchmarks/plot_run.py output/latest docs/images/curves.png
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+# (step, title, metrics with their labels)
+PANELS = [
+    ("step1", "Step 1: loss", {"train/loss": "training", "eval/loss": "held out"}),
+    ("step2", "Step 2: accuracy", {"train/accuracy": "training", "eval/accuracy": "held out"}),
+    ("step3", "Step 3: reward", {"reward/raw": "reward of the rollouts"}),
+    ("step3", "Step 3: KL to the SFT model", {"kl/per_sequence": "nats per response"}),
+    ("step3", "Step 3: response length", {"rollout/length": "tokens"}),
+    ("step3", "Step 3: responses that end", {"rollout/eos_rate": "share"}),
+]
+
+
+def main(run: Path, picture: Path) -> None:
+    """Read the three steps' metrics below ``run`` and write the picture."""
+    figure, axes = plt.subplots(2, 3, figsize=(12, 6), constrained_layout=True)
+    for axis, (step, title, metrics) in zip(axes.flat, PANELS, strict=True):
+        records = [json.loads(line) for line in (run / step / "metrics.jsonl").read_text().splitlines()]
+        for name, label in metrics.items():
+            points = [(r["step"], r[name]) for r in records if name in r]
+            held_out = name.startswith("eval/")
+            axis.plot(*zip(*points, strict=True), "o-" if held_out else "-", label=label, markersize=4)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("iteration" if step == "step3" else "optimizer step", fontsize=8)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.savefig(picture, dpi=110)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

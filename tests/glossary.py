@@ -1,0 +1,33 @@
+"""Reads docs/metrics.md: metric -> (what it is, healthy range) for each step."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+GLOSSARY = Path(__file__).resolve().parents[1] / "docs" / "metrics.md"
+
+
+def glossary(step: int) -> dict[str, tuple[str, str]]:
+    """The rows of every table below headings that start with ``Step N``."""
+    found: dict[str, tuple[str, str]] = {}
+    for section in GLOSSARY.read_text(encoding="utf-8").split("\n## ")[1:]:
+        if not section.startswith(f"Step {step}"):
+            continue
+        for line in section.splitlines():
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            for name in re.findall(r"`([a-z_]+/[a-z_]+)`", cells[0]) if line.startswith("| `") else ():
+                assert name not in found, f"{name} is explained twice"
+                found[name] = (cells[1], cells[2])
+    return found
+
+
+def unexplained(step: int, records: list[dict]) -> set[str]:
+    """Keys of metrics.jsonl that the glossary lacks."""
+    return {key for record in records for key in record} - {"step", "time"} - set(glossary(step))
+
+
+def never_logged(step: int, records: list[dict]) -> set[str]:
+    """Glossary entries that no record has, those apart that say with which flag they come."""
+    logged = {key for record in records for key in record}
+    return {name for name, (meaning, _) in glossary(step).items() if name not in logged and "only with" not in meaning}

@@ -1,0 +1,118 @@
+"""Every command that the documents print names a program that is there and flags that it takes; the README's run."""
+
+import importlib
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from training.utils import arguments
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+STEPS = re.compile(r"training/(step\d_\w+)/main\.py")
+
+# Where each command of the README is run: a target of make demo's path, or a test with the same program and flags.
+RUN_BY = {
+    "make demo": "Makefile",
+    "make chat": "tests/inference/test_gradio_chatbot.py::test_the_program_starts_says_where_and_ends_on_ctrl_c",
+    "python3 -m venv": "scripts/setup.py",
+    ".venv/bin/pip install": "scripts/setup.py",
+    ".venv/bin/deepspeed --num_gpus": "tests/test_programs.py::test_steps_leave_finished_folders",
+    ".venv/bin/python train.py": "tests/test_train.py::test_continues",
+    ".venv/bin/python -m training.utils.data.preview": "tests/data/test_preview.py",
+    ".venv/bin/python benchmarks/plot_run.py": "tests/test_readme.py::test_curves_of_a_run_are_drawn",
+}
+
+
+def commands(document: Path) -> list[str]:
+    """Commands of the fenced blocks and of the inline code that start a program of this repository."""
+    text = document.read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = [line.strip() for block in re.findall(r"```\w*\n(.*?)```", text, re.S) for line in block.splitlines()]
+    inline = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
+    started = re.compile(r"(make [a-z-]+$|\S*(python3?|deepspeed|pip|pytest|ruff|mypy)\s+\S)")
+    found = [line.split(" #")[0].split("   ")[0].strip().removeprefix("$ ") for line in [*lines, *inline]]
+    return [line for line in found if started.match(line)]
+
+
+CASES = [(document.relative_to(ROOT).as_posix(), command) for document in DOCUMENTS for command in commands(document)]
+
+
+def words_of(command: str) -> list[str]:
+    return shlex.split(command.split("|")[0].split(">")[0].replace("...", ""))
+
+
+@pytest.mark.parametrize(("document", "command"), CASES)
+def test_printed_command_is_there_and_takes_its_flags(document, command):
+    words = words_of(command)
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M), command
+        return
+    program = next((word for word in words[1:] if word.endswith(".py")), None)
+    if "-m" in words and program is None:
+        module = words[words.index("-m") + 1]
+        if not module.startswith("training"):
+            return
+        program = importlib.util.find_spec(module).origin
+        words = words[words.index("-m") + 1 :]
+    elif program is None:
+        return
+    else:
+        words = words[words.index(program) :]
+    file = ROOT / program if not Path(program).is_absolute() else Path(program)
+    assert file.is_file(), f"{document}: {command}"
+    step = STEPS.search(file.as_posix())
+    if step:
+        main = importlib.import_module(f"training.{step[1]}.main")
+        arguments.parse(main.ARGUMENTS, words[1:], prog="main.py", description="", aliases=arguments.ALIASES)
+        return
+    source = file.read_text(encoding="utf-8") + (ROOT / "training/utils/arguments.py").read_text(encoding="utf-8")
+    source += "".join(f.read_text(encoding="utf-8") for f in file.parent.glob("*.py"))
+    for word in words[1:]:
+        name = word.split("=")[0].removeprefix("--")
+        assert not word.startswith("--") or re.search(rf"\b{name}\b", source), f"{document}: {command}: --{name}"
+
+
+def test_an_unknown_flag_or_program_is_caught():
+    with pytest.raises(AssertionError):
+        test_printed_command_is_there_and_takes_its_flags("x", "python benchmarks/rollout.py --no_such_flag")
+    with pytest.raises(AssertionError):
+        test_printed_command_is_there_and_takes_its_flags("x", "python training/no_such_program.py")
+    with pytest.raises(Exception, match="no_such_flag"):
+        step = "training/step1_supervised_finetuning/main.py"
+        test_printed_command_is_there_and_takes_its_flags("x", f"deepspeed {step} --no_such_flag")
+
+
+@pytest.mark.parametrize("command", commands(ROOT / "README.md"))
+def test_each_command_of_the_readme_is_run(command):
+    place = next((where for start, where in RUN_BY.items() if command.startswith(start)), None)
+    assert place, f"the README prints {command}, and nothing runs it: give it a test and name it in RUN_BY"
+    file, _, name = place.partition("::")
+    assert (ROOT / file).is_file()
+    assert not name or f"def {name}(" in (ROOT / file).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_tests_named_in_documents_exist(document):
+    for file, name in re.findall(r"(tests/[\w/]+\.py)::(\w+)", document.read_text(encoding="utf-8")):
+        assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{document.name} names {file}::{name}"
+
+
+def test_curves_of_a_run_are_drawn(tmp_path):
+    records = {
+        "step1": {"train/loss": 2.0, "eval/loss": 2.1},
+        "step2": {"train/accuracy": 0.6, "eval/accuracy": 0.5},
+        "step3": {"reward/raw": 0.1, "kl/per_sequence": 0.2, "rollout/length": 9.0, "rollout/eos_rate": 1.0},
+    }
+    for step, record in records.items():
+        (tmp_path / step).mkdir()
+        lines = [json.dumps({"step": number} | record) for number in (1, 2, 3)]
+        (tmp_path / step / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    picture = tmp_path / "curves.png"
+    program = str(ROOT / "benchmarks" / "plot_run.py")
+    subprocess.run([sys.executable, program, str(tmp_path), str(picture)], check=True, timeout=120)
+    assert picture.read_bytes().startswith(b"\x89PNG")
