@@ -6,7 +6,7 @@ from tests.step3.toy import learn, save_toy_models
 from training.step3_rlhf_finetuning.ppo_trainer import ADVANTAGES
 
 BOUND = 0.95
-ITERATIONS = {"full": 24, "lora": 14}  # at 4 PPO epochs; one epoch per iteration is given four times as many
+ITERATIONS = {"full": 24, "lora": 30}  # at 4 PPO epochs; one epoch per iteration is given twice as many
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +15,7 @@ def toy_models(tmp_path_factory):
 
 
 def check(toy_models, *, ppo_epochs=4, lora=0, iterations=None, **settings):
-    wanted = iterations or ITERATIONS["lora" if lora else "full"] * 4 // ppo_epochs
+    wanted = iterations or ITERATIONS["lora" if lora else "full"] * (2 if ppo_epochs == 1 else 1)
     history = learn(toy_models, iterations=wanted, ppo_epochs=ppo_epochs, lora=lora, **settings)
     assert history[0] < 0.2
     assert sum(history[-3:]) / 3 >= BOUND, [round(x, 2) for x in history]
@@ -28,7 +28,7 @@ def test_ninety_five_percent_of_the_optimum(toy_models, seed, advantage):
 
 
 def test_ninety_five_percent_of_the_optimum_with_lora_at_zero_3(toy_models):
-    check(toy_models, seed=0, lora=8, stage=3, iterations=10)
+    check(toy_models, seed=0, lora=8, stage=3, iterations=18)
 
 
 def test_a_reward_that_is_flat_above_half_is_not_climbed(toy_models):
