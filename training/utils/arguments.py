@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -27,10 +28,14 @@ ALIASES = {
     "--per_device_mini_train_batch_size": "--per_device_training_batch_size",
 }
 
+# transformers' names of learning rate schedules, as DeepSpeed-Chat offers them
+SCHEDULES = ("cosine", "linear", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+
 # Flags of DeepSpeed-Chat that have nothing left to do here, and why; they are accepted and ignored.
 ACCEPTED = {
     "--num_padding_at_beginning": "padding is known from explicit masks",
     "--deepspeed": "DeepSpeed is always used",
+    "--local_rank": "launchers say it in the environment too",
     "--enable_hybrid_engine": "step 3 always uses the hybrid engine",
     "--enable_tensorboard": "TensorBoard is on by default, see --report_to",
     "--add_eot_token": "every response ends with the template's own end token",
@@ -49,6 +54,7 @@ def flag(
     minimum: float | None = None,
     maximum: float | None = None,
     above: float | None = None,
+    pattern: str = "",
 ) -> Any:
     """A dataclass field that is a command-line flag.
 
@@ -58,8 +64,10 @@ def flag(
         choices: the allowed values.
         minimum, maximum: inclusive bounds of a number.
         above: an exclusive lower bound of a number.
+        pattern: a regular expression that a text must match.
     """
     metadata = {"help": help, "choices": choices, "minimum": minimum, "maximum": maximum, "above": above}
+    metadata["pattern"] = pattern
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -121,7 +129,8 @@ class TrainingArguments:
     learning_rate: float = flag(5e-5, "peak learning rate", above=0)
     weight_decay: float = flag(0.0, "AdamW weight decay, not applied to biases and norms", minimum=0)
     num_train_epochs: int = flag(1, "passes over the data", minimum=1)
-    num_warmup_steps: int = flag(0, "optimizer steps of linear warm-up before the cosine decay", minimum=0)
+    lr_scheduler_type: str = flag("cosine", "how the learning rate falls after the warm-up", choices=SCHEDULES)
+    num_warmup_steps: int = flag(0, "optimizer steps of linear warm-up", minimum=0)
     eval_interval: int = flag(
         0, "evaluate every this many optimizer steps (0: at the start and after each epoch)", minimum=0
     )
@@ -135,7 +144,6 @@ class DeepSpeedArguments:
     zero_stage: int = flag(0, "ZeRO stage", choices=(0, 1, 2, 3))
     offload: bool = flag(False, "keep optimizer states (and at stage 3 parameters) in CPU memory")
     deepspeed_config: str = flag("", "a JSON file merged over the configuration that these flags make")
-    local_rank: int = flag(-1, "set by the launcher")
 
 
 @dataclass
@@ -160,6 +168,15 @@ class ReliabilityArguments:
     resume: str = flag(
         "auto",
         "auto: go on from the output folder's checkpoint if there is one; never: start over; or a checkpoint's path",
+    )
+    distributed_timeout: int = flag(1800, "seconds that a rank waits for the others in a collective", minimum=1)
+    hang_timeout: int = flag(
+        3600, "seconds without any progress after which a rank says what it was doing and ends, 0 for never", minimum=0
+    )
+    max_shard_size: str = flag(
+        "5GB",
+        "a saved model's largest file, such as 5GB or 500MB; a larger model is saved in several",
+        pattern=r"[1-9]\d*(KB|MB|GB)",
     )
 
 
@@ -196,6 +213,8 @@ def _default(field: dataclasses.Field) -> Any:
 
 def _check_range(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
     for v in value if isinstance(value, list) else [value]:
+        if isinstance(v, str) and metadata["pattern"] and not re.fullmatch(metadata["pattern"], v):
+            raise UserError(f"--{name} {v}: {metadata['help']}")
         if not isinstance(v, (int, float)) or isinstance(v, bool):
             continue
         low, high, above = metadata["minimum"], metadata["maximum"], metadata["above"]

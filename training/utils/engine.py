@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,16 +11,18 @@ import deepspeed
 import torch
 from deepspeed.runtime import bf16_optimizer
 from torch import nn
-from transformers import get_cosine_schedule_with_warmup
+from transformers import get_scheduler
 
 from training.utils.distributed import world_size
 from training.utils.models import TokenScorer, load_causal_lm, load_classifier
+from training.utils.supervision import beat
 from training.utils.zero_config import frozen_config
 
 # The 16-bit optimizer prints eighteen lines about memory for every engine, whatever the log level
 bf16_optimizer.see_memory_usage = lambda *_args, **_kwargs: None
 
 ADAM_BETAS = (0.9, 0.95)  # DeepSpeed-Chat's and InstructGPT's
+MAX_SKIPPED = 10  # optimizer steps in a row; a single one is noise, ten are a run that learns nothing any more
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,9 @@ def initialize_engine(
     weight_decay: float,
     num_warmup_steps: int,
     total_steps: int,
+    lr_scheduler_type: str = "cosine",
 ) -> Any:
-    """Wrap a model for training: AdamW, linear warm-up and cosine decay to 0 over ``total_steps``.
+    """Wrap a model for training: AdamW, linear warm-up, then the schedule over ``total_steps``.
 
     Args:
         model: on any device; only parameters that require a gradient get optimizer states.
@@ -68,6 +72,7 @@ def initialize_engine(
         learning_rate: the peak.
         weight_decay: of matrices.
         num_warmup_steps, total_steps: in optimizer steps.
+        lr_scheduler_type: one of `training.utils.arguments.SCHEDULES`, as transformers makes them.
     """
     groups = parameter_groups(model, weight_decay)
     if "offload_optimizer" in config["zero_optimization"]:
@@ -76,7 +81,7 @@ def initialize_engine(
         optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, lr=learning_rate, betas=ADAM_BETAS)
     else:
         optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=ADAM_BETAS, fused=True)
-    schedule = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps, max(total_steps, 1))
+    schedule = get_scheduler(lr_scheduler_type, optimizer, num_warmup_steps, max(total_steps, 1))
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)
     _restore_buffers(engine.module, buffers)
@@ -104,11 +109,33 @@ def backward(engine: Any, loss_sum: torch.Tensor, global_count: float) -> None:
         loss_sum: this micro-batch's sum over its tokens (step 2: pairs), a scalar.
         global_count: tokens (pairs) of the whole optimizer step, over all ranks and micro-batches.
     """
+    beat()
     engine.backward(loss_sum * (world_size() / max(global_count, 1.0)), scale_wrt_gas=False)
+
+
+class SkipGuard:
+    """Counts optimizer steps in a row that changed no weights, and says when it is time to stop.
+
+    Attributes:
+        reason: why the run must stop; empty while it may go on.
+    """
+
+    def __init__(self) -> None:
+        self.reason = ""
+        self._in_a_row = 0
+
+    def count(self, causes: Sequence[str]) -> None:
+        """Take in one step: why it was skipped, empty if it was not. All ranks must say the same."""
+        self._in_a_row = self._in_a_row + 1 if causes else 0
+        if self._in_a_row == MAX_SKIPPED:
+            self.reason = (
+                f"{MAX_SKIPPED} optimizer steps in a row were skipped, the last because of {' and '.join(causes)}"
+            )
 
 
 def optimizer_step(engine: Any) -> StepResult:
     """Clip, step the optimizer and the schedule, and clear gradients."""
+    beat()
     learning_rate = engine.get_lr()[0]
     skipped_before = engine.skipped_steps
     engine.step()

@@ -9,7 +9,8 @@ masters, rounded, and need no room; parameters that do not train come from the m
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,11 +107,40 @@ def parts(engine: Any, *, moments: bool) -> Iterator[Part]:
             yield Part(name, start, {key or MASTER: view for key, view in zip(keys, views, strict=True)})
 
 
+def masters(engine: Any) -> Iterator[Part]:
+    """This rank's parts of the fp32 masters alone."""
+    return parts(engine, moments=False)
+
+
+def tensor_key(name: str, kind: str, start: int) -> str:
+    """A part's key in a checkpoint's files."""
+    return _SEPARATOR.join((name, kind, str(start)))
+
+
+@contextlib.contextmanager
+def _editing(zero: Any) -> Iterator[None]:
+    """Inside, masters may be written; the model's weights follow them at the end; a collective."""
+    if hasattr(zero, "checkpoint_event_prologue"):
+        zero.checkpoint_event_prologue()  # ZeRO 3: what is whole on every rank now would hide what is written
+    with torch.no_grad():
+        yield
+        _round_weights(zero)
+    if hasattr(zero, "checkpoint_event_epilogue"):
+        zero.checkpoint_event_epilogue()
+
+
+def replace_masters(engine: Any, values: Mapping[tuple[str, int], Tensor]) -> None:
+    """Write this rank's parts of the masters, by (name, start), and the weights that they round to; a collective."""
+    with _editing(engine.optimizer):
+        for part in masters(engine):
+            part.values[MASTER].copy_(values[part.name, part.start])
+
+
 def engine_tensors(engine: Any) -> Iterator[tuple[str, Tensor]]:
     """What this rank writes to a checkpoint: (key, a copy in CPU memory), one after the other."""
     for part in parts(engine, moments=_has_moments(engine.optimizer)):
         for kind, view in part.values.items():
-            yield _SEPARATOR.join((part.name, kind, str(part.start))), view.detach().to("cpu", copy=True)
+            yield tensor_key(part.name, kind, part.start), view.detach().to("cpu", copy=True)
 
 
 def engine_counters(engine: Any) -> dict[str, Any]:
@@ -130,7 +160,7 @@ def engine_counters(engine: Any) -> dict[str, Any]:
     }
 
 
-class _Saved:
+class SavedParts:
     """The parts in a checkpoint's files, found by parameter and kind."""
 
     def __init__(self, files: list[Path]) -> None:
@@ -180,23 +210,18 @@ def load_engine(engine: Any, files: list[Path], counters: dict[str, Any]) -> Non
     Raises:
         UserError: the files are of another model.
     """
-    zero, saved = engine.optimizer, _Saved(files)
+    zero, saved = engine.optimizer, SavedParts(files)
     trained = {name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
     if trained != saved.names():
         name = min(trained ^ saved.names())
         raise UserError(f"the checkpoint is of a model with other trained parameters: {name} is only in one of them")
     moments = any((name, MOMENTS[0]) in saved for name in trained)
-    if hasattr(zero, "checkpoint_event_prologue"):
-        zero.checkpoint_event_prologue()  # ZeRO 3: what is whole on every rank now would hide what is loaded
-    with torch.no_grad():
+    with _editing(zero):
         if moments:
             _make_moments(zero)
         for part in parts(engine, moments=moments):
             for kind, view in part.values.items():
                 view.copy_(saved.read(part.name, kind, part.start, view.numel()))
-        _round_weights(zero)
-    if hasattr(zero, "checkpoint_event_epilogue"):
-        zero.checkpoint_event_epilogue()
     _load_counters(engine, counters, moments)
 
 

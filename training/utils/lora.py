@@ -53,10 +53,12 @@ def check_lora(model_path: str, dim: int, module_name: str) -> None:
     """
     if not dim:
         return
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    from training.utils.models import load_config, remote_code
 
     with torch.device("meta"):
-        target_modules(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path)), module_name)
+        target_modules(AutoModelForCausalLM.from_config(load_config(model_path), **remote_code()), module_name)
 
 
 def inject_lora(model: PreTrainedModel, *, dim: int, module_name: str, only_optimize_lora: bool) -> PeftModel:

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from training.utils.distributed import say, world_size
 from training.utils.errors import UserError
 from training.utils.live_memory import FakeModel, PassMemory
 from training.utils.lora import inject_lora
-from training.utils.models import TokenScorer, no_dropout, without_adapters
+from training.utils.models import TokenScorer, load_config, no_dropout, remote_code, without_adapters
 from training.utils.runtime import local_ranks
 from training.utils.zero_config import DTYPES
 from training.utils.zero_memory import BYTES, RoleMemory, RoleSize
@@ -289,10 +289,10 @@ def fake_role(path: str, dtype: str, attn_implementation: str, lora: LoraSetting
     factory: Any = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
 
     def build() -> Any:
-        config = AutoConfig.from_pretrained(path)
+        config = load_config(path)
         if classifier:
             config.num_labels, config.pad_token_id = 1, 0
-        model = factory.from_config(config, dtype=DTYPES[dtype], attn_implementation=attention)
+        model = factory.from_config(config, dtype=DTYPES[dtype], attn_implementation=attention, **remote_code())
         no_dropout(model)
         if lora.dim:
             model = inject_lora(

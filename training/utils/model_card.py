@@ -49,6 +49,12 @@ KINDS = {
         "A chat model, fine-tuned on examples and then by PPO towards what a reward model prefers.",
         False,
     ),
+    "ema": Kind(
+        "step3",
+        "RLHF model, averaged",
+        "The moving average of the actor's weights over PPO's steps (--enable_ema): a chat model as the actor is.",
+        False,
+    ),
     "critic": Kind(
         "step3",
         "critic",

