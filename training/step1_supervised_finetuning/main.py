@@ -26,19 +26,11 @@ prepare_runtime()
 
 import torch  # noqa: E402  threads and PATH must be set before
 
-from training.utils import arguments, engine as engines, models  # noqa: E402
+from training.utils import arguments, engine as engines, models, supervision  # noqa: E402
 from training.utils.checkpoint import move_into, save_model  # noqa: E402
-from training.utils.data import (  # noqa: E402
-    batches_after,
-    collate_sft,
-    epoch_batches,
-    prepare_data,
-    rank_micro_batches,
-    stop_token_ids,
-)
-from training.utils.distributed import init_distributed, is_main, rank, reduce_sums, say, world_size  # noqa: E402
-from training.utils.errors import run_program  # noqa: E402
-from training.utils.logprobs import response_log_probs  # noqa: E402
+from training.utils.data import batches_after, epoch_batches, prepare_data, stop_token_ids  # noqa: E402
+from training.utils.distributed import init_distributed, is_main, reduce_sums, say, world_size  # noqa: E402
+from training.utils.language_modelling import micro_batches, negative_log_likelihood, predicted_tokens  # noqa: E402
 from training.utils.lora import check_lora, inject_lora  # noqa: E402
 from training.utils.metrics import MetricsLogger, progress_bar, watched, write_summary  # noqa: E402
 from training.utils.model_card import write_model_card  # noqa: E402
@@ -69,21 +61,6 @@ ARGUMENTS = [
 ]
 
 
-def micro_batches(dataset, indices: list[int], batch_size: int, pad_id: int, device: torch.device):
-    """This rank's micro-batches of one global batch; an empty one becomes a zero-weight filler."""
-    for rows in rank_micro_batches(indices, rank(), world_size(), batch_size):
-        batch = collate_sft([dataset[i] for i in rows or indices[:1]], pad_id)
-        if not rows:
-            batch["response_mask"].zero_()
-        yield {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-def negative_log_likelihood(engine, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Sum of the negative log-likelihoods of a micro-batch's response tokens, a scalar in nats."""
-    log_probs, _ = response_log_probs(engine, batch["input_ids"], batch["attention_mask"], batch["response_mask"])
-    return -log_probs.sum()
-
-
 @torch.no_grad()
 def held_out_loss(engine, dataset, batch_size: int, pad_id: int) -> float:
     """Mean negative log-likelihood of the held-out response tokens, in nats, over all ranks."""
@@ -111,7 +88,8 @@ def main(argv: Sequence[str]) -> int:
     if output.plan:
         return show_sequence_plan(1, model_path, model_args, lora, train, ds, overrides)
     output_dir = prepare_output_dir(resume_output_dir(reliability.resume, output.output_dir), "step1")
-    device = init_distributed(ds.local_rank)
+    device = init_distributed(reliability.distributed_timeout)
+    supervision.watch(output_dir, reliability.hang_timeout)
     torch.manual_seed(train.seed)
 
     # Data
@@ -141,7 +119,7 @@ def main(argv: Sequence[str]) -> int:
     global_batch = run.batches["rows per step"]
     steps_per_epoch = math.ceil(len(rows.train) / global_batch)
     total_steps = steps_per_epoch * train.num_train_epochs
-    response_tokens = [sum(mask[1:]) for mask in rows.train["response_mask"]]  # nothing predicts the first token
+    response_tokens = predicted_tokens(rows.train)
     phases.end("data", "loading the model")
 
     # Engine
@@ -168,6 +146,7 @@ def main(argv: Sequence[str]) -> int:
         weight_decay=train.weight_decay,
         num_warmup_steps=train.num_warmup_steps,
         total_steps=total_steps,
+        lr_scheduler_type=train.lr_scheduler_type,
     )
     phases.end("load")
 
@@ -184,7 +163,8 @@ def main(argv: Sequence[str]) -> int:
         say(f"step {step_number}: held-out loss {loss:.4f}, perplexity {math.exp(min(loss, 50.0)):.2f}")
         phases.end("evaluate")
         if step_number and loss < progress["lowest_loss"] or step_number == total_steps and not progress["best_step"]:
-            save_model(engine, tokenizer, output_dir / BEST, stop_ids=stop_ids)
+            shards = reliability.max_shard_size
+            save_model(engine, tokenizer, output_dir / BEST, stop_ids=stop_ids, max_shard_size=shards)
             phases.end("save")
             progress.update(best_step=step_number, loss_after=loss)
         progress["lowest_loss"] = min(progress["lowest_loss"], loss)
@@ -193,6 +173,8 @@ def main(argv: Sequence[str]) -> int:
     if not run.step:
         progress["loss_before"] = evaluate(0)
     engine.train()
+    run.ready(progress)
+    guard = engines.SkipGuard()
     bar = progress_bar(total_steps, "step 1", run.step)
     for step_number, indices in batches_after(
         run.step, rows.train["length"], global_batch, train.seed, train.num_train_epochs
@@ -222,6 +204,8 @@ def main(argv: Sequence[str]) -> int:
         if due or step_number % steps_per_epoch == 0:
             evaluate(step_number)
         run.after_step(step_number, progress)
+        guard.count(["gradients that are not finite"] if result.skipped else [])
+        run.stop_if(guard.reason, "lower --learning_rate; with --dtype fp16 try bf16")
     bar.close()
     logger.close()
     if is_main():
@@ -245,4 +229,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(main))
+    sys.exit(supervision.run_training(main))

@@ -22,7 +22,7 @@ prepare_runtime()
 import torch  # noqa: E402  threads and PATH must be set before
 
 from training.step2_reward_model_finetuning import main as step2  # noqa: E402
-from training.step2_reward_model_finetuning.main import score_pairs  # noqa: E402
+from training.step2_reward_model_finetuning.pairs import score_pairs  # noqa: E402
 from training.utils import arguments, engine as engines, evaluating, models  # noqa: E402
 from training.utils.data import collate_pairs, prepare_data  # noqa: E402
 from training.utils.distributed import init_distributed, say  # noqa: E402

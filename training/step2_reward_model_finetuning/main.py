@@ -27,6 +27,7 @@ prepare_runtime()
 
 import torch  # noqa: E402  threads and PATH must be set before
 
+from training.step2_reward_model_finetuning.pairs import held_out_rewards, micro_batches, score_pairs  # noqa: E402
 from training.step2_reward_model_finetuning.preference import (  # noqa: E402
     CENTER_COEFFICIENT,
     bradley_terry_loss,
@@ -34,24 +35,16 @@ from training.step2_reward_model_finetuning.preference import (  # noqa: E402
     pair_metrics,
     verdicts,
 )
-from training.utils import arguments, engine as engines, models  # noqa: E402
+from training.utils import arguments, engine as engines, models, supervision  # noqa: E402
 from training.utils.checkpoint import save_model  # noqa: E402
-from training.utils.data import (  # noqa: E402
-    batches_after,
-    collate_pairs,
-    epoch_batches,
-    prepare_data,
-    rank_micro_batches,
-    stop_token_ids,
-)
-from training.utils.distributed import gather_objects, init_distributed, rank, reduce_sums, say, world_size  # noqa: E402
-from training.utils.errors import run_program  # noqa: E402
+from training.utils.data import batches_after, prepare_data, stop_token_ids  # noqa: E402
+from training.utils.distributed import init_distributed, rank, reduce_sums, say, world_size  # noqa: E402
 from training.utils.lora import check_lora, inject_lora  # noqa: E402
-from training.utils.metrics import MetricsLogger, progress_bar, watched, write_summary  # noqa: E402
+from training.utils.metrics import MetricsLogger, progress_bar, write_summary  # noqa: E402
 from training.utils.model_card import write_model_card  # noqa: E402
 from training.utils.phases import Phases  # noqa: E402
 from training.utils.resume import Run, resume_output_dir  # noqa: E402
-from training.utils.reward_model import RewardStats, last_token_scores  # noqa: E402
+from training.utils.reward_model import RewardStats  # noqa: E402
 from training.utils.runs import latest_output, prepare_output_dir  # noqa: E402
 from training.utils.training_plan import show_sequence_plan  # noqa: E402
 from training.utils.zero_config import check_dtype, deepspeed_config, read_user_config  # noqa: E402
@@ -80,33 +73,6 @@ ARGUMENTS = [
 ]
 
 
-def micro_batches(dataset, indices: list[int], batch_size: int, pad_id: int, device: torch.device):
-    """This rank's micro-batches of pairs, with each pair's weight: 0 for a filler that keeps ranks in step."""
-    for rows in rank_micro_batches(indices, rank(), world_size(), batch_size):
-        batch = collate_pairs([dataset[i] for i in rows or indices[:1]], pad_id)
-        yield {name: tensor.to(device) for name, tensor in batch.items()}, float(bool(rows))
-
-
-def score_pairs(scorer, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rewards of the chosen and of the rejected answers of a batch ``[2B, T]``: two tensors ``[B]``, fp32."""
-    scores = scorer(batch["input_ids"], batch["attention_mask"])
-    chosen, rejected = last_token_scores(scores, batch["response_mask"]).chunk(2)
-    return chosen, rejected
-
-
-@torch.no_grad()
-def held_out_rewards(scorer, dataset, batch_size: int, pad_id: int, device: torch.device) -> list[tuple[float, float]]:
-    """(chosen, rejected) rewards of every held-out pair, on all ranks."""
-    scorer.eval()
-    pairs: list[tuple[float, float]] = []
-    for indices in watched(epoch_batches(dataset["length"], batch_size * world_size(), 0, 0), "held out"):
-        for batch, weight in micro_batches(dataset, indices, batch_size, pad_id, device):
-            chosen, rejected = score_pairs(scorer, batch)
-            if weight:
-                pairs += zip(chosen.tolist(), rejected.tolist(), strict=True)
-    return gather_objects(pairs)
-
-
 def main(argv: Sequence[str]) -> int:
     """Run step 2; returns the exit code. See the module's docstring for what it writes."""
     groups = arguments.parse(ARGUMENTS, argv, prog="step2_reward_model_finetuning/main.py", description=__doc__)
@@ -120,7 +86,8 @@ def main(argv: Sequence[str]) -> int:
     if output.plan:
         return show_sequence_plan(2, model_path, model_args, lora, train, ds, overrides)
     output_dir = prepare_output_dir(resume_output_dir(reliability.resume, output.output_dir), "step2")
-    device = init_distributed(ds.local_rank)
+    device = init_distributed(reliability.distributed_timeout)
+    supervision.watch(output_dir, reliability.hang_timeout)
     torch.manual_seed(train.seed)
 
     # Data
@@ -166,6 +133,7 @@ def main(argv: Sequence[str]) -> int:
         weight_decay=train.weight_decay,
         num_warmup_steps=train.num_warmup_steps,
         total_steps=total_steps,
+        lr_scheduler_type=train.lr_scheduler_type,
     )
     phases.end("load")
 
@@ -189,6 +157,8 @@ def main(argv: Sequence[str]) -> int:
     if not run.step:
         progress["before"] = evaluate(0)
     engine.train()
+    run.ready(progress)
+    guard = engines.SkipGuard()
     bar = progress_bar(total_steps, "step 2", run.step)
     for step_number, indices in batches_after(
         run.step, rows.train["length"], global_batch, train.seed, train.num_train_epochs
@@ -224,8 +194,10 @@ def main(argv: Sequence[str]) -> int:
         if train.eval_interval and step_number % train.eval_interval == 0 and step_number < total_steps:
             evaluate(step_number)
         run.after_step(step_number, progress)
+        guard.count(["gradients that are not finite"] if result.skipped else [])
+        run.stop_if(guard.reason, "lower --learning_rate; with --dtype fp16 try bf16")
     bar.close()
-    save_model(engine, tokenizer, output_dir, stop_ids=stop_ids)
+    save_model(engine, tokenizer, output_dir, stop_ids=stop_ids, max_shard_size=reliability.max_shard_size)
     phases.end("save", "judging the held-out pairs with the saved model")
 
     # The numbers that step 3 relies on come from the model on disk, in the precision step 3 uses
@@ -266,4 +238,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(main))
+    sys.exit(supervision.run_training(main))

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from training.utils.distributed import barrier, is_main, say
 from training.utils.lora import is_lora, merged_state_dict
-from training.utils.models import TokenScorer
+from training.utils.models import TokenScorer, remote_code
+from training.utils.supervision import beat
 
 
 def unwrap(engine: Any) -> Any:
@@ -66,7 +67,7 @@ def save_model(
     *,
     stop_ids: Sequence[int],
     config_updates: dict[str, Any] | None = None,
-    state: dict[str, torch.Tensor] | None = None,
+    max_shard_size: str = "5GB",
 ) -> None:
     """Write a role as a folder that plain transformers loads, then load it and compare every tensor.
 
@@ -78,21 +79,24 @@ def save_model(
         directory: where the model goes; other files in it are left alone.
         stop_ids: EOS and the template's turn end; saved in ``generation_config.json``.
         config_updates: written into ``config.json``.
-        state: the weights to write instead of the engine's own (an average); names as in `full_state_dict`.
+        max_shard_size: weights beyond it go into several files and an index.
 
     Raises:
         RuntimeError: the saved model differs from the engine's.
     """
     say(f"saving {directory.name}, and comparing it with the engine ...")
     model = unwrap(engine)
-    weights = full_state_dict(engine) if state is None else state
+    beat(f"saving {directory.name}")
+    weights = full_state_dict(engine)
     scratch = directory.parent / f".{directory.name}.saving"
-    if is_lora(model) and state is None:
+    if is_main():
+        shutil.rmtree(scratch, ignore_errors=True)  # left by a run that was killed
+    if is_lora(model):
         with gathered(list(model.parameters())):
             if is_main():
                 model.save_pretrained(scratch / "adapter")
     if is_main():
-        _write(model, weights, tokenizer, scratch, stop_ids, config_updates or {})
+        _write(model, weights, tokenizer, scratch, stop_ids, config_updates or {}, max_shard_size)
         _verify(scratch, weights)
         move_into(scratch, directory)
     barrier()
@@ -105,6 +109,7 @@ def _write(
     scratch: Path,
     stop_ids: Sequence[int],
     config_updates: dict[str, Any],
+    max_shard_size: str,
 ) -> None:
     base = model.get_base_model() if is_lora(model) else model
     config = copy.deepcopy(base.config)
@@ -119,7 +124,9 @@ def _write(
         generation = copy.deepcopy(base.generation_config)
         generation.eos_token_id, generation.pad_token_id = list(stop_ids), tokenizer.pad_token_id
         plain.generation_config = generation
-    plain.save_pretrained(scratch, state_dict=dict(weights))  # it empties the dictionary it is given
+    plain.save_pretrained(  # it empties the dictionary it is given
+        scratch, state_dict=dict(weights), max_shard_size=max_shard_size
+    )
     tokenizer.save_pretrained(scratch)
 
 
@@ -128,7 +135,7 @@ def _verify(folder: Path, weights: dict[str, torch.Tensor]) -> None:
     dtype = next(iter(weights.values())).dtype
     classifier = "score.weight" in weights
     factory = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
-    loaded = factory.from_pretrained(folder, dtype=dtype).state_dict()
+    loaded = factory.from_pretrained(folder, dtype=dtype, **remote_code()).state_dict()
     wrong = [name for name, tensor in weights.items() if name not in loaded or not torch.equal(loaded[name], tensor)]
     if wrong:
         raise RuntimeError(

@@ -4,32 +4,37 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-DEFAULT_TIMEOUT = datetime.timedelta(minutes=30)
+from training.utils.errors import UserError
+
+DEFAULT_TIMEOUT = 1800.0
+
+T = TypeVar("T")
 
 
-def init_distributed(local_rank: int = -1, timeout: datetime.timedelta = DEFAULT_TIMEOUT) -> torch.device:
+def init_distributed(timeout: float = DEFAULT_TIMEOUT) -> torch.device:
     """Join the process group and return this rank's device.
 
     Works under ``deepspeed``, ``torchrun`` and plain ``python`` (a group of one). A second call in the same
     process keeps the group that is there.
 
     Args:
-        local_rank: the launcher's ``--local_rank``; below 0 the environment decides.
-        timeout: how long a collective may wait for the other ranks.
+        timeout: how long a collective may wait for the other ranks, in seconds.
     """
     import deepspeed
 
     launched = "MASTER_PORT" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
-    os.environ.setdefault("LOCAL_RANK", str(max(local_rank, 0)))
+    os.environ.setdefault("LOCAL_RANK", "0")
+    limit = datetime.timedelta(seconds=timeout)
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
@@ -37,8 +42,8 @@ def init_distributed(local_rank: int = -1, timeout: datetime.timedelta = DEFAULT
         # gloo on CPU: DeepSpeed's own default there would look for Intel's oneCCL first
         backend = "gloo" if accelerator.device_name() == "cpu" else accelerator.communication_backend_name()
         if not launched:  # a group of one meets in its own memory: no port that another program could hold
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-        deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
+        deepspeed.init_distributed(dist_backend=backend, timeout=limit, verbose=False)
         release_shared_buffer()
     return torch.device(accelerator.current_device_name())
 
@@ -108,6 +113,23 @@ def gather_objects(local: Sequence) -> list:
     parts: list = [None] * dist.get_world_size()
     dist.all_gather_object(parts, list(local))
     return [item for part in parts for item in part]
+
+
+def on_all_ranks(work: Callable[[], T]) -> T:
+    """Do something that may fail with a `UserError` on one rank only; then it fails on all; a collective.
+
+    Raises:
+        UserError: the first failing rank's.
+    """
+    result: list[T] = []
+    problem = ""
+    try:
+        result.append(work())
+    except UserError as error:
+        problem = str(error)
+    if problems := [text for text in gather_objects([problem]) if text]:
+        raise UserError(problems[0])
+    return result[0]
 
 
 def barrier() -> None:

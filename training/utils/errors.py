@@ -1,4 +1,4 @@
-"""The one exception that means "the user can mend this": shown as one line, exit code 2."""
+"""The exceptions that end a program in order: shown as one line, with their exit code, instead of a traceback."""
 
 from __future__ import annotations
 
@@ -8,7 +8,20 @@ from collections.abc import Callable, Sequence
 
 
 class UserError(Exception):
-    """Bad input. Its message is one line that says what is wrong and how to go on."""
+    """Bad input. Its message is one line that says what is wrong and how to go on; exit code 2."""
+
+
+class RunStopped(Exception):
+    """A run ends before its end, all ranks together, with a checkpoint.
+
+    Args:
+        message: why, and how to go on.
+        code: the exit code.
+    """
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 def run_program(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
@@ -20,7 +33,7 @@ def run_program(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None
     try:
         code = main(list(sys.argv[1:] if argv is None else argv))
         if argv is None:
-            _leave_process_group()
+            leave_process_group()
         return code
     except UserError as error:
         if int(os.environ.get("RANK", "0")) == 0:
@@ -28,7 +41,7 @@ def run_program(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None
         return 2
 
 
-def _leave_process_group() -> None:
+def leave_process_group() -> None:
     """End the group before the interpreter: a gloo thread that outlives it aborts the process after all is done."""
     dist = sys.modules.get("torch.distributed")  # not there in a program that never made a group
     if dist is not None and dist.is_initialized():

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from training.utils.distributed import is_main
+from training.utils.supervision import beat
 
 T = TypeVar("T")
 
@@ -89,9 +90,11 @@ def progress_bar(total: int, description: str, done: int = 0) -> Any:
 
 def watched(items: Sequence[T], description: str) -> Iterable[T]:
     """The items, with a bar on rank 0 that appears when they take more than two seconds and leaves when they end."""
-    return tqdm(
+    for item in tqdm(
         items, desc=description, dynamic_ncols=True, disable=not is_main(), delay=2, leave=False, mininterval=0.5
-    )
+    ):
+        beat()
+        yield item
 
 
 def write_summary(directory: Path, summary: Mapping[str, Any]) -> None:

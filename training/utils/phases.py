@@ -43,6 +43,10 @@ class Phases:
             say(f"{then} ...")
         _reset_peak()
 
+    def seconds(self, name: str) -> float:
+        """Of a phase so far, 0 if it has not ended yet."""
+        return self._seconds.get(name, 0.0)
+
     def summary(self) -> dict[str, dict[str, float]]:
         """Phase -> ``seconds``, and ``peak_gib`` where it is known, in the order of their first end."""
         return {

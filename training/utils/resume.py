@@ -6,9 +6,10 @@ A step program opens its run before it loads a model, loads the checkpoint into 
     run = Run.open(...)                            # finds the checkpoint and refuses one of another run
     run.load({"model": engine})                    # engines, random numbers, metrics.jsonl
     progress = run.progress or {...}               # the program's own state, as it was saved
+    run.ready(progress)                            # from now on a signal ends the run with a checkpoint
     for number, batch in batches(after=run.step):
         ...
-        run.after_step(number, progress)
+        run.after_step(number, progress)           # saves when it is time, and when the run is asked to stop
 
 Data order is a function of seed and step, and rollouts draw from counters, so a position is a number. How the files are
 made is told in `checkpoint_store`, how engines are kept in `engine_state`, what makes a run the same in `same_run`.
@@ -20,8 +21,9 @@ import base64
 import json
 import random
 import shutil
+import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,10 +34,12 @@ from safetensors.torch import save
 
 from training.utils import checkpoint_store as store, same_run
 from training.utils.arguments import ReliabilityArguments
-from training.utils.distributed import barrier, gather_objects, is_main, rank, say, world_size
+from training.utils.distributed import all_reduce_max, barrier, gather_objects, is_main, rank, say, world_size
+from training.utils.ema import MovingAverage
 from training.utils.engine_state import engine_counters, engine_tensors, load_engine
-from training.utils.errors import UserError
-from training.utils.runs import shown
+from training.utils.errors import RunStopped, UserError
+from training.utils.runs import same_command, shown
+from training.utils.supervision import asked_to_stop, beat, loop_begins
 
 METRICS = "metrics.jsonl"
 BEST = "best"  # folder of the best model so far, beside the checkpoints
@@ -73,7 +77,8 @@ class Run:
         self._start = time.monotonic() - self.seconds
         self._checkpoint, self._state = checkpoint, state
         self._engines: dict[str, Any] = {}
-        self._saved_at = self.step
+        self._averages: dict[str, MovingAverage] = {}
+        self._saved_at = self.step if checkpoint is not None else -1
 
     @classmethod
     def open(
@@ -109,13 +114,14 @@ class Run:
                 say(f"  equal to an uninterrupted run up to rounding, not bit for bit: {', '.join(reasons)}")
         return cls(output_dir, settings, description, checkpoint, state)
 
-    def load(self, engines: Mapping[str, Any]) -> None:
+    def load(self, engines: Mapping[str, Any], averages: Mapping[str, MovingAverage] | None = None) -> None:
         """Put the checkpoint into new engines, and files back as they were; a new run starts clean; a collective.
 
         Args:
             engines: name -> engine of every role that trains.
+            averages: name -> moving average, under names of their own.
         """
-        self._engines = dict(engines)
+        self._engines, self._averages = dict(engines), dict(averages or {})
         if self._checkpoint is None:
             if is_main():
                 shutil.rmtree(self.output_dir / BEST, ignore_errors=True)
@@ -128,6 +134,8 @@ class Run:
             load_engine(
                 engine, sorted(self._checkpoint.glob(f"{name}-rank*.safetensors")), self._state["engines"][name]
             )
+        for name, average in self._averages.items():
+            average.load(sorted(self._checkpoint.glob(f"{name}-rank*.safetensors")))
         _set_random_state(self._state["random"][rank() % len(self._state["random"])])
         if is_main():
             self._restore_files(self._checkpoint)
@@ -154,9 +162,51 @@ class Run:
         Raises:
             UserError: the disk is full or can not be written.
         """
-        self.step = number
+        self.step, self.progress = number, progress
+        beat(step=number)
         if self.settings.save_every and number % self.settings.save_every == 0:
             self.save(progress)
+        self.stop_if_asked()
+
+    def ready(self, progress: dict[str, Any]) -> None:
+        """The loop begins: from now on a signal ends the run with a checkpoint.
+
+        Args:
+            progress: the program's own state, as JSON, before its next step.
+        """
+        self.progress = progress
+        beat("training", self.step)
+        loop_begins()
+
+    def stop_if_asked(self) -> None:
+        """End the run if any rank has got a signal, where the engines stand as after the last step; a collective.
+
+        Raises:
+            RunStopped: after a checkpoint was written.
+        """
+        strength = {0: 0, signal.SIGTERM: 1, signal.SIGINT: 2}[asked_to_stop()]
+        strength = int(all_reduce_max(torch.tensor(float(strength), device=self._device())).item())
+        if strength:
+            number = signal.SIGINT if strength == 2 else signal.SIGTERM
+            self._stop(f"stopped by {number.name} after step {self.step}", 128 + number)
+
+    def stop_if(self, reason: str, advice: str) -> None:
+        """End the run for a reason that all ranks know; does nothing without one.
+
+        Raises:
+            RunStopped: with the reason and the advice, after a checkpoint was written.
+        """
+        if reason:
+            self._stop(f"stopped after step {self.step}: {reason}; {advice}", 1)
+
+    def _stop(self, why: str, code: int) -> None:
+        target = self.folder / store.checkpoint_name(self.step)
+        if self._saved_at != self.step:
+            target = self.save(self.progress)
+        raise RunStopped(f"{why}; checkpoint: {shown(target)}\nto go on: {same_command(self.output_dir)}", code)
+
+    def _device(self) -> torch.device:
+        return next(iter(self._engines.values())).device
 
     def save(self, progress: dict[str, Any]) -> Path:
         """Write a checkpoint; a collective.
@@ -210,9 +260,12 @@ class Run:
         raise UserError(f"the checkpoint {shown(target)} could not be written: {failures[0]}{intact}")
 
     def _write_tensors(self, scratch: Path) -> dict[str, store.Entry]:
-        """This rank's files of every engine, each of about `SHARD_BYTES`."""
+        """This rank's files of every engine and average, each of about `SHARD_BYTES`."""
         files: dict[str, store.Entry] = {}
-        for name, engine in self._engines.items():
+        tensors: dict[str, Iterator[tuple[str, torch.Tensor]]]
+        tensors = {name: engine_tensors(engine) for name, engine in self._engines.items()}
+        tensors |= {name: average.tensors() for name, average in self._averages.items()}
+        for name, parts in tensors.items():
             pending: dict[str, torch.Tensor] = {}
 
             def flush(name: str = name, pending: dict[str, torch.Tensor] = pending) -> None:
@@ -221,7 +274,8 @@ class Run:
                 files[file] = store.write_file(scratch / file, save(pending))
                 pending.clear()
 
-            for key, tensor in engine_tensors(engine):
+            for key, tensor in parts:
+                beat("saving a checkpoint")
                 pending[key] = tensor
                 if sum(t.nbytes for t in pending.values()) >= SHARD_BYTES:
                     flush()

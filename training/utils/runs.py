@@ -8,6 +8,8 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shlex
+import sys
 import time
 from pathlib import Path
 
@@ -40,6 +42,26 @@ def shown(path: Path | str) -> str:
     full = Path(os.path.abspath(path))
     here = Path.cwd()
     return str(full.relative_to(here)) if full.is_relative_to(here) else str(full)
+
+
+def same_command(output_dir: Path) -> str:
+    """The command line that goes on with this process's run: its own, with the output folder named.
+
+    Under ``deepspeed`` on one host the launcher is part of it; on several hosts it is the same on each.
+    """
+    arguments = [t for t in sys.argv[1:] if not t.startswith("--local_rank")]
+    for flag in ("--output_dir", "--resume"):
+        while flag in arguments:
+            at = arguments.index(flag)
+            del arguments[at : at + 2]
+        arguments = [t for t in arguments if not t.startswith(f"{flag}=")]
+    arguments += ["--output_dir", shown(output_dir)]
+    ranks = os.environ.get("LOCAL_SIZE")  # set by deepspeed's launcher alone
+    if ranks and os.environ.get("CROSS_SIZE", "1") == "1":
+        launcher = [shown(Path(sys.executable).with_name("deepspeed")), "--num_gpus", ranks]
+    else:
+        launcher = [shown(sys.executable)]
+    return shlex.join([*launcher, shown(sys.argv[0]), *arguments])
 
 
 def is_finished(step_dir: Path) -> bool:
@@ -101,6 +123,20 @@ def runs_newest_first() -> list[Path]:
         target = root / os.readlink(latest)
         found = [target, *(p for p in found if p != target)]
     return found
+
+
+def latest_run() -> Path:
+    """The newest run's folder.
+
+    Raises:
+        UserError: there is no run.
+    """
+    runs = runs_newest_first()
+    if not runs:
+        raise UserError(
+            f"--resume auto: there is no run in {shown(output_root())} to go on with; name one: --output_dir"
+        )
+    return runs[0]
 
 
 def latest_output(step: str) -> Path:

@@ -17,8 +17,8 @@ from training.utils.errors import UserError
 
 # Flags that change where and how a run is watched, and nothing in its result
 FREE = frozenset({
-    "output_dir", "report_to", "local_rank", "data_output_path", "save_every", "keep_last", "resume",
-    "distributed_timeout", "hang_timeout", "max_shard_size", "trust_remote_code", "plan",
+    "output_dir", "report_to", "data_output_path", "save_every", "keep_last", "resume",
+    "distributed_timeout", "hang_timeout", "max_shard_size", "plan", "trace",
 })  # fmt: skip
 # Flags under which the same mathematics is summed up in another order: a run goes on, not bit for bit
 ROUNDING = frozenset({
@@ -29,7 +29,7 @@ ROUNDING = frozenset({
 # Compared by what they lead to: models and data by content, batches by the rows of an optimizer step
 BY_CONTENT = frozenset({
     "model_name_or_path", "actor_model_name_or_path", "critic_model_name_or_path", "tokenizer_name_or_path",
-    "data_path", "eval_data_path",
+    "data_path", "eval_data_path", "sft_only_data_path", "unsupervised_data_path",
 })  # fmt: skip
 BATCH = frozenset({
     "per_device_train_batch_size", "per_device_training_batch_size", "per_device_generation_batch_size",
@@ -68,9 +68,11 @@ def describe(
 
 
 def model_fingerprint(path: str) -> str:
-    """A hash over a model folder's configuration and weights: of each file its size, beginning and end."""
-    folder = Path(path)
+    """A hash over a file, or over a model folder's configuration and weights: size, beginning and end of each file."""
+    folder = Path(path).expanduser()
     digest = hashlib.sha256()
+    if folder.is_file():
+        return hashlib.sha256(folder.read_bytes()).hexdigest()
     if not folder.is_dir():
         return path  # a hub name
     files = [folder / name for name in MODEL_FILES if (folder / name).is_file()]
@@ -114,7 +116,9 @@ def refuse_other_run(before: Mapping[str, Any], now: Mapping[str, Any], checkpoi
             )
     for flag, fingerprint in before["models"].items():
         if now["models"].get(flag) != fingerprint:
-            raise UserError(f"{checkpoint} belongs to another model than {flag} names; give that one again, {over}")
+            raise UserError(
+                f"{checkpoint} belongs to another model or file than {flag} names; give that one again, {over}"
+            )
     for name, fingerprint in before["data"].items():
         if now["data"].get(name) != fingerprint:
             raise UserError(
