@@ -26,7 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from training.utils.data import stop_token_ids
 from training.utils.errors import UserError
-from training.utils.models import load_tokenizer, resolve_model
+from training.utils.models import load_tokenizer, remote_code, resolve_model
 from training.utils.runs import is_finished, latest_output
 
 DTYPES = {"auto": "auto", "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -195,7 +195,7 @@ def _resolve(path: str) -> tuple[str, str | None]:
 
 def _load_weights(base: str, arguments: LoadArguments) -> Any:
     device = arguments.device_map or ("cuda:0" if torch.cuda.is_available() else "cpu")
-    options: dict[str, Any] = {"dtype": DTYPES[arguments.dtype]}
+    options: dict[str, Any] = {"dtype": DTYPES[arguments.dtype]} | remote_code()
     if arguments.quantize != "none":
         from transformers import BitsAndBytesConfig
 

@@ -1,4 +1,5 @@
 import json
+import math
 import shutil
 
 import pytest
@@ -52,10 +53,12 @@ def test_pad_equal_to_eos_does_not_move_the_score(chat_folders, tmp_path):
 
 def test_a_long_conversation_is_scored_by_its_end(chat_folders):
     model = load(chat_folders["reward"])
-    history = [*TALK] * 40
-    assert model.score([*history, *TALK]) is not None
-    assert model.score([{"role": "system", "content": "be kind"}, *history, *TALK]) is not None
-    assert model.score([{"role": "user", "content": "story " * 900}, TALK[1]]) is None
+    history, end = [*TALK] * 40, [{"role": "user", "content": "and then?"}, TALK[1]]
+    asked = [{"role": "system", "content": "be kind"}, *history, *end]
+    assert len(model.model.encode(asked)) <= model.model.limit < len(render(model.model.tokenizer, asked).input_ids)
+    assert model.model.encode(asked)[-8:] == render(model.model.tokenizer, end).input_ids[-8:]
+    assert math.isfinite(model.score(asked))
+    assert math.isfinite(model.score([{"role": "user", "content": "story " * 900}, TALK[1]]))
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"mean": 1}', '{"mean": 0, "std": 0}', '{"mean": 0, "std": "x"}'])

@@ -1,0 +1,148 @@
+"""A frozen reward model that reads conversations as text, with a tokenizer and a chat template of its own.
+
+Where actor and reward model share a tokenizer, step 3 scores the sampled tokens themselves and needs none of this. It
+serves reward models of other families, judges, and the chat page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from training.utils import engine as engines, models
+from training.utils.data import render
+from training.utils.errors import UserError
+from training.utils.zero_config import frozen_config
+
+Messages = Sequence[dict[str, str]]
+
+
+class TextRewardModel:
+    """Scores the last message of a conversation, an assistant's.
+
+    Args:
+        model: a frozen `TokenScorer`, whose score at the last token is the reward; with ``own_forward`` any sequence
+            classifier with one output.
+        tokenizer: the reward model's own. Without a chat template the conversation and its answer are given as a pair
+            of texts, as reward models on BERT-like encoders are trained.
+        own_forward: the model serves through its own forward.
+    """
+
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, *, own_forward: bool = False) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.own_forward = own_forward
+        inner = model.module if hasattr(model, "module") else model
+        self.limit: int | None = getattr(inner.config, "max_position_embeddings", None)
+
+    def encode(self, messages: Messages) -> list[int]:
+        """Token ids in the chat template; without room the oldest turns go first, then the left side."""
+        kept = list(messages)
+        start = 1 if kept[0]["role"] == "system" else 0
+        ids = render(self.tokenizer, kept).input_ids
+        while self.limit is not None and len(ids) > self.limit and len(kept) - start > 2:
+            del kept[start : start + 2]
+            ids = render(self.tokenizer, kept).input_ids
+        return ids if self.limit is None else ids[-self.limit :]
+
+    @torch.no_grad()
+    def rewards(self, conversations: Sequence[Messages], batch_size: int) -> torch.Tensor:
+        """Raw rewards ``[N]``, fp32 on the CPU; a collective if the model is sharded.
+
+        An answer that was cut is read as if it ended there.
+
+        Args:
+            conversations: each ends with the assistant's message that is scored.
+            batch_size: rows in one forward.
+        """
+        device = next(self.model.parameters()).device
+        parts = []
+        for start in range(0, len(conversations), batch_size):
+            piece = conversations[start : start + batch_size]
+            batch = self._batch(piece) if self.tokenizer.chat_template else self._pairs(piece)
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
+            if self.own_forward:
+                scores = self.model(**batch).logits[:, 0]
+            else:
+                last = batch["attention_mask"].sum(1, keepdim=True) - 1
+                scores = self.model(batch["input_ids"], batch["attention_mask"]).gather(1, last).squeeze(1)
+            parts.append(scores.float().cpu())
+        return torch.cat(parts)
+
+    def _batch(self, conversations: Sequence[Messages]) -> dict[str, torch.Tensor]:
+        """Rendered conversations, right-padded: ids and mask ``[N, T]``."""
+        rows = [self.encode(messages) for messages in conversations]
+        ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
+        return {"input_ids": ids, "attention_mask": mask}
+
+    def _pairs(self, conversations: Sequence[Messages]) -> dict[str, torch.Tensor]:
+        """(what was said before, answer) as the tokenizer's own pairs."""
+        before = [
+            turns[0]["content"] if len(turns) == 2 else "\n".join(f"{m['role']}: {m['content']}" for m in turns[:-1])
+            for turns in conversations
+        ]
+        answers = [turns[-1]["content"] for turns in conversations]
+        cut: dict[str, Any] = {} if self.limit is None else {"truncation": "only_first", "max_length": self.limit}
+        return dict(self.tokenizer(before, answers, padding=True, return_tensors="pt", **cut))
+
+
+def load_reward_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a reward model; without a chat template it is taken as it is.
+
+    Raises:
+        UserError: no tokenizer there, or its ids do not fit the model's embeddings.
+    """
+    try:
+        plain = AutoTokenizer.from_pretrained(path, **models.remote_code())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no tokenizer can be loaded from it ({type(error).__name__})") from error
+    tokenizer = models.load_tokenizer(path) if plain.chat_template else plain
+    rows = getattr(models.load_config(path), "vocab_size", None)
+    if rows is not None and max(tokenizer.get_vocab().values(), default=0) >= rows:
+        raise UserError(
+            f"{path}: the tokenizer has ids above the model's {rows} embeddings; they do not belong together"
+        )
+    return tokenizer
+
+
+def load_text_reward_model(
+    path: str,
+    *,
+    dtype: str,
+    device: torch.device,
+    zero_stage: int = 0,
+    offload: bool = False,
+    attn_implementation: str = "sdpa",
+) -> TextRewardModel:
+    """Load a frozen reward model of any family; a collective at ZeRO-3.
+
+    Args:
+        path: a folder or hub name.
+        dtype, device, zero_stage, offload, attn_implementation: see `training.utils.engine.frozen_role`.
+
+    Raises:
+        UserError: no model or tokenizer there, or the model has more than one output.
+    """
+    tokenizer = load_reward_tokenizer(path)
+    if models.scores_tokens(path):
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        scorer = engines.load_frozen_scorer(
+            path,
+            zero_stage=zero_stage,
+            dtype=dtype,
+            pad_token_id=int(pad),
+            attn_implementation=attn_implementation,
+            offload=offload,
+            device=device,
+        )
+        return TextRewardModel(scorer, tokenizer)
+    sharded = frozen_config(dtype=dtype, offload=offload) if zero_stage == 3 else None
+    model = models.load_text_classifier(path, dtype=dtype, attn_implementation=attn_implementation, ds_config=sharded)
+    role = engines.frozen_role(model, zero_stage=zero_stage, dtype=dtype, offload=offload, device=device)
+    return TextRewardModel(role, tokenizer, own_forward=True)
