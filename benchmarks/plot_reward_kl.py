@@ -36,7 +36,7 @@ def read_points(run: Path) -> tuple[list[Point], list[Point], dict[str, Point]]:
         raise UserError(f"{metrics}: no such file; give the folder of a run that has finished step 3")
     records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     held_out = [(r["eval/kl"], r["eval/reward"]) for r in records if "eval/kl" in r]
-    rollouts = [(r["kl/per_sequence"], r["reward/raw"]) for r in records if "reward/raw" in r]
+    rollouts = [(r["kl/per_sequence"], r["reward/mean"]) for r in records if "reward/mean" in r]
     if not evaluation.is_file():
         raise UserError(f"{evaluation} is missing: python training/step3_rlhf_finetuning/evaluate.py makes it")
     models = json.loads(evaluation.read_text(encoding="utf-8"))["models"]

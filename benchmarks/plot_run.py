@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 PANELS = [
     ("step1", "Step 1: loss", {"train/loss": "training", "eval/loss": "held out"}),
     ("step2", "Step 2: accuracy", {"train/accuracy": "training", "eval/accuracy": "held out"}),
-    ("step3", "Step 3: reward", {"reward/raw": "reward of the rollouts"}),
+    ("step3", "Step 3: reward", {"reward/mean": "reward of the rollouts"}),
     ("step3", "Step 3: KL to the SFT model", {"kl/per_sequence": "nats per response"}),
     ("step3", "Step 3: response length", {"rollout/length": "tokens"}),
     ("step3", "Step 3: responses that end", {"rollout/eos_rate": "share"}),

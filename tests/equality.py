@@ -19,19 +19,27 @@ from typing import Any
 import torch
 
 from tests.rank_pair import RankPair
-from tests.step3.hybrid_checks import PAD, prompts, request, save_tiny_reward_model, shared_settings
+from tests.step3.hybrid_checks import NO_TEXTS, PAD, prompts, request, save_tiny_reward_model, shared_settings
 from tests.tiny import save_tiny_model
 from tests.utils.engine_checks import ROWS, TINY_SHARDS, collate, fixed_rows
-from training.step1_supervised_finetuning.main import negative_log_likelihood
-from training.step2_reward_model_finetuning.main import score_pairs
+from training.step2_reward_model_finetuning.pairs import score_pairs
 from training.step2_reward_model_finetuning.preference import bradley_terry_loss
 from training.step3_rlhf_finetuning.experience import actor_log_probs
-from training.step3_rlhf_finetuning.ppo_trainer import PPOSettings, PPOTrainer
+from training.step3_rlhf_finetuning.ppo_trainer import PPOTrainer
 from training.step3_rlhf_finetuning.prompts import deal
-from training.step3_rlhf_finetuning.rlhf_engine import Roles, RoleSettings, build_actor, build_critic
+from training.step3_rlhf_finetuning.rlhf_engine import (
+    RewardModelSettings,
+    Roles,
+    RoleSettings,
+    build_actor,
+    build_critic,
+    build_rewards,
+)
 from training.step3_rlhf_finetuning.rollout import RolloutBatch, RolloutRequest, SamplingConfig, rollout_backend
+from training.step3_rlhf_finetuning.scoring import PPOSettings, Scoring
 from training.utils import engine as engines, models
 from training.utils.distributed import init_distributed, rank, reduce_sums, world_size
+from training.utils.language_modelling import negative_log_likelihood
 from training.utils.lora import inject_lora
 from training.utils.reward_model import RewardStats
 from training.utils.runtime import prepare_runtime
@@ -151,23 +159,18 @@ def train_ppo(case: Case, path: str, reward_path: str, fault: bool = False) -> l
     """Policy loss, value loss, reward and KL of three PPO iterations; the fault: advantages are not whitened."""
     micro_batch = ROWS // world_size() // case.accumulation
     settings = shared_settings(case.dtype, micro_batch_size=micro_batch, offload=case.offload)
-    reward = engines.load_frozen_scorer(
-        reward_path,
-        zero_stage=case.zero_stage,
-        dtype=case.dtype,
-        pad_token_id=PAD,
-        attn_implementation="sdpa",
-        offload=False,
-        device=settings.device,
-    )
+    reward = RewardModelSettings(reward_path, STATS, 1.0, reads_text=False)
+    load: dict[str, Any] = {"pad_token_id": PAD, "dtype": case.dtype, "device": settings.device}
+    rewards = build_rewards(reward, {}, zero_stage=case.zero_stage, **load)
     lora = 4 if case.lora else 0
     role = [RoleSettings(p, case.zero_stage, 1e-3, 0.0, False, lora, "all-linear") for p in (path, reward_path)]
     torch.manual_seed(0)
-    roles = Roles(build_actor(role[0], settings), build_critic(role[1], settings, STATS), reward)
+    roles = Roles(build_actor(role[0], settings), build_critic(role[1], settings, reward), rewards)
     constants = PPOSettings(
         advantage="gae",
         samples_per_prompt=1,
         ppo_epochs=1,
+        temperature=1.0,
         per_device_training_batch_size=micro_batch,
         gradient_accumulation_steps=case.accumulation,
         kl_coef=0.05,
@@ -183,13 +186,14 @@ def train_ppo(case: Case, path: str, reward_path: str, fault: bool = False) -> l
         seed=1,
     )
     backend = rollout_backend("fast") if case.dtype == "fp32" else Dictated()
-    trainer = PPOTrainer(roles, backend, SamplingConfig(RESPONSE), constants, STATS, case.dtype)
+    scoring = Scoring(roles, NO_TEXTS, constants)
+    trainer = PPOTrainer(roles, scoring, backend, SamplingConfig(RESPONSE), constants, case.dtype)
     everything = prompts(ROWS)
     losses = []
     for number in range(3):
         dealt = deal(list(range(ROWS)), [len(p) for p in everything], world_size(), 1)[0][rank()]
         metrics = trainer.iteration([request([everything[i] for i in dealt], dealt, number)], number)
-        losses += [metrics[name] for name in ("policy/loss", "critic/loss", "reward/raw", "kl/per_token")]
+        losses += [metrics[name] for name in ("policy/loss", "critic/loss", "reward/mean", "kl/per_token")]
     return losses
 
 

@@ -106,7 +106,7 @@ def test_curves_of_a_run_are_drawn(tmp_path):
     records = {
         "step1": {"train/loss": 2.0, "eval/loss": 2.1},
         "step2": {"train/accuracy": 0.6, "eval/accuracy": 0.5},
-        "step3": {"reward/raw": 0.1, "kl/per_sequence": 0.2, "rollout/length": 9.0, "rollout/eos_rate": 1.0},
+        "step3": {"reward/mean": 0.1, "kl/per_sequence": 0.2, "rollout/length": 9.0, "rollout/eos_rate": 1.0},
     }
     for step, record in records.items():
         (tmp_path / step).mkdir()

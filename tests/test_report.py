@@ -37,7 +37,7 @@ METRICS = {
     "step2": [{"step": 0, "eval/accuracy": 0.5, "eval/chosen_mean": 0.0, "eval/rejected_mean": 0.0}]
     + [{"step": i, "train/loss": 0.6, "train/accuracy": 0.75} for i in (1, 2)]
     + [{"step": 2, "eval/accuracy": 0.9, "eval/chosen_mean": 0.7, "eval/rejected_mean": -0.3}],
-    "step3": [{"step": i, "reward/raw": i / 5, "kl/per_sequence": float(i), "rollout/length": 20.0 + i,
+    "step3": [{"step": i, "reward/mean": i / 5, "kl/per_sequence": float(i), "rollout/length": 20.0 + i,
                "rollout/eos_rate": 0.9, "policy/entropy": 1.7, "critic/explained_variance": 0.3,
                "time/generate": 3.0, "time/score": 2.0, "time/train": 5.0, "time/tokens_per_second": 190.0}
               for i in (1, 2, 3, 4)],
@@ -240,7 +240,7 @@ def test_numbers_of_the_wrong_kind_do_not_break_the_page(tmp_path):
     for name in SUMMARIES:
         summary = dict.fromkeys(SUMMARIES[name], "text")
         save(run / name / "summary.json", summary)
-        rows = [{"step": None}, {"step": 1, "eval/loss": "x", "reward/raw": [1], "train/loss": True}]
+        rows = [{"step": None}, {"step": 1, "eval/loss": "x", "reward/mean": [1], "train/loss": True}]
         save(run / name / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
     save(
         run / "step3" / "samples.json", [{"prompt": None, "answers": None}, {}, {"prompt": ["x"], "answers": {"a": 1}}]

@@ -27,7 +27,7 @@ SCRIPTS = {
     3: ROOT / "training" / "step3_rlhf_finetuning" / "main.py",
 }
 WEIGHTS = {1: ["."], 2: ["."], 3: ["actor", "critic"]}
-NOT_REPEATABLE = ("time", "seconds", "memory", "peak")  # names of metrics that are measured, not computed
+NOT_REPEATABLE = ("time", "seconds", "memory", "peak", "share")  # names of metrics that are measured, not computed
 
 
 def make_inputs(folder: Path) -> Path:

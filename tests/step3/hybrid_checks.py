@@ -11,10 +11,19 @@ from transformers import AutoModelForCausalLM
 
 from tests.utils.engine_checks import TINY_SHARDS, collate, fixed_rows
 from training.step3_rlhf_finetuning.hybrid_engine import HybridEngine
-from training.step3_rlhf_finetuning.ppo_trainer import PPOSettings, PPOTrainer
-from training.step3_rlhf_finetuning.prompts import deal
-from training.step3_rlhf_finetuning.rlhf_engine import Roles, RoleSettings, SharedSettings, build_actor, build_critic
+from training.step3_rlhf_finetuning.ppo_trainer import PPOTrainer
+from training.step3_rlhf_finetuning.prompts import PromptSet, deal
+from training.step3_rlhf_finetuning.rlhf_engine import (
+    RewardModelSettings,
+    Roles,
+    RoleSettings,
+    SharedSettings,
+    build_actor,
+    build_critic,
+    build_rewards,
+)
 from training.step3_rlhf_finetuning.rollout import RolloutRequest, SamplingConfig, rollout_backend
+from training.step3_rlhf_finetuning.scoring import PPOSettings, Scoring
 from training.utils import engine as engines
 from training.utils.checkpoint import full_state_dict
 from training.utils.distributed import init_distributed, rank, world_size
@@ -22,6 +31,7 @@ from training.utils.logprobs import response_log_probs
 from training.utils.reward_model import RewardStats
 
 PAD, STOPS = 0, (2,)
+NO_TEXTS = PromptSet(None, None, STOPS, 0)  # for rewards that read tokens alone
 
 
 def shared_settings(dtype: str = "fp32", **changes: Any) -> SharedSettings:
@@ -34,7 +44,6 @@ def shared_settings(dtype: str = "fp32", **changes: Any) -> SharedSettings:
         "only_optimize_lora": True,
         "overrides": TINY_SHARDS,
         "micro_batch_size": 2,
-        "num_warmup_steps": 0,
         "total_steps": 1000,
         "pad_token_id": PAD,
         "device": init_distributed(),
@@ -140,24 +149,20 @@ def trajectory(
     settings = shared_settings(dtype, micro_batch_size=micro_batch)
     torch.manual_seed(0)
     stats = RewardStats(0.1, 0.7, 10, dtype)
-    reward = engines.load_frozen_scorer(
-        reward_path,
-        zero_stage=stage if critic_stage is None else critic_stage,
-        dtype=dtype,
-        pad_token_id=PAD,
-        attn_implementation="sdpa",
-        offload=False,
-        device=settings.device,
-    )
+    of_critic = stage if critic_stage is None else critic_stage
+    reward = RewardModelSettings(reward_path, stats, 1.0, reads_text=False)
+    load: dict[str, Any] = {"pad_token_id": PAD, "dtype": dtype, "device": settings.device}
+    rewards = build_rewards(reward, {}, zero_stage=of_critic, **load)
     roles = Roles(
         build_actor(role(actor_path, stage, rate, lora), settings),
-        build_critic(role(reward_path, stage if critic_stage is None else critic_stage, rate), settings, stats),
-        reward,
+        build_critic(role(reward_path, of_critic, rate), settings, reward),
+        rewards,
     )
     constants = PPOSettings(
         advantage="gae",
         samples_per_prompt=1,
         ppo_epochs=ppo_epochs,
+        temperature=1.0,
         per_device_training_batch_size=micro_batch,
         gradient_accumulation_steps=accumulation,
         kl_coef=kl_coef,
@@ -175,7 +180,7 @@ def trajectory(
     sampling = SamplingConfig(answer_length)
     roles.actor.hooked = hooked
     backend = backend or rollout_backend(engine, synced=hooked)
-    trainer = PPOTrainer(roles, backend, sampling, constants, stats, dtype)
+    trainer = PPOTrainer(roles, Scoring(roles, NO_TEXTS, constants), backend, sampling, constants, dtype)
     all_prompts = prompts(rows)
     history = []
     for number in range(iterations):

@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from tests.step3.hybrid_checks import prompts, request
 from training.step3_rlhf_finetuning import held_out
-from training.step3_rlhf_finetuning.evaluation import Answer, HeldOutPrompts, sequence_kl
+from training.step3_rlhf_finetuning.evaluation import Answer, sequence_kl
 from training.step3_rlhf_finetuning.held_out import MAX_KL, RUNNING_PROMPTS, HeldOutEvaluation, Kept, spread_rows
+from training.step3_rlhf_finetuning.prompts import PromptSet
 from training.step3_rlhf_finetuning.rollout import SamplingConfig, rollout_backend
 from training.utils.logprobs import response_log_probs
 
@@ -45,8 +46,8 @@ class Scripted:
         monkeypatch.setattr(held_out, "answer_held_out", self.answer)
         monkeypatch.setattr(HeldOutEvaluation, "_saved_actor", lambda _: contextlib.nullcontext(self.saved[-1]))
         self.evaluation = HeldOutEvaluation(
-            HeldOutPrompts(dataset, None, (2,), 0),
-            SimpleNamespace(actor=actor, reward=None),
+            PromptSet(dataset, None, (2,), 0),
+            SimpleNamespace(actor=actor, rewards=None),
             None,
             None,
             self.log,

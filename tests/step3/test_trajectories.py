@@ -11,7 +11,7 @@ import pytest
 from tests.step3.hybrid_checks import save_tiny_reward_model
 from tests.step3.trajectory_checks import record, replayed
 
-LOSSES = ("policy/loss", "critic/loss", "reward/raw", "kl/per_token", "policy/entropy")
+LOSSES = ("policy/loss", "critic/loss", "reward/mean", "kl/per_token", "policy/entropy")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def assert_same(one, two):
 
 
 def timeless(history):
-    return [{k: v for k, v in m.items() if not k.startswith("time/")} for m in history]
+    return [{k: v for k, v in m.items() if not k.startswith(("time/", "share/"))} for m in history]
 
 
 def test_a_replay_is_the_run_it_was_recorded_from(models, recorded):

@@ -8,10 +8,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
-from tests.step3.hybrid_checks import PAD, request, role, shared_settings
-from training.step3_rlhf_finetuning.ppo_trainer import PPOSettings, PPOTrainer
+from tests.step3.hybrid_checks import NO_TEXTS, PAD, request, role, shared_settings
+from training.step3_rlhf_finetuning.ppo_trainer import PPOTrainer
+from training.step3_rlhf_finetuning.reward_sources import RewardMix, TokenReward
 from training.step3_rlhf_finetuning.rlhf_engine import Roles, build_actor, build_critic
 from training.step3_rlhf_finetuning.rollout import SamplingConfig, rollout_backend
+from training.step3_rlhf_finetuning.scoring import PPOSettings, Scoring
 
 VOCABULARY = 16
 FAVOURITE = 7
@@ -87,12 +89,13 @@ def learn(
     roles = Roles(
         build_actor(role(models[0], stage, rate, lora), shared),
         build_critic(role(models[1], stage, CRITIC_LEARNING_RATE), shared, None) if advantage == "gae" else None,
-        CountOfFavourite(),
+        RewardMix([TokenReward(CountOfFavourite())]),
     )
     settings = PPOSettings(
         advantage=advantage,
         samples_per_prompt=samples_per_prompt,
         ppo_epochs=ppo_epochs,
+        temperature=1.0,
         per_device_training_batch_size=training_batch_size,
         gradient_accumulation_steps=1,
         kl_coef=0.0,  # nothing but the reward has an optimum
@@ -107,7 +110,8 @@ def learn(
         whiten_advantages=True,
         seed=seed,
     )
-    trainer = PPOTrainer(roles, rollout_backend("fast"), SamplingConfig(ANSWER_LENGTH), settings, None, "fp32")
+    scoring = Scoring(roles, NO_TEXTS, settings)
+    trainer = PPOTrainer(roles, scoring, rollout_backend("fast"), SamplingConfig(ANSWER_LENGTH), settings, "fp32")
     prompts, history = toy_prompts(), []
     per_batch = generation_batch_size // samples_per_prompt
     for number in range(iterations):
@@ -117,5 +121,5 @@ def learn(
             rows = [prompts[i % PROMPTS] for i in chosen for _ in range(samples_per_prompt)]
             ids = range(batch * generation_batch_size, (batch + 1) * generation_batch_size)
             requests.append(request(rows, list(ids), number, seed))
-        history.append(trainer.iteration(requests, number)["reward/raw"] / ANSWER_LENGTH)
+        history.append(trainer.iteration(requests, number)["reward/mean"] / ANSWER_LENGTH)
     return history

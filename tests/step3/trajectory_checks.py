@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.step3.hybrid_checks import trajectory
-from training.step3_rlhf_finetuning import ppo_trainer, rlhf_engine
+from training.step3_rlhf_finetuning import ppo_trainer, rlhf_engine, scoring
 from training.step3_rlhf_finetuning.rollout import RolloutBatch, RolloutRequest, SamplingConfig, rollout_backend
 from training.utils import engine as engines
 
@@ -81,7 +81,7 @@ def _own_weights(model: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(model.config._name_or_path, dtype=torch.float32).eval()
 
 
-_backward, _initialize, _values = engines.backward, engines.initialize_engine, ppo_trainer.score_values
+_backward, _initialize, _values = engines.backward, engines.initialize_engine, scoring.score_values
 
 # name -> (where, attribute, what stands there instead): one classic mistake for each kind of test
 FAULTS: dict[str, tuple[Any, str, Any]] = {
@@ -89,7 +89,7 @@ FAULTS: dict[str, tuple[Any, str, Any]] = {
     "a step at every micro-batch": (engines, "backward", _step_at_every_micro_batch),
     "a phantom optimizer step": (engines, "initialize_engine", _phantom_step),
     "a twin with weights of its own": (rlhf_engine, "make_twin", _own_weights),
-    "rows in another order": (ppo_trainer, "score_values", lambda *args: _values(*args).flip(0)),
+    "rows in another order": (scoring, "score_values", lambda *args: _values(*args).flip(0)),
 }
 
 

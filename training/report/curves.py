@@ -28,8 +28,8 @@ def curves(run: RunRecord) -> str:
         ],
         "step3": [
             charts.line_chart(
-                "Reward", iteration, "mean reward (raw)",
-                [Series("rollouts", three.curve("reward/raw")), _held_out(three, "eval/reward")],
+                "Reward", iteration, "mean reward",
+                [Series("rollouts", three.curve("reward/mean")), _held_out(three, "eval/reward")],
             ),
             charts.line_chart(
                 "KL to the SFT model", iteration, "nats per response",

@@ -93,7 +93,8 @@ def answers(run: RunRecord) -> str:
     left = len(run.samples) - len(drawn)
     return (
         '<p class="muted">Prompts that no step was trained on, answered by each model under the same settings. '
-        "<b>Reward</b> is the reward model's raw score; <b>check</b> is the independent evaluation function.</p>"
+        "<b>Reward</b> is what PPO maximises: 0 is step 2's mean preferred answer, 1 a standard deviation above it; "
+        "<b>check</b> is the independent evaluation function.</p>"
         + "".join(drawn[:OPEN_SAMPLES])
         + hidden
         + (f'<p class="muted small">{left} more prompts are in samples.json.</p>' if left else "")
@@ -144,12 +145,12 @@ def wins(run: RunRecord) -> str:
             rows.append((label, share, number(source.get("win_rate_low")), number(source.get("win_rate_high"))))
     rows += _evaluated_rates(step.evaluation or {})
     intervals = charts.interval_chart("Answers that beat SFT's, 95% intervals", rows, "50%: no difference")
-    reward, kl = dict(step.curve("reward/raw")), dict(step.curve("kl/per_sequence"))
+    reward, kl = dict(step.curve("reward/mean")), dict(step.curve("kl/per_sequence"))
     path = [(kl[i], reward[i]) for i in sorted(set(reward) & set(kl))]
     walk = charts.path_chart(
         "Reward against KL, one dot per iteration",
         "KL to the SFT model, nats per response",
-        "mean reward (raw)",
+        "mean reward",
         path,
         "iteration",
     )
@@ -165,7 +166,7 @@ def wins(run: RunRecord) -> str:
     )
     table = _change_table(
         [
-            ("mean reward, raw", s.get("reward_before"), s.get("reward_after"), "+.3f"),
+            ("mean reward", s.get("reward_before"), s.get("reward_after"), "+.3f"),
             (f"mean of {check_name}", check.get("before"), check.get("after"), ".3f"),
             ("answer length, tokens", s.get("length_before"), s.get("length_after"), ".1f"),
             ("answers that end by themselves", s.get("eos_rate_before"), s.get("eos_rate_after"), ".1%"),

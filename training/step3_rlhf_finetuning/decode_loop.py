@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from training.step3_rlhf_finetuning.decode_attention import DecodeLayer
 from training.step3_rlhf_finetuning.sampling import SamplingConfig, next_tokens, row_keys
 from training.utils.distributed import all_reduce_max
 from training.utils.models import without_adapters
+from training.utils.supervision import beat
 
 if TYPE_CHECKING:
     from training.step3_rlhf_finetuning.rollout import RolloutRequest
@@ -34,11 +36,22 @@ SHORTEST_PREFIX = 8
 
 @dataclass
 class Responses:
-    """What decoding fills in, rows in the request's order: ids and logprobs [B, max_new_tokens], lengths [B]."""
+    """What decoding fills in, rows in the request's order: ids and logprobs [B, max_new_tokens], lengths [B].
+
+    prefill_seconds: until the prompts were computed.
+    """
 
     ids: Tensor
     logprobs: Tensor
     lengths: Tensor
+    prefill_seconds: float = 0.0
+
+
+def seconds_since(start: float, device: torch.device) -> float:
+    """Seconds from ``start``, by `time.perf_counter`, until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
 
 
 @functools.cache
@@ -200,6 +213,7 @@ def decode(
 def _decode_rows(
     model: Any, request: RolloutRequest, sampling: SamplingConfig, out: Responses, transposed_keys: bool, synced: bool
 ) -> None:
+    start = time.perf_counter()
     width = int(request.prompt_mask.sum(1).max())
     seen, mask, shared = request.prompt_ids[:, -width:], request.prompt_mask[:, -width:].long(), 0
     device = mask.device
@@ -214,7 +228,9 @@ def _decode_rows(
     if synced:
         _some_rank_goes_on(True, device)
     logits = _prefill(model, seen, mask, positions, cache, shared, one_forward=synced)
+    out.prefill_seconds = seconds_since(start, device)
     for step in range(sampling.max_new_tokens):
+        beat()
         tokens, logprobs = next_tokens(logits, keys, step, sampling, seen, mask)
         out.ids[alive, step] = tokens
         out.logprobs[alive, step] = logprobs

@@ -26,17 +26,33 @@ prepare_runtime()
 
 import torch  # noqa: E402  threads and PATH must be set before
 
-from training.step3_rlhf_finetuning import best_of_n, main as step3, settings  # noqa: E402
-from training.step3_rlhf_finetuning.evaluation import Answer, HeldOutPrompts, answer_held_out, checks  # noqa: E402
+from training.step3_rlhf_finetuning import (  # noqa: E402
+    best_of_n,
+    evaluation,
+    main as step3,
+    rlhf_arguments,
+    settings,
+)
+from training.step3_rlhf_finetuning.evaluation import Answer, answer_held_out, checks  # noqa: E402
 from training.step3_rlhf_finetuning.held_out import spread_rows  # noqa: E402
-from training.step3_rlhf_finetuning.rewards import TextFunction, load_text_function  # noqa: E402
+from training.step3_rlhf_finetuning.prompts import PromptSet  # noqa: E402
+from training.step3_rlhf_finetuning.reward_sources import RewardMix  # noqa: E402
+from training.step3_rlhf_finetuning.rewards import (  # noqa: E402
+    NONE,
+    TextFunction,
+    load_text_function,
+    parse_reward_functions,
+)
+from training.step3_rlhf_finetuning.rlhf_engine import build_rewards  # noqa: E402
 from training.step3_rlhf_finetuning.rollout import SamplingConfig, rollout_backend  # noqa: E402
-from training.utils import arguments, engine as engines, evaluating, models  # noqa: E402
-from training.utils.data import prepare_data, render, stop_token_ids  # noqa: E402
+from training.utils import arguments, evaluating, models  # noqa: E402
+from training.utils.data import prepare_data, stop_token_ids  # noqa: E402
 from training.utils.distributed import init_distributed, say  # noqa: E402
 from training.utils.errors import UserError, run_program  # noqa: E402
 from training.utils.metrics import progress_bar  # noqa: E402
+from training.utils.reward_model import STATS_FILE  # noqa: E402
 from training.utils.runs import is_finished  # noqa: E402
+from training.utils.text_reward import load_text_reward_model  # noqa: E402
 
 DRAW_SEED = 7_919  # best-of-n draws under other noise than the answers that it is held against
 
@@ -81,7 +97,7 @@ class Evaluator:
     """
 
     def __init__(
-        self, prompts: HeldOutPrompts, rows: Sequence[int], sampling: SamplingConfig, dtype: str, device: torch.device
+        self, prompts: PromptSet, rows: Sequence[int], sampling: SamplingConfig, dtype: str, device: torch.device
     ) -> None:
         self.prompts = prompts
         self.rows = list(rows)
@@ -89,48 +105,23 @@ class Evaluator:
         self.dtype = dtype
         self.device = device
 
-    def scorer(self, path: str, pad_id: int) -> Any:
-        """A reward model from disk, which scores every token."""
-        return engines.load_frozen_scorer(
-            path,
-            zero_stage=0,
-            dtype=self.dtype,
-            pad_token_id=pad_id,
-            attn_implementation="sdpa",
-            offload=False,
-            device=self.device,
-        )
-
     def model(self, path: str) -> Any:
         """A causal LM from disk."""
         return models.load_causal_lm(path, dtype=self.dtype).to(self.device).eval()
 
-    def answers(self, model: Any, reward: Any, seed: int, reference: Any | None = None) -> list[Answer]:
+    def answers(self, model: Any, rewards: RewardMix, seed: int, reference: Any | None = None) -> list[Answer]:
         """One answer to each prompt; with ``reference`` its KL too."""
         with torch.no_grad():
             return answer_held_out(
                 replace(self.prompts, seed=seed),
                 self.rows,
                 contextlib.nullcontext(model),
-                reward,
+                rewards,
                 rollout_backend("fast"),
                 self.sampling,
                 self.device,
                 contextlib.nullcontext(reference) if reference is not None else None,
             )
-
-
-def judge_rewards(scorer: Any, tokenizer: Any, prompts: HeldOutPrompts, answers: Sequence[Answer]) -> list[float]:
-    """Rewards by another reward model, which reads the text in its own chat template."""
-    device, values = next(scorer.parameters()).device, []
-    for answer in answers:
-        ids = render(
-            tokenizer, [*prompts.messages(answer.row), {"role": "assistant", "content": answer.text}]
-        ).input_ids
-        tensor = torch.tensor([ids], device=device)
-        with torch.no_grad():
-            values.append(scorer(tensor, torch.ones_like(tensor))[0, -1].item())
-    return values
 
 
 def judged_by(
@@ -188,21 +179,20 @@ def described(
 
 
 def draw(
-    evaluator: Evaluator, paths: Mapping[str, str], draws_per_prompt: int, seed: int
+    evaluator: Evaluator, rewards: RewardMix, sft_path: str, actor_path: str, draws_per_prompt: int, seed: int
 ) -> dict[str, list[list[Answer]]]:
     """Answers ``[model][prompt][draw]`` of ``sft``, of ``rlhf`` and, if there are draws, of ``best_of``."""
-    reward = evaluator.scorer(paths["reward"], evaluator.prompts.tokenizer.pad_token_id)
-    sft = evaluator.model(paths["sft"])
+    sft = evaluator.model(sft_path)
     say(f"answering {len(evaluator.rows)} held-out prompts with the SFT model, "
         f"{draws_per_prompt} times more for best-of-n, and with the RLHF model ...")  # fmt: skip
     bar = progress_bar(draws_per_prompt + 2, "answers")
     rounds = []
     for number in range(draws_per_prompt + 1):  # round 0 is what everything is held against
-        rounds.append(evaluator.answers(sft, reward, seed + DRAW_SEED * number))
+        rounds.append(evaluator.answers(sft, rewards, seed + DRAW_SEED * number))
         bar.update()
-    actor = evaluator.model(paths["rlhf"])
+    actor = evaluator.model(actor_path)
     drawn = {"sft": [[a] for a in rounds[0]]}
-    drawn["rlhf"] = [[a] for a in evaluator.answers(actor, reward, seed, reference=sft)]
+    drawn["rlhf"] = [[a] for a in evaluator.answers(actor, rewards, seed, reference=sft)]
     bar.update()
     bar.close()
     return drawn | ({"best_of": [list(row) for row in zip(*rounds[1:], strict=True)]} if draws_per_prompt else {})
@@ -220,9 +210,13 @@ def all_judges(
     if function is not None:
         judged["function"] = judged_by(lambda answers: checks(prompts, answers, function) or [], drawn)
     if judge_path:
-        tokenizer = models.load_tokenizer(judge_path)
-        judge = evaluator.scorer(judge_path, tokenizer.pad_token_id)
-        judged["judge"] = judged_by(lambda answers: judge_rewards(judge, tokenizer, prompts, answers), drawn)
+        judge = load_text_reward_model(judge_path, dtype=evaluator.dtype, device=evaluator.device)
+
+        def judge_answers(answers: Sequence[Answer]) -> list[float]:
+            said = [[*prompts.messages(a.row), {"role": "assistant", "content": a.text}] for a in answers]
+            return judge.rewards(said, evaluation.BATCH_SIZE).tolist()
+
+        judged["judge"] = judged_by(judge_answers, drawn)
     return judged
 
 
@@ -232,22 +226,28 @@ def main(argv: Sequence[str]) -> int:
     counts = best_of_n.parse_counts(step.best_of, "--best_of")
     folder = evaluating.step_folder(args.path, "step3")
     recorded = evaluating.recorded_arguments(folder, step3.ARGUMENTS, arguments.ALIASES)
-    rollout, seed = recorded[settings.RolloutArguments], recorded[settings.OptimizationArguments].seed
-    function_name = step.eval_function or recorded[settings.EvaluationArguments].eval_function
+    rollout, ppo = recorded[rlhf_arguments.RolloutArguments], recorded[rlhf_arguments.PPOArguments]
+    seed = recorded[rlhf_arguments.OptimizationArguments].seed
+    function_name = step.eval_function or recorded[rlhf_arguments.EvaluationArguments].eval_function
     function = load_text_function(function_name, "--eval_function")
     actor_path = models.resolve_model(str(folder / "actor"), "--path")
     sft_path = of_the_run(step.sft_model_name_or_path, folder, "step1", "--sft_model_name_or_path")
-    reward_path = of_the_run(step.reward_model_name_or_path, folder, "step2", "--reward_model_name_or_path")
+    functions, weight = parse_reward_functions(ppo.reward_function, "--reward_function")
+    named = step.reward_model_name_or_path or recorded[rlhf_arguments.RoleArguments].critic_model_name_or_path
+    reward_path = "" if named == NONE else of_the_run(named, folder, "step2", "--reward_model_name_or_path")
+    if not reward_path and not functions:
+        raise UserError("--reward_model_name_or_path none leaves no reward, as the run has no --reward_function")
     judge_path = ""
     if step.judge_model_name_or_path:
         judge_path = models.resolve_model(step.judge_model_name_or_path, "--judge_model_name_or_path")
     longest = step.max_answer_seq_len or rollout.max_answer_seq_len
-    for path in (actor_path, sft_path, reward_path):
+    for path in (actor_path, sft_path):
         models.check_length(path, rollout.max_prompt_seq_len + longest, "--max_prompt_seq_len + --max_answer_seq_len")
     tokenizer = models.load_tokenizer(actor_path)
-    for path, flag in ((sft_path, "--sft_model_name_or_path"), (reward_path, "--reward_model_name_or_path")):
-        if not models.same_tokenizer(tokenizer, models.load_tokenizer(path)):
-            raise UserError(f"{flag} {path} has another tokenizer or chat template than {actor_path}")
+    if not models.same_tokenizer(tokenizer, models.load_tokenizer(sft_path)):
+        raise UserError(f"--sft_model_name_or_path {sft_path} has another tokenizer or chat template than {actor_path}")
+    normalize = ppo.normalize_reward and (Path(reward_path) / STATS_FILE).is_file()
+    reward = settings.reward_model_settings(reward_path, tokenizer, normalize=normalize, weight=weight, plan=False)
     if function is None and not judge_path:
         say("warning: the only judge is the reward model that training has learned to please; give --eval_function or "
             "--judge_model_name_or_path")  # fmt: skip
@@ -263,11 +263,11 @@ def main(argv: Sequence[str]) -> int:
     device = init_distributed()
     sampling = SamplingConfig(longest, temperature=step.temperature or rollout.temperature, top_p=rollout.top_p,
                               top_k=rollout.top_k)  # fmt: skip
-    prompts = HeldOutPrompts(rows, tokenizer, tuple(stop_token_ids(tokenizer)), seed)
+    prompts = PromptSet(rows, tokenizer, tuple(stop_token_ids(tokenizer)), seed)
     evaluator = Evaluator(prompts, spread_rows(len(rows), args.max_prompts or len(rows)), sampling, args.dtype, device)
 
-    paths = {"sft": sft_path, "rlhf": actor_path, "reward": reward_path}
-    drawn = draw(evaluator, paths, counts[-1] if counts else 0, seed)
+    rewards = build_rewards(reward, functions, pad_token_id=tokenizer.pad_token_id, dtype=args.dtype, device=device)
+    drawn = draw(evaluator, rewards, sft_path, actor_path, counts[-1] if counts else 0, seed)
     judged = all_judges(evaluator, drawn, function, judge_path)
     content = assemble(drawn, judged, counts, seed)
     say("\n" + result_table(content["models"]))

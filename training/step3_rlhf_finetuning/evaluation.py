@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -10,12 +9,19 @@ from typing import Any
 
 import torch
 
-from training.step3_rlhf_finetuning.experience import score_log_probs, score_rewards
-from training.step3_rlhf_finetuning.ppo_trainer import has_ended
-from training.step3_rlhf_finetuning.rewards import Messages, TextFunction, call_text_function, win_rate
-from training.step3_rlhf_finetuning.rollout import RolloutBackend, RolloutBatch, RolloutRequest, SamplingConfig
-from training.utils.data import collate_prompts
+from training.step3_rlhf_finetuning.experience import score_log_probs
+from training.step3_rlhf_finetuning.prompts import PromptSet
+from training.step3_rlhf_finetuning.reward_sources import RewardMix
+from training.step3_rlhf_finetuning.rewards import TextFunction, call_text_function, win_rate
+from training.step3_rlhf_finetuning.rollout import (
+    RolloutBackend,
+    RolloutBatch,
+    SamplingConfig,
+    has_ended,
+    response_texts,
+)
 from training.utils.distributed import gather_objects, rank, world_size
+from training.utils.supervision import beat
 
 BATCH_SIZE = 32  # held-out prompts per rank that are answered together: decoding gains little from more on a CPU
 
@@ -27,7 +33,7 @@ class Answer:
     Attributes:
         row: in the dataset.
         text: without special tokens.
-        reward: raw.
+        reward: the weighted sum of its normalised rewards, without clip and penalties.
         ended: whether it has its end token.
         length: in tokens.
         kl: log-prob under the policy minus that under the SFT model, summed over the tokens; None if not measured.
@@ -41,70 +47,23 @@ class Answer:
     kl: float | None = None
 
 
-@dataclass(frozen=True)
-class HeldOutPrompts:
-    """What evaluation needs to know once.
-
-    Attributes:
-        dataset: step 3's held-out rows.
-        tokenizer: decodes answers.
-        stop_ids: the end tokens.
-        seed: of the sampling noise: the same in each evaluation, so that policies are compared under the same noise.
-    """
-
-    dataset: Any
-    tokenizer: Any
-    stop_ids: tuple[int, ...]
-    seed: int
-
-    def messages(self, row: int) -> Messages:
-        """The conversation of a row."""
-        return json.loads(self.dataset[row]["messages"])
-
-    def original(self, row: int) -> dict[str, Any]:
-        """The row as it stood in its file."""
-        return json.loads(self.dataset[row]["row"])
-
-
-def request_for(prompts: HeldOutPrompts, rows: Sequence[int], device: torch.device) -> RolloutRequest:
-    """A request that answers these rows; noise hangs on the row number."""
-    batch = collate_prompts([prompts.dataset[i] for i in rows], prompts.tokenizer.pad_token_id)
-    return RolloutRequest(
-        prompt_ids=batch["input_ids"].to(device),
-        prompt_mask=batch["attention_mask"].to(device),
-        row_ids=torch.tensor(list(rows), device=device),
-        seed=prompts.seed,
-        iteration=-1,
-        stop_ids=prompts.stop_ids,
-        pad_id=prompts.tokenizer.pad_token_id,
-    )
-
-
-def response_texts(rollout: RolloutBatch, tokenizer: Any) -> list[str]:
-    """The responses as text, without special tokens and surrounding white space."""
-    responses = rollout.input_ids[:, rollout.response_start :]
-    return [
-        tokenizer.decode(ids[mask], skip_special_tokens=True).strip()
-        for ids, mask in zip(responses, rollout.response_mask, strict=True)
-    ]
-
-
 def answers_of(
-    prompts: HeldOutPrompts, rows: Sequence[int], rollout: RolloutBatch, reward: Any, kl: torch.Tensor | None = None
+    prompts: PromptSet, rows: Sequence[int], rollout: RolloutBatch, rewards: RewardMix, kl: torch.Tensor | None = None
 ) -> list[Answer]:
-    """The answers in a rollout of these rows, rewarded; a collective if the reward model is sharded.
+    """The answers in a rollout of these rows, rewarded; a collective.
 
     Args:
         prompts, rows, rollout: the rollout is of these rows.
-        reward: frozen `TokenScorer`.
+        rewards: what answers are worth.
         kl: ``[B]``, from `sequence_kl`.
     """
+    total, _ = rewards.score(rollout, rows, prompts, BATCH_SIZE)
     return [
         Answer(*values)
         for values in zip(
             rows,
             response_texts(rollout, prompts.tokenizer),
-            score_rewards(reward, rollout, BATCH_SIZE).tolist(),
+            total.tolist(),
             has_ended(rollout, prompts.stop_ids).tolist(),
             rollout.response_mask.sum(1).tolist(),
             [None] * len(rows) if kl is None else kl.tolist(),
@@ -123,10 +82,10 @@ def sequence_kl(reference: Any, rollout: RolloutBatch, temperature: float) -> to
 
 
 def answer_held_out(
-    prompts: HeldOutPrompts,
+    prompts: PromptSet,
     rows: Sequence[int],
     generation: AbstractContextManager[Any],
-    reward: Any,
+    rewards: RewardMix,
     backend: RolloutBackend,
     sampling: SamplingConfig,
     device: torch.device,
@@ -138,7 +97,7 @@ def answer_held_out(
         prompts: the prompts.
         rows: which of them; at least one.
         generation: gives the policy, such as ``HybridEngine.generation_mode()``.
-        reward: frozen `TokenScorer`.
+        rewards: what answers are worth.
         backend, sampling: how to decode.
         device: this rank's.
         reference: gives the SFT model, such as ``HybridEngine.reference_mode()``, to measure the KL to it.
@@ -152,8 +111,9 @@ def answer_held_out(
         by_length.append(by_length[-1])
     mine = by_length[rank() :: world_size()]
     batches = [mine[i : i + BATCH_SIZE] for i in range(0, len(mine), BATCH_SIZE)]
+    beat("answering held-out prompts")
     with generation as model:
-        rollouts = [backend.generate(model, request_for(prompts, batch, device), sampling) for batch in batches]
+        rollouts = [backend.generate(model, prompts.request(batch, device), sampling) for batch in batches]
     divergences: list[torch.Tensor | None] = [None] * len(batches)
     if reference is not None:
         with reference as model:
@@ -161,7 +121,7 @@ def answer_held_out(
     answers = [
         answer
         for batch, rollout, kl in zip(batches, rollouts, divergences, strict=True)
-        for answer in answers_of(prompts, batch, rollout, reward, kl)
+        for answer in answers_of(prompts, batch, rollout, rewards, kl)
     ]
     by_row = {answer.row: answer for answer in gather_objects(answers)}
     return [by_row[i] for i in rows]
@@ -172,7 +132,7 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def checks(prompts: HeldOutPrompts, answers: Sequence[Answer], function: TextFunction | None) -> list[float] | None:
+def checks(prompts: PromptSet, answers: Sequence[Answer], function: TextFunction | None) -> list[float] | None:
     """The evaluation function's value of each answer, None without one."""
     if function is None:
         return None
@@ -186,7 +146,7 @@ def checks(prompts: HeldOutPrompts, answers: Sequence[Answer], function: TextFun
 
 
 def compare(
-    prompts: HeldOutPrompts,
+    prompts: PromptSet,
     before: Sequence[Answer],
     after: Sequence[Answer],
     function: TextFunction | None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from training.step3_rlhf_finetuning.ppo import token_rewards
 from training.step3_rlhf_finetuning.rollout import RolloutBatch
 from training.utils.logprobs import response_log_probs
 from training.utils.reward_model import last_token_scores
+from training.utils.supervision import beat
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Experience:
         values: ``[B, R]`` of the critic before this iteration's updates.
         rewards: ``[B, R]``, KL penalty and the sequence score.
         advantages, returns: ``[B, R]``, filled in once per iteration.
+        valid: ``[B]`` bool, whether the row may be learned from: its reward is finite.
     """
 
     input_ids: Tensor
@@ -43,6 +45,7 @@ class Experience:
     rewards: Tensor
     advantages: Tensor
     returns: Tensor
+    valid: Tensor
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -95,6 +98,13 @@ def in_pieces(batch_size: int, total: int) -> list[slice]:
     return [slice(i, min(i + batch_size, total)) for i in range(0, total, batch_size)]
 
 
+def scored_pieces(batch_size: int, total: int) -> Iterator[slice]:
+    """`in_pieces`, each a sign of life for the watchdog."""
+    for piece in in_pieces(batch_size, total):
+        beat()
+        yield piece
+
+
 @torch.no_grad()
 def score_log_probs(
     model: nn.Module, rollout: RolloutBatch, batch_size: int, temperature: float, entropy: bool = False
@@ -109,7 +119,7 @@ def score_log_probs(
             temperature,
             entropy,
         )
-        for piece in in_pieces(batch_size, rollout.input_ids.shape[0])
+        for piece in scored_pieces(batch_size, rollout.input_ids.shape[0])
     ]
     log_probs = torch.cat([p[0] for p in parts])
     return log_probs, torch.cat([p[1] for p in parts if p[1] is not None]) if entropy else None
@@ -121,7 +131,7 @@ def score_values(critic: Any, rollout: RolloutBatch, batch_size: int) -> Tensor:
     return torch.cat(
         [
             state_values(critic, rollout.input_ids[piece], rollout.attention_mask[piece], rollout.response_mask[piece])
-            for piece in in_pieces(batch_size, rollout.input_ids.shape[0])
+            for piece in scored_pieces(batch_size, rollout.input_ids.shape[0])
         ]
     )
 
@@ -136,7 +146,7 @@ def score_rewards(reward: Any, rollout: RolloutBatch, batch_size: int) -> Tensor
                 reward(rollout.input_ids[piece], rollout.attention_mask[piece]),
                 full_response_mask(rollout.response_mask[piece], total),
             )
-            for piece in in_pieces(batch_size, rollout.input_ids.shape[0])
+            for piece in scored_pieces(batch_size, rollout.input_ids.shape[0])
         ]
     )
 
@@ -148,6 +158,7 @@ def make_experience(
     reference_log_probs: Tensor,
     values: Tensor,
     scores: Tensor,
+    valid: Tensor,
     kl_coef: float,
 ) -> Experience:
     """Put one rollout's scores together; advantages and returns are still 0."""
@@ -164,4 +175,5 @@ def make_experience(
         rewards,
         blank,
         blank,
+        valid,
     )

@@ -119,6 +119,13 @@ RULES = (
         "reward model, raise --clip_reward or --temperature",
     ),
     Rule(
+        "reward/not_finite",
+        0.0,
+        0.0,
+        1,
+        "{value:.0f} responses have a reward that is not finite and are left out: look at them with --trace",
+    ),
+    Rule(
         "critic/explained_variance",
         -0.5,
         1.0,

@@ -18,14 +18,8 @@ from typing import Any
 
 import torch
 
-from training.step3_rlhf_finetuning.evaluation import (
-    Answer,
-    HeldOutPrompts,
-    answer_held_out,
-    checks,
-    compare,
-    mean,
-)
+from training.step3_rlhf_finetuning.evaluation import Answer, answer_held_out, checks, compare, mean
+from training.step3_rlhf_finetuning.prompts import PromptSet
 from training.step3_rlhf_finetuning.rewards import TextFunction, win_rate
 from training.step3_rlhf_finetuning.rlhf_engine import Roles
 from training.step3_rlhf_finetuning.rollout import RolloutBackend, SamplingConfig
@@ -74,7 +68,7 @@ class HeldOutEvaluation:
 
     Args:
         prompts: the held-out prompts.
-        roles: the actor, its reference and the reward model.
+        roles: the actor, its reference and the rewards.
         backend, sampling: how answers are decoded, as in training.
         logger: gets the metrics ``eval/...``.
         every: iterations between two evaluations, 0 for one at the end only.
@@ -91,7 +85,7 @@ class HeldOutEvaluation:
 
     def __init__(
         self,
-        prompts: HeldOutPrompts,
+        prompts: PromptSet,
         roles: Roles,
         backend: RolloutBackend,
         sampling: SamplingConfig,
@@ -193,7 +187,7 @@ class HeldOutEvaluation:
             self.prompts,
             rows,
             generation,
-            self.roles.reward,
+            self.roles.rewards,
             self.backend,
             self.sampling,
             actor.engine.device,

@@ -20,7 +20,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from training.utils.runtime import prepare_runtime
 
@@ -28,58 +27,39 @@ prepare_runtime()
 
 import torch  # noqa: E402  threads and PATH must be set before
 
-from training.step3_rlhf_finetuning import evaluation, prompts, samples, settings  # noqa: E402
+from training.step3_rlhf_finetuning import evaluation, outputs, prompts, rlhf_arguments, samples, settings  # noqa: E402
 from training.step3_rlhf_finetuning.health import HealthMonitor  # noqa: E402
 from training.step3_rlhf_finetuning.held_out import HeldOutEvaluation  # noqa: E402
-from training.step3_rlhf_finetuning.memory import RolePaths, show_rlhf_plan  # noqa: E402
+from training.step3_rlhf_finetuning.memory import show_rlhf_plan  # noqa: E402
 from training.step3_rlhf_finetuning.ppo_trainer import PPOTrainer  # noqa: E402
-from training.step3_rlhf_finetuning.rewards import load_text_function  # noqa: E402
-from training.step3_rlhf_finetuning.rlhf_engine import RoleSettings, SharedSettings, build_roles, generation_backend  # noqa: E402
+from training.step3_rlhf_finetuning.pretraining_mix import PretrainingMix  # noqa: E402
+from training.step3_rlhf_finetuning.rewards import load_text_function, parse_reward_functions  # noqa: E402
+from training.step3_rlhf_finetuning.rlhf_engine import build_roles, generation_backend  # noqa: E402
 from training.step3_rlhf_finetuning.rollout import SamplingConfig  # noqa: E402
-from training.utils import arguments, models  # noqa: E402
-from training.utils.checkpoint import move_into, save_model  # noqa: E402
-from training.utils.data import prepare_data, stop_token_ids  # noqa: E402
-from training.utils.distributed import init_distributed, is_main, rank, say, world_size  # noqa: E402
-from training.utils.errors import UserError, run_program  # noqa: E402
+from training.step3_rlhf_finetuning.scoring import Scoring  # noqa: E402
+from training.step3_rlhf_finetuning.trace import write_trace  # noqa: E402
+from training.utils import arguments, models, supervision  # noqa: E402
+from training.utils.checkpoint import save_model  # noqa: E402
+from training.utils.data import prepare_data, prepare_pretraining, stop_token_ids  # noqa: E402
+from training.utils.distributed import init_distributed, rank, say, world_size  # noqa: E402
 from training.utils.lora import check_lora  # noqa: E402
-from training.utils.metrics import MetricsLogger, progress_bar, write_summary  # noqa: E402
-from training.utils.model_card import write_model_card  # noqa: E402
+from training.utils.metrics import MetricsLogger, progress_bar  # noqa: E402
 from training.utils.phases import Phases  # noqa: E402
 from training.utils.resume import BEST, METRICS, Run, resume_output_dir  # noqa: E402
-from training.utils.reward_model import RewardStats  # noqa: E402
-from training.utils.runs import latest_output, prepare_output_dir  # noqa: E402
+from training.utils.runs import prepare_output_dir  # noqa: E402
 from training.utils.zero_config import check_dtype, read_user_config  # noqa: E402
 
-SAMPLE_EVERY = 5  # iterations between two looks at one held-out prompt's answer
-
 ARGUMENTS = [
-    settings.RoleArguments,
+    rlhf_arguments.RoleArguments,
     arguments.DataArguments,
-    settings.RolloutArguments,
-    settings.PPOArguments,
-    settings.OptimizationArguments,
-    settings.RoleZeroArguments,
-    settings.EvaluationArguments,
+    rlhf_arguments.RolloutArguments,
+    rlhf_arguments.PPOArguments,
+    rlhf_arguments.OptimizationArguments,
+    rlhf_arguments.RoleZeroArguments,
+    rlhf_arguments.EvaluationArguments,
     arguments.OutputArguments,
     arguments.ReliabilityArguments,
 ]
-
-
-def load_tokenizer(args: settings.RoleArguments, data: arguments.DataArguments, actor_path: str, critic_path: str):
-    """The tokenizer of all roles.
-
-    Raises:
-        UserError: the reward model was trained with another one.
-    """
-    source = models.resolve_model(args.tokenizer_name_or_path or actor_path, "--tokenizer_name_or_path")
-    template = {"chat_template": data.chat_template, "system_message": data.system_message}
-    tokenizer = models.load_tokenizer(source, **template)
-    if not models.same_tokenizer(tokenizer, models.load_tokenizer(critic_path, **template)):
-        raise UserError(
-            f"the reward model {critic_path} has another tokenizer or chat template than the actor {actor_path}; "
-            f"train step 2 from this actor's step 1"
-        )
-    return tokenizer
 
 
 def main(argv: Sequence[str]) -> int:
@@ -92,24 +72,26 @@ def main(argv: Sequence[str]) -> int:
     check_dtype(role_args.dtype)
     settings.check(rollout, ppo, train, zero)
     eval_function = load_text_function(evaluate.eval_function, "--eval_function")
+    functions, model_weight = parse_reward_functions(ppo.reward_function, "--reward_function")
     overrides = read_user_config(zero.deepspeed_config)
-    actor_path = models.resolve_model(
-        role_args.actor_model_name_or_path or str(latest_output("step1")), "--actor_model_name_or_path"
+    actor_path, reward_path = settings.model_paths(role_args, bool(functions))
+    tokenizer = settings.load_tokenizer(role_args, actor_path)
+    reward_model = settings.reward_model_settings(
+        reward_path, tokenizer, normalize=ppo.normalize_reward, weight=model_weight, plan=output.plan
     )
-    critic_path = models.resolve_model(
-        role_args.critic_model_name_or_path or str(latest_output("step2")), "--critic_model_name_or_path"
-    )
-    stats = RewardStats.read(critic_path) if ppo.normalize_reward and not output.plan else None
+    actor = settings.actor_settings(actor_path, role_args, train, zero)
+    critic = None
+    if ppo.advantage == "gae":
+        critic = settings.critic_settings(actor_path, reward_model, role_args, train, zero)
     length = rollout.max_prompt_seq_len + rollout.max_answer_seq_len
-    for path in (actor_path, critic_path):
-        models.check_length(path, length, "--max_prompt_seq_len + --max_answer_seq_len")
-    check_lora(actor_path, zero.actor_lora_dim, zero.actor_lora_module_name)
-    check_lora(critic_path, zero.critic_lora_dim, zero.critic_lora_module_name)
+    for role in filter(None, (actor, critic)):
+        models.check_length(role.path, length, "--max_prompt_seq_len + --max_answer_seq_len")
+        check_lora(role.path, role.lora_dim, role.lora_module_name)
     if output.plan:
-        return show_rlhf_plan(RolePaths(actor_path, critic_path), role_args, rollout, train, zero, overrides)
+        return show_rlhf_plan(actor, critic, reward_model, role_args, rollout, train, zero, overrides)
     output_dir = prepare_output_dir(resume_output_dir(reliability.resume, output.output_dir), "step3")
-    tokenizer = load_tokenizer(role_args, data, actor_path, critic_path)
-    device = init_distributed(zero.local_rank)
+    device = init_distributed(reliability.distributed_timeout)
+    supervision.watch(output_dir, reliability.hang_timeout)
     torch.manual_seed(train.seed)
 
     # Data
@@ -123,19 +105,25 @@ def main(argv: Sequence[str]) -> int:
         run_dir=output_dir,
     )
     say("\n".join(rows.report.lines()))
+    mix_rows = None
+    if train.unsupervised_data_path:
+        mix = prepare_pretraining(train.unsupervised_data_path, data, tokenizer, max_length=length, seed=train.seed)
+        mix_rows = mix.train
+        say("\n".join(["pre-training mix:", *mix.report.lines()]))
     stop_ids = tuple(stop_token_ids(tokenizer))
+    training = prompts.PromptSet(rows.train, tokenizer, stop_ids, train.seed)
+    held_out = prompts.PromptSet(rows.held_out, tokenizer, stop_ids, train.seed)
     run = Run.open(
         "step3",
         output_dir,
         reliability,
         groups,
-        models={"--actor_model_name_or_path": actor_path, "--critic_model_name_or_path": critic_path},
-        data={"training": rows.train, "held-out": rows.held_out},
+        models=settings.origins(actor_path, reward_path, ppo.reward_function),
+        data={"training": rows.train, "held-out": rows.held_out} | ({"pre-training": mix_rows} if mix_rows else {}),
         batches=settings.batches_of_all_ranks(rollout, train, world_size()),
     )
     settings.divide_batches(rollout, train, run.batches, world_size())
-    batches = rollout.generation_batches
-    per_rank = rollout.per_device_generation_batch_size // rollout.samples_per_prompt * batches
+    per_rank = rollout.per_device_generation_batch_size // rollout.samples_per_prompt * rollout.generation_batches
     schedule = prompts.prompt_schedule(
         len(rows.train),
         per_rank * world_size(),
@@ -143,65 +131,55 @@ def main(argv: Sequence[str]) -> int:
         iterations=train.num_iterations,
         seed=train.seed,
     )
-    micro_batches = rollout.per_device_generation_batch_size * batches // train.per_device_training_batch_size
-    steps_per_iteration = ppo.ppo_epochs * micro_batches // train.gradient_accumulation_steps
-    phases.end("data", "loading actor, reference, reward model and critic")
+    phases.end("data", "loading the models of all roles")
 
     # Roles
-    shared = SharedSettings(
-        dtype=role_args.dtype,
-        attn_implementation=role_args.attn_implementation,
-        offload=zero.offload,
-        offload_reference_model=zero.offload_reference_model,
-        offload_reward_model=zero.offload_reward_model,
-        only_optimize_lora=zero.only_optimize_lora,
+    shared = settings.shared_settings(
+        role_args,
+        train,
+        zero,
         overrides=overrides,
-        micro_batch_size=train.per_device_training_batch_size,
-        num_warmup_steps=train.num_warmup_steps,
-        total_steps=len(schedule) * steps_per_iteration,
+        total_steps=len(schedule) * settings.steps_per_iteration(ppo, rollout, train),
         pad_token_id=tokenizer.pad_token_id,
         device=device,
-        merge_lora_for_generation=zero.merge_lora_for_generation,
     )
-    roles = build_roles(
-        RoleSettings(
-            actor_path,
-            zero.actor_zero_stage,
-            train.actor_learning_rate,
-            train.actor_weight_decay,
-            role_args.actor_gradient_checkpointing,
-            zero.actor_lora_dim,
-            zero.actor_lora_module_name,
-        ),
-        RoleSettings(
-            critic_path,
-            zero.critic_zero_stage,
-            train.critic_learning_rate,
-            train.critic_weight_decay,
-            role_args.critic_gradient_checkpointing,
-            zero.critic_lora_dim,
-            zero.critic_lora_module_name,
-        ),
-        shared,
-        stats,
-        with_critic=ppo.advantage == "gae",
-    )
+    roles = build_roles(actor, critic, reward_model, functions, shared, reward_zero_stage=zero.critic_zero_stage)
     decoded_together = max(rollout.per_device_generation_batch_size, evaluation.BATCH_SIZE)
     backend = generation_backend(roles.actor, rollout.rollout_engine, rows=decoded_together, length=length)
     sampling = SamplingConfig(
         rollout.max_answer_seq_len, temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k
     )
     constants = settings.ppo_settings(ppo, rollout, train)
-    trainer = PPOTrainer(roles, backend, sampling, constants, stats, role_args.dtype, phases)
+    pretraining = mix_rows and PretrainingMix(
+        mix_rows,
+        train.unsup_coef,
+        rows=run.batches["rows per step"],
+        micro_batch_size=train.per_device_training_batch_size,
+        pad_id=tokenizer.pad_token_id,
+        device=device,
+        seed=train.seed,
+    )
+    scoring = Scoring(roles, training, constants)
+    trainer = PPOTrainer(
+        roles, scoring, backend, sampling, constants, role_args.dtype, phases, pretraining, run.stop_if_asked
+    )
     phases.end("load")
 
-    run.load(roles.trained())
+    # Where the run stands: a checkpoint if there is one, else the SFT model's answers to begin with
+    run.load(roles.trained(), {"ema": roles.ema} if roles.ema else {})
     monitor = HealthMonitor(output_dir)
     monitor.replay(output_dir / METRICS, until=run.step)
     logger = MetricsLogger(
         output_dir, output.report_to, output_dir.parent.name + "/step3", monitor.observe, run.step, run.seconds
     )
-    held_out = evaluation.HeldOutPrompts(rows.held_out, tokenizer, stop_ids, train.seed)
+
+    shards = reliability.max_shard_size
+
+    def save_actor() -> None:
+        phases.end("evaluate")
+        save_model(roles.actor.engine, tokenizer, output_dir / BEST, stop_ids=stop_ids, max_shard_size=shards)
+        phases.end("save")
+
     evaluator = HeldOutEvaluation(
         held_out,
         roles,
@@ -213,27 +191,24 @@ def main(argv: Sequence[str]) -> int:
         function=eval_function,
         function_name=evaluate.eval_function,
         actor_dir=output_dir / BEST,
-        save=lambda: save_model(roles.actor.engine, tokenizer, output_dir / BEST, stop_ids=stop_ids),
+        save=save_actor,
     )
-    shown = samples.sample_rows(held_out)
     if run.step:
         evaluator.load_state_dict(run.progress)
     else:
         evaluator.begin()
     phases.end("evaluate")
 
-    # Loop, from the checkpoint on if there is one
+    # Loop
+    run.ready(evaluator.state_dict())
     bar = progress_bar(len(schedule), "step 3", run.step)
     for number, chosen in list(enumerate(schedule))[run.step :]:
-        dealt = prompts.deal(chosen, rows.train["length"], world_size(), batches)
+        dealt = prompts.deal(chosen, rows.train["length"], world_size(), rollout.generation_batches)
         requests = prompts.iteration_requests(
-            rows.train,
+            training,
             chosen,
             [batch[rank()] for batch in dealt],
             samples_per_prompt=rollout.samples_per_prompt,
-            stop_ids=stop_ids,
-            pad_id=tokenizer.pad_token_id,
-            seed=train.seed,
             iteration=number,
             device=device,
         )
@@ -241,45 +216,34 @@ def main(argv: Sequence[str]) -> int:
         logger.log(number + 1, metrics)
         bar.update()
         bar.set_postfix(reward=f"{metrics['reward/score']:.2f}", kl=f"{metrics['kl/per_sequence']:.2f}")
+        if number + 1 in evaluate.trace:
+            write_trace(output_dir, trainer.scored, training, number + 1)
         evaluator.after_iteration(number + 1)
-        if number % SAMPLE_EVERY == 0:
-            text = samples.sample_answer(held_out, shown[-1], roles.actor, backend, sampling)
-            say(f"[{number + 1}] {held_out.messages(shown[-1])[-1]['content']}\n    -> {text}")
-            logger.text(number + 1, "sample", text)
+        if number % samples.EVERY == 0:
+            samples.show_progress(number + 1, trainer.scored[0], training, held_out, roles, backend, sampling, logger)
         phases.end("evaluate")
         run.after_step(number + 1, evaluator.state_dict())
+        run.stop_if(trainer.guard.reason, "lower the learning rates, or look at the rewards with --trace")
+        phases.end("save")
     bar.close()
 
     # Save: the actor is the best one so far, by held-out reward at bounded KL
-    if roles.critic is not None:
-        critic_scale = {"reward_mean": stats.mean, "reward_std": stats.std} if stats else {}
-        save_model(roles.critic, tokenizer, output_dir / "critic", stop_ids=stop_ids, config_updates=critic_scale)
+    outputs.save_roles(roles, tokenizer, output_dir, stop_ids, shards)
     phases.end("save")
     summary = evaluator.finish()
+    run.stop_if_asked()
     logger.close()
-    if is_main():
-        move_into(output_dir / BEST, output_dir / "actor")
-    phases.end("evaluate", "answering with the model that step 1 started from")
-    base = samples.base_answers(held_out, shown, backend, sampling, actor_path, roles)
-    named = {"sft": [evaluator.before[i] for i in shown], "rlhf": [evaluator.after[i] for i in shown]}
-    if is_main():
-        samples.write_samples(output_dir, held_out, ({"base": base} if base else {}) | named, eval_function)
-    say(f"held-out reward {summary['reward_before']:.3f} -> {summary['reward_after']:.3f}, win rate over SFT "
-        f"{summary['win_rate']:.3f} [{summary['win_rate_low']:.3f}, {summary['win_rate_high']:.3f}]")  # fmt: skip
-    phases.end("evaluate")
+    outputs.write_answers(output_dir, evaluator, roles, backend, sampling, actor_path, eval_function, phases)
     summary |= {
         "iterations": len(schedule),
         "seconds": time.monotonic() - start + run.seconds,
         "phases": phases.summary(),
     }
-    made: dict[str, Any] = {"argv": argv, "data": rows.report.lines(), "results": summary}
-    origins = {"actor": actor_path, "critic": critic_path}
-    for role in roles.trained():
-        write_model_card(output_dir / role, role, (origins[role], origins[role]), tokenizer=tokenizer, **made)
-    write_summary(output_dir, summary)
-    say(f"step 3 saved to {output_dir}")
+    outputs.write_cards_and_summary(
+        output_dir, summary, roles, {"actor": actor, "critic": critic}, argv, rows, tokenizer
+    )
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(main))
+    sys.exit(supervision.run_training(main))

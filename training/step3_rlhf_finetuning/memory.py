@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,14 +11,15 @@ from training.step3_rlhf_finetuning.decode_loop import PREFILL_TOKENS
 from training.step3_rlhf_finetuning.evaluation import BATCH_SIZE
 from training.step3_rlhf_finetuning.experience import actor_log_probs, state_values
 from training.step3_rlhf_finetuning.packed_linear import packed_bytes
-from training.step3_rlhf_finetuning.rollout import MIN_STEPS_TO_PACK
-from training.step3_rlhf_finetuning.settings import (
+from training.step3_rlhf_finetuning.rlhf_arguments import (
     OptimizationArguments,
     RoleArguments,
     RoleZeroArguments,
     RolloutArguments,
 )
-from training.utils import memory_plan as plans
+from training.step3_rlhf_finetuning.rlhf_engine import RewardModelSettings, RoleSettings
+from training.step3_rlhf_finetuning.rollout import MIN_STEPS_TO_PACK
+from training.utils import memory_plan as plans, models
 from training.utils.distributed import world_size
 from training.utils.live_memory import FakeModel, PassMemory
 from training.utils.models import without_adapters
@@ -35,24 +35,28 @@ FLAGS = {
 }
 
 
-@dataclass(frozen=True)
-class RolePaths:
-    """The folders of actor and critic."""
-
-    actor: str
-    critic: str
-
-
 class RoleCosts:
-    """Passes of actor and critic without storage, each counted once.
+    """Passes of the roles without storage, each counted once.
 
     Args:
-        actor, critic: from `training.utils.memory_plan.fake_role`.
+        actor, critic, reward: from `training.utils.memory_plan.fake_role`; None for a role that is not there, or a
+            reward model whose forward is not known.
         prompt, response: their longest lengths in tokens.
+        reward_parameters: of the reward model, 0 without one.
     """
 
-    def __init__(self, actor: FakeModel, critic: FakeModel, prompt: int, response: int) -> None:
-        self.actor, self.critic, self.prompt, self.response = actor, critic, prompt, response
+    def __init__(
+        self,
+        actor: FakeModel,
+        critic: FakeModel | None,
+        reward: FakeModel | None,
+        prompt: int,
+        response: int,
+        reward_parameters: int,
+    ) -> None:
+        self.actor, self.critic, self.reward = actor, critic, reward
+        self.prompt, self.response, self.reward_parameters = prompt, response, reward_parameters
+        self.trained = ["actor"] if critic is None else ["actor", "critic"]
         self.training = functools.cache(self._training)
         self.scoring = functools.cache(self._scoring)
         self.prefill = functools.cache(self._prefill)
@@ -60,7 +64,7 @@ class RoleCosts:
     def _outputs(self, role: str, model: Any, rows: int) -> torch.Tensor:
         ids, mask = plans.fake_batch(rows, self.prompt + self.response)
         response = torch.ones(rows, self.response, dtype=torch.bool)
-        if role == "critic":
+        if role != "actor":
             return state_values(model, ids, mask, response.to(plans.device()))
         return actor_log_probs(model, ids, mask, response, 1.0, entropy=not torch.is_grad_enabled())[0]
 
@@ -119,6 +123,7 @@ def rlhf_plan(
     settings: plans.Settings,
     roles: RoleArguments,
     rollout: RolloutArguments,
+    train: OptimizationArguments,
     zero: RoleZeroArguments,
     overrides: dict[str, Any],
     stages: tuple[int, int],
@@ -126,15 +131,15 @@ def rlhf_plan(
     """The plan of step 3.
 
     Args:
-        costs: of actor and critic.
+        costs: of the roles.
         settings: what may change.
-        roles, rollout, zero: the step's flags.
+        roles, rollout, train, zero: the step's flags.
         overrides: the user's DeepSpeed configuration.
         stages: ZeRO stages of actor and critic.
     """
     dtype, on_cpu, ranks = roles.dtype, plans.device().type == "cpu", world_size()
     memory: dict[str, RoleMemory] = {}
-    for role, stage in zip(("actor", "critic"), stages, strict=True):
+    for role, stage in zip(costs.trained, stages, strict=False):
         config = deepspeed_config(zero_stage=stage, dtype=dtype, offload=settings.offload, overrides=overrides)
         size = plans.role_size(getattr(costs, role))
         memory[role] = trained_role(
@@ -144,20 +149,22 @@ def rlhf_plan(
     if not (zero.actor_lora_dim and zero.only_optimize_lora):
         count = plans.base_parameters(costs.actor)
         memory["reference"] = bare(count, zero_stage=stages[0], offload=zero.offload_reference_model)
-    count = plans.base_parameters(costs.critic)
-    memory["reward"] = bare(count, zero_stage=stages[1], offload=zero.offload_reward_model)
+    if costs.reward_parameters:
+        memory["reward"] = bare(costs.reward_parameters, zero_stage=stages[1], offload=zero.offload_reward_model)
+    if train.enable_ema:
+        memory["ema"] = RoleMemory({"moving average": 4 * -(-plans.role_size(costs.actor).trained // ranks)})
     return plans.Plan(memory, _phases(costs, settings, memory, dtype, rollout), on_cpu, _notes(costs, settings))
 
 
 def _phases(
     costs: RoleCosts, settings: plans.Settings, memory: dict[str, RoleMemory], dtype: str, rollout: RolloutArguments
 ) -> list[plans.Phase]:
-    rows, actor, critic = settings.batch, memory["actor"], memory["critic"]
+    rows, actor, critic = settings.batch, memory["actor"], memory.get("critic")
     decoding = functools.partial(
         decoding_parts, costs, dtype=dtype, engine=rollout.rollout_engine, gathered=actor.gathered
     )
     logits = plans.logits_bytes(costs.actor, rows, costs.response, dtype)
-    scored, rewarded = costs.scoring("actor", rows), costs.scoring("critic", max(rows, BATCH_SIZE))
+    scored = costs.scoring("actor", rows)
     score = {"gathered parameters": actor.gathered, "logits": logits, "activations": scored.peak - logits}
     held_out, held_out_logits = costs.scoring("actor", BATCH_SIZE), logits // rows * BATCH_SIZE
     evaluate = {
@@ -165,36 +172,44 @@ def _phases(
         "logits": held_out_logits,
         "activations": held_out.peak - held_out_logits,
     }
-    reward = {"gathered parameters": memory["reward"].gathered, "activations": rewarded.peak}
-    train = functools.partial(plans.training_phases, accumulates=settings.accumulates)
-    before = critic.pending if settings.accumulates else 0
-    passes = {role: costs.training(role, rows, settings.checkpointing) for role in ("actor", "critic")}
-    saved = max(plans.role_size(costs.actor).parameters, plans.role_size(costs.critic).parameters)
-    return [
+    phases = [
         plans.Phase("evaluation: answers", decoding(BATCH_SIZE)),
         plans.Phase("evaluation: KL", evaluate),
         plans.Phase("generation", decoding(settings.other_batch)),
         plans.Phase("scoring: log-probs", score),
-        plans.Phase("scoring: rewards", reward),
-        *train("actor", actor, passes["actor"], logits, others=before, others_at_step=critic.pending),
-        *train("critic", critic, passes["critic"], 0, others=actor.pending),
-        plans.saving_phase(saved, BYTES[dtype]),
     ]
+    if costs.reward is not None:
+        rewarded = costs.scoring("reward", max(rows, BATCH_SIZE))
+        reward = {"gathered parameters": memory["reward"].gathered, "activations": rewarded.peak}
+        phases.append(plans.Phase("scoring: rewards", reward))
+    train = functools.partial(plans.training_phases, accumulates=settings.accumulates)
+    passes = {role: costs.training(role, rows, settings.checkpointing) for role in costs.trained}
+    kept = 0 if critic is None else critic.pending  # of the critic, while the actor steps
+    before = kept if settings.accumulates else 0
+    phases += train("actor", actor, passes["actor"], logits, others=before, others_at_step=kept)
+    if critic is not None:
+        phases += train("critic", critic, passes["critic"], 0, others=actor.pending)
+    saved = max(plans.role_size(getattr(costs, role)).parameters for role in costs.trained)
+    return [*phases, plans.saving_phase(saved, BYTES[dtype])]
 
 
 def _notes(costs: RoleCosts, settings: plans.Settings) -> list[str]:
     lines = []
-    for role in ("actor", "critic"):
+    for role in costs.trained:
         now, other = (
             costs.training(role, settings.batch, on).peak for on in (settings.checkpointing, not settings.checkpointing)
         )
         note, change = "without" if settings.checkpointing else "with", (other - now) / plans.MIB
         lines.append(f"{note} --{role}_gradient_checkpointing the {role}'s backward needs {change:+,.0f}")
+    if costs.reward_parameters and costs.reward is None:
+        lines.append("the reward model's own forward is not planned, only its parameters")
     return lines
 
 
 def show_rlhf_plan(
-    paths: RolePaths,
+    actor: RoleSettings,
+    critic: RoleSettings | None,
+    reward: RewardModelSettings | None,
     roles: RoleArguments,
     rollout: RolloutArguments,
     train: OptimizationArguments,
@@ -204,28 +219,34 @@ def show_rlhf_plan(
     """Print the plan of step 3; returns the exit code, see `training.utils.memory_plan.show_plan`.
 
     Args:
-        paths: of the models.
+        actor, critic, reward: how the roles would be built, None for one that would not.
         roles, rollout, train, zero: the step's flags.
         overrides: the user's DeepSpeed configuration.
 
     Raises:
         UserError: no model can be built from a path.
     """
-    adapters = {
-        "actor": plans.LoraSettings(zero.actor_lora_dim, zero.actor_lora_module_name, zero.only_optimize_lora),
-        "critic": plans.LoraSettings(zero.critic_lora_dim, zero.critic_lora_module_name, zero.only_optimize_lora),
-    }
     build = functools.partial(plans.fake_role, dtype=roles.dtype, attn_implementation=roles.attn_implementation)
+
+    def trained(role: RoleSettings, classifier: bool) -> FakeModel:
+        lora = plans.LoraSettings(role.lora_dim, role.lora_module_name, zero.only_optimize_lora)
+        return build(role.path, lora=lora, classifier=classifier)
+
+    scorer = None
+    if reward is not None and models.scores_tokens(reward.path):
+        scorer = build(reward.path, lora=plans.LoraSettings(), classifier=True)
     costs = RoleCosts(
-        build(paths.actor, lora=adapters["actor"], classifier=False),
-        build(paths.critic, lora=adapters["critic"], classifier=True),
+        trained(actor, False),
+        None if critic is None else trained(critic, True),
+        scorer,
         rollout.max_prompt_seq_len,
         rollout.max_answer_seq_len,
+        0 if reward is None else models.parameter_count(reward.path),
     )
     settings = plans.Settings(
         zero_stage=max(zero.actor_zero_stage, zero.critic_zero_stage),
         offload=zero.offload,
-        checkpointing=roles.actor_gradient_checkpointing and roles.critic_gradient_checkpointing,
+        checkpointing=roles.actor_gradient_checkpointing and (critic is None or roles.critic_gradient_checkpointing),
         batch=train.per_device_training_batch_size,
         other_batch=rollout.per_device_generation_batch_size,
         accumulates=train.gradient_accumulation_steps > 1,
@@ -234,8 +255,8 @@ def show_rlhf_plan(
 
     def plan_of(s: plans.Settings) -> plans.Plan:
         stages = asked if s.zero_stage == settings.zero_stage else (s.zero_stage, s.zero_stage)
-        return rlhf_plan(costs, s, roles, rollout, zero, overrides, stages)
+        return rlhf_plan(costs, s, roles, rollout, train, zero, overrides, stages)
 
-    stages = f"ZeRO {asked[0]} and {asked[1]}"
-    title = f"step 3: {paths.actor}, {paths.critic}, {roles.dtype}, {stages}, ranks: {world_size()}"
+    paths = ", ".join([actor.path] if reward is None else [actor.path, reward.path])
+    title = f"step 3: {paths}, {roles.dtype}, ZeRO {asked[0]} and {asked[1]}, ranks: {world_size()}"
     return plans.show_plan(title, settings, plan_of, FLAGS)

@@ -106,6 +106,16 @@ def group_relative_advantages(scores: Tensor, groups: Tensor) -> Tensor:
     return centred / ((squares / sizes).sqrt() + GROUP_EPSILON)
 
 
+def whole_groups(valid: Tensor, groups: Tensor) -> Tensor:
+    """Rows all of whose group are valid, ``[B]`` bool: an answer is judged against its siblings, so one spoils all.
+
+    Args:
+        valid: ``[B]`` bool. groups: as in `leave_one_out_advantages`.
+    """
+    broken, _ = _group_sums((~valid).float(), groups)
+    return broken == 0
+
+
 def reference_kl(log_probs: Tensor, reference_log_probs: Tensor, mask: Tensor) -> Tensor:
     """GRPO's KL term (arXiv 2402.03300, equation 4), the sum over tokens: ``exp(d) - d - 1``, d = reference - actor.
 

@@ -1,15 +1,59 @@
-"""Which prompts each iteration takes, and how they are dealt to ranks and generation batches."""
+"""Prompts: which ones an iteration takes, how they are dealt to ranks and batches, and how they are asked."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from training.step3_rlhf_finetuning.rewards import Messages
 from training.step3_rlhf_finetuning.rollout import RolloutRequest
 from training.utils.data import collate_prompts
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts to answer, and what is needed to ask and to read the answers.
+
+    Attributes:
+        dataset: step 3's rows.
+        tokenizer: decodes answers.
+        stop_ids: the end tokens.
+        seed: of the sampling noise.
+    """
+
+    dataset: Any
+    tokenizer: Any
+    stop_ids: tuple[int, ...]
+    seed: int
+
+    def messages(self, row: int) -> Messages:
+        """The conversation of a row."""
+        return json.loads(self.dataset[row]["messages"])
+
+    def original(self, row: int) -> dict[str, Any]:
+        """The row as it stood in its file."""
+        return json.loads(self.dataset[row]["row"])
+
+    def request(
+        self, rows: Sequence[int], device: torch.device, *, iteration: int = -1, row_ids: Sequence[int] | None = None
+    ) -> RolloutRequest:
+        """A request that answers these rows; without ``row_ids`` the noise hangs on the row number."""
+        batch = collate_prompts([self.dataset[i] for i in rows], self.tokenizer.pad_token_id)
+        return RolloutRequest(
+            prompt_ids=batch["input_ids"].to(device),
+            prompt_mask=batch["attention_mask"].to(device),
+            row_ids=torch.tensor(list(rows if row_ids is None else row_ids), device=device),
+            seed=self.seed,
+            iteration=iteration,
+            stop_ids=self.stop_ids,
+            pad_id=self.tokenizer.pad_token_id,
+            rows=tuple(rows),
+        )
 
 
 def prompt_schedule(count: int, per_iteration: int, *, epochs: int, iterations: int, seed: int) -> list[list[int]]:
@@ -50,40 +94,27 @@ def deal(prompts: Sequence[int], lengths: Sequence[int], ranks: int, batches: in
 
 
 def iteration_requests(
-    dataset: Any,
-    prompts: Sequence[int],
+    prompts: PromptSet,
+    chosen: Sequence[int],
     positions: Sequence[Sequence[int]],
     *,
     samples_per_prompt: int,
-    stop_ids: tuple[int, ...],
-    pad_id: int,
-    seed: int,
     iteration: int,
     device: torch.device,
 ) -> list[RolloutRequest]:
     """One rank's generation batches of an iteration.
 
     Args:
-        dataset: step 3's prompts.
-        prompts: the iteration's prompt numbers.
-        positions: this rank's positions in ``prompts``, for each generation batch; the sampling noise hangs
+        prompts: step 3's training prompts.
+        chosen: the iteration's prompt numbers.
+        positions: this rank's positions in ``chosen``, for each generation batch; the sampling noise hangs
             on position and sample, so it does not depend on the number of ranks.
         samples_per_prompt: each prompt is repeated this often, side by side.
-        stop_ids, pad_id, seed, iteration, device: see `RolloutRequest`.
+        iteration, device: see `RolloutRequest`.
     """
     requests = []
     for batch in positions:
         repeated = [(p, s) for p in batch for s in range(samples_per_prompt)]
-        tensors = collate_prompts([dataset[prompts[p]] for p, _ in repeated], pad_id)
-        requests.append(
-            RolloutRequest(
-                prompt_ids=tensors["input_ids"].to(device),
-                prompt_mask=tensors["attention_mask"].to(device),
-                row_ids=torch.tensor([p * samples_per_prompt + s for p, s in repeated], device=device),
-                seed=seed,
-                iteration=iteration,
-                stop_ids=stop_ids,
-                pad_id=pad_id,
-            )
-        )
+        ids = [p * samples_per_prompt + s for p, s in repeated]
+        requests.append(prompts.request([chosen[p] for p, _ in repeated], device, iteration=iteration, row_ids=ids))
     return requests

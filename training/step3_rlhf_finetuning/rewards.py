@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from training.utils.errors import UserError
-from training.utils.reward_model import RewardStats
+
+MODEL = "model"  # names the reward model among the sources of --reward_function
+NONE = "none"  # --critic_model_name_or_path none: there is no reward model
 
 Messages = list[dict[str, str]]
 TextFunction = Callable[[Sequence[Messages], Sequence[str], Sequence[dict[str, Any]]], Sequence[float]]
@@ -46,6 +48,44 @@ def load_text_function(spec: str, flag: str) -> TextFunction | None:
     if not callable(function):
         raise UserError(f"{flag} {spec}: the file has no function {name}")
     return function
+
+
+def parse_reward_functions(specs: Sequence[str], flag: str) -> tuple[dict[str, tuple[TextFunction, float]], float]:
+    """``--reward_function a.py:f b.py:g=0.5 model=2`` -> functions and weights by name, and the reward model's weight.
+
+    Args:
+        specs: the flag's values: ``file.py:name`` or ``model``, a weight behind ``=`` (default 1).
+        flag: named in messages.
+
+    Returns:
+        Name -> (function, weight), a second function of the same name as ``name_2``; and the weight of the model.
+
+    Raises:
+        UserError: a weight that is no number, or what `load_text_function` raises.
+    """
+    functions: dict[str, tuple[TextFunction, float]] = {}
+    model_weight = 1.0
+    for spec in specs:
+        source, equals, text = spec.rpartition("=")
+        source, text = (source, text) if equals else (spec, "1")
+        weight = float(text) if _is_finite(text) else math.nan
+        if not weight:
+            raise UserError(f"{flag} {spec}: a weight of 0 leaves the reward out; leave the source out instead")
+        if not math.isfinite(weight):
+            raise UserError(f"{flag} {spec}: the weight {text!r} is no number; write file.py:function=0.5")
+        if source == MODEL:
+            model_weight = weight
+            continue
+        function = load_text_function(source, flag)
+        if function is None:
+            raise UserError(f"{flag} {spec}: write it as path/to/file.py:function, a weight behind =")
+        stem = name = source.rpartition(":")[2]
+        number = 1
+        while name in functions:
+            number += 1
+            name = f"{stem}_{number}"
+        functions[name] = (function, weight)
+    return functions, model_weight
 
 
 def call_text_function(
@@ -94,19 +134,16 @@ def _is_finite(value: Any) -> bool:
         return False
 
 
-def sequence_scores(
-    raw: Tensor, ended: Tensor, *, stats: RewardStats | None, clip_reward: float, missing_eos_penalty: float
-) -> Tensor:
+def sequence_scores(rewards: Tensor, ended: Tensor, *, clip_reward: float, missing_eos_penalty: float) -> Tensor:
     """The reward that PPO maximises for each response, before the KL penalty: ``[B]``.
 
     Args:
-        raw: ``[B]`` rewards as their source gives them.
+        rewards: ``[B]``, normalised and weighted.
         ended: ``[B]`` bool, whether the response has its end token.
-        stats: normalise as ``(raw - mean) / std``; None leaves rewards raw.
-        clip_reward: then hold rewards in [-clip_reward, clip_reward]; 0 turns it off.
+        clip_reward: hold rewards in [-clip_reward, clip_reward]; 0 turns it off.
         missing_eos_penalty: subtracted, after the clip, from responses cut off at the length limit.
     """
-    scores = stats.normalise(raw) if stats is not None else raw
+    scores = rewards
     if clip_reward > 0:
         scores = scores.clamp(-clip_reward, clip_reward)
     return scores - missing_eos_penalty * (~ended).to(scores.dtype)

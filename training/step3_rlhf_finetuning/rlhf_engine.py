@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from training.step3_rlhf_finetuning.hybrid_engine import HybridEngine, make_twin
+from training.step3_rlhf_finetuning.reward_sources import (
+    FunctionReward,
+    RewardMix,
+    RewardSource,
+    TextReward,
+    TokenReward,
+)
+from training.step3_rlhf_finetuning.rewards import TextFunction
 from training.step3_rlhf_finetuning.rollout import RolloutBackend, rollout_backend
 from training.utils import engine as engines, models
 from training.utils.distributed import say
+from training.utils.ema import MovingAverage
 from training.utils.lora import inject_lora
 from training.utils.reward_model import RewardStats
+from training.utils.text_reward import load_text_reward_model
 from training.utils.zero_config import deepspeed_config
 
 
@@ -27,6 +38,27 @@ class RoleSettings:
     gradient_checkpointing: bool
     lora_dim: int
     lora_module_name: str
+    lr_scheduler_type: str = "cosine"
+    num_warmup_steps: int = 0
+    fresh_head_seed: int | None = None  # of a critic that does not start from a reward model
+
+
+@dataclass(frozen=True)
+class RewardModelSettings:
+    """The frozen reward model.
+
+    Attributes:
+        path: folder or hub name.
+        stats: step 2's statistics, None for raw rewards.
+        weight: among several sources.
+        reads_text: it has another tokenizer or template than the actor, or no head that scores every token; it then
+            reads the text, and the critic can not start from it.
+    """
+
+    path: str
+    stats: RewardStats | None
+    weight: float
+    reads_text: bool
 
 
 @dataclass(frozen=True)
@@ -41,11 +73,11 @@ class SharedSettings:
     only_optimize_lora: bool
     overrides: dict[str, Any]
     micro_batch_size: int
-    num_warmup_steps: int
     total_steps: int
     pad_token_id: int
     device: torch.device
     merge_lora_for_generation: bool = False
+    ema: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,12 +88,14 @@ class Roles:
         actor: the policy, with the reference beside it.
         critic: engine of a `TokenScorer`; its output is on the scale of the normalised rewards. None where
             advantages need no critic.
-        reward: frozen `TokenScorer`, raw rewards.
+        rewards: what responses are worth.
+        ema: the moving average of the actor, None without one.
     """
 
     actor: HybridEngine
     critic: Any
-    reward: Any
+    rewards: RewardMix
+    ema: MovingAverage | None = None
 
     def trained(self) -> dict[str, Any]:
         """The engines that train, by role."""
@@ -84,8 +118,9 @@ def _initialize(model: Any, role: RoleSettings, shared: SharedSettings, config: 
         config,
         learning_rate=role.learning_rate,
         weight_decay=role.weight_decay,
-        num_warmup_steps=shared.num_warmup_steps,
+        num_warmup_steps=role.num_warmup_steps,
         total_steps=shared.total_steps,
+        lr_scheduler_type=role.lr_scheduler_type,
     )
 
 
@@ -121,8 +156,11 @@ def build_actor(role: RoleSettings, shared: SharedSettings) -> HybridEngine:
     return HybridEngine(engine, twin, reference, merge_lora=merge)
 
 
-def build_critic(role: RoleSettings, shared: SharedSettings, stats: RewardStats | None) -> Any:
-    """The critic: starts from the reward model and speaks in normalised rewards, ``(score - mean) / std``."""
+def build_critic(role: RoleSettings, shared: SharedSettings, reward: RewardModelSettings | None) -> Any:
+    """The critic: starts from the reward model and speaks in normalised rewards, ``weight x (score - mean) / std``.
+
+    From another model it starts with a fresh head, which gives nearly 0 everywhere.
+    """
     config = _ds_config(role, shared)
     model: Any = models.load_classifier(
         role.path,
@@ -130,6 +168,7 @@ def build_critic(role: RoleSettings, shared: SharedSettings, stats: RewardStats 
         pad_token_id=shared.pad_token_id,
         attn_implementation=shared.attn_implementation,
         ds_config=config,
+        fresh_head_seed=role.fresh_head_seed,
     )
     if role.lora_dim:
         model = inject_lora(
@@ -140,38 +179,85 @@ def build_critic(role: RoleSettings, shared: SharedSettings, stats: RewardStats 
         )
     if role.gradient_checkpointing:
         models.enable_gradient_checkpointing(model)
-    mean, std = (stats.mean, stats.std) if stats else (0.0, 1.0)
+    mean, std = 0.0, 1.0
+    if reward is not None and role.fresh_head_seed is None:
+        stats = reward.stats
+        mean, std = (stats.mean, stats.std) if stats else (0.0, 1.0)
+        std /= reward.weight
     engine = _initialize(models.TokenScorer(model, mean, std), role, shared, config)
     engine.eval()
     return engine
 
 
+def build_rewards(
+    reward: RewardModelSettings | None,
+    functions: Mapping[str, tuple[TextFunction, float]],
+    *,
+    pad_token_id: int,
+    dtype: str,
+    device: torch.device,
+    attn_implementation: str = "sdpa",
+    zero_stage: int = 0,
+    offload: bool = False,
+) -> RewardMix:
+    """Load the reward model, if there is one, and put it together with the functions; a collective.
+
+    Args:
+        reward, functions: see `build_roles`.
+        pad_token_id: of the actor's tokenizer.
+        dtype, device, attn_implementation, zero_stage, offload: see `training.utils.engine.load_frozen_scorer`.
+    """
+    sources: list[RewardSource] = []
+    if reward is not None:
+        load: dict[str, Any] = {
+            "zero_stage": zero_stage,
+            "dtype": dtype,
+            "attn_implementation": attn_implementation,
+            "offload": offload,
+            "device": device,
+        }
+        if reward.reads_text:
+            say("reward model: another tokenizer, chat template or family than the actor's, so it reads the text")
+            model = load_text_reward_model(reward.path, **load)
+            sources.append(TextReward(model, reward.stats, reward.weight))
+        else:
+            scorer = engines.load_frozen_scorer(reward.path, pad_token_id=pad_token_id, **load)
+            sources.append(TokenReward(scorer, reward.stats, reward.weight))
+    sources += [FunctionReward(function, name, weight) for name, (function, weight) in functions.items()]
+    return RewardMix(sources)
+
+
 def build_roles(
     actor: RoleSettings,
-    critic: RoleSettings,
+    critic: RoleSettings | None,
+    reward: RewardModelSettings | None,
+    functions: Mapping[str, tuple[TextFunction, float]],
     shared: SharedSettings,
-    stats: RewardStats | None,
     *,
-    with_critic: bool = True,
+    reward_zero_stage: int,
 ) -> Roles:
     """Load every model and wrap it; a collective.
 
     Args:
-        actor, critic: settings of the two trained roles; the frozen reward model is the critic's origin.
+        actor, critic: settings of the trained roles; no critic where advantages come from other answers to a prompt.
+        reward: of the reward model, None without one.
+        functions: further rewards, with their weights, by name.
         shared: what all roles have in common.
-        stats: step 2's statistics, None to train on raw rewards.
-        with_critic: False where advantages come from other answers to the same prompt.
+        reward_zero_stage: of the reward model; at 3 it is sharded.
     """
-    reward = engines.load_frozen_scorer(
-        critic.path,
-        zero_stage=critic.zero_stage,
-        dtype=shared.dtype,
+    rewards = build_rewards(
+        reward,
+        functions,
         pad_token_id=shared.pad_token_id,
-        attn_implementation=shared.attn_implementation,
-        offload=shared.offload_reward_model,
+        dtype=shared.dtype,
         device=shared.device,
+        attn_implementation=shared.attn_implementation,
+        zero_stage=reward_zero_stage,
+        offload=shared.offload_reward_model,
     )
-    return Roles(build_actor(actor, shared), build_critic(critic, shared, stats) if with_critic else None, reward)
+    policy = build_actor(actor, shared)
+    values = None if critic is None else build_critic(critic, shared, reward)
+    return Roles(policy, values, rewards, MovingAverage(policy.engine) if shared.ema else None)
 
 
 def generation_backend(actor: HybridEngine, name: str, *, rows: int, length: int) -> RolloutBackend:

@@ -12,15 +12,16 @@ parameters in place; a backend changes neither its flags nor its configuration.
 from __future__ import annotations
 
 import contextlib
+import time
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from training.step3_rlhf_finetuning.decode_attention import decode_attention_enabled
-from training.step3_rlhf_finetuning.decode_loop import Responses, decode
+from training.step3_rlhf_finetuning.decode_loop import Responses, decode, seconds_since
 from training.step3_rlhf_finetuning.packed_linear import packed_linear
 from training.step3_rlhf_finetuning.sampling import SamplingConfig, penalise_repetition, row_keys
 from training.utils.errors import UserError
@@ -37,6 +38,7 @@ class RolloutRequest:
     prompt_ids: [B, P] int64, left-padded. prompt_mask: [B, P], 1 on tokens; each row has at least one.
     row_ids: [B] int64, unique to a (prompt, sample) within an iteration: the sampling noise hangs on it.
     seed, iteration: the other two sources of noise. stop_ids: a response ends with any of them. pad_id: fills up.
+    rows: the prompts' rows in their dataset, for rewards that read more than tokens.
     """
 
     prompt_ids: Tensor
@@ -46,6 +48,7 @@ class RolloutRequest:
     iteration: int
     stop_ids: tuple[int, ...]
     pad_id: int
+    rows: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class RolloutBatch:
     input_ids: [B, P + R] int64. attention_mask: [B, P + R] int64, 1 on prompt and response tokens.
     response_start: P. response_mask: [B, R] bool, the stop token included.
     logprobs: [B, R] fp32 of the sampled tokens, 0 outside the response.
+    prefill_seconds: until the prompts were computed.
     """
 
     input_ids: Tensor
@@ -62,6 +66,24 @@ class RolloutBatch:
     response_start: int
     response_mask: Tensor
     logprobs: Tensor
+    prefill_seconds: float = 0.0
+
+
+def has_ended(rollout: RolloutBatch, stop_ids: tuple[int, ...]) -> Tensor:
+    """Whether each response's last token is an end token, ``[B]`` bool."""
+    responses = rollout.input_ids[:, rollout.response_start :]
+    last = (rollout.response_mask.long().sum(1) - 1).clamp(min=0)
+    tokens = responses.gather(1, last.unsqueeze(1)).squeeze(1)
+    return torch.isin(tokens, torch.tensor(stop_ids, device=tokens.device)) & rollout.response_mask.any(1)
+
+
+def response_texts(rollout: RolloutBatch, tokenizer: Any) -> list[str]:
+    """The responses as text, without special tokens and surrounding white space."""
+    responses = rollout.input_ids[:, rollout.response_start :]
+    return [
+        tokenizer.decode(ids[mask], skip_special_tokens=True).strip()
+        for ids, mask in zip(responses, rollout.response_mask, strict=True)
+    ]
 
 
 class RolloutBackend(Protocol):
@@ -89,7 +111,9 @@ def rollout_backend(name: str, synced: bool = False) -> RolloutBackend:
     raise UserError(f"unknown rollout engine {name!r}: choose hf or fast")
 
 
-def _assemble(request: RolloutRequest, responses: Tensor, lengths: Tensor, logprobs: Tensor) -> RolloutBatch:
+def _assemble(
+    request: RolloutRequest, responses: Tensor, lengths: Tensor, logprobs: Tensor, prefill_seconds: float
+) -> RolloutBatch:
     """Put prompts, responses [B, >=R] and log-probs of the same shape into the common layout."""
     longest = int(lengths.max()) if lengths.numel() else 0
     response_mask = torch.arange(longest, device=lengths.device) < lengths[:, None]
@@ -100,6 +124,7 @@ def _assemble(request: RolloutRequest, responses: Tensor, lengths: Tensor, logpr
         response_start=request.prompt_ids.shape[1],
         response_mask=response_mask,
         logprobs=logprobs[:, :longest].masked_fill(~response_mask, 0.0),
+        prefill_seconds=prefill_seconds,
     )
 
 
@@ -115,6 +140,8 @@ class _KeepPolicy(LogitsProcessor):
         self.mask = prompt_mask
         self.sampling = sampling
         self.logprobs: list[Tensor] = []
+        self.prefill_seconds = 0.0
+        self._started = time.perf_counter()
         self._scaled: Tensor | None = None
 
     def look_up(self, token_ids: Tensor) -> None:
@@ -124,6 +151,8 @@ class _KeepPolicy(LogitsProcessor):
             self.logprobs.append(chosen[:, 0] - self._scaled.logsumexp(-1))
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if self._scaled is None:  # the first scores are there when the prompts have been computed
+            self.prefill_seconds = seconds_since(self._started, scores.device)
         self.look_up(input_ids)
         self._scaled = scores.float() / self.sampling.temperature
         if self.sampling.repetition_penalty == 1.0:
@@ -179,7 +208,7 @@ class HfBackend:
         responses = sequences[:, ids.shape[1] :]
         stopped = torch.isin(responses, torch.tensor(request.stop_ids, device=ids.device, dtype=ids.dtype))
         lengths = torch.where(stopped.any(1), stopped.int().argmax(1) + 1, responses.shape[1])
-        return _assemble(request, responses, lengths, torch.stack(keep.logprobs, dim=1))
+        return _assemble(request, responses, lengths, torch.stack(keep.logprobs, dim=1), keep.prefill_seconds)
 
 
 class FastBackend:
@@ -212,4 +241,4 @@ class FastBackend:
             # DeepSpeed counts a step at the outermost module's forward, so the hooked model is called as a whole
             callee = model if self.synced else inner
             decode(callee, request, sampling, out, transposed_keys=own_attention, synced=self.synced)
-        return _assemble(request, out.ids, out.lengths, out.logprobs)
+        return _assemble(request, out.ids, out.lengths, out.logprobs, out.prefill_seconds)

@@ -10,25 +10,25 @@ from typing import Any
 
 import torch
 
-from training.step3_rlhf_finetuning.evaluation import (
-    Answer,
-    HeldOutPrompts,
-    answers_of,
-    checks,
-    request_for,
-    response_texts,
-)
+from training.step3_rlhf_finetuning.evaluation import Answer, answers_of, checks
 from training.step3_rlhf_finetuning.hybrid_engine import HybridEngine
+from training.step3_rlhf_finetuning.prompts import PromptSet
 from training.step3_rlhf_finetuning.rewards import TextFunction
 from training.step3_rlhf_finetuning.rlhf_engine import Roles
-from training.step3_rlhf_finetuning.rollout import RolloutBackend, SamplingConfig
+from training.step3_rlhf_finetuning.rollout import RolloutBackend, SamplingConfig, response_texts
+from training.step3_rlhf_finetuning.scoring import ScoredBatch
 from training.utils import models
+from training.utils.distributed import say
+from training.utils.metrics import MetricsLogger
 
 SAMPLES_FILE = "samples.json"
+EVERY = 5  # iterations between two looks at what the actor writes
+TABLE_ROWS = 3
+TABLE_WIDTH = 56  # characters of a prompt or a response in the log's table
 
 
 def base_answers(
-    prompts: HeldOutPrompts,
+    prompts: PromptSet,
     rows: Sequence[int],
     backend: RolloutBackend,
     sampling: SamplingConfig,
@@ -44,20 +44,64 @@ def base_answers(
     dtype = "bf16" if engine.bfloat16_enabled() else "fp32"
     model = models.load_causal_lm(base, dtype=dtype).to(engine.device).eval()
     with torch.no_grad():
-        rollout = backend.generate(model, request_for(prompts, rows, engine.device), sampling)
-    return answers_of(prompts, rows, rollout, roles.reward)
+        rollout = backend.generate(model, prompts.request(rows, engine.device), sampling)
+    return answers_of(prompts, rows, rollout, roles.rewards)
 
 
 def sample_answer(
-    prompts: HeldOutPrompts, row: int, actor: HybridEngine, backend: RolloutBackend, sampling: SamplingConfig
+    prompts: PromptSet, row: int, actor: HybridEngine, backend: RolloutBackend, sampling: SamplingConfig
 ) -> str:
     """What the actor answers one held-out prompt with now; a collective."""
     with actor.generation_mode() as twin:
-        rollout = backend.generate(twin, request_for(prompts, [row], actor.engine.device), sampling)
+        rollout = backend.generate(twin, prompts.request([row], actor.engine.device), sampling)
     return response_texts(rollout, prompts.tokenizer)[0]
 
 
-def sample_rows(prompts: HeldOutPrompts, count: int = 3) -> list[int]:
+def show_progress(
+    iteration: int,
+    batch: ScoredBatch,
+    training: PromptSet,
+    held_out: PromptSet,
+    roles: Roles,
+    backend: RolloutBackend,
+    sampling: SamplingConfig,
+    logger: MetricsLogger,
+) -> None:
+    """Show one held-out prompt's answer, always the same prompt, and some rollouts of the iteration; a collective."""
+    row = sample_rows(held_out)[-1]
+    text = sample_answer(held_out, row, roles.actor, backend, sampling)
+    table = rollout_table(batch, training)
+    say(f"[{iteration}] {held_out.messages(row)[-1]['content']}\n    -> {text}\n{as_text(table)}")
+    logger.text(iteration, "sample", text)
+    logger.text(iteration, "rollouts", as_markdown(table))
+
+
+def rollout_table(batch: ScoredBatch, prompts: PromptSet) -> list[tuple[str, str, str]]:
+    """(prompt, response, rewards) of a few rollouts of an iteration, the header first."""
+    texts = response_texts(batch.rollout, prompts.tokenizer)
+    rows = [("prompt", "response", "score: " + ", ".join(batch.rewards))]
+    for i in range(min(TABLE_ROWS, len(texts))):
+        raw = ", ".join(f"{values[i]:+.2f}" for values in batch.rewards.values())
+        prompt = prompts.messages(batch.request.rows[i])[-1]["content"]
+        rows.append((prompt, texts[i], f"{batch.scores[i]:+.2f}: {raw}"))
+    return rows
+
+
+def as_text(table: Sequence[tuple[str, str, str]]) -> str:
+    """A `rollout_table` for the log: one line a rollout, long texts cut."""
+    cut = [[" ".join(cell.split()) for cell in row] for row in table]
+    cut = [[c if len(c) <= TABLE_WIDTH else c[: TABLE_WIDTH - 3] + "..." for c in row] for row in cut]
+    widths = [max(len(row[i]) for row in cut) for i in range(2)]
+    return "\n".join(f"    {row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]}" for row in cut)
+
+
+def as_markdown(table: Sequence[tuple[str, str, str]]) -> str:
+    """A `rollout_table` for TensorBoard."""
+    rows = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in table]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * 3, *rows[1:]])
+
+
+def sample_rows(prompts: PromptSet, count: int = 3) -> list[int]:
     """Held-out rows to show: the first that asks for a story, if any does, and the first others."""
     rows = range(len(prompts.dataset))
     story = [i for i in rows if "story" in prompts.messages(i)[-1]["content"].lower()][:1]
@@ -66,7 +110,7 @@ def sample_rows(prompts: HeldOutPrompts, count: int = 3) -> list[int]:
 
 def write_samples(
     folder: Path,
-    prompts: HeldOutPrompts,
+    prompts: PromptSet,
     answers: Mapping[str, Sequence[Answer]],
     function: TextFunction | None,
 ) -> None:

@@ -1,118 +1,41 @@
-"""Step 3's own flags, and what they must satisfy together."""
+"""What step 3's flags must satisfy together, and what they become."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
-from training.step3_rlhf_finetuning.ppo_trainer import ADVANTAGES, PPOSettings
-from training.utils.arguments import flag
+import torch
+
+from training.step3_rlhf_finetuning.rewards import NONE
+from training.step3_rlhf_finetuning.rlhf_arguments import (
+    OptimizationArguments,
+    PPOArguments,
+    RoleArguments,
+    RoleZeroArguments,
+    RolloutArguments,
+)
+from training.step3_rlhf_finetuning.rlhf_engine import RewardModelSettings, RoleSettings, SharedSettings
+from training.step3_rlhf_finetuning.scoring import PPOSettings
+from training.utils import models
 from training.utils.distributed import say
 from training.utils.errors import UserError
+from training.utils.reward_model import RewardStats
+from training.utils.runs import latest_output
+from training.utils.text_reward import load_reward_tokenizer
+
+T = TypeVar("T")
 
 
-@dataclass
-class RoleArguments:
-    """Models of the roles"""
+def for_each_role(values: Sequence[T], flag: str) -> tuple[T, T]:
+    """The actor's and the critic's value of a flag that takes one or two.
 
-    actor_model_name_or_path: str = flag(
-        "", "the SFT model: actor and reference start from it (default: the latest step 1)"
-    )
-    critic_model_name_or_path: str = flag(
-        "", "the reward model: the critic starts from it (default: the latest step 2)"
-    )
-    tokenizer_name_or_path: str = flag("", "tokenizer of all roles (default: the actor's)")
-    dtype: str = flag(
-        "bf16", "precision of weights and activations; masters stay fp32", choices=("bf16", "fp16", "fp32")
-    )
-    attn_implementation: str = flag("sdpa", "attention of transformers", choices=("sdpa", "eager", "flash_attention_2"))
-    actor_gradient_checkpointing: bool = flag(False, "trade a second forward for activation memory")
-    critic_gradient_checkpointing: bool = flag(False, "trade a second forward for activation memory")
-
-
-@dataclass
-class RolloutArguments:
-    """Rollouts"""
-
-    max_prompt_seq_len: int = flag(256, "longest prompt in tokens; longer ones lose their oldest turns", minimum=4)
-    max_answer_seq_len: int = flag(256, "longest response in tokens", minimum=1)
-    per_device_generation_batch_size: int = flag(16, "responses per rank that are decoded together", minimum=1)
-    generation_batches: int = flag(1, "generation batches per iteration", minimum=1)
-    samples_per_prompt: int = flag(1, "responses to each prompt of an iteration", minimum=1)
-    rollout_engine: str = flag("fast", "how tokens are decoded", choices=("fast", "hf"))
-    temperature: float = flag(1.0, "sampling temperature, applied in training log-probs too", above=0)
-    top_p: float = flag(1.0, "nucleus sampling; below 1 the sampler is no longer the policy", above=0, maximum=1)
-    top_k: int = flag(0, "sample from the k likeliest tokens; above 0 the sampler is no longer the policy", minimum=0)
-
-
-@dataclass
-class PPOArguments:
-    """PPO"""
-
-    advantage: str = flag(
-        "gae",
-        "what is better than expected: by a critic (gae), or by other answers to the prompt (rloo, grpo), no critic",
-        choices=ADVANTAGES,
-    )
-    ppo_epochs: int = flag(1, "passes over each iteration's rollouts", minimum=1)
-    kl_coef: float = flag(0.05, "weight of the KL penalty to the reference", minimum=0)
-    clip_ratio: float = flag(0.2, "clip of the policy ratio", above=0)
-    clip_value: float = flag(0.2, "clip of the value around the old value, 0 for none", minimum=0)
-    clip_reward: float = flag(5.0, "clip of the normalised reward, 0 for none", minimum=0)
-    gamma: float = flag(1.0, "discount per token", minimum=0, maximum=1)
-    gae_lambda: float = flag(0.95, "lambda of generalised advantage estimation", minimum=0, maximum=1)
-    entropy_coef: float = flag(0.0, "weight of an entropy bonus", minimum=0)
-    target_kl: float = flag(
-        0.0, "end an iteration's epochs above this KL from the sampling policy, 0 for never", minimum=0
-    )
-    missing_eos_penalty: float = flag(1.0, "subtracted from the reward of a response cut off at the limit", minimum=0)
-    whiten_advantages: bool = flag(True, "shift and scale gae's advantages to mean 0, variance 1")
-    normalize_reward: bool = flag(True, "normalise rewards by step 2's reward_stats.json")
-
-
-@dataclass
-class OptimizationArguments:
-    """Training"""
-
-    per_device_training_batch_size: int = flag(8, "rows per rank and micro-batch of the update", minimum=1)
-    gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step", minimum=1)
-    actor_learning_rate: float = flag(9.65e-6, "peak learning rate of the actor", above=0)
-    critic_learning_rate: float = flag(5e-6, "peak learning rate of the critic", above=0)
-    actor_weight_decay: float = flag(0.0, "AdamW weight decay of the actor", minimum=0)
-    critic_weight_decay: float = flag(0.0, "AdamW weight decay of the critic", minimum=0)
-    num_train_epochs: int = flag(1, "passes over the prompts", minimum=1)
-    num_iterations: int = flag(0, "iterations in all, 0 for every prompt of every epoch", minimum=0)
-    num_warmup_steps: int = flag(0, "optimizer steps of linear warm-up before the cosine decay", minimum=0)
-    seed: int = flag(1234, "seed of data order and sampling", minimum=0)
-
-
-@dataclass
-class RoleZeroArguments:
-    """DeepSpeed and LoRA of the roles"""
-
-    actor_zero_stage: int = flag(0, "ZeRO stage of actor and reference", choices=(0, 1, 2, 3))
-    critic_zero_stage: int = flag(0, "ZeRO stage of critic and reward model", choices=(0, 1, 2, 3))
-    offload: bool = flag(False, "keep optimizer states (and at stage 3 parameters) in CPU memory")
-    offload_reference_model: bool = flag(False, "at stage 3 keep the reference's parameters in CPU memory")
-    offload_reward_model: bool = flag(False, "at stage 3 keep the reward model's parameters in CPU memory")
-    deepspeed_config: str = flag("", "a JSON file merged over the configuration that these flags make")
-    actor_lora_dim: int = flag(0, "rank of the actor's adapters, 0 for none", minimum=0)
-    actor_lora_module_name: str = flag("all-linear", "comma-separated parts of module names, or all-linear")
-    critic_lora_dim: int = flag(0, "rank of the critic's adapters, 0 for none", minimum=0)
-    critic_lora_module_name: str = flag("all-linear", "comma-separated parts of module names, or all-linear")
-    only_optimize_lora: bool = flag(False, "freeze everything but the adapters (and the critic's head)")
-    merge_lora_for_generation: bool = flag(False, "add the actor's adapters to its weights while it generates")
-    local_rank: int = flag(-1, "set by the launcher")
-
-
-@dataclass
-class EvaluationArguments:
-    """Evaluation"""
-
-    eval_every: int = flag(
-        10, "evaluate on some held-out prompts every this many iterations, 0 for the end only", minimum=0
-    )
-    eval_function: str = flag("", "file.py:name, an independent measure of answers beside the reward model")
+    Raises:
+        UserError: another number of values.
+    """
+    if len(values) not in (1, 2):
+        raise UserError(f"{flag}: give one value for both roles, or the actor's and the critic's")
+    return values[0], values[-1]
 
 
 def check_batches(rollout: RolloutArguments, train: OptimizationArguments) -> None:
@@ -190,6 +113,8 @@ def check(rollout: RolloutArguments, ppo: PPOArguments, train: OptimizationArgum
     """
     check_batches(rollout, train)
     check_advantage(ppo, rollout)
+    for_each_role(train.lr_scheduler_type, "--lr_scheduler_type")
+    for_each_role(train.num_warmup_steps, "--num_warmup_steps")
     if zero.merge_lora_for_generation and not zero.actor_lora_dim:
         raise UserError("--merge_lora_for_generation needs adapters: set --actor_lora_dim")
     if rollout.top_p < 1 or rollout.top_k > 0:
@@ -208,6 +133,135 @@ def check_advantage(ppo: PPOArguments, rollout: RolloutArguments) -> None:
         )
 
 
+def model_paths(args: RoleArguments, functions: bool) -> tuple[str, str]:
+    """Folders or hub names of actor and reward model; the latter empty if there is none.
+
+    Args:
+        args: the flags.
+        functions: whether ``--reward_function`` names any.
+
+    Raises:
+        UserError: a path holds no model, or there would be no reward at all.
+    """
+    actor = models.resolve_model(
+        args.actor_model_name_or_path or str(latest_output("step1")), "--actor_model_name_or_path"
+    )
+    if args.critic_model_name_or_path == NONE:
+        if not functions:
+            raise UserError("--critic_model_name_or_path none leaves no reward: give --reward_function")
+        return actor, ""
+    named = args.critic_model_name_or_path or str(latest_output("step2"))
+    return actor, models.resolve_model(named, "--critic_model_name_or_path")
+
+
+def load_tokenizer(args: RoleArguments, actor_path: str) -> Any:
+    """The tokenizer of actor and critic, with the chat template that the actor was trained with."""
+    source = models.resolve_model(args.tokenizer_name_or_path or actor_path, "--tokenizer_name_or_path")
+    return models.load_tokenizer(source)
+
+
+def origins(actor_path: str, reward_path: str, functions: Sequence[str]) -> dict[str, str]:
+    """What a run's result depends on beside data and flags, by the flag that names it: models and function files."""
+    files = {f"--reward_function {spec}": spec.partition(":")[0] for spec in functions if ":" in spec}
+    reward = {"--critic_model_name_or_path": reward_path} if reward_path else {}
+    return {"--actor_model_name_or_path": actor_path} | reward | files
+
+
+def reward_model_settings(
+    path: str, tokenizer: Any, *, normalize: bool, weight: float, plan: bool
+) -> RewardModelSettings | None:
+    """How the reward model serves: on tokens, or on texts where its tokenizer, template or family is another one.
+
+    Args:
+        path: from `model_paths`; empty gives None.
+        tokenizer: the actor's.
+        normalize, weight: the flags'.
+        plan: only ``--plan`` is asked for, which needs no statistics.
+
+    Raises:
+        UserError: no statistics, no tokenizer, or a model that can not be a reward model.
+    """
+    if not path:
+        return None
+    stats = RewardStats.read(path) if normalize and not plan else None
+    reads_text = not models.scores_tokens(path) or not models.same_tokenizer(tokenizer, load_reward_tokenizer(path))
+    return RewardModelSettings(path, stats, weight, reads_text)
+
+
+def actor_settings(
+    path: str, args: RoleArguments, train: OptimizationArguments, zero: RoleZeroArguments
+) -> RoleSettings:
+    """How the actor is built."""
+    return RoleSettings(
+        path,
+        zero.actor_zero_stage,
+        train.actor_learning_rate,
+        train.actor_weight_decay,
+        args.actor_gradient_checkpointing,
+        zero.actor_lora_dim,
+        zero.actor_lora_module_name,
+        for_each_role(train.lr_scheduler_type, "--lr_scheduler_type")[0],
+        for_each_role(train.num_warmup_steps, "--num_warmup_steps")[0],
+    )
+
+
+def critic_settings(
+    actor_path: str,
+    reward: RewardModelSettings | None,
+    args: RoleArguments,
+    train: OptimizationArguments,
+    zero: RoleZeroArguments,
+) -> RoleSettings:
+    """How the critic is built: from the reward model, or from the SFT model with a fresh head where that can not be."""
+    from_reward = reward is not None and not reward.reads_text
+    return RoleSettings(
+        reward.path if reward is not None and from_reward else actor_path,
+        zero.critic_zero_stage,
+        train.critic_learning_rate,
+        train.critic_weight_decay,
+        args.critic_gradient_checkpointing,
+        zero.critic_lora_dim,
+        zero.critic_lora_module_name,
+        for_each_role(train.lr_scheduler_type, "--lr_scheduler_type")[1],
+        for_each_role(train.num_warmup_steps, "--num_warmup_steps")[1],
+        fresh_head_seed=None if from_reward else train.seed,
+    )
+
+
+def shared_settings(
+    args: RoleArguments,
+    train: OptimizationArguments,
+    zero: RoleZeroArguments,
+    *,
+    overrides: dict[str, Any],
+    total_steps: int,
+    pad_token_id: int,
+    device: torch.device,
+) -> SharedSettings:
+    """What all roles have in common."""
+    return SharedSettings(
+        dtype=args.dtype,
+        attn_implementation=args.attn_implementation,
+        offload=zero.offload,
+        offload_reference_model=zero.offload_reference_model,
+        offload_reward_model=zero.offload_reward_model,
+        only_optimize_lora=zero.only_optimize_lora,
+        overrides=overrides,
+        micro_batch_size=train.per_device_training_batch_size,
+        total_steps=total_steps,
+        pad_token_id=pad_token_id,
+        device=device,
+        merge_lora_for_generation=zero.merge_lora_for_generation,
+        ema=train.enable_ema,
+    )
+
+
+def steps_per_iteration(ppo: PPOArguments, rollout: RolloutArguments, train: OptimizationArguments) -> int:
+    """Optimizer steps that an iteration makes unless ``--target_kl`` ends it."""
+    rows = rollout.per_device_generation_batch_size * rollout.generation_batches
+    return ppo.ppo_epochs * rows // train.per_device_training_batch_size // train.gradient_accumulation_steps
+
+
 def ppo_settings(args: PPOArguments, rollout: RolloutArguments, train: OptimizationArguments) -> PPOSettings:
     """The trainer's constants from the flags."""
     return PPOSettings(
@@ -216,6 +270,7 @@ def ppo_settings(args: PPOArguments, rollout: RolloutArguments, train: Optimizat
         ppo_epochs=args.ppo_epochs,
         per_device_training_batch_size=train.per_device_training_batch_size,
         gradient_accumulation_steps=train.gradient_accumulation_steps,
+        temperature=rollout.temperature,
         kl_coef=args.kl_coef,
         clip_ratio=args.clip_ratio,
         clip_value=args.clip_value,

@@ -1,0 +1,278 @@
+"""Rewards from functions, from models with another tokenizer, from other families, and several with weights."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, BertConfig, BertTokenizerFast
+
+from tests.step3.hybrid_checks import save_tiny_reward_model
+from tests.tiny import save_tiny_model, tiny_tokenizer
+from training.step3_rlhf_finetuning.main import main
+from training.step3_rlhf_finetuning.prompts import PromptSet
+from training.step3_rlhf_finetuning.reward_examples import exact_answer, last_number
+from training.step3_rlhf_finetuning.reward_sources import FunctionReward, RewardMix, TextReward, TokenReward
+from training.step3_rlhf_finetuning.rewards import parse_reward_functions
+from training.step3_rlhf_finetuning.rollout import SamplingConfig, rollout_backend
+from training.utils.data import render
+from training.utils.errors import UserError
+from training.utils.models import load_causal_lm, load_classifier, load_tokenizer, scores_tokens
+from training.utils.reward_model import RewardStats
+from training.utils.text_reward import load_text_reward_model
+
+MESSAGES = [[{"role": "user", "content": text}] for text in ("Tell me a story.", "Why is the sky blue?", "Hi")]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def tiny_reward(tiny_model, tmp_path_factory):
+    return save_tiny_reward_model(str(tiny_model), tmp_path_factory.mktemp("models") / "reward")
+
+
+@pytest.fixture(scope="module")
+def other_reward(tmp_path_factory):
+    """A reward model whose chat template is another one."""
+    base = save_tiny_model(tmp_path_factory.mktemp("models") / "other", seed=3)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    tokenizer.save_pretrained(base)
+    return save_tiny_reward_model(str(base), base.parent / "other-reward")
+
+
+@pytest.fixture(scope="module")
+def bert_reward(tmp_path_factory):
+    """A reward model of a family without a score head: it reads pairs of texts."""
+    folder = tmp_path_factory.mktemp("models") / "bert"
+    folder.mkdir()
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "tell", "me", "a", "story", "good", "bad", "why", "hi", "."]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(words), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=24, num_labels=1, initializer_range=0.5,
+    )  # fmt: skip
+    AutoModelForSequenceClassification.from_config(config).eval().save_pretrained(folder)
+    BertTokenizerFast(vocab_file=str(folder / "vocab.txt")).save_pretrained(folder)
+    return folder
+
+
+def prompt_set(tokenizer):
+    rows = []
+    for i, messages in enumerate(MESSAGES):
+        ids = render(tokenizer, messages, add_generation_prompt=True).input_ids
+        rows.append(
+            {"prompt_ids": ids, "messages": json.dumps(messages), "row": json.dumps({"n": i}), "length": len(ids)}
+        )
+    return PromptSet(rows, tokenizer, (tokenizer.eos_token_id,), 0)
+
+
+@pytest.fixture(scope="module")
+def answered(tiny_model):
+    """Prompts with texts, and responses to them."""
+    tokenizer = load_tokenizer(str(tiny_model))
+    asked = prompt_set(tokenizer)
+    model = load_causal_lm(str(tiny_model), dtype="fp32").eval()
+    rollout = rollout_backend("fast").generate(model, asked.request([2, 0, 1], CPU), SamplingConfig(9))
+    return asked, [2, 0, 1], rollout
+
+
+def texts_of(answered):
+    asked, rows, rollout = answered
+    ids = rollout.input_ids[:, rollout.response_start :]
+    return [
+        [
+            *MESSAGES[row],
+            {"role": "assistant", "content": asked.tokenizer.decode(i[m], skip_special_tokens=True).strip()},
+        ]
+        for row, i, m in zip(rows, ids, rollout.response_mask, strict=True)
+    ]
+
+
+def write(folder, text, name="f.py"):
+    (folder / name).write_text(text)
+    return str(folder / name)
+
+
+def test_specs_have_names_and_weights(tmp_path):
+    file = write(tmp_path, "def size(p, r, rows):\n    return [len(x) for x in r]\n")
+    functions, weight = parse_reward_functions([f"{file}:size", f"{file}:size=-0.5", "model=2"], "--reward_function")
+    assert {name: w for name, (_, w) in functions.items()} == {"size": 1.0, "size_2": -0.5}
+    assert weight == 2.0
+
+
+@pytest.mark.parametrize("spec", ["f.py:size=heavy", "f.py:size=nan", "f.py:size=0", "rules", "no.py:size"])
+def test_a_bad_spec_is_one_line(tmp_path, monkeypatch, spec):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "def size(p, r, rows):\n    return [0.0]\n")
+    with pytest.raises(UserError, match="--reward_function"):
+        parse_reward_functions([spec], "--reward_function")
+
+
+def test_a_function_gets_texts_and_rows(answered):
+    seen = {}
+
+    def function(prompts, responses, rows):
+        seen.update(prompts=prompts, responses=responses, rows=rows)
+        return [float(row["n"]) for row in rows]
+
+    asked, rows, rollout = answered
+    total, raw = RewardMix([FunctionReward(function, "n", 0.5)]).score(rollout, rows, asked, 2)
+    assert raw["n"].tolist() == [2.0, 0.0, 1.0] and total.tolist() == [1.0, 0.0, 0.5]
+    assert seen["prompts"] == [MESSAGES[i] for i in rows]
+    assert seen["responses"] == [turns[-1]["content"] for turns in texts_of(answered)]
+
+
+def test_sources_are_normalised_weighted_and_added(answered, tiny_reward):
+    asked, rows, rollout = answered
+    tokenizer = asked.tokenizer
+    stats = RewardStats(0.3, 2.0, 5, "fp32")
+    scorer = load_text_reward_model(str(tiny_reward), dtype="fp32", device=CPU).model
+    tokens = TokenReward(scorer, stats, 3.0)
+    mix = RewardMix([tokens, FunctionReward(lambda p, r, rows: [1.0, 2.0, 4.0], "f", -1.0)])
+    total, raw = mix.score(rollout, rows, asked, 2)
+    expected = 3.0 * (raw["model"] - 0.3) / 2.0 - torch.tensor([1.0, 2.0, 4.0])
+    torch.testing.assert_close(total, expected)
+    # by hand: each row alone, without padding
+    classifier = load_classifier(str(tiny_reward), dtype="fp32", pad_token_id=tokenizer.pad_token_id).eval()
+    for i, value in enumerate(raw["model"].tolist()):
+        ids = rollout.input_ids[i][rollout.attention_mask[i].bool()][None]
+        with torch.no_grad():
+            hidden = classifier.model(ids).last_hidden_state[0, -1]
+        assert value == pytest.approx((classifier.score.weight[0] @ hidden).item(), abs=1e-4)
+
+
+def test_another_template_is_rendered_anew(answered, other_reward):
+    asked, rows, rollout = answered
+    model = load_text_reward_model(str(other_reward), dtype="fp32", device=CPU)
+    found = TextReward(model).score(rollout, rows, asked, 2)
+    plain = AutoModelForSequenceClassification.from_pretrained(other_reward, dtype=torch.float32).eval()
+    tokenizer = load_tokenizer(str(other_reward))
+    for value, messages in zip(found.tolist(), texts_of(answered), strict=True):
+        text = "".join(f"{m['role']}: {m['content']}<|im_end|>" for m in messages)
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            assert value == pytest.approx(plain(ids).logits[0, 0].item(), abs=1e-4)
+    one_by_one = TextReward(model).score(rollout, rows, asked, 1)
+    torch.testing.assert_close(found, one_by_one)
+
+
+def test_another_family_serves_through_its_own_forward(answered, bert_reward, tiny_reward):
+    assert scores_tokens(str(tiny_reward)) and not scores_tokens(str(bert_reward))
+    asked, rows, rollout = answered
+    model = load_text_reward_model(str(bert_reward), dtype="fp32", device=CPU)
+    found = TextReward(model).score(rollout, rows, asked, 3)
+    plain = AutoModelForSequenceClassification.from_pretrained(bert_reward, dtype=torch.float32).eval()
+    tokenizer = BertTokenizerFast.from_pretrained(bert_reward)
+    for value, messages in zip(found.tolist(), texts_of(answered), strict=True):
+        pair = tokenizer(
+            messages[0]["content"], messages[1]["content"], return_tensors="pt", truncation="only_first", max_length=24
+        )
+        with torch.no_grad():
+            assert value == pytest.approx(plain(**pair).logits[0, 0].item(), abs=1e-5)
+
+
+def test_several_outputs_are_no_reward_model(bert_reward, tmp_path):
+    config = BertConfig.from_pretrained(bert_reward, num_labels=3)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="3 outputs"):
+        scores_tokens(str(tmp_path))
+
+
+def arguments(tiny_model, tiny_data, folder, *more):
+    return [
+        *("--actor_model_name_or_path", str(tiny_model), "--output_dir", str(folder), "--dtype", "fp32"),
+        *("--data_path", str(tiny_data / "prompts.jsonl"), "--eval_data_path", str(tiny_data / "held_out.jsonl")),
+        *("--per_device_generation_batch_size", "4", "--per_device_training_batch_size", "2"),
+        *("--max_prompt_seq_len", "128", "--max_answer_seq_len", "6", "--num_iterations", "2"),
+        *("--report_to", "none", *more),
+    ]
+
+
+def records(folder):
+    return [r for r in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "policy/loss" in r]
+
+
+SIZE = "def size(prompts, responses, rows):\n    return [float(len(r)) for r in responses]\n"
+
+
+def test_the_program_with_functions_alone(tiny_model, tiny_data, tmp_path):
+    """No reward model at all: the critic starts from the SFT model with a fresh head; a trace tells every token."""
+    file = tmp_path / "f.py"
+    file.write_text(SIZE)
+    flags = ["--critic_model_name_or_path", "none", "--reward_function", f"{file}:size=0.1", "--trace", "2"]
+    assert main(arguments(tiny_model, tiny_data, tmp_path / "out", *flags)) == 0
+    made = records(tmp_path / "out")
+    assert len(made) == 2 and "source/model" not in made[0]
+    assert made[0]["reward/mean"] == pytest.approx(0.1 * made[0]["source/size"])
+    assert abs(sum(v for k, v in made[1].items() if k.startswith("share/")) - 1) < 1e-6
+    assert (tmp_path / "out" / "critic" / "config.json").is_file()
+    assert [p.name for p in (tmp_path / "out" / "trace").iterdir()] == ["iteration-000002.jsonl"]
+    traced = [json.loads(line) for line in (tmp_path / "out" / "trace" / "iteration-000002.jsonl").open()]
+    assert [t["sample"] for t in traced] == [0, 1, 2, 3]
+    for t in traced:
+        assert t["sources"]["size"] == len(t["response"])
+        assert t["score"] == pytest.approx(0.1 * len(t["response"]) - (not t["ended"]) * 1.0)
+        lists = [t[name] for name in ("tokens", "ids", "log_probs", "reference_log_probs", "values", "advantages")]
+        assert {len(values) for values in lists} == {len(t["rewards"])}
+        penalties = [-0.05 * (a - b) for a, b in zip(t["log_probs"], t["reference_log_probs"], strict=True)]
+        assert t["rewards"][:-1] == pytest.approx(penalties[:-1], abs=1e-5)
+        assert t["rewards"][-1] == pytest.approx(penalties[-1] + t["score"], abs=1e-5)
+    mean = sum(sum(t["advantages"]) for t in traced) / sum(len(t["advantages"]) for t in traced)
+    assert abs(mean) < 1e-4  # whitened
+
+
+def test_the_program_with_a_reward_model_of_another_template(tiny_model, tiny_data, other_reward, tmp_path, capsys):
+    (file := tmp_path / "f.py").write_text(SIZE)
+    flags = ["--critic_model_name_or_path", str(other_reward), "--reward_function", f"{file}:size", "model=2"]
+    assert main(arguments(tiny_model, tiny_data, tmp_path / "out", *flags)) == 0
+    first = records(tmp_path / "out")[0]
+    stats = RewardStats.read(other_reward)
+    expected = 2 * (first["source/model"] - stats.mean) / stats.std + first["source/size"]
+    assert first["reward/mean"] == pytest.approx(expected, rel=1e-4)
+    assert "so it reads the text" in capsys.readouterr().out
+    critic = json.loads((tmp_path / "out" / "critic" / "config.json").read_text())
+    assert (critic["reward_mean"], critic["reward_std"]) == (0.0, 1.0)
+
+
+def test_an_exception_in_a_function_ends_the_program_with_the_row(tiny_model, tiny_data, tmp_path):
+    (file := tmp_path / "f.py").write_text("def bad(prompts, responses, rows):\n    return [1 / 0]\n")
+    flags = ["--critic_model_name_or_path", "none", "--reward_function", f"{file}:bad"]
+    with pytest.raises(UserError, match="--reward_function bad: ZeroDivisionError.*at row 0, prompt"):
+        main(arguments(tiny_model, tiny_data, tmp_path / "out", *flags))
+
+
+def on_one_rank_only(rank):
+    from training.utils.distributed import on_all_ranks, rank as my_rank
+
+    def work():
+        if my_rank() == rank:
+            raise UserError(f"rank {rank} has it")
+        return my_rank()
+
+    try:
+        return on_all_ranks(work)
+    except UserError as error:
+        return str(error)
+
+
+def test_an_error_on_one_rank_is_an_error_on_all(rank_pair):
+    assert rank_pair.run(on_one_rank_only, 1) == ["rank 1 has it"] * 2
+    assert rank_pair.run(on_one_rank_only, 5) == [0, 1]
+
+
+def test_exact_answers():
+    rows = [
+        {"answer": "so 3 + 4 = 7\n#### 7"},
+        {"answer": "#### 1,250"},
+        {"answer": "#### -3"},
+        {"answer": "no number"},
+    ]
+    said = ["It is 7.", "First 1250, then... #### 1250.00", "minus three", "7"]
+    assert exact_answer([[]] * 4, said, rows) == [1.0, 1.0, 0.0, 0.0]
+    assert last_number("costs $1,234.50 in all, about 12%") == 12.0
+    assert last_number("none") is None
+    assert last_number("= -8") == -8.0
+    assert last_number("3-8") == 8.0

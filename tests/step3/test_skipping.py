@@ -1,0 +1,146 @@
+"""A reward or a gradient that is not finite: the minibatch is left out on all ranks alike, ten in a row end the run."""
+
+import json
+
+import pytest
+import torch
+
+from tests.step3.hybrid_checks import NO_TEXTS, prompts, request, role, save_tiny_reward_model, shared_settings
+from training.step3_rlhf_finetuning import main as step3, ppo, ppo_trainer
+from training.step3_rlhf_finetuning.ppo_trainer import PPOTrainer
+from training.step3_rlhf_finetuning.reward_sources import RewardMix, TokenReward
+from training.step3_rlhf_finetuning.rlhf_engine import Roles, build_actor, build_critic
+from training.step3_rlhf_finetuning.rollout import SamplingConfig, rollout_backend
+from training.step3_rlhf_finetuning.scoring import PPOSettings, Scoring
+from training.utils.checkpoint import full_state_dict
+from training.utils.distributed import rank, world_size
+from training.utils.engine import MAX_SKIPPED, SkipGuard
+from training.utils.errors import RunStopped
+
+
+class Faulty(torch.nn.Module):
+    """Scores tokens by their number; a row whose first token is in ``bad`` gets NaN."""
+
+    def __init__(self, bad):
+        super().__init__()
+        self.bad = torch.tensor(list(bad))
+
+    def forward(self, input_ids, attention_mask):
+        scores = (input_ids % 7).float()
+        first = input_ids.gather(1, attention_mask.argmax(1, keepdim=True))
+        return scores.masked_fill(torch.isin(first, self.bad), float("nan"))
+
+
+def settings(**changes):
+    values = {
+        "advantage": "gae", "samples_per_prompt": 1, "ppo_epochs": 1, "per_device_training_batch_size": 2,
+        "gradient_accumulation_steps": 1, "temperature": 1.0, "kl_coef": 0.05, "clip_ratio": 0.2, "clip_value": 0.2,
+        "clip_reward": 5.0, "gamma": 1.0, "gae_lambda": 0.95, "entropy_coef": 0.0, "target_kl": 0.0,
+        "missing_eos_penalty": 0.0, "whiten_advantages": True, "seed": 1,
+    }  # fmt: skip
+    return PPOSettings(**(values | changes))
+
+
+def one_iteration(actor, reward, *, bad_prompts=(), nan_loss_on=None, stage=2, **changes):
+    """Eight rows, divided over the ranks; the prompts of that number get NaN, or rank ``nan_loss_on`` a NaN loss."""
+    shared = shared_settings()
+    torch.manual_seed(0)
+    everything = prompts(8)
+    scorer = Faulty(everything[i][0] for i in bad_prompts)
+    gae = changes.get("advantage", "gae") == "gae"
+    roles = Roles(
+        build_actor(role(actor, stage, 1e-3), shared),
+        build_critic(role(reward, stage, 1e-3), shared, None) if gae else None,
+        RewardMix([TokenReward(scorer)]),
+    )
+    constants = settings(**changes)
+    scoring = Scoring(roles, NO_TEXTS, constants)
+    trainer = PPOTrainer(roles, scoring, rollout_backend("fast"), SamplingConfig(5), constants, "fp32")
+    before = {name: t.clone() for name, t in full_state_dict(roles.actor.engine).items()}
+    mine = list(range(8))[rank() * 8 // world_size() : (rank() + 1) * 8 // world_size()]
+    original = ppo.policy_loss
+    if nan_loss_on == rank():
+        ppo_trainer.ppo.policy_loss = lambda *a, **k: (original(*a, **k)[0] * float("nan"), original(*a, **k)[1])
+    try:
+        metrics = trainer.iteration([request([everything[i] for i in mine], mine)], 0)
+    finally:
+        ppo_trainer.ppo.policy_loss = original
+    after = full_state_dict(roles.actor.engine)
+    moved = [name for name, t in after.items() if not torch.equal(t, before[name])]
+    finite = all(t.isfinite().all() for t in after.values())
+    return {"metrics": metrics, "moved": bool(moved), "finite": finite, "reason": trainer.guard.reason}
+
+
+@pytest.fixture(scope="module")
+def reward(tiny_model, tmp_path_factory):
+    return str(save_tiny_reward_model(str(tiny_model), tmp_path_factory.mktemp("models") / "reward"))
+
+
+def test_a_bad_reward_costs_its_minibatch_alone(tiny_model, reward):
+    result = one_iteration(str(tiny_model), reward, bad_prompts=[3])
+    metrics = result["metrics"]
+    assert (metrics["reward/not_finite"], metrics["ppo/skipped"], metrics["ppo/optimizer_steps"]) == (1, 1, 4)
+    assert result["moved"] and result["finite"]
+    assert all(torch.tensor(value).isfinite() for value in metrics.values())
+    without = one_iteration(str(tiny_model), reward)["metrics"]
+    assert (without["reward/not_finite"], without["ppo/skipped"]) == (0, 0)
+
+
+def test_two_ranks_skip_the_same_minibatch(tiny_model, reward, rank_pair):
+    """Prompt 6 is rank 1's third row: the second of two common minibatches."""
+    for stage in (2, 3):
+        one, two = rank_pair.run(one_iteration, str(tiny_model), reward, bad_prompts=[6], stage=stage)
+        assert (one["metrics"]["ppo/skipped"], one["metrics"]["ppo/optimizer_steps"]) == (1, 2)
+        timeless = [{k: v for k, v in r["metrics"].items() if k[:4] not in ("time", "shar")} for r in (one, two)]
+        assert timeless[0] == timeless[1]
+        assert one["finite"]
+
+
+def test_nothing_but_bad_rewards_changes_nothing(tiny_model, reward):
+    result = one_iteration(str(tiny_model), reward, bad_prompts=range(8))
+    assert result["metrics"]["ppo/skipped"] == 4 and not result["moved"]
+
+
+def test_a_bad_reward_spoils_its_siblings(tiny_model, reward):
+    """Without a critic an answer is judged against the others to its prompt."""
+    result = one_iteration(str(tiny_model), reward, bad_prompts=[1], advantage="rloo", samples_per_prompt=4)
+    assert result["metrics"]["ppo/skipped"] == 2  # rows 0 to 3: two minibatches
+    assert ppo.whole_groups(torch.tensor([True, False, True]), torch.tensor([0, 0, 1])).tolist() == [False, False, True]
+
+
+def test_a_nan_loss_on_one_rank_skips_both(tiny_model, reward, rank_pair):
+    for result in rank_pair.run(one_iteration, str(tiny_model), reward, nan_loss_on=1):
+        assert result["metrics"]["ppo/skipped"] == result["metrics"]["ppo/optimizer_steps"] == 2
+        assert result["metrics"]["policy/skipped_steps"] == 2
+        assert result["finite"] and not result["moved"]
+
+
+def test_ten_in_a_row():
+    guard = SkipGuard()
+    for i in range(3 * MAX_SKIPPED):
+        guard.count(["rewards"] if i % MAX_SKIPPED else [])
+    assert not guard.reason
+    for _ in range(MAX_SKIPPED):
+        guard.count(["rewards that are not finite", "noise"])
+    assert guard.reason.startswith("10 optimizer steps in a row were skipped")
+    assert guard.reason.endswith("rewards that are not finite and noise")
+
+
+def test_ten_in_a_row_end_the_run_with_a_checkpoint_and_the_reason(tiny_model, tiny_data, tmp_path, monkeypatch):
+    reward = save_tiny_reward_model(str(tiny_model), tmp_path / "reward")
+    monkeypatch.setattr(
+        TokenReward, "score", lambda self, rollout, *_: torch.full((len(rollout.input_ids),), float("inf"))
+    )
+    flags = [
+        *("--actor_model_name_or_path", str(tiny_model), "--critic_model_name_or_path", str(reward)),
+        *("--data_path", str(tiny_data / "prompts.jsonl"), "--eval_data_path", str(tiny_data / "held_out.jsonl")),
+        *("--output_dir", str(tmp_path / "out"), "--dtype", "fp32", "--report_to", "none", "--num_iterations", "9"),
+        *("--per_device_generation_batch_size", "4", "--per_device_training_batch_size", "1"),
+        *("--max_prompt_seq_len", "128", "--max_answer_seq_len", "6", "--eval_every", "0"),
+    ]
+    with pytest.raises(RunStopped, match="10 optimizer steps in a row.*rewards that are not finite") as stopped:
+        step3.main(flags)
+    assert stopped.value.code == 1 and "to go on:" in str(stopped.value)
+    assert (tmp_path / "out" / "checkpoints" / "step-00000003" / "index.json").is_file()
+    last = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (last["step"], last["ppo/skipped"]) == (3, 2)  # 4 + 4 + 2

@@ -1,0 +1,138 @@
+"""Where rewards come from: a reward model, Python functions, or several of them with weights.
+
+The reward of a response is the weighted sum of its sources, each normalised by its own statistics if it has any. A
+reward model with the actor's tokenizer scores the sampled tokens themselves; another reads the text in its own chat
+template; a function gets prompts, responses and the rows of the dataset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from training.step3_rlhf_finetuning.experience import score_rewards
+from training.step3_rlhf_finetuning.prompts import PromptSet
+from training.step3_rlhf_finetuning.rewards import TextFunction, call_text_function
+from training.step3_rlhf_finetuning.rollout import RolloutBatch, response_texts
+from training.utils.distributed import on_all_ranks
+from training.utils.reward_model import RewardStats
+from training.utils.text_reward import TextRewardModel
+
+
+class RewardSource(Protocol):
+    """Gives each response a number."""
+
+    @property
+    def name(self) -> str:
+        """For metrics and traces."""
+        ...
+
+    @property
+    def weight(self) -> float:
+        """In the sum of all sources."""
+        ...
+
+    @property
+    def stats(self) -> RewardStats | None:
+        """What its rewards are normalised with, None for nothing."""
+        ...
+
+    def score(self, rollout: RolloutBatch, rows: Sequence[int], prompts: PromptSet, batch_size: int) -> Tensor:
+        """Raw rewards ``[B]``, fp32 on the rollout's device.
+
+        Args:
+            rollout: responses to ``rows`` of ``prompts``, in that order.
+            batch_size: rows in one forward.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class TokenReward:
+    """A frozen `TokenScorer` with the actor's tokenizer: the score at the response's last token."""
+
+    scorer: Any
+    stats: RewardStats | None = None
+    weight: float = 1.0
+    name: str = "model"
+
+    def score(self, rollout: RolloutBatch, rows: Sequence[int], prompts: PromptSet, batch_size: int) -> Tensor:
+        """See `RewardSource`; neither rows nor prompts are looked at."""
+        return score_rewards(self.scorer, rollout, batch_size)
+
+
+@dataclass(frozen=True)
+class TextReward:
+    """A reward model with a tokenizer and a chat template of its own."""
+
+    model: TextRewardModel
+    stats: RewardStats | None = None
+    weight: float = 1.0
+    name: str = "model"
+
+    def score(self, rollout: RolloutBatch, rows: Sequence[int], prompts: PromptSet, batch_size: int) -> Tensor:
+        """See `RewardSource`."""
+        texts = response_texts(rollout, prompts.tokenizer)
+        conversations = [
+            [*prompts.messages(row), {"role": "assistant", "content": text}]
+            for row, text in zip(rows, texts, strict=True)
+        ]
+        return self.model.rewards(conversations, batch_size).to(rollout.input_ids.device)
+
+
+@dataclass(frozen=True)
+class FunctionReward:
+    """A user's function of (prompts, responses, rows)."""
+
+    function: TextFunction
+    name: str
+    weight: float = 1.0
+    stats: RewardStats | None = None
+
+    def score(self, rollout: RolloutBatch, rows: Sequence[int], prompts: PromptSet, batch_size: int) -> Tensor:
+        """See `RewardSource`; a collective, so that an error on one rank ends all.
+
+        Raises:
+            UserError: see `training.step3_rlhf_finetuning.rewards.call_text_function`.
+        """
+        texts = response_texts(rollout, prompts.tokenizer)
+        values = on_all_ranks(
+            lambda: call_text_function(
+                self.function,
+                [prompts.messages(row) for row in rows],
+                texts,
+                [prompts.original(row) for row in rows],
+                f"--reward_function {self.name}",
+            )
+        )
+        return torch.tensor(values, dtype=torch.float32, device=rollout.input_ids.device)
+
+
+@dataclass(frozen=True)
+class RewardMix:
+    """All sources of a run's rewards; at least one."""
+
+    sources: Sequence[RewardSource]
+
+    def score(
+        self, rollout: RolloutBatch, rows: Sequence[int], prompts: PromptSet, batch_size: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Reward each response; a collective.
+
+        Args:
+            rollout: responses to ``rows`` of ``prompts``, in that order.
+            batch_size: rows in one forward.
+
+        Returns:
+            The weighted sum of the normalised rewards ``[B]``, and the raw ones ``[B]`` by source.
+        """
+        raw = {source.name: source.score(rollout, rows, prompts, batch_size) for source in self.sources}
+        total = torch.zeros_like(next(iter(raw.values())))
+        for source in self.sources:
+            value = raw[source.name]
+            total = total + source.weight * (source.stats.normalise(value) if source.stats is not None else value)
+        return total, raw

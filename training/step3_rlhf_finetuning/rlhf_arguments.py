@@ -1,0 +1,127 @@
+"""Step 3's own flags. What they must satisfy together, and what they become, is in settings.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from training.step3_rlhf_finetuning.scoring import ADVANTAGES
+from training.utils.arguments import SCHEDULES, flag
+
+
+@dataclass
+class RoleArguments:
+    """Models of the roles"""
+
+    actor_model_name_or_path: str = flag(
+        "", "the SFT model: actor and reference start from it (default: the latest step 1)"
+    )
+    critic_model_name_or_path: str = flag(
+        "", "the reward model, from which the critic starts; none to do without (default: the latest step 2)"
+    )
+    tokenizer_name_or_path: str = flag("", "tokenizer of actor and critic (default: the actor's)")
+    dtype: str = flag(
+        "bf16", "precision of weights and activations; masters stay fp32", choices=("bf16", "fp16", "fp32")
+    )
+    attn_implementation: str = flag("sdpa", "attention of transformers", choices=("sdpa", "eager", "flash_attention_2"))
+    actor_gradient_checkpointing: bool = flag(False, "trade a second forward for activation memory")
+    critic_gradient_checkpointing: bool = flag(False, "trade a second forward for activation memory")
+
+
+@dataclass
+class RolloutArguments:
+    """Rollouts"""
+
+    max_prompt_seq_len: int = flag(256, "longest prompt in tokens; longer ones lose their oldest turns", minimum=4)
+    max_answer_seq_len: int = flag(256, "longest response in tokens", minimum=1)
+    per_device_generation_batch_size: int = flag(16, "responses per rank that are decoded together", minimum=1)
+    generation_batches: int = flag(1, "generation batches per iteration", minimum=1)
+    samples_per_prompt: int = flag(1, "responses to each prompt of an iteration", minimum=1)
+    rollout_engine: str = flag("fast", "how tokens are decoded", choices=("fast", "hf"))
+    temperature: float = flag(1.0, "sampling temperature, applied in training log-probs too", above=0)
+    top_p: float = flag(1.0, "nucleus sampling; below 1 the sampler is no longer the policy", above=0, maximum=1)
+    top_k: int = flag(0, "sample from the k likeliest tokens; above 0 the sampler is no longer the policy", minimum=0)
+
+
+@dataclass
+class PPOArguments:
+    """PPO"""
+
+    advantage: str = flag(
+        "gae",
+        "what is better than expected: by a critic (gae), or by other answers to the prompt (rloo, grpo), no critic",
+        choices=ADVANTAGES,
+    )
+    ppo_epochs: int = flag(1, "passes over each iteration's rollouts", minimum=1)
+    kl_coef: float = flag(0.05, "weight of the KL penalty to the reference", minimum=0)
+    clip_ratio: float = flag(0.2, "clip of the policy ratio", above=0)
+    clip_value: float = flag(0.2, "clip of the value around the old value, 0 for none", minimum=0)
+    clip_reward: float = flag(5.0, "clip of the normalised reward, 0 for none", minimum=0)
+    gamma: float = flag(1.0, "discount per token", minimum=0, maximum=1)
+    gae_lambda: float = flag(0.95, "lambda of generalised advantage estimation", minimum=0, maximum=1)
+    entropy_coef: float = flag(0.0, "weight of an entropy bonus", minimum=0)
+    target_kl: float = flag(
+        0.0, "end an iteration's epochs above this KL from the sampling policy, 0 for never", minimum=0
+    )
+    missing_eos_penalty: float = flag(1.0, "subtracted from the reward of a response cut off at the limit", minimum=0)
+    whiten_advantages: bool = flag(True, "shift and scale gae's advantages to mean 0, variance 1")
+    normalize_reward: bool = flag(True, "normalise the reward model's rewards by step 2's reward_stats.json")
+    reward_function: list[str] = flag(
+        [], "file.py:name=WEIGHT, Python functions added to the reward model; model=WEIGHT weighs that one"
+    )
+
+
+@dataclass
+class OptimizationArguments:
+    """Training"""
+
+    per_device_training_batch_size: int = flag(8, "rows per rank and micro-batch of the update", minimum=1)
+    gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step", minimum=1)
+    actor_learning_rate: float = flag(9.65e-6, "peak learning rate of the actor", above=0)
+    critic_learning_rate: float = flag(5e-6, "peak learning rate of the critic", above=0)
+    actor_weight_decay: float = flag(0.0, "AdamW weight decay of the actor", minimum=0)
+    critic_weight_decay: float = flag(0.0, "AdamW weight decay of the critic", minimum=0)
+    lr_scheduler_type: list[str] = flag(
+        ["cosine"],
+        "how the learning rates fall: one for both roles, or the actor's and the critic's",
+        choices=SCHEDULES,
+    )
+    num_warmup_steps: list[int] = flag(
+        [0], "optimizer steps of linear warm-up: one number for both roles, or the actor's and the critic's", minimum=0
+    )
+    num_train_epochs: int = flag(1, "passes over the prompts", minimum=1)
+    num_iterations: int = flag(0, "iterations in all, 0 for every prompt of every epoch", minimum=0)
+    unsupervised_data_path: list[str] = flag([], "sources of the pre-training mix: plain text or conversations")
+    unsup_coef: float = flag(27.8, "weight of the pre-training mix's loss in the actor's", minimum=0)
+    enable_ema: bool = flag(False, "keep a moving average of the actor's weights and save it as a model, ema/")
+    seed: int = flag(1234, "seed of data order and sampling", minimum=0)
+
+
+@dataclass
+class RoleZeroArguments:
+    """DeepSpeed and LoRA of the roles"""
+
+    actor_zero_stage: int = flag(0, "ZeRO stage of actor and reference", choices=(0, 1, 2, 3))
+    critic_zero_stage: int = flag(0, "ZeRO stage of critic and reward model", choices=(0, 1, 2, 3))
+    offload: bool = flag(False, "keep optimizer states (and at stage 3 parameters) in CPU memory")
+    offload_reference_model: bool = flag(False, "at stage 3 keep the reference's parameters in CPU memory")
+    offload_reward_model: bool = flag(False, "at stage 3 keep the reward model's parameters in CPU memory")
+    deepspeed_config: str = flag("", "a JSON file merged over the configuration that these flags make")
+    actor_lora_dim: int = flag(0, "rank of the actor's adapters, 0 for none", minimum=0)
+    actor_lora_module_name: str = flag("all-linear", "comma-separated parts of module names, or all-linear")
+    critic_lora_dim: int = flag(0, "rank of the critic's adapters, 0 for none", minimum=0)
+    critic_lora_module_name: str = flag("all-linear", "comma-separated parts of module names, or all-linear")
+    only_optimize_lora: bool = flag(False, "freeze everything but the adapters (and the critic's head)")
+    merge_lora_for_generation: bool = flag(False, "add the actor's adapters to its weights while it generates")
+
+
+@dataclass
+class EvaluationArguments:
+    """Evaluation"""
+
+    eval_every: int = flag(
+        10, "evaluate on some held-out prompts every this many iterations, 0 for the end only", minimum=0
+    )
+    eval_function: str = flag("", "file.py:name, an independent measure of answers beside the reward model")
+    trace: list[int] = flag(
+        [], "write every rollout of these iterations to trace/, with numbers for each token", minimum=1
+    )

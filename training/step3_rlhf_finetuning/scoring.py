@@ -1,0 +1,190 @@
+"""Rollouts -> experience, once per iteration: every role scores them, rewards become advantages.
+
+One pass serves three advantages. ``gae`` needs a critic; ``rloo`` and ``grpo`` compare the answers to one prompt with
+each other and have none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from training.step3_rlhf_finetuning import ppo
+from training.step3_rlhf_finetuning.experience import Experience, make_experience, score_log_probs, score_values
+from training.step3_rlhf_finetuning.prompts import PromptSet
+from training.step3_rlhf_finetuning.rewards import sequence_scores
+from training.step3_rlhf_finetuning.rlhf_engine import Roles
+from training.step3_rlhf_finetuning.rollout import RolloutBatch, RolloutRequest, has_ended
+from training.utils.distributed import all_reduce_sum, reduce_sums
+
+ADVANTAGES = ("gae", "rloo", "grpo")
+
+
+@dataclass(frozen=True)
+class PPOSettings:
+    """Constants of scoring and update; the names are the flags'."""
+
+    advantage: str
+    samples_per_prompt: int
+    ppo_epochs: int
+    per_device_training_batch_size: int
+    gradient_accumulation_steps: int
+    temperature: float
+    kl_coef: float
+    clip_ratio: float
+    clip_value: float
+    clip_reward: float
+    gamma: float
+    gae_lambda: float
+    entropy_coef: float
+    target_kl: float
+    missing_eos_penalty: float
+    whiten_advantages: bool
+    seed: int
+
+
+@dataclass(frozen=True)
+class ScoredBatch:
+    """One generation batch and everything that was found out about it.
+
+    Attributes:
+        request, rollout: prompts and responses.
+        experience: what the update needs.
+        rewards: ``[B]`` by source, raw.
+        scores: ``[B]``, what PPO maximises before the KL penalty; 0 where a reward is not finite.
+    """
+
+    request: RolloutRequest
+    rollout: RolloutBatch
+    experience: Experience
+    rewards: dict[str, Tensor]
+    scores: Tensor
+
+
+class Scoring:
+    """Scores the rollouts of an iteration.
+
+    Args:
+        roles: see `training.step3_rlhf_finetuning.rlhf_engine.build_roles`.
+        prompts: what the requests' rows refer to.
+        settings: constants.
+    """
+
+    def __init__(self, roles: Roles, prompts: PromptSet, settings: PPOSettings) -> None:
+        self.roles = roles
+        self.prompts = prompts
+        self.settings = settings
+
+    def score(
+        self, rollouts: Sequence[RolloutBatch], requests: Sequence[RolloutRequest]
+    ) -> tuple[list[ScoredBatch], dict[str, float]]:
+        """One scoring pass per role, advantages included; metrics over all ranks; a collective.
+
+        Args:
+            rollouts: this rank's generation batches.
+            requests: what each of them answers.
+        """
+        batches: list[ScoredBatch] = []
+        sums: dict[str, float] = {}
+        for rollout, request in zip(rollouts, requests, strict=True):
+            batch, part = self._score_one(rollout, request)
+            batches.append(batch)
+            sums = {name: sums.get(name, 0.0) + value for name, value in part.items()}
+        total = reduce_sums(sums, rollouts[0].input_ids.device)
+        batches, metrics = self._with_advantages(batches)
+        rows, tokens, finite = total["rows"], max(total["tokens"], 1.0), max(total["finite"], 1.0)
+        mean = total["scores"] / finite
+        return batches, metrics | {
+            **{name: value / finite for name, value in total.items() if name.startswith("source/")},
+            "reward/mean": total["reward"] / finite,
+            "reward/score": mean,
+            "reward/score_std": max(total["scores_squared"] / finite - mean * mean, 0.0) ** 0.5,
+            "reward/not_finite": rows - total["finite"],
+            "kl/per_token": total["kl"] / tokens,
+            "kl/per_sequence": total["kl"] / rows,
+            "policy/entropy": total["entropy"] / tokens,
+            "rollout/length": total["tokens"] / rows,
+            "rollout/eos_rate": total["ended"] / rows,
+            "rollout/tokens": total["tokens"],
+            "rollout/sampler_difference": total["difference"] / tokens,
+        }
+
+    def _score_one(self, rollout: RolloutBatch, request: RolloutRequest) -> tuple[ScoredBatch, dict[str, float]]:
+        settings, mask, critic = self.settings, rollout.response_mask, self.roles.critic
+        size, temperature = settings.per_device_training_batch_size, settings.temperature
+        with self.roles.actor.scoring_mode() as engine:
+            log_probs, entropy = score_log_probs(engine, rollout, size, temperature, entropy=True)
+        with self.roles.actor.reference_mode() as reference:
+            reference_log_probs, _ = score_log_probs(reference, rollout, size, temperature)
+        reward, raw = self.roles.rewards.score(rollout, request.rows, self.prompts, size)
+        values = torch.zeros_like(log_probs) if critic is None else score_values(critic, rollout, size)
+        finite = reward.isfinite()
+        reward = reward.masked_fill(~finite, 0.0)
+        ended = has_ended(rollout, request.stop_ids)
+        scores = sequence_scores(
+            reward, ended, clip_reward=settings.clip_reward, missing_eos_penalty=settings.missing_eos_penalty
+        ).masked_fill(~finite, 0.0)
+        experience = make_experience(
+            rollout,
+            log_probs=log_probs,
+            reference_log_probs=reference_log_probs,
+            values=values,
+            scores=scores,
+            valid=finite,
+            kl_coef=0.0 if settings.advantage == "grpo" else settings.kl_coef,
+        )
+        assert entropy is not None
+        sums = {
+            **{f"source/{name}": values.masked_fill(~finite, 0.0).sum().item() for name, values in raw.items()},
+            "rows": float(len(reward)),
+            "finite": finite.sum().item(),
+            "tokens": mask.sum().item(),
+            "reward": reward.sum().item(),
+            "scores": scores.sum().item(),
+            "scores_squared": scores.square().sum().item(),
+            "kl": ((log_probs - reference_log_probs) * mask).sum().item(),
+            "entropy": (entropy * mask).sum().item(),
+            "ended": ended.sum().item(),
+            "difference": ((rollout.logprobs - log_probs).abs() * mask).sum().item(),
+        }
+        return ScoredBatch(request, rollout, experience, raw, scores), sums
+
+    def _with_advantages(self, batches: Sequence[ScoredBatch]) -> tuple[list[ScoredBatch], dict[str, float]]:
+        """Advantages once per iteration: gae's by token and whitened over all ranks, the others' by response.
+
+        Answers to one prompt are all in one batch. Rows whose reward is not finite take no part.
+        """
+        settings, filled = self.settings, []
+        device = batches[0].rollout.input_ids.device
+        moments = torch.zeros(3, dtype=torch.float64, device=device)
+        variance = torch.zeros(5, dtype=torch.float64, device=device)
+        for batch in batches:
+            e = batch.experience
+            if settings.advantage == "gae":
+                advantages, returns = ppo.generalised_advantages(
+                    e.rewards, e.values, e.mask, gamma=settings.gamma, gae_lambda=settings.gae_lambda
+                )
+                variance += ppo.explained_variance(e.values, returns, e.mask & e.valid.unsqueeze(1))
+            else:
+                group = batch.request.row_ids // settings.samples_per_prompt
+                rloo = settings.advantage == "rloo"
+                by_group = ppo.leave_one_out_advantages if rloo else ppo.group_relative_advantages
+                advantages = by_group(e.rewards.sum(1), group).unsqueeze(1) * e.mask
+                returns = torch.zeros_like(advantages)
+                e = replace(e, valid=ppo.whole_groups(e.valid, group))
+            moments += ppo.masked_moments(advantages, e.mask & e.valid.unsqueeze(1))
+            filled.append(replace(batch, experience=replace(e, advantages=advantages, returns=returns)))
+        moments, variance = all_reduce_sum(moments), all_reduce_sum(variance)
+        if settings.whiten_advantages and settings.advantage == "gae":
+            filled = [
+                replace(b, experience=replace(e, advantages=ppo.whiten(e.advantages, e.mask, moments)))
+                for b, e in ((b, b.experience) for b in filled)
+            ]
+        mean, spread = ppo.mean_and_variance(moments)
+        metrics = {"advantage/mean": mean, "advantage/std": spread**0.5}
+        if self.roles.critic is not None:
+            metrics["critic/explained_variance"] = ppo.explained_variance_from(variance)
+        return filled, metrics
