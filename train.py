@@ -2,7 +2,8 @@
 
     python train.py                                    the demo: embedded model, bundled data, into output/demo
     python train.py --recipe my.yaml --num_gpus 2      your own flags, a section for each step
-    python train.py --output_dir output/demo           goes on with a run; finished steps are skipped
+    python train.py --resume auto                      goes on with the latest run: with its step, where it stopped
+    python train.py --output_dir output/demo           goes on with that run; finished steps are skipped
     python train.py --step 2 3 --actor_model_name_or_path SFT_MODEL    starts from a model you have
     python train.py --step3_args "--ppo_epochs 2"      anything else, as the step's own flags
 
@@ -31,6 +32,7 @@ from typing import Any
 from training.report.page import write_report
 from training.utils import arguments
 from training.utils.errors import UserError, run_program
+from training.utils.hosts import check_hosts, read_hostfile
 from training.utils.manifest import describe_environment, hash_inputs, read_manifest, write_json
 from training.utils.processes import Ended, last_lines, run_logged
 from training.utils.recipes import GIVEN, flags_of, located, read_recipe
@@ -39,6 +41,7 @@ from training.utils.runs import (
     STEPS,
     is_finished,
     latest_output,
+    latest_run,
     make_dir,
     new_run_dir,
     output_root,
@@ -61,11 +64,19 @@ class RunArguments:
         "", "a name in training/recipes, or a YAML file with sections step1, step2, step3 (default: demo)"
     )
     step: list[int] = arguments.flag([1, 2, 3], "which steps to run", choices=(1, 2, 3))
-    num_gpus: int = arguments.flag(
-        1, "ranks on this machine, one per GPU; on a machine without one, processes", minimum=1
+    num_gpus: int | None = arguments.flag(
+        None,
+        "ranks, one per GPU; on a machine without one, processes (default: 1; with --hostfile all its slots)",
+        minimum=1,
     )
+    hostfile: str = arguments.flag("", "DeepSpeed's list of hosts; each needs this folder, and ssh without a password")
     output_dir: str = arguments.flag(
         "", "the run directory; one that is there is continued (default: output/RECIPE, new)"
+    )
+    resume: str = arguments.flag(
+        "",
+        "auto: go on with --output_dir, or with the latest run; never: unfinished steps start over",
+        choices=("auto", "never"),
     )
     plan: bool = arguments.flag(False, "print the memory that each step needs on each rank, and stop")
 
@@ -96,12 +107,13 @@ class Step:
     argv: list[str]
     directory: Path
 
-    def command(self, launcher: Sequence[str], num_gpus: int) -> list[str]:
+    def command(self, launcher: Sequence[str], num_gpus: int | None, hostfile: str = "") -> list[str]:
         """The process to start; a free port lets runs share a machine."""
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
-        options = ["--num_gpus", str(num_gpus), "--master_port", str(port), "--quiet"]
+        ranks = [] if hostfile and not num_gpus else ["--num_gpus", str(num_gpus or 1)]
+        options = [*(["--hostfile", hostfile] if hostfile else []), *ranks, "--master_port", str(port), "--quiet"]
         return [*launcher, *options, self.script, *self.argv]
 
 
@@ -162,6 +174,8 @@ def plan_steps(
             models += ["--critic_model_name_or_path", output_of("step2", inputs.reward_model_name_or_path)]
         starts[name] = models[1]
         given = own_args(name, getattr(inputs, f"{name}_args"))
+        if options.resume == "never":
+            given = ["--resume", "never", *given]
         argv = [*models, "--output_dir", shown(directory), *flags_of(section, folders), *given]
         steps.append(Step(name, shown(ROOT / scripts[name]), argv, directory))
     return steps
@@ -288,12 +302,19 @@ def main(
     )
     scripts = scripts or STEPS
     launcher = launcher or default_launcher()
+    if options.hostfile:
+        check_hosts(options.hostfile)
+    if options.resume == "auto" and not options.output_dir:
+        options.output_dir = str(latest_run())
+    if options.resume == "auto" and not Path(options.output_dir).is_dir():
+        raise UserError(f"--resume auto: --output_dir {options.output_dir} holds no run to go on with")
     run = Path(options.output_dir).absolute() if options.output_dir else output_root() / "unmade"
     manifest = read_manifest(run / "manifest.json")
     recipe = options.recipe or manifest.get("recipe", {}).get("name", "demo")  # a run goes on with its own
     planned = plan_steps(options, inputs, recipe, run, scripts)  # bad flags end here, before a folder is made
     if options.plan:
-        return show_plans(planned, options.num_gpus)
+        slots = sum(read_hostfile(options.hostfile).values()) if options.hostfile else 1
+        return show_plans(planned, options.num_gpus or slots)
     run = make_dir(run) if options.output_dir else new_run_dir(Path(recipe).stem)
     steps = plan_steps(options, inputs, recipe, run, scripts)
     with locked(run):
@@ -313,7 +334,7 @@ def main(
                 print(f"step {step.name[4:]} is finished{changed}", flush=True)
                 continue
             (step.directory / "summary.json").unlink(missing_ok=True)  # made from the output that has changed
-            command = step.command(launcher, options.num_gpus)
+            command = step.command(launcher, options.num_gpus, options.hostfile)
             ended = run_step(step, command, run, manifest)
             ran = True
             if ended.code:
@@ -336,10 +357,12 @@ def _joined(argv: Sequence[str]) -> list[str]:
 def _continued(argv: Sequence[str], run: Path) -> list[str]:
     """The same flags, with the run directory named."""
     tokens = list(argv)
-    while "--output_dir" in tokens:
-        at = tokens.index("--output_dir")
-        del tokens[at : at + 2]
-    return [*(t for t in tokens if not t.startswith("--output_dir=")), "--output_dir", shown(run)]
+    for flag in ("--output_dir", "--resume"):
+        while flag in tokens:
+            at = tokens.index(flag)
+            del tokens[at : at + 2]
+        tokens = [t for t in tokens if not t.startswith(f"{flag}=")]
+    return [*tokens, "--output_dir", shown(run)]
 
 
 if __name__ == "__main__":

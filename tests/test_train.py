@@ -21,9 +21,9 @@ from training.utils.showcase import answers_text, summary_table
 
 # Takes DeepSpeed's options, starts the program as a child like DeepSpeed's runner, and like it passes no signal on.
 LAUNCHER = """
-import subprocess, sys
+import os, subprocess, sys
 assert sys.argv[1:6:2] == ["--num_gpus", "--master_port", "--quiet"] and int(sys.argv[4]) > 0
-code = subprocess.Popen([sys.executable, *sys.argv[6:]]).wait()
+code = subprocess.Popen([sys.executable, *sys.argv[6:]], env=os.environ | {"LOCAL_RANK": "0"}).wait()
 sys.exit(max(code, 0))
 """
 
@@ -46,6 +46,7 @@ if "--hang" in argv:
         (out / "cleaned").touch()
         sys.exit(0)
     signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, end)
     (out / "hanging").touch()
     time.sleep(60)
 if out.name == "step3":

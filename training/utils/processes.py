@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import BinaryIO
 
-GRACE = 40.0  # seconds from a signal to SIGKILL; DeepSpeed's launcher gives its ranks 30
+GRACE = 15.0  # seconds that a process has to end after it was asked twice, or after its parent has ended
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
@@ -62,9 +62,10 @@ class LineLog:
 def run_logged(command: Sequence[str], log: Path, *, grace: float = GRACE) -> Ended:
     """Run ``command`` in a process group of its own; copy its output to the terminal and append it to ``log``.
 
-    SIGINT, SIGTERM or SIGHUP that this process gets reaches the whole group as SIGTERM: DeepSpeed's runner passes
-    none on, its launcher turns each into SIGTERM, and SIGINT would only add a traceback of every process. Returns
-    when the group has ended; what is left of it after ``grace`` seconds is killed.
+    SIGINT and SIGTERM that this process gets go to the group's ranks, SIGHUP as SIGTERM, and not to DeepSpeed's
+    processes above them: its runner passes none on, and its launcher would kill the ranks after half a minute, be a
+    checkpoint written or not. A rank ends by itself after its step; a second Ctrl-C ends it at once. Returns when the
+    group has ended; after a second signal what is left of it is killed in ``grace`` seconds.
 
     Raises:
         OSError: the command can not be started.
@@ -115,7 +116,7 @@ def _output_of_child() -> Iterator[tuple[int, int]]:
 def _passing_signals_on(group: int, received: list[int]) -> Iterator[None]:
     def forward(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        _signal_group(group, signal.SIGTERM)
+        _signal_ranks(group, signal.SIGTERM if number == signal.SIGHUP else number)
 
     # SIGHUP is ignored under nohup, and stays ignored
     numbers = [n for n in FORWARDED if signal.getsignal(n) is not signal.SIG_IGN]
@@ -145,7 +146,7 @@ def _copy_output(process: subprocess.Popen, source: int, lines: LineLog, receive
             lines.feed(data)
         elif ended:
             return
-        if received and killed_at is None:
+        if len(received) > 1 and killed_at is None:
             killed_at = time.monotonic() + grace
         if killed_at is not None and time.monotonic() > killed_at:
             _signal_group(process.pid, signal.SIGKILL)
@@ -166,6 +167,35 @@ def _end_group(group: int, *, signalled: bool, grace: float) -> None:
 
 def _group_lives(group: int) -> bool:
     return _signal_group(group, 0)
+
+
+def _signal_ranks(group: int, number: int) -> None:
+    """Signal the processes of a group that a launcher has made ranks; the whole group while there are none."""
+    ranks = [pid for pid in _members(group) if b"\0LOCAL_RANK=" in b"\0" + _environment(pid)]
+    if not ranks:
+        _signal_group(group, number)
+    for pid in ranks:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def _members(group: int) -> list[int]:
+    pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+    return [pid for pid in pids if _group_of(pid) == group]
+
+
+def _group_of(pid: int) -> int:
+    try:
+        return os.getpgid(pid)
+    except ProcessLookupError:
+        return -1
+
+
+def _environment(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:  # it has ended
+        return b""
 
 
 def _signal_group(group: int, number: int) -> bool:

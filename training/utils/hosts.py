@@ -1,0 +1,73 @@
+"""Several hosts: DeepSpeed's hostfile, and whether its hosts answer before anything is started on them."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from training.utils.errors import UserError
+
+SSH_SECONDS = 8
+_LINE = re.compile(r"(\S+)\s+slots=(\d+)")
+
+
+def read_hostfile(path: str) -> dict[str, int]:
+    """Host -> slots, as DeepSpeed reads them: ``worker-1 slots=8`` a line, ``#`` begins a comment.
+
+    Raises:
+        UserError: no such file, a line that is not of that form, a host named twice, or no host.
+    """
+    hosts: dict[str, int] = {}
+    try:
+        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"--hostfile {path}: {error.strerror}") from error
+    for number, line in enumerate(lines, 1):
+        text = line.partition("#")[0].strip()
+        if not text:
+            continue
+        match = _LINE.fullmatch(text)
+        if match is None:
+            raise UserError(f"--hostfile {path}:{number}: {text!r} is not of the form: worker-1 slots=8")
+        if match[1] in hosts:
+            raise UserError(f"--hostfile {path}:{number}: {match[1]} stands there twice")
+        hosts[match[1]] = int(match[2])
+    if not hosts:
+        raise UserError(f"--hostfile {path}: no host in it; a line reads: worker-1 slots=8")
+    return hosts
+
+
+def check_hosts(path: str) -> None:
+    """See that every host of a hostfile answers to ssh without a password, as DeepSpeed's launcher needs.
+
+    Raises:
+        UserError: the file is wrong, a program is missing here, or a host does not answer; names the host.
+    """
+    hosts = read_hostfile(path)
+    for program, package in (("ssh", "openssh-client"), ("pdsh", "pdsh")):
+        if len(hosts) > 1 and not shutil.which(program):
+            raise UserError(
+                f"--hostfile: {program} is missing, DeepSpeed starts hosts with it: apt-get install {package}"
+            )
+    with ThreadPoolExecutor(max_workers=16) as pool:
+        for host, problem in zip(hosts, pool.map(_unreachable, hosts), strict=True):
+            if problem:
+                raise UserError(
+                    f"--hostfile {path}: {host} does not answer to ssh without a password ({problem}); see "
+                    f"docs/several_machines.md"
+                )
+
+
+def _unreachable(host: str) -> str:
+    command = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={SSH_SECONDS}", host, "true"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=2 * SSH_SECONDS, check=False)
+    except FileNotFoundError:
+        return "ssh is missing"
+    except subprocess.TimeoutExpired:
+        return f"nothing within {2 * SSH_SECONDS} s"
+    said = done.stderr.strip().splitlines()
+    return "" if done.returncode == 0 else (said[-1] if said else f"exit code {done.returncode}")
