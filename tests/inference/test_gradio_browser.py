@@ -136,16 +136,22 @@ def serve(chat_folders, tmp_path):
 
 @pytest.fixture
 def slowly(monkeypatch):
-    """Every token takes 50 ms, so that a browser can watch answers grow."""
+    """Every token takes 50 ms, so that a browser can watch answers grow.
+
+    After ``hold_after`` tokens an answer grows no more and does not end either, until it is stopped.
+    """
     stream = chat_page.stream_answer
 
     def _stream(*arguments):
-        for answer in stream(*arguments):
+        for count, answer in enumerate(stream(*arguments), start=1):
             time.sleep(0.05)
             _stream.tokens += 1
             yield answer
+            while _stream.hold_after is not None and count >= _stream.hold_after:
+                time.sleep(0.05)
+                yield answer
 
-    _stream.tokens = 0
+    _stream.tokens, _stream.hold_after = 0, None
     monkeypatch.setattr(chat_page, "stream_answer", _stream)
     return _stream
 
@@ -321,6 +327,7 @@ def test_two_clients_at_once_keep_their_own_conversations(serve, visit, slowly):
 def test_a_visitor_who_has_to_wait_is_told(serve, visit, slowly, tmp_path):
     save_parrot(tmp_path / "endless", "a small red house", then_stop=False)
     address, _ = serve("fox", str(tmp_path / "endless"), sampling=SamplingArguments(max_new_tokens=450))
+    slowly.hold_after = 40  # however slow the machine is, the answers before have not ended when the last one asks
     visitors = [visit(address) for _ in range(chat_page.VISITORS_AT_ONCE + 1)]
     for browser in visitors[:-1]:
         browser.ask("hello")
