@@ -39,6 +39,7 @@ from training.utils.recipes import GIVEN, flags_of, located, read_recipe
 from training.utils.runs import (
     LATEST,
     STEPS,
+    deepspeed_launcher,
     is_finished,
     latest_output,
     latest_run,
@@ -181,8 +182,8 @@ def plan_steps(
     return steps
 
 
-def show_plans(steps: Sequence[Step], ranks: int) -> int:
-    """Run each step's program with ``--plan``, as one process that plans for ``ranks``.
+def show_plans(steps: Sequence[Step], ranks: int, on_this_host: int) -> int:
+    """Run each step's program with ``--plan``, as one process that plans for ``ranks``, some of them on this host.
 
     Returns:
         0 if every step fits, 1 if one does not, 2 if a step's flags are not usable.
@@ -190,16 +191,11 @@ def show_plans(steps: Sequence[Step], ranks: int) -> int:
     codes = [0]
     for step in steps:
         command = [sys.executable, step.script, *step.argv, "--plan"]
-        environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+        environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks)}
+        environment["LOCAL_WORLD_SIZE"] = str(on_this_host)
         codes.append(subprocess.run(command, env=os.environ | environment, check=False).returncode)
         print(flush=True)
     return max(codes)
-
-
-def default_launcher() -> list[str]:
-    """DeepSpeed's launcher of this interpreter; its script is missing where .venv sees the system's packages."""
-    script = Path(sys.executable).with_name("deepspeed")
-    return [shown(script)] if script.is_file() else [shown(sys.executable), "-m", "deepspeed.launcher.runner"]
 
 
 @contextlib.contextmanager
@@ -301,8 +297,8 @@ def main(
         [RunArguments, InputArguments], _joined(argv), prog="train.py", description=__doc__
     )
     scripts = scripts or STEPS
-    launcher = launcher or default_launcher()
-    if options.hostfile:
+    launcher = launcher or deepspeed_launcher()
+    if options.hostfile and not options.plan:
         check_hosts(options.hostfile)
     if options.resume == "auto" and not options.output_dir:
         options.output_dir = str(latest_run())
@@ -313,8 +309,9 @@ def main(
     recipe = options.recipe or manifest.get("recipe", {}).get("name", "demo")  # a run goes on with its own
     planned = plan_steps(options, inputs, recipe, run, scripts)  # bad flags end here, before a folder is made
     if options.plan:
-        slots = sum(read_hostfile(options.hostfile).values()) if options.hostfile else 1
-        return show_plans(planned, options.num_gpus or slots)
+        slots = list(read_hostfile(options.hostfile).values()) if options.hostfile else [1]
+        on_each = [options.num_gpus or count for count in slots]
+        return show_plans(planned, ranks=sum(on_each), on_this_host=on_each[0])
     run = make_dir(run) if options.output_dir else new_run_dir(Path(recipe).stem)
     steps = plan_steps(options, inputs, recipe, run, scripts)
     with locked(run):

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import train
+from tests.utils.test_hosts import stand_in
 from training.utils import runs
 from training.utils.errors import UserError
 from training.utils.processes import LineLog, last_lines, run_logged
@@ -22,8 +23,10 @@ from training.utils.showcase import answers_text, summary_table
 # Takes DeepSpeed's options, starts the program as a child like DeepSpeed's runner, and like it passes no signal on.
 LAUNCHER = """
 import os, subprocess, sys
-assert sys.argv[1:6:2] == ["--num_gpus", "--master_port", "--quiet"] and int(sys.argv[4]) > 0
-code = subprocess.Popen([sys.executable, *sys.argv[6:]], env=os.environ | {"LOCAL_RANK": "0"}).wait()
+at = sys.argv.index("--quiet")
+options = dict(zip(sys.argv[1:at:2], sys.argv[2:at:2], strict=True))
+assert options.keys() <= {"--hostfile", "--num_gpus", "--master_port"} and int(options["--master_port"]) > 0
+code = subprocess.Popen([sys.executable, *sys.argv[at + 1 :]], env=os.environ | {"LOCAL_RANK": "0"}).wait()
 sys.exit(max(code, 0))
 """
 
@@ -237,6 +240,47 @@ def test_continues(bench: Bench, capfd: pytest.CaptureFixture) -> None:
     out = capfd.readouterr().out
     assert "step 1 is finished with other flags; to repeat it, remove output/tiny/step1" in out
     assert "step 3 is finished\n" in out and "2.500" in out, "a finished run shows its table again"
+
+
+def test_resume_auto_goes_on_with_the_latest_run(bench: Bench, capfd: pytest.CaptureFixture) -> None:
+    assert bench.train() == 0
+    assert bench.train("--step2_args", "--fail 3") == 3
+    again = capfd.readouterr().err + "".join(bench.manifest("tiny-2")["started_as"][-1])
+    assert "tiny-2" in again
+    # the recipe is the run's own: none is given
+    assert train.main(["--resume", "auto"], launcher=bench.launcher, scripts=bench.scripts) == 0
+    assert "step 1 is finished" in capfd.readouterr().out
+    assert (bench.output / "tiny-2" / "step3" / "summary.json").exists()
+    assert sorted(p.name for p in bench.output.iterdir()) == ["latest", "tiny", "tiny-2"]
+    assert "--resume" not in bench.arguments("step3", "tiny-2"), "a step's own default is auto"
+
+
+def test_resume_never_starts_unfinished_steps_over(bench: Bench) -> None:
+    assert bench.train("--step2_args", "--fail 3") == 3
+    assert bench.train("--output_dir", "output/tiny", "--resume", "never") == 0
+    assert "--resume never" in bench.arguments("step3")
+
+
+def test_resume_where_nothing_is(bench: Bench) -> None:
+    with pytest.raises(UserError, match="no run"):
+        bench.train("--resume", "auto")
+    with pytest.raises(UserError, match="output/none holds no run"):
+        bench.train("--resume", "auto", "--output_dir", "output/none")
+    assert not bench.output.exists()
+
+
+def test_several_hosts(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    stand_in(tmp_path / "bin" / "ssh", 'test "$5" != cut-off', monkeypatch)
+    (tmp_path / "hosts").write_text("near slots=2\n")
+    assert bench.train("--hostfile", "hosts") == 0
+    commands = [line for line in capfd.readouterr().out.splitlines() if "--hostfile hosts" in line]
+    assert len(commands) == 3 and not any("--num_gpus" in line for line in commands), "all slots of the file"
+    (tmp_path / "hosts").write_text("cut-off slots=2\n")
+    with pytest.raises(UserError, match="cut-off does not answer to ssh"):
+        bench.train("--hostfile", "hosts")
+    assert not (bench.output / "tiny-2").exists()
 
 
 def test_later_steps_follow_a_repeated_one(bench: Bench) -> None:

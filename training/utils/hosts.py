@@ -11,7 +11,7 @@ from pathlib import Path
 from training.utils.errors import UserError
 
 SSH_SECONDS = 8
-_LINE = re.compile(r"(\S+)\s+slots=(\d+)")
+_LINE = re.compile(r"(\S+)\s+slots=([1-9]\d*)")
 
 
 def read_hostfile(path: str) -> dict[str, int]:

@@ -47,7 +47,7 @@ def shown(path: Path | str) -> str:
 def same_command(output_dir: Path) -> str:
     """The command line that goes on with this process's run: its own, with the output folder named.
 
-    Under ``deepspeed`` on one host the launcher is part of it; on several hosts it is the same on each.
+    Under ``deepspeed`` the launcher is part of it; on several hosts the hostfile is for the user to name.
     """
     arguments = [t for t in sys.argv[1:] if not t.startswith("--local_rank")]
     for flag in ("--output_dir", "--resume"):
@@ -57,11 +57,17 @@ def same_command(output_dir: Path) -> str:
         arguments = [t for t in arguments if not t.startswith(f"{flag}=")]
     arguments += ["--output_dir", shown(output_dir)]
     ranks = os.environ.get("LOCAL_SIZE")  # set by deepspeed's launcher alone
-    if ranks and os.environ.get("CROSS_SIZE", "1") == "1":
-        launcher = [shown(Path(sys.executable).with_name("deepspeed")), "--num_gpus", ranks]
-    else:
-        launcher = [shown(sys.executable)]
+    launcher = [shown(sys.executable)]
+    if ranks:
+        one_host = os.environ.get("CROSS_SIZE", "1") == "1"
+        launcher = [*deepspeed_launcher(), *(["--num_gpus", ranks] if one_host else ["--hostfile", "HOSTFILE"])]
     return shlex.join([*launcher, shown(sys.argv[0]), *arguments])
+
+
+def deepspeed_launcher() -> list[str]:
+    """DeepSpeed's launcher of this interpreter; its script is missing where .venv sees the system's packages."""
+    script = Path(sys.executable).with_name("deepspeed")
+    return [shown(script)] if script.is_file() else [shown(sys.executable), "-m", "deepspeed.launcher.runner"]
 
 
 def is_finished(step_dir: Path) -> bool:
