@@ -144,9 +144,15 @@ def _verify(folder: Path, weights: dict[str, torch.Tensor]) -> None:
 
 
 def move_into(scratch: Path, directory: Path) -> None:
-    """Move a finished folder's files; config.json goes last, as its presence says that a model is there."""
+    """Move a finished folder's files; config.json goes last, as its presence says that a model is there.
+
+    Weights of an earlier model that was saved in other files go, else they would be loaded instead.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     entries = sorted(scratch.iterdir(), key=lambda p: p.name == "config.json")
+    for file in directory.glob("model*.safetensors*"):
+        if not (scratch / file.name).exists():
+            file.unlink()
     for entry in entries:
         target = directory / entry.name
         if target.is_dir():
