@@ -144,11 +144,48 @@ CASES = [
         ["--merge_lora_for_generation", "--actor_lora_dim"],
     ),
     Case(
-        "reward model of another tokenizer",
+        "a reward model whose tokenizer is not its own",
         3,
         lambda w: _rl(w)[:2] + ["--critic_model_name_or_path", str(w.other_reward)],
-        ["tokenizer"],
+        ["tokenizer has ids above", "embeddings"],
     ),
+    Case(
+        "no reward at all",
+        3,
+        lambda w: _rl(w)[:2] + ["--critic_model_name_or_path", "none"],
+        ["--critic_model_name_or_path none", "--reward_function"],
+    ),
+    Case(
+        "a weight that is no number",
+        3,
+        lambda w: _rl(w, "--reward_function", _write(w.tmp / "f.py", "def f(p, r, x): return []") + ":f=much"),
+        ["--reward_function", "much", "no number"],
+    ),
+    Case(
+        "a weight of nothing", 3, lambda w: _rl(w, "--reward_function", "model=0"), ["--reward_function", "weight of 0"]
+    ),
+    Case(
+        "a reward function that is not there",
+        3,
+        lambda w: _rl(w, "--reward_function", "rules.py:f"),
+        ["--reward_function rules.py:f", "no such file"],
+    ),
+    Case(
+        "a reward function whose file fails",
+        3,
+        lambda w: _rl(w, "--reward_function", _write(w.tmp / "f.py", "import unheard_of") + ":f"),
+        ["--reward_function", "ModuleNotFoundError", "unheard_of"],
+    ),
+    Case(
+        "three schedules for two roles",
+        3,
+        lambda w: _rl(w, "--lr_scheduler_type", "cosine", "linear", "constant"),
+        ["--lr_scheduler_type", "the actor's and the critic's"],
+    ),
+    Case("unknown schedule", 1, lambda w: _sft(w, "--lr_scheduler_type", "sine"), ["--lr_scheduler_type", "cosine"]),
+    Case("a size without its unit", 1, lambda w: _sft(w, "--max_shard_size", "5"), ["--max_shard_size", "5GB"]),
+    Case("wandb that is not installed", 1, lambda w: _sft(w, "--report_to", "wandb"), ["wandb", "pip install"]),
+    Case("resume from nowhere", 1, lambda w: _sft(w, "--resume", str(w.tmp / "none")), ["--resume", "none"]),
     Case(
         "no reward statistics",
         3,
@@ -279,13 +316,13 @@ CASES = [
         ["--eval_function", "rules.py"],
     ),
     Case(
-        "evaluation by a reward model of another tokenizer",
+        "evaluation by a reward model whose tokenizer is not its own",
         "evaluate 3",
         lambda w: [
             *("--path", _finished(w, "step3", "actor"), "--sft_model_name_or_path", str(w.model)),
             *("--reward_model_name_or_path", str(w.other_reward)),
         ],
-        ["--reward_model_name_or_path", "tokenizer"],
+        ["tokenizer has ids above", "embeddings"],
     ),
     Case(
         "evaluation data missing",

@@ -11,7 +11,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import importlib.util
 import re
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -155,6 +157,13 @@ class OutputArguments:
         "tensorboard", "where metrics go beside metrics.jsonl", choices=("tensorboard", "wandb", "none")
     )
     plan: bool = flag(False, "print the memory that this command needs on each rank, and stop (exit code 1: no fit)")
+
+    def __post_init__(self) -> None:
+        if self.report_to != "none" and not importlib.util.find_spec(self.report_to):
+            raise UserError(
+                f"--report_to {self.report_to}: not installed; install it: "
+                f"{sys.executable} -m pip install {self.report_to}"
+            )
 
 
 @dataclass

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import os
 import shutil
 import sys
@@ -180,6 +181,7 @@ def quiet_libraries() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else each process warns that it takes the CPU
     for pattern in HARMLESS_WARNINGS:
         warnings.filterwarnings("ignore", message=pattern)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it; it misses a kernel that none uses
 
 
 def compile_ops() -> None:
