@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -134,12 +135,16 @@ class Launcher:
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
-    def start(self, step: int, arguments: list[str], log: Path, **environment: str) -> Launched:
-        """Start a step on one rank."""
-        request = {"step": step, "argv": arguments, "log": str(log), "env": environment}
+    def start(
+        self, step: int, arguments: list[str], log: Path, fault: dict[str, Any] | None = None, **environment: str
+    ) -> Launched:
+        """Start a step on one rank; ``fault`` are arguments of `tests.reliability.faults.plant`."""
+        request = {"step": step, "argv": arguments, "log": str(log), "env": environment, "fault": fault}
         return Launched(self, self.ask(request)["pid"], log)
 
-    def start_ranks(self, step: int, arguments: list[str], log: Path, ranks: int, **environment: str) -> list[Launched]:
+    def start_ranks(
+        self, step: int, arguments: list[str], log: Path, ranks: int, fault: dict[str, Any] | None = None
+    ) -> list[Launched]:
         """Start a step on several ranks, each a process of its own, as a launcher would."""
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
@@ -150,10 +155,7 @@ class Launcher:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
-        return [
-            self.start(step, arguments, log, RANK=str(r), LOCAL_RANK=str(r), **size, **environment)
-            for r in range(ranks)
-        ]
+        return [self.start(step, arguments, log, fault, RANK=str(r), LOCAL_RANK=str(r), **size) for r in range(ranks)]
 
     def close(self) -> None:
         """End it."""

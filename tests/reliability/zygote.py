@@ -3,8 +3,8 @@
 Importing torch, DeepSpeed and transformers takes several times as long as a tiny run. A forked child is a process like
 any other: it runs the program to its end, can be killed at any moment, and shares nothing with the next one.
 
-As a program it reads one JSON object per line, ``{"step", "argv", "log", "env"}``, answers with the process id, and
-with ``{"pid", "code"}`` when asked by ``{"wait": pid}``.
+As a program it reads one JSON object per line, ``{"step", "argv", "log", "env", "fault"}``, answers with the process
+id, and with ``{"pid", "code"}`` when asked by ``{"wait": pid}``. A fault is planted by `tests.reliability.faults`.
 """
 
 from __future__ import annotations
@@ -31,11 +31,14 @@ def _child(request: dict) -> None:
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.environ.update(request["env"])
-        from training.utils.errors import run_program
+        from tests.reliability import faults
+        from training.utils.supervision import run_training
 
         program = importlib.import_module(MODULES[request["step"]])
         sys.argv = [program.__file__ or "", *request["argv"]]
-        code = run_program(program.main)
+        if request["fault"]:
+            faults.plant(**request["fault"])
+        code = run_training(program.main)
     except BaseException:
         import traceback
 

@@ -15,6 +15,8 @@ from deepspeed.accelerator import get_accelerator
 from training.utils.errors import UserError
 
 DEFAULT_TIMEOUT = 1800.0
+# Set by launchers that say ranks in their own words (a shell within a Slurm job has only SLURM_NTASKS)
+OTHER_LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
 T = TypeVar("T")
 
@@ -27,9 +29,17 @@ def init_distributed(timeout: float = DEFAULT_TIMEOUT) -> torch.device:
 
     Args:
         timeout: how long a collective may wait for the other ranks, in seconds.
+
+    Raises:
+        UserError: a launcher that gives no ranks has started several processes.
     """
     import deepspeed
 
+    if "RANK" not in os.environ and (named := [name for name in OTHER_LAUNCHERS if name in os.environ]):
+        raise UserError(
+            f"started by MPI or Slurm ({named[0]}), which do not say RANK and WORLD_SIZE: each process would train "
+            f"alone; see docs/several_machines.md for the ways to start on several hosts"
+        )
     launched = "MASTER_PORT" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")

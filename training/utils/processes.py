@@ -20,6 +20,7 @@ from types import FrameType
 from typing import BinaryIO
 
 GRACE = 15.0  # seconds that a process has to end after it was asked twice, or after its parent has ended
+STARTED_BY = "TRIPOD_STARTED_BY"  # tells a child the process that it may not outlive
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
@@ -75,7 +76,12 @@ def run_logged(command: Sequence[str], log: Path, *, grace: float = GRACE) -> En
         file.flush()
         received: list[int] = []
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=child_end, stderr=child_end, start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=child_end,
+            stderr=child_end,
+            start_new_session=True,
+            env=os.environ | {STARTED_BY: str(os.getpid())},
         )
         os.close(child_end)
         with _passing_signals_on(process.pid, received):
@@ -141,8 +147,9 @@ def _copy_output(process: subprocess.Popen, source: int, lines: LineLog, receive
                 return
             if not data:
                 return
-            terminal.write(data)
-            terminal.flush()
+            with contextlib.suppress(OSError):  # the terminal was closed; the log goes on
+                terminal.write(data)
+                terminal.flush()
             lines.feed(data)
         elif ended:
             return

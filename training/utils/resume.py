@@ -101,9 +101,10 @@ class Run:
             groups, models, data, batches: see `training.utils.same_run.describe`.
 
         Raises:
-            UserError: nothing whole is there that could be resumed, or it is of another run.
+            UserError: nothing whole is there that could be resumed, or it is of another run; or hosts differ.
         """
         description = same_run.describe(step, groups, models, data, batches)
+        same_run.refuse_other_ranks(gather_objects([description]))
         checkpoint = _choose(output_dir / store.FOLDER, settings.resume)
         state: dict[str, Any] = {}
         if checkpoint is not None:

@@ -134,6 +134,26 @@ def refuse_other_run(before: Mapping[str, Any], now: Mapping[str, Any], checkpoi
         )
 
 
+def refuse_other_ranks(descriptions: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse to train together what is not the same run on all ranks, such as hosts with other files or versions.
+
+    Args:
+        descriptions: of every rank, in order.
+
+    Raises:
+        UserError: names a rank and what differs.
+    """
+    for rank, description in enumerate(descriptions):
+        for part in ("flags", "models", "data", "versions"):
+            skipped = FREE | BY_CONTENT if part == "flags" else frozenset()
+            for name in sorted(descriptions[0][part].keys() - skipped):
+                if description[part].get(name) != descriptions[0][part][name]:
+                    raise UserError(
+                        f"rank {rank} differs from rank 0 in {part}: {name}; all hosts need the same command, files "
+                        f"and packages, see docs/several_machines.md"
+                    )
+
+
 def inexact_because(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Why a resumed run equals an uninterrupted one only up to rounding; empty if it does so bit for bit."""
     reasons = []

@@ -22,6 +22,7 @@ from types import FrameType
 from typing import Any
 
 from training.utils.errors import RunStopped, UserError, leave_process_group, run_program
+from training.utils.processes import STARTED_BY
 
 ECHO = 2.0  # seconds: one Ctrl-C reaches a rank as SIGINT from the terminal and as SIGTERM from DeepSpeed's launcher
 LOOK_EVERY = 1.0  # seconds between two looks of the watching thread
@@ -169,9 +170,10 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
 
 
 def _print(text: str) -> None:
-    """A line on rank 0's stderr; usable in a signal handler."""
+    """A line on rank 0's stderr, if anybody still reads it; usable in a signal handler."""
     if _rank() == 0:
-        os.write(2, f"\n{text}\n".encode())
+        with contextlib.suppress(OSError):
+            os.write(2, f"\n{text}\n".encode())
 
 
 def _exit(code: int) -> None:
@@ -183,7 +185,7 @@ def _exit(code: int) -> None:
 def _fail(error: Exception) -> None:
     """Tell why this rank ends, in the log and in a note, and end it; what another rank has caused is not told twice."""
     _state.ending = True
-    if isinstance(error, RuntimeError | OSError | ValueError) and any(text in str(error) for text in _LOST):
+    if _is_lost_connection(error):
         deadline = time.monotonic() + LOST_WAIT
         while time.monotonic() < deadline:
             if _other_notes():
@@ -198,6 +200,12 @@ def _fail(error: Exception) -> None:
     _leave_note("error", text)
     print(text, file=sys.stderr, flush=True)
     os._exit(1)
+
+
+def _is_lost_connection(error: Exception) -> bool:
+    """Whether a collective failed because of another rank; torch raises RuntimeErrors, a hub's time-out is none."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return several and isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST)
 
 
 def _leave_note(kind: str, text: str) -> None:
@@ -259,8 +267,8 @@ def _stand_still(seconds: float) -> None:
 
 
 def _launchers() -> list[tuple[int, int]]:
-    """(process, its parent) pairs that must stay as they are: this rank under its launcher, and that under DeepSpeed's
-    runner, which SIGTERM ends without a word to anybody."""
+    """(process, its parent) pairs that must stay as they are: this rank under its launcher, that under DeepSpeed's
+    runner, which SIGTERM ends without a word to anybody, and that under train.py if it has started this."""
     if "LOCAL_RANK" not in os.environ:
         return []  # plain python may well outlive its shell
     parent = os.getppid()
@@ -268,6 +276,8 @@ def _launchers() -> list[tuple[int, int]]:
     runner = _parent(parent)
     if "deepspeed.launcher.launch" in _command(parent) and "deepspeed" in _command(runner):
         pairs.append((parent, runner))
+        if _parent(runner) == int(os.environ.get(STARTED_BY, "0")):
+            pairs.append((runner, _parent(runner)))
     return pairs
 
 

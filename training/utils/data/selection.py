@@ -25,6 +25,7 @@ from training.utils.data.conversations import Dropped, Example
 from training.utils.data.report import DataReport, SourceReport
 from training.utils.data.sources import RawRow, Source, resolve
 from training.utils.errors import UserError
+from training.utils.supervision import beat
 
 HELD_OUT_SHARE = 0.1
 SKIP, TRAIN, HELD_OUT, DUPLICATE = 0, 1, 2, 3
@@ -315,7 +316,15 @@ def decide(request: Request, tokenizer: Any, report: DataReport) -> dict[str, di
     return recorded
 
 
+class _Bar(tqdm):
+    """Tells the watchdog, too, that something moves."""
+
+    def update(self, n: float | None = 1) -> bool | None:
+        beat()
+        return super().update(n)
+
+
 def progress(total: int | None, what: str) -> tqdm:
     """A bar for what takes longer than three seconds, on rank 0 only."""
     quiet = os.environ.get("RANK", "0") != "0"
-    return tqdm(total=total, desc=what, unit=" rows", disable=quiet, delay=3, mininterval=1)
+    return _Bar(total=total, desc=what, unit=" rows", disable=quiet, delay=3, mininterval=1)
