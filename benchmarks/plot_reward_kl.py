@@ -1,6 +1,7 @@
 """Draw reward against KL through step 3, with best-of-n of the SFT model on the same axes, from a run's own files.
 
     python benchmarks/plot_reward_kl.py output/latest docs/images/reward_kl.png
+    python benchmarks/plot_reward_kl.py output/seeds/seed-{1,2,3} docs/images/reward_kl.png     # side by side
 
 Reads step3/metrics.jsonl (the held-out evaluations during training, and every iteration's rollouts) and
 step3/evaluation.json (training/step3_rlhf_finetuning/evaluate.py writes it). Prints the KL at which PPO first reaches
@@ -18,6 +19,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 
 from training.step3_rlhf_finetuning.best_of_n import kl_to_reach
 from training.utils.errors import UserError, run_program
@@ -53,13 +55,10 @@ def kl_table(curve: Sequence[Point], models: dict[str, Point]) -> list[str]:
     return lines
 
 
-def main(argv: Sequence[str]) -> int:
-    """Draw and print; returns the exit code."""
-    if len(argv) != 2:
-        raise UserError("give the run's folder and the picture to write: plot_reward_kl.py output/latest picture.png")
-    held_out, rollouts, models = read_points(Path(argv[0]))
+def draw(axis: Axes, run: Path) -> list[str]:
+    """One run on its own axes; returns the lines of its table."""
+    held_out, rollouts, models = read_points(run)
     curve = held_out or rollouts
-    figure, axis = plt.subplots(figsize=(7, 4.5), constrained_layout=True)
     axis.plot(*zip(*rollouts, strict=True), ".", color="0.7", label="PPO, rollouts of an iteration")
     if held_out:
         axis.plot(*zip(*held_out, strict=True), "o-", label="PPO, held-out evaluations")
@@ -70,12 +69,25 @@ def main(argv: Sequence[str]) -> int:
             axis.plot(*point, "^", color="C2")
             axis.annotate(name, point, textcoords="offset points", xytext=(6, -4), fontsize=8)
     axis.plot([], [], "^", color="C2", label="best-of-n of the SFT model")
+    axis.set_title(run.resolve().name, fontsize=9)
     axis.set_xlabel("KL to the SFT model, nats per response")
-    axis.set_ylabel("mean reward")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
-    figure.savefig(argv[1], dpi=110)
-    print("\n".join(kl_table(curve, models)))
+    return kl_table(curve, models)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Draw and print; returns the exit code."""
+    if len(argv) < 2:
+        raise UserError("give folders of runs and the picture to write: plot_reward_kl.py output/latest picture.png")
+    *runs, picture = map(Path, argv)
+    size = (7.0, 4.5) if len(runs) == 1 else (4.0 * len(runs), 3.8)
+    figure, axes = plt.subplots(1, len(runs), figsize=size, sharey=True, squeeze=False, constrained_layout=True)
+    tables = [draw(axis, run) for axis, run in zip(axes[0], runs, strict=True)]
+    axes[0][0].set_ylabel("mean reward")
+    axes[0][-1].legend(fontsize=8, loc="lower right")
+    figure.savefig(picture, dpi=110)
+    for run, table in zip(runs, tables, strict=True):
+        print("\n".join([*([f"\n{run.name}"] if len(runs) > 1 else []), *table]))
     return 0
 
 
