@@ -59,7 +59,7 @@ def checkpoints(output):
 
 
 def resume(launcher, inputs, output, *more, step=1, ranks=0):
-    log = output.parent / "again.log"
+    log = output.parent / f"again-{time.monotonic_ns()}.log"
     arguments = step_arguments(step, inputs, output, *more)
     if not ranks:
         run = launcher.start(step, arguments, log)
@@ -262,6 +262,7 @@ def test_a_second_ctrl_c_stops_at_once(launcher, inputs, tmp_path):
     slow = {"kind": "sleep", "step": 3, "seconds": 30.0}
     run = launcher.start(1, step_arguments(1, inputs, output), tmp_path / "log", slow)
     run.wait_for(lambda: [p.name for p in checkpoints(output)][-1:] == ["step-00000002"])
+    time.sleep(1.5)  # the third step has begun, and sleeps
     os.kill(run.pid, signal.SIGINT)
     time.sleep(0.5)
     start = time.monotonic()

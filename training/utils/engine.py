@@ -98,6 +98,11 @@ def _restore_buffers(model: nn.Module, buffers: dict[str, torch.Tensor]) -> None
         buffers_of_module[leaf] = buffer.to(cast.device)
 
 
+def dtype_name(engine: Any) -> str:
+    """The precision of an engine's weights: ``bf16``, ``fp16`` or ``fp32``."""
+    return "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
+
+
 def backward(engine: Any, loss_sum: torch.Tensor, global_count: float) -> None:
     """Accumulate the gradient of ``loss_sum / global_count``, a mean over all ranks and micro-batches.
 
@@ -109,12 +114,12 @@ def backward(engine: Any, loss_sum: torch.Tensor, global_count: float) -> None:
         loss_sum: this micro-batch's sum over its tokens (step 2: pairs), a scalar.
         global_count: tokens (pairs) of the whole optimizer step, over all ranks and micro-batches.
     """
-    beat()
+    beat("training")
     engine.backward(loss_sum * (world_size() / max(global_count, 1.0)), scale_wrt_gas=False)
 
 
 class SkipGuard:
-    """Counts optimizer steps in a row that changed no weights, and says when it is time to stop.
+    """Counts optimizer steps in a row at which a trained role learned nothing, and says when it is time to stop.
 
     Attributes:
         reason: why the run must stop; empty while it may go on.
@@ -135,7 +140,7 @@ class SkipGuard:
 
 def optimizer_step(engine: Any) -> StepResult:
     """Clip, step the optimizer and the schedule, and clear gradients."""
-    beat()
+    beat("training")
     learning_rate = engine.get_lr()[0]
     skipped_before = engine.skipped_steps
     engine.step()

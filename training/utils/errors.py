@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -37,8 +38,17 @@ def run_program(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None
         return code
     except UserError as error:
         if int(os.environ.get("RANK", "0")) == 0:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            print_last(f"error: {' '.join(str(error).split())}")
         return 2
+
+
+def print_last(text: str) -> None:
+    """Print on stderr as the last thing of a process: on a line of its own, below a progress bar that is drawn."""
+    tqdm = sys.modules.get("tqdm")
+    with contextlib.suppress(OSError):  # nobody reads it: the terminal was closed
+        for bar in list(getattr(tqdm.tqdm, "_instances", ())) if tqdm is not None else ():
+            bar.close()
+        print(text, file=sys.stderr, flush=True)
 
 
 def leave_process_group() -> None:

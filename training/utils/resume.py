@@ -167,6 +167,7 @@ class Run:
         beat(step=number)
         if self.settings.save_every and number % self.settings.save_every == 0:
             self.save(progress)
+            beat("training")
         self.stop_if_asked()
 
     def ready(self, progress: dict[str, Any]) -> None:

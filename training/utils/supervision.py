@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from training.utils.errors import RunStopped, UserError, leave_process_group, run_program
+from training.utils.errors import RunStopped, UserError, leave_process_group, print_last, run_program
 from training.utils.processes import STARTED_BY
 
 ECHO = 2.0  # seconds: one Ctrl-C reaches a rank as SIGINT from the terminal and as SIGTERM from DeepSpeed's launcher
@@ -129,7 +129,7 @@ def run_training(main: Callable[[Sequence[str]], int]) -> int:
     except RunStopped as stopped:
         _state.ending = True
         if _rank() == 0:
-            print(f"\n{stopped}", file=sys.stderr, flush=True)
+            print_last(str(stopped))
         leave_process_group()
         code = stopped.code
     except Exception as error:
@@ -194,11 +194,11 @@ def _fail(error: Exception) -> None:
         reason = str(error).strip().splitlines()[0]
         text = f"{where()}: the connection to another rank is lost (killed? out of memory?): {reason}"
         _leave_note("lost", text)
-        print(text, file=sys.stderr, flush=True)
+        print_last(text)
         os._exit(1)
     text = f"{where()}:\n{''.join(traceback.format_exception(error))}"
     _leave_note("error", text)
-    print(text, file=sys.stderr, flush=True)
+    print_last(text)
     os._exit(1)
 
 
@@ -242,7 +242,7 @@ def _watch_for_ever() -> None:
             noted_at, note = now, notes[0]
         if noted_at and now - noted_at > COURTESY and not _state.ending:
             if note["kind"] == "user error" and _rank() == 0:
-                print(f"error: {note['text']} (rank {note['rank']})", file=sys.stderr, flush=True)
+                print_last(f"error: {note['text']} (rank {note['rank']})")
             os._exit(2 if note["kind"] == "user error" else 1)
         if any(os.getppid() != parent if child == os.getpid() else _parent(child) != parent
                for child, parent in launchers):  # fmt: skip
@@ -260,7 +260,7 @@ def _launcher_is_gone() -> None:
 
 def _stand_still(seconds: float) -> None:
     text = f"{where()}: nothing has moved for {seconds:.0f} s (--hang_timeout)"
-    print(f"{text}; what each thread is doing:", file=sys.stderr, flush=True)
+    print_last(f"{text}; what each thread is doing:")
     faulthandler.dump_traceback(all_threads=True)
     _leave_note("standstill", text)
     os._exit(1)
