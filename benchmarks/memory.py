@@ -58,7 +58,6 @@ def policies(arguments: argparse.Namespace, path: str, lora: bool) -> Callable[[
             only_optimize_lora=lora,
             overrides={},
             micro_batch_size=arguments.rows,
-            num_warmup_steps=0,
             total_steps=10,
             pad_token_id=0,
             device=device,
