@@ -156,6 +156,21 @@ CASES = [
         ["--critic_model_name_or_path none", "--reward_function"],
     ),
     Case(
+        "a weight for a reward model that is left out",
+        3,
+        lambda w: [
+            *(*_rl(w)[:2], "--critic_model_name_or_path", "none", "--reward_function"),
+            *(_write(w.tmp / "f.py", "def f(p, r, x): return []") + ":f", "model=2"),
+        ],
+        ["--reward_function model=2", "--critic_model_name_or_path none"],
+    ),
+    Case(
+        "a reward function that is not there in a folder with an equals sign",
+        3,
+        lambda w: _rl(w, "--reward_function", "runs/lr=1e-5/rules.py:f"),
+        ["--reward_function runs/lr=1e-5/rules.py:f", "no such file"],
+    ),
+    Case(
         "a weight that is no number",
         3,
         lambda w: _rl(w, "--reward_function", _write(w.tmp / "f.py", "def f(p, r, x): return []") + ":f=much"),
@@ -299,6 +314,15 @@ CASES = [
         "evaluate 3",
         lambda w: ["--path", _finished(w, "step3", "actor")],
         ["--sft_model_name_or_path"],
+    ),
+    Case(
+        "evaluation without any reward",
+        "evaluate 3",
+        lambda w: [
+            *("--path", _finished(w, "step3", "actor"), "--sft_model_name_or_path", str(w.model)),
+            *("--reward_model_name_or_path", "none"),
+        ],
+        ["--reward_model_name_or_path none", "--reward_function"],
     ),
     Case(
         "a judge that is not there",

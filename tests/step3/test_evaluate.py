@@ -1,13 +1,20 @@
 """Best-of-n and step 3's evaluation on tiny cases, by hand."""
 
+import json
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 
+from training.step3_rlhf_finetuning import evaluate, main as step3, settings
 from training.step3_rlhf_finetuning.best_of_n import best_of_kl, chosen_of, kl_to_reach, parse_counts
-from training.step3_rlhf_finetuning.evaluate import assemble, judged_by
+from training.step3_rlhf_finetuning.evaluate import StepArguments, assemble, judged_by, of_the_run, sources_of_the_run
 from training.step3_rlhf_finetuning.evaluation import Answer
+from training.utils import arguments, evaluating
 from training.utils.errors import UserError
+
+FLAG = "--reward_model_name_or_path"
 
 
 def test_kl_of_best_of_n():
@@ -88,3 +95,121 @@ def test_a_judge_is_called_once_with_all_answers():
         "b": [[3.0, 4.0], [5.0, 6.0]],
     }
     assert calls == [6]
+
+
+def model_folder(path):
+    """What is taken for a finished step, or any model, before it is loaded."""
+    path.mkdir(parents=True)
+    for name in ("config.json", "summary.json"):
+        (path / name).write_text("{}")
+    return path
+
+
+def taken(folder, recorded, trained_in="", given=""):
+    return of_the_run(str(given), str(recorded), str(trained_in), folder, "step2", FLAG)
+
+
+def test_the_runs_own_step_2_is_taken_where_it_lies_now(tmp_path):
+    """A run that was copied or renamed, whether or not what it was copied from is still there."""
+    old, own = model_folder(tmp_path / "old" / "step2"), model_folder(tmp_path / "moved" / "step2")
+    folder = own.with_name("step3")
+    assert taken(folder, "") == taken(folder, old) == taken(folder, old, tmp_path / "old" / "step3") == str(own)
+    assert taken(folder, "output/old/step2", "output/old/step3") == str(own)
+    assert taken(folder, tmp_path / "gone" / "reward") == str(own)  # whatever it was: it is not there
+
+
+def test_a_reward_model_from_elsewhere_is_taken_from_there(tmp_path):
+    other, own = model_folder(tmp_path / "other" / "step2"), model_folder(tmp_path / "run" / "step2")
+    reward, folder = model_folder(tmp_path / "reward"), own.with_name("step3")
+    assert taken(folder, other, tmp_path / "run" / "step3") == str(other)
+    assert taken(folder, reward) == str(reward)
+    assert taken(folder, reward, given=other) == str(other)
+    with pytest.raises(UserError, match=f"{FLAG} some/where/else: no such folder"):
+        taken(tmp_path / "elsewhere" / "step3", "some/where/else")
+    with pytest.raises(UserError, match=rf"no finished step2 .* give {FLAG} \(none, with --reward_function\)"):
+        taken(tmp_path / "elsewhere" / "step3", "")
+
+
+SIZE = "def size(prompts, responses, rows):\n    return [float(len(r)) for r in responses]\n"
+
+
+def recorded_in(run, *argv):
+    (run / "manifest.json").write_text(json.dumps({"steps": {"step3": {"arguments": argv}}}))
+    return evaluating.recorded_arguments(run / "step3", step3.ARGUMENTS, arguments.ALIASES)
+
+
+def test_relative_paths_of_a_run_are_found_from_another_folder(tmp_path, monkeypatch):
+    """From the repository, from the folders around the run, and from where step 3 says that it was started."""
+    started = tmp_path / "started"
+    run = model_folder(started / "output" / "run" / "step3").parent
+    (here := tmp_path / "here").mkdir()
+    monkeypatch.chdir(here)
+    reward = model_folder(started / "models" / "reward")
+    (started / "rules.py").write_text(SIZE)
+    check = "training/data/demo/check.py"
+    flags = ["--critic_model_name_or_path", "models/reward", "--reward_function", "rules.py:size=2", "model=3"]
+    flags += [f"--eval_function={check}:score", "--data_path", "demo:20", "org/hub-name", "gone/rows.jsonl:5"]
+    flags += ["--actor_model_name_or_path", str(model_folder(tmp_path / "sft")), "--temperature", "0.7"]
+    root = Path(step3.__file__).resolve().parents[2]
+    for folder in (run, model_folder(tmp_path / "moved" / "run" / "step3").parent):
+        if folder != run:
+            made = {"run_with": {"arguments": flags, "folder": str(started)}}
+            (folder / "step3" / "summary.json").write_text(json.dumps(made))
+        found = recorded_in(folder, *(flags if folder == run else ["--temperature", "0.1"]))
+        assert found[settings.RolloutArguments].temperature == 0.7
+        assert found[evaluate.rlhf_arguments.EvaluationArguments].eval_function == f"{root / check}:score"
+        assert found[arguments.DataArguments].data_path == ["demo:20", "org/hub-name", "gone/rows.jsonl:5"]
+        sources = sources_of_the_run(StepArguments(), found, folder / "step3")
+        assert (sources.reward_model, sources.weight) == (str(reward), 3.0)
+        assert sources.functions["size"][1] == 2.0
+        assert sources.sft == str(tmp_path / "sft")
+
+
+def test_flags_of_the_evaluation_win_over_the_runs_rewards(tmp_path):
+    run = model_folder(tmp_path / "run" / "step3").parent
+    model_folder(run / "step1"), model_folder(run / "step2")
+    (file := tmp_path / "f.py").write_text(SIZE)
+    found = recorded_in(run, "--reward_function", f"{file}:size", "model=3")
+
+    def sources(**flags):
+        return sources_of_the_run(StepArguments(**flags), found, run / "step3")
+
+    assert (sources().sft, sources().reward_model) == (str(run / "step1"), str(run / "step2"))
+    assert (sources().weight, [*sources().functions]) == (3.0, ["size"])
+    given = sources(reward_function=[f"{file}:size=0.5"])
+    assert (given.weight, given.functions["size"][1], given.reward_model) == (1.0, 0.5, str(run / "step2"))
+    without = sources(reward_model_name_or_path="none")
+    assert (without.reward_model, [*without.functions]) == ("", ["size"])
+    with pytest.raises(UserError, match="model=2 weighs the reward model"):
+        sources(reward_model_name_or_path="none", reward_function=[f"{file}:size", "model=2"])
+    found = recorded_in(run)
+    with pytest.raises(UserError, match=f"{FLAG} none leaves no reward: give --reward_function"):
+        sources(reward_model_name_or_path="none")
+
+
+def test_a_run_without_a_manifest_is_evaluated_by_functions_alone(tiny_model, tiny_data, tmp_path):
+    """As its step 3 may have been started by hand, by a version that wrote nothing down; the template is its own."""
+    shutil.copytree(tiny_model, tmp_path / "step3" / "actor")
+    (tmp_path / "step3" / "summary.json").write_text("{}")
+    (file := tmp_path / "f.py").write_text(SIZE)
+    argv = ["--path", str(tmp_path / "step3"), "--sft_model_name_or_path", str(tiny_model), "--dtype", "fp32"]
+    argv += ["--data_path", str(tiny_data / "prompts.jsonl"), "--eval_data_path", str(tiny_data / "held_out.jsonl")]
+    argv += ["--max_answer_seq_len", "4", "--max_prompts", "3", "--best_of", "", "--system_message", "Be brief."]
+    argv += ["--reward_function", f"{file}:size=2", FLAG]
+    assert evaluate.main([*argv, "none"]) == 0
+    found = json.loads((tmp_path / "step3" / "evaluation.json").read_text())
+    assert found["reward_model"] == ""
+    for sample in found["samples"]:
+        assert sample["sft_reward"] == 2 * len(sample["sft"])
+
+
+def test_a_template_that_step_3_put_over_both_models_is_no_difference(tiny_model, tmp_path):
+    actor = shutil.copytree(tiny_model, tmp_path / "actor")
+    own, none = arguments.DataArguments(system_message="Be brief."), arguments.DataArguments()
+    evaluate.shared_tokenizer(str(actor), str(tiny_model), none, none)
+    changed = evaluate.shared_tokenizer(str(actor), str(tiny_model), own, none)
+    assert "Be brief." in changed.chat_template
+    changed.save_pretrained(actor)
+    assert evaluate.shared_tokenizer(str(actor), str(tiny_model), none, own).chat_template == changed.chat_template
+    with pytest.raises(UserError, match="another tokenizer or chat template"):
+        evaluate.shared_tokenizer(str(actor), str(tiny_model), none, none)

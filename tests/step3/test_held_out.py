@@ -9,12 +9,32 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.step3.hybrid_checks import prompts, request
-from training.step3_rlhf_finetuning import held_out
+from training.step3_rlhf_finetuning import held_out, samples
 from training.step3_rlhf_finetuning.evaluation import Answer, sequence_kl
 from training.step3_rlhf_finetuning.held_out import MAX_KL, RUNNING_PROMPTS, HeldOutEvaluation, Kept, spread_rows
 from training.step3_rlhf_finetuning.prompts import PromptSet
 from training.step3_rlhf_finetuning.rollout import SamplingConfig, rollout_backend
 from training.utils.logprobs import response_log_probs
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_models_from_disk_answer_in_the_runs_precision(tmp_path, monkeypatch, dtype):
+    """The base model and the kept actor are held against answers of the engine."""
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "summary.json").write_text(json.dumps({"base_model": str(tmp_path)}))
+    loaded = []
+    monkeypatch.setattr(samples.models, "load_causal_lm", lambda _, dtype: loaded.append(dtype) or torch.nn.Identity())
+    monkeypatch.setattr(samples, "answers_of", lambda *_: [])
+    engine = SimpleNamespace(
+        device=torch.device("cpu"), bfloat16_enabled=lambda: dtype == "bf16", fp16_enabled=lambda: dtype == "fp16"
+    )
+    roles = SimpleNamespace(actor=SimpleNamespace(engine=engine), rewards=None)
+    asked = SimpleNamespace(request=lambda rows, device: None)
+    decoder = SimpleNamespace(generate=lambda *_: None)
+    assert samples.base_answers(asked, [0], decoder, None, str(tmp_path), roles) == []
+    with HeldOutEvaluation._saved_actor(SimpleNamespace(roles=roles, actor_dir=tmp_path)):
+        assert loaded == [dtype, dtype]
+
 
 ROWS = RUNNING_PROMPTS + 8
 

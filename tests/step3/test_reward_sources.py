@@ -1,19 +1,23 @@
 """Rewards from functions, from models with another tokenizer, from other families, and several with weights."""
 
 import json
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, BertConfig, BertTokenizerFast
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertTokenizerFast
 
 from tests.step3.hybrid_checks import save_tiny_reward_model
 from tests.tiny import save_tiny_model, tiny_tokenizer
+from training.step3_rlhf_finetuning import evaluate, settings
 from training.step3_rlhf_finetuning.main import main
 from training.step3_rlhf_finetuning.prompts import PromptSet
 from training.step3_rlhf_finetuning.reward_examples import exact_answer, last_number
 from training.step3_rlhf_finetuning.reward_sources import FunctionReward, RewardMix, TextReward, TokenReward
 from training.step3_rlhf_finetuning.rewards import parse_reward_functions
-from training.step3_rlhf_finetuning.rollout import SamplingConfig, rollout_backend
+from training.step3_rlhf_finetuning.rollout import RolloutBatch, SamplingConfig, rollout_backend
+from training.step3_rlhf_finetuning.trace import write_trace
 from training.utils.data import render
 from training.utils.errors import UserError
 from training.utils.models import load_causal_lm, load_classifier, load_tokenizer, scores_tokens
@@ -103,6 +107,18 @@ def test_specs_have_names_and_weights(tmp_path):
     assert weight == 2.0
 
 
+def test_an_equals_sign_in_a_path_is_no_weight(tmp_path):
+    (tmp_path / "lr=1e-5").mkdir()
+    file = write(tmp_path / "lr=1e-5", "def size(p, r, rows):\n    return [0.0]\n")
+    functions, weight = parse_reward_functions([f"{file}:size", f"{file}:size=2", "model"], "--reward_function")
+    assert {name: w for name, (_, w) in functions.items()} == {"size": 1.0, "size_2": 2.0}
+    assert weight == 1.0
+    found = settings.origins("actor", "", [f"{file}:size", f"{file}:size=2", "model=3"])
+    assert [*found.values()] == ["actor", file, file]
+    with pytest.raises(UserError, match="write it as path"):
+        parse_reward_functions([file], "--reward_function")
+
+
 @pytest.mark.parametrize("spec", ["f.py:size=heavy", "f.py:size=nan", "f.py:size=0", "rules", "no.py:size"])
 def test_a_bad_spec_is_one_line(tmp_path, monkeypatch, spec):
     monkeypatch.chdir(tmp_path)
@@ -174,6 +190,40 @@ def test_another_family_serves_through_its_own_forward(answered, bert_reward, ti
             assert value == pytest.approx(plain(**pair).logits[0, 0].item(), abs=1e-5)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("padded", [True, False], ids=["a pad token", "no pad token"])
+def test_a_causal_model_without_a_template_scores_the_last_token_of_a_pair(tiny_reward, tmp_path, side, padded):
+    folder = shutil.copytree(tiny_reward, tmp_path / "plain")
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    if not padded:
+        tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder)
+    model = load_text_reward_model(str(folder), dtype="fp32", device=CPU)
+    assert (model.tokenizer.chat_template, model.tokenizer.pad_token is not None) == (None, padded)
+    model.tokenizer.padding_side = side
+    asked = [
+        [*messages, {"role": "assistant", "content": "Yes. " * (5 * i + 1)}] for i, messages in enumerate(MESSAGES)
+    ]
+    found = model.rewards(asked, 3)
+    classifier = load_classifier(str(tiny_reward), dtype="fp32", pad_token_id=0).eval()
+    for value, (question, answer) in zip(found.tolist(), asked, strict=True):
+        ids = torch.tensor([tokenizer(question["content"], answer["content"])["input_ids"]])
+        with torch.no_grad():
+            hidden = classifier.model(ids).last_hidden_state[0, -1]
+        assert value == pytest.approx((classifier.score.weight[0] @ hidden).item(), abs=1e-4)
+
+
+def test_another_family_without_a_pad_token_is_not_padded(bert_reward):
+    model = load_text_reward_model(str(bert_reward), dtype="fp32", device=CPU)
+    asked = [[*messages, {"role": "assistant", "content": "good . " * (i + 1)}] for i, messages in enumerate(MESSAGES)]
+    expected = model.rewards(asked, 3)
+    model.tokenizer = AutoTokenizer.from_pretrained(bert_reward)
+    model.tokenizer.pad_token = None
+    torch.testing.assert_close(model.rewards(asked, 3), expected)
+
+
 def test_several_outputs_are_no_reward_model(bert_reward, tmp_path):
     config = BertConfig.from_pretrained(bert_reward, num_labels=3)
     config.save_pretrained(tmp_path)
@@ -198,11 +248,42 @@ def records(folder):
 SIZE = "def size(prompts, responses, rows):\n    return [float(len(r)) for r in responses]\n"
 
 
-def test_the_program_with_functions_alone(tiny_model, tiny_data, tmp_path):
-    """No reward model at all: the critic starts from the SFT model with a fresh head; a trace tells every token."""
+def strict_json(line):
+    def no_json(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(line, parse_constant=no_json)
+
+
+def test_a_number_in_a_trace_that_is_not_finite_is_null(tiny_model, tmp_path):
+    nan, inf = float("nan"), float("inf")
+    ids, mask = torch.tensor([[9, 5, 2], [9, 5, 6]]), torch.ones(2, 2, dtype=torch.bool)
+    numbers = torch.tensor([[0.5, nan], [-inf, inf]])
+    batch = SimpleNamespace(
+        experience=SimpleNamespace(
+            input_ids=ids, response_start=1, mask=mask, rewards=numbers,
+            **dict.fromkeys(("log_probs", "reference_log_probs", "values", "advantages"), torch.zeros(2, 2)),
+        ),
+        rollout=RolloutBatch(ids, torch.ones_like(ids), 1, mask, torch.zeros(2, 2)),
+        request=SimpleNamespace(rows=[0, 1], row_ids=[0, 1], stop_ids=(2,)),
+        rewards={"model": torch.tensor([nan, 1.0])},
+        scores=torch.tensor([nan, inf]),
+    )  # fmt: skip
+    write_trace(tmp_path, [batch], prompt_set(load_tokenizer(str(tiny_model))), 1)
+    first, second = map(strict_json, (tmp_path / "trace" / "iteration-000001.jsonl").read_text().splitlines())
+    assert (first["sources"], first["score"], first["rewards"]) == ({"model": None}, None, [0.5, None])
+    assert (second["sources"], second["score"], second["rewards"]) == ({"model": 1.0}, None, [None, None])
+
+
+def test_the_program_with_functions_alone(tiny_model, tiny_data, tmp_path, monkeypatch):
+    """No reward model at all: the critic starts from the SFT model with a fresh head; a trace tells every token.
+
+    The finished step is evaluated from another folder: without a manifest, by what the step itself wrote down.
+    """
+    monkeypatch.chdir(tmp_path)
     file = tmp_path / "f.py"
     file.write_text(SIZE)
-    flags = ["--critic_model_name_or_path", "none", "--reward_function", f"{file}:size=0.1", "--trace", "2"]
+    flags = ["--critic_model_name_or_path", "none", "--reward_function", "./f.py:size=0.1", "--trace", "2"]
     assert main(arguments(tiny_model, tiny_data, tmp_path / "out", *flags)) == 0
     made = records(tmp_path / "out")
     assert len(made) == 2 and "source/model" not in made[0]
@@ -222,6 +303,14 @@ def test_the_program_with_functions_alone(tiny_model, tiny_data, tmp_path):
         assert t["rewards"][-1] == pytest.approx(penalties[-1] + t["score"], abs=1e-5)
     mean = sum(sum(t["advantages"]) for t in traced) / sum(len(t["advantages"]) for t in traced)
     assert abs(mean) < 1e-4  # whitened
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(elsewhere)
+    argv = ["--path", str(tmp_path / "out"), "--dtype", "fp32", "--max_prompts", "3", "--best_of", ""]
+    assert evaluate.main(argv) == 0
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert (found["sft_model"], found["reward_model"], found["max_answer_seq_len"]) == (str(tiny_model), "", 6)
+    for sample in found["samples"]:
+        assert sample["rlhf_reward"] == pytest.approx(0.1 * len(sample["rlhf"]))
 
 
 def test_the_program_with_a_reward_model_of_another_template(tiny_model, tiny_data, other_reward, tmp_path, capsys):
@@ -235,6 +324,33 @@ def test_the_program_with_a_reward_model_of_another_template(tiny_model, tiny_da
     assert "so it reads the text" in capsys.readouterr().out
     critic = json.loads((tmp_path / "out" / "critic" / "config.json").read_text())
     assert (critic["reward_mean"], critic["reward_std"]) == (0.0, 1.0)
+
+
+class Reached(Exception):
+    """The program has decided how its reward model serves."""
+
+
+@pytest.mark.parametrize("flags", [["--system_message", "Be brief."], ["--chat_template", "human_assistant"], []])
+def test_a_template_of_step_3_alone_is_not_that_of_the_reward_model(
+    tiny_model, tiny_data, tiny_reward, tmp_path, monkeypatch, flags
+):
+    """Tokens of a template that the reward model was not trained with would mean nothing to it."""
+    decide, seen = settings.reward_model_settings, []
+
+    def decided(*args, **kwargs):
+        seen.append((args[1], decide(*args, **kwargs).reads_text))
+        raise Reached
+
+    monkeypatch.setattr(settings, "reward_model_settings", decided)
+    with pytest.raises(Reached):
+        main(
+            arguments(
+                tiny_model, tiny_data, tmp_path, "--critic_model_name_or_path", str(tiny_reward), *flags, "--plan"
+            )
+        )
+    [(tokenizer, reads_text)] = seen
+    assert reads_text == bool(flags)
+    assert ("Be brief." in tokenizer.chat_template) == ("--system_message" in flags)
 
 
 def test_an_exception_in_a_function_ends_the_program_with_the_row(tiny_model, tiny_data, tmp_path):

@@ -1,5 +1,8 @@
 """Sequence rewards, user functions and win rates."""
 
+import pickle
+import sys
+
 import pytest
 import torch
 
@@ -42,6 +45,52 @@ def test_a_function_is_loaded_and_called(tmp_path):
     (tmp_path / "f.py").write_text("def size(prompts, responses, rows):\n    return [len(r) for r in responses]\n")
     function = load_text_function(f"{tmp_path}/f.py:size", "--eval_function")
     assert call_text_function(function, PROMPTS, ANSWERS, [{}] * 3, "--eval_function") == [1.0, 2.0, 3.0]
+
+
+DATACLASS = """from __future__ import annotations
+from dataclasses import dataclass
+import json
+import lies_beside_{0}
+
+@dataclass
+class Length:
+    value: float
+
+def size(prompts, responses, rows):
+    import lies_beside_too_{0}
+    assert json.loads("1") == 1
+    return [Length(lies_beside_{0}.times * lies_beside_too_{0}.times * len(r)).value for r in responses]
+"""
+
+
+def test_a_function_file_may_define_dataclasses_and_import_what_lies_beside_it(tmp_path, monkeypatch):
+    """Under a name of its own: the files may be called like modules of Python and of the project."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    before, functions = {name: sys.modules[name] for name in ("json", "training")}, []
+    for name, times in (("json", 2), ("training", 3)):
+        (tmp_path / f"{name}.py").write_text(DATACLASS.format(name))
+        (tmp_path / f"lies_beside_{name}.py").write_text(f"times = {times}\n")
+        (tmp_path / f"lies_beside_too_{name}.py").write_text("times = 1\n")
+        functions.append(load_text_function(f"{tmp_path}/{name}.py:size", "--eval_function"))
+    for function, times in zip(functions, (2, 3), strict=True):
+        assert call_text_function(function, PROMPTS, ANSWERS, [{}] * 3, "--eval_function") == [
+            times,
+            times * 2,
+            times * 3,
+        ]
+        length = function.__globals__["Length"](1.0)
+        assert pickle.loads(pickle.dumps(length)) == length
+    assert sys.path[-1] == str(tmp_path) and sys.path.count(str(tmp_path)) == 1
+    assert {name: sys.modules[name] for name in before} == before
+
+
+def test_a_file_that_fails_leaves_no_module(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "f.py").write_text("1 / 0\n")
+    before = set(sys.modules)
+    with pytest.raises(UserError, match="ZeroDivisionError"):
+        load_text_function(f"{tmp_path}/f.py:size", "--eval_function")
+    assert set(sys.modules) == before
 
 
 def broken_at_two(prompts, responses, rows):

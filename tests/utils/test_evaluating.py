@@ -50,6 +50,9 @@ def test_the_runs_own_flags_come_from_its_manifest(tmp_path):
     found = evaluating.recorded_arguments(tmp_path / "step3", step3.ARGUMENTS, arguments.ALIASES)
     assert found[settings.RolloutArguments].temperature == 0.7
     assert evaluating.data_arguments(arguments.DataArguments(), found[arguments.DataArguments]).data_path == ["x.jsonl"]
+    templated = arguments.DataArguments(data_path=["x.jsonl"], chat_template="gone.jinja", system_message="Be brief.")
+    own = evaluating.data_arguments(arguments.DataArguments(), templated)  # the saved tokenizer carries the template
+    assert own == arguments.DataArguments(data_path=["x.jsonl"])
     given = arguments.DataArguments(data_path=["y.jsonl"])
     assert evaluating.data_arguments(given, found[arguments.DataArguments]) is given
     assert evaluating.recorded_arguments(tmp_path / "step1", step3.ARGUMENTS)[settings.RolloutArguments].top_p == 1

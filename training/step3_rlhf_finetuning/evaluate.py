@@ -38,10 +38,13 @@ from training.step3_rlhf_finetuning.held_out import spread_rows  # noqa: E402
 from training.step3_rlhf_finetuning.prompts import PromptSet  # noqa: E402
 from training.step3_rlhf_finetuning.reward_sources import RewardMix  # noqa: E402
 from training.step3_rlhf_finetuning.rewards import (  # noqa: E402
+    MODEL,
     NONE,
     TextFunction,
+    check_without_model,
     load_text_function,
     parse_reward_functions,
+    split_weight,
 )
 from training.step3_rlhf_finetuning.rlhf_engine import build_rewards  # noqa: E402
 from training.step3_rlhf_finetuning.rollout import SamplingConfig, rollout_backend  # noqa: E402
@@ -61,8 +64,11 @@ DRAW_SEED = 7_919  # best-of-n draws under other noise than the answers that it 
 class StepArguments:
     """Step 3"""
 
-    sft_model_name_or_path: str = arguments.flag("", "the SFT model (default: step1 of the run)")
-    reward_model_name_or_path: str = arguments.flag("", "the reward model (default: step2 of the run)")
+    sft_model_name_or_path: str = arguments.flag("", "the SFT model (default: the run's own)")
+    reward_model_name_or_path: str = arguments.flag("", "the reward model, none for none (default: the run's own)")
+    reward_function: list[str] = arguments.flag(
+        [], "file.py:name=WEIGHT, the functions that step 3 was trained with (default: the run's own)"
+    )
     judge_model_name_or_path: str = arguments.flag("", "a different reward model to judge by")
     eval_function: str = arguments.flag("", "file.py:name, rules to judge by (default: the run's own)")
     best_of: str = arguments.flag("1,4,16", "draw best-of-n from the SFT model for these n, empty for none")
@@ -73,16 +79,94 @@ class StepArguments:
 ARGUMENTS = [evaluating.EvaluationArguments, StepArguments, arguments.DataArguments]
 
 
-def of_the_run(given: str, folder: Path, step: str, flag: str) -> str:
-    """A model's folder: the flag's, else another step of the same run.
+def of_the_run(given: str, recorded: str, trained_in: str, folder: Path, step: str, flag: str) -> str:
+    """The model that step 3 took from an earlier step.
+
+    Args:
+        given: the flag's value, which wins.
+        recorded: what step 3 was started with, empty if that is not known. The run may have moved since, so where it
+            was step ``step`` of the run itself, or is gone, that step is taken where it lies now.
+        trained_in: what step 3's output folder was then, empty if that is not known.
+        folder: step 3's output folder.
+        step: ``step1`` or ``step2``.
+        flag: named in messages.
 
     Raises:
-        UserError: neither is there.
+        UserError: it is not there.
     """
-    beside = folder.parent / step
-    if not given and not is_finished(beside):
-        raise UserError(f"the run has no finished {step} beside {folder}: give {flag}")
-    return models.resolve_model(given or str(beside), flag)
+    if given:
+        return models.resolve_model(given, flag)
+    beside, path = folder.parent / step, Path(recorded).expanduser()
+    own = path.name == step and (not trained_in or path.parent.name == Path(trained_in).parent.name)
+    is_path = recorded.startswith((".", "/", "~")) or recorded.count("/") > 1  # a hub name has one slash at most
+    if is_finished(beside) and (not recorded or own or (is_path and not path.exists())):
+        return models.resolve_model(str(beside), flag)
+    if not recorded:
+        or_none = f" ({NONE}, with --reward_function)" if step == "step2" else ""
+        raise UserError(f"the run has no finished {step} beside {folder}: give {flag}{or_none}")
+    return models.resolve_model(recorded, flag)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What a run was made from: its SFT model, and its rewards.
+
+    Attributes:
+        sft: folder or hub name of the SFT model.
+        reward_model: likewise; empty without one.
+        functions: further rewards with their weights, by name.
+        weight: the reward model's.
+    """
+
+    sft: str
+    reward_model: str
+    functions: dict[str, tuple[TextFunction, float]]
+    weight: float
+
+
+def sources_of_the_run(step: StepArguments, recorded: Mapping[type, Any], folder: Path) -> Sources:
+    """The flags', else what step 3 was trained with.
+
+    Raises:
+        UserError: something is not there, or no reward is left.
+    """
+    roles, trained_in = recorded[rlhf_arguments.RoleArguments], recorded[arguments.OutputArguments].output_dir
+    sft = of_the_run(step.sft_model_name_or_path, roles.actor_model_name_or_path, trained_in, folder, "step1",
+                     "--sft_model_name_or_path")  # fmt: skip
+    specs, flag = step.reward_function, "--reward_model_name_or_path"
+    without_model = (step.reward_model_name_or_path or roles.critic_model_name_or_path) == NONE
+    if not specs:
+        trained_with = recorded[rlhf_arguments.PPOArguments].reward_function
+        specs = [spec for spec in trained_with if not without_model or split_weight(spec)[0] != MODEL]
+    if without_model:
+        check_without_model(specs, flag)
+    functions, weight = parse_reward_functions(specs, "--reward_function")
+    if without_model:
+        return Sources(sft, "", functions, weight)
+    named = step.reward_model_name_or_path, roles.critic_model_name_or_path
+    return Sources(sft, of_the_run(*named, trained_in, folder, "step2", flag), functions, weight)
+
+
+def shared_tokenizer(actor_path: str, sft_path: str, *flags: arguments.DataArguments) -> Any:
+    """The tokenizer of both models, with the chat template in which both are asked.
+
+    Args:
+        actor_path, sft_path: the models.
+        flags: data flags, the first of which are in force. If any of them set a template or a system message, that
+            was put over both models, and the SFT model's own may differ.
+
+    Raises:
+        UserError: the models have different ones.
+    """
+    tokenizer = models.load_tokenizer(
+        actor_path, chat_template=flags[0].chat_template, system_message=flags[0].system_message
+    )
+    other = models.load_tokenizer(sft_path)
+    if any(data.chat_template or data.system_message for data in flags):
+        other.chat_template = tokenizer.chat_template
+    if not models.same_tokenizer(tokenizer, other):
+        raise UserError(f"--sft_model_name_or_path {sft_path} has another tokenizer or chat template than {actor_path}")
+    return tokenizer
 
 
 class Evaluator:
@@ -231,27 +315,22 @@ def main(argv: Sequence[str]) -> int:
     function_name = step.eval_function or recorded[rlhf_arguments.EvaluationArguments].eval_function
     function = load_text_function(function_name, "--eval_function")
     actor_path = models.resolve_model(str(folder / "actor"), "--path")
-    sft_path = of_the_run(step.sft_model_name_or_path, folder, "step1", "--sft_model_name_or_path")
-    functions, weight = parse_reward_functions(ppo.reward_function, "--reward_function")
-    named = step.reward_model_name_or_path or recorded[rlhf_arguments.RoleArguments].critic_model_name_or_path
-    reward_path = "" if named == NONE else of_the_run(named, folder, "step2", "--reward_model_name_or_path")
-    if not reward_path and not functions:
-        raise UserError("--reward_model_name_or_path none leaves no reward, as the run has no --reward_function")
+    sources = sources_of_the_run(step, recorded, folder)
     judge_path = ""
     if step.judge_model_name_or_path:
         judge_path = models.resolve_model(step.judge_model_name_or_path, "--judge_model_name_or_path")
     longest = step.max_answer_seq_len or rollout.max_answer_seq_len
-    for path in (actor_path, sft_path):
+    for path in (actor_path, sources.sft):
         models.check_length(path, rollout.max_prompt_seq_len + longest, "--max_prompt_seq_len + --max_answer_seq_len")
-    tokenizer = models.load_tokenizer(actor_path)
-    if not models.same_tokenizer(tokenizer, models.load_tokenizer(sft_path)):
-        raise UserError(f"--sft_model_name_or_path {sft_path} has another tokenizer or chat template than {actor_path}")
-    normalize = ppo.normalize_reward and (Path(reward_path) / STATS_FILE).is_file()
-    reward = settings.reward_model_settings(reward_path, tokenizer, normalize=normalize, weight=weight, plan=False)
+    chosen_data = evaluating.data_arguments(data, recorded[arguments.DataArguments])
+    tokenizer = shared_tokenizer(actor_path, sources.sft, chosen_data, recorded[arguments.DataArguments])
+    normalize = ppo.normalize_reward and (Path(sources.reward_model) / STATS_FILE).is_file()
+    reward = settings.reward_model_settings(
+        sources.reward_model, tokenizer, normalize=normalize, weight=sources.weight, plan=False
+    )
     if function is None and not judge_path:
         say("warning: the only judge is the reward model that training has learned to please; give --eval_function or "
             "--judge_model_name_or_path")  # fmt: skip
-    chosen_data = evaluating.data_arguments(data, recorded[arguments.DataArguments])
     rows = prepare_data(
         3,
         chosen_data,
@@ -266,8 +345,10 @@ def main(argv: Sequence[str]) -> int:
     prompts = PromptSet(rows, tokenizer, tuple(stop_token_ids(tokenizer)), seed)
     evaluator = Evaluator(prompts, spread_rows(len(rows), args.max_prompts or len(rows)), sampling, args.dtype, device)
 
-    rewards = build_rewards(reward, functions, pad_token_id=tokenizer.pad_token_id, dtype=args.dtype, device=device)
-    drawn = draw(evaluator, rewards, sft_path, actor_path, counts[-1] if counts else 0, seed)
+    rewards = build_rewards(
+        reward, sources.functions, pad_token_id=tokenizer.pad_token_id, dtype=args.dtype, device=device
+    )
+    drawn = draw(evaluator, rewards, sources.sft, actor_path, counts[-1] if counts else 0, seed)
     judged = all_judges(evaluator, drawn, function, judge_path)
     content = assemble(drawn, judged, counts, seed)
     say("\n" + result_table(content["models"]))
@@ -281,7 +362,8 @@ def main(argv: Sequence[str]) -> int:
         for i, row in enumerate(evaluator.rows)
     ]
     facts = {"prompts": len(evaluator.rows), "temperature": sampling.temperature, "max_answer_seq_len": longest,
-             "eval_function": function_name, "judge_model": judge_path}  # fmt: skip
+             "sft_model": sources.sft, "reward_model": sources.reward_model, "eval_function": function_name,
+             "judge_model": judge_path}  # fmt: skip
     evaluating.write_evaluation(folder, facts | content | {"samples": samples})
     return 0
 

@@ -74,8 +74,8 @@ def main(argv: Sequence[str]) -> int:
     eval_function = load_text_function(evaluate.eval_function, "--eval_function")
     functions, model_weight = parse_reward_functions(ppo.reward_function, "--reward_function")
     overrides = read_user_config(zero.deepspeed_config)
-    actor_path, reward_path = settings.model_paths(role_args, bool(functions))
-    tokenizer = settings.load_tokenizer(role_args, actor_path)
+    actor_path, reward_path = settings.model_paths(role_args, ppo.reward_function)
+    tokenizer = settings.load_tokenizer(role_args, data, actor_path)
     reward_model = settings.reward_model_settings(
         reward_path, tokenizer, normalize=ppo.normalize_reward, weight=model_weight, plan=output.plan
     )
@@ -238,6 +238,7 @@ def main(argv: Sequence[str]) -> int:
         "iterations": len(schedule),
         "seconds": time.monotonic() - start + run.seconds,
         "phases": phases.summary(),
+        "run_with": settings.run_with(argv, actor_path, reward_path, output_dir),
     }
     outputs.write_cards_and_summary(
         output_dir, summary, roles, {"actor": actor, "critic": critic}, argv, rows, tokenizer

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,13 @@ NONE = "none"  # --critic_model_name_or_path none: there is no reward model
 Messages = list[dict[str, str]]
 TextFunction = Callable[[Sequence[Messages], Sequence[str], Sequence[dict[str, Any]]], Sequence[float]]
 
+_loaded = itertools.count(1)
+
 
 def load_text_function(spec: str, flag: str) -> TextFunction | None:
     """Load ``file.py:name``, a function of (prompts, responses, rows) that returns a float for each response.
+
+    The file may import modules that lie beside it, while it is run and when its functions are called.
 
     Args:
         spec: the flag's value; empty gives None.
@@ -30,24 +36,59 @@ def load_text_function(spec: str, flag: str) -> TextFunction | None:
     Raises:
         UserError: no such file, no such function, or the file can not be run.
     """
-    if not spec:
-        return None
+    return _load_function(spec, flag) if spec else None
+
+
+def _load_function(spec: str, flag: str) -> TextFunction:
     file, _, name = spec.rpartition(":")
-    path = Path(file).expanduser()
+    path = Path(file).expanduser().resolve()
     if not file or not path.is_file():
         raise UserError(f"{flag} {spec}: no such file; write it as path/to/file.py:function")
-    module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    # A name of its own: the file may be called json.py, and dataclasses and pickle look a class's module up by name
+    module_name = f"_text_functions_{next(_loaded)}"
+    module_spec = importlib.util.spec_from_file_location(module_name, path)
     if module_spec is None or module_spec.loader is None:
         raise UserError(f"{flag} {spec}: not a Python file")
-    module = importlib.util.module_from_spec(module_spec)
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))  # last: what lies there shadows nothing
+    module = sys.modules[module_name] = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
     except Exception as error:  # the user's own code may raise anything
+        sys.modules.pop(module_name, None)
         raise UserError(f"{flag} {spec}: the file fails with {type(error).__name__}: {error}") from error
     function = getattr(module, name, None)
     if not callable(function):
         raise UserError(f"{flag} {spec}: the file has no function {name}")
     return function
+
+
+def split_weight(spec: str) -> tuple[str, str]:
+    """``file.py:name=0.5`` -> ``file.py:name`` and ``0.5``; ``1`` where there is no weight.
+
+    The weight stands behind the function's name, so a folder's name may have an equals sign of its own.
+    """
+    file, colon, rest = spec.rpartition(":")
+    name, equals, weight = rest.partition("=")
+    return file + colon + name, weight if equals else "1"
+
+
+def check_without_model(specs: Sequence[str], flag: str) -> None:
+    """Refuse values of ``--reward_function`` that do not do without a reward model.
+
+    Args:
+        specs: the flag's values.
+        flag: the one that says `NONE`.
+
+    Raises:
+        UserError: there is no function among them, or the reward model is given a weight.
+    """
+    for spec in specs:
+        if split_weight(spec)[0] == MODEL:
+            raise UserError(f"--reward_function {spec} weighs the reward model, and {flag} {NONE} leaves it out: "
+                            "give one of the two")  # fmt: skip
+    if not specs:
+        raise UserError(f"{flag} {NONE} leaves no reward: give --reward_function")
 
 
 def parse_reward_functions(specs: Sequence[str], flag: str) -> tuple[dict[str, tuple[TextFunction, float]], float]:
@@ -61,13 +102,14 @@ def parse_reward_functions(specs: Sequence[str], flag: str) -> tuple[dict[str, t
         Name -> (function, weight), a second function of the same name as ``name_2``; and the weight of the model.
 
     Raises:
-        UserError: a weight that is no number, or what `load_text_function` raises.
+        UserError: no function is named, a weight that is no number, or what `load_text_function` raises.
     """
     functions: dict[str, tuple[TextFunction, float]] = {}
     model_weight = 1.0
     for spec in specs:
-        source, equals, text = spec.rpartition("=")
-        source, text = (source, text) if equals else (spec, "1")
+        source, text = split_weight(spec)
+        if source != MODEL and ":" not in source:
+            raise UserError(f"{flag} {spec}: write it as path/to/file.py:function, a weight behind =")
         weight = float(text) if _is_finite(text) else math.nan
         if not weight:
             raise UserError(f"{flag} {spec}: a weight of 0 leaves the reward out; leave the source out instead")
@@ -76,9 +118,7 @@ def parse_reward_functions(specs: Sequence[str], flag: str) -> tuple[dict[str, t
         if source == MODEL:
             model_weight = weight
             continue
-        function = load_text_function(source, flag)
-        if function is None:
-            raise UserError(f"{flag} {spec}: write it as path/to/file.py:function, a weight behind =")
+        function = _load_function(source, flag)
         stem = name = source.rpartition(":")[2]
         number = 1
         while name in functions:

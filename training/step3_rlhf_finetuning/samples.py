@@ -19,6 +19,7 @@ from training.step3_rlhf_finetuning.rollout import RolloutBackend, SamplingConfi
 from training.step3_rlhf_finetuning.scoring import ScoredBatch
 from training.utils import models
 from training.utils.distributed import say
+from training.utils.engine import dtype_name
 from training.utils.metrics import MetricsLogger
 
 SAMPLES_FILE = "samples.json"
@@ -41,8 +42,7 @@ def base_answers(
     if base is None or not (Path(base) / "config.json").is_file():
         return None
     engine = roles.actor.engine
-    dtype = "bf16" if engine.bfloat16_enabled() else "fp32"
-    model = models.load_causal_lm(base, dtype=dtype).to(engine.device).eval()
+    model = models.load_causal_lm(base, dtype=dtype_name(engine)).to(engine.device).eval()
     with torch.no_grad():
         rollout = backend.generate(model, prompts.request(rows, engine.device), sampling)
     return answers_of(prompts, rows, rollout, roles.rewards)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from training.step3_rlhf_finetuning.rewards import NONE
+from training.step3_rlhf_finetuning.rewards import NONE, check_without_model, split_weight
 from training.step3_rlhf_finetuning.rlhf_arguments import (
     OptimizationArguments,
     PPOArguments,
@@ -18,6 +19,7 @@ from training.step3_rlhf_finetuning.rlhf_arguments import (
 from training.step3_rlhf_finetuning.rlhf_engine import RewardModelSettings, RoleSettings, SharedSettings
 from training.step3_rlhf_finetuning.scoring import PPOSettings
 from training.utils import models
+from training.utils.arguments import DataArguments
 from training.utils.distributed import say
 from training.utils.errors import UserError
 from training.utils.reward_model import RewardStats
@@ -133,38 +135,53 @@ def check_advantage(ppo: PPOArguments, rollout: RolloutArguments) -> None:
         )
 
 
-def model_paths(args: RoleArguments, functions: bool) -> tuple[str, str]:
+def model_paths(args: RoleArguments, functions: Sequence[str]) -> tuple[str, str]:
     """Folders or hub names of actor and reward model; the latter empty if there is none.
 
     Args:
         args: the flags.
-        functions: whether ``--reward_function`` names any.
+        functions: the values of ``--reward_function``.
 
     Raises:
-        UserError: a path holds no model, or there would be no reward at all.
+        UserError: a path holds no model, there would be no reward at all, or a reward model that is not there has a
+            weight.
     """
     actor = models.resolve_model(
         args.actor_model_name_or_path or str(latest_output("step1")), "--actor_model_name_or_path"
     )
     if args.critic_model_name_or_path == NONE:
-        if not functions:
-            raise UserError("--critic_model_name_or_path none leaves no reward: give --reward_function")
+        check_without_model(functions, "--critic_model_name_or_path")
         return actor, ""
     named = args.critic_model_name_or_path or str(latest_output("step2"))
     return actor, models.resolve_model(named, "--critic_model_name_or_path")
 
 
-def load_tokenizer(args: RoleArguments, actor_path: str) -> Any:
-    """The tokenizer of actor and critic, with the chat template that the actor was trained with."""
+def load_tokenizer(args: RoleArguments, data: DataArguments, actor_path: str) -> Any:
+    """The tokenizer of actor and critic, with the chat template that will be in force: the actor's, or the flags'."""
     source = models.resolve_model(args.tokenizer_name_or_path or actor_path, "--tokenizer_name_or_path")
-    return models.load_tokenizer(source)
+    return models.load_tokenizer(source, chat_template=data.chat_template, system_message=data.system_message)
 
 
 def origins(actor_path: str, reward_path: str, functions: Sequence[str]) -> dict[str, str]:
     """What a run's result depends on beside data and flags, by the flag that names it: models and function files."""
-    files = {f"--reward_function {spec}": spec.partition(":")[0] for spec in functions if ":" in spec}
+    files = {f"--reward_function {spec}": split_weight(spec)[0].rpartition(":")[0] for spec in functions if ":" in spec}
     reward = {"--critic_model_name_or_path": reward_path} if reward_path else {}
     return {"--actor_model_name_or_path": actor_path} | reward | files
+
+
+def run_with(argv: Sequence[str], actor_path: str, reward_path: str, output_dir: Path) -> dict[str, Any]:
+    """What the run was started with, for evaluate.py: goes into summary.json, as not every run has a manifest.
+
+    Args:
+        argv: the flags.
+        actor_path, reward_path: from `model_paths`: what the flags or their defaults stood for.
+        output_dir: where the run writes.
+
+    Returns:
+        ``arguments``, and ``folder``, which relative paths in them start from.
+    """
+    found = ["--actor_model_name_or_path", actor_path, "--critic_model_name_or_path", reward_path or NONE]
+    return {"arguments": [*argv, *found, "--output_dir", str(output_dir.resolve())], "folder": str(Path.cwd())}
 
 
 def reward_model_settings(
@@ -174,7 +191,7 @@ def reward_model_settings(
 
     Args:
         path: from `model_paths`; empty gives None.
-        tokenizer: the actor's.
+        tokenizer: the actor's, with the chat template that will be in force.
         normalize, weight: the flags'.
         plan: only ``--plan`` is asked for, which needs no statistics.
 

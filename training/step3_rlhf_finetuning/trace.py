@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from training.step3_rlhf_finetuning.prompts import PromptSet
 from training.step3_rlhf_finetuning.rollout import has_ended
@@ -23,6 +22,7 @@ def trace_records(batches: Sequence[ScoredBatch], prompts: PromptSet, iteration:
 
     The lists all have one entry for each response token: ``tokens`` as text, ``ids``, ``log_probs`` of the actor,
     ``reference_log_probs``, ``values``, ``rewards`` (KL penalty, and the score on the last one), ``advantages``.
+    A number that is not finite is None.
     """
     for batch in batches:
         e, ended = batch.experience, has_ended(batch.rollout, batch.request.stop_ids).tolist()
@@ -36,12 +36,12 @@ def trace_records(batches: Sequence[ScoredBatch], prompts: PromptSet, iteration:
                 "prompt": prompts.messages(row),
                 "response": prompts.tokenizer.decode(ids, skip_special_tokens=True).strip(),
                 "ended": ended[i],
-                "sources": {name: round(float(values[i]), _DIGITS) for name, values in batch.rewards.items()},
-                "score": round(float(batch.scores[i]), _DIGITS),
+                "sources": {name: _number(float(values[i])) for name, values in batch.rewards.items()},
+                "score": _number(float(batch.scores[i])),
                 "tokens": [prompts.tokenizer.decode([token]) for token in ids],
                 "ids": ids,
                 **{
-                    name: _listed(values[i][mask])
+                    name: [_number(value) for value in values[i][mask].tolist()]
                     for name, values in (
                         ("log_probs", e.log_probs),
                         ("reference_log_probs", e.reference_log_probs),
@@ -53,8 +53,9 @@ def trace_records(batches: Sequence[ScoredBatch], prompts: PromptSet, iteration:
             }
 
 
-def _listed(values: Tensor) -> list[float]:
-    return [round(value, _DIGITS) for value in values.tolist()]
+def _number(value: float) -> float | None:
+    """A number as JSON has it, which knows neither NaN nor infinity."""
+    return round(value, _DIGITS) if math.isfinite(value) else None
 
 
 def write_trace(folder: Path, batches: Sequence[ScoredBatch], prompts: PromptSet, iteration: int) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from training.utils import arguments
 from training.utils.distributed import say
 from training.utils.errors import UserError
 from training.utils.manifest import read_manifest, write_json
-from training.utils.runs import is_finished, latest_output, shown
+from training.utils.runs import is_finished, latest_output, repository_root, shown
 
 EVALUATION_FILE = "evaluation.json"
 RESAMPLES = 2000  # of each bootstrap
@@ -48,7 +49,10 @@ def step_folder(path: str, step: str) -> Path:
 def recorded_arguments(
     folder: Path, groups: Sequence[type], aliases: Mapping[str, str] | None = None
 ) -> dict[type, Any]:
-    """The flags that a step was run with, from the manifest that train.py leaves beside it; defaults without one.
+    """The flags that a step was run with, from its summary or train.py's manifest; defaults where neither has them.
+
+    A relative path among them is made absolute if it is found: in the folder that the step was started in, the
+    repository, the folders around the run, or here.
 
     Args:
         folder: the step's output.
@@ -57,14 +61,33 @@ def recorded_arguments(
     Returns:
         Group -> its flags.
     """
-    argv = read_manifest(folder.parent / "manifest.json").get("steps", {}).get(folder.name, {}).get("arguments", [])
+    found = read_manifest(folder / "summary.json").get("run_with")
+    if found is None:
+        found = read_manifest(folder.parent / "manifest.json").get("steps", {}).get(folder.name, {})
+    started = [Path(found["folder"])] if "folder" in found else []
+    folders = [*started, repository_root(), folder.parent, *folder.parent.parents, Path.cwd()]
+    argv = [_located(token, folders) for token in found.get("arguments", [])]
     parsed = arguments.parse(groups, argv, prog=folder.name, description="", aliases=aliases)
     return dict(zip(groups, parsed, strict=True))
 
 
+def _located(token: str, folders: Sequence[Path]) -> str:
+    """A recorded flag or value with its relative path, perhaps with ``:N`` or ``:name`` behind it, made absolute."""
+    flag, equals, value = token.partition("=") if token.startswith("--") else ("", "", token)
+    path, colon, suffix = value.partition(":")
+    if not ("/" in path or "." in path):
+        return token
+    found = next((folder / path for folder in folders if os.path.exists(folder / path)), None)
+    return token if found is None else f"{flag}{equals}{found}{colon}{suffix}"
+
+
 def data_arguments(given: arguments.DataArguments, recorded: arguments.DataArguments) -> arguments.DataArguments:
-    """The data flags given to the evaluation; without any, those that the step was run with."""
-    chosen = recorded if given == arguments.DataArguments() else given
+    """The data flags given to the evaluation; without any, those that the step was run with.
+
+    The latter without template and system message: the saved tokenizer has them, and their file may be gone.
+    """
+    own = replace(recorded, chat_template="", system_message="")
+    chosen = own if given == arguments.DataArguments() else given
     say(f"held-out rows of: {' '.join(chosen.eval_data_path or chosen.data_path)}")
     return chosen
 

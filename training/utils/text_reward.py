@@ -59,10 +59,12 @@ class TextRewardModel:
             batch_size: rows in one forward.
         """
         device = next(self.model.parameters()).device
+        if self.own_forward and self.tokenizer.pad_token_id is None:
+            batch_size = 1  # such a forward may look for its pad token, so without one there is no padding
         parts = []
         for start in range(0, len(conversations), batch_size):
             piece = conversations[start : start + batch_size]
-            batch = self._batch(piece) if self.tokenizer.chat_template else self._pairs(piece)
+            batch = self._batch([self.encode(m) for m in piece]) if self.tokenizer.chat_template else self._pairs(piece)
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
             if self.own_forward:
                 scores = self.model(**batch).logits[:, 0]
@@ -72,9 +74,8 @@ class TextRewardModel:
             parts.append(scores.float().cpu())
         return torch.cat(parts)
 
-    def _batch(self, conversations: Sequence[Messages]) -> dict[str, torch.Tensor]:
-        """Rendered conversations, right-padded: ids and mask ``[N, T]``."""
-        rows = [self.encode(messages) for messages in conversations]
+    def _batch(self, rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+        """Token ids of unequal lengths, right-padded: ids and mask ``[N, T]``."""
         ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
         mask = torch.zeros_like(ids)
         for i, row in enumerate(rows):
@@ -82,14 +83,16 @@ class TextRewardModel:
         return {"input_ids": ids, "attention_mask": mask}
 
     def _pairs(self, conversations: Sequence[Messages]) -> dict[str, torch.Tensor]:
-        """(what was said before, answer) as the tokenizer's own pairs."""
+        """(what was said before, answer) as the tokenizer's own pairs; a `TokenScorer`'s are right-padded here."""
         before = [
             turns[0]["content"] if len(turns) == 2 else "\n".join(f"{m['role']}: {m['content']}" for m in turns[:-1])
             for turns in conversations
         ]
         answers = [turns[-1]["content"] for turns in conversations]
         cut: dict[str, Any] = {} if self.limit is None else {"truncation": "only_first", "max_length": self.limit}
-        return dict(self.tokenizer(before, answers, padding=True, return_tensors="pt", **cut))
+        if not self.own_forward:  # the tokenizer may pad on the left, or not at all
+            return self._batch(self.tokenizer(before, answers, **cut)["input_ids"])
+        return dict(self.tokenizer(before, answers, padding=len(before) > 1, return_tensors="pt", **cut))
 
 
 def load_reward_tokenizer(path: str) -> PreTrainedTokenizerBase:
