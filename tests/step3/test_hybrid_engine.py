@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from transformers import AutoModelForCausalLM
 
 from tests.step3.hybrid_checks import save_tiny_reward_model, trajectory, twin_equals_engine
 from tests.step3.mode_checks import decision, hooked_and_twin, merge_and_restore, modes
 from tests.utils.engine_checks import collate, fixed_rows
-from training.step3_rlhf_finetuning.generation_memory import generation_bytes
+from training.step3_rlhf_finetuning.generation_memory import free_bytes, generation_bytes
 from training.step3_rlhf_finetuning.rollout import rollout_backend
 from training.utils.logprobs import response_log_probs
 from training.utils.lora import inject_lora
@@ -66,6 +67,17 @@ def test_modes_free_what_they_held_and_keep_to_their_own_flags(tiny_model, rank_
 @pytest.mark.parametrize(("stage", "free", "hooked"), [(3, None, False), (3, 1000, True), (2, 1000, False)])
 def test_the_hooks_are_chosen_by_all_ranks_where_one_is_short_of_memory(tiny_model, rank_pair, stage, free, hooked):
     assert rank_pair.run(decision, str(tiny_model), stage=stage, free=free) == [(hooked, hooked)] * 2
+
+
+@pytest.mark.parametrize("variable", ["LOCAL_SIZE", "LOCAL_WORLD_SIZE"])  # deepspeed's launcher, torchrun
+def test_ranks_on_a_cpu_share_its_memory(monkeypatch, variable):
+    monkeypatch.setattr(get_accelerator(), "device_name", lambda *_: "cpu")
+    monkeypatch.setattr(get_accelerator(), "available_memory", lambda *_: 80_000)
+    for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert free_bytes() == 80_000
+    monkeypatch.setenv(variable, "4")
+    assert free_bytes() == 20_000
 
 
 def test_the_memory_estimate_counts_weights_copies_and_cache(tiny_model):

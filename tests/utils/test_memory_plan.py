@@ -19,8 +19,11 @@ from transformers import (
 )
 
 from tests.bad_inputs import STEPS
+from training.step3_rlhf_finetuning import rlhf_arguments
+from training.step3_rlhf_finetuning.memory import RoleCosts, rlhf_plan
 from training.utils import memory_plan as plans, models
 from training.utils.errors import run_program
+from training.utils.language_modelling import negative_log_likelihood
 from training.utils.live_memory import LiveMemory
 from training.utils.logprobs import response_log_probs
 from training.utils.training_plan import SequenceCosts, sequence_plan
@@ -152,6 +155,41 @@ def test_lora_spares_the_reference(tiny_model, capsys):
     lora = ["--actor_lora_dim", "4", "--only_optimize_lora"]
     assert run_program(program.main, [*arguments(3, tiny_model), *lora]) == 0
     assert "  reference" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_pretraining_mix_has_logits_of_every_token(tiny_model, stage):
+    costs = RoleCosts(fake(tiny_model), fake(tiny_model, classifier=True), None, 16, 16, 0)
+
+    def plan(**train):
+        train = rlhf_arguments.OptimizationArguments(**train)
+        role, rollout, zero = (
+            getattr(rlhf_arguments, name)() for name in ("RoleArguments", "RolloutArguments", "RoleZeroArguments")
+        )
+        return rlhf_plan(costs, SETTINGS, replace(role, dtype="fp32"), rollout, train, zero, {}, (stage, stage))
+
+    without, with_mix = plan(), plan(unsupervised_data_path=["text.jsonl"])
+    added = [phase for phase in with_mix.phases if phase.name not in {p.name for p in without.phases}]
+    assert [phase.name for phase in added] == ["mix: backward", "mix: reduction"]
+    parts = added[0].parts
+    assert parts["logits"] == 4 * 31 * 400 * 4
+    assert parts["gradients of the other role"] == with_mix.roles["critic"].pending > 0
+    assert parts["gradients of earlier micro-batches"] == with_mix.roles["actor"].pending > 0
+    ppo = next(phase for phase in without.phases if phase.name == "actor: backward")
+    assert with_mix.need(added[0]) > without.need(ppo) + 4 * (31 - 16) * 400 * 4
+
+    ids, mask = plans.fake_batch(4, 32)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).train()
+    with LiveMemory([*model.parameters(), *model.buffers()]) as memory:
+        negative_log_likelihood(model, {"input_ids": ids, "attention_mask": mask, "response_mask": mask}).backward()
+    assert parts["logits"] + parts["activations and gradients"] == pytest.approx(memory.peak, rel=0.06)
+
+
+def test_the_program_plans_the_mix_that_is_asked_for(tiny_model, capsys):
+    program = importlib.import_module(STEPS[3])
+    for mix in ([], ["--unsupervised_data_path", "text.jsonl"]):
+        assert run_program(program.main, [*arguments(3, tiny_model), *mix]) == 0
+        assert ("mix: backward" in capsys.readouterr().out) == bool(mix)
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 
 from training.utils.distributed import all_reduce_max
 from training.utils.lora import is_lora, lora_layers
+from training.utils.memory_plan import available_memory
 from training.utils.models import without_adapters
 
 # The estimate leaves out what an allocator wastes and what kernels need for themselves.
@@ -47,10 +47,8 @@ def generation_bytes(model: nn.Module, *, rows: int, length: int, packed: bool, 
 
 def free_bytes() -> int:
     """Memory that this rank may take on its device, in bytes; ranks on one host share the host's memory."""
-    accelerator = get_accelerator()
-    accelerator.empty_cache()
-    shared_by = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if accelerator.device_name() == "cpu" else 1
-    return int(accelerator.available_memory()) // shared_by
+    get_accelerator().empty_cache()
+    return available_memory()
 
 
 def fits(needed: int, device: torch.device) -> bool:

@@ -21,6 +21,7 @@ from training.step3_rlhf_finetuning.rlhf_engine import RewardModelSettings, Role
 from training.step3_rlhf_finetuning.rollout import MIN_STEPS_TO_PACK
 from training.utils import memory_plan as plans, models
 from training.utils.distributed import world_size
+from training.utils.language_modelling import negative_log_likelihood
 from training.utils.live_memory import FakeModel, PassMemory
 from training.utils.models import without_adapters
 from training.utils.zero_config import deepspeed_config
@@ -58,6 +59,7 @@ class RoleCosts:
         self.prompt, self.response, self.reward_parameters = prompt, response, reward_parameters
         self.trained = ["actor"] if critic is None else ["actor", "critic"]
         self.training = functools.cache(self._training)
+        self.pretraining = functools.cache(self._pretraining)
         self.scoring = functools.cache(self._scoring)
         self.prefill = functools.cache(self._prefill)
 
@@ -72,6 +74,12 @@ class RoleCosts:
         model: FakeModel = getattr(self, role)
         model.gradient_checkpointing(checkpointing)
         return model.training_pass(lambda m: self._outputs(role, m, rows).sum())
+
+    def _pretraining(self, rows: int, checkpointing: bool) -> PassMemory:
+        ids, mask = plans.fake_batch(rows, self.prompt + self.response)
+        batch = {"input_ids": ids, "attention_mask": mask, "response_mask": mask}
+        self.actor.gradient_checkpointing(checkpointing)
+        return self.actor.training_pass(lambda m: negative_log_likelihood(m, batch))
 
     def _scoring(self, role: str, rows: int) -> PassMemory:
         return getattr(self, role).forward_pass(lambda m: self._outputs(role, m, rows))
@@ -138,12 +146,14 @@ def rlhf_plan(
         stages: ZeRO stages of actor and critic.
     """
     dtype, on_cpu, ranks = roles.dtype, plans.device().type == "cpu", world_size()
+    mix = bool(train.unsupervised_data_path)
     memory: dict[str, RoleMemory] = {}
     for role, stage in zip(costs.trained, stages, strict=False):
         config = deepspeed_config(zero_stage=stage, dtype=dtype, offload=settings.offload, overrides=overrides)
         size = plans.role_size(getattr(costs, role))
+        accumulates = settings.accumulates or (mix and role == "actor")
         memory[role] = trained_role(
-            size, config=config, dtype=dtype, ranks=ranks, on_cpu=on_cpu, accumulates=settings.accumulates
+            size, config=config, dtype=dtype, ranks=ranks, on_cpu=on_cpu, accumulates=accumulates
         )
     bare = functools.partial(frozen_role, dtype=dtype, ranks=ranks)
     if not (zero.actor_lora_dim and zero.only_optimize_lora):
@@ -153,11 +163,18 @@ def rlhf_plan(
         memory["reward"] = bare(costs.reward_parameters, zero_stage=stages[1], offload=zero.offload_reward_model)
     if train.enable_ema:
         memory["ema"] = RoleMemory({"moving average": 4 * -(-plans.role_size(costs.actor).trained // ranks)})
-    return plans.Plan(memory, _phases(costs, settings, memory, dtype, rollout), on_cpu, _notes(costs, settings))
+    phases = _phases(costs, settings, memory, dtype, rollout, mix=mix)
+    return plans.Plan(memory, phases, on_cpu, _notes(costs, settings))
 
 
 def _phases(
-    costs: RoleCosts, settings: plans.Settings, memory: dict[str, RoleMemory], dtype: str, rollout: RolloutArguments
+    costs: RoleCosts,
+    settings: plans.Settings,
+    memory: dict[str, RoleMemory],
+    dtype: str,
+    rollout: RolloutArguments,
+    *,
+    mix: bool,
 ) -> list[plans.Phase]:
     rows, actor, critic = settings.batch, memory["actor"], memory.get("critic")
     decoding = functools.partial(
@@ -187,6 +204,10 @@ def _phases(
     kept = 0 if critic is None else critic.pending  # of the critic, while the actor steps
     before = kept if settings.accumulates else 0
     phases += train("actor", actor, passes["actor"], logits, others=before, others_at_step=kept)
+    if mix:  # after PPO's micro-batches, before the step; the loss is on every token that something predicts
+        every = plans.logits_bytes(costs.actor, rows, costs.prompt + costs.response - 1, dtype)
+        beside = costs.pretraining(rows, settings.checkpointing)
+        phases += plans.training_phases("mix", actor, beside, every, accumulates=True, others=kept)[:2]
     if critic is not None:
         phases += train("critic", critic, passes["critic"], 0, others=actor.pending)
     saved = max(plans.role_size(getattr(costs, role)).parameters for role in costs.trained)

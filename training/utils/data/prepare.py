@@ -60,6 +60,7 @@ def prepare_data(
     seed: int,
     sft_only_data_path: Sequence[str] = (),
     train_on_prompts: bool = False,
+    hold_out: bool = True,
     run_dir: Path | None = None,
 ) -> StepData:
     """The rows of step 1, 2 or 3, tokenised once and memory-mapped.
@@ -73,6 +74,7 @@ def prepare_data(
         seed: decides ``--data_split`` and which rows are held out.
         sft_only_data_path: further sources for step 1 only, never divided.
         train_on_prompts: step 1's mask is 1 everywhere.
+        hold_out: without ``--eval_data_path`` keep a source's eval split, or a tenth of its rows, from training.
         run_dir: where ``--data_split`` records its row numbers.
 
     Raises:
@@ -80,7 +82,7 @@ def prepare_data(
     """
     configure_chat_template(tokenizer, arguments.chat_template, arguments.system_message)
     length = (max_prompt_length or max_length) if step == 3 else max_length
-    request = make_request(step, arguments, sft_only_data_path, seed, length, train_on_prompts)
+    request = make_request(step, arguments, sft_only_data_path, seed, length, train_on_prompts, hold_out)
     fingerprints = [stream.source.fingerprint() for stream in request.streams]
     folder, ready = cache.cached(
         cache.cache_root(arguments.data_output_path),
@@ -105,11 +107,15 @@ def prepare_pretraining(
 
     Args:
         paths: sources of plain text or of conversations.
-        arguments: the data flags; those that divide or hold out rows do not apply here.
+        arguments: the data flags; those that divide or hold out rows do not apply here, nor does ``--column_map``,
+            which names the columns of the prompts.
         tokenizer, max_length, seed: as in `prepare_data`.
+
+    Returns:
+        All rows in ``train``; a source's own eval split is left alone.
     """
-    whole = dataclasses.replace(arguments, data_path=list(paths), eval_data_path=[], data_split="")
-    return prepare_data(1, whole, tokenizer, max_length=max_length, seed=seed, train_on_prompts=True)
+    whole = dataclasses.replace(arguments, data_path=list(paths), eval_data_path=[], data_split="", column_map=[])
+    return prepare_data(1, whole, tokenizer, max_length=max_length, seed=seed, train_on_prompts=True, hold_out=False)
 
 
 def _key(request: Request, tokenizer: Any, fingerprints: Sequence[str]) -> dict[str, Any]:

@@ -84,15 +84,16 @@ def make_request(
     seed: int,
     max_length: int,
     train_on_prompts: bool,
+    hold_out: bool,
 ) -> Request:
-    """Resolve the sources and check the flags.
+    """Resolve the sources and check the flags; arguments as those of `training.utils.data.prepare.prepare_data`.
 
     Raises:
         UserError: a source does not exist or a flag's value is wrong.
     """
     return Request(
         step=step,
-        streams=_streams(step, arguments, sft_only_data_path),
+        streams=_streams(step, arguments, sft_only_data_path, hold_out),
         column_map=parse_column_map(arguments.column_map),
         shares=_shares(arguments.data_split),
         skip_bad_rows=arguments.on_bad_row == "skip",
@@ -102,13 +103,13 @@ def make_request(
     )
 
 
-def _streams(step: int, arguments: DataArguments, sft_only: Sequence[str]) -> list[Stream]:
+def _streams(step: int, arguments: DataArguments, sft_only: Sequence[str], hold_out: bool) -> list[Stream]:
     found = []
     paths = [(path, True) for path in arguments.data_path]
     paths += [(path, False) for path in (sft_only if step == 1 else ())]
     for path, divided in paths:
         source = resolve(path, step)
-        if arguments.eval_data_path:
+        if arguments.eval_data_path or not hold_out:
             found.append(Stream(source, False, "train", divided))
         elif source.has_held_out:
             found += [Stream(source, False, "train", divided), Stream(source, True, "held_out")]
