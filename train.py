@@ -105,8 +105,9 @@ class Step:
 
     name: str  # step1, step2, step3
     script: str
-    argv: list[str]
+    argv: list[str]  # what it computes; recorded, and compared when the run goes on
     directory: Path
+    once: Sequence[str] = ()  # flags of this start alone
 
     def command(self, launcher: Sequence[str], num_gpus: int | None, hostfile: str = "") -> list[str]:
         """The process to start; a free port lets runs share a machine."""
@@ -115,7 +116,7 @@ class Step:
             port = s.getsockname()[1]
         ranks = [] if hostfile and not num_gpus else ["--num_gpus", str(num_gpus or 1)]
         options = [*(["--hostfile", hostfile] if hostfile else []), *ranks, "--master_port", str(port), "--quiet"]
-        return [*launcher, *options, self.script, *self.argv]
+        return [*launcher, *options, self.script, *self.once, *self.argv]
 
 
 def own_args(name: str, text: str) -> list[str]:
@@ -175,10 +176,9 @@ def plan_steps(
             models += ["--critic_model_name_or_path", output_of("step2", inputs.reward_model_name_or_path)]
         starts[name] = models[1]
         given = own_args(name, getattr(inputs, f"{name}_args"))
-        if options.resume == "never":
-            given = ["--resume", "never", *given]
+        once = ("--resume", "never") if options.resume == "never" else ()
         argv = [*models, "--output_dir", shown(directory), *flags_of(section, folders), *given]
-        steps.append(Step(name, shown(ROOT / scripts[name]), argv, directory))
+        steps.append(Step(name, shown(ROOT / scripts[name]), argv, directory, once))
     return steps
 
 

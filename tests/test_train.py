@@ -255,10 +255,13 @@ def test_resume_auto_goes_on_with_the_latest_run(bench: Bench, capfd: pytest.Cap
     assert "--resume" not in bench.arguments("step3", "tiny-2"), "a step's own default is auto"
 
 
-def test_resume_never_starts_unfinished_steps_over(bench: Bench) -> None:
+def test_resume_never_starts_unfinished_steps_over(bench: Bench, capfd: pytest.CaptureFixture) -> None:
     assert bench.train("--step2_args", "--fail 3") == 3
     assert bench.train("--output_dir", "output/tiny", "--resume", "never") == 0
     assert "--resume never" in bench.arguments("step3")
+    capfd.readouterr()
+    assert bench.train("--output_dir", "output/tiny") == 0
+    assert "with other flags" not in capfd.readouterr().out, "it says how this start began, not what was computed"
 
 
 def test_resume_where_nothing_is(bench: Bench) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -38,7 +39,7 @@ class MetricsLogger:
         seconds: float = 0.0,
     ) -> None:
         self._watch = watch
-        self._file = self._writer = self._wandb = None
+        self._file = self._writer = self._wandb = self._page = None
         self._start = time.monotonic() - seconds
         if not is_main():
             return
@@ -51,6 +52,7 @@ class MetricsLogger:
         elif report_to == "wandb":
             import wandb
 
+            self._page = wandb.Html
             self._wandb = wandb.init(project="tripod", name=name, dir=str(directory))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -69,9 +71,12 @@ class MetricsLogger:
             self._watch(step, values)
 
     def text(self, step: int, name: str, content: str) -> None:
-        """Record a text, such as a sample answer."""
+        """Record a text, such as a sample answer or a table in Markdown."""
         if self._writer is not None:
             self._writer.add_text(name, content, step)
+        if self._wandb is not None and self._page is not None:  # which shows no Markdown, and a model wrote the text
+            shown = f'<pre style="white-space: pre-wrap">{html.escape(content)}</pre>'
+            self._wandb.log({name: self._page(shown)}, step=step)
 
     def close(self) -> None:
         """Flush and close every sink."""

@@ -35,6 +35,12 @@ BATCH = frozenset({
     "per_device_train_batch_size", "per_device_training_batch_size", "per_device_generation_batch_size",
     "generation_batches", "gradient_accumulation_steps",
 })  # fmt: skip
+# Which flags rows come from: the first that is given
+ROWS_FROM = {
+    "training": ("data_path", "sft_only_data_path"),
+    "held-out": ("eval_data_path", "data_path"),
+    "pre-training": ("unsupervised_data_path",),
+}
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "tokenizers", "datasets")
 MODEL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja", "reward_stats.json")
 _SAMPLED_ROWS = 64
@@ -44,7 +50,7 @@ _EDGE = 1 << 20
 def describe(
     step: str, groups: Sequence[Any], models: Mapping[str, str], data: Mapping[str, Any], batches: Mapping[str, int]
 ) -> dict[str, Any]:
-    """A run as JSON, to be compared by `differences`.
+    """A run as JSON, to be compared by `refuse_other_run`, `refuse_other_ranks` and `inexact_because`.
 
     Args:
         step: ``step1``, ``step2`` or ``step3``.
@@ -114,15 +120,16 @@ def refuse_other_run(before: Mapping[str, Any], now: Mapping[str, Any], checkpoi
                 f"--{name} was {_shown(old)} when {checkpoint} was written and is {_shown(new)} now, which changes the "
                 f"result; give --{name} {_shown(old)} again, {over}"
             )
-    for flag, fingerprint in before["models"].items():
-        if now["models"].get(flag) != fingerprint:
+    for flag in sorted(before["models"].keys() | now["models"].keys()):
+        if now["models"].get(flag) != before["models"].get(flag):
             raise UserError(
                 f"{checkpoint} belongs to another model or file than {flag} names; give that one again, {over}"
             )
-    for name, fingerprint in before["data"].items():
-        if now["data"].get(name) != fingerprint:
+    for name in sorted(before["data"].keys() | now["data"].keys()):
+        if now["data"].get(name) != before["data"].get(name):
             raise UserError(
-                f"{checkpoint} belongs to other {name} rows than --data_path gives; give those again, {over}"
+                f"{checkpoint} belongs to other {name} rows than {_rows_from(name, before, now)} gives; give those "
+                f"again, {over}"
             )
     same_flags = all(before["flags"].get(name) == now["flags"].get(name) for name in BATCH)
     if before["batches"] != now["batches"] and not (same_flags and before["world_size"] != now["world_size"]):
@@ -168,6 +175,14 @@ def inexact_because(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
         if now["versions"].get(name) != old:
             reasons.append(f"{name} {old} -> {now['versions'].get(name)}")
     return reasons
+
+
+def _rows_from(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The flag to look at where rows differ: the one that has changed, else the one that they come from."""
+    flags = ROWS_FROM[name]
+    changed = [flag for flag in flags if before["flags"].get(flag) != now["flags"].get(flag)]
+    given = [flag for flag in flags if now["flags"].get(flag)]
+    return f"--{[*changed, *given, *flags][0]}"
 
 
 def _shown(value: Any) -> str:

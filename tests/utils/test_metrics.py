@@ -1,0 +1,53 @@
+"""Where numbers and texts go, with a stand-in for Weights & Biases, which is not installed."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from training.utils.metrics import MetricsLogger
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """The module, with what a run got as (step, name, value) in ``logged``."""
+    logged = []
+    run = SimpleNamespace(
+        log=lambda values, step: logged.extend((step, name, value) for name, value in values.items()),
+        finish=lambda: logged.append("finished"),
+    )
+    module = SimpleNamespace(init=lambda **_: run, Html=lambda text: ("page", text), logged=logged)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return module
+
+
+def test_wandb_gets_numbers_and_texts(wandb, tmp_path):
+    logger = MetricsLogger(tmp_path, "wandb", "demo/step3")
+    logger.log(5, {"reward/mean": 0.5})
+    logger.text(5, "rollouts", "| prompt | <b>answer</b> |")
+    logger.close()
+    number, (step, name, (kind, page)), end = wandb.logged
+    assert number == (5, "reward/mean", 0.5) and end == "finished"
+    assert (step, name, kind) == (5, "rollouts", "page")
+    assert "| prompt | &lt;b&gt;answer&lt;/b&gt; |" in page, "what a model writes stays text"
+    record = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert (record["step"], record["reward/mean"]) == (5, 0.5)
+
+
+def test_tensorboard_gets_texts(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = MetricsLogger(tmp_path, "tensorboard", "demo/step3")
+    logger.text(5, "rollouts", "| prompt | answer |")
+    logger.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    [text] = events.Tensors("rollouts/text_summary")
+    assert text.step == 5 and text.tensor_proto.string_val == [b"| prompt | answer |"]
+
+
+def test_without_either_a_text_goes_nowhere(tmp_path):
+    logger = MetricsLogger(tmp_path, "none", "demo/step3")
+    logger.text(5, "rollouts", "text")
+    logger.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
