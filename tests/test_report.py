@@ -15,6 +15,7 @@ from training.report.__main__ import main
 from training.report.charts import Series
 from training.report.page import render_report, write_report
 from training.report.run import read_run
+from training.step3_rlhf_finetuning.held_out import MAX_KL
 from training.utils.errors import UserError, run_program
 from training.utils.runs import repository_root
 
@@ -358,12 +359,34 @@ def test_advice_follows_the_numbers(tmp_path, step, change, words):
     assert any(words in line for line in advice.next_steps(read_run(run)))
 
 
+@pytest.mark.parametrize(
+    ("flags", "steps", "told"),
+    [
+        ([], ["step1"], "Step 2 has not run yet"),
+        (["--step", "1", "3", "--num_gpus", "2"], ["step1", "step3"], ""),
+        (["--step", "1", "3"], ["step1"], "Step 3 has not run yet"),
+        (["--step=1"], ["step1"], ""),
+        (["--step1_args=--seed 3"], ["step1", "step2"], "Step 3 has not run yet"),
+    ],
+)
+def test_a_step_that_was_not_asked_for_is_not_missed(tmp_path, flags, steps, told):
+    run = make_run(tmp_path / "demo", steps)
+    manifest = json.loads((run / "manifest.json").read_text())
+    save(run / "manifest.json", manifest | {"started_as": [["train.py"], ["train.py", *flags]]})
+    missed = [line for line in advice.next_steps(read_run(run)) if "has not run yet" in line]
+    assert [line.startswith(told) for line in missed] == ([True] if told else [])
+
+
 def test_advice_on_drift_and_clipping(tmp_path):
     run = make_run(tmp_path / "demo")
-    row = {"step": 9, "kl/per_sequence": 12.0, "policy/clip_fraction": 0.46}
+    row = {"step": 9, "kl/per_sequence": 25.0, "policy/clip_fraction": 0.46}
     save(run / "step3" / "metrics.jsonl", json.dumps(row) + "\n")
     lines = "\n".join(advice.next_steps(read_run(run)))
-    assert "12.0 nats per response" in lines and "46% of the policy's ratios were clipped" in lines
+    assert "25.0 nats per response" in lines and "46% of the policy's ratios were clipped" in lines
+
+
+def test_far_is_where_step_3_keeps_no_actor():
+    assert advice.LARGE_KL == MAX_KL
 
 
 def test_the_program(tmp_path, capsys, monkeypatch):

@@ -289,6 +289,7 @@ def test_only_known_chatter_is_silenced() -> None:
         warnings.simplefilter("always")
         runtime.quiet_libraries()
         warnings.warn("`torch.distributed.all_gather_into_tensor` is deprecated. Please", FutureWarning, stacklevel=1)
+        warnings.warn("`is_gradient_checkpointing` is deprecated and will be", FutureWarning, stacklevel=1)
         warnings.warn("`torch.distributed` says something new", FutureWarning, stacklevel=1)
     assert [str(w.message) for w in seen] == ["`torch.distributed` says something new"]
 

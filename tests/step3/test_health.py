@@ -9,6 +9,7 @@ import pytest
 
 from training.step3_rlhf_finetuning import health_rules, main
 from training.step3_rlhf_finetuning.health import HealthMonitor, not_rising
+from training.step3_rlhf_finetuning.held_out import MAX_KL
 
 # Of a demo run that went well (seed 1234, 18 iterations): metrics.jsonl, rounded
 DEMO = {
@@ -57,6 +58,8 @@ def test_a_healthy_history_gets_one_explanation_and_no_warning():
 def test_a_negative_reward_is_explained_once():
     (note,) = [r for r in remarks(demo()) if r.metric == "reward/score"]
     assert "negative (-4.29), which is normal" in note.text
+    # with functions, or --no-normalize_reward, 0 is anything
+    assert "depends on the rewards" in note.text and "normal: 0 is" not in note.text
 
 
 def test_a_negative_actor_loss_is_explained_once():
@@ -125,7 +128,7 @@ def test_held_out_evaluations():
     assert "0.80 -> 0.50): the reward model is being exploited" in exploited.text
     (lost,) = remarks([evaluation(0.1, 1.0, 0.3, 0.7)])
     assert "loses to the SFT model" in lost.text
-    (far,) = remarks([evaluation(0.1, 17.0, 0.9, 0.7)])
+    (far,) = remarks([evaluation(0.1, MAX_KL + 1, 0.9, 0.7)])
     assert "this actor is not kept" in far.text
 
 

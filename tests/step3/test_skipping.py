@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from tests.glossary import glossary
 from tests.step3.hybrid_checks import NO_TEXTS, prompts, request, role, save_tiny_reward_model, shared_settings
 from training.step3_rlhf_finetuning import main as step3, ppo, ppo_trainer
 from training.step3_rlhf_finetuning.ppo_trainer import PPOTrainer
@@ -41,8 +42,9 @@ def settings(**changes):
     return PPOSettings(**(values | changes))
 
 
-def one_iteration(actor, reward, *, bad_prompts=(), nan_loss_on=None, stage=2, **changes):
-    """Eight rows, divided over the ranks; the prompts of that number get NaN, or rank ``nan_loss_on`` a NaN loss."""
+def one_iteration(actor, reward, *, bad_prompts=(), nan_loss_on=None, of="policy", stage=2, **changes):
+    """Eight rows, divided over the ranks; the prompts of that number get NaN, or rank ``nan_loss_on`` a NaN loss of
+    the ``policy`` or of the ``value``."""
     shared = shared_settings()
     torch.manual_seed(0)
     everything = prompts(8)
@@ -58,17 +60,20 @@ def one_iteration(actor, reward, *, bad_prompts=(), nan_loss_on=None, stage=2, *
     trainer = PPOTrainer(roles, scoring, rollout_backend("fast"), SamplingConfig(5), constants, "fp32")
     before = {name: t.clone() for name, t in full_state_dict(roles.actor.engine).items()}
     mine = list(range(8))[rank() * 8 // world_size() : (rank() + 1) * 8 // world_size()]
-    original = ppo.policy_loss
-    if nan_loss_on == rank():
-        ppo_trainer.ppo.policy_loss = lambda *a, **k: (original(*a, **k)[0] * float("nan"), original(*a, **k)[1])
+    policy_loss, value_loss = ppo.policy_loss, ppo.value_loss
+    if nan_loss_on == rank() and of == "policy":
+        ppo_trainer.ppo.policy_loss = lambda *a, **k: (policy_loss(*a, **k)[0] * float("nan"), policy_loss(*a, **k)[1])
+    if nan_loss_on == rank() and of == "value":
+        ppo_trainer.ppo.value_loss = lambda *a, **k: value_loss(*a, **k) * float("nan")
     try:
         metrics = trainer.iteration([request([everything[i] for i in mine], mine)], 0)
     finally:
-        ppo_trainer.ppo.policy_loss = original
+        ppo_trainer.ppo.policy_loss, ppo_trainer.ppo.value_loss = policy_loss, value_loss
     after = full_state_dict(roles.actor.engine)
     moved = [name for name, t in after.items() if not torch.equal(t, before[name])]
     finite = all(t.isfinite().all() for t in after.values())
-    return {"metrics": metrics, "moved": bool(moved), "finite": finite, "reason": trainer.guard.reason}
+    schedule = roles.actor.engine.lr_scheduler.last_epoch
+    return {"metrics": metrics, "moved": bool(moved), "finite": finite, "schedule": schedule}
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +86,7 @@ def test_a_bad_reward_costs_its_minibatch_alone(tiny_model, reward):
     metrics = result["metrics"]
     assert (metrics["reward/not_finite"], metrics["ppo/skipped"], metrics["ppo/optimizer_steps"]) == (1, 1, 4)
     assert result["moved"] and result["finite"]
+    assert result["schedule"] == 3, "the learning rate moves on with steps that were made, as the glossary says"
     assert all(torch.tensor(value).isfinite() for value in metrics.values())
     without = one_iteration(str(tiny_model), reward)["metrics"]
     assert (without["reward/not_finite"], without["ppo/skipped"]) == (0, 0)
@@ -113,6 +119,16 @@ def test_a_nan_loss_on_one_rank_skips_both(tiny_model, reward, rank_pair):
         assert result["metrics"]["ppo/skipped"] == result["metrics"]["ppo/optimizer_steps"] == 2
         assert result["metrics"]["policy/skipped_steps"] == 2
         assert result["finite"] and not result["moved"]
+
+
+def test_a_critic_that_does_not_learn_is_counted_though_the_actor_does(tiny_model, reward, rank_pair):
+    results = rank_pair.run(one_iteration, str(tiny_model), reward, nan_loss_on=1, of="value")
+    for result in results:
+        metrics = result["metrics"]
+        assert (metrics["ppo/skipped"], metrics["critic/skipped_steps"], metrics["policy/skipped_steps"]) == (2, 2, 0)
+        assert result["finite"] and result["schedule"] == 2
+    assert results[0]["moved"], "rank 0 has the whole weights"
+    assert "the actor, the critic or both" in glossary(3)["ppo/skipped"][0]
 
 
 def test_ten_in_a_row():

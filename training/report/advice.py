@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
 from training.report.run import RunRecord, StepRecord, mapping, number
+from training.utils.runs import STEPS
 
-# Where a number stops being comfortable; docs/metrics.md or the step's README says why.
+# Where a number stops being comfortable; docs/metrics.md and docs/evaluation.md say why.
 FEW_HELD_OUT = 100  # prompts below which an interval is wide
-LARGE_KL = 8.0  # nats per response: the policy says things the SFT model would almost never say
+LARGE_KL = 24.0  # nats per response, the bound of the actor that step 3 keeps (a test holds the two together)
 CEILING = 0.98  # of the reward model's accuracy
 LENGTH_MARGIN = 0.05  # accuracy above "always the longer" (or shorter) that shows more than a taste for length
 LENGTH_RATIO = 1.5
@@ -24,7 +26,8 @@ def next_steps(run: RunRecord) -> list[str]:
             "Go on where it ended with the same command and --output_dir set to this run; finished steps are skipped."
         ]
     lines = [*_step1(run.steps["step1"]), *_step2(run.steps["step2"]), *_step3(run.steps["step3"])]
-    missing = [s for s in run.steps.values() if s.state == "not run"]
+    asked = _asked(run.manifest)
+    missing = [s for name, s in run.steps.items() if s.state == "not run" and name in asked]
     if missing:
         lines.append(
             f"{title(missing[0])} has not run yet: the same command with --output_dir set to this run does it."
@@ -36,6 +39,17 @@ def next_steps(run: RunRecord) -> list[str]:
         )
         lines.append("One run is one throw of the dice: repeat with another --seed before you believe a difference.")
     return lines
+
+
+def _asked(manifest: Mapping[str, Any]) -> list[str]:
+    """The steps that the last command of train.py was to run: those after its ``--step``, all without one."""
+    started = manifest.get("started_as")
+    last = started[-1] if isinstance(started, list) and started else []
+    words = [part for word in last for part in str(word).split("=")] if isinstance(last, list) else []
+    if "--step" not in words:
+        return list(STEPS)
+    after = words[words.index("--step") + 1 :]
+    return [f"step{word}" for word in itertools.takewhile(lambda word: not word.startswith("-"), after)]
 
 
 def title(step: StepRecord) -> str:

@@ -93,7 +93,8 @@ def answers(run: RunRecord) -> str:
     left = len(run.samples) - len(drawn)
     return (
         '<p class="muted">Prompts that no step was trained on, answered by each model under the same settings. '
-        "<b>Reward</b> is what PPO maximises: 0 is step 2's mean preferred answer, 1 a standard deviation above it; "
+        "<b>Reward</b> is what PPO maximises: for step 2's reward model alone, normalised, 0 is its mean preferred "
+        "answer and 1 a standard deviation above it; "
         "<b>check</b> is the independent evaluation function.</p>"
         + "".join(drawn[:OPEN_SAMPLES])
         + hidden

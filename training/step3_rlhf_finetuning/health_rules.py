@@ -105,8 +105,8 @@ RULES = (
         0.0,
         INF,
         3,
-        "the reward is negative ({value:.2f}), which is normal: 0 is step 2's mean preferred answer; what matters is "
-        "that it rises",
+        "the reward is negative ({value:.2f}), which is normal: where 0 lies depends on the rewards (for step 2's "
+        "reward model alone, normalised, at its mean preferred answer); what matters is that it rises",
         NOTE,
         once=True,
     ),

@@ -25,6 +25,7 @@ from training.step3_rlhf_finetuning.rlhf_engine import Roles
 from training.step3_rlhf_finetuning.rollout import RolloutBackend, SamplingConfig
 from training.utils import models
 from training.utils.distributed import say
+from training.utils.engine import dtype_name
 from training.utils.metrics import MetricsLogger
 
 # An evaluation during training answers this many prompts (the last one and the SFT model answer all): it then costs
@@ -176,8 +177,7 @@ class HeldOutEvaluation:
     def _saved_actor(self) -> Iterator[Any]:
         """The kept actor, from disk: the engine holds the last one."""
         engine = self.roles.actor.engine
-        dtype = "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
-        model = models.load_causal_lm(str(self.actor_dir), dtype=dtype).to(engine.device).eval()
+        model = models.load_causal_lm(str(self.actor_dir), dtype=dtype_name(engine)).to(engine.device).eval()
         with torch.no_grad():
             yield model
 

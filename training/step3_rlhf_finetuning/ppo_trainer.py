@@ -37,7 +37,7 @@ class OptimizerStep:
     Attributes:
         sums: over its tokens, and their number ``tokens``.
         actor, critic: None for a role that made no step.
-        skipped: why no weight changed; empty if some did.
+        skipped: why a role learned nothing, the actor or the critic; empty if all that train did.
     """
 
     sums: dict[str, float]

@@ -23,6 +23,7 @@ from training.utils.errors import UserError, run_program
 # Warnings of these versions that correct use raises and that a user can not act on. Everything else stays visible.
 HARMLESS_WARNINGS = (
     r"`torch\.distributed\.\w+` is deprecated.*",  # DeepSpeed 0.19 calls the older names of torch 2.13
+    r"`is_gradient_checkpointing` is deprecated.*",  # PEFT 0.21 asks by the name before transformers 5.23's
 )
 
 # One of these is there when DeepSpeed could find an accelerator: NVIDIA, WSL, AMD, Intel, Habana and others.
