@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from deepspeed.accelerator import get_accelerator
 
 from training.utils.errors import UserError
@@ -56,6 +57,19 @@ def init_distributed(timeout: float = DEFAULT_TIMEOUT) -> torch.device:
         deepspeed.init_distributed(dist_backend=backend, timeout=limit, verbose=False)
         release_shared_buffer()
     return torch.device(accelerator.current_device_name())
+
+
+def bound_waits() -> None:
+    """Give every group the first one's time-out: torch's further groups wait 30 minutes, and DeepSpeed makes its own.
+
+    Call it after each ``deepspeed.initialize``.
+    """
+    default = c10d._get_default_group()
+    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    if dist.get_backend() in ("nccl", "gloo"):
+        limit = default._get_backend(device).options._timeout
+        for group in list(c10d._world.pg_map):
+            c10d._set_pg_timeout(limit, group)
 
 
 def release_shared_buffer(folder: Path = Path("/dev/shm")) -> None:

@@ -13,7 +13,7 @@ from deepspeed.runtime import bf16_optimizer
 from torch import nn
 from transformers import get_scheduler
 
-from training.utils.distributed import world_size
+from training.utils.distributed import bound_waits, world_size
 from training.utils.models import TokenScorer, load_causal_lm, load_classifier
 from training.utils.supervision import beat
 from training.utils.zero_config import frozen_config
@@ -84,6 +84,7 @@ def initialize_engine(
     schedule = get_scheduler(lr_scheduler_type, optimizer, num_warmup_steps, max(total_steps, 1))
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)
+    bound_waits()
     _restore_buffers(engine.module, buffers)
     return engine
 
@@ -167,6 +168,7 @@ def frozen_role(model: nn.Module, *, zero_stage: int, dtype: str, offload: bool,
         return model.to(device).eval()
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     engine, *_ = deepspeed.initialize(model=model, config=frozen_config(dtype=dtype, offload=offload))
+    bound_waits()
     _restore_buffers(engine.module, buffers)
     engine.eval()
     return engine
