@@ -238,7 +238,11 @@ def test_step_3_is_evaluated_from_disk_and_drawn(trained, tiny_data, tmp_path):
     found, said = evaluate(base, 3, tiny_data, *more, "--judge_model_name_or_path", str(base / "step2"))
     assert list(found["models"]) == ["SFT", "RLHF", "best of 1", "best of 2"]
     rlhf = found["models"]["RLHF"]
-    assert rlhf["judge"] == pytest.approx(rlhf["reward"], abs=0.5)  # the same model, given the text without its tokens
+    summary = json.loads((base / "step3" / "summary.json").read_text())  # and the run's flags, without a manifest
+    for model, when in (("SFT", "before"), ("RLHF", "after")):
+        assert found["models"][model]["reward"] == pytest.approx(summary[f"reward_{when}"], abs=1e-3)
+    stats = RewardStats.read(base / "step2")  # the judge is the same model, given the text without its tokens
+    assert rlhf["judge"] == pytest.approx(rlhf["reward"] * stats.std + stats.mean, abs=0.2)
     assert found["models"]["best of 2"]["reward"] >= found["models"]["best of 1"]["reward"]
     assert "win rate by function" in said
     program = ROOT / "benchmarks" / "plot_reward_kl.py"
