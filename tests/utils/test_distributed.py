@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from training.utils.distributed import all_reduce_sum, rank
+from training.utils.distributed import all_reduce_sum, bound_waits, init_distributed, rank
 
 
 def buffers_and_sum() -> tuple[list[str], float]:
@@ -22,3 +22,28 @@ def test_no_shared_buffer_keeps_its_name(rank_pair):
     for names, total in rank_pair.run(buffers_and_sum):
         assert names == []
         assert total == 3.0
+
+
+def test_further_groups_wait_no_longer_than_the_first():
+    """torch gives each new group 30 minutes: a host that is cut off would hold the others in DeepSpeed's groups."""
+    import datetime
+
+    import torch
+    import torch.distributed as dist
+    import torch.distributed.distributed_c10d as c10d
+
+    def limit(group):
+        return group._get_backend(torch.device("cpu")).options._timeout
+
+    init_distributed()
+    first, before = c10d._get_default_group(), limit(c10d._get_default_group())
+    c10d._set_pg_timeout(datetime.timedelta(seconds=77), first)
+    try:
+        further = dist.new_group([0])
+        assert limit(further) > datetime.timedelta(minutes=20)
+        bound_waits()
+        assert limit(further) == datetime.timedelta(seconds=77)
+        dist.destroy_process_group(further)
+    finally:
+        c10d._set_pg_timeout(before, first)
+        bound_waits()
