@@ -435,11 +435,12 @@ def _connect(blocks: gr.Blocks, page: Page, w: Widgets, others: dict[str, Any]) 
     long: dict[str, Any] = quiet | {"concurrency_limit": VISITORS_AT_ONCE, "concurrency_id": "answers"}
     options = others["options"]
     blocks.load(page.start, None, w.outputs, **quiet)
+    # first: the browser starts the handlers of a click one after another, each when the one before is done
+    asked = [w.send.click, w.prompt.submit, others["retry"].click]
+    gr.on(asked, page.knock, [w.session], [w.notice], queue=False, **quiet)
     gr.on(
         [w.send.click, w.prompt.submit], page.send, [w.session, w.prompt, others["system"], *options], w.outputs, **long
     )
-    asked = [w.send.click, w.prompt.submit, others["retry"].click]
-    gr.on(asked, page.knock, [w.session], [w.notice], queue=False, **quiet)
     others["retry"].click(page.retry, [w.session, *options], w.outputs, **long)
     w.stop.click(page.stop, [w.session], None, queue=False, **quiet)
     others["clear"].click(page.clear, [w.session], w.outputs, **quiet)
