@@ -54,8 +54,9 @@ def stopped(launcher, inputs, tmp_path_factory):
 
 
 def checkpoints(output):
+    """Those that a resumed run would try, the latest last: a folder that `latest` does not name yet is none of them."""
     folder = output / store.FOLDER
-    return sorted(p for p in folder.iterdir() if store.step_of(p) >= 0) if folder.is_dir() else []
+    return sorted(store.candidates(folder)) if folder.is_dir() else []
 
 
 def resume(launcher, inputs, output, *more, step=1, ranks=0):
