@@ -39,6 +39,7 @@ from training.utils.recipes import GIVEN, flags_of, located, read_recipe
 from training.utils.runs import (
     LATEST,
     STEPS,
+    continued,
     deepspeed_launcher,
     is_finished,
     latest_output,
@@ -320,7 +321,7 @@ def main(
         manifest |= describe_environment(ROOT)
         manifest["recipe"] = {"name": recipe, **hash_inputs([recipe_path], {})}
         manifest.setdefault("started_as", []).append(["train.py", *argv])
-        again = shlex.join([shown(sys.executable), shown(ROOT / "train.py"), *_continued(argv, run)])
+        again = shlex.join([shown(sys.executable), shown(ROOT / "train.py"), *continued(argv, run)])
         ran = False
         for step in steps:
             if is_finished(step.directory) and not ran:
@@ -349,17 +350,6 @@ def _joined(argv: Sequence[str]) -> list[str]:
             value = tokens.pop(i)
             tokens[i - 1 : i] = [f"{tokens[i - 1]}={value}"] if value else []
     return tokens
-
-
-def _continued(argv: Sequence[str], run: Path) -> list[str]:
-    """The same flags, with the run directory named."""
-    tokens = list(argv)
-    for flag in ("--output_dir", "--resume"):
-        while flag in tokens:
-            at = tokens.index(flag)
-            del tokens[at : at + 2]
-        tokens = [t for t in tokens if not t.startswith(f"{flag}=")]
-    return [*tokens, "--output_dir", shown(run)]
 
 
 if __name__ == "__main__":

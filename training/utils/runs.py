@@ -11,6 +11,7 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import training
@@ -49,19 +50,24 @@ def same_command(output_dir: Path) -> str:
 
     Under ``deepspeed`` the launcher is part of it; on several hosts the hostfile is for the user to name.
     """
-    arguments = [t for t in sys.argv[1:] if not t.startswith("--local_rank")]
-    for flag in ("--output_dir", "--resume"):
-        while flag in arguments:
-            at = arguments.index(flag)
-            del arguments[at : at + 2]
-        arguments = [t for t in arguments if not t.startswith(f"{flag}=")]
-    arguments += ["--output_dir", shown(output_dir)]
+    arguments = continued([t for t in sys.argv[1:] if not t.startswith("--local_rank")], output_dir)
     ranks = os.environ.get("LOCAL_SIZE")  # set by deepspeed's launcher alone
     launcher = [shown(sys.executable)]
     if ranks:
         one_host = os.environ.get("CROSS_SIZE", "1") == "1"
         launcher = [*deepspeed_launcher(), *(["--num_gpus", ranks] if one_host else ["--hostfile", "HOSTFILE"])]
     return shlex.join([*launcher, shown(sys.argv[0]), *arguments])
+
+
+def continued(argv: Sequence[str], output_dir: Path) -> list[str]:
+    """The same flags, with the output folder named and without ``--resume``: the next start goes on."""
+    tokens = list(argv)
+    for flag in ("--output_dir", "--resume"):
+        while flag in tokens:
+            at = tokens.index(flag)
+            del tokens[at : at + 2]
+        tokens = [t for t in tokens if not t.startswith(f"{flag}=")]
+    return [*tokens, "--output_dir", shown(output_dir)]
 
 
 def deepspeed_launcher() -> list[str]:
