@@ -20,6 +20,7 @@ DEFAULT_TIMEOUT = 1800.0
 OTHER_LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
 T = TypeVar("T")
+_limit: datetime.timedelta | None = None  # of every collective, as `init_distributed` was told
 
 
 def init_distributed(timeout: float = DEFAULT_TIMEOUT) -> torch.device:
@@ -45,11 +46,13 @@ def init_distributed(timeout: float = DEFAULT_TIMEOUT) -> torch.device:
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
     os.environ.setdefault("LOCAL_RANK", "0")
+    global _limit
     limit = datetime.timedelta(seconds=timeout)
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
+        _limit = limit
         # gloo on CPU: DeepSpeed's own default there would look for Intel's oneCCL first
         backend = "gloo" if accelerator.device_name() == "cpu" else accelerator.communication_backend_name()
         if not launched:  # a group of one meets in its own memory: no port that another program could hold
@@ -60,16 +63,13 @@ def init_distributed(timeout: float = DEFAULT_TIMEOUT) -> torch.device:
 
 
 def bound_waits() -> None:
-    """Give every group the first one's time-out: torch's further groups wait 30 minutes, and DeepSpeed makes its own.
+    """Give every group the time-out of `init_distributed`: DeepSpeed makes its own, which would wait 30 minutes.
 
     Call it after each ``deepspeed.initialize``.
     """
-    default = c10d._get_default_group()
-    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
-    if dist.get_backend() in ("nccl", "gloo"):
-        limit = default._get_backend(device).options._timeout
-        for group in list(c10d._world.pg_map):
-            c10d._set_pg_timeout(limit, group)
+    for group in list(c10d._world.pg_map):
+        if _limit is not None and dist.get_backend(group) in ("gloo", "nccl"):  # torch can set it for these
+            c10d._set_pg_timeout(_limit, group)
 
 
 def release_shared_buffer(folder: Path = Path("/dev/shm")) -> None:
