@@ -44,7 +44,7 @@ from training.utils.metrics import MetricsLogger, progress_bar, write_summary  #
 from training.utils.model_card import write_model_card  # noqa: E402
 from training.utils.phases import Phases  # noqa: E402
 from training.utils.resume import Run, resume_output_dir  # noqa: E402
-from training.utils.reward_model import RewardStats  # noqa: E402
+from training.utils.reward_model import RewardStats, few_held_out  # noqa: E402
 from training.utils.runs import latest_output, prepare_output_dir  # noqa: E402
 from training.utils.training_plan import show_sequence_plan  # noqa: E402
 from training.utils.zero_config import check_dtype, deepspeed_config, read_user_config  # noqa: E402
@@ -94,6 +94,8 @@ def main(argv: Sequence[str]) -> int:
     tokenizer = models.load_tokenizer(model_path, chat_template=data.chat_template, system_message=data.system_message)
     rows = prepare_data(2, data, tokenizer, max_length=model_args.max_seq_len, seed=train.seed, run_dir=output_dir)
     say("\n".join(rows.report.lines()))
+    if warning := few_held_out(len(rows.held_out)):
+        say(warning)
     pad_id, stop_ids = tokenizer.pad_token_id, stop_token_ids(tokenizer)
     pairs_per_rank = train.per_device_train_batch_size * train.gradient_accumulation_steps
     run = Run.open(

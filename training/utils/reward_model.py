@@ -14,6 +14,21 @@ from training.utils.errors import UserError
 
 STATS_FILE = "reward_stats.json"
 MIN_STD = 1e-6  # a reward model that gives every answer the same score can not be normalised
+FEW = 8  # the standard deviation of fewer is off by a quarter and more (1 / sqrt(2 n))
+
+
+def few_held_out(pairs: int) -> str:
+    """A warning that the statistics will come from few rewards, empty where there are enough.
+
+    Args:
+        pairs: how many pairs are held out.
+    """
+    if pairs >= FEW:
+        return ""
+    return (
+        f"warning: pairs held out: {pairs}, a poor scale for the rewards of step 3, which needs at least 2; "
+        "give more data, or --eval_data_path"
+    )
 
 
 def last_token_scores(scores: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:
