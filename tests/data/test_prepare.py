@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
 import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 
-from tests.data import families
+from tests.data import families, test_sources
 from training.utils.arguments import DataArguments
-from training.utils.data import prepare_data, prepare_pretraining, render, selection
+from training.utils.data import (
+    cache,
+    prepare as prepare_module,
+    prepare_data,
+    prepare_pretraining,
+    render,
+    selection,
+    tokenise,
+)
 from training.utils.distributed import rank
 from training.utils.errors import UserError
 
@@ -42,17 +52,20 @@ def prepare(step, tok, *paths, max_length=512, seed=1, **more):
 
 
 def prompts_of(dataset) -> set[str]:
-    return {json.loads(row)["prompt"] for row in dataset["row"]}
+    """The first user turn of every row, read from its tokens."""
+    column = next(name for name in ("input_ids", "chosen_ids", "prompt_ids") if name in dataset.column_names)
+    texts = families.tokenizer("smollm2-like").batch_decode(dataset[column][:])
+    return {re.search(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", text, re.DOTALL)[1] for text in texts}
 
 
 def test_step_1_rows(tok, tmp_path):
     data = prepare(1, tok, write(tmp_path / "a.jsonl", sft(20)))
     assert (len(data.train), len(data.held_out)) == (18, 2)
     row = data.train[0]
-    original = json.loads(row["row"])
+    number = re.search(r"Answer (\d+)", tok.decode(row["input_ids"]))[1]
     messages = [
-        {"role": "user", "content": original["prompt"]},
-        {"role": "assistant", "content": original["response"]},
+        {"role": "user", "content": f"Question number {number}?"},
+        {"role": "assistant", "content": f"Answer {number}."},
     ]
     rendered = render(tok, messages)
     assert row["input_ids"] == rendered.input_ids and row["response_mask"] == rendered.response_mask
@@ -66,7 +79,7 @@ def test_step_1_takes_the_chosen_answer_of_pairs(tok, tmp_path):
     data = prepare(1, tok, write(tmp_path / "a.jsonl", pairs(4)))
     row = data.train[0]
     trained = [i for i, bit in zip(row["input_ids"], row["response_mask"], strict=True) if bit]
-    assert tok.decode(trained) == json.loads(row["row"])["chosen"] + "<|im_end|>"
+    assert re.fullmatch(r"Good \d\.<\|im_end\|>", tok.decode(trained))
 
 
 def test_step_2_marks_the_compared_answer_only(tok, tmp_path):
@@ -94,6 +107,7 @@ def test_step_3_rows_end_with_the_generation_prompt(tok, tmp_path):
     assert [m["role"] for m in messages] == ["user"], "the last answer is dropped"
     assert row["prompt_ids"] == render(tok, messages, add_generation_prompt=True).input_ids
     assert tok.decode(row["prompt_ids"]).endswith("<|im_start|>assistant\n")
+    assert json.loads(row["row"]) in rows, "the rewards read the row's other columns"
 
 
 def turns(count: int, answer: str = "Yes.") -> list[dict]:
@@ -304,7 +318,7 @@ def test_another_step_or_template_or_edit_is_another_cache(tok, tmp_path):
     Path(path).write_text(Path(path).read_text().replace("Answer 3", "Antwort 3"))
     edited = prepare(1, tok, path)
     assert not edited.report.from_cache and any(
-        "Antwort" in row for d in (edited.train, edited.held_out) for row in d["row"]
+        "Antwort" in tok.decode(ids) for d in (edited.train, edited.held_out) for ids in d["input_ids"]
     )
 
 
@@ -405,6 +419,55 @@ def test_pretraining_mix_is_cut_in_rows_and_trained_everywhere(tok, tmp_path):
     assert any(tok.decode(row) == "Some text.<|im_end|>" for row in ids)
     with pytest.raises(UserError, match="plain text, no prompt"):
         prepare(3, tok, write(tmp_path / "b.jsonl", rows[:2]))
+
+
+def test_a_text_that_fills_its_rows_leaves_no_row_of_the_end_token_alone(tok, tmp_path):
+    """Nothing predicts the first token of a row."""
+    text = "word " * 40
+    length = len(tok(text, add_special_tokens=False)["input_ids"]) // 2
+    text = tok.decode(tok(text, add_special_tokens=False)["input_ids"][: 2 * length])
+    path = write(tmp_path / "a.jsonl", [{"text": text}])
+    data = prepare_pretraining([path], DataArguments(), tok, max_length=length, seed=1)
+    assert data.train["length"][:] == [length, length]
+    shorter = prepare_pretraining([path], DataArguments(), tok, max_length=length - 1, seed=1)
+    assert shorter.train["length"][:] == [length - 1, length - 1, 3] and shorter.train[2]["input_ids"][-1:] == [
+        tok.eos_token_id
+    ]
+
+
+def test_a_long_text_takes_a_few_bytes_a_token(tok, tmp_path):
+    """Once every row of tokens carried the whole text: its size grew with the square."""
+    text = "The quick brown fox. " * 100_000
+    arguments = DataArguments(data_output_path=str(tmp_path / "cache"))
+    data = prepare_pretraining([write(tmp_path / "a.jsonl", [{"text": text}])], arguments, tok, max_length=64, seed=1)
+    (file,) = (tmp_path / "cache").glob("*/train.arrow")
+    assert data.report.tokens > 400_000 and file.stat().st_size < 12 * data.report.tokens
+
+
+def test_rows_are_written_before_they_fill_the_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "_MOST_VALUES", 100)
+    writer = cache.ArrowWriter(tmp_path / "a.arrow", 3)
+    rows = [{"prompt_ids": [1] * 30, "messages": "m" * 20, "row": "r" * 10, "source": "s", "length": 30}] * 7
+    waiting = []
+    for row in rows:
+        writer.write([row])
+        waiting.append(len(writer.rows))
+    writer.close()
+    assert waiting == [1, 0, 1, 0, 1, 0, 1] and datasets.Dataset.from_file(str(tmp_path / "a.arrow")).to_list() == rows
+
+
+def test_long_rows_are_tokenised_a_few_at_a_time(tok, tmp_path, monkeypatch):
+    asked = []
+    tokenise_all = tokenise.sft_rows
+    monkeypatch.setattr(
+        tokenise, "sft_rows", lambda t, examples, *m: asked.append(len(examples)) or tokenise_all(t, examples, *m)
+    )
+    monkeypatch.setattr(prepare_module, "_MOST_CHARACTERS", 1000)
+    for number, name in enumerate(("a.jsonl", "a.json", "a.csv")):
+        rows = [{"prompt": f"Question {n}?", "response": f"{number} " + "word " * 80} for n in range(9)]
+        prepare(1, tok, str(test_sources.write(tmp_path / name, rows)))
+        assert asked and max(asked) <= 3
+        asked.clear()
 
 
 def test_system_message_and_template_reach_the_rows_and_the_tokenizer(tmp_path):

@@ -21,7 +21,8 @@ import pyarrow
 from training.utils.errors import UserError
 
 _NOT_CODE = ("__init__.py", "preview.py", "preview_page.py", "batches.py")  # they change no token
-_BATCH = 1000
+_BATCH = 1000  # rows, and
+_MOST_VALUES = 8 << 20  # characters and tokens that are written at once: a batch of long rows would take gigabytes
 
 
 def cache_root(data_output_path: str) -> Path:
@@ -105,13 +106,14 @@ def _whole(folder: Path) -> bool:
 
 
 _INTS, _BITS, _WORDS = pyarrow.list_(pyarrow.int32()), pyarrow.list_(pyarrow.int8()), pyarrow.string()
-_COMMON = [("length", pyarrow.int32()), ("source", _WORDS), ("row", _WORDS)]
+_COMMON = [("length", pyarrow.int32()), ("source", _WORDS)]
 SCHEMAS = {
     1: pyarrow.schema([("input_ids", _INTS), ("response_mask", _BITS), *_COMMON]),
     2: pyarrow.schema(
         [("chosen_ids", _INTS), ("chosen_mask", _BITS), ("rejected_ids", _INTS), ("rejected_mask", _BITS), *_COMMON]
     ),
-    3: pyarrow.schema([("prompt_ids", _INTS), ("messages", _WORDS), *_COMMON]),
+    # The row as it stood in its file goes with a prompt alone: only the rewards of step 3 read further columns.
+    3: pyarrow.schema([("prompt_ids", _INTS), ("messages", _WORDS), *_COMMON, ("row", _WORDS)]),
 }
 
 
@@ -122,21 +124,24 @@ class ArrowWriter:
         self.schema = SCHEMAS[step]
         self.file = pyarrow.OSFile(str(path), "wb")
         self.stream = pyarrow.ipc.new_stream(self.file, self.schema)
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[Mapping[str, Any]] = []
+        self.values = 0  # characters and tokens of these rows
 
     def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add rows; they need not be on disk before `close`."""
-        self.rows.extend(rows)  # type: ignore[arg-type]
-        while len(self.rows) >= _BATCH:
-            self._flush(_BATCH)
+        for row in rows:
+            self.rows.append(row)
+            self.values += sum(len(value) for value in row.values() if isinstance(value, (str, list)))
+            if len(self.rows) >= _BATCH or self.values >= _MOST_VALUES:
+                self._flush()
 
-    def _flush(self, count: int) -> None:
-        batch, self.rows = self.rows[:count], self.rows[count:]
-        self.stream.write_batch(pyarrow.RecordBatch.from_pylist(batch, schema=self.schema))
+    def _flush(self) -> None:
+        self.stream.write_batch(pyarrow.RecordBatch.from_pylist(self.rows, schema=self.schema))
+        self.rows, self.values = [], 0
 
     def close(self) -> None:
         """Write what is left and close the file."""
         if self.rows:
-            self._flush(len(self.rows))
+            self._flush()
         self.stream.close()
         self.file.close()

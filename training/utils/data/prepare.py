@@ -21,6 +21,7 @@ from training.utils.arguments import DataArguments
 from training.utils.data import cache, tokenise
 from training.utils.data.chat import RowError, configure_chat_template, render_text
 from training.utils.data.conversations import Example, has_half_character
+from training.utils.data.readers import RawRow
 from training.utils.data.report import DataReport
 from training.utils.data.selection import (
     DUPLICATE,
@@ -38,7 +39,8 @@ from training.utils.data.selection import (
 )
 from training.utils.errors import UserError
 
-_BATCH = 512
+_BATCH = 512  # rows that are tokenised at once, and
+_MOST_CHARACTERS = 4 << 20  # characters: the tokens of long rows take many times their size
 
 
 @dataclass(frozen=True)
@@ -190,14 +192,16 @@ def _build(request: Request, tokenizer: Any, folder: Path) -> None:
 
 def _batches(stream: Stream, request: Request, report: DataReport) -> Iterator[list[tuple[int, Candidate]]]:
     batch: list[tuple[int, Candidate]] = []
+    characters = 0
     for decision, candidate in zip(stream.decisions.tolist(), candidates(stream, request, None), strict=True):
         if decision == DUPLICATE:
             report.drop("exact duplicate", candidate.row.place)
         elif decision != SKIP:
             batch.append((decision, candidate))
-        if len(batch) == _BATCH:
+            characters += candidate.row.size
+        if len(batch) == _BATCH or characters >= _MOST_CHARACTERS:
             yield batch
-            batch = []
+            batch, characters = [], 0
     if batch:
         yield batch
 
@@ -213,12 +217,20 @@ def _tokenise(
         elif isinstance(result, str):
             report.drop(result, candidate.row.place)
         else:
-            original = json.dumps(candidate.row.values, ensure_ascii=False, default=str)
-            if not original.isascii() and has_half_character(original):  # in a column that nothing reads
-                original = json.dumps(candidate.row.values, default=str)
             if request.step == 2:
                 _compare_lengths(candidate.example, report)
-            yield decision, [{**row, "source": stream.source.name, "row": original} for row in result]
+            more = {"source": stream.source.name}
+            if request.step == 3:
+                more["row"] = _original(candidate.row)
+            yield decision, [{**row, **more} for row in result]
+
+
+def _original(row: RawRow) -> str:
+    """The row as it stood in its file, as JSON."""
+    text = json.dumps(row.values, ensure_ascii=False, default=str)
+    if not text.isascii() and has_half_character(text):  # in a column that nothing reads
+        return json.dumps(row.values, default=str)
+    return text
 
 
 def _compare_lengths(example: Example, report: DataReport) -> None:

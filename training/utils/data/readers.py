@@ -33,6 +33,7 @@ class RawRow(NamedTuple):
 
     values: dict[str, Any] | RowError
     place: str  # file:line, or the source and the row's number
+    size: int = 0  # about how many characters its columns have
 
 
 def type_of(path: Path) -> str:
@@ -116,7 +117,7 @@ def _read_jsonl(file: IO[bytes], path: Path) -> Iterator[RawRow]:
         if isinstance(line, RowError):
             yield RawRow(line, place)
         elif line.strip():
-            yield RawRow(_parse_object(line), place)
+            yield RawRow(_parse_object(line), place, len(line))
 
 
 def _parse_object(line: str) -> dict[str, Any] | RowError:
@@ -147,7 +148,7 @@ def _read_txt(file: IO[bytes], path: Path) -> Iterator[RawRow]:
         elif line.strip():
             if json_lines is None:
                 json_lines = line.lstrip().startswith("{")
-            yield RawRow(_parse_object(line) if json_lines else {"text": line}, place)
+            yield RawRow(_parse_object(line) if json_lines else {"text": line}, place, len(line))
 
 
 def _read_json(file: IO[bytes], path: Path) -> Iterator[RawRow]:
@@ -161,7 +162,7 @@ def _read_json(file: IO[bytes], path: Path) -> Iterator[RawRow]:
     while text.peek() not in ("", "]" if array else ""):
         line = text.line
         value, size = text.decode_value()
-        yield RawRow(_too_big(size) if size > MAX_ROW_CHARACTERS else _object(value), f"{path}:{line}")
+        yield RawRow(_too_big(size) if size > MAX_ROW_CHARACTERS else _object(value), f"{path}:{line}", size)
         text.skip_space()
         if array and text.peek() == ",":
             text.advance(1)
@@ -266,13 +267,14 @@ def _read_csv(file: IO[bytes], path: Path) -> Iterator[RawRow]:
             columns = _header(cells, delimiter, path)
             continue
         values: dict[str, Any] | RowError = dict(zip(columns, cells, strict=False))
+        size = sum(map(len, cells))
         if len(cells) != len(columns):
             values = RowError(f"{len(cells)} cells where the header has {len(columns)}; is a quote missing?")
-        elif sum(map(len, cells)) > MAX_ROW_CHARACTERS:
-            values = _too_big(sum(map(len, cells)))
+        elif size > MAX_ROW_CHARACTERS:
+            values = _too_big(size)
         elif (wrong := next(filter(None, map(_ESCAPED.search, cells)), None)) is not None:
             values = RowError(f"invalid UTF-8: byte 0x{ord(wrong[0]) - 0xDC00:02x}")
-        yield RawRow(values, f"{path}:{start}")
+        yield RawRow(values, f"{path}:{start}", size)
 
 
 def _header(cells: list[str], delimiter: str, path: Path) -> list[str]:

@@ -17,6 +17,7 @@ from training.utils.data.report import DataReport
 
 Row = dict[str, Any]
 NO_ROOM = "no room: the response alone is too long"
+NO_TOKEN = "a text that gives no token"
 SAME_TOKENS = "identical pair after tokenising"
 
 
@@ -101,8 +102,9 @@ def sft_rows(
     texts = [i for i, example in enumerate(examples) if example.text]
     for i, ids in zip(texts, encode(tokenizer, [examples[i].text for i in texts]), strict=True):
         ids = [*ids, tokenizer.eos_token_id]
-        chunks = [ids[at : at + max_length] for at in range(0, len(ids), max_length)]
-        results[i] = [{"input_ids": c, "response_mask": [1] * len(c), "length": len(c)} for c in chunks]
+        # Nothing predicts the first token of a row, so one token alone (EOS behind a full row) would teach nothing.
+        chunks = [ids[at : at + max_length] for at in range(0, len(ids) - 1, max_length)]
+        results[i] = [{"input_ids": c, "response_mask": [1] * len(c), "length": len(c)} for c in chunks] or NO_TOKEN
     return results
 
 
