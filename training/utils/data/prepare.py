@@ -279,5 +279,11 @@ def _record_split(made: Path, run_dir: Path) -> None:
 
 
 def _agree(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two records divide the sources that they share alike."""
-    return all(other["rows"].get(source, steps) == steps for source, steps in one["rows"].items())
+    """Whether no row is in one step by one record and in another step by the other."""
+    return not any(
+        set(rows) & set(theirs)
+        for source, steps in one["rows"].items()
+        for step, rows in steps.items()
+        for other_step, theirs in other["rows"].get(source, {}).items()
+        if other_step != step
+    )

@@ -6,8 +6,6 @@ a seeded hash of each prompt, so every rank and every machine decides alike with
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 from array import array
@@ -22,12 +20,12 @@ from training.utils.arguments import DataArguments
 from training.utils.data.chat import RowError, special_texts
 from training.utils.data.columns import ColumnMap, UnknownFormat, convert, parse_column_map
 from training.utils.data.conversations import Dropped, Example
+from training.utils.data.division import duplicates, hash_of, hold_out, split_prompts
 from training.utils.data.report import DataReport, SourceReport
 from training.utils.data.sources import RawRow, Source, resolve
 from training.utils.errors import UserError
 from training.utils.supervision import beat
 
-HELD_OUT_SHARE = 0.1
 SKIP, TRAIN, HELD_OUT, DUPLICATE = 0, 1, 2, 3
 
 
@@ -196,11 +194,6 @@ def _check_no_special_token(example: Example, forbidden: re.Pattern[str] | None)
 # --- which rows go where -----------------------------------------------------------------------------------------
 
 
-def _hash(value: Any, salt: str = "") -> int:
-    data = json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8, key=salt.encode()).digest(), "little")
-
-
 def _identity(example: Example, step: int) -> Any:
     """What makes two examples the same row in this step."""
     if step == 1:
@@ -228,8 +221,8 @@ def _scan(stream: Stream, request: Request, forbidden: re.Pattern[str] | None, r
         if not rows or rows[-1] != candidate.row_number:
             first_of_row = len(rows)
         rows.append(candidate.row_number)
-        groups.append(_hash(example.text or example.prompt, str(request.seed)))
-        identities.append(_hash(_identity(example, request.step)))
+        groups.append(hash_of(example.text or example.prompt, str(request.seed)))
+        identities.append(hash_of(_identity(example, request.step)))
         usable.append(0)
         if identities[-1] in identities[first_of_row:-1]:
             continue  # several pairs of one row are one prompt and one demonstration
@@ -250,36 +243,6 @@ def _scan(stream: Stream, request: Request, forbidden: re.Pattern[str] | None, r
     )
 
 
-def _step_of_rows(groups: np.ndarray, shares: Sequence[float]) -> np.ndarray:
-    """The step (1, 2, 3) of every example: prompts in the order of their hash, cut at the shares of the rows."""
-    order = np.argsort(groups, kind="stable")
-    # A prompt belongs where its first row falls, so that its rows are never divided.
-    _, first, inverse = np.unique(groups[order], return_index=True, return_inverse=True)
-    position = first[inverse] / max(1, len(order))
-    steps = np.empty(len(order), np.uint8)
-    steps[order] = 1 + np.searchsorted(np.cumsum(shares)[:2], position, side="right")
-    return steps
-
-
-def _hold_out(groups: np.ndarray) -> np.ndarray:
-    """Which of these examples are held out: about a tenth, whole prompts, at least one prompt of two."""
-    ordered = np.sort(groups)[::-1]
-    if not len(ordered) or ordered[0] == ordered[-1]:
-        return np.zeros(len(groups), bool)
-    wanted = max(1, round(len(groups) * HELD_OUT_SHARE))
-    held = groups >= ordered[wanted - 1]
-    return groups == ordered[0] if held.all() else held
-
-
-def _duplicates(identities: np.ndarray, chosen: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which chosen examples were seen before, and ``seen`` grown by the others; 8 bytes for each of them."""
-    rows = np.flatnonzero(chosen)
-    values, first = np.unique(identities[rows], return_index=True)
-    again = chosen.copy()
-    again[rows[first[~np.isin(values, seen)]]] = False
-    return again, np.union1d(seen, values)
-
-
 def decide(request: Request, tokenizer: Any, report: DataReport) -> dict[str, dict[str, list[int]]]:
     """Fill every stream's ``decisions``, and count in ``report`` what is left out.
 
@@ -293,28 +256,45 @@ def decide(request: Request, tokenizer: Any, report: DataReport) -> dict[str, di
     forbidden = re.compile("|".join(map(re.escape, texts))) if texts else None
     recorded: dict[str, dict[str, list[int]]] = {}
     seen = {"train": np.zeros(0, np.uint64), "held_out": np.zeros(0, np.uint64)}
-    groups: dict[int, list[np.ndarray]] = {TRAIN: [], HELD_OUT: []}
-    for stream in request.streams:
-        scan = _scan(stream, request, forbidden, report)
+    scans = [_scan(stream, request, forbidden, report) for stream in request.streams]
+    steps = _steps(request, scans)
+    for stream, scan, step in zip(request.streams, scans, steps, strict=True):
         chosen = scan.usable
-        if stream.divided and request.shares:
-            steps = _step_of_rows(scan.groups, request.shares)
-            recorded[stream.name] = {f"step{s}": np.unique(scan.rows[steps == s]).tolist() for s in (1, 2, 3)}
-            report.sources[stream.name].other_steps = len(np.unique(scan.rows[steps != request.step]))
-            chosen = chosen & (steps == request.step)
+        if step is not None:
+            rows = recorded.setdefault(stream.name, {f"step{s}": [] for s in (1, 2, 3)})
+            for s in (1, 2, 3):  # a file that is given twice, with two row limits, has one name
+                rows[f"step{s}"] = np.union1d(rows[f"step{s}"], scan.rows[step == s]).astype(int).tolist()
+            report.sources[stream.name].other_steps += len(np.unique(scan.rows[step != request.step]))
+            chosen = chosen & (step == request.step)
         use = "held_out" if stream.use == "held_out" else "train"
-        again, seen[use] = _duplicates(scan.identities, chosen, seen[use])
-        kept = chosen & ~again
-        stream.decisions = np.where(kept, HELD_OUT if use == "held_out" else TRAIN, SKIP).astype(np.uint8)
+        again, seen[use] = duplicates(scan.identities, chosen, seen[use])
+        stream.decisions = np.where(chosen, HELD_OUT if use == "held_out" else TRAIN, SKIP).astype(np.uint8)
         stream.decisions[again] = DUPLICATE
-        if stream.use == "both":
-            rows = np.flatnonzero(kept)
-            stream.decisions[rows[_hold_out(scan.groups[rows])]] = HELD_OUT
-        for part in (TRAIN, HELD_OUT):
-            groups[part].append(scan.groups[stream.decisions == part])
-    report.shared_prompts = int(np.isin(np.concatenate(groups[HELD_OUT]), np.concatenate(groups[TRAIN])).sum())
+    _hold_out(request, scans)
+    groups = {
+        part: np.concatenate(
+            [scan.groups[stream.decisions == part] for stream, scan in zip(request.streams, scans, strict=True)]
+        )
+        for part in (TRAIN, HELD_OUT)
+    }
+    report.shared_prompts = int(np.isin(groups[HELD_OUT], groups[TRAIN]).sum())
     request.column_map.check_all_found()
     return recorded
+
+
+def _steps(request: Request, scans: Sequence[_Scan]) -> list[np.ndarray | None]:
+    """The step of every example of a stream; None for a stream that ``--data_split`` does not divide."""
+    divided = [stream.divided and bool(request.shares) for stream in request.streams]
+    shared = [scan.groups for scan, whether in zip(scans, divided, strict=True) if whether]
+    found = iter(split_prompts(shared, request.shares) if shared else ())
+    return [next(found) if whether else None for whether in divided]
+
+
+def _hold_out(request: Request, scans: Sequence[_Scan]) -> None:
+    """Hold a share of the prompts out of the streams that have no eval split of their own."""
+    both = [(s, scan, s.decisions == TRAIN) for s, scan in zip(request.streams, scans, strict=True) if s.use == "both"]
+    for (stream, _, kept), held in zip(both, hold_out([scan.groups[kept] for _, scan, kept in both]), strict=True):
+        stream.decisions[np.flatnonzero(kept)[held]] = HELD_OUT
 
 
 class _Bar(tqdm):
