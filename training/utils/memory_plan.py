@@ -21,7 +21,13 @@ from training.utils.distributed import say, world_size
 from training.utils.errors import UserError
 from training.utils.live_memory import FakeModel, PassMemory
 from training.utils.lora import inject_lora
-from training.utils.models import TokenScorer, load_config, no_dropout, remote_code, without_adapters
+from training.utils.models import (
+    TokenScorer,
+    config_without_dropout,
+    no_dropout,
+    remote_code,
+    without_adapters,
+)
 from training.utils.runtime import local_ranks
 from training.utils.zero_config import DTYPES
 from training.utils.zero_memory import BYTES, RoleMemory, RoleSize
@@ -289,7 +295,7 @@ def fake_role(path: str, dtype: str, attn_implementation: str, lora: LoraSetting
     factory: Any = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
 
     def build() -> Any:
-        config = load_config(path)
+        config = config_without_dropout(path)
         if classifier:
             config.num_labels, config.pad_token_id = 1, 0
         model = factory.from_config(config, dtype=DTYPES[dtype], attn_implementation=attention, **remote_code())

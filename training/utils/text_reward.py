@@ -106,11 +106,7 @@ def load_reward_tokenizer(path: str) -> PreTrainedTokenizerBase:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: no tokenizer can be loaded from it ({type(error).__name__})") from error
     tokenizer = models.load_tokenizer(path) if plain.chat_template else plain
-    rows = getattr(models.load_config(path), "vocab_size", None)
-    if rows is not None and max(tokenizer.get_vocab().values(), default=0) >= rows:
-        raise UserError(
-            f"{path}: the tokenizer has ids above the model's {rows} embeddings; they do not belong together"
-        )
+    models.check_vocabulary(path, tokenizer)
     return tokenizer
 
 
@@ -130,8 +126,9 @@ def load_text_reward_model(
         dtype, device, zero_stage, offload, attn_implementation: see `training.utils.engine.frozen_role`.
 
     Raises:
-        UserError: no model or tokenizer there, or the model has more than one output.
+        UserError: no model or tokenizer there, no reward head, or more than one output.
     """
+    models.check_reward_head(path)
     tokenizer = load_reward_tokenizer(path)
     if models.scores_tokens(path):
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
