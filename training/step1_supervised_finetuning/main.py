@@ -174,7 +174,6 @@ def main(argv: Sequence[str]) -> int:
         progress["loss_before"] = evaluate(0)
     engine.train()
     run.ready(progress)
-    guard = engines.SkipGuard()
     bar = progress_bar(total_steps, "step 1", run.step)
     for step_number, indices in batches_after(
         run.step, rows.train["length"], global_batch, train.seed, train.num_train_epochs
@@ -203,9 +202,9 @@ def main(argv: Sequence[str]) -> int:
         due = train.eval_interval and step_number % train.eval_interval == 0
         if due or step_number % steps_per_epoch == 0:
             evaluate(step_number)
+        run.guard.count(["gradients that are not finite"] if result.skipped else [])
         run.after_step(step_number, progress)
-        guard.count(["gradients that are not finite"] if result.skipped else [])
-        run.stop_if(guard.reason, "lower --learning_rate; with --dtype fp16 try bf16")
+        run.stop_if(run.guard.reason, "lower --learning_rate; with --dtype fp16 try bf16")
     bar.close()
     logger.close()
     if is_main():

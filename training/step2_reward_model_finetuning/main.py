@@ -160,7 +160,6 @@ def main(argv: Sequence[str]) -> int:
         progress["before"] = evaluate(0)
     engine.train()
     run.ready(progress)
-    guard = engines.SkipGuard()
     bar = progress_bar(total_steps, "step 2", run.step)
     for step_number, indices in batches_after(
         run.step, rows.train["length"], global_batch, train.seed, train.num_train_epochs
@@ -195,9 +194,9 @@ def main(argv: Sequence[str]) -> int:
         bar.set_postfix(loss=f"{mean['loss']:.3f}", accuracy=f"{mean['correct']:.2f}")
         if train.eval_interval and step_number % train.eval_interval == 0 and step_number < total_steps:
             evaluate(step_number)
+        run.guard.count(["gradients that are not finite"] if result.skipped else [])
         run.after_step(step_number, progress)
-        guard.count(["gradients that are not finite"] if result.skipped else [])
-        run.stop_if(guard.reason, "lower --learning_rate; with --dtype fp16 try bf16")
+        run.stop_if(run.guard.reason, "lower --learning_rate; with --dtype fp16 try bf16")
     bar.close()
     save_model(engine, tokenizer, output_dir, stop_ids=stop_ids, max_shard_size=reliability.max_shard_size)
     phases.end("save", "judging the held-out pairs with the saved model")

@@ -123,19 +123,20 @@ class SkipGuard:
     """Counts optimizer steps in a row at which a trained role learned nothing, and says when it is time to stop.
 
     Attributes:
+        in_a_row: steps skipped since the last that was not; a resumed run goes on counting.
         reason: why the run must stop; empty while it may go on.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, in_a_row: int = 0) -> None:
         self.reason = ""
-        self._in_a_row = 0
+        self.in_a_row = in_a_row
 
     def count(self, causes: Sequence[str]) -> None:
         """Take in one step: why it was skipped, empty if it was not. All ranks must say the same."""
-        self._in_a_row = self._in_a_row + 1 if causes else 0
-        if self._in_a_row == MAX_SKIPPED:
+        self.in_a_row = self.in_a_row + 1 if causes else 0
+        if self.in_a_row >= MAX_SKIPPED and not self.reason:
             self.reason = (
-                f"{MAX_SKIPPED} optimizer steps in a row were skipped, the last because of {' and '.join(causes)}"
+                f"{self.in_a_row} optimizer steps in a row were skipped, the last because of {' and '.join(causes)}"
             )
 
 

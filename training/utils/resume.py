@@ -36,6 +36,7 @@ from training.utils import checkpoint_store as store, same_run
 from training.utils.arguments import ReliabilityArguments
 from training.utils.distributed import all_reduce_max, barrier, gather_objects, is_main, rank, say, world_size
 from training.utils.ema import MovingAverage
+from training.utils.engine import SkipGuard
 from training.utils.engine_state import engine_counters, engine_tensors, load_engine
 from training.utils.errors import RunStopped, UserError
 from training.utils.runs import same_command, shown
@@ -56,6 +57,7 @@ class Run:
         batches: as given to `open`; those of the checkpoint where other ranks go on with it.
         seconds: that the run took before.
         progress: what the program gave to `after_step` last; empty in a new run.
+        guard: counts skipped steps; the program tells it of every step before `after_step`.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Run:
         self.seconds: float = state.get("seconds", 0.0)
         self._description = description | {"batches": self.batches}
         self.progress: dict[str, Any] = state.get("progress", {})
+        self.guard = SkipGuard(state.get("skipped_in_a_row", 0))
         self._start = time.monotonic() - self.seconds
         self._checkpoint, self._state = checkpoint, state
         self._engines: dict[str, Any] = {}
@@ -233,6 +236,7 @@ class Run:
                 "engines": counters,
                 "random": states,
                 "progress": progress,
+                "skipped_in_a_row": self.guard.in_a_row,
             }
             files = {name: entry for part in entries for name, entry in part.items()}
             files |= self._write_files(scratch)
