@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.step3.hybrid_checks import prompts, request
 from training.step3_rlhf_finetuning import held_out, samples
-from training.step3_rlhf_finetuning.evaluation import Answer, sequence_kl
+from training.step3_rlhf_finetuning.evaluation import Answer, compare_rewards, sequence_kl
 from training.step3_rlhf_finetuning.held_out import MAX_KL, RUNNING_PROMPTS, HeldOutEvaluation, Kept, spread_rows
 from training.step3_rlhf_finetuning.prompts import PromptSet
 from training.step3_rlhf_finetuning.rollout import SamplingConfig, rollout_backend
@@ -24,7 +24,7 @@ def test_models_from_disk_answer_in_the_runs_precision(tmp_path, monkeypatch, dt
     (tmp_path / "summary.json").write_text(json.dumps({"base_model": str(tmp_path)}))
     loaded = []
     monkeypatch.setattr(samples.models, "load_causal_lm", lambda _, dtype: loaded.append(dtype) or torch.nn.Identity())
-    monkeypatch.setattr(samples, "answers_of", lambda *_: [])
+    monkeypatch.setattr(samples, "answers_of", lambda *_, **__: [])
     engine = SimpleNamespace(
         device=torch.device("cpu"), bfloat16_enabled=lambda: dtype == "bf16", fp16_enabled=lambda: dtype == "fp16"
     )
@@ -70,6 +70,7 @@ class Scripted:
             SimpleNamespace(actor=actor, rewards=None),
             None,
             None,
+            None,
             self.log,
             every=every,
             iterations=iterations,
@@ -79,7 +80,7 @@ class Scripted:
             save=lambda: self.saved.append(self.now),
         )
 
-    def answer(self, prompts, rows, generation, reward, backend, sampling, device, reference):
+    def answer(self, prompts, rows, generation, reward, backend, sampling, sizes, device, reference):
         with generation as policy:
             value, kl = self.policies[policy]
         return [Answer(row, "x" * policy, value, True, policy, kl if reference else None) for row in rows]
@@ -131,6 +132,24 @@ def test_beyond_the_bound_the_lowest_kl_is_kept(monkeypatch):
     assert "lowest KL" in kept["chosen_by"]
 
 
+def test_a_reward_that_is_not_finite_is_never_kept(monkeypatch, capsys):
+    """Neither as the first that is evaluated, nor by its KL."""
+    world = Scripted({0: (0, 0), 2: (float("nan"), 3), 4: (0.5, 3), 6: (0.9, float("nan"))}, monkeypatch)
+    world.evaluation.begin()
+    world.train()
+    summary = world.evaluation.finish()
+    assert world.saved == [2, 4] and summary["kept"]["iteration"] == 4
+    assert summary["reward_after"] == pytest.approx(0.5)
+    assert f"not finite: {RUNNING_PROMPTS} of {RUNNING_PROMPTS}" in capsys.readouterr().out
+
+
+def test_an_answer_whose_reward_is_not_finite_is_left_out():
+    before = [Answer(i, "", value, True, 1) for i, value in enumerate([0.0, 1.0, float("inf"), 0.0])]
+    after = [Answer(i, "", value, True, 1) for i, value in enumerate([1.0, float("nan"), 5.0, -1.0])]
+    found = compare_rewards(after, before, seed=0)
+    assert (found["reward_after"], found["reward_before"], found["win_rate"]) == (0.0, 0.0, 0.5)
+
+
 def test_a_resumed_evaluation_goes_on(monkeypatch):
     policies = {0: (0, 0), 2: (0.9, 3), 4: (0.5, 3), 6: (0.2, 3)}
     first = Scripted(policies, monkeypatch)
@@ -173,7 +192,7 @@ def test_kl_is_the_log_ratio_of_the_sampled_tokens(tiny_model):
     rollout = rollout_backend("fast").generate(
         model, request(prompts(3), [0, 1, 2]), SamplingConfig(5, temperature=0.8)
     )
-    assert sequence_kl(model, rollout, 0.8).abs().max() < 1e-4
+    assert sequence_kl(model, rollout, 0.8, 2).abs().max() < 1e-4
     expected = []
     for i in range(3):  # each row alone, without padding
         kept = rollout.attention_mask[i].bool()
@@ -184,5 +203,5 @@ def test_kl_is_the_log_ratio_of_the_sampled_tokens(tiny_model):
             response_log_probs(m, ids, torch.ones_like(ids), mask, temperature=0.8)[0].sum() for m in (model, other)
         ]
         expected.append((values[0] - values[1]).item())
-    assert sequence_kl(other, rollout, 0.8).tolist() == pytest.approx(expected, abs=1e-4)
+    assert sequence_kl(other, rollout, 0.8, 2).tolist() == pytest.approx(expected, abs=1e-4)
     assert max(map(abs, expected)) > 0.1

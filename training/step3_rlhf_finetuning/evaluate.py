@@ -28,12 +28,11 @@ import torch  # noqa: E402  threads and PATH must be set before
 
 from training.step3_rlhf_finetuning import (  # noqa: E402
     best_of_n,
-    evaluation,
     main as step3,
     rlhf_arguments,
     settings,
 )
-from training.step3_rlhf_finetuning.evaluation import Answer, answer_held_out, checks  # noqa: E402
+from training.step3_rlhf_finetuning.evaluation import Answer, BatchSizes, answer_held_out, checks  # noqa: E402
 from training.step3_rlhf_finetuning.held_out import spread_rows  # noqa: E402
 from training.step3_rlhf_finetuning.prompts import PromptSet  # noqa: E402
 from training.step3_rlhf_finetuning.reward_sources import RewardMix  # noqa: E402
@@ -176,16 +175,23 @@ class Evaluator:
         prompts: the held-out prompts.
         rows: which of them.
         sampling: as in training.
-        batch_size: rows decoded together.
+        batch_size: rows that are done together.
         dtype, device: of every model.
     """
 
     def __init__(
-        self, prompts: PromptSet, rows: Sequence[int], sampling: SamplingConfig, dtype: str, device: torch.device
+        self,
+        prompts: PromptSet,
+        rows: Sequence[int],
+        sampling: SamplingConfig,
+        batch_size: int,
+        dtype: str,
+        device: torch.device,
     ) -> None:
         self.prompts = prompts
         self.rows = list(rows)
         self.sampling = sampling
+        self.batch_size = batch_size
         self.dtype = dtype
         self.device = device
 
@@ -203,6 +209,7 @@ class Evaluator:
                 rewards,
                 rollout_backend("fast"),
                 self.sampling,
+                BatchSizes(self.batch_size, self.batch_size),
                 self.device,
                 contextlib.nullcontext(reference) if reference is not None else None,
             )
@@ -298,7 +305,7 @@ def all_judges(
 
         def judge_answers(answers: Sequence[Answer]) -> list[float]:
             said = [[*prompts.messages(a.row), {"role": "assistant", "content": a.text}] for a in answers]
-            return judge.rewards(said, evaluation.BATCH_SIZE).tolist()
+            return judge.rewards(said, evaluator.batch_size).tolist()
 
         judged["judge"] = judged_by(judge_answers, drawn)
     return judged
@@ -319,6 +326,7 @@ def main(argv: Sequence[str]) -> int:
     judge_path = ""
     if step.judge_model_name_or_path:
         judge_path = models.resolve_model(step.judge_model_name_or_path, "--judge_model_name_or_path")
+        models.check_reward_head(judge_path)
     longest = step.max_answer_seq_len or rollout.max_answer_seq_len
     for path in (actor_path, sources.sft):
         models.check_length(path, rollout.max_prompt_seq_len + longest, "--max_prompt_seq_len + --max_answer_seq_len")
@@ -343,8 +351,8 @@ def main(argv: Sequence[str]) -> int:
     sampling = SamplingConfig(longest, temperature=step.temperature or rollout.temperature, top_p=rollout.top_p,
                               top_k=rollout.top_k)  # fmt: skip
     prompts = PromptSet(rows, tokenizer, tuple(stop_token_ids(tokenizer)), seed)
-    evaluator = Evaluator(prompts, spread_rows(len(rows), args.max_prompts or len(rows)), sampling, args.dtype, device)
-
+    asked = spread_rows(len(rows), args.max_prompts or len(rows))
+    evaluator = Evaluator(prompts, asked, sampling, args.per_device_eval_batch_size, args.dtype, device)
     rewards = build_rewards(
         reward, sources.functions, pad_token_id=tokenizer.pad_token_id, dtype=args.dtype, device=device
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from training.step3_rlhf_finetuning.experience import score_log_probs
+from training.step3_rlhf_finetuning.experience import in_pieces, score_log_probs
 from training.step3_rlhf_finetuning.prompts import PromptSet
 from training.step3_rlhf_finetuning.reward_sources import RewardMix
 from training.step3_rlhf_finetuning.rewards import TextFunction, call_text_function, win_rate
@@ -20,10 +21,21 @@ from training.step3_rlhf_finetuning.rollout import (
     has_ended,
     response_texts,
 )
-from training.utils.distributed import gather_objects, rank, world_size
+from training.utils.distributed import gather_objects, rank, say, world_size
 from training.utils.supervision import beat
 
-BATCH_SIZE = 32  # held-out prompts per rank that are answered together: decoding gains little from more on a CPU
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """Rows per rank that are done together: what fits in training fits here too.
+
+    Attributes:
+        decoded: prompts that the policy answers together.
+        scored: rows in one forward of the reference or the reward model.
+    """
+
+    decoded: int
+    scored: int
 
 
 @dataclass(frozen=True)
@@ -48,16 +60,22 @@ class Answer:
 
 
 def answers_of(
-    prompts: PromptSet, rows: Sequence[int], rollout: RolloutBatch, rewards: RewardMix, kl: torch.Tensor | None = None
+    prompts: PromptSet,
+    rows: Sequence[int],
+    rollout: RolloutBatch,
+    rewards: RewardMix,
+    batch_size: int,
+    kl: torch.Tensor | None = None,
 ) -> list[Answer]:
     """The answers in a rollout of these rows, rewarded; a collective.
 
     Args:
         prompts, rows, rollout: the rollout is of these rows.
         rewards: what answers are worth.
+        batch_size: rows in one forward of the reward model.
         kl: ``[B]``, from `sequence_kl`.
     """
-    total, _ = rewards.score(rollout, rows, prompts, BATCH_SIZE)
+    total, _ = rewards.score(rollout, rows, prompts, batch_size)
     return [
         Answer(*values)
         for values in zip(
@@ -72,12 +90,12 @@ def answers_of(
     ]
 
 
-def sequence_kl(reference: Any, rollout: RolloutBatch, temperature: float) -> torch.Tensor:
+def sequence_kl(reference: Any, rollout: RolloutBatch, temperature: float, batch_size: int) -> torch.Tensor:
     """Monte-Carlo KL of each response, ``[B]`` in nats: its sampled tokens' log-probs minus the reference's.
 
     The policy's log-probs are the sampler's, so this is the KL of the policy that answered, at one forward less.
     """
-    reference_log_probs, _ = score_log_probs(reference, rollout, BATCH_SIZE, temperature)
+    reference_log_probs, _ = score_log_probs(reference, rollout, batch_size, temperature)
     return ((rollout.logprobs - reference_log_probs) * rollout.response_mask).sum(1)
 
 
@@ -88,6 +106,7 @@ def answer_held_out(
     rewards: RewardMix,
     backend: RolloutBackend,
     sampling: SamplingConfig,
+    sizes: BatchSizes,
     device: torch.device,
     reference: AbstractContextManager[Any] | None = None,
 ) -> list[Answer]:
@@ -99,6 +118,7 @@ def answer_held_out(
         generation: gives the policy, such as ``HybridEngine.generation_mode()``.
         rewards: what answers are worth.
         backend, sampling: how to decode.
+        sizes: how many rows at a time.
         device: this rank's.
         reference: gives the SFT model, such as ``HybridEngine.reference_mode()``, to measure the KL to it.
 
@@ -110,18 +130,18 @@ def answer_held_out(
     while len(by_length) % world_size():
         by_length.append(by_length[-1])
     mine = by_length[rank() :: world_size()]
-    batches = [mine[i : i + BATCH_SIZE] for i in range(0, len(mine), BATCH_SIZE)]
+    batches = [mine[piece] for piece in in_pieces(sizes.decoded, len(mine))]
     beat("answering held-out prompts")
     with generation as model:
         rollouts = [backend.generate(model, prompts.request(batch, device), sampling) for batch in batches]
     divergences: list[torch.Tensor | None] = [None] * len(batches)
     if reference is not None:
         with reference as model:
-            divergences = [sequence_kl(model, rollout, sampling.temperature) for rollout in rollouts]
+            divergences = [sequence_kl(model, rollout, sampling.temperature, sizes.scored) for rollout in rollouts]
     answers = [
         answer
         for batch, rollout, kl in zip(batches, rollouts, divergences, strict=True)
-        for answer in answers_of(prompts, batch, rollout, rewards, kl)
+        for answer in answers_of(prompts, batch, rollout, rewards, sizes.scored, kl)
     ]
     by_row = {answer.row: answer for answer in gather_objects(answers)}
     return [by_row[i] for i in rows]
@@ -145,6 +165,24 @@ def checks(prompts: PromptSet, answers: Sequence[Answer], function: TextFunction
     )
 
 
+def compare_rewards(after: Sequence[Answer], before: Sequence[Answer], seed: int) -> dict[str, float]:
+    """Mean rewards and the win rate of ``after`` over ``before``, answers to the same prompts in the same order.
+
+    A prompt whose reward is not finite on either side takes no part, and the log says how many there are.
+
+    Returns:
+        ``reward_after``, ``reward_before`` and what `win_rate` gives; NaN where no prompt is left.
+    """
+    pairs = [(a.reward, b.reward) for a, b in zip(after, before, strict=True)]
+    finite = [pair for pair in pairs if all(map(math.isfinite, pair))]
+    if len(finite) < len(pairs):
+        say(f"warning: left out of the held-out rewards, not finite: {len(pairs) - len(finite)} of {len(pairs)}")
+    if not finite:
+        return dict.fromkeys(("reward_after", "reward_before", "win_rate", "win_rate_low", "win_rate_high"), math.nan)
+    ours, theirs = map(list, zip(*finite, strict=True))
+    return {"reward_after": mean(ours), "reward_before": mean(theirs), **win_rate(ours, theirs, seed=seed)}
+
+
 def compare(
     prompts: PromptSet,
     before: Sequence[Answer],
@@ -153,12 +191,9 @@ def compare(
     function_name: str,
 ) -> dict[str, Any]:
     """SFT against RLHF on the held-out prompts: mean rewards and win rates with 95% intervals."""
-    rewards = [[a.reward for a in answers] for answers in (before, after)]
     result: dict[str, Any] = {
         "prompts": len(before),
-        "reward_before": mean(rewards[0]),
-        "reward_after": mean(rewards[1]),
-        **win_rate(rewards[1], rewards[0], seed=prompts.seed),
+        **compare_rewards(after, before, prompts.seed),
         "length_before": mean([a.length for a in before]),
         "length_after": mean([a.length for a in after]),
         "eos_rate_before": mean([float(a.ended) for a in before]),

@@ -10,6 +10,7 @@ prompts.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +19,15 @@ from typing import Any
 
 import torch
 
-from training.step3_rlhf_finetuning.evaluation import Answer, answer_held_out, checks, compare, mean
+from training.step3_rlhf_finetuning.evaluation import (
+    Answer,
+    BatchSizes,
+    answer_held_out,
+    checks,
+    compare,
+    compare_rewards,
+    mean,
+)
 from training.step3_rlhf_finetuning.prompts import PromptSet
 from training.step3_rlhf_finetuning.rewards import TextFunction, win_rate
 from training.step3_rlhf_finetuning.rlhf_engine import Roles
@@ -53,9 +62,12 @@ class Kept:
 
     def better_than(self, other: Kept | None) -> bool:
         """Whether this one is to be kept instead."""
-        if other is None or self.within_bound != other.within_bound:
-            return other is None or self.within_bound
-        return self.reward > other.reward if self.within_bound else self.kl < other.kl
+        return other is None or self._rank() > other._rank()
+
+    def _rank(self) -> tuple[bool, float]:
+        """Larger is better; a number that is not finite loses to every finite one."""
+        value = self.reward if self.within_bound else -self.kl
+        return self.within_bound and math.isfinite(value), value if math.isfinite(value) else -math.inf
 
 
 def spread_rows(total: int, count: int) -> list[int]:
@@ -71,6 +83,7 @@ class HeldOutEvaluation:
         prompts: the held-out prompts.
         roles: the actor, its reference and the rewards.
         backend, sampling: how answers are decoded, as in training.
+        sizes: how many rows at a time, as in training.
         logger: gets the metrics ``eval/...``.
         every: iterations between two evaluations, 0 for one at the end only.
         iterations: how many there are.
@@ -90,6 +103,7 @@ class HeldOutEvaluation:
         roles: Roles,
         backend: RolloutBackend,
         sampling: SamplingConfig,
+        sizes: BatchSizes,
         logger: MetricsLogger,
         *,
         every: int,
@@ -103,6 +117,7 @@ class HeldOutEvaluation:
         self.roles = roles
         self.backend = backend
         self.sampling = sampling
+        self.sizes = sizes
         self.logger = logger
         self.every = every
         self.iterations = iterations
@@ -190,6 +205,7 @@ class HeldOutEvaluation:
             self.roles.rewards,
             self.backend,
             self.sampling,
+            self.sizes,
             actor.engine.device,
             actor.reference_mode() if measure_kl else None,
         )
@@ -222,14 +238,13 @@ class HeldOutEvaluation:
     def _log(self, iteration: int, answers: Sequence[Answer]) -> dict[str, float]:
         """Metrics of the running prompts' answers, held against the SFT model's; logged and returned."""
         sft = [self.before[i] for i in self.running_rows]
-        rewards = [answer.reward for answer in answers]
-        rates = win_rate(rewards, [answer.reward for answer in sft], seed=self.prompts.seed)
+        rewards = compare_rewards(answers, sft, self.prompts.seed)
         metrics = {
-            "eval/reward": mean(rewards),
+            "eval/reward": rewards["reward_after"],
             "eval/kl": mean([answer.kl for answer in answers if answer.kl is not None]),
             "eval/length": mean([answer.length for answer in answers]),
             "eval/eos_rate": mean([float(answer.ended) for answer in answers]),
-            **{f"eval/{name}": value for name, value in rates.items()},
+            **{f"eval/{name}": value for name, value in rewards.items() if name.startswith("win_rate")},
         }
         values, sft_values = (checks(self.prompts, given, self.function) for given in (answers, sft))
         if values is not None and sft_values is not None:

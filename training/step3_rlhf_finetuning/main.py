@@ -27,7 +27,8 @@ prepare_runtime()
 
 import torch  # noqa: E402  threads and PATH must be set before
 
-from training.step3_rlhf_finetuning import evaluation, outputs, prompts, rlhf_arguments, samples, settings  # noqa: E402
+from training.step3_rlhf_finetuning import outputs, prompts, rlhf_arguments, samples, settings  # noqa: E402
+from training.step3_rlhf_finetuning.evaluation import BatchSizes  # noqa: E402
 from training.step3_rlhf_finetuning.health import HealthMonitor  # noqa: E402
 from training.step3_rlhf_finetuning.held_out import HeldOutEvaluation  # noqa: E402
 from training.step3_rlhf_finetuning.memory import show_rlhf_plan  # noqa: E402
@@ -38,11 +39,10 @@ from training.step3_rlhf_finetuning.rlhf_engine import build_roles, generation_b
 from training.step3_rlhf_finetuning.rollout import SamplingConfig  # noqa: E402
 from training.step3_rlhf_finetuning.scoring import Scoring  # noqa: E402
 from training.step3_rlhf_finetuning.trace import write_trace  # noqa: E402
-from training.utils import arguments, models, supervision  # noqa: E402
+from training.utils import arguments, supervision  # noqa: E402
 from training.utils.checkpoint import save_model  # noqa: E402
 from training.utils.data import prepare_data, prepare_pretraining, stop_token_ids  # noqa: E402
 from training.utils.distributed import init_distributed, rank, say, world_size  # noqa: E402
-from training.utils.lora import check_lora  # noqa: E402
 from training.utils.metrics import MetricsLogger, progress_bar  # noqa: E402
 from training.utils.phases import Phases  # noqa: E402
 from training.utils.resume import BEST, METRICS, Run, resume_output_dir  # noqa: E402
@@ -84,9 +84,7 @@ def main(argv: Sequence[str]) -> int:
     if ppo.advantage == "gae":
         critic = settings.critic_settings(actor_path, reward_model, role_args, train, zero)
     length = rollout.max_prompt_seq_len + rollout.max_answer_seq_len
-    for role in filter(None, (actor, critic)):
-        models.check_length(role.path, length, "--max_prompt_seq_len + --max_answer_seq_len")
-        check_lora(role.path, role.lora_dim, role.lora_module_name)
+    settings.check_models(actor, critic, reward_model, tokenizer, length)
     if output.plan:
         return show_rlhf_plan(actor, critic, reward_model, role_args, rollout, train, zero, overrides)
     output_dir = prepare_output_dir(resume_output_dir(reliability.resume, output.output_dir), "step3")
@@ -144,8 +142,8 @@ def main(argv: Sequence[str]) -> int:
         device=device,
     )
     roles = build_roles(actor, critic, reward_model, functions, shared, reward_zero_stage=zero.critic_zero_stage)
-    decoded_together = max(rollout.per_device_generation_batch_size, evaluation.BATCH_SIZE)
-    backend = generation_backend(roles.actor, rollout.rollout_engine, rows=decoded_together, length=length)
+    sizes = BatchSizes(rollout.per_device_generation_batch_size, train.per_device_training_batch_size)
+    backend = generation_backend(roles.actor, rollout.rollout_engine, rows=sizes.decoded, length=length)
     sampling = SamplingConfig(
         rollout.max_answer_seq_len, temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k
     )
@@ -161,7 +159,7 @@ def main(argv: Sequence[str]) -> int:
     )
     scoring = Scoring(roles, training, constants)
     trainer = PPOTrainer(
-        roles, scoring, backend, sampling, constants, role_args.dtype, phases, pretraining, run.stop_if_asked
+        roles, scoring, backend, sampling, constants, role_args.dtype, phases, pretraining, run.stop_if_asked, run.guard
     )
     phases.end("load")
 
@@ -185,6 +183,7 @@ def main(argv: Sequence[str]) -> int:
         roles,
         backend,
         sampling,
+        sizes,
         logger,
         every=evaluate.eval_every,
         iterations=len(schedule),
@@ -223,7 +222,7 @@ def main(argv: Sequence[str]) -> int:
             samples.show_progress(number + 1, trainer.scored[0], training, held_out, roles, backend, sampling, logger)
         phases.end("evaluate")
         run.after_step(number + 1, evaluator.state_dict())
-        run.stop_if(trainer.guard.reason, "lower the learning rates, or look at the rewards with --trace")
+        run.stop_if(run.guard.reason, "lower the learning rates, or look at the rewards with --trace")
         phases.end("save")
     bar.close()
 

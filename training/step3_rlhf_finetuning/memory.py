@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from training.step3_rlhf_finetuning.decode_loop import PREFILL_TOKENS
-from training.step3_rlhf_finetuning.evaluation import BATCH_SIZE
 from training.step3_rlhf_finetuning.experience import actor_log_probs, state_values
 from training.step3_rlhf_finetuning.packed_linear import packed_bytes
 from training.step3_rlhf_finetuning.rlhf_arguments import (
@@ -183,20 +182,12 @@ def _phases(
     logits = plans.logits_bytes(costs.actor, rows, costs.response, dtype)
     scored = costs.scoring("actor", rows)
     score = {"gathered parameters": actor.gathered, "logits": logits, "activations": scored.peak - logits}
-    held_out, held_out_logits = costs.scoring("actor", BATCH_SIZE), logits // rows * BATCH_SIZE
-    evaluate = {
-        "gathered parameters": actor.gathered,
-        "logits": held_out_logits,
-        "activations": held_out.peak - held_out_logits,
-    }
-    phases = [
-        plans.Phase("evaluation: answers", decoding(BATCH_SIZE)),
-        plans.Phase("evaluation: KL", evaluate),
+    phases = [  # evaluation does the same with as many rows at a time
         plans.Phase("generation", decoding(settings.other_batch)),
         plans.Phase("scoring: log-probs", score),
     ]
     if costs.reward is not None:
-        rewarded = costs.scoring("reward", max(rows, BATCH_SIZE))
+        rewarded = costs.scoring("reward", rows)
         reward = {"gathered parameters": memory["reward"].gathered, "activations": rewarded.peak}
         phases.append(plans.Phase("scoring: rewards", reward))
     train = functools.partial(plans.training_phases, accumulates=settings.accumulates)

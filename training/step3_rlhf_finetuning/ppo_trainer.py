@@ -26,7 +26,7 @@ from training.utils.distributed import all_reduce_sum, reduce_sums, say
 from training.utils.phases import Phases
 from training.utils.supervision import beat
 
-BAD_REWARDS = "rewards that are not finite"
+BAD_REWARDS = "rewards, log-probs or values that are not finite"
 BAD_GRADIENTS = "gradients of the {} that are not finite"
 
 
@@ -59,10 +59,10 @@ class PPOTrainer:
         phases: gets the time and memory of generating, scoring and training.
         pretraining: adds its loss to the actor's, None without one.
         before_update: called between the parts of an iteration as long as no weight has changed; may raise.
+        guard: says when skipped steps must stop the run.
 
     Attributes:
         scored: this rank's batches of the last iteration.
-        guard: says when skipped steps must stop the run.
     """
 
     def __init__(
@@ -76,6 +76,7 @@ class PPOTrainer:
         phases: Phases | None = None,
         pretraining: PretrainingMix | None = None,
         before_update: Callable[[], None] = lambda: None,
+        guard: engines.SkipGuard | None = None,
     ) -> None:
         self.phases = phases or Phases()
         self.roles = roles
@@ -87,7 +88,7 @@ class PPOTrainer:
         self.pretraining = pretraining
         self.before_update = before_update
         self.scored: list[ScoredBatch] = []
-        self.guard = engines.SkipGuard()
+        self.guard = guard or engines.SkipGuard()
         self._checked = False
         self._before: dict[str, float] = {}  # seconds of the phases outside an iteration, at the last record
 
@@ -113,7 +114,7 @@ class PPOTrainer:
         self.before_update()
         beat("scoring")
         self.scored, metrics = self.scoring.score(rollouts, requests)
-        self._check_sampler(self.scored)
+        self._check_sampler(self.scored, number)
         scored = time.perf_counter()
         self.phases.end("score")
         self.before_update()
@@ -145,8 +146,8 @@ class PPOTrainer:
             **{f"share/{name}": value / total for name, value in seconds.items()},
         }
 
-    def _check_sampler(self, batches: Sequence[ScoredBatch]) -> None:
-        """On the first iteration, stop if the sampler is not the policy that is trained.
+    def _check_sampler(self, batches: Sequence[ScoredBatch], number: int) -> None:
+        """On the first iteration, stop if the sampler is not the policy that is trained; a resumed run only says.
 
         Raises:
             UserError: see `training.step3_rlhf_finetuning.sampler_check`.
@@ -157,10 +158,11 @@ class PPOTrainer:
         difference = sampler_difference(
             [b.rollout.logprobs for b in batches],
             [b.experience.log_probs for b in batches],
-            [b.experience.mask for b in batches],
+            [b.experience.mask & b.experience.valid.unsqueeze(1) for b in batches],
         )
         say(f"sampler against trainer, log-probs of {difference.tokens} tokens: {difference}")
-        check_sampler(difference, self.dtype)
+        if number == 0:
+            check_sampler(difference, self.dtype)
 
     def update(self, experiences: Sequence[Experience], number: int) -> dict[str, float]:
         """PPO epochs over the experience; returns means over all tokens of all minibatches.

@@ -45,7 +45,7 @@ def base_answers(
     model = models.load_causal_lm(base, dtype=dtype_name(engine)).to(engine.device).eval()
     with torch.no_grad():
         rollout = backend.generate(model, prompts.request(rows, engine.device), sampling)
-    return answers_of(prompts, rows, rollout, roles.rewards)
+    return answers_of(prompts, rows, rollout, roles.rewards, batch_size=1)
 
 
 def sample_answer(
