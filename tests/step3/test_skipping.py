@@ -7,7 +7,7 @@ import torch
 
 from tests.glossary import glossary
 from tests.step3.hybrid_checks import NO_TEXTS, prompts, request, role, save_tiny_reward_model, shared_settings
-from training.step3_rlhf_finetuning import main as step3, ppo, ppo_trainer
+from training.step3_rlhf_finetuning import main as step3, ppo, ppo_trainer, scoring
 from training.step3_rlhf_finetuning.ppo_trainer import PPOTrainer
 from training.step3_rlhf_finetuning.reward_sources import RewardMix, TokenReward
 from training.step3_rlhf_finetuning.rlhf_engine import Roles, build_actor, build_critic
@@ -56,8 +56,9 @@ def one_iteration(actor, reward, *, bad_prompts=(), nan_loss_on=None, of="policy
         RewardMix([TokenReward(scorer)]),
     )
     constants = settings(**changes)
-    scoring = Scoring(roles, NO_TEXTS, constants)
-    trainer = PPOTrainer(roles, scoring, rollout_backend("fast"), SamplingConfig(5), constants, "fp32")
+    trainer = PPOTrainer(
+        roles, Scoring(roles, NO_TEXTS, constants), rollout_backend("fast"), SamplingConfig(5), constants, "fp32"
+    )
     before = {name: t.clone() for name, t in full_state_dict(roles.actor.engine).items()}
     mine = list(range(8))[rank() * 8 // world_size() : (rank() + 1) * 8 // world_size()]
     policy_loss, value_loss = ppo.policy_loss, ppo.value_loss
@@ -90,6 +91,39 @@ def test_a_bad_reward_costs_its_minibatch_alone(tiny_model, reward):
     assert all(torch.tensor(value).isfinite() for value in metrics.values())
     without = one_iteration(str(tiny_model), reward)["metrics"]
     assert (without["reward/not_finite"], without["ppo/skipped"]) == (0, 0)
+
+
+@pytest.mark.parametrize("scored", ["score_values", "score_log_probs"])
+@pytest.mark.parametrize("whiten", [True, False])
+def test_a_bad_value_or_log_prob_costs_its_minibatch_alone(tiny_model, reward, monkeypatch, scored, whiten):
+    """Whitening sums over all rows, so one NaN must not get into it."""
+    whole = getattr(scoring, scored)
+
+    def spoilt(*args, **kwargs):
+        found = whole(*args, **kwargs)
+        first = found[0] if isinstance(found, tuple) else found
+        first[3, 0] = float("nan")
+        return found
+
+    monkeypatch.setattr(scoring, scored, spoilt)
+    result = one_iteration(str(tiny_model), reward, whiten_advantages=whiten)
+    metrics = result["metrics"]
+    assert (metrics["reward/not_finite"], metrics["ppo/skipped"], metrics["ppo/optimizer_steps"]) == (1, 1, 4)
+    assert result["moved"] and result["finite"]
+    assert all(torch.tensor(value).isfinite() for value in metrics.values())
+
+
+def test_a_resumed_run_goes_on_counting():
+    guard = SkipGuard()
+    for _ in range(MAX_SKIPPED - 1):
+        guard.count(["rewards"])
+    resumed = SkipGuard(guard.in_a_row)
+    resumed.count(["rewards"])
+    assert resumed.reason.startswith("10 optimizer steps in a row")
+    resumed = SkipGuard(guard.in_a_row)
+    resumed.count([])
+    resumed.count(["rewards"])
+    assert not resumed.reason
 
 
 def test_two_ranks_skip_the_same_minibatch(tiny_model, reward, rank_pair):
@@ -154,7 +188,7 @@ def test_ten_in_a_row_end_the_run_with_a_checkpoint_and_the_reason(tiny_model, t
         *("--per_device_generation_batch_size", "4", "--per_device_training_batch_size", "1"),
         *("--max_prompt_seq_len", "128", "--max_answer_seq_len", "6", "--eval_every", "0"),
     ]
-    with pytest.raises(RunStopped, match="10 optimizer steps in a row.*rewards that are not finite") as stopped:
+    with pytest.raises(RunStopped, match="10 optimizer steps in a row.*that are not finite") as stopped:
         step3.main(flags)
     assert stopped.value.code == 1 and "to go on:" in str(stopped.value)
     assert (tmp_path / "out" / "checkpoints" / "step-00000003" / "index.json").is_file()

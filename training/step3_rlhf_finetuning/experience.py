@@ -33,7 +33,7 @@ class Experience:
         values: ``[B, R]`` of the critic before this iteration's updates.
         rewards: ``[B, R]``, KL penalty and the sequence score.
         advantages, returns: ``[B, R]``, filled in once per iteration.
-        valid: ``[B]`` bool, whether the row may be learned from: its reward is finite.
+        valid: ``[B]`` bool, whether the row may be learned from: its reward, log-probs and values are finite.
     """
 
     input_ids: Tensor

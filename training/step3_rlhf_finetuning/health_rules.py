@@ -123,7 +123,8 @@ RULES = (
         0.0,
         0.0,
         1,
-        "{value:.0f} responses have a reward that is not finite and are left out: look at them with --trace",
+        "{value:.0f} responses have a reward, log-prob or value that is not finite and are left out: look at them "
+        "with --trace",
     ),
     Rule(
         "critic/explained_variance",

@@ -54,7 +54,7 @@ class ScoredBatch:
         request, rollout: prompts and responses.
         experience: what the update needs.
         rewards: ``[B]`` by source, raw.
-        scores: ``[B]``, what PPO maximises before the KL penalty; 0 where a reward is not finite.
+        scores: ``[B]``, what PPO maximises before the KL penalty; 0 where a number of the row is not finite.
     """
 
     request: RolloutRequest
@@ -104,7 +104,7 @@ class Scoring:
             "reward/score_std": max(total["scores_squared"] / finite - mean * mean, 0.0) ** 0.5,
             "reward/not_finite": rows - total["finite"],
             "kl/per_token": total["kl"] / tokens,
-            "kl/per_sequence": total["kl"] / rows,
+            "kl/per_sequence": total["kl"] / finite,
             "policy/entropy": total["entropy"] / tokens,
             "rollout/length": total["tokens"] / rows,
             "rollout/eos_rate": total["ended"] / rows,
@@ -117,12 +117,20 @@ class Scoring:
         size, temperature = settings.per_device_training_batch_size, settings.temperature
         with self.roles.actor.scoring_mode() as engine:
             log_probs, entropy = score_log_probs(engine, rollout, size, temperature, entropy=True)
+            assert entropy is not None
         with self.roles.actor.reference_mode() as reference:
             reference_log_probs, _ = score_log_probs(reference, rollout, size, temperature)
         reward, raw = self.roles.rewards.score(rollout, request.rows, self.prompts, size)
         values = torch.zeros_like(log_probs) if critic is None else score_values(critic, rollout, size)
         finite = reward.isfinite()
+        for by_token in (log_probs, reference_log_probs, values):
+            finite = finite & (by_token.isfinite() | ~mask).all(1)
         reward = reward.masked_fill(~finite, 0.0)
+        # a row that is left out must not reach the sums over all rows through 0 * NaN
+        log_probs, reference_log_probs, values, entropy, sampled = (
+            part.masked_fill(~finite.unsqueeze(1), 0.0)
+            for part in (log_probs, reference_log_probs, values, entropy, rollout.logprobs)
+        )
         ended = has_ended(rollout, request.stop_ids)
         scores = sequence_scores(
             reward, ended, clip_reward=settings.clip_reward, missing_eos_penalty=settings.missing_eos_penalty
@@ -136,7 +144,6 @@ class Scoring:
             valid=finite,
             kl_coef=0.0 if settings.advantage == "grpo" else settings.kl_coef,
         )
-        assert entropy is not None
         sums = {
             **{f"source/{name}": values.masked_fill(~finite, 0.0).sum().item() for name, values in raw.items()},
             "rows": float(len(reward)),
@@ -148,14 +155,14 @@ class Scoring:
             "kl": ((log_probs - reference_log_probs) * mask).sum().item(),
             "entropy": (entropy * mask).sum().item(),
             "ended": ended.sum().item(),
-            "difference": ((rollout.logprobs - log_probs).abs() * mask).sum().item(),
+            "difference": ((sampled - log_probs).abs() * mask).sum().item(),
         }
         return ScoredBatch(request, rollout, experience, raw, scores), sums
 
     def _with_advantages(self, batches: Sequence[ScoredBatch]) -> tuple[list[ScoredBatch], dict[str, float]]:
         """Advantages once per iteration: gae's by token and whitened over all ranks, the others' by response.
 
-        Answers to one prompt are all in one batch. Rows whose reward is not finite take no part.
+        Answers to one prompt are all in one batch. Rows with a number that is not finite take no part.
         """
         settings, filled = self.settings, []
         device = batches[0].rollout.input_ids.device
