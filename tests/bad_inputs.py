@@ -57,6 +57,28 @@ def _rl(w: World, *more: str) -> list[str]:
     return [*roles, "--output_dir", str(w.tmp / "out"), *more]
 
 
+def _without_statistics(w: World) -> str:
+    return str(shutil.copytree(w.reward, w.tmp / "reward", ignore=shutil.ignore_patterns("reward_stats.json")))
+
+
+def _short_reward(w: World) -> str:
+    folder = shutil.copytree(w.reward, w.tmp / "short")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
+    return str(folder)
+
+
+def _more_tokens(w: World) -> str:
+    folder = shutil.copytree(w.model, w.tmp / "more")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["added_tokens"].append(
+        {"id": 5000, "content": "<|new|>", "special": True, "single_word": False, "lstrip": False, "rstrip": False,
+         "normalized": False}
+    )  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return str(folder)
+
+
 def _rows(w: World, *rows: dict) -> str:
     return _write(w.tmp / "rows.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
 
@@ -204,9 +226,46 @@ CASES = [
     Case(
         "no reward statistics",
         3,
-        lambda w: _rl(w)[:2] + ["--critic_model_name_or_path", str(w.model)],
+        lambda w: _rl(w)[:2] + ["--critic_model_name_or_path", _without_statistics(w)],
         ["reward_stats.json", "--no-normalize_reward"],
     ),
+    Case(
+        "a language model as reward model",
+        3,
+        lambda w: _rl(w, "--no-normalize_reward", "--critic_model_name_or_path", str(w.model)),
+        ["a language model without a reward head"],
+    ),
+    Case(
+        "a tokenizer with more tokens than the model",
+        3,
+        lambda w: _rl(w, "--tokenizer_name_or_path", _more_tokens(w)),
+        ["ids above the model's"],
+    ),
+    Case(
+        "a reward model with fewer positions",
+        3,
+        lambda w: _rl(
+            w, "--critic_model_name_or_path", _short_reward(w), "--advantage", "rloo", "--samples_per_prompt", "2"
+        ),
+        ["--max_prompt_seq_len + --max_answer_seq_len", "positions for 64"],
+    ),  # fmt: skip
+    Case(
+        "LoRA alone without LoRA", 1, lambda w: _sft(w, "--only_optimize_lora"), ["--only_optimize_lora", "--lora_dim"]
+    ),
+    Case(
+        "adapters alone without adapters",
+        3,
+        lambda w: _rl(w, "--only_optimize_lora"),
+        ["--only_optimize_lora", "--actor_lora_dim"],
+    ),
+    Case(
+        "offload of what is not sharded",
+        3,
+        lambda w: _rl(w, "--offload_reward_model", "--actor_zero_stage", "3"),
+        ["--offload_reward_model", "--critic_zero_stage 3"],
+    ),
+    Case("an infinite weight", 3, lambda w: _rl(w, "--kl_coef", "inf"), ["--kl_coef is inf", "finite"]),
+    Case("a seed beyond 32 bits", 2, lambda w: _sft(w, "--seed", "9" * 23), ["--seed", "at most 4294967295"]),
     Case(
         "no such evaluation function", 3, lambda w: _rl(w, "--eval_function", "no.py:f"), ["--eval_function", "no.py"]
     ),

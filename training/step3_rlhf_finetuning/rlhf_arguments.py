@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from training.step3_rlhf_finetuning.scoring import ADVANTAGES
-from training.utils.arguments import SCHEDULES, flag
+from training.utils.arguments import MAX_SEED, SCHEDULES, flag
+from training.utils.errors import UserError
 
 
 @dataclass
@@ -93,7 +94,7 @@ class OptimizationArguments:
     unsupervised_data_path: list[str] = flag([], "sources of the pre-training mix: plain text or conversations")
     unsup_coef: float = flag(27.8, "weight of the pre-training mix's loss in the actor's", minimum=0)
     enable_ema: bool = flag(False, "keep a moving average of the actor's weights and save it as a model, ema/")
-    seed: int = flag(1234, "seed of data order and sampling", minimum=0)
+    seed: int = flag(1234, "seed of data order and sampling", minimum=0, maximum=MAX_SEED)
 
 
 @dataclass
@@ -112,6 +113,10 @@ class RoleZeroArguments:
     critic_lora_module_name: str = flag("all-linear", "comma-separated parts of module names, or all-linear")
     only_optimize_lora: bool = flag(False, "freeze everything but the adapters (and the critic's head)")
     merge_lora_for_generation: bool = flag(False, "add the actor's adapters to its weights while it generates")
+
+    def __post_init__(self) -> None:
+        if self.only_optimize_lora and not (self.actor_lora_dim or self.critic_lora_dim):
+            raise UserError("--only_optimize_lora needs adapters: set --actor_lora_dim or --critic_lora_dim")
 
 
 @dataclass

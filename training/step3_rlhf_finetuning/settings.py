@@ -22,6 +22,7 @@ from training.utils import models
 from training.utils.arguments import DataArguments
 from training.utils.distributed import say
 from training.utils.errors import UserError
+from training.utils.lora import check_lora
 from training.utils.reward_model import RewardStats
 from training.utils.runs import latest_output
 from training.utils.text_reward import load_reward_tokenizer
@@ -119,6 +120,13 @@ def check(rollout: RolloutArguments, ppo: PPOArguments, train: OptimizationArgum
     for_each_role(train.num_warmup_steps, "--num_warmup_steps")
     if zero.merge_lora_for_generation and not zero.actor_lora_dim:
         raise UserError("--merge_lora_for_generation needs adapters: set --actor_lora_dim")
+    for flag, wanted, stage in (
+        ("--offload_reference_model", zero.offload_reference_model, zero.actor_zero_stage),
+        ("--offload_reward_model", zero.offload_reward_model, zero.critic_zero_stage),
+    ):
+        if wanted and stage < 3:
+            role = "actor" if "reference" in flag else "critic"
+            raise UserError(f"{flag} moves the parameters of ZeRO-3: it needs --{role}_zero_stage 3")
     if rollout.top_p < 1 or rollout.top_k > 0:
         say("warning: with --top_p below 1 or --top_k above 0 the sampler is not the policy that is trained")
 
@@ -196,13 +204,40 @@ def reward_model_settings(
         plan: only ``--plan`` is asked for, which needs no statistics.
 
     Raises:
-        UserError: no statistics, no tokenizer, or a model that can not be a reward model.
+        UserError: no statistics, no tokenizer, no reward head, or a model that can not be a reward model.
     """
     if not path:
         return None
+    if not plan:  # a plan may be made with a stand-in, before step 2 has run
+        models.check_reward_head(path)
     stats = RewardStats.read(path) if normalize and not plan else None
     reads_text = not models.scores_tokens(path) or not models.same_tokenizer(tokenizer, load_reward_tokenizer(path))
     return RewardModelSettings(path, stats, weight, reads_text)
+
+
+def check_models(
+    actor: RoleSettings,
+    critic: RoleSettings | None,
+    reward: RewardModelSettings | None,
+    tokenizer: Any,
+    length: int,
+) -> None:
+    """Refuse models that can not read the actor's tokens, or whose adapters match nothing, before any is loaded.
+
+    Args:
+        actor, critic, reward: the roles, None for one that there is not.
+        tokenizer: of the prompts and answers.
+        length: the longest sequence in tokens.
+
+    Raises:
+        UserError: too few positions or embeddings, or a LoRA name without a match.
+    """
+    for role in filter(None, (actor, critic)):
+        check_lora(role.path, role.lora_dim, role.lora_module_name)
+    readers = [actor.path, critic.path if critic else "", reward.path if reward and not reward.reads_text else ""]
+    for path in dict.fromkeys(filter(None, readers)):
+        models.check_length(path, length, "--max_prompt_seq_len + --max_answer_seq_len")
+        models.check_vocabulary(path, tokenizer)
 
 
 def actor_settings(

@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import difflib
 import importlib.util
+import math
 import re
 import sys
 import types
@@ -29,6 +30,8 @@ ALIASES = {
     "--per_device_train_batch_size": "--per_device_generation_batch_size",
     "--per_device_mini_train_batch_size": "--per_device_training_batch_size",
 }
+
+MAX_SEED = 2**32 - 1  # what every library that is seeded takes
 
 # transformers' names of learning rate schedules, as DeepSpeed-Chat offers them
 SCHEDULES = ("cosine", "linear", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
@@ -120,6 +123,10 @@ class LoraArguments:
     lora_module_name: str = flag("all-linear", "comma-separated parts of module names, or all-linear")
     only_optimize_lora: bool = flag(False, "freeze everything but the adapters (and the reward head)")
 
+    def __post_init__(self) -> None:
+        if self.only_optimize_lora and not self.lora_dim:
+            raise UserError("--only_optimize_lora needs adapters: set --lora_dim")
+
 
 @dataclass
 class TrainingArguments:
@@ -136,7 +143,7 @@ class TrainingArguments:
     eval_interval: int = flag(
         0, "evaluate every this many optimizer steps (0: at the start and after each epoch)", minimum=0
     )
-    seed: int = flag(1234, "seed of data order, initialisation and sampling", minimum=0)
+    seed: int = flag(1234, "seed of data order, initialisation and sampling", minimum=0, maximum=MAX_SEED)
 
 
 @dataclass
@@ -227,14 +234,16 @@ def _check_range(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
         if not isinstance(v, (int, float)) or isinstance(v, bool):
             continue
         low, high, above = metadata["minimum"], metadata["maximum"], metadata["above"]
+        infinite = v in (math.inf, -math.inf)
         wanted = [
-            f"at least {low:g}" if low is not None else "",
-            f"above {above:g}" if above is not None else "",
-            f"at most {high:g}" if high is not None else "",
+            f"at least {low:.10g}" if low is not None else "",
+            f"above {above:.10g}" if above is not None else "",
+            f"at most {high:.10g}" if high is not None else "",
+            "finite" if infinite else "",
         ]
         inside = (low is None or v >= low) and (high is None or v <= high) and (above is None or v > above)
-        if not inside:  # a NaN is inside nothing
-            raise UserError(f"--{name} is {v:g}, it must be {' and '.join(w for w in wanted if w)}")
+        if not inside or infinite:  # a NaN is inside nothing
+            raise UserError(f"--{name} is {v}, it must be {' and '.join(w for w in wanted if w)}")
 
 
 def parse(
