@@ -6,6 +6,8 @@ import gzip
 import json
 from pathlib import Path
 
+import datasets
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -13,6 +15,7 @@ import pytest
 from tests.data import families
 from tests.data.test_prepare import pairs, prepare, sft, write
 from training.utils.data import prepare as prepare_module, readers, selection
+from training.utils.data.sources import Source
 from training.utils.errors import UserError
 
 
@@ -128,6 +131,67 @@ def test_a_parquet_with_damaged_pages(tok, tmp_path):
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"a\.parquet: not a readable parquet file"):
         prepare(1, tok, str(path))
+
+
+def arrow_text(*values: bytes) -> pyarrow.Array:
+    """A column of texts as these bytes, valid or not."""
+    offsets = np.cumsum([0, *map(len, values)]).astype("int32")
+    return pyarrow.Array.from_buffers(
+        pyarrow.string(), len(values), [None, pyarrow.py_buffer(offsets), pyarrow.py_buffer(b"".join(values))]
+    )
+
+
+def bad_tables() -> dict[str, tuple[pyarrow.Table, str]]:
+    """A table of three rows whose second can not be used, and what the error says of it."""
+    prompts, answers = ["How?", "What?", "Why?"], ["So.", "That.", "Thus."]
+    late = pyarrow.array([0, 2**62, 0], pyarrow.timestamp("us"))
+    inside = pyarrow.StructArray.from_arrays([answers, late], ["full_text", "made"])
+    big = ["So.", "y" * 10_000_000, "Thus."]
+    return {
+        "big": (pyarrow.table({"prompt": prompts, "response": big}), r"the row has 10\.0 MB, the limit is 4\.2 MB"),
+        "big elsewhere": (pyarrow.table({"prompt": prompts, "response": answers, "notes": big}), "the row has 10.0 MB"),
+        "invalid": (
+            pyarrow.table({"prompt": arrow_text(b"How?", b"a\xffb", b"Why?"), "response": answers}),
+            "column 'prompt' can not be read: invalid UTF-8: byte 2 is 0xff",
+        ),
+        "late": (pyarrow.table({"prompt": prompts, "response": inside}), "column 'response' can not be read: "),
+        "late elsewhere": (pyarrow.table({"prompt": prompts, "response": answers, "made": late}), ""),
+    }
+
+
+@pytest.mark.parametrize("kind", bad_tables())
+@pytest.mark.parametrize("hub", [False, True])
+def test_a_bad_row_of_a_parquet_file_or_of_the_hub(tok, tmp_path, monkeypatch, kind, hub):
+    table, message = bad_tables()[kind]
+    path, name = tmp_path / "a.parquet", str(tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(table, path)
+    if hub:
+        name, split = "someone/thing", datasets.Dataset(table)
+        monkeypatch.setattr(selection, "resolve", lambda text, step: Source(text, hub=(split, None)))
+    if message:
+        with pytest.raises(UserError, match=rf"{name}:2: {message}"):
+            prepare(1, tok, name, data_output_path=str(tmp_path / "cache"))
+    data = prepare(1, tok, name, data_output_path=str(tmp_path / "cache"), on_bad_row="skip")
+    assert (data.report.dropped["bad row"].count if message else not data.report.dropped) == 1
+    assert len(data.train) + len(data.held_out) == (2 if message else 3)
+
+
+def test_a_column_that_can_not_be_read_is_null_in_the_row_of_step_3(tok, tmp_path):
+    pyarrow.parquet.write_table(bad_tables()["late elsewhere"][0], tmp_path / "a.parquet")
+    data = prepare(3, tok, str(tmp_path / "a.parquet"))
+    rows = [json.loads(text) for part in (data.train, data.held_out) for text in part["row"]]
+    assert next(row for row in rows if row["prompt"] == "What?") == {
+        "prompt": "What?",
+        "response": "That.",
+        "made": None,
+    }
+
+
+def test_a_parquet_with_two_columns_of_one_name(tok, tmp_path):
+    table = pyarrow.table([["a"], ["b"], ["c"]], names=["prompt", "prompt", "response"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: a column name stands twice: prompt, prompt, response"):
+        prepare(1, tok, str(tmp_path / "a.parquet"))
 
 
 def test_bytes_that_are_no_utf8_in_a_csv_are_a_bad_row(tok, tmp_path):

@@ -398,7 +398,7 @@ def test_long_rows_are_tokenised_a_few_at_a_time(tok, tmp_path, monkeypatch):
         tokenise, "sft_rows", lambda t, examples, *m: asked.append(len(examples)) or tokenise_all(t, examples, *m)
     )
     monkeypatch.setattr(prepare_module, "_MOST_CHARACTERS", 1000)
-    for number, name in enumerate(("a.jsonl", "a.json", "a.csv")):
+    for number, name in enumerate(("a.jsonl", "a.json", "a.csv", "a.parquet")):
         rows = [{"prompt": f"Question {n}?", "response": f"{number} " + "word " * 80} for n in range(9)]
         prepare(1, tok, str(test_sources.write(tmp_path / name, rows)))
         assert asked and max(asked) <= 3

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from training.utils.data.adapters import ADAPTERS
+from training.utils.data.chat import RowError
 from training.utils.data.conversations import Example, Row
 from training.utils.data.formats import FORMATS, Format
 from training.utils.errors import UserError
@@ -80,8 +81,22 @@ def parse_column_map(items: Sequence[str]) -> ColumnMap:
     return ColumnMap(pairs)
 
 
+def _adapter(source: str, columns: frozenset[str]) -> Format | None:
+    """The named adapter that the last part of a source's name chooses, if the columns are its own."""
+    name = source.rstrip("/").split("/")[-1]
+    needed, converter = ADAPTERS.get(re.sub(r"\.(jsonl?|csv|parquet)(\.gz)?$", "", name.lower()), (None, None))
+    return Format(name, needed, converter) if needed is not None and converter and needed <= columns else None
+
+
 def _find(columns: frozenset[str]) -> Format | None:
     return next((f for f in FORMATS if f.columns <= columns), None)
+
+
+def _check_readable(row: Row, columns: frozenset[str]) -> None:
+    """Raise the error of a cell that could not be read (readers leave it there) if a format reads it."""
+    for name in columns:
+        if isinstance(row.get(name), RowError):
+            raise row[name]
 
 
 def convert(row: Row, source: str = "", column_map: ColumnMap | None = None) -> tuple[str, list[Example]]:
@@ -99,14 +114,10 @@ def convert(row: Row, source: str = "", column_map: ColumnMap | None = None) -> 
     """
     mapped = column_map.apply(row) if column_map is not None else {}
     lower = {key.lower(): value for key, value in row.items()}
-    adapter = ADAPTERS.get(re.sub(r"\.(jsonl?|csv|parquet)(\.gz)?$", "", source.rstrip("/").split("/")[-1].lower()))
-    if adapter is not None and adapter[0] <= lower.keys() and not mapped:
-        return source.rstrip("/").split("/")[-1], adapter[1](lower)
-    format_ = _find(frozenset(mapped)) if mapped else None
-    if format_ is not None:
-        return format_.name, format_.convert({**lower, **mapped})
+    format_ = _find(frozenset(mapped)) if mapped else _adapter(source, frozenset(lower))
     lower.update(mapped)
-    format_ = _find(frozenset(lower))
+    format_ = format_ or _find(frozenset(lower))
     if format_ is None:
         raise UnknownFormat(list(row))
+    _check_readable(lower, format_.columns | _OPTIONAL)
     return format_.name, format_.convert(lower)

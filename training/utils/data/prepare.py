@@ -21,8 +21,8 @@ from training.utils.arguments import DataArguments
 from training.utils.data import cache, tokenise
 from training.utils.data.chat import RowError, configure_chat_template, render_text
 from training.utils.data.conversations import Example, has_half_character
-from training.utils.data.readers import RawRow
 from training.utils.data.report import DataReport
+from training.utils.data.rows import RawRow
 from training.utils.data.selection import (
     DUPLICATE,
     HELD_OUT,
@@ -226,10 +226,14 @@ def _tokenise(
 
 
 def _original(row: RawRow) -> str:
-    """The row as it stood in its file, as JSON."""
-    text = json.dumps(row.values, ensure_ascii=False, default=str)
+    """The row as it stood in its file, as JSON; a column that could not be read is null."""
+
+    def told(value: Any) -> str | None:
+        return None if isinstance(value, RowError) else str(value)
+
+    text = json.dumps(row.values, ensure_ascii=False, default=told)
     if not text.isascii() and has_half_character(text):  # in a column that nothing reads
-        return json.dumps(row.values, default=str)
+        return json.dumps(row.values, default=told)
     return text
 
 

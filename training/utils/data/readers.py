@@ -11,29 +11,21 @@ import gzip
 import io
 import json
 import re
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 from training.utils.data.chat import RowError
+from training.utils.data.rows import MAX_ROW_CHARACTERS, RawRow, too_big
+from training.utils.data.tables import read_parquet
 from training.utils.errors import UserError
 
-MAX_ROW_CHARACTERS = 4 << 20  # a row over 4 MiB is a mistake, not a conversation
 TYPES = ("json", "jsonl", "ndjson", "csv", "tsv", "txt", "parquet")
 EVAL_WORDS = {"eval", "evaluation", "test", "validation", "valid", "val", "dev", "held"}
 _FAR = 8 * MAX_ROW_CHARACTERS  # in a JSON list a row's end is sought so far: beyond it a quote or bracket is missing
 _CHUNK = 1 << 20
 _ESCAPED = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of bytes that are no UTF-8
-
-
-class RawRow(NamedTuple):
-    """One row as it was read: its columns, or the error that reading it gave, and where it stands."""
-
-    values: dict[str, Any] | RowError
-    place: str  # file:line, or the source and the row's number
-    size: int = 0  # about how many characters its columns have
 
 
 def type_of(path: Path) -> str:
@@ -71,7 +63,7 @@ def read_file(path: Path) -> Iterator[RawRow]:
         "txt": _read_txt,
         "csv": _read_csv,
         "tsv": _read_csv,
-        "parquet": _read_parquet,
+        "parquet": read_parquet,
     }
     number = 0
     try:
@@ -105,11 +97,7 @@ def _lines(file: IO[bytes], path: Path) -> Iterator[tuple[str | RowError, str]]:
         while not line.endswith(b"\n") and (more := file.readline(_CHUNK)):  # skip the rest of a huge line
             size += len(more)
             line = line[:1] if not more.endswith(b"\n") else b"\n"
-        yield (_too_big(size) if size > MAX_ROW_CHARACTERS else _decode(line.rstrip(b"\r\n"), place)), place
-
-
-def _too_big(size: int) -> RowError:
-    return RowError(f"the row has {size / 1e6:.1f} MB, the limit is {MAX_ROW_CHARACTERS / 1e6:.1f} MB")
+        yield (too_big(size) if size > MAX_ROW_CHARACTERS else _decode(line.rstrip(b"\r\n"), place)), place
 
 
 def _read_jsonl(file: IO[bytes], path: Path) -> Iterator[RawRow]:
@@ -162,7 +150,7 @@ def _read_json(file: IO[bytes], path: Path) -> Iterator[RawRow]:
     while text.peek() not in ("", "]" if array else ""):
         line = text.line
         value, size = text.decode_value()
-        yield RawRow(_too_big(size) if size > MAX_ROW_CHARACTERS else _object(value), f"{path}:{line}", size)
+        yield RawRow(too_big(size) if size > MAX_ROW_CHARACTERS else _object(value), f"{path}:{line}", size)
         text.skip_space()
         if array and text.peek() == ",":
             text.advance(1)
@@ -271,7 +259,7 @@ def _read_csv(file: IO[bytes], path: Path) -> Iterator[RawRow]:
         if len(cells) != len(columns):
             values = RowError(f"{len(cells)} cells where the header has {len(columns)}; is a quote missing?")
         elif size > MAX_ROW_CHARACTERS:
-            values = _too_big(size)
+            values = too_big(size)
         elif (wrong := next(filter(None, map(_ESCAPED.search, cells)), None)) is not None:
             values = RowError(f"invalid UTF-8: byte 0x{ord(wrong[0]) - 0xDC00:02x}")
         yield RawRow(values, f"{path}:{start}", size)
@@ -289,27 +277,3 @@ def _header(cells: list[str], delimiter: str, path: Path) -> list[str]:
     if len(set(cells)) != len(cells):
         raise UserError(f"{path}:1: a column name stands twice in the header: {', '.join(cells)}")
     return [cell.strip() for cell in cells]
-
-
-def _read_parquet(file: IO[bytes], path: Path) -> Iterator[RawRow]:
-    import pyarrow
-    import pyarrow.parquet
-
-    with tempfile.TemporaryFile() as seekable:
-        handle: Any = file
-        if isinstance(
-            getattr(file, "raw", None), gzip.GzipFile
-        ):  # parquet is read from its end, so it is unpacked first
-            while chunk := file.read(_CHUNK):
-                seekable.write(chunk)
-            seekable.seek(0)
-            handle = seekable
-        try:
-            table = pyarrow.parquet.ParquetFile(handle)
-            number = 0
-            for batch in table.iter_batches(batch_size=256):
-                for values in batch.to_pylist():
-                    number += 1
-                    yield RawRow(values, f"{path}:{number}")
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{path}: not a readable parquet file: {str(error).splitlines()[0]}") from None

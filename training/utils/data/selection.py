@@ -22,7 +22,8 @@ from training.utils.data.columns import ColumnMap, UnknownFormat, convert, parse
 from training.utils.data.conversations import Dropped, Example
 from training.utils.data.division import duplicates, hash_of, hold_out, split_prompts
 from training.utils.data.report import DataReport, SourceReport
-from training.utils.data.sources import RawRow, Source, resolve
+from training.utils.data.rows import RawRow
+from training.utils.data.sources import Source, resolve
 from training.utils.errors import UserError
 from training.utils.supervision import beat
 

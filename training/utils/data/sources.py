@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.utils.data.readers import EVAL_WORDS, TYPES, RawRow, file_type, read_file, type_of
+from training.utils.data.readers import EVAL_WORDS, TYPES, file_type, read_file, type_of
+from training.utils.data.rows import RawRow
+from training.utils.data.tables import hub_rows
 from training.utils.errors import UserError
 
 _DEMO = Path(__file__).resolve().parents[2] / "data" / "demo"
@@ -57,8 +59,7 @@ class Source:
     def _all_rows(self, held_out: bool) -> Iterator[RawRow]:
         if self.hub is not None:
             split = self.hub[1 if held_out else 0]
-            for number, row in enumerate(split if split is not None else ()):
-                yield RawRow(row, f"{self.name}:{number + 1}")
+            yield from hub_rows(split, self.name) if split is not None else ()
             return
         for path in self.held_out if held_out else self.train:
             yield from read_file(path)
