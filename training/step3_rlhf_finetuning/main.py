@@ -122,6 +122,7 @@ def main(argv: Sequence[str]) -> int:
     )
     settings.divide_batches(rollout, train, run.batches, world_size())
     per_rank = rollout.per_device_generation_batch_size // rollout.samples_per_prompt * rollout.generation_batches
+    lengths, per_step = rows.train["length"], settings.prompts_per_step(rollout, run.batches, world_size())
     schedule = prompts.prompt_schedule(
         len(rows.train),
         per_rank * world_size(),
@@ -202,7 +203,7 @@ def main(argv: Sequence[str]) -> int:
     run.ready(evaluator.state_dict())
     bar = progress_bar(len(schedule), "step 3", run.step)
     for number, chosen in list(enumerate(schedule))[run.step :]:
-        dealt = prompts.deal(chosen, rows.train["length"], world_size(), rollout.generation_batches)
+        dealt = prompts.deal(chosen, lengths, world_size(), rollout.generation_batches, per_step)
         requests = prompts.iteration_requests(
             training,
             chosen,

@@ -76,21 +76,32 @@ def prompt_schedule(count: int, per_iteration: int, *, epochs: int, iterations: 
     return [stream[i * per_iteration : (i + 1) * per_iteration] for i in range(wanted)]
 
 
-def deal(prompts: Sequence[int], lengths: Sequence[int], ranks: int, batches: int) -> list[list[list[int]]]:
+def deal(
+    prompts: Sequence[int], lengths: Sequence[int], ranks: int, batches: int, per_step: int = 0
+) -> list[list[list[int]]]:
     """Deal an iteration's positions to generation batches and ranks, prompts of like length together.
+
+    In the first epoch an optimizer step takes each rank's next rows in this order. Dealt step by step, the ranks
+    together take the same rows in it however many they are.
 
     Args:
         prompts: the iteration's prompt numbers; their number is a multiple of ``ranks * batches``.
         lengths: of every prompt of the dataset, in tokens.
         ranks, batches: how many.
+        per_step: prompts of an optimizer step over all ranks, a multiple of ``ranks``; 0 where a step does not
+            consist of whole prompts: each rank then gets neighbours, and its steps are other ones.
 
     Returns:
         ``[batch][rank]`` -> positions in ``prompts``.
     """
     order = sorted(range(len(prompts)), key=lambda i: (lengths[prompts[i]], i))
+    share = (per_step or len(prompts) // batches) // ranks
+    own = [
+        [p for start in range(r * share, len(order), share * ranks) for p in order[start : start + share]]
+        for r in range(ranks)
+    ]
     size = len(prompts) // (ranks * batches)
-    pieces = [order[i * size : (i + 1) * size] for i in range(ranks * batches)]
-    return [pieces[b * ranks : (b + 1) * ranks] for b in range(batches)]
+    return [[mine[b * size : (b + 1) * size] for mine in own] for b in range(batches)]
 
 
 def iteration_requests(

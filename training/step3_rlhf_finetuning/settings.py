@@ -108,6 +108,12 @@ def divide_batches(
     check_batches(rollout, train)
 
 
+def prompts_per_step(rollout: RolloutArguments, batches: Mapping[str, int], ranks: int) -> int:
+    """Prompts of an optimizer step over all ranks; 0 if its rows are not the same number of whole prompts on each."""
+    per_step, rest = divmod(batches["rows per step"], rollout.samples_per_prompt)
+    return 0 if rest or per_step % ranks else per_step
+
+
 def check(rollout: RolloutArguments, ppo: PPOArguments, train: OptimizationArguments, zero: RoleZeroArguments) -> None:
     """Refuse flags that contradict each other; warn once about a sampler that is not the policy.
 
