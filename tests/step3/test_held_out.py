@@ -111,6 +111,7 @@ def test_the_best_reward_within_the_bound_is_kept_and_summarised(monkeypatch):
     assert (curve[0]["eval/kl"], curve[0]["eval/win_rate"]) == (0.0, 0.5)
     assert (curve[6]["eval/reward"], curve[6]["eval/win_rate"]) == (pytest.approx(0.9), 1.0)
     assert (curve[4]["eval/function"], curve[4]["eval/function_win_rate"]) == (4.0, 1.0)
+    assert curve[4]["eval/function_error"] == 0.0  # each answer of a policy has the same length
     assert all(values["eval/seconds"] >= 0 for values in curve.values())
     assert any("final/win_rate" in values for _, values in world.log.records)
 

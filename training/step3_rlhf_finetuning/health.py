@@ -21,7 +21,7 @@ from training.utils.distributed import is_main, say
 
 HEALTH_FILE = "health.jsonl"
 FIRST_LOOK = 9  # iterations before a trend is judged: three thirds of three
-GAIN_MARGIN = 0.05  # how far an evaluation function may fall from its best before it is said to fall
+FALL = 2.0  # standard errors by which an evaluation function may lie below its best before it is said to fall
 
 
 @dataclass(frozen=True)
@@ -161,10 +161,12 @@ class HealthMonitor:
 
     def _exploited(self, step: int) -> list[Remark]:
         """The reward model says better, the independent measure says worse."""
-        rewards, values = self._history["eval/reward"], self._history.get("eval/function", [])
-        if len(values) < 2 or len(values) != len(rewards):
+        rewards, values, errors = (
+            self._history.get(f"eval/{name}", []) for name in ("reward", "function", "function_error")
+        )
+        if len(values) < 2 or not len(values) == len(errors) == len(rewards):
             return []
-        fallen = values[-1] < max(values) - GAIN_MARGIN and rewards[-1] >= max(rewards)
+        fallen = values[-1] < max(values) - FALL * errors[-1] and rewards[-1] >= max(rewards)
         if not self._counted("exploited", fallen, 1):
             return []
         text = (

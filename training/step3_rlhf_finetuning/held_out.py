@@ -249,6 +249,8 @@ class HeldOutEvaluation:
         values, sft_values = (checks(self.prompts, given, self.function) for given in (answers, sft))
         if values is not None and sft_values is not None:
             metrics["eval/function"] = mean(values)
+            spread = sum((value - metrics["eval/function"]) ** 2 for value in values)
+            metrics["eval/function_error"] = math.sqrt(spread / max(len(values) - 1, 1) / len(values))
             metrics["eval/function_win_rate"] = win_rate(values, sft_values, seed=self.prompts.seed)["win_rate"]
         metrics["eval/seconds"] = time.monotonic() - self._started
         self.logger.log(iteration, metrics)
