@@ -169,6 +169,38 @@ def test_column_map():
         typo.check_all_found()
 
 
+MAPPED = {  # flags, a row, what becomes of it
+    "fullest": (
+        ["chosen=good", "rejected=bad"],
+        {"prompt": "q", "good": "a", "bad": "b"},
+        "q → chosen: a → rejected: b",
+    ),
+    "one of three": (
+        ["prompt=question"],
+        {"question": "q", "chosen": "a", "rejected": "b"},
+        "q → chosen: a → rejected: b",
+    ),
+    "its own name": (["prompt=question"], {"question": "q", "answer": "a"}, "q → response: a"),
+    "rest of two": (["prompt=ask"], {"ask": "q", "response": "a"}, "q → response: a"),
+    "both": (["prompt=question", "response=answer"], {"question": "q", "answer": "a", "x": 1}, "q → response: a"),
+    "optional": (["input=extra"], {"instruction": "q", "extra": "e", "output": "a"}, "q\\n\\ne → response: a"),
+    "alone": (["text=body"], {"prompt": "q", "completion": "c", "body": "t"}, "text: t"),
+    "label": (["label=summary"], {"prompt": "q", "summary": "a"}, "q → response: a"),
+    "added": (
+        ["response=best"],
+        {"prompt": "q", "chosen": "a", "rejected": "b", "best": "c"},
+        "q → response: c → chosen: a → rejected: b",
+    ),
+    "instead": (["prompt=short"], {"prompt": "q", "short": "s", "response": "a"}, "s → response: a"),
+}
+
+
+@pytest.mark.parametrize("kind", MAPPED)
+def test_mapped_and_other_columns_are_one_row(kind):
+    flags, row, becomes = MAPPED[kind]
+    assert summary(convert(row, "", parse_column_map(flags))[1]).removeprefix("user: ") == becomes
+
+
 def test_an_adapter_needs_its_name():
     row = {"prompt": "\n\nHuman: Hi", "chosen": "Assistant: A", "rejected": "Assistant: B"}
     assert convert(row, "yitingxie/rlhf-reward-datasets")[1][0].chosen[0]["content"] == "A"

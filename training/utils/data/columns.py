@@ -37,9 +37,9 @@ class ColumnMap:
         self.pairs = list(pairs)
         self._unseen = {column for _, column in self.pairs}
 
-    def apply(self, row: Row) -> dict[str, Any]:
-        """The mapped columns that the row has, under our names."""
-        found: dict[str, Any] = {}
+    def apply(self, row: Row) -> dict[str, tuple[str, Any]]:
+        """The mapped columns that the row has: our name -> (their name, value)."""
+        found: dict[str, tuple[str, Any]] = {}
         for name, column in self.pairs:
             value: Any = row
             for part in [column] if column in row else column.split("."):
@@ -48,7 +48,7 @@ class ColumnMap:
                 value = value[part]
             else:
                 self._unseen.discard(column)
-                found.setdefault(name, value)
+                found.setdefault(name, (column, value))
         return found
 
     def check_all_found(self) -> None:
@@ -88,8 +88,34 @@ def _adapter(source: str, columns: frozenset[str]) -> Format | None:
     return Format(name, needed, converter) if needed is not None and converter and needed <= columns else None
 
 
-def _find(columns: frozenset[str]) -> Format | None:
-    return next((f for f in FORMATS if f.columns <= columns), None)
+def _find(columns: frozenset[str], mapped: Mapping[str, str]) -> Format | None:
+    """The format of these columns: the first that fits, with ``--column_map`` the fullest that reads what was mapped.
+
+    A mapped column may be read under its own name, too: prompt=question leaves question/answer what it is.
+
+    Args:
+        columns: lower case, ours and theirs.
+        mapped: our name -> their name.
+    """
+    fitting = (format_ for format_ in FORMATS if format_.columns <= columns)
+    if not mapped:
+        return next(fitting, None)
+
+    def reads(format_: Format, name: str) -> bool:
+        return name in format_.columns or name in _OPTIONAL
+
+    found = list(fitting)
+    using = [
+        format_
+        for format_ in found
+        if all(reads(format_, name) or column.lower() in format_.columns for name, column in mapped.items())
+    ]
+    # Sources that differ may have columns of several mappings, which no format reads together.
+    return max(
+        using or found[:1],
+        default=None,
+        key=lambda format_: (len(format_.columns), sum(reads(format_, name) for name in mapped)),
+    )
 
 
 def _check_readable(row: Row, columns: frozenset[str]) -> None:
@@ -113,11 +139,11 @@ def convert(row: Row, source: str = "", column_map: ColumnMap | None = None) -> 
         UnknownFormat: no format has these columns.
     """
     mapped = column_map.apply(row) if column_map is not None else {}
-    lower = {key.lower(): value for key, value in row.items()}
-    format_ = _find(frozenset(mapped)) if mapped else _adapter(source, frozenset(lower))
-    lower.update(mapped)
-    format_ = format_ or _find(frozenset(lower))
+    columns = {key.lower(): value for key, value in row.items()}
+    format_ = None if mapped else _adapter(source, frozenset(columns))
+    columns.update({name: value for name, (_, value) in mapped.items()})
+    format_ = format_ or _find(frozenset(columns), {name: column for name, (column, _) in mapped.items()})
     if format_ is None:
         raise UnknownFormat(list(row))
-    _check_readable(lower, format_.columns | _OPTIONAL)
-    return format_.name, format_.convert(lower)
+    _check_readable(columns, format_.columns | _OPTIONAL)
+    return format_.name, format_.convert(columns)
