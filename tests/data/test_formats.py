@@ -80,6 +80,16 @@ def test_hh_prefix_ends_at_the_last_assistant_turn():
     assert (example.chosen[0]["content"], example.rejected[0]["content"]) == ("Yes.", "No.")
 
 
+@pytest.mark.parametrize(("name", "row", "becomes"), table(), ids=lambda value: str(value)[:40])
+def test_a_system_column_is_the_system_turn_of_every_format(name, row, becomes):
+    row = {"system": "Be good.", **json.loads(row)}
+    _, result = outcome(row, f"someone/{name}" if name.lower() in ADAPTERS else "")
+    if isinstance(result, list) and result[0].prompt:
+        system = "Be kind." if "Be kind." in becomes else row["system"]  # its own turn comes first
+        assert all(example.prompt[0] == {"role": "system", "content": system} for example in result)
+        assert all([m["role"] for m in example.prompt].count("system") == 1 for example in result)
+
+
 DROPPED = {
     "differing prefixes": {"chosen": f"{HH} Yes.", "rejected": f"{HH.replace('More', 'Less')} No."},
     "empty response": {"chosen": f"{HH} Yes.", "rejected": HH},

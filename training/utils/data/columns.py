@@ -9,7 +9,7 @@ from typing import Any
 
 from training.utils.data.adapters import ADAPTERS
 from training.utils.data.chat import RowError
-from training.utils.data.conversations import Example, Row
+from training.utils.data.conversations import Example, Row, text_of, with_system
 from training.utils.data.formats import FORMATS, Format
 from training.utils.errors import UserError
 
@@ -146,4 +146,5 @@ def convert(row: Row, source: str = "", column_map: ColumnMap | None = None) -> 
     if format_ is None:
         raise UnknownFormat(list(row))
     _check_readable(columns, format_.columns | _OPTIONAL)
-    return format_.name, format_.convert(columns)
+    system = text_of(columns, "system")
+    return format_.name, [with_system(example, system) for example in format_.convert(columns)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from training.utils.data.chat import Message, RowError, is_image
@@ -143,10 +143,15 @@ def _check_turns(messages: Sequence[Message]) -> None:
             raise RowError("an empty user turn")
 
 
-def conversation(messages: list[Message], system: str = "") -> Example:
+def with_system(example: Example, system: str) -> Example:
+    """Put a row's system column before its conversation, unless that has a system turn or is plain text."""
+    if not system.strip() or not example.prompt or example.prompt[0]["role"] == "system":
+        return example
+    return replace(example, prompt=[{"role": "system", "content": system}, *example.prompt])
+
+
+def conversation(messages: list[Message]) -> Example:
     """Split a conversation into its prompt and its last answer."""
-    if system.strip() and not (messages and messages[0]["role"] == "system"):
-        messages = [{"role": "system", "content": system}, *messages]
     if not any(message["role"] == "user" for message in messages):
         raise RowError("the conversation has no user turn")
     _check_turns(messages)
@@ -155,11 +160,11 @@ def conversation(messages: list[Message], system: str = "") -> Example:
     return Example(prompt=messages)
 
 
-def answered(prompt: str | list[Message], response: str | list[Message], system: str = "") -> list[Example]:
+def answered(prompt: str | list[Message], response: str | list[Message]) -> list[Example]:
     """A prompt with its answer; a prompt that is a whole transcript is taken apart."""
     messages = as_prompt(prompt)
     answer = assistant_turn(response) if isinstance(response, str) else response
-    return [conversation([*messages, *answer], system)]
+    return [conversation([*messages, *answer])]
 
 
 def as_prompt(prompt: str | list[Message]) -> list[Message]:

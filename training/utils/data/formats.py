@@ -1,5 +1,6 @@
 """Formats: a raw row of any known shape becomes conversations, and its columns decide which shape it is.
 
+A column `system` is put before what they return, for every format alike (columns.py).
 To add a format, write a function from a row to examples with the words of conversations.py, give it a line in
 `FORMATS` (tried from the top; the first whose columns are all there counts) and a line in the table of docs/data.md,
 which is its test. Datasets whose columns mislead are in adapters.py.
@@ -77,8 +78,7 @@ def _chat(row: Row) -> list[Example]:
     name = "messages" if "messages" in row else "conversations"
     if isinstance(row.get("label"), bool) and not row["label"]:
         raise Dropped("marked as a bad answer")
-    system = text_of(row, "system")
-    return [conversation(messages_of(row[name], name), system)]
+    return [conversation(messages_of(row[name], name))]
 
 
 def _shp(row: Row) -> list[Example]:
@@ -146,9 +146,7 @@ def _alpaca(row: Row) -> list[Example]:
     for question, answer in row.get("history") or []:
         history += [user_turn(plain_text(question, "history")), *assistant_turn(plain_text(answer, "history"))]
     answer = next(name for name in ("output", "response", "answer") if name in row)
-    if history:
-        return answered([*history, user_turn(user)], text_of(row, answer), text_of(row, "system"))
-    return answered(user, text_of(row, answer), text_of(row, "system"))
+    return answered([*history, user_turn(user)] if history else user, text_of(row, answer))
 
 
 def _pair_of(prompt: str, response: str) -> Converter:
