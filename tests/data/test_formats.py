@@ -113,7 +113,46 @@ def messages(*pairs, **more):
     return {"messages": [{"role": r, "content": c} for r, c in pairs], **more}
 
 
+U, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+MORE, B = {"role": "user", "content": "more"}, {"role": "assistant", "content": "b"}
+ANSWERS = {  # a row, what becomes of it
+    "no prompt": ({"prompt": [], "chosen": [U, A], "rejected": [U, B]}, "user: q → chosen: a → rejected: b"),
+    "null prompt": ({"prompt": None, "chosen": [U, A], "rejected": [U, B]}, "user: q → chosen: a → rejected: b"),
+    "system prompt": (
+        {"prompt": [{"role": "system", "content": "s"}], "chosen": [U, A], "rejected": [U, B]},
+        "system: s user: q → chosen: a → rejected: b",
+    ),
+    "several turns": (
+        {"context": [U], "chosen": [A, MORE, B], "rejected": [B]},
+        "user: q → chosen: a user: more assistant: b → rejected: b",
+    ),
+    "no pair": ({"prompt": "q", "response": "a", "chosen": None, "rejected": None}, "user: q → response: a"),
+    "half a pair": ({"prompt": "q", "response": "a", "chosen": "b", "rejected": ""}, "user: q → response: a"),
+    "listed response": (
+        {"prompt": "q", "response": [A], "chosen": "b", "rejected": "c"},
+        "user: q → response: a → chosen: b → rejected: c",
+    ),
+    "whole response": (
+        {"prompt": "q", "response": [U, A], "chosen": "b", "rejected": "c"},
+        "user: q → response: a → chosen: b → rejected: c",
+    ),
+    "number": (
+        {"prompt": "q", "response": 7, "chosen": "b", "rejected": "c"},
+        "user: q → response: 7 → chosen: b → rejected: c",
+    ),
+    "repeated prompt": ({"prompt": [U], "completion": [U, A]}, "user: q → response: a"),
+}
+
+
+@pytest.mark.parametrize("kind", ANSWERS)
+def test_answers_in_every_form(kind):
+    row, becomes = ANSWERS[kind]
+    assert summary(outcome(row)[1]) == becomes
+
+
 BAD = {
+    "the prompt has no user turn": {"prompt": [], "chosen": [A], "rejected": [B]},
+    "column 'response' holds a bool": {"prompt": "q", "chosen": "a", "rejected": "b", "response": True},
     "message 2 of 'messages' has no role": {"messages": [{"role": "user", "content": "a"}, {"content": "b"}]},
     "message 1 of 'messages' has no content": {"messages": [{"role": "user"}]},
     "the role 'tool'": messages(("user", "a"), ("tool", "b")),

@@ -143,6 +143,55 @@ def test_truncation_of_pairs_keeps_one_prompt_for_both(tok, tmp_path):
     assert row["chosen_ids"][-1] == row["rejected_ids"][-1] == tok.eos_token_id
 
 
+def test_an_answer_of_several_turns_is_shortened_by_whole_turns(tok, tmp_path):
+    """Its first turn is as long as the limit: cutting the left side would leave half of a trained answer."""
+    chosen = [
+        {"role": "assistant", "content": "first " * 40},
+        {"role": "user", "content": "More?"},
+        {"role": "assistant", "content": "Second."},
+    ]
+    rows = [{"context": [{"role": "user", "content": "One?"}], "chosen": chosen, "rejected": [chosen[2]]}]
+    rendered = render(tok, chosen[1:])
+    data = prepare(1, tok, write(tmp_path / "a.jsonl", rows), max_length=len(rendered.input_ids))
+    assert data.train.to_list() == [
+        {
+            "input_ids": rendered.input_ids,
+            "response_mask": rendered.response_mask,
+            "length": len(rendered.input_ids),
+            "source": str(tmp_path / "a.jsonl"),
+        }
+    ]
+    assert (data.report.turns_dropped, data.report.left_cut) == (1, 0)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+@pytest.mark.parametrize("length", [16, 512])
+def test_whole_conversations_beside_an_empty_prompt(tok, tmp_path, step, length):
+    ask, good, bad = [{"role": "user", "content": "Q"}], "A " * 30, "B"
+    rows = [
+        {"prompt": [], **{n: [*ask, {"role": "assistant", "content": c}] for n, c in pairs_}}
+        for pairs_ in [(("chosen", good), ("rejected", bad)), (("chosen", "Yes."), ("rejected", bad))]
+    ]
+    data = prepare(step, tok, write(tmp_path / "a.jsonl", rows), max_length=length)
+    assert prompts_of(data.train) == {"Q"}
+    fits = length > 16 or step == 3
+    assert fits or data.report.dropped["no room: the response alone is too long"].count == 1
+
+
+def test_step_1_learns_from_a_conversation_that_nobody_answered(tok, tmp_path):
+    open_, closed = turns(3)[:-1], turns(2)
+    rows = [{"messages": open_}, {"messages": closed}, {"messages": turns(1)[:2]}]
+    data = prepare(1, tok, write(tmp_path / "a.jsonl", rows))
+    rendered = render(tok, closed)
+    assert data.train["input_ids"][:] == [rendered.input_ids] and data.report.open_turns == 1
+    assert {reason: drop.count for reason, drop in data.report.dropped.items()} == {
+        "exact duplicate": 1,
+        "no response to learn from": 1,
+    }
+    assert "1 lost their last user turn, which has no answer" in data.report.text()
+    assert prepare(3, tok, str(tmp_path / "a.jsonl")).report.open_turns == 0
+
+
 @pytest.mark.parametrize("step", [1, 2])
 def test_rows_without_room_are_dropped_and_counted(tok, tmp_path, step):
     rows = pairs(5) + [{"prompt": "Hi", "chosen": "word " * 50, "rejected": "No."}]

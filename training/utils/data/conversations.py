@@ -176,18 +176,58 @@ def as_prompt(prompt: str | list[Message]) -> list[Message]:
     return prompt
 
 
+def continuation(prompt: list[Message], value: Any, name: str, transcript: bool = False) -> list[Message]:
+    """The answer to ``prompt`` in a column: a text, messages or a transcript, with the prompt or without; [] if empty.
+
+    Args:
+        prompt: the conversation so far.
+        value, name: the column.
+        transcript: the prompt was a transcript, whose answers begin with a space that is none of theirs.
+
+    Raises:
+        Dropped: a transcript that begins with another prompt.
+    """
+    said = [{**message, "content": message["content"].strip()} for message in prompt if message["role"] != "system"]
+    wrapped = isinstance(value, dict) and "full_text" in value
+    if isinstance(value, (list, dict)) and not is_parts(value) and not wrapped:
+        turns = messages_of(value, name)
+        return turns[len(prompt) :] if turns[: len(prompt)] == prompt else turns  # some datasets repeat the prompt
+    text = plain_text(value, f"column {name!r}")
+    turns = parse_transcript(text)
+    if turns and turns[: len(said)] != said:
+        raise Dropped("differing prefixes")
+    if turns:
+        return turns[len(said) :]
+    return assistant_turn(text.strip() if transcript else text) if text.strip() else []
+
+
 def preference(
-    prompt: list[Message], chosen: list[Message], rejected: list[Message], response: str = ""
+    prompt: list[Message], chosen: list[Message], rejected: list[Message], response: Sequence[Message] = ()
 ) -> list[Example]:
     """A prompt with its two answers, checked, and a demonstration if there is one."""
+    if not any(message["role"] == "user" for message in prompt):
+        raise RowError("the prompt has no user turn")
     for answer in (chosen, rejected):
         if not answer or not answer[-1]["content"].strip():
             raise Dropped("empty response")
         if answer[-1]["role"] != "assistant":
             raise RowError("chosen and rejected must end with an assistant turn")
         _check_turns([*prompt, *answer])
-    demonstration = assistant_turn(response) if response.strip() else []
-    return [Example(prompt=prompt, response=demonstration, chosen=chosen, rejected=rejected)]
+    if response:
+        _check_turns([*prompt, *response])
+    return [Example(prompt=prompt, response=list(response), chosen=chosen, rejected=rejected)]
+
+
+def demonstration(example: Example) -> tuple[list[Message], list[Message]]:
+    """What step 1 learns from: the turns before the last answer, and that answer; two empty lists if there is none.
+
+    Earlier turns of an answer count as prompt, so that a long row loses whole oldest turns. A last user turn that
+    nobody answers is left out.
+    """
+    turns = [*example.prompt, *(example.response or example.chosen)]
+    if turns and turns[-1]["role"] == "user":
+        turns.pop()
+    return (turns[:-1], turns[-1:]) if turns and turns[-1]["role"] == "assistant" else ([], [])
 
 
 _TURN = re.compile(r"(?:^|\n\n)\s*(Human|Assistant):")

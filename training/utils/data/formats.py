@@ -19,6 +19,7 @@ from training.utils.data.conversations import (
     answered,
     as_prompt,
     assistant_turn,
+    continuation,
     conversation,
     first_item,
     is_parts,
@@ -28,26 +29,24 @@ from training.utils.data.conversations import (
     preference,
     text_of,
     user_turn,
+    with_system,
 )
 
 
 def prompt_chosen_rejected(row: Row) -> list[Example]:
     """A prompt (a text, a transcript or messages) with a chosen and a rejected answer, and a demonstration if given."""
-    prompt = as_prompt(messages_of(row["prompt"], "prompt"))
-    transcript = isinstance(row["prompt"], str) and bool(parse_transcript(row["prompt"]))
-    answers = []
-    for name in ("chosen", "rejected"):
-        value = row[name]
-        if isinstance(value, (list, dict)) and not is_parts(value):
-            answer = messages_of(value, name)
-            # Some datasets repeat the prompt in both answers.
-            answers.append(answer[len(prompt) :] if answer[: len(prompt)] == prompt else answer)
-        else:
-            text = text_of(row, name)
-            answers.append(assistant_turn(text.strip() if transcript else text))
-    response = row.get("response")
-    demonstration = response.strip() if isinstance(response, str) else ""
-    return preference(prompt, answers[0], answers[1], demonstration)
+    asked = row["prompt"]
+    empty = asked is None or (isinstance(asked, str) and not asked.strip())
+    prompt = [] if empty else as_prompt(messages_of(asked, "prompt"))
+    if all(message["role"] == "system" for message in prompt):  # the answers are whole conversations
+        return [with_system(pair, prompt[0]["content"] if prompt else "") for pair in _transcript_pair(row)]
+    transcript = isinstance(asked, str) and bool(parse_transcript(asked))
+    chosen, rejected, response = (
+        continuation(prompt, row.get(name), name, transcript) for name in ("chosen", "rejected", "response")
+    )
+    if response and not (chosen and rejected):
+        return answered(prompt, response)
+    return preference(prompt, chosen, rejected, response)
 
 
 def _context_chosen_rejected(row: Row) -> list[Example]:
@@ -56,7 +55,7 @@ def _context_chosen_rejected(row: Row) -> list[Example]:
 
 def _conversations_pair(row: Row) -> list[Example]:
     name = "conversations" if "conversations" in row else "messages"
-    return prompt_chosen_rejected({"prompt": row[name], "chosen": row["chosen"], "rejected": row["rejected"]})
+    return prompt_chosen_rejected({**row, "prompt": row[name]})
 
 
 def _transcript_pair(row: Row) -> list[Example]:
@@ -130,9 +129,10 @@ def _marked_solutions(row: Row) -> list[Example]:
     wrong = [plain_text(m["solution"], "a solution") for m in marked if not m["is_correct"]]
     prompt, truth = [user_turn(text_of(row, "question"))], assistant_turn(text_of(row, "ground_truth"))
     pairs = [
-        Example(prompt, truth, assistant_turn(good), assistant_turn(bad))
+        pair
         for good, bad in zip(right, wrong, strict=False)
         if good.strip() and bad.strip()
+        for pair in preference(prompt, assistant_turn(good), assistant_turn(bad), truth)
     ]
     return pairs or [conversation([*prompt, *truth])]
 
@@ -155,13 +155,11 @@ def _pair_of(prompt: str, response: str) -> Converter:
     def convert(row: Row) -> list[Example]:
         if isinstance(row.get("label"), bool) and response != "label" and not row["label"]:
             raise Dropped("marked as a bad answer")
-        ask, answer = row[prompt], row[response]
-        asked = messages_of(ask, prompt) if isinstance(ask, list) and not is_parts(ask) else text_of(row, prompt)
-        listed = isinstance(answer, (list, dict)) and not is_parts(answer) and "full_text" not in answer
-        if listed:
-            return answered(asked, messages_of(answer, response))
-        text = text_of(row, response)
-        return answered(asked, text.strip() if isinstance(asked, str) and parse_transcript(asked) else text)
+        ask = row[prompt]
+        listed = isinstance(ask, list) and not is_parts(ask)
+        asked = as_prompt(messages_of(ask, prompt) if listed else text_of(row, prompt))
+        transcript = isinstance(ask, str) and bool(parse_transcript(ask))
+        return answered(asked, continuation(asked, row[response], response, transcript) or assistant_turn(""))
 
     return convert
 

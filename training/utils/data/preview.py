@@ -107,6 +107,8 @@ def counts(data: StepData, batch_size: int, seed: int) -> list[tuple[str, str]]:
     rows = report.train_rows + report.held_out_rows
     how = f"{report.turns_dropped} lost their oldest turns, {report.left_cut} their left side"
     lines.append(("truncated", f"{report.truncated} of {rows} ({report.truncated / max(1, rows):.1%}): {how}"))
+    if report.open_turns:
+        lines.append(("last user turns without an answer, left out", str(report.open_turns)))
     lines.append(("held-out rows whose prompt is trained on", str(report.shared_prompts)))
     if report.step == 2:
         share = report.longer_chosen / max(1, report.unequal_pairs)

@@ -44,6 +44,7 @@ class DataReport:
         truncated: rows that were shortened to fit, in one way or the other.
         turns_dropped: rows that lost whole oldest turns to fit.
         left_cut: rows whose prompt lost its left side to fit.
+        open_turns: conversations whose last user turn has no answer, which step 1 leaves out.
         shared_prompts: held-out rows whose prompt is also trained on.
         longer_chosen: pairs whose chosen answer has more characters, of ``unequal_pairs``.
         from_cache: whether the tokens were found ready.
@@ -58,6 +59,7 @@ class DataReport:
     truncated: int = 0
     turns_dropped: int = 0
     left_cut: int = 0
+    open_turns: int = 0
     shared_prompts: int = 0
     longer_chosen: int = 0
     unequal_pairs: int = 0
@@ -82,6 +84,8 @@ class DataReport:
         if self.truncated:
             how = f"{self.turns_dropped} lost their oldest turns, {self.left_cut} their left side"
             lines.append(f"truncated {self.truncated}: {how}")
+        if self.open_turns:
+            lines.append(f"{self.open_turns} lost their last user turn, which has no answer")
         if self.shared_prompts:
             lines.append(f"{self.shared_prompts} held-out rows have a prompt that is also trained on")
         counts = f"{self.train_rows} rows to train on, {self.held_out_rows} held out, {self.tokens} tokens"

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from training.utils.arguments import DataArguments
 from training.utils.data.chat import RowError, special_texts
 from training.utils.data.columns import ColumnMap, UnknownFormat, convert, parse_column_map
-from training.utils.data.conversations import Dropped, Example
+from training.utils.data.conversations import Dropped, Example, demonstration
 from training.utils.data.division import duplicates, hash_of, hold_out, split_prompts
 from training.utils.data.report import DataReport, SourceReport
 from training.utils.data.rows import RawRow
@@ -174,7 +174,7 @@ def bad_row(error: RowError, place: str, request: Request, report: DataReport | 
 
 def _check_use(example: Example, step: int) -> None:
     """Raise `Dropped` if the step can not use the example."""
-    if step == 1 and not (example.text or example.response or example.chosen):
+    if step == 1 and not (example.text or demonstration(example)[1]):
         raise Dropped("no response to learn from")
     if step == 2 and not example.chosen:
         raise Dropped("no chosen and rejected answer")
@@ -198,7 +198,7 @@ def _check_no_special_token(example: Example, forbidden: re.Pattern[str] | None)
 def _identity(example: Example, step: int) -> Any:
     """What makes two examples the same row in this step."""
     if step == 1:
-        return [example.text, example.prompt, example.response or example.chosen]
+        return [example.text, *demonstration(example)]
     return [example.prompt, example.chosen, example.rejected] if step == 2 else example.prompt
 
 

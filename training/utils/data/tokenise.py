@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from training.utils.data.chat import Message, Rendered, encode, render_many
-from training.utils.data.conversations import Example
+from training.utils.data.conversations import Example, demonstration
 from training.utils.data.report import DataReport
 
 Row = dict[str, Any]
@@ -81,13 +81,13 @@ def sft_rows(
 ) -> list[list[Row] | str]:
     """Step 1's rows of each example (several for a long plain text), or why it is left out."""
     chats = [i for i, example in enumerate(examples) if not example.text]
-    answers = [examples[i].response or examples[i].chosen for i in chats]
+    shown = [demonstration(examples[i]) for i in chats]
 
     def renderings(prompts: list[list[Message]], numbers: list[int]) -> list[list[Rendered]]:
-        whole = [([*prompt, *answers[n]], False) for prompt, n in zip(prompts, numbers, strict=True)]
+        whole = [([*prompt, *shown[n][1]], False) for prompt, n in zip(prompts, numbers, strict=True)]
         return [[rendered] for rendered in render_many(tokenizer, whole)]
 
-    fitted = _fit([examples[i].prompt for i in chats], renderings, max_length)
+    fitted = _fit([prompt for prompt, _ in shown], renderings, max_length)
     results: list[list[Row] | str] = [""] * len(examples)
     for n, (i, (row,)) in enumerate(zip(chats, fitted.rendered, strict=True)):
         ids, mask = row.input_ids[-max_length:], row.response_mask[-max_length:]
@@ -96,6 +96,7 @@ def sft_rows(
             results[i] = NO_ROOM
             continue
         _count(report, n in fitted.shortened, cut)
+        report.open_turns += not (examples[i].response or examples[i].chosen)
         results[i] = [
             {"input_ids": ids, "response_mask": [1] * len(ids) if train_on_prompts else mask, "length": len(ids)}
         ]
