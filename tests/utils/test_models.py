@@ -56,6 +56,19 @@ def test_no_family_drops_anything_while_it_trains(family, tmp_path):
     assert moved_by_training_mode(models.load_causal_lm(folder, dtype="fp32", attn_implementation=attention)) == 0.0
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2", "neox", "mistral"])
+def test_rotary_frequencies_stay_in_fp32(family, tmp_path):
+    """As transformers 5.17 loads a model for ZeRO-3: everything in 16 bit."""
+    model = models.load_causal_lm(str(save(family, tmp_path)), dtype="bf16")
+    exact = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    assert any("inv_freq" in name for name in exact)
+    model.to(torch.bfloat16)
+    assert all(buffer.dtype == torch.bfloat16 for name, buffer in model.named_buffers() if "inv_freq" in name)
+    models.exact_buffers(model)
+    for name, buffer in model.named_buffers():
+        assert buffer.dtype == exact[name].dtype and torch.equal(buffer, exact[name]), name
+
+
 def test_a_family_without_an_attention_names_the_flag(tmp_path):
     with pytest.raises(UserError, match="give --attn_implementation eager"):
         models.load_causal_lm(str(save("bloom", tmp_path)), dtype="fp32")

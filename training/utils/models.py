@@ -230,7 +230,27 @@ def _load(factory: Any, path: str, dtype: str, attn: str, *, may_miss: str = "",
             f"{path}: holds no weights for {', '.join(missing[:3])}; was it saved as another kind of model?"
         )
     no_dropout(loaded)
+    exact_buffers(loaded)
     return loaded
+
+
+def exact_buffers(model: nn.Module) -> None:
+    """Rotary frequencies in fp32 where loading left them in 16 bit, which is another model than the files hold.
+
+    With transformers 5.17 ``zero.Init`` casts what is computed while it builds a model for ZeRO-3; later versions
+    compute such buffers anew. A module of that kind is a function of its configuration, so a fresh one has them.
+    """
+    for module in model.modules():
+        rounded = [
+            name for name, b in module._buffers.items() if b is not None and b.dtype in (torch.bfloat16, torch.float16)
+        ]
+        if not any(name in module._non_persistent_buffers_set and "inv_freq" in name for name in rounded):
+            continue
+        fresh: Any = type(module)(module.config)
+        for name in rounded:
+            buffer, old = fresh._buffers[name], module._buffers[name]
+            assert buffer is not None and old is not None and buffer.shape == old.shape
+            module._buffers[name] = buffer.to(old.device)
 
 
 def load_causal_lm(
