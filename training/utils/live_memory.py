@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -56,6 +56,10 @@ class LiveMemory(TorchDispatchMode):
         self.peak = max(self.peak, self.bytes)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            # A model asks for a number, and a fake tensor has none. OPT does, in transformers 5.17, whether to drop a
+            # layer, which it never does here.
+            return False
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             # a meta tensor that is not fake has no memory; a fake one stands for a device's
