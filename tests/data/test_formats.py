@@ -150,7 +150,36 @@ def test_answers_in_every_form(kind):
     assert summary(outcome(row)[1]) == becomes
 
 
+MARKS = {
+    False: [False, 0, 0.0, "False", " no", "0", "FALSE"],
+    True: [True, 1, 1.0, "true", "Yes", "1", None, "", float("nan")],
+}
+
+
+@pytest.mark.parametrize(("good", "mark"), [(good, mark) for good, marks in MARKS.items() for mark in marks])
+def test_marks_of_bad_answers_in_every_form(good, mark):
+    """A CSV has no booleans, and a number is none."""
+    rows = [
+        messages(("user", "q"), ("assistant", "a"), label=mark),
+        {"prompt": "q", "completion": "a", "label": mark},
+        {"prompt": "q", "response": "a", "label": mark},
+    ]
+    for row in rows:
+        assert summary(outcome(row)[1]) == ("user: q → response: a" if good else "dropped: marked as a bad answer")
+    if mark not in (None, "") and mark == mark:
+        solutions = {"x": {"is_correct": mark, "solution": "X"}, "y": {"is_correct": not good, "solution": "Y"}}
+        _, (pair,) = convert({"question": "q", "ground_truth": "3", **solutions})
+        assert pair.chosen[0]["content"] == ("X" if good else "Y")
+        _, (pair,) = convert({"history": "q", "human_ref_A": "X", "human_ref_B": "Y", "labels": mark})
+        assert pair.chosen[0]["content"] == ("X" if good else "Y")
+
+
 BAD = {
+    "label is 'good', it must be true": {"prompt": "q", "response": "a", "label": "good"},
+    "label is 2, it": messages(("user", "q"), ("assistant", "a"), label=2),
+    "is_correct is 'maybe'": {"question": "q", "ground_truth": "3", "x": {"is_correct": "maybe", "solution": "3"}},
+    "they are nan, 0.5": {"question": "q", "answer_0": "a", "answer_1": "b", "score_0": float("nan"), "score_1": 0.5},
+    "labels is empty": {"history": "q", "human_ref_A": "a", "human_ref_B": "b", "labels": None},
     "the prompt has no user turn": {"prompt": [], "chosen": [A], "rejected": [B]},
     "column 'response' holds a bool": {"prompt": "q", "chosen": "a", "rejected": "b", "response": True},
     "message 2 of 'messages' has no role": {"messages": [{"role": "user", "content": "a"}, {"content": "b"}]},

@@ -80,6 +80,26 @@ def plain_text(value: Any, where: str) -> str:
     return value
 
 
+def truth_of(value: Any, where: str) -> bool | None:
+    """A mark as true or false, whatever a table made of it; None if there is none.
+
+    Raises:
+        RowError: neither true, yes or 1, nor false, no or 0.
+    """
+    if value is None or value == "" or value != value:  # NaN is how tables write "nothing"
+        return None
+    word = str(value).strip().lower()
+    if not isinstance(value, (bool, int, float, str)) or word not in _TRUTHS:
+        raise RowError(f"{where} is {value!r}, it must be true, yes or 1, or false, no or 0")
+    return _TRUTHS[word]
+
+
+_TRUTHS = {
+    **dict.fromkeys(("true", "yes", "1", "1.0"), True),
+    **dict.fromkeys(("false", "no", "0", "0.0"), False),
+}
+
+
 def _text_parts(parts: Sequence[dict[str, Any]], where: str) -> str:
     """The multi-part content of chat APIs, if every part is text."""
     for part in parts:

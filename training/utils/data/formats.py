@@ -8,6 +8,7 @@ which is its test. Datasets whose columns mislead are in adapters.py.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from training.utils.data.chat import RowError
@@ -28,6 +29,7 @@ from training.utils.data.conversations import (
     plain_text,
     preference,
     text_of,
+    truth_of,
     user_turn,
     with_system,
 )
@@ -73,19 +75,24 @@ def _transcript_pair(row: Row) -> list[Example]:
     return preference(chosen[:-1], chosen[-1:], rejected[-1:])
 
 
+def _check_not_bad(row: Row) -> None:
+    """KTO's rows have a label beside the answer: whether it is a good one."""
+    if truth_of(row.get("label"), "label") is False:
+        raise Dropped("marked as a bad answer")
+
+
 def _chat(row: Row) -> list[Example]:
     name = "messages" if "messages" in row else "conversations"
-    if isinstance(row.get("label"), bool) and not row["label"]:
-        raise Dropped("marked as a bad answer")
+    _check_not_bad(row)
     return [conversation(messages_of(row[name], name))]
 
 
 def _shp(row: Row) -> list[Example]:
     a, b = text_of(row, "human_ref_a"), text_of(row, "human_ref_b")
-    label = str(row["labels"]).strip()
-    if label not in ("0", "1"):
-        raise RowError(f"labels is {row['labels']!r}, it must be 1 (A is better) or 0")
-    chosen, rejected = (a, b) if label == "1" else (b, a)
+    a_is_better = truth_of(row["labels"], "labels")
+    if a_is_better is None:
+        raise RowError("labels is empty, it must be 1 (A is better) or 0")
+    chosen, rejected = (a, b) if a_is_better else (b, a)
     return preference([user_turn(text_of(row, "history"))], assistant_turn(chosen), assistant_turn(rejected))
 
 
@@ -95,7 +102,9 @@ def webgpt(row: Row) -> list[Example]:
     try:
         scores = [float(row["score_0"]), float(row["score_1"])]
     except (TypeError, ValueError):
-        raise RowError(f"the scores must be numbers, they are {row['score_0']!r}, {row['score_1']!r}") from None
+        scores = [math.nan, math.nan]
+    if any(map(math.isnan, scores)):
+        raise RowError(f"the scores must be numbers, they are {row['score_0']!r}, {row['score_1']!r}")
     if scores[0] == scores[1]:
         raise Dropped("tie")
     if scores[0] < scores[1]:
@@ -124,9 +133,9 @@ def _stack_exchange(row: Row) -> list[Example]:
 
 def _marked_solutions(row: Row) -> list[Example]:
     """Grade-school maths with solutions marked right or wrong: each right one is paired with a wrong one."""
-    marked = [value for value in row.values() if isinstance(value, dict) and {"is_correct", "solution"} <= value.keys()]
-    right = [plain_text(m["solution"], "a solution") for m in marked if m["is_correct"]]
-    wrong = [plain_text(m["solution"], "a solution") for m in marked if not m["is_correct"]]
+    found = [value for value in row.values() if isinstance(value, dict) and {"is_correct", "solution"} <= value.keys()]
+    marked = [(truth_of(m["is_correct"], "is_correct"), plain_text(m["solution"], "a solution")) for m in found]
+    right, wrong = ([text for mark, text in marked if mark is wanted] for wanted in (True, False))
     prompt, truth = [user_turn(text_of(row, "question"))], assistant_turn(text_of(row, "ground_truth"))
     pairs = [
         pair
@@ -153,8 +162,8 @@ def _pair_of(prompt: str, response: str) -> Converter:
     """Two columns, one answering the other; each may also be a list of messages."""
 
     def convert(row: Row) -> list[Example]:
-        if isinstance(row.get("label"), bool) and response != "label" and not row["label"]:
-            raise Dropped("marked as a bad answer")
+        if response != "label":
+            _check_not_bad(row)
         ask = row[prompt]
         listed = isinstance(ask, list) and not is_parts(ask)
         asked = as_prompt(messages_of(ask, prompt) if listed else text_of(row, prompt))
