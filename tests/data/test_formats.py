@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import re
 from pathlib import Path
 
 import pytest
 
+from training.utils.data import columns
 from training.utils.data.adapters import ADAPTERS
 from training.utils.data.chat import RowError
 from training.utils.data.columns import convert, parse_column_map
@@ -140,6 +143,15 @@ ANSWERS = {  # a row, what becomes of it
         {"prompt": "q", "response": 7, "chosen": "b", "rejected": "c"},
         "user: q → response: 7 → chosen: b → rejected: c",
     ),
+    "history of messages": (
+        {"instruction": "more", "output": "b", "history": [U, A]},
+        "user: q assistant: a user: more → response: b",
+    ),
+    "no history": ({"instruction": "q", "output": "a", "history": ""}, "user: q → response: a"),
+    "summaries as texts": (
+        {"info": {"article": "q"}, "summaries": ["a", "b"], "choice": 1.0},
+        "user: q\\n\\nTL;DR: → chosen: b → rejected: a",
+    ),
     "repeated prompt": ({"prompt": [U], "completion": [U, A]}, "user: q → response: a"),
 }
 
@@ -210,6 +222,78 @@ BAD = {
 def test_bad_rows(reason):
     with pytest.raises((RowError), match=reason):
         convert(BAD[reason])
+
+
+SUMMARIES = {"info": {"post": "p"}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 1}
+WRONG_TYPES = [
+    *(
+        (message, {"instruction": "q", "output": "a", "history": history}, "")
+        for message, history in (
+            ("column 'history' must be a list of pairs", "abc"),
+            ("column 'history' must be a list of pairs", [["a"]]),
+            ("column 'history' must be a list of pairs", 5),
+            ("message 1 of 'history' has no role", [{"question": "a", "answer": "b"}]),
+        )
+    ),
+    ("column 'info' is a str", {**SUMMARIES, "info": "p"}, ""),
+    ("column 'info' is a NoneType", {**SUMMARIES, "info": None}, ""),
+    ("a list of two summaries", {**SUMMARIES, "summaries": None}, ""),
+    ("a list of two summaries", {**SUMMARIES, "summaries": ["a"]}, ""),
+    ("choice is 2", {**SUMMARIES, "choice": 2}, ""),
+    ("choice is \\[1\\]", {**SUMMARIES, "choice": [1]}, ""),
+    ("queries and answers must hold a text for each", {"queries": "q", "answers": {"ja": ["a"]}}, "mkqa-japanese"),
+    ("queries and answers must hold a text for each", {"queries": {"ja": "q"}, "answers": None}, "mkqa-japanese"),
+    ("column 'answers' is a int, it must be a list", {"context": "c", "question": "q", "answers": 3}, ""),
+    ("column 'questions' is a str, it must be a list", {"questions": "q", "paragraph": "p"}, "qag_jaquad"),
+]
+
+
+@pytest.mark.parametrize(("message", "row", "source"), WRONG_TYPES)
+def test_wrong_types_are_bad_rows(message, row, source):
+    with pytest.raises(RowError, match=message):
+        convert(row, source)
+
+
+VALUES = [
+    None,
+    "",
+    "x",
+    "[",
+    "{",
+    0,
+    1.5,
+    True,
+    [],
+    {},
+    [[]],
+    [{}],
+    [None],
+    ["x"],
+    {"a": 1},
+    [["a"]],
+    [[1, 2, 3]],
+    {"role": 1},
+]
+
+
+@pytest.mark.parametrize("format_", FORMATS, ids=lambda f: f.name)
+def test_no_value_of_any_column_is_a_traceback(format_):
+    """Every format says itself what is wrong with a column of its own."""
+    names = [*format_.columns, "system", "history", "input", "context", "response", "label"]
+    said = set()
+    for name, value, other in itertools.product(names, VALUES, ("x", [{"role": "user", "content": "x"}])):
+        try:
+            convert({**dict.fromkeys(format_.columns, other), name: value})
+        except (RowError, Dropped) as error:
+            said.add(str(error))
+    assert said and not [message for message in said if "does not fit the format" in message]
+
+
+def test_what_a_format_did_not_think_of_names_the_format(monkeypatch):
+    broken = dataclasses.replace(FORMATS[0], columns=frozenset({"zzz"}), convert=lambda row: row["zzz"]["a"])
+    monkeypatch.setattr(columns, "FORMATS", (broken,))
+    with pytest.raises(RowError, match=r"the row does not fit the format context/chosen/rejected: TypeError"):
+        convert({"zzz": 3})
 
 
 def test_empty_response_is_dropped_everywhere():

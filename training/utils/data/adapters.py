@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 
+from training.utils.data.chat import RowError
 from training.utils.data.conversations import (
     Converter,
     Example,
@@ -66,6 +67,8 @@ def _comparisons(row: Row) -> list[Example]:
 def _mkqa(language: str) -> Converter:
     def convert(row: Row) -> list[Example]:
         queries, answers = row["queries"], row["answers"]
+        if not isinstance(queries, dict) or not isinstance(answers, dict):
+            raise RowError("queries and answers must hold a text for each language, such as zh_cn")
         return answered(
             plain_text(queries.get(language), f"queries.{language}"),
             first_item(answers.get(language), "text", "answers"),

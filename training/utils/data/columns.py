@@ -147,4 +147,7 @@ def convert(row: Row, source: str = "", column_map: ColumnMap | None = None) -> 
         raise UnknownFormat(list(row))
     _check_readable(columns, format_.columns | _OPTIONAL)
     system = text_of(columns, "system")
-    return format_.name, [with_system(example, system) for example in format_.convert(columns)]
+    try:
+        return format_.name, [with_system(example, system) for example in format_.convert(columns)]
+    except (TypeError, ValueError, AttributeError, LookupError) as error:  # a shape that the format did not think of
+        raise RowError(f"the row does not fit the format {format_.name}: {error!r}") from error

@@ -275,7 +275,9 @@ def is_parts(value: Any) -> bool:
 
 def first_item(value: Any, key: str, name: str) -> str:
     """The first of a list of texts, or of dicts that hold a text under ``key``; `Dropped` if there is none."""
-    if not isinstance(value, list) or not value:
+    if value is None or value == []:
         raise Dropped(f"no {name}")
+    if not isinstance(value, list):
+        raise RowError(f"column {name!r} is a {type(value).__name__}, it must be a list")
     item = value[0]
     return plain_text(item.get(key) if isinstance(item, dict) else item, f"column {name!r}")

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
-from training.utils.data.chat import RowError
+from training.utils.data.chat import Message, RowError
 from training.utils.data.conversations import (
     Converter,
     Dropped,
@@ -114,11 +115,17 @@ def webgpt(row: Row) -> list[Example]:
 
 def _summaries(row: Row) -> list[Example]:
     """openai/summarize_from_feedback: a post or an article, two summaries, and which one was chosen."""
-    info, texts = row["info"], [plain_text(s.get("text"), "a summary") for s in row["summaries"]]
-    if row["choice"] not in (0, 1) or len(texts) != 2:
-        raise RowError(f"choice is {row['choice']!r} of {len(texts)} summaries, it must be 0 or 1 of two")
+    info, summaries = row["info"], row["summaries"]
+    if not isinstance(info, dict):
+        raise RowError(f"column 'info' is a {type(info).__name__}, it must hold a post or an article")
+    if not isinstance(summaries, list) or len(summaries) != 2:
+        raise RowError("column 'summaries' must be a list of two summaries")
+    second = truth_of(row["choice"], "choice")
+    if second is None:
+        raise RowError("choice is empty, it must be 0 or 1")
+    texts = [plain_text(s.get("text") if isinstance(s, dict) else s, "a summary") for s in summaries]
     post = plain_text(info.get("post") or info.get("article"), "column 'info'")
-    chosen, rejected = texts[row["choice"]], texts[1 - row["choice"]]
+    chosen, rejected = texts[second], texts[not second]
     prompt = [user_turn(f"{post}\n\nTL;DR:")]
     return preference(prompt, assistant_turn(chosen.strip()), assistant_turn(rejected.strip()))
 
@@ -146,14 +153,25 @@ def _marked_solutions(row: Row) -> list[Example]:
     return pairs or [conversation([*prompt, *truth])]
 
 
+def _history(value: Any) -> list[Message]:
+    """Alpaca's earlier turns: pairs of a question and its answer, or messages."""
+    value = value or []
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        return messages_of(value, "history")
+    if not isinstance(value, list) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in value):
+        raise RowError("column 'history' must be a list of pairs, each a question and its answer")
+    turns = []
+    for question, answer in value:
+        turns += [user_turn(plain_text(question, "history")), *assistant_turn(plain_text(answer, "history"))]
+    return turns
+
+
 def _alpaca(row: Row) -> list[Example]:
     """instruction with an optional input (dolly: context) and history; output, response or answer."""
     instruction = text_of(row, "instruction")
     extra = text_of(row, "input" if "input" in row else "context")
     user = f"{instruction}\n\n{extra}" if extra.strip() and instruction.strip() else instruction or extra
-    history = []
-    for question, answer in row.get("history") or []:
-        history += [user_turn(plain_text(question, "history")), *assistant_turn(plain_text(answer, "history"))]
+    history = _history(row.get("history"))
     answer = next(name for name in ("output", "response", "answer") if name in row)
     return answered([*history, user_turn(user)] if history else user, text_of(row, answer))
 
