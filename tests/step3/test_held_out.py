@@ -28,7 +28,7 @@ def test_models_from_disk_answer_in_the_runs_precision(tmp_path, monkeypatch, dt
     engine = SimpleNamespace(
         device=torch.device("cpu"), bfloat16_enabled=lambda: dtype == "bf16", fp16_enabled=lambda: dtype == "fp16"
     )
-    roles = SimpleNamespace(actor=SimpleNamespace(engine=engine), rewards=None)
+    roles = SimpleNamespace(actor=SimpleNamespace(engine=engine, another_fits=lambda: True), rewards=None)
     asked = SimpleNamespace(request=lambda rows, device: None)
     decoder = SimpleNamespace(generate=lambda *_: None)
     assert samples.base_answers(asked, [0], decoder, None, str(tmp_path), roles) == []
@@ -56,11 +56,13 @@ class Scripted:
         self.policies = policies
         self.now = 0
         self.saved = []
+        self.room = True
         self.log = Log()
         actor = SimpleNamespace(
             engine=SimpleNamespace(device=torch.device("cpu")),
             generation_mode=lambda: contextlib.nullcontext(self.now),
             reference_mode=lambda: contextlib.nullcontext("reference"),
+            another_fits=lambda: self.room,
         )
         dataset = [{"messages": '[{"role": "user", "content": "q"}]', "row": "{}"}] * ROWS
         monkeypatch.setattr(held_out, "answer_held_out", self.answer)
@@ -131,6 +133,21 @@ def test_beyond_the_bound_the_lowest_kl_is_kept(monkeypatch):
     kept = world.evaluation.finish()["kept"]
     assert (kept["iteration"], kept["within_bound"]) == (4, False)
     assert "lowest KL" in kept["chosen_by"]
+
+
+def test_without_room_for_the_kept_actor_its_own_evaluation_counts(monkeypatch, capsys):
+    """Its answers outlast a resume, and are held against the SFT model's to the same prompts."""
+    policies = {0: (0, 0), 2: (0.9, 3), 4: (0.5, 3), 6: (0.2, 3)}
+    first, second = Scripted(policies, monkeypatch), Scripted(policies, monkeypatch)
+    first.evaluation.begin()
+    first.train(last=3)
+    second.evaluation.load_state_dict(json.loads(json.dumps(first.evaluation.state_dict())))
+    second.room = False
+    second.train(first=4)
+    summary = second.evaluation.finish()
+    assert (summary["kept"]["iteration"], summary["reward_after"]) == (2, pytest.approx(0.9))
+    assert (summary["prompts"], summary["length_after"], summary["win_rate"]) == (RUNNING_PROMPTS, 2, 1.0)
+    assert f"those of its {RUNNING_PROMPTS} prompts" in capsys.readouterr().out
 
 
 def test_a_reward_that_is_not_finite_is_never_kept(monkeypatch, capsys):

@@ -22,6 +22,11 @@ def _bytes(parameter: nn.Parameter) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel())) * parameter.element_size()
 
 
+def weight_bytes(model: nn.Module) -> int:
+    """Of all parameters of a model, whole also where ZeRO-3 shards them."""
+    return sum(map(_bytes, model.parameters()))
+
+
 def generation_bytes(model: nn.Module, *, rows: int, length: int, packed: bool, merged: bool) -> int:
     """Memory that a rollout needs on each rank, in bytes: gathered weights, their copies, cache and logits.
 
@@ -32,7 +37,7 @@ def generation_bytes(model: nn.Module, *, rows: int, length: int, packed: bool, 
         merged: adapted weights are copied to be written back (`training.utils.lora.adapters_merged`).
     """
     config: Any = without_adapters(model).config
-    weights = sum(_bytes(parameter) for parameter in model.parameters())
+    weights = weight_bytes(model)
     item = next(model.parameters()).element_size()
     copies = weights if packed else 0
     if merged and is_lora(model):

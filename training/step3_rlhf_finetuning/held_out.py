@@ -92,8 +92,9 @@ class HeldOutEvaluation:
         save: writes the actor there; a collective.
 
     Attributes:
-        before, after: answers of the SFT model, and of the actor that was kept, to all prompts.
-        kept: the evaluation whose actor is in ``actor_dir``.
+        before: answers of the SFT model to all prompts.
+        after: of the actor that was kept, to all prompts, or to the running ones where it could not be loaded.
+        kept, kept_answers: the evaluation whose actor is in ``actor_dir``, and its answers to the running prompts.
         seconds: spent here so far.
     """
 
@@ -128,6 +129,7 @@ class HeldOutEvaluation:
         self.before: list[Answer] = []
         self.after: list[Answer] = []
         self.kept: Kept | None = None
+        self.kept_answers: list[Answer] = []
         self.seconds = 0.0
         self._started = 0.0
         self.running_rows = spread_rows(len(prompts.dataset), RUNNING_PROMPTS)
@@ -160,19 +162,32 @@ class HeldOutEvaluation:
             self._judge(self.iterations, [self.after[i] for i in self.running_rows])
             assert self.kept is not None
             if self.kept.iteration != self.iterations:
-                say(f"answering them with the actor of iteration {self.kept.iteration}, which is kept ...")
-                self.after = self._all_answers(self._saved_actor)
-        summary = compare(self.prompts, self.before, self.after, self.function, self.function_name)
+                self._answer_with_the_kept_actor(self.kept)
+        before = [self.before[answer.row] for answer in self.after]
+        summary = compare(self.prompts, before, self.after, self.function, self.function_name)
         self.logger.log(self.iterations, {f"final/{k}": v for k, v in summary.items() if isinstance(v, float)})
         rule = "the highest held-out reward" if self.kept.within_bound else "the lowest KL, none is within the bound"
         kept = asdict(self.kept) | {"max_kl": MAX_KL, "chosen_by": rule}
         return summary | {"kept": kept, "evaluation_seconds": self.seconds}
+
+    def _answer_with_the_kept_actor(self, kept: Kept) -> None:
+        """Put its answers into ``after``: to all prompts, or those that it was chosen by where no more fits."""
+        if self.roles.actor.another_fits():
+            say(f"answering them with the actor of iteration {kept.iteration}, which is kept ...")
+            self.after = self._all_answers(self._saved_actor)
+            return
+        say(
+            f"the actor of iteration {kept.iteration} is kept, and there is no room to load it beside the others: the "
+            f"numbers are those of its {len(self.kept_answers)} prompts; evaluate.py takes all"
+        )
+        self.after = self.kept_answers
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as JSON holds it: the SFT model's answers and which actor is kept."""
         return {
             "before": [asdict(answer) for answer in self.before],
             "kept": asdict(self.kept) if self.kept else None,
+            "kept_answers": [asdict(answer) for answer in self.kept_answers],
             "seconds": self.seconds,
         }
 
@@ -180,6 +195,7 @@ class HeldOutEvaluation:
         """Go on from `state_dict`, instead of `begin`."""
         self.before = [Answer(**values) for values in state["before"]]
         self.kept = Kept(**state["kept"]) if state["kept"] else None
+        self.kept_answers = [Answer(**values) for values in state["kept_answers"]]
         self.seconds = state["seconds"]
 
     @contextlib.contextmanager
@@ -233,7 +249,7 @@ class HeldOutEvaluation:
         )
         if best:
             self.save()
-            self.kept = current
+            self.kept, self.kept_answers = current, list(answers)
 
     def _log(self, iteration: int, answers: Sequence[Answer]) -> dict[str, float]:
         """Metrics of the running prompts' answers, held against the SFT model's; logged and returned."""

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from training.step3_rlhf_finetuning.generation_memory import fits, free_bytes, generation_bytes
+from training.step3_rlhf_finetuning.generation_memory import fits, free_bytes, generation_bytes, weight_bytes
 from training.utils.checkpoint import gathered
 from training.utils.distributed import say
 from training.utils.lora import adapters_merged
@@ -87,6 +87,10 @@ class HybridEngine:
             f"the whole actor does not fit on a rank (a rollout needs {needed / 1e9:.2f} GB, {free_bytes() / 1e9:.2f} "
             f"are free): generating through the ZeRO-3 hooks, which gather each layer at each token and are slow{merge}"
         )
+
+    def another_fits(self) -> bool:
+        """Whether every rank has room for one more whole model of the actor's size; a collective."""
+        return fits(weight_bytes(self._twin), self.engine.device)
 
     @contextlib.contextmanager
     def _gathered_twin(self) -> Iterator[Any]:

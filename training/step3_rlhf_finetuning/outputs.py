@@ -46,9 +46,10 @@ def write_answers(
     if is_main():
         move_into(output_dir / BEST, output_dir / "actor")
     phases.end("evaluate", "answering with the model that step 1 started from")
-    shown = samples.sample_rows(evaluator.prompts)
+    after = {answer.row: answer for answer in evaluator.after}
+    shown = [row for row in samples.sample_rows(evaluator.prompts) if row in after] or list(after)[:1]
     base = samples.base_answers(evaluator.prompts, shown, backend, sampling, actor_path, roles)
-    named = {"sft": [evaluator.before[i] for i in shown], "rlhf": [evaluator.after[i] for i in shown]}
+    named = {"sft": [evaluator.before[i] for i in shown], "rlhf": [after[i] for i in shown]}
     if is_main():
         samples.write_samples(output_dir, evaluator.prompts, ({"base": base} if base else {}) | named, function)
     phases.end("evaluate")

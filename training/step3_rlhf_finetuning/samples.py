@@ -36,10 +36,10 @@ def base_answers(
     actor_path: str,
     roles: Roles,
 ) -> list[Answer] | None:
-    """Answers of the model that step 1 started from, if step 1 left its name; a collective."""
+    """Answers of the model that step 1 started from, if step 1 left its name and there is room; a collective."""
     summary = Path(actor_path) / "summary.json"
     base = json.loads(summary.read_text()).get("base_model") if summary.is_file() else None
-    if base is None or not (Path(base) / "config.json").is_file():
+    if base is None or not (Path(base) / "config.json").is_file() or not roles.actor.another_fits():
         return None
     engine = roles.actor.engine
     model = models.load_causal_lm(base, dtype=dtype_name(engine)).to(engine.device).eval()
