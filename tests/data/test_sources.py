@@ -148,6 +148,22 @@ def test_row_limit(tmp_path):
         resolve(f"{path}:0", 1)
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.txt"])
+def test_a_number_of_any_length_is_read(tmp_path, name):
+    row = '{"prompt": "a", "count": 17, "id": ' + "1" * 5000 + "}"
+    (tmp_path / name).write_text(f"[{row}]" if name == "a.json" else row)
+    (found,) = read_file(tmp_path / name)
+    assert found.values == {"prompt": "a", "count": 17, "id": "1" * 5000}
+
+
+def test_a_limit_of_many_digits(tmp_path):
+    path = write(tmp_path / "a.jsonl")
+    assert len(list(resolve(f"{path}:{10**14}", 1).rows())) == 5
+    for digits in (20, 200):
+        with pytest.raises(UserError, match=f"a limit of {digits} digits; without a limit all rows are read"):
+            resolve(f"{path}:{'9' * digits}", 1)
+
+
 def test_folder_with_an_eval_split(tmp_path):
     for name in ("train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl.gz", "test.json", "validation.csv"):
         write(tmp_path / name)
@@ -156,6 +172,15 @@ def test_folder_with_an_eval_split(tmp_path):
     assert [p.name for p in source.train] == ["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl.gz"]
     assert [p.name for p in source.held_out] == ["test.json", "validation.csv"]
     assert len(list(source.rows())) == 10 and len(list(source.rows(held_out=True))) == 10
+
+
+def test_a_link_to_nothing_in_a_folder(tmp_path):
+    write(tmp_path / "train.jsonl")
+    (tmp_path / "notes.md").symlink_to(tmp_path / "gone.md")
+    assert len(resolve(str(tmp_path), 1).train) == 1
+    (tmp_path / "more.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    with pytest.raises(UserError, match=r"more\.jsonl is a link to a file that is not there"):
+        resolve(str(tmp_path), 1)
 
 
 def test_training_data_of_seed_004(tmp_path):

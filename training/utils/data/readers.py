@@ -25,7 +25,16 @@ TYPES = ("json", "jsonl", "ndjson", "csv", "tsv", "txt", "parquet")
 EVAL_WORDS = {"eval", "evaluation", "test", "validation", "valid", "val", "dev", "held"}
 _FAR = 8 * MAX_ROW_CHARACTERS  # in a JSON list a row's end is sought so far: beyond it a quote or bracket is missing
 _CHUNK = 1 << 20
+_MOST_DIGITS = 4000  # Python refuses to read longer numbers (a guard against its slow conversion)
 _ESCAPED = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of bytes that are no UTF-8
+
+
+def _integer(digits: str) -> int | str:
+    """A number of JSON; one that Python would refuse stays the text that it is."""
+    return int(digits) if len(digits) <= _MOST_DIGITS else digits
+
+
+_DECODER = json.JSONDecoder(parse_int=_integer)
 
 
 def type_of(path: Path) -> str:
@@ -110,7 +119,7 @@ def _read_jsonl(file: IO[bytes], path: Path) -> Iterator[RawRow]:
 
 def _parse_object(line: str) -> dict[str, Any] | RowError:
     try:
-        value = json.loads(line)
+        value = _DECODER.decode(line)
     except json.JSONDecodeError as error:
         return RowError(f"broken JSON at column {error.colno}: {error.msg}")
     except RecursionError:
@@ -174,7 +183,6 @@ class _Window:
     def __init__(self, file: IO[bytes], path: Path) -> None:
         self.reader = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
         self.path = path
-        self.decoder = json.JSONDecoder()
         self.buffer, self.at, self.end = "", 0, False
         self.line, self.column = 1, 1
 
@@ -212,7 +220,7 @@ class _Window:
         size = _CHUNK
         while True:
             try:
-                value, end = self.decoder.raw_decode(self.buffer, self.at)
+                value, end = _DECODER.raw_decode(self.buffer, self.at)
                 # A number at the very end of the window may go on; objects and lists can not.
                 if end < len(self.buffer) or isinstance(value, (dict, list)) or not self._fill():
                     length = end - self.at

@@ -31,6 +31,7 @@ _ELSEWHERE = {
     "local/jsonfile": "give the folder of train.json and eval.json itself",
     "multiturnalpaca": "give the path of the folder MultiTurnAlpaca with training_data.txt.train and .test",
 }
+_MOST_DIGITS = 15  # of a row limit
 _HUB_BUILDERS = ("arrow", "csv", "json", "parquet", "text")
 
 
@@ -116,8 +117,10 @@ def _split_limit(text: str) -> tuple[str, int]:
     match = re.fullmatch(r"(.+):(\d+)", text)
     if match is None or Path(text).expanduser().exists():
         return text, 0
-    if int(match[2]) == 0:
+    if not match[2].strip("0"):
         raise UserError(f"--data_path {text}: a limit of 0 rows leaves nothing")
+    if len(match[2]) > _MOST_DIGITS:
+        raise UserError(f"--data_path {match[1]}: a limit of {len(match[2])} digits; without a limit all rows are read")
     return match[1], int(match[2])
 
 
@@ -128,7 +131,10 @@ def _nearest(path: Path) -> str:
 
 
 def _folder(name: str, folder: Path, limit: int) -> Source:
-    files = sorted(p for p in folder.iterdir() if p.is_file() and type_of(p) and not p.name.startswith((".", "_")))
+    named = sorted(p for p in folder.iterdir() if type_of(p) and not p.name.startswith((".", "_")))
+    if (lost := next((p for p in named if p.is_symlink() and not p.exists()), None)) is not None:
+        raise UserError(f"--data_path {name}: {lost} is a link to a file that is not there")
+    files = [p for p in named if p.is_file()]
     if not files:
         for_people = ", ".join(TYPES)
         raise UserError(f"--data_path {name}: the folder holds no data file ({for_people}, each also .gz)")
