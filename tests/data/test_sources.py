@@ -159,7 +159,7 @@ def test_a_number_of_any_length_is_read(tmp_path, name):
 def test_a_limit_of_many_digits(tmp_path):
     path = write(tmp_path / "a.jsonl")
     assert len(list(resolve(f"{path}:{10**14}", 1).rows())) == 5
-    for digits in (20, 200):
+    for digits in (20, 200, 5000):
         with pytest.raises(UserError, match=f"a limit of {digits} digits; without a limit all rows are read"):
             resolve(f"{path}:{'9' * digits}", 1)
 
@@ -197,6 +197,8 @@ def test_what_does_not_exist(tmp_path, monkeypatch):
     write(tmp_path / "sft.jsonl")
     with pytest.raises(UserError, match=r"no such file or folder; did you mean .*sft\.jsonl"):
         resolve(str(tmp_path / "stf.jsonl"), 1)
+    with pytest.raises(UserError, match="no such file or folder"):
+        resolve("a" * 300 + ".jsonl", 1)
     with pytest.raises(UserError, match="no data file"):
         (tmp_path / "empty").mkdir()
         resolve(str(tmp_path / "empty"), 1)

@@ -101,9 +101,9 @@ def resolve(text: str, step: int) -> Source:
     if name == "demo":
         return Source(name, (_DEMO / _DEMO_FILES[step],), (_DEMO / "held_out.jsonl",), limit)
     path = Path(name).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):
         return _folder(name, path, limit)
-    if path.is_file():
+    if os.path.isfile(path):
         file_type(path)
         return Source(name, (path,), (), limit)
     looks_local = name.startswith(("/", "./", "../", "~")) or any(s.lstrip(".") in TYPES for s in path.suffixes[-2:])
@@ -115,7 +115,7 @@ def resolve(text: str, step: int) -> Source:
 
 def _split_limit(text: str) -> tuple[str, int]:
     match = re.fullmatch(r"(.+):(\d+)", text)
-    if match is None or Path(text).expanduser().exists():
+    if match is None or os.path.exists(Path(text).expanduser()):  # Path.exists fails on a name that is too long
         return text, 0
     if not match[2].strip("0"):
         raise UserError(f"--data_path {text}: a limit of 0 rows leaves nothing")
