@@ -221,6 +221,21 @@ def test_system_message_is_baked_into_the_template(system):
     assert tok.chat_template == once, "steps 2 and 3 get the tokenizer with it, and the flag again"
 
 
+def test_a_template_without_system_turns_does_not_lose_the_system_message():
+    plain = (
+        "{% for m in messages if m.role != 'system' %}{{ m.role }}: {{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    configure_chat_template(with_template(plain))
+    with pytest.raises(UserError, match="--system_message: the chat template writes no system turn"):
+        configure_chat_template(with_template(plain), "", "Be kind.")
+    refusing = families.SMOL.replace(
+        "{% for", "{% if messages[0].role == 'system' %}{{ raise_exception('none') }}{% endif %}{% for", 1
+    )
+    with pytest.raises(UserError, match="fails on a plain conversation: .*none"):
+        configure_chat_template(with_template(refusing), "", "Be kind.")
+
+
 def test_template_is_saved_with_the_tokenizer(tmp_path):
     from transformers import AutoTokenizer
 

@@ -358,6 +358,15 @@ def test_special_tokens_in_a_text_are_a_bad_row(tok, tmp_path):
         prepare(1, tok, write(tmp_path / "a.jsonl", rows))
 
 
+def test_an_end_token_that_is_not_special_is_as_bad_in_a_text(tmp_path):
+    tok = families.smol_like()
+    tok.add_tokens(["<|endturn|>"], special_tokens=False)
+    (tmp_path / "a.jinja").write_text(families.SMOL.replace("<|im_end|>' + '\n", "<|endturn|>' + '\n"))
+    rows = [*sft(4), {"prompt": "Hi", "response": "x<|endturn|>y"}]
+    with pytest.raises(UserError, match=r":5: the text contains '<\|endturn\|>', which .* ends a turn"):
+        prepare(1, tok, write(tmp_path / "a.jsonl", rows), chat_template=str(tmp_path / "a.jinja"))
+
+
 def test_a_template_that_refuses_a_row_names_it(tmp_path):
     tok = families.smol_like()
     tok.chat_template = (

@@ -107,7 +107,8 @@ def configure_chat_template(tokenizer: Any, chat_template: str = "", system_mess
         system_message: put before every conversation that has no system turn.
 
     Raises:
-        UserError: no such template, it is not valid Jinja, it loses a turn, or it can not be masked exactly.
+        UserError: no such template, it is not valid Jinja, it loses a turn or the system message, or it can not be
+            masked exactly.
     """
     current = tokenizer.chat_template
     if isinstance(current, dict):  # some tokenizers carry one template for chat and one for tools
@@ -118,6 +119,11 @@ def configure_chat_template(tokenizer: Any, chat_template: str = "", system_mess
         template = _with_system_message(template, system_message)
     tokenizer.chat_template = template
     _structure(tokenizer)
+    if system_message.strip() not in render_text(tokenizer, [{"role": "user", "content": _PROBES[0]}]):
+        raise UserError(
+            "--system_message: the chat template writes no system turn, so the message would be lost; "
+            "choose another --chat_template"
+        )
 
 
 def stop_token_ids(tokenizer: Any) -> list[int]:
@@ -154,6 +160,11 @@ def special_texts(tokenizer: Any) -> list[str]:
     texts = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     texts.update(str(token) for token in tokenizer.all_special_tokens)
     return sorted(texts - {""}, key=lambda text: (-len(text), text))
+
+
+def forbidden_texts(tokenizer: Any) -> list[str]:
+    """What no text of a row may contain: special tokens, and the token that ends a turn, special or not."""
+    return sorted({*special_texts(tokenizer), _structure(tokenizer).end_token}, key=lambda text: (-len(text), text))
 
 
 def _added_texts(tokenizer: Any) -> list[str]:

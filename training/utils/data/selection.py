@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from training.utils.arguments import DataArguments
-from training.utils.data.chat import RowError, special_texts
+from training.utils.data.chat import RowError, forbidden_texts
 from training.utils.data.columns import ColumnMap, UnknownFormat, convert, parse_column_map
 from training.utils.data.conversations import Dropped, Example, demonstration
 from training.utils.data.division import duplicates, hash_of, hold_out, split_prompts
@@ -184,12 +184,12 @@ def _check_use(example: Example, step: int) -> None:
         raise Dropped("plain text, no prompt")
 
 
-def _check_no_special_token(example: Example, forbidden: re.Pattern[str] | None) -> None:
+def _check_no_special_token(example: Example, forbidden: re.Pattern[str]) -> None:
     """A text must not be able to end its own turn or to write another speaker's."""
     turns = [*example.prompt, *example.response, *example.chosen, *example.rejected]
     for text in (example.text, *(turn["content"] for turn in turns)):
-        if forbidden is not None and (found := forbidden.search(text)):
-            raise RowError(f"the text contains {found[0]!r}, which is a special token of the tokenizer")
+        if found := forbidden.search(text):
+            raise RowError(f"the text contains {found[0]!r}, which is a special token or ends a turn of the template")
 
 
 # --- which rows go where -----------------------------------------------------------------------------------------
@@ -212,7 +212,7 @@ class _Scan:
     identities: np.ndarray
 
 
-def _scan(stream: Stream, request: Request, forbidden: re.Pattern[str] | None, report: DataReport) -> _Scan:
+def _scan(stream: Stream, request: Request, forbidden: re.Pattern[str], report: DataReport) -> _Scan:
     rows, groups, usable, identities = array("Q"), array("Q"), array("B"), array("Q")
     first_of_row = 0
     bar = progress(None, f"reading {stream.name}")
@@ -253,8 +253,7 @@ def decide(request: Request, tokenizer: Any, report: DataReport) -> dict[str, di
     Raises:
         UserError: a row is wrong (with file:line), or a mapped column is nowhere.
     """
-    texts = special_texts(tokenizer)
-    forbidden = re.compile("|".join(map(re.escape, texts))) if texts else None
+    forbidden = re.compile("|".join(map(re.escape, forbidden_texts(tokenizer))))
     recorded: dict[str, dict[str, list[int]]] = {}
     seen = {"train": np.zeros(0, np.uint64), "held_out": np.zeros(0, np.uint64)}
     scans = [_scan(stream, request, forbidden, report) for stream in request.streams]
