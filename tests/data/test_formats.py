@@ -152,6 +152,49 @@ ANSWERS = {  # a row, what becomes of it
         {"info": {"article": "q"}, "summaries": ["a", "b"], "choice": 1.0},
         "user: q\\n\\nTL;DR: → chosen: b → rejected: a",
     ),
+    "repeated transcript": (
+        {"prompt": HH, "chosen": f"{HH} Yes.", "rejected": f"{HH} No."},
+        "user: Hi assistant: Hello user: More? → chosen: Yes. → rejected: No.",
+    ),
+    "transcripts of a plain prompt": (
+        {"prompt": "q", "chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
+        "user: q → chosen: a → rejected: b",
+    ),
+    "transcripts of another prompt": (
+        {"prompt": HH, "chosen": f"{HH} Yes.", "rejected": f"{HH.replace('More', 'Less')} No."},
+        "dropped: differing prefixes",
+    ),
+    "lines of Windows": (
+        {"chosen": f"{HH} Yes.".replace("\n", "\r\n"), "rejected": f"{HH} No.".replace("\n", "\r\n")},
+        "user: Hi assistant: Hello user: More? → chosen: Yes. → rejected: No.",
+    ),
+    "prompt with lines of Windows": (
+        {"prompt": HH.replace("\n", "\r\n"), "response": " Yes."},
+        "user: Hi assistant: Hello user: More? → response: Yes.",
+    ),
+    "messages in a text": ({"messages": json.dumps([U, A])}, "user: q → response: a"),
+    "conversations in a text": (
+        {"conversations": '[{"from": "human", "value": "q"}, {"value": "a", "from": "gpt"}]'},
+        "user: q → response: a",
+    ),
+    "pair in a text": (
+        {"prompt": json.dumps([U]), "chosen": json.dumps([U, A]), "rejected": json.dumps([B])},
+        "user: q → chosen: a → rejected: b",
+    ),
+    "whole pair in a text": (
+        {"chosen": json.dumps([U, A]), "rejected": json.dumps([U, B])},
+        "user: q → chosen: a → rejected: b",
+    ),
+    "answer in a text": ({"prompt": json.dumps([U]), "completion": json.dumps([A])}, "user: q → response: a"),
+    "prompt in a text": ({"prompt": json.dumps([U, A, MORE])}, "user: q assistant: a user: more"),
+    "JSON that is no messages": (
+        {"prompt": '{"role": "x"}', "response": '[{"a": 1}]'},
+        'user: {"role": "x"} → response: [{"a": 1}]',
+    ),
+    "empty system turn": (
+        {"system": "s", "messages": [{"role": "system", "content": ""}, U, A]},
+        "system: s user: q → response: a",
+    ),
     "repeated prompt": ({"prompt": [U], "completion": [U, A]}, "user: q → response: a"),
 }
 
@@ -187,6 +230,9 @@ def test_marks_of_bad_answers_in_every_form(good, mark):
 
 
 BAD = {
+    "column 'messages' is a text, it must be a list": {"messages": "What is it?"},
+    "column 'messages' is a text that begins like a list of messages, but no JSON": {"messages": str([U, A])},
+    "column 'prompt' is a text that begins like a list": {"prompt": str([U]), "response": "a"},
     "label is 'good', it must be true": {"prompt": "q", "response": "a", "label": "good"},
     "label is 2, it": messages(("user", "q"), ("assistant", "a"), label=2),
     "is_correct is 'maybe'": {"question": "q", "ground_truth": "3", "x": {"is_correct": "maybe", "solution": "3"}},

@@ -470,6 +470,13 @@ def test_system_message_and_template_reach_the_rows_and_the_tokenizer(tmp_path):
     assert text.startswith("Be kind.\n\n### Instruction:\n") and text.endswith(".<|endoftext|>")
 
 
+def test_the_system_message_stands_where_a_system_turn_is_empty(tok, tmp_path):
+    own = families.smol_like()
+    rows = [{"messages": [{"role": "system", "content": " "}, *turns(1)[1:]]}]
+    data = prepare(1, own, write(tmp_path / "a.jsonl", rows), system_message="Be brief.")
+    assert own.decode(data.train[0]["input_ids"]).startswith("<|im_start|>system\nBe brief.<|im_end|>")
+
+
 def test_demo_data(tok):
     for step, column in ((1, "input_ids"), (2, "chosen_ids"), (3, "prompt_ids")):
         data = prepare(step, tok, "demo")

@@ -6,6 +6,7 @@ what breaks the rules of a conversation (`RowError`) and leave out what teaches 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -125,15 +126,38 @@ def _message(item: Any, where: str) -> Message:
     }
 
 
+_LIST_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](role|from|content|value)["']\s*:""")
+
+
+def unpacked(value: Any, name: str) -> Any:
+    """A text that is a list of messages in JSON (a CSV can hold nothing else) as that list; others as they are.
+
+    Raises:
+        RowError: a text that begins like such a list and is none.
+    """
+    if not isinstance(value, str) or not _LIST_AS_TEXT.match(value):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise RowError(f"column {name!r} is a text that begins like a list of messages, but no JSON: {error}") from None
+
+
 def messages_of(value: Any, name: str) -> list[Message]:
-    """A column that holds a conversation: a list of messages, one message, or a text (a transcript or one turn)."""
+    """A column that holds a conversation: a list of messages, one message, or a text (a transcript or one turn).
+
+    A list may also stand in a text, as JSON. A system turn without content is left out.
+    """
+    value = unpacked(value, name)
     if isinstance(value, str):
         return parse_transcript(value) or [user_turn(value)]
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, list):
         raise RowError(f"column {name!r} is a {type(value).__name__}, it must be a list of messages")
-    return [_message(item, f"message {i + 1} of {name!r}") for i, item in enumerate(value)]
+    messages = [_message(item, f"message {i + 1} of {name!r}") for i, item in enumerate(value)]
+    empty_system = messages[:1] and messages[0]["role"] == "system" and not messages[0]["content"].strip()
+    return messages[1:] if empty_system else messages
 
 
 def user_turn(text: str) -> Message:
@@ -208,6 +232,7 @@ def continuation(prompt: list[Message], value: Any, name: str, transcript: bool 
         Dropped: a transcript that begins with another prompt.
     """
     said = [{**message, "content": message["content"].strip()} for message in prompt if message["role"] != "system"]
+    value = unpacked(value, name)
     wrapped = isinstance(value, dict) and "full_text" in value
     if isinstance(value, (list, dict)) and not is_parts(value) and not wrapped:
         turns = messages_of(value, name)
@@ -255,7 +280,7 @@ _TURN = re.compile(r"(?:^|\n\n)\s*(Human|Assistant):")
 
 def parse_transcript(text: str) -> list[Message]:
     r"""The turns of a "\n\nHuman: ... \n\nAssistant: ..." text, [] if it is none; an open last turn is empty."""
-    parts = _TURN.split(text)
+    parts = _TURN.split(text.replace("\r\n", "\n"))
     if len(parts) < 3 or parts[0].strip() or parts[1] != "Human":
         return []
     messages = [

@@ -31,6 +31,7 @@ from training.utils.data.conversations import (
     preference,
     text_of,
     truth_of,
+    unpacked,
     user_turn,
     with_system,
 )
@@ -38,7 +39,7 @@ from training.utils.data.conversations import (
 
 def prompt_chosen_rejected(row: Row) -> list[Example]:
     """A prompt (a text, a transcript or messages) with a chosen and a rejected answer, and a demonstration if given."""
-    asked = row["prompt"]
+    asked = unpacked(row["prompt"], "prompt")
     empty = asked is None or (isinstance(asked, str) and not asked.strip())
     prompt = [] if empty else as_prompt(messages_of(asked, "prompt"))
     if all(message["role"] == "system" for message in prompt):  # the answers are whole conversations
@@ -63,7 +64,7 @@ def _conversations_pair(row: Row) -> list[Example]:
 
 def _transcript_pair(row: Row) -> list[Example]:
     """hh-rlhf: two transcripts; the common prefix ends at the last Assistant turn."""
-    if isinstance(row["chosen"], list):
+    if isinstance(unpacked(row["chosen"], "chosen"), list):
         chosen, rejected = messages_of(row["chosen"], "chosen"), messages_of(row["rejected"], "rejected")
     else:
         chosen, rejected = parse_transcript(text_of(row, "chosen")), parse_transcript(text_of(row, "rejected"))
@@ -85,7 +86,10 @@ def _check_not_bad(row: Row) -> None:
 def _chat(row: Row) -> list[Example]:
     name = "messages" if "messages" in row else "conversations"
     _check_not_bad(row)
-    return [conversation(messages_of(row[name], name))]
+    value = unpacked(row[name], name)
+    if isinstance(value, str) and not parse_transcript(value):
+        raise RowError(f"column {name!r} is a text, it must be a list of messages (in a CSV: as JSON)")
+    return [conversation(messages_of(value, name))]
 
 
 def _shp(row: Row) -> list[Example]:
@@ -182,7 +186,7 @@ def _pair_of(prompt: str, response: str) -> Converter:
     def convert(row: Row) -> list[Example]:
         if response != "label":
             _check_not_bad(row)
-        ask = row[prompt]
+        ask = unpacked(row[prompt], prompt)
         listed = isinstance(ask, list) and not is_parts(ask)
         asked = as_prompt(messages_of(ask, prompt) if listed else text_of(row, prompt))
         transcript = isinstance(ask, str) and bool(parse_transcript(ask))
@@ -210,7 +214,7 @@ def _text_alone(row: Row) -> list[Example]:
 
 
 def _prompt_only(row: Row) -> list[Example]:
-    prompt = row["prompt"]
+    prompt = unpacked(row["prompt"], "prompt")
     messages = messages_of(prompt, "prompt") if isinstance(prompt, list) else as_prompt(text_of(row, "prompt"))
     return [conversation(as_prompt(messages))]
 
