@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +53,14 @@ def train(
     only_lora: bool = True,
     checkpointing: bool = False,
     per_micro_batch_mean: bool = False,
-    poison: int | None = None,
+    poison: int | Collection[int] | None = None,
     save_to: str | None = None,
 ) -> dict[str, Any]:
     """Train on the eight rows as one optimizer step each time; returns losses, norms, skips and final weights.
 
     Args:
         per_micro_batch_mean: plants the fault that the global normalisation avoids.
-        poison: the step at which rank 0's loss is NaN.
+        poison: the step, or the steps, at which rank 0's loss is NaN.
     """
     device = init_distributed()
     config = deepspeed_config(zero_stage=stage, dtype=dtype, micro_batch_size=micro_batch, overrides=TINY_SHARDS)
@@ -72,11 +73,12 @@ def train(
     engine = engines.initialize_engine(
         model.to(device), config, learning_rate=1e-2, weight_decay=0.1, num_warmup_steps=1, total_steps=10
     )
+    poisoned = poison if isinstance(poison, Collection) else [poison]
     rows = fixed_rows()
     count = sum(sum(mask) for _, mask in rows)
     mine = rows[rank() * ROWS // world_size() : (rank() + 1) * ROWS // world_size()]
     width = max(len(ids) for ids, _ in rows)
-    losses, norms, skips = [], [], []
+    losses, norms, skips, failures = [], [], [], []
     for step in range(steps):
         total = 0.0
         for start in range(0, len(mine), micro_batch):
@@ -87,7 +89,7 @@ def train(
             divisor = float(count)
             if per_micro_batch_mean:
                 divisor = sum(sum(m) for _, m in piece) * world_size() * (len(mine) / micro_batch)
-            if poison == step and rank() == 0:
+            if step in poisoned and rank() == 0:
                 loss = loss * float("nan")
             engines.backward(engine, loss, divisor)
             total += loss.item()
@@ -95,6 +97,7 @@ def train(
         losses.append(reduce_sums({"nll": total}, device)["nll"] / count)
         norms.append(result.grad_norm)
         skips.append(result.skipped)
+        failures.append(result.failed)
     if save_to:
         from tests.tiny import tiny_tokenizer
 
@@ -103,4 +106,4 @@ def train(
     with torch.no_grad():
         after = response_log_probs(engine, **collate(rows, width))[0]
     state = {name: tensor.float() for name, tensor in full_state_dict(engine).items()}
-    return {"losses": losses, "norms": norms, "skips": skips, "state": state, "log_probs": after}
+    return {"losses": losses, "norms": norms, "skips": skips, "failures": failures, "state": state, "log_probs": after}

@@ -76,6 +76,16 @@ def test_a_bad_gradient_on_one_rank_changes_no_weights(tiny_model, rank_pair, st
 
 
 @pytest.mark.parametrize("stage", [1, 3])
+def test_fp16_looks_for_its_loss_scale_before_a_step_counts_as_failed(tiny_model, stage):
+    """DeepSpeed starts at 2^12 and halves; at 1 a gradient that is not finite is the model's own fault."""
+    found = train(str(tiny_model), stage=stage, dtype="fp16", steps=16, poison=range(16))
+    assert found["skips"] == [True] * 16
+    assert found["failures"] == sorted(found["failures"]) and found["failures"][0] is False
+    assert 1 <= sum(found["failures"]) <= 4
+    assert not any(train(str(tiny_model), stage=stage, dtype="fp16", steps=4)["failures"])
+
+
+@pytest.mark.parametrize("stage", [1, 3])
 def test_bf16_stays_close_to_fp32(plain, tiny_model, rank_pair, stage):
     ours, _ = rank_pair.run(train, str(tiny_model), stage=stage, dtype="bf16", micro_batch=2)
     assert ours["losses"] == pytest.approx(plain["losses"], abs=0.1)

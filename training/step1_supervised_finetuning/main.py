@@ -193,7 +193,7 @@ def main(argv: Sequence[str]) -> int:
                 "train/loss": loss,
                 "train/grad_norm": result.grad_norm,
                 "train/learning_rate": result.learning_rate,
-                "train/skipped": float(result.skipped),
+                "train/skipped": float(result.failed),
                 "train/response_tokens": tokens,
             },
         )
@@ -202,7 +202,7 @@ def main(argv: Sequence[str]) -> int:
         due = train.eval_interval and step_number % train.eval_interval == 0
         if due or step_number % steps_per_epoch == 0:
             evaluate(step_number)
-        run.guard.count(["gradients that are not finite"] if result.skipped else [])
+        run.guard.count(["gradients that are not finite"] if result.failed else [])
         run.after_step(step_number, progress)
         run.stop_if(run.guard.reason, "lower --learning_rate; with --dtype fp16 try bf16")
     bar.close()

@@ -187,14 +187,14 @@ def main(argv: Sequence[str]) -> int:
                 "train/margin": mean["chosen"] - mean["rejected"],
                 "train/grad_norm": result.grad_norm,
                 "train/learning_rate": result.learning_rate,
-                "train/skipped": float(result.skipped),
+                "train/skipped": float(result.failed),
             },
         )
         bar.update()
         bar.set_postfix(loss=f"{mean['loss']:.3f}", accuracy=f"{mean['correct']:.2f}")
         if train.eval_interval and step_number % train.eval_interval == 0 and step_number < total_steps:
             evaluate(step_number)
-        run.guard.count(["gradients that are not finite"] if result.skipped else [])
+        run.guard.count(["gradients that are not finite"] if result.failed else [])
         run.after_step(step_number, progress)
         run.stop_if(run.guard.reason, "lower --learning_rate; with --dtype fp16 try bf16")
     bar.close()

@@ -230,12 +230,12 @@ class PPOTrainer:
             actor_step = engines.optimizer_step(engine)
         if self.roles.ema is not None and not actor_step.skipped:
             self.roles.ema.update()
-        skipped = [BAD_GRADIENTS.format("actor")] if actor_step.skipped else []
+        skipped = [BAD_GRADIENTS.format("actor")] if actor_step.failed else []
         critic_step = None
         if critic is not None:
             critic_step = engines.optimizer_step(critic)
             critic.eval()
-            skipped += [BAD_GRADIENTS.format("critic")] if critic_step.skipped else []
+            skipped += [BAD_GRADIENTS.format("critic")] if critic_step.failed else []
         return OptimizerStep(reduce_sums(sums, self.device) | {"tokens": tokens}, actor_step, critic_step, skipped)
 
     def _policy_objective(self, engine: Any, piece: Experience) -> tuple[Tensor, dict[str, Tensor]]:
@@ -294,7 +294,7 @@ def _role_metrics(role: str, steps: Sequence[engines.StepResult | None]) -> dict
     return {
         f"{role}/grad_norm": made[-1].grad_norm,
         f"{role}/learning_rate": made[-1].learning_rate,
-        f"{role}/skipped_steps": float(sum(step.skipped for step in made)),
+        f"{role}/skipped_steps": float(sum(step.failed for step in made)),
     }
 
 

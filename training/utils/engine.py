@@ -33,11 +33,13 @@ class StepResult:
         grad_norm: global gradient norm before clipping; not finite if the step was skipped.
         learning_rate: of the step that was just made.
         skipped: the gradient was not finite on some rank, so no rank changed its weights.
+        failed: skipped, and not because fp16 looks for the largest loss scale that fits, which skipping is part of.
     """
 
     grad_norm: float
     learning_rate: float
     skipped: bool
+    failed: bool
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -86,6 +88,8 @@ def initialize_engine(
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)
     bound_waits()
     _restore_buffers(engine.module, buffers)
+    if engine.fp16_enabled():  # else it raises at the smallest scale; the programs count, and end with a checkpoint
+        engine.optimizer.loss_scaler.raise_error_at_min_scale = False
     return engine
 
 
@@ -148,7 +152,10 @@ def optimizer_step(engine: Any) -> StepResult:
     engine.step()
     norm = engine.get_global_grad_norm()
     grad_norm = math.nan if norm is None else float(norm)
-    return StepResult(grad_norm, learning_rate, engine.skipped_steps > skipped_before)
+    skipped = engine.skipped_steps > skipped_before
+    scaled = engine.fp16_enabled() and engine.optimizer.dynamic_loss_scale
+    searching = scaled and engine.optimizer.cur_scale > 1  # DeepSpeed halves it down to 1
+    return StepResult(grad_norm, learning_rate, skipped, skipped and not searching)
 
 
 def frozen_role(model: nn.Module, *, zero_stage: int, dtype: str, offload: bool, device: torch.device) -> Any:
