@@ -90,6 +90,19 @@ def test_a_handful_of_prompts_leaves_no_side_empty():
     assert [len(part) for part in hold_out([hashes(0)])] == [0] and hold_out([]) == []
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_row_is_held_out_although_those_that_were_are_too_long(tok, tmp_path, seed):
+    rows = [{"prompt": f"Question {n}?", "chosen": f"Good {n}.", "rejected": f"Bad {n}."} for n in range(30)]
+    path = write(tmp_path / "a.jsonl", rows)
+    held = prompts_of(prepare(2, tok, path, seed=seed).held_out)
+    long = [{**row, "chosen": "word " * 99} if row["prompt"] in held else row for row in rows]
+    data = prepare(2, tok, write(tmp_path / "b.jsonl", long), seed=seed, max_length=99)
+    assert len(data.held_out) == 1 and len(data.train) == 29 - len(held)
+    assert not prompts_of(data.train) & (held | prompts_of(data.held_out))
+    assert data.report.dropped["no room: the response alone is too long"].count == len(held)
+    assert data.report.held_out_rows == 1 and data.report.train_rows == len(data.train)
+
+
 def test_a_file_given_twice_is_recorded_whole(tok, tmp_path):
     path = write(tmp_path / "a.jsonl", rows_for_all_steps(range(60)))
     for step, paths in ((1, [path, f"{path}:20"]), (2, [f"{path}:30"]), (3, [f"{path}:20", path])):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 
 from training.utils.arguments import DataArguments
 from training.utils.data import cache, tokenise
@@ -34,6 +35,7 @@ from training.utils.data.selection import (
     bad_row,
     candidates,
     decide,
+    hold_out_of,
     make_request,
     progress,
 )
@@ -162,23 +164,13 @@ def _build(request: Request, tokenizer: Any, folder: Path) -> None:
     if request.shares:
         record = {"seed": request.seed, "shares": request.shares, "rows": recorded}
         (folder / "data_split.json").write_text(json.dumps(record), encoding="utf-8")
-    writers = {
-        TRAIN: cache.ArrowWriter(folder / "train.arrow", request.step),
-        HELD_OUT: cache.ArrowWriter(folder / "held_out.arrow", request.step),
-    }
-    counts = {TRAIN: 0, HELD_OUT: 0}
-    bar = progress(sum(len(stream.decisions) for stream in request.streams), "tokenising")
-    for stream in request.streams:
-        for batch in _batches(stream, request, report):
-            for decision, rows in _tokenise(batch, stream, request, tokenizer, report):
-                writers[decision].write(rows)
-                counts[decision] += len(rows)
-                report.tokens += sum(row["length"] for row in rows)
-            bar.update(len(batch))
-    bar.close()
-    for writer in writers.values():
-        writer.close()
-    report.train_rows, report.held_out_rows = counts[TRAIN], counts[HELD_OUT]
+    decided = report.to_dict()
+    fitting = _write(request, tokenizer, folder, report)
+    could_train = [(s, (s.decisions == TRAIN) & fits) for s, fits in zip(request.streams, fitting, strict=True)]
+    if not report.held_out_rows and hold_out_of(could_train):
+        # Of a few rows those held out may all be too long: hold another prompt out, of those that fit
+        report = DataReport.from_dict(decided)
+        _write(request, tokenizer, folder, report)
     if not report.train_rows:
         read = sum(source.read for source in report.sources.values())
         why = [f"{drop.count} {reason}" for reason, drop in report.dropped.items()]
@@ -190,14 +182,41 @@ def _build(request: Request, tokenizer: Any, folder: Path) -> None:
     (folder / "report.json").write_text(json.dumps(report.to_dict()), encoding="utf-8")
 
 
+def _write(request: Request, tokenizer: Any, folder: Path, report: DataReport) -> list[np.ndarray]:
+    """Tokenise all rows into train.arrow and held_out.arrow; for every example of each stream whether it became one."""
+    writers = {
+        TRAIN: cache.ArrowWriter(folder / "train.arrow", request.step),
+        HELD_OUT: cache.ArrowWriter(folder / "held_out.arrow", request.step),
+    }
+    counts = {TRAIN: 0, HELD_OUT: 0}
+    fitting = [np.zeros(len(stream.decisions), bool) for stream in request.streams]
+    bar = progress(sum(len(stream.decisions) for stream in request.streams), "tokenising")
+    for stream, fits in zip(request.streams, fitting, strict=True):
+        for batch in _batches(stream, request, report):
+            for number, rows in _tokenise(batch, stream, request, tokenizer, report):
+                decision = stream.decisions[number]
+                writers[decision].write(rows)
+                counts[decision] += len(rows)
+                fits[number] = True
+                report.tokens += sum(row["length"] for row in rows)
+            bar.update(len(batch))
+    bar.close()
+    for writer in writers.values():
+        writer.close()
+    report.train_rows, report.held_out_rows = counts[TRAIN], counts[HELD_OUT]
+    return fitting
+
+
 def _batches(stream: Stream, request: Request, report: DataReport) -> Iterator[list[tuple[int, Candidate]]]:
+    """The examples to tokenise, each with its number in the stream."""
     batch: list[tuple[int, Candidate]] = []
     characters = 0
-    for decision, candidate in zip(stream.decisions.tolist(), candidates(stream, request, None), strict=True):
+    found = zip(stream.decisions.tolist(), candidates(stream, request, None), strict=True)
+    for number, (decision, candidate) in enumerate(found):
         if decision == DUPLICATE:
             report.drop("exact duplicate", candidate.row.place)
         elif decision != SKIP:
-            batch.append((decision, candidate))
+            batch.append((number, candidate))
             characters += candidate.row.size
         if len(batch) == _BATCH or characters >= _MOST_CHARACTERS:
             yield batch
@@ -211,7 +230,7 @@ def _tokenise(
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     examples = [candidate.example for _, candidate in batch]
     results = _robustly(_tokeniser(request, tokenizer, report), examples)
-    for (decision, candidate), result in zip(batch, results, strict=True):
+    for (number, candidate), result in zip(batch, results, strict=True):
         if isinstance(result, RowError):
             bad_row(result, candidate.row.place, request, report)
         elif isinstance(result, str):
@@ -222,7 +241,7 @@ def _tokenise(
             more = {"source": stream.source.name}
             if request.step == 3:
                 more["row"] = _original(candidate.row)
-            yield decision, [{**row, **more} for row in result]
+            yield number, [{**row, **more} for row in result]
 
 
 def _original(row: RawRow) -> str:

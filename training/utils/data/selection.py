@@ -39,6 +39,7 @@ class Stream:
         use: "train", "held_out", or "both" where a share of the rows is held out.
         divided: ``--data_split`` applies.
         decisions: SKIP, TRAIN, HELD_OUT or DUPLICATE for every example, once `decide` has run.
+        prompts: a seeded hash of every example's prompt, as long.
     """
 
     source: Source
@@ -46,6 +47,7 @@ class Stream:
     use: str
     divided: bool = False
     decisions: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))
+    prompts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
 
     @property
     def name(self) -> str:
@@ -270,14 +272,13 @@ def decide(request: Request, tokenizer: Any, report: DataReport) -> dict[str, di
         again, seen[use] = duplicates(scan.identities, chosen, seen[use])
         stream.decisions = np.where(chosen, HELD_OUT if use == "held_out" else TRAIN, SKIP).astype(np.uint8)
         stream.decisions[again] = DUPLICATE
-    _hold_out(request, scans)
-    groups = {
-        part: np.concatenate(
-            [scan.groups[stream.decisions == part] for stream, scan in zip(request.streams, scans, strict=True)]
-        )
+        stream.prompts = scan.groups
+    hold_out_of([(s, s.decisions == TRAIN) for s in request.streams])
+    prompts = {
+        part: np.concatenate([stream.prompts[stream.decisions == part] for stream in request.streams])
         for part in (TRAIN, HELD_OUT)
     }
-    report.shared_prompts = int(np.isin(groups[HELD_OUT], groups[TRAIN]).sum())
+    report.shared_prompts = int(np.isin(prompts[HELD_OUT], prompts[TRAIN]).sum())
     request.column_map.check_all_found()
     return recorded
 
@@ -290,11 +291,17 @@ def _steps(request: Request, scans: Sequence[_Scan]) -> list[np.ndarray | None]:
     return [next(found) if whether else None for whether in divided]
 
 
-def _hold_out(request: Request, scans: Sequence[_Scan]) -> None:
-    """Hold a share of the prompts out of the streams that have no eval split of their own."""
-    both = [(s, scan, s.decisions == TRAIN) for s, scan in zip(request.streams, scans, strict=True) if s.use == "both"]
-    for (stream, _, kept), held in zip(both, hold_out([scan.groups[kept] for _, scan, kept in both]), strict=True):
-        stream.decisions[np.flatnonzero(kept)[held]] = HELD_OUT
+def hold_out_of(streams: Sequence[tuple[Stream, np.ndarray]]) -> bool:
+    """Hold a share of the prompts out of the streams that have no eval split of their own; whether there was any.
+
+    Args:
+        streams: each with a mask of the examples that may be held out.
+    """
+    both = [(stream, np.flatnonzero(mask)) for stream, mask in streams if stream.use == "both"]
+    held = hold_out([stream.prompts[rows] for stream, rows in both])
+    for (stream, rows), of_stream in zip(both, held, strict=True):
+        stream.decisions[rows[of_stream]] = HELD_OUT
+    return any(of_stream.any() for of_stream in held)
 
 
 class _Bar(tqdm):
