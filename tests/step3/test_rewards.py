@@ -6,11 +6,8 @@ import sys
 import pytest
 import torch
 
-from training.step3_rlhf_finetuning.prompts import deal, prompt_schedule
 from training.step3_rlhf_finetuning.rewards import call_text_function, load_text_function, sequence_scores, win_rate
-from training.step3_rlhf_finetuning.rlhf_arguments import RolloutArguments
 from training.step3_rlhf_finetuning.rollout import RolloutBatch, has_ended
-from training.step3_rlhf_finetuning.settings import prompts_per_step
 from training.utils.errors import UserError
 from training.utils.reward_model import RewardStats
 
@@ -112,48 +109,3 @@ def broken_at_two(prompts, responses, rows):
 def test_a_bad_function_is_one_line_that_names_the_row(function, words):
     with pytest.raises(UserError, match=words):
         call_text_function(function, PROMPTS, ANSWERS, [{}] * 3, "--eval_function")
-
-
-def test_every_prompt_is_used_before_any_comes_again():
-    schedule = prompt_schedule(10, 4, epochs=2, iterations=0, seed=1)
-    stream = [p for iteration in schedule for p in iteration]
-    assert len(schedule) == 5
-    assert sorted(stream[:10]) == sorted(stream[10:20]) == list(range(10))
-    assert stream[:10] != stream[10:20]
-    assert len(prompt_schedule(3, 8, epochs=1, iterations=2, seed=1)[1]) == 8
-
-
-def test_dealing_gives_every_position_once_and_does_not_depend_on_ranks():
-    prompts, lengths = [4, 2, 0, 1, 3, 5, 6, 7], [5, 9, 1, 7, 3, 8, 2, 6]
-    for ranks, batches in [(1, 2), (2, 1), (2, 2), (4, 1)]:
-        dealt = deal(prompts, lengths, ranks, batches)
-        positions = [p for batch in dealt for rank in batch for p in rank]
-        assert sorted(positions) == list(range(8))
-        assert [lengths[prompts[p]] for p in positions] == sorted(lengths)
-        assert {len(rank) for batch in dealt for rank in batch} == {8 // (ranks * batches)}
-
-
-@pytest.mark.parametrize("batches", [1, 2])
-def test_an_optimizer_step_takes_the_same_prompts_however_many_ranks_there_are(batches):
-    """The first epoch takes each rank's rows in order, over its generation batches."""
-    prompts, lengths = list(range(24)), [(7 * i) % 24 for i in range(24)]
-
-    def steps(ranks, per_step=4):
-        dealt = deal(prompts, lengths, ranks, batches, per_step)
-        own = [[p for batch in dealt for p in batch[rank]] for rank in range(ranks)]
-        share = 4 // ranks
-        return [sorted(p for mine in own for p in mine[i : i + share]) for i in range(0, 24 // ranks, share)]
-
-    assert steps(1) == steps(2) == steps(4)
-    assert steps(1) != steps(2, per_step=0)
-    spreads = [lengths[batch[-1]] - lengths[batch[0]] for batch in deal(prompts, lengths, 2, 2, 4)[0]]
-    assert max(spreads) < 12  # prompts of like length are still together
-
-
-def test_a_step_of_half_a_prompt_can_not_be_dealt():
-    rollout = RolloutArguments(samples_per_prompt=4)
-    assert prompts_per_step(rollout, {"rows per step": 16}, 2) == 4
-    assert prompts_per_step(rollout, {"rows per step": 16}, 4) == 4
-    assert (
-        prompts_per_step(rollout, {"rows per step": 6}, 1) == prompts_per_step(rollout, {"rows per step": 12}, 2) == 0
-    )

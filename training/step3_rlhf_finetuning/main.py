@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
     role_args, data, rollout, ppo, train, zero, evaluate, output, reliability = groups
     start, phases = time.monotonic(), Phases()
     check_dtype(role_args.dtype)
-    settings.check(rollout, ppo, train, zero)
+    settings.check(rollout, ppo, train, zero, evaluate)
     eval_function = load_text_function(evaluate.eval_function, "--eval_function")
     functions, model_weight = parse_reward_functions(ppo.reward_function, "--reward_function")
     overrides = read_user_config(zero.deepspeed_config)

@@ -10,6 +10,7 @@ import torch
 
 from training.step3_rlhf_finetuning.rewards import NONE, check_without_model, split_weight
 from training.step3_rlhf_finetuning.rlhf_arguments import (
+    EvaluationArguments,
     OptimizationArguments,
     PPOArguments,
     RoleArguments,
@@ -114,8 +115,14 @@ def prompts_per_step(rollout: RolloutArguments, batches: Mapping[str, int], rank
     return 0 if rest or per_step % ranks else per_step
 
 
-def check(rollout: RolloutArguments, ppo: PPOArguments, train: OptimizationArguments, zero: RoleZeroArguments) -> None:
-    """Refuse flags that contradict each other; warn once about a sampler that is not the policy.
+def check(
+    rollout: RolloutArguments,
+    ppo: PPOArguments,
+    train: OptimizationArguments,
+    zero: RoleZeroArguments,
+    evaluate: EvaluationArguments,
+) -> None:
+    """Refuse flags that contradict each other; warn about flags without effect and a sampler that is not the policy.
 
     Raises:
         UserError: names the flags.
@@ -133,6 +140,10 @@ def check(rollout: RolloutArguments, ppo: PPOArguments, train: OptimizationArgum
         if wanted and stage < 3:
             role = "actor" if "reference" in flag else "critic"
             raise UserError(f"{flag} moves the parameters of ZeRO-3: it needs --{role}_zero_stage 3")
+    if zero.critic_lora_dim and ppo.advantage != "gae":
+        say(f"warning: --critic_lora_dim has no effect: with --advantage {ppo.advantage} there is no critic")
+    if train.num_iterations and max(evaluate.trace, default=0) > train.num_iterations:
+        say(f"warning: --trace {max(evaluate.trace)}: the run ends after --num_iterations {train.num_iterations}")
     if rollout.top_p < 1 or rollout.top_k > 0:
         say("warning: with --top_p below 1 or --top_k above 0 the sampler is not the policy that is trained")
 

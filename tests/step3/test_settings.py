@@ -1,0 +1,46 @@
+"""What step 3's flags must satisfy together."""
+
+import dataclasses
+
+import pytest
+
+from training.step3_rlhf_finetuning import settings
+from training.step3_rlhf_finetuning.rlhf_arguments import (
+    EvaluationArguments,
+    OptimizationArguments,
+    PPOArguments,
+    RoleZeroArguments,
+    RolloutArguments,
+)
+
+
+def test_a_step_of_half_a_prompt_can_not_be_dealt():
+    rollout = RolloutArguments(samples_per_prompt=4)
+    assert settings.prompts_per_step(rollout, {"rows per step": 16}, 2) == 4
+    assert settings.prompts_per_step(rollout, {"rows per step": 16}, 4) == 4
+    assert settings.prompts_per_step(rollout, {"rows per step": 6}, 1) == 0
+    assert settings.prompts_per_step(rollout, {"rows per step": 12}, 2) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"critic_lora_dim": 8}, "--critic_lora_dim has no effect"),
+        ({"trace": [2, 50], "num_iterations": 3}, "--trace 50: the run ends after --num_iterations 3"),
+        ({"trace": [2, 50]}, ""),
+    ],
+)
+def test_a_flag_without_effect_is_said_once(flags, words, capsys):
+    def given(group):
+        names = {field.name for field in dataclasses.fields(group)}
+        return group(**{name: value for name, value in flags.items() if name in names})
+
+    settings.check(
+        RolloutArguments(samples_per_prompt=2),
+        PPOArguments(advantage="rloo"),
+        given(OptimizationArguments),
+        given(RoleZeroArguments),
+        given(EvaluationArguments),
+    )
+    printed = capsys.readouterr().out
+    assert (words in printed) if words else not printed
