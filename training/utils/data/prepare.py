@@ -78,7 +78,7 @@ def prepare_data(
         seed: decides ``--data_split`` and which rows are held out.
         sft_only_data_path: further sources for step 1 only, never divided.
         train_on_prompts: step 1's mask is 1 everywhere.
-        hold_out: without ``--eval_data_path`` keep a source's eval split, or a tenth of its rows, from training.
+        hold_out: without ``--eval_data_path`` keep a source's eval split, or a tenth of its prompts, from training.
         run_dir: where ``--data_split`` records its row numbers.
 
     Raises:
