@@ -124,6 +124,15 @@ CASES = [
         lambda w: _rl(w, "--critic_lora_dim", "4", "--critic_lora_module_name", "c_attn"),
         ["c_attn", "q_proj"],
     ),
+    *(
+        Case(
+            f"one row and nothing to judge step {step} by",
+            step,
+            lambda w, start=start: start(w, "--data_path", _rows(w, {"prompt": "a", "chosen": "b", "rejected": "c"})),
+            ["no row is held out", "--eval_data_path"],
+        )
+        for step, start in ((1, _sft), (2, _sft), (3, _rl))
+    ),
     Case("unknown flag", 1, lambda w: _sft(w, "--learning_rates", "1"), ["--learning_rates", "--learning_rate"]),
     Case("unknown flag of step 3", 3, lambda w: _rl(w, "--ppo_epoch", "1"), ["--ppo_epoch", "--ppo_epochs"]),
     Case("a word for a number", 2, lambda w: _sft(w, "--learning_rate", "fast"), ["--learning_rate", "fast"]),

@@ -104,7 +104,7 @@ def main(argv: Sequence[str]) -> int:
         train_on_prompts=step.train_on_prompts,
         run_dir=output_dir,
     )
-    say("\n".join(rows.report.lines()))
+    rows.announce()
     pad_id, stop_ids = tokenizer.pad_token_id, stop_token_ids(tokenizer)
     rows_per_rank = train.per_device_train_batch_size * train.gradient_accumulation_steps
     run = Run.open(

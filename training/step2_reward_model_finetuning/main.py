@@ -93,7 +93,7 @@ def main(argv: Sequence[str]) -> int:
     # Data
     tokenizer = models.load_tokenizer(model_path, chat_template=data.chat_template, system_message=data.system_message)
     rows = prepare_data(2, data, tokenizer, max_length=model_args.max_seq_len, seed=train.seed, run_dir=output_dir)
-    say("\n".join(rows.report.lines()))
+    rows.announce()
     if warning := few_held_out(len(rows.held_out)):
         say(warning)
     pad_id, stop_ids = tokenizer.pad_token_id, stop_token_ids(tokenizer)

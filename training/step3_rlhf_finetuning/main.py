@@ -102,7 +102,7 @@ def main(argv: Sequence[str]) -> int:
         seed=train.seed,
         run_dir=output_dir,
     )
-    say("\n".join(rows.report.lines()))
+    rows.announce()
     mix_rows = None
     if train.unsupervised_data_path:
         mix = prepare_pretraining(train.unsupervised_data_path, data, tokenizer, max_length=length, seed=train.seed)

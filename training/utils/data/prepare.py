@@ -39,6 +39,7 @@ from training.utils.data.selection import (
     make_request,
     progress,
 )
+from training.utils.distributed import say
 from training.utils.errors import UserError
 
 _BATCH = 512  # rows that are tokenised at once, and
@@ -52,6 +53,16 @@ class StepData:
     train: datasets.Dataset
     held_out: datasets.Dataset
     report: DataReport
+
+    def announce(self) -> None:
+        """Say what was read, dropped and kept, before a program trains on it.
+
+        Raises:
+            UserError: no row is held out, so what is trained could not be judged.
+        """
+        say("\n".join(self.report.lines()))
+        if not len(self.held_out):
+            raise UserError("no row is held out to judge the model by: give more data, or --eval_data_path")
 
 
 def prepare_data(
