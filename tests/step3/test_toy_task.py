@@ -59,7 +59,7 @@ def test_every_combination_of_batches(
     check(
         toy_models,
         seed=0,
-        iterations=30 * 4 // ppo_epochs,
+        iterations={1: 120, 4: 40}[ppo_epochs],
         ppo_epochs=ppo_epochs,
         generation_batches=generation_batches,
         generation_batch_size=generation_batch_size,

@@ -84,11 +84,13 @@ def learn(
     """
     updates = iterations * ppo_epochs * generation_batches * (generation_batch_size // training_batch_size)
     shared = shared_settings(micro_batch_size=training_batch_size, total_steps=updates)
-    rate = LEARNING_RATE["lora" if lora else "full"]
+    noise = (training_batch_size / 64) ** 0.5  # the rates are for steps of 64 rows; smaller ones are noisier
+    rate = LEARNING_RATE["lora" if lora else "full"] * noise
     torch.manual_seed(seed)
+    critic_role = role(models[1], stage, CRITIC_LEARNING_RATE * noise)
     roles = Roles(
         build_actor(role(models[0], stage, rate, lora), shared),
-        build_critic(role(models[1], stage, CRITIC_LEARNING_RATE), shared, None) if advantage == "gae" else None,
+        build_critic(critic_role, shared, None) if advantage == "gae" else None,
         RewardMix([TokenReward(CountOfFavourite())]),
     )
     settings = PPOSettings(
