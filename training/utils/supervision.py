@@ -161,9 +161,10 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
         _print(f"{name}: stopped before the first step, there is nothing to save")
         _exit(128 + number)
     if not _state.signal or (recent and number == signal.SIGINT and _state.signal == signal.SIGTERM):
-        if not _state.signal:
+        first = not _state.signal
+        _state.signal, _state.signalled_at = number, now  # first of all: the echo may come while this prints
+        if first:
             _print(f"{name}: stopping after this step, with a checkpoint (Ctrl-C again stops at once)")
-        _state.signal, _state.signalled_at = number, now
     elif number == signal.SIGINT and not (recent and now - _state.signalled_at < 0.2):
         _print("Ctrl-C again: stopped at once, without a checkpoint")
         _exit(128 + number)
