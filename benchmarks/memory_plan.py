@@ -25,6 +25,9 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from training.utils import models  # noqa: E402
+
+REWARD = "reward"
 PROGRAMS = {
     1: "training.step1_supervised_finetuning.main",
     2: "training.step2_reward_model_finetuning.main",
@@ -55,6 +58,15 @@ def write_data(folder: Path, length: int) -> None:
         write(f"step3_{name}", [{"prompt": text(2 * length)} for _ in range(count)])
 
 
+def write_reward_model(folder: Path, model: str) -> None:
+    """The model with a fresh reward head, which needs as much memory as a trained one."""
+    path = models.resolve_model(model)
+    tokenizer = models.load_tokenizer(path)
+    classifier = models.load_classifier(path, dtype="bf16", pad_token_id=tokenizer.pad_token_id, fresh_head_seed=0)
+    classifier.save_pretrained(folder / REWARD)
+    tokenizer.save_pretrained(folder / REWARD)
+
+
 def arguments_of(step: int, model: str, stage: int, data: Path, length: int, batch: int, dtype: str) -> list[str]:
     """The step's flags; its train rows make at least two optimizer steps."""
     rows = 2 * batch
@@ -68,7 +80,13 @@ def arguments_of(step: int, model: str, stage: int, data: Path, length: int, bat
         ]
     half = str(length // 2)
     return [
-        *("--actor_model_name_or_path", model, "--critic_model_name_or_path", model, "--no-normalize_reward"),
+        *(
+            "--actor_model_name_or_path",
+            model,
+            "--critic_model_name_or_path",
+            str(data / REWARD),
+            "--no-normalize_reward",
+        ),
         *("--actor_zero_stage", str(stage), "--critic_zero_stage", str(stage), "--num_iterations", "2"),
         *("--max_prompt_seq_len", half, "--max_answer_seq_len", half, "--eval_data_path", f"{data}/step3_eval.jsonl"),
         *("--per_device_generation_batch_size", str(batch), "--per_device_training_batch_size", str(batch), *common),
@@ -116,6 +134,8 @@ def compare(
     """(planned, measured) peak of one step on one rank, in MiB."""
     with tempfile.TemporaryDirectory() as folder:
         write_data(Path(folder), length)
+        if step == 3:
+            write_reward_model(Path(folder), model)
         argv = arguments_of(step, model, stage, Path(folder), length, batch, dtype)
         output = ["--output_dir", f"{folder}/out"]
         environment = {"PYTHONPATH": str(ROOT), "TRIPOD_CACHE": f"{folder}/cache", "TRIPOD_OUTPUT": f"{folder}/runs"}
