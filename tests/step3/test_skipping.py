@@ -74,7 +74,9 @@ def one_iteration(actor, reward, *, bad_prompts=(), nan_loss_on=None, of="policy
     moved = [name for name, t in after.items() if not torch.equal(t, before[name])]
     finite = all(t.isfinite().all() for t in after.values())
     schedule = roles.actor.engine.lr_scheduler.last_epoch
-    return {"metrics": metrics, "moved": bool(moved), "finite": finite, "schedule": schedule}
+    found = [tensor for b in trainer.scored for tensor in (b.experience.values, b.experience.log_probs)]
+    shown = sum(int((~tensor.isfinite()).sum()) for tensor in found)
+    return {"metrics": metrics, "moved": bool(moved), "finite": finite, "schedule": schedule, "shown": shown}
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +110,7 @@ def test_a_bad_value_or_log_prob_costs_its_minibatch_alone(tiny_model, reward, m
     monkeypatch.setattr(scoring, scored, spoilt)
     result = one_iteration(str(tiny_model), reward, whiten_advantages=whiten)
     metrics = result["metrics"]
+    assert result["shown"] == 1, "--trace shows what was not finite"
     assert (metrics["reward/not_finite"], metrics["ppo/skipped"], metrics["ppo/optimizer_steps"]) == (1, 1, 4)
     assert result["moved"] and result["finite"]
     assert all(torch.tensor(value).isfinite() for value in metrics.values())

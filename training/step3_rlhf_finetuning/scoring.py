@@ -126,6 +126,7 @@ class Scoring:
         for by_token in (log_probs, reference_log_probs, values):
             finite = finite & (by_token.isfinite() | ~mask).all(1)
         reward = reward.masked_fill(~finite, 0.0)
+        found = {"log_probs": log_probs, "reference_log_probs": reference_log_probs, "values": values}
         # a row that is left out must not reach the sums over all rows through 0 * NaN
         log_probs, reference_log_probs, values, entropy, sampled = (
             part.masked_fill(~finite.unsqueeze(1), 0.0)
@@ -144,6 +145,7 @@ class Scoring:
             valid=finite,
             kl_coef=0.0 if settings.advantage == "grpo" else settings.kl_coef,
         )
+        experience = replace(experience, **found)  # as they are, for the trace: no update uses a row that is left out
         sums = {
             **{f"source/{name}": values.masked_fill(~finite, 0.0).sum().item() for name, values in raw.items()},
             "rows": float(len(reward)),
@@ -171,10 +173,11 @@ class Scoring:
         for batch in batches:
             e = batch.experience
             if settings.advantage == "gae":
+                values = e.values.masked_fill(~e.valid.unsqueeze(1), 0.0)
                 advantages, returns = ppo.generalised_advantages(
-                    e.rewards, e.values, e.mask, gamma=settings.gamma, gae_lambda=settings.gae_lambda
+                    e.rewards, values, e.mask, gamma=settings.gamma, gae_lambda=settings.gae_lambda
                 )
-                variance += ppo.explained_variance(e.values, returns, e.mask & e.valid.unsqueeze(1))
+                variance += ppo.explained_variance(values, returns, e.mask & e.valid.unsqueeze(1))
             else:
                 group = batch.request.row_ids // settings.samples_per_prompt
                 rloo = settings.advantage == "rloo"
