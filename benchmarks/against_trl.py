@@ -244,6 +244,8 @@ def train_with_trl(settings: dict[str, Any]) -> None:
         return values
 
     def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, whose seconds go to ``spent``."""
+
         def call(*args: Any, **kwargs: Any) -> Any:
             started = time.perf_counter()
             result = function(*args, **kwargs)

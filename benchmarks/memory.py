@@ -49,6 +49,7 @@ def policies(arguments: argparse.Namespace, path: str, lora: bool) -> Callable[[
     device = init_distributed()
 
     def run() -> None:
+        """Build both roles, score and train once."""
         shared = SharedSettings(
             dtype=arguments.dtype,
             attn_implementation="sdpa",
@@ -88,6 +89,7 @@ def logits(arguments: argparse.Namespace, path: str, responses_only: bool) -> Ca
     ids, mask, response = make_batch(arguments, model.config.vocab_size, device)
 
     def run() -> None:
+        """One forward and backward."""
         if responses_only:
             log_probs, _ = actor_log_probs(model, ids, mask, response, 1.0)
         else:

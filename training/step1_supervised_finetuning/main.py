@@ -158,6 +158,7 @@ def main(argv: Sequence[str]) -> int:
     )
 
     def evaluate(step_number: int) -> float:
+        """The held-out loss, logged."""
         loss = held_out_loss(engine, rows.held_out, train.per_device_eval_batch_size, pad_id)
         logger.log(step_number, {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 50.0))})
         say(f"step {step_number}: held-out loss {loss:.4f}, perplexity {math.exp(min(loss, 50.0)):.2f}")

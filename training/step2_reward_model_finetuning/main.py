@@ -147,6 +147,7 @@ def main(argv: Sequence[str]) -> int:
     )
 
     def evaluate(step_number: int) -> dict[str, float]:
+        """The held-out pairs' metrics, logged."""
         metrics = pair_metrics(
             held_out_rewards(engine, rows.held_out, train.per_device_eval_batch_size, pad_id, device)
         )

@@ -184,6 +184,7 @@ def _pair_of(prompt: str, response: str) -> Converter:
     """Two columns, one answering the other; each may also be a list of messages."""
 
     def convert(row: Row) -> list[Example]:
+        """One conversation, its answer last."""
         if response != "label":
             _check_not_bad(row)
         ask = unpacked(row[prompt], prompt)
