@@ -328,14 +328,14 @@ def main(argv: Sequence[str]) -> int:
         judge_path = models.resolve_model(step.judge_model_name_or_path, "--judge_model_name_or_path")
         models.check_reward_head(judge_path)
     longest = step.max_answer_seq_len or rollout.max_answer_seq_len
-    for path in (actor_path, sources.sft):
-        models.check_length(path, rollout.max_prompt_seq_len + longest, "--max_prompt_seq_len + --max_answer_seq_len")
     chosen_data = evaluating.data_arguments(data, recorded[arguments.DataArguments])
     tokenizer = shared_tokenizer(actor_path, sources.sft, chosen_data, recorded[arguments.DataArguments])
     normalize = ppo.normalize_reward and (Path(sources.reward_model) / STATS_FILE).is_file()
     reward = settings.reward_model_settings(
         sources.reward_model, tokenizer, normalize=normalize, weight=sources.weight, plan=False
     )
+    for path in (actor_path, sources.sft, *([reward.path] if reward and not reward.reads_text else [])):
+        models.check_length(path, rollout.max_prompt_seq_len + longest, "--max_prompt_seq_len + --max_answer_seq_len")
     if function is None and not judge_path:
         say("warning: the only judge is the reward model that training has learned to please; give --eval_function or "
             "--judge_model_name_or_path")  # fmt: skip
@@ -361,19 +361,23 @@ def main(argv: Sequence[str]) -> int:
     content = assemble(drawn, judged, counts, seed)
     say("\n" + result_table(content["models"]))
     say(f"in brackets: 95% intervals over {len(evaluator.rows)} prompts; win rates are against one SFT answer each")
-    samples = [
+    facts = {"prompts": len(evaluator.rows), "temperature": sampling.temperature, "max_answer_seq_len": longest,
+             "sft_model": sources.sft, "reward_model": sources.reward_model, "eval_function": function_name,
+             "judge_model": judge_path}  # fmt: skip
+    evaluating.write_evaluation(folder, facts | content | {"samples": samples_of(evaluator, drawn)})
+    return 0
+
+
+def samples_of(evaluator: Evaluator, drawn: Mapping[str, Sequence[Sequence[Answer]]]) -> list[dict[str, str | float]]:
+    """The entry ``samples`` of evaluation.json: each prompt with the first answer of each model and its reward."""
+    return [
         {
-            "prompt": prompts.messages(row)[-1]["content"],
+            "prompt": evaluator.prompts.messages(row)[-1]["content"],
             **{name: drawn[name][i][0].text for name in ("sft", "rlhf")},
             **{f"{name}_reward": drawn[name][i][0].reward for name in ("sft", "rlhf")},
         }
         for i, row in enumerate(evaluator.rows)
     ]
-    facts = {"prompts": len(evaluator.rows), "temperature": sampling.temperature, "max_answer_seq_len": longest,
-             "sft_model": sources.sft, "reward_model": sources.reward_model, "eval_function": function_name,
-             "judge_model": judge_path}  # fmt: skip
-    evaluating.write_evaluation(folder, facts | content | {"samples": samples})
-    return 0
 
 
 def assemble(
