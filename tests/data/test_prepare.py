@@ -482,3 +482,14 @@ def test_demo_data(tok):
         data = prepare(step, tok, "demo")
         assert len(data.train) > 100 and len(data.held_out) > 50 and column in data.train.column_names
         assert not data.report.dropped and data.report.shared_prompts == 0
+
+
+def test_one_row_leaves_nothing_to_judge_by(tok, tmp_path):
+    """A program that trains and one that evaluates both say so, in place of a perplexity of 1 over no row."""
+    file = tmp_path / "one.jsonl"
+    file.write_text(json.dumps({"prompt": "Hi", "response": "Hello"}) + "\n", encoding="utf-8")
+    rows = prepare_data(1, DataArguments(data_path=[str(file)]), tok, max_length=64, seed=0)
+    assert (len(rows.train), len(rows.held_out)) == (1, 0)
+    for use in (rows.announce, rows.to_judge_by):
+        with pytest.raises(UserError, match="no row is held out"):
+            use()

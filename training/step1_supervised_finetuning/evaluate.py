@@ -125,7 +125,7 @@ def main(argv: Sequence[str]) -> int:
         models.check_length(path, step.max_answer_seq_len, "--max_answer_seq_len")
     tokenizer = models.load_tokenizer(str(folder))
     chosen = evaluating.data_arguments(data, recorded[arguments.DataArguments])
-    rows = prepare_data(1, chosen, tokenizer, max_length=max_seq_len, seed=seed).held_out
+    rows = prepare_data(1, chosen, tokenizer, max_length=max_seq_len, seed=seed).to_judge_by()
     device = init_distributed()
     limit = (models.max_positions(base_path) or sys.maxsize) - step.max_answer_seq_len
     turns = [last_turn(row["input_ids"], row["response_mask"]) for row in rows]

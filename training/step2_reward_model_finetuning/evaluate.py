@@ -142,7 +142,7 @@ def main(argv: Sequence[str]) -> int:
     models.check_length(str(folder), max_seq_len, "--max_seq_len of step 2")
     tokenizer = models.load_tokenizer(str(folder))
     chosen = evaluating.data_arguments(data, recorded[arguments.DataArguments])
-    rows = prepare_data(2, chosen, tokenizer, max_length=max_seq_len, seed=seed).held_out
+    rows = prepare_data(2, chosen, tokenizer, max_length=max_seq_len, seed=seed).to_judge_by()
     device = init_distributed()
     pad_id = tokenizer.pad_token_id
     scorer = engines.load_frozen_scorer(

@@ -346,7 +346,7 @@ def main(argv: Sequence[str]) -> int:
         max_length=rollout.max_prompt_seq_len + longest,
         max_prompt_length=rollout.max_prompt_seq_len,
         seed=seed,
-    ).held_out
+    ).to_judge_by()
     device = init_distributed()
     sampling = SamplingConfig(longest, temperature=step.temperature or rollout.temperature, top_p=rollout.top_p,
                               top_k=rollout.top_k)  # fmt: skip

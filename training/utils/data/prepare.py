@@ -61,8 +61,17 @@ class StepData:
             UserError: no row is held out, so what is trained could not be judged.
         """
         say("\n".join(self.report.lines()))
+        self.to_judge_by()
+
+    def to_judge_by(self) -> datasets.Dataset:
+        """The held-out rows.
+
+        Raises:
+            UserError: there is none.
+        """
         if not len(self.held_out):
             raise UserError("no row is held out to judge the model by: give more data, or --eval_data_path")
+        return self.held_out
 
 
 def prepare_data(
