@@ -25,8 +25,6 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from training.utils import models  # noqa: E402
-
 REWARD = "reward"
 PROGRAMS = {
     1: "training.step1_supervised_finetuning.main",
@@ -60,6 +58,8 @@ def write_data(folder: Path, length: int) -> None:
 
 def write_reward_model(folder: Path, model: str) -> None:
     """The model with a fresh reward head, which needs as much memory as a trained one."""
+    from training.utils import models
+
     path = models.resolve_model(model)
     tokenizer = models.load_tokenizer(path)
     classifier = models.load_classifier(path, dtype="bf16", pad_token_id=tokenizer.pad_token_id, fresh_head_seed=0)

@@ -35,7 +35,7 @@ def test_a_flag_without_effect_is_said_once(flags, words, capsys):
         names = {field.name for field in dataclasses.fields(group)}
         return group(**{name: value for name, value in flags.items() if name in names})
 
-    settings.check(
+    settings.warn(
         RolloutArguments(samples_per_prompt=2),
         PPOArguments(advantage="rloo"),
         given(OptimizationArguments),

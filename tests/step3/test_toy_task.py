@@ -3,7 +3,7 @@
 import pytest
 
 from tests.step3.toy import learn, save_toy_models
-from training.step3_rlhf_finetuning.scoring import ADVANTAGES
+from training.step3_rlhf_finetuning.rlhf_arguments import ADVANTAGES
 
 BOUND = 0.95
 ITERATIONS = {"full": 24, "lora": 30}  # at 4 PPO epochs; one epoch per iteration is given twice as many

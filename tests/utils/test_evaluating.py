@@ -7,6 +7,7 @@ import pytest
 from training.step3_rlhf_finetuning import main as step3, settings
 from training.utils import arguments, evaluating
 from training.utils.errors import UserError
+from training.utils.runs import step_folder
 
 
 def test_wilson_interval():
@@ -60,9 +61,9 @@ def test_the_runs_own_flags_come_from_its_manifest(tmp_path):
 
 def test_an_unfinished_step_is_refused(tmp_path):
     with pytest.raises(UserError, match="has not finished"):
-        evaluating.step_folder(str(tmp_path), "step2")
+        step_folder(str(tmp_path), "step2")
     with pytest.raises(UserError, match="no such folder"):
-        evaluating.step_folder(str(tmp_path / "none"), "step2")
+        step_folder(str(tmp_path / "none"), "step2")
 
 
 def test_table():

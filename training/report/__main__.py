@@ -14,13 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from training.report.page import write_report
+from training.utils.arguments import Parser
 from training.utils.errors import UserError, run_program
 from training.utils.runs import LATEST, output_root, shown
 
 
 def main(argv: Sequence[str]) -> int:
     """Parse, read, write; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m training.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run_dir", nargs="?", default="", help="the run's folder (default: the latest run)")

@@ -17,23 +17,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from training.utils import arguments
+from training.utils.runs import step_folder
 from training.utils.runtime import prepare_runtime
-
-prepare_runtime()
-
-import torch  # noqa: E402  threads and PATH must be set before
-
-from training.step1_supervised_finetuning import main as step1  # noqa: E402
-from training.step1_supervised_finetuning.rouge import rouge_scores  # noqa: E402
-from training.step3_rlhf_finetuning.rollout import RolloutRequest, SamplingConfig, rollout_backend  # noqa: E402
-from training.utils import arguments, evaluating, models  # noqa: E402
-from training.utils.data import collate_prompts, collate_sft, prepare_data, stop_token_ids  # noqa: E402
-from training.utils.distributed import init_distributed, say  # noqa: E402
-from training.utils.errors import UserError, run_program  # noqa: E402
-from training.utils.logprobs import response_log_probs  # noqa: E402
-from training.utils.metrics import progress_bar  # noqa: E402
-
-SHOWN = 3  # answers on the terminal; evaluation.json has all
 
 
 @dataclass
@@ -44,7 +30,33 @@ class StepArguments:
     max_answer_seq_len: int = arguments.flag(128, "longest answer in tokens", minimum=1)
 
 
-ARGUMENTS = [evaluating.EvaluationArguments, StepArguments, arguments.DataArguments]
+ARGUMENTS = [arguments.EvaluationArguments, StepArguments, arguments.DataArguments]
+
+
+def parse_flags(argv: Sequence[str]) -> list[Any]:
+    """The flags, by `ARGUMENTS`; without torch, so that ``--help`` and mistakes answer at once."""
+    groups = arguments.parse(ARGUMENTS, argv, prog="step1/evaluate.py", description=__doc__)
+    step_folder(groups[0].path, "step1")
+    return groups
+
+
+if __name__ == "__main__":
+    arguments.answer_early(parse_flags)
+prepare_runtime()
+
+import torch  # noqa: E402  threads and PATH must be set before
+
+from training.step1_supervised_finetuning import main as step1  # noqa: E402
+from training.step1_supervised_finetuning.rouge import rouge_scores  # noqa: E402
+from training.step3_rlhf_finetuning.rollout import RolloutRequest, SamplingConfig, rollout_backend  # noqa: E402
+from training.utils import evaluating, models  # noqa: E402
+from training.utils.data import collate_prompts, collate_sft, prepare_data, stop_token_ids  # noqa: E402
+from training.utils.distributed import init_distributed, say  # noqa: E402
+from training.utils.errors import UserError, run_program  # noqa: E402
+from training.utils.logprobs import response_log_probs  # noqa: E402
+from training.utils.metrics import progress_bar  # noqa: E402
+
+SHOWN = 3  # answers on the terminal; evaluation.json has all
 
 
 def last_turn(input_ids: Sequence[int], response_mask: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -115,8 +127,8 @@ def base_model(folder: Any, given: str) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Evaluate; returns the exit code. See the module's docstring for what it writes."""
-    args, step, data = arguments.parse(ARGUMENTS, argv, prog="step1/evaluate.py", description=__doc__)
-    folder = evaluating.step_folder(args.path, "step1")
+    args, step, data = parse_flags(argv)
+    folder = step_folder(args.path, "step1")
     base_path = base_model(folder, step.base_model_name_or_path)
     recorded = evaluating.recorded_arguments(folder, step1.ARGUMENTS)
     max_seq_len, seed = recorded[arguments.ModelArguments].max_seq_len, recorded[arguments.TrainingArguments].seed

@@ -19,14 +19,35 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from training.utils import arguments
 from training.utils.runtime import prepare_runtime
 
+
+@dataclass
+class StepArguments:
+    """Step 1"""
+
+    sft_only_data_path: list[str] = arguments.flag([], "sources used by this step alone, whole")
+    train_on_prompts: bool = arguments.flag(False, "train on prompt tokens too")
+
+
+ARGUMENTS = [*arguments.FINE_TUNING, StepArguments]
+
+
+def parse_flags(argv: Sequence[str]) -> list[Any]:
+    """The flags, by `ARGUMENTS`; without torch, so that ``--help`` and mistakes answer at once."""
+    return arguments.parse(ARGUMENTS, argv, prog="step1_supervised_finetuning/main.py", description=__doc__)
+
+
+if __name__ == "__main__":
+    arguments.answer_early(parse_flags)
 prepare_runtime()
 
 import torch  # noqa: E402  threads and PATH must be set before
 
-from training.utils import arguments, engine as engines, models, supervision  # noqa: E402
+from training.utils import engine as engines, models, supervision  # noqa: E402
 from training.utils.checkpoint import move_into, save_model  # noqa: E402
 from training.utils.data import batches_after, epoch_batches, prepare_data, stop_token_ids  # noqa: E402
 from training.utils.distributed import init_distributed, is_main, reduce_sums, say, world_size  # noqa: E402
@@ -39,26 +60,6 @@ from training.utils.resume import BEST, Run, resume_output_dir  # noqa: E402
 from training.utils.runs import prepare_output_dir  # noqa: E402
 from training.utils.training_plan import show_sequence_plan  # noqa: E402
 from training.utils.zero_config import check_dtype, deepspeed_config, read_user_config  # noqa: E402
-
-
-@dataclass
-class StepArguments:
-    """Step 1"""
-
-    sft_only_data_path: list[str] = arguments.flag([], "sources used by this step alone, whole")
-    train_on_prompts: bool = arguments.flag(False, "train on prompt tokens too")
-
-
-ARGUMENTS = [
-    arguments.DataArguments,
-    arguments.ModelArguments,
-    arguments.LoraArguments,
-    arguments.TrainingArguments,
-    arguments.DeepSpeedArguments,
-    arguments.OutputArguments,
-    arguments.ReliabilityArguments,
-    StepArguments,
-]
 
 
 @torch.no_grad()
@@ -77,7 +78,7 @@ def held_out_loss(engine, dataset, batch_size: int, pad_id: int) -> float:
 
 def main(argv: Sequence[str]) -> int:
     """Run step 1; returns the exit code. See the module's docstring for what it writes."""
-    groups = arguments.parse(ARGUMENTS, argv, prog="step1_supervised_finetuning/main.py", description=__doc__)
+    groups = parse_flags(argv)
     data, model_args, lora, train, ds, output, reliability, step = groups
     start, phases = time.monotonic(), Phases()
     check_dtype(model_args.dtype)

@@ -15,15 +15,29 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from training.utils import arguments
+from training.utils.runs import step_folder
 from training.utils.runtime import prepare_runtime
 
+ARGUMENTS = [arguments.EvaluationArguments, arguments.DataArguments]
+
+
+def parse_flags(argv: Sequence[str]) -> list[Any]:
+    """The flags, by `ARGUMENTS`; without torch, so that ``--help`` and mistakes answer at once."""
+    groups = arguments.parse(ARGUMENTS, argv, prog="step2/evaluate.py", description=__doc__)
+    step_folder(groups[0].path, "step2")
+    return groups
+
+
+if __name__ == "__main__":
+    arguments.answer_early(parse_flags)
 prepare_runtime()
 
 import torch  # noqa: E402  threads and PATH must be set before
 
 from training.step2_reward_model_finetuning import main as step2  # noqa: E402
 from training.step2_reward_model_finetuning.pairs import score_pairs  # noqa: E402
-from training.utils import arguments, engine as engines, evaluating, models  # noqa: E402
+from training.utils import engine as engines, evaluating, models  # noqa: E402
 from training.utils.data import collate_pairs, prepare_data  # noqa: E402
 from training.utils.distributed import init_distributed, say  # noqa: E402
 from training.utils.errors import run_program  # noqa: E402
@@ -32,8 +46,6 @@ from training.utils.reward_model import RewardStats  # noqa: E402
 
 WORST = 5
 LENGTHS = (16, 32, 64, 128, 256, 512)  # upper ends of the length buckets, in tokens of the longer answer
-
-ARGUMENTS = [evaluating.EvaluationArguments, arguments.DataArguments]
 
 
 @dataclass(frozen=True)
@@ -135,8 +147,8 @@ def judged_pairs(scorer: Any, rows: Any, batch_size: int, pad_id: int, device: t
 
 def main(argv: Sequence[str]) -> int:
     """Evaluate; returns the exit code. See the module's docstring for what it writes."""
-    args, data = arguments.parse(ARGUMENTS, argv, prog="step2/evaluate.py", description=__doc__)
-    folder = evaluating.step_folder(args.path, "step2")
+    args, data = parse_flags(argv)
+    folder = step_folder(args.path, "step2")
     recorded = evaluating.recorded_arguments(folder, step2.ARGUMENTS)
     max_seq_len, seed = recorded[arguments.ModelArguments].max_seq_len, recorded[arguments.TrainingArguments].seed
     models.check_length(str(folder), max_seq_len, "--max_seq_len of step 2")

@@ -20,9 +20,33 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from training.utils import arguments
 from training.utils.runtime import prepare_runtime
 
+
+@dataclass
+class StepArguments:
+    """Step 2"""
+
+    loss: str = arguments.flag(
+        "log_sig",
+        "log_sig: -logsigmoid(difference); log_exp: log(1 + exp(-difference))",
+        choices=("log_sig", "log_exp"),
+    )
+
+
+ARGUMENTS = [*arguments.FINE_TUNING, StepArguments]
+
+
+def parse_flags(argv: Sequence[str]) -> list[Any]:
+    """The flags, by `ARGUMENTS`; without torch, so that ``--help`` and mistakes answer at once."""
+    return arguments.parse(ARGUMENTS, argv, prog="step2_reward_model_finetuning/main.py", description=__doc__)
+
+
+if __name__ == "__main__":
+    arguments.answer_early(parse_flags)
 prepare_runtime()
 
 import torch  # noqa: E402  threads and PATH must be set before
@@ -35,7 +59,7 @@ from training.step2_reward_model_finetuning.preference import (  # noqa: E402
     pair_metrics,
     verdicts,
 )
-from training.utils import arguments, engine as engines, models, supervision  # noqa: E402
+from training.utils import engine as engines, models, supervision  # noqa: E402
 from training.utils.checkpoint import save_model  # noqa: E402
 from training.utils.data import batches_after, prepare_data, stop_token_ids  # noqa: E402
 from training.utils.distributed import init_distributed, rank, reduce_sums, say, world_size  # noqa: E402
@@ -50,32 +74,9 @@ from training.utils.training_plan import show_sequence_plan  # noqa: E402
 from training.utils.zero_config import check_dtype, deepspeed_config, read_user_config  # noqa: E402
 
 
-@dataclass
-class StepArguments:
-    """Step 2"""
-
-    loss: str = arguments.flag(
-        "log_sig",
-        "log_sig: -logsigmoid(difference); log_exp: log(1 + exp(-difference))",
-        choices=("log_sig", "log_exp"),
-    )
-
-
-ARGUMENTS = [
-    arguments.DataArguments,
-    arguments.ModelArguments,
-    arguments.LoraArguments,
-    arguments.TrainingArguments,
-    arguments.DeepSpeedArguments,
-    arguments.OutputArguments,
-    arguments.ReliabilityArguments,
-    StepArguments,
-]
-
-
 def main(argv: Sequence[str]) -> int:
     """Run step 2; returns the exit code. See the module's docstring for what it writes."""
-    groups = arguments.parse(ARGUMENTS, argv, prog="step2_reward_model_finetuning/main.py", description=__doc__)
+    groups = parse_flags(argv)
     data, model_args, lora, train, ds, output, reliability, step = groups
     start, phases = time.monotonic(), Phases()
     check_dtype(model_args.dtype)

@@ -20,43 +20,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from training.step3_rlhf_finetuning import best_of_n, rlhf_arguments
+from training.utils import arguments
+from training.utils.runs import is_finished, step_folder
 from training.utils.runtime import prepare_runtime
-
-prepare_runtime()
-
-import torch  # noqa: E402  threads and PATH must be set before
-
-from training.step3_rlhf_finetuning import (  # noqa: E402
-    best_of_n,
-    main as step3,
-    rlhf_arguments,
-    settings,
-)
-from training.step3_rlhf_finetuning.evaluation import Answer, BatchSizes, answer_held_out, checks  # noqa: E402
-from training.step3_rlhf_finetuning.held_out import spread_rows  # noqa: E402
-from training.step3_rlhf_finetuning.prompts import PromptSet  # noqa: E402
-from training.step3_rlhf_finetuning.reward_sources import RewardMix  # noqa: E402
-from training.step3_rlhf_finetuning.rewards import (  # noqa: E402
-    MODEL,
-    NONE,
-    TextFunction,
-    check_without_model,
-    load_text_function,
-    parse_reward_functions,
-    split_weight,
-)
-from training.step3_rlhf_finetuning.rlhf_engine import build_rewards  # noqa: E402
-from training.step3_rlhf_finetuning.rollout import SamplingConfig, rollout_backend  # noqa: E402
-from training.utils import arguments, evaluating, models  # noqa: E402
-from training.utils.data import prepare_data, stop_token_ids  # noqa: E402
-from training.utils.distributed import init_distributed, say  # noqa: E402
-from training.utils.errors import UserError, run_program  # noqa: E402
-from training.utils.metrics import progress_bar  # noqa: E402
-from training.utils.reward_model import STATS_FILE  # noqa: E402
-from training.utils.runs import is_finished  # noqa: E402
-from training.utils.text_reward import load_text_reward_model  # noqa: E402
-
-DRAW_SEED = 7_919  # best-of-n draws under other noise than the answers that it is held against
 
 
 @dataclass
@@ -75,7 +42,48 @@ class StepArguments:
     temperature: float = arguments.flag(0.0, "sampling temperature (default: the run's)", minimum=0)
 
 
-ARGUMENTS = [evaluating.EvaluationArguments, StepArguments, arguments.DataArguments]
+ARGUMENTS = [arguments.EvaluationArguments, StepArguments, arguments.DataArguments]
+
+
+def parse_flags(argv: Sequence[str]) -> list[Any]:
+    """The flags, by `ARGUMENTS`; without torch, so that ``--help`` and mistakes answer at once."""
+    groups = arguments.parse(ARGUMENTS, argv, prog="step3/evaluate.py", description=__doc__)
+    best_of_n.parse_counts(groups[1].best_of, "--best_of")
+    step_folder(groups[0].path, "step3")
+    return groups
+
+
+if __name__ == "__main__":
+    arguments.answer_early(parse_flags)
+prepare_runtime()
+
+import torch  # noqa: E402  threads and PATH must be set before
+
+from training.step3_rlhf_finetuning import main as step3, settings  # noqa: E402
+from training.step3_rlhf_finetuning.evaluation import Answer, BatchSizes, answer_held_out, checks  # noqa: E402
+from training.step3_rlhf_finetuning.held_out import spread_rows  # noqa: E402
+from training.step3_rlhf_finetuning.prompts import PromptSet  # noqa: E402
+from training.step3_rlhf_finetuning.reward_sources import RewardMix  # noqa: E402
+from training.step3_rlhf_finetuning.rewards import (  # noqa: E402
+    MODEL,
+    NONE,
+    TextFunction,
+    check_without_model,
+    load_text_function,
+    parse_reward_functions,
+    split_weight,
+)
+from training.step3_rlhf_finetuning.rlhf_engine import build_rewards  # noqa: E402
+from training.step3_rlhf_finetuning.rollout import SamplingConfig, rollout_backend  # noqa: E402
+from training.utils import evaluating, models  # noqa: E402
+from training.utils.data import prepare_data, stop_token_ids  # noqa: E402
+from training.utils.distributed import init_distributed, say  # noqa: E402
+from training.utils.errors import UserError, run_program  # noqa: E402
+from training.utils.metrics import progress_bar  # noqa: E402
+from training.utils.reward_model import STATS_FILE  # noqa: E402
+from training.utils.text_reward import load_text_reward_model  # noqa: E402
+
+DRAW_SEED = 7_919  # best-of-n draws under other noise than the answers that it is held against
 
 
 def of_the_run(given: str, recorded: str, trained_in: str, folder: Path, step: str, flag: str) -> str:
@@ -313,9 +321,9 @@ def all_judges(
 
 def main(argv: Sequence[str]) -> int:
     """Evaluate; returns the exit code. See the module's docstring for what it writes."""
-    args, step, data = arguments.parse(ARGUMENTS, argv, prog="step3/evaluate.py", description=__doc__)
+    args, step, data = parse_flags(argv)
     counts = best_of_n.parse_counts(step.best_of, "--best_of")
-    folder = evaluating.step_folder(args.path, "step3")
+    folder = step_folder(args.path, "step3")
     recorded = evaluating.recorded_arguments(folder, step3.ARGUMENTS, arguments.ALIASES)
     rollout, ppo = recorded[rlhf_arguments.RolloutArguments], recorded[rlhf_arguments.PPOArguments]
     seed = recorded[rlhf_arguments.OptimizationArguments].seed

@@ -20,14 +20,27 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
+from training.step3_rlhf_finetuning.rlhf_arguments import ARGUMENTS, check
+from training.utils import arguments, supervision
 from training.utils.runtime import prepare_runtime
 
+
+def parse_flags(argv: Sequence[str]) -> list[Any]:
+    """The flags, by `ARGUMENTS`; without torch, so that ``--help`` and mistakes answer at once."""
+    prog = "step3_rlhf_finetuning/main.py"
+    groups = arguments.parse(ARGUMENTS, argv, prog=prog, description=__doc__, aliases=arguments.ALIASES)
+    return check(groups)
+
+
+if __name__ == "__main__":
+    arguments.answer_early(parse_flags)
 prepare_runtime()
 
 import torch  # noqa: E402  threads and PATH must be set before
 
-from training.step3_rlhf_finetuning import outputs, prompts, rlhf_arguments, samples, settings  # noqa: E402
+from training.step3_rlhf_finetuning import outputs, prompts, samples, settings  # noqa: E402
 from training.step3_rlhf_finetuning.evaluation import BatchSizes  # noqa: E402
 from training.step3_rlhf_finetuning.health import HealthMonitor  # noqa: E402
 from training.step3_rlhf_finetuning.held_out import HeldOutEvaluation  # noqa: E402
@@ -39,7 +52,6 @@ from training.step3_rlhf_finetuning.rlhf_engine import build_roles, generation_b
 from training.step3_rlhf_finetuning.rollout import SamplingConfig  # noqa: E402
 from training.step3_rlhf_finetuning.scoring import Scoring  # noqa: E402
 from training.step3_rlhf_finetuning.trace import write_trace  # noqa: E402
-from training.utils import arguments, supervision  # noqa: E402
 from training.utils.checkpoint import save_model  # noqa: E402
 from training.utils.data import prepare_data, prepare_pretraining, stop_token_ids  # noqa: E402
 from training.utils.distributed import init_distributed, rank, say, world_size  # noqa: E402
@@ -49,28 +61,14 @@ from training.utils.resume import BEST, METRICS, Run, resume_output_dir  # noqa:
 from training.utils.runs import prepare_output_dir  # noqa: E402
 from training.utils.zero_config import check_dtype, read_user_config  # noqa: E402
 
-ARGUMENTS = [
-    rlhf_arguments.RoleArguments,
-    arguments.DataArguments,
-    rlhf_arguments.RolloutArguments,
-    rlhf_arguments.PPOArguments,
-    rlhf_arguments.OptimizationArguments,
-    rlhf_arguments.RoleZeroArguments,
-    rlhf_arguments.EvaluationArguments,
-    arguments.OutputArguments,
-    arguments.ReliabilityArguments,
-]
-
 
 def main(argv: Sequence[str]) -> int:
     """Run step 3; returns the exit code. See the module's docstring for what it writes."""
-    groups = arguments.parse(
-        ARGUMENTS, argv, prog="step3_rlhf_finetuning/main.py", description=__doc__, aliases=arguments.ALIASES
-    )
+    groups = parse_flags(argv)
     role_args, data, rollout, ppo, train, zero, evaluate, output, reliability = groups
     start, phases = time.monotonic(), Phases()
     check_dtype(role_args.dtype)
-    settings.check(rollout, ppo, train, zero, evaluate)
+    settings.warn(rollout, ppo, train, zero, evaluate)
     eval_function = load_text_function(evaluate.eval_function, "--eval_function")
     functions, model_weight = parse_reward_functions(ppo.reward_function, "--reward_function")
     overrides = read_user_config(zero.deepspeed_config)

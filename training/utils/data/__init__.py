@@ -1,24 +1,34 @@
-"""Data: sources -> formats -> chat template -> tokens -> batches. docs/data.md tells it from the user's side."""
+"""Data: sources -> formats -> chat template -> tokens -> batches. docs/data.md tells it from the user's side.
 
-from training.utils.data.batches import (
-    batches_after,
-    collate_pairs,
-    collate_prompts,
-    collate_sft,
-    epoch_batches,
-    padding_share,
-    rank_micro_batches,
-)
-from training.utils.data.chat import (
-    Rendered,
-    RowError,
-    configure_chat_template,
-    render,
-    stop_token_ids,
-    template_names,
-)
-from training.utils.data.prepare import StepData, prepare_data, prepare_pretraining
-from training.utils.data.report import DataReport
+The names below are imported from their modules at their first use: a program of this package, and what looks at paths
+alone, must answer before torch and datasets are imported, which takes seconds.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from training.utils.data.batches import (
+        batches_after,
+        collate_pairs,
+        collate_prompts,
+        collate_sft,
+        epoch_batches,
+        padding_share,
+        rank_micro_batches,
+    )
+    from training.utils.data.chat import (
+        Rendered,
+        RowError,
+        configure_chat_template,
+        render,
+        stop_token_ids,
+        template_names,
+    )
+    from training.utils.data.prepare import StepData, prepare_data, prepare_pretraining
+    from training.utils.data.report import DataReport
 
 __all__ = [
     "DataReport",
@@ -39,3 +49,13 @@ __all__ = [
     "stop_token_ids",
     "template_names",
 ]
+
+_MODULES = ("chat", "report", "batches", "prepare")  # where they are, the light ones first
+
+
+def __getattr__(name: str) -> Any:
+    for module in _MODULES if name in __all__ else ():
+        found = importlib.import_module(f"{__name__}.{module}")
+        if hasattr(found, name):
+            return getattr(found, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,19 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from training.utils import arguments
 from training.utils.arguments import DataArguments, flag
-from training.utils.data.batches import epoch_batches, padding_share
-from training.utils.data.prepare import StepData, prepare_data
-from training.utils.data.preview_page import Piece, page
-from training.utils.data.report import DataReport
-from training.utils.errors import UserError, run_program
-
-_PERCENTILES = (5, 25, 50, 75, 95, 99, 100)
-_COLOURS = {"trained": "\x1b[32m", "untrained": "\x1b[2m", "special": "\x1b[1;35m"}
-_OFF = "\x1b[0m"
 
 
 @dataclass
@@ -47,6 +36,28 @@ class PreviewArguments:
     rows: int = flag(5, "how many rows to show", minimum=0)
     html: str = flag("", "write the same as a page to this file")
     validate: bool = flag(False, "print problems only, and exit 1 if there are any")
+
+
+def parse_flags(argv: Sequence[str]) -> list[Any]:
+    """The flags; without torch, so that ``--help`` and mistakes answer at once."""
+    prog, description = "python -m training.utils.data.preview", (__doc__ or "").strip()
+    return arguments.parse([PreviewArguments, DataArguments], argv, prog=prog, description=description)
+
+
+if __name__ == "__main__":
+    arguments.answer_early(lambda argv: parse_flags(argv)[:0])  # of paths, ``--validate`` tells
+
+import numpy as np  # noqa: E402  what follows takes seconds
+
+from training.utils.data.batches import epoch_batches, padding_share  # noqa: E402
+from training.utils.data.prepare import StepData, prepare_data  # noqa: E402
+from training.utils.data.preview_page import Piece, page  # noqa: E402
+from training.utils.data.report import DataReport  # noqa: E402
+from training.utils.errors import UserError, run_program  # noqa: E402
+
+_PERCENTILES = (5, 25, 50, 75, 95, 99, 100)
+_COLOURS = {"trained": "\x1b[32m", "untrained": "\x1b[2m", "special": "\x1b[1;35m"}
+_OFF = "\x1b[0m"
 
 
 def pieces(tokenizer: Any, ids: Sequence[int], mask: Sequence[int]) -> list[Piece]:
@@ -159,12 +170,7 @@ def _prepare(preview: PreviewArguments, data: DataArguments, tokenizer: Any) -> 
 
 def main(argv: Sequence[str]) -> int:
     """Run the program; returns its exit code."""
-    preview, data = arguments.parse(
-        [PreviewArguments, DataArguments],
-        argv,
-        prog="python -m training.utils.data.preview",
-        description=(__doc__ or "").strip(),
-    )
+    preview, data = parse_flags(argv)
     from training.utils.models import load_tokenizer, resolve_model
 
     if preview.validate:

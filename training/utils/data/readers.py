@@ -18,7 +18,6 @@ from typing import IO, Any
 
 from training.utils.data.chat import RowError
 from training.utils.data.rows import MAX_ROW_CHARACTERS, RawRow, too_big
-from training.utils.data.tables import read_parquet
 from training.utils.errors import UserError
 
 TYPES = ("json", "jsonl", "ndjson", "csv", "tsv", "txt", "parquet")
@@ -60,6 +59,12 @@ def file_type(path: Path) -> str:
     return found
 
 
+def _read_parquet(file: IO[bytes], path: Path) -> Iterator[RawRow]:
+    from training.utils.data.tables import read_parquet  # pyarrow takes a moment
+
+    return read_parquet(file, path)
+
+
 def read_file(path: Path) -> Iterator[RawRow]:
     """Every row of one data file, read as a stream.
 
@@ -72,7 +77,7 @@ def read_file(path: Path) -> Iterator[RawRow]:
         "txt": _read_txt,
         "csv": _read_csv,
         "tsv": _read_csv,
-        "parquet": read_parquet,
+        "parquet": _read_parquet,
     }
     number = 0
     try:

@@ -20,7 +20,6 @@ from typing import Any
 
 from training.utils.data.readers import EVAL_WORDS, TYPES, file_type, read_file, type_of
 from training.utils.data.rows import RawRow
-from training.utils.data.tables import hub_rows
 from training.utils.errors import UserError
 
 _DEMO = Path(__file__).resolve().parents[2] / "data" / "demo"
@@ -59,6 +58,8 @@ class Source:
 
     def _all_rows(self, held_out: bool) -> Iterator[RawRow]:
         if self.hub is not None:
+            from training.utils.data.tables import hub_rows  # pyarrow takes a moment
+
             split = self.hub[1 if held_out else 0]
             yield from hub_rows(split, self.name) if split is not None else ()
             return
@@ -97,6 +98,15 @@ def resolve(text: str, step: int) -> Source:
     Raises:
         UserError: nothing of that name, no data file in the folder, an unknown file type, or a limit of 0.
     """
+    return local_source(text, step) or _hub(*_split_limit(text))
+
+
+def local_source(text: str, step: int) -> Source | None:
+    """`resolve` without the hub, and without its imports: None for a name that may be a hub dataset's.
+
+    Raises:
+        UserError: as `resolve`.
+    """
     name, limit = _split_limit(text)
     if name == "demo":
         return Source(name, (_DEMO / _DEMO_FILES[step],), (_DEMO / "held_out.jsonl",), limit)
@@ -110,7 +120,7 @@ def resolve(text: str, step: int) -> Source:
     if looks_local or not _HUB_NAME.match(name):
         near = _nearest(path)
         raise UserError(f"--data_path {name}: no such file or folder" + (f"; did you mean {near}?" if near else ""))
-    return _hub(name, limit)
+    return None
 
 
 def _split_limit(text: str) -> tuple[str, int]:

@@ -1,0 +1,107 @@
+"""``--help`` and mistakes answer in a fraction of a second: in real processes, in which torch can not be imported."""
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU_SECONDS = 2.0  # of a process; about 0.2 on a quiet machine, and 8 if it imports what it must not
+HEAVY = ("torch", "transformers", "deepspeed", "datasets", "gradio")
+
+STEP1, STEP2, STEP3 = (
+    f"training/{name}/main.py"
+    for name in ("step1_supervised_finetuning", "step2_reward_model_finetuning", "step3_rlhf_finetuning")
+)
+EVALUATE1, EVALUATE2, EVALUATE3 = (step.replace("main", "evaluate") for step in (STEP1, STEP2, STEP3))
+PREVIEW, REPORT = "-m training.utils.data.preview", "-m training.report"
+PROGRAMS = [
+    *(STEP1, STEP2, STEP3, EVALUATE1, EVALUATE2, EVALUATE3, PREVIEW, REPORT, "train.py"),
+    *("inference/chatbot.py", "inference/gradio_chatbot.py", "benchmarks/memory_plan.py"),
+]
+
+MISTAKES = [
+    (STEP1, "--learning_rates 1", ["--learning_rates", "did you mean --learning_rate?"]),
+    (STEP2, "--learning_rate fast", ["--learning_rate", "fast"]),
+    (STEP1, "--learning_rate -1", ["--learning_rate", "above 0"]),
+    (STEP2, "--only_optimize_lora", ["--only_optimize_lora", "--lora_dim"]),
+    (STEP3, "--advantage rloo", ["rloo", "--samples_per_prompt"]),
+    (STEP3, "--gradient_accumulation_steps 3", ["--gradient_accumulation_steps 3"]),
+    (STEP3, "--offload_reward_model", ["--offload_reward_model", "--critic_zero_stage 3"]),
+    (STEP3, "--lr_scheduler_type cosine linear constant", ["--lr_scheduler_type", "the actor's and the critic's"]),
+    (STEP1, "--model_name_or_path ./none", ["--model_name_or_path ./none", "no such folder"]),
+    (STEP2, "--model_name_or_path training", ["--model_name_or_path training", "no config.json"]),
+    (STEP3, "--critic_model_name_or_path ./none", ["--critic_model_name_or_path ./none", "no such folder"]),
+    (STEP1, "--data_path none.jsonl", ["--data_path none.jsonl", "no such file"]),
+    (STEP3, "--eval_data_path demo none.csv:5", ["none.csv", "no such file"]),
+    (STEP3, "--reward_function none.py:f=2", ["--reward_function none.py:f=2", "no such file"]),
+    (STEP1, "--deepspeed_config none.json", ["--deepspeed_config none.json", "no such file"]),
+    (EVALUATE1, "--path none", ["--path none", "no such folder"]),
+    (EVALUATE2, "", ["has finished step 2", "step2_reward_model_finetuning"]),
+    (EVALUATE3, "--best_of 1,four", ["--best_of", "1,4,16"]),
+    (PREVIEW, "--step 4", ["--step", "4"]),
+]
+
+
+@pytest.fixture
+def answer(tmp_path):
+    """Run a program where importing a heavy library is an error; returns the process, ended within its CPU time."""
+    for name in HEAVY:
+        (tmp_path / f"{name}.py").write_text(f"raise AssertionError('{name} was imported')\n", encoding="utf-8")
+
+    def run(program: str, flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        paths = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "TRIPOD_OUTPUT": str(tmp_path / "output")}
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        result = subprocess.run(
+            [sys.executable, *program.split(), *flags.split()],
+            **{"cwd": ROOT, "env": os.environ | paths | environment, "capture_output": True, "text": True},
+            timeout=120,
+            check=False,
+        )
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < CPU_SECONDS
+        return result
+
+    return run
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help(program, answer):
+    result = answer(program, "--help")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "--help" in result.stdout
+
+
+@pytest.mark.parametrize("program", [p for p in PROGRAMS if not p.startswith("benchmarks")])
+def test_a_typo(program, answer):
+    result = answer(program, "--hellp 1")
+    assert result.returncode == 2
+    [line] = result.stderr.splitlines()
+    assert line.startswith("error: ") and "--hellp" in line
+
+
+@pytest.mark.parametrize(("program", "flags", "words"), MISTAKES)
+def test_a_mistake(program, flags, words, answer):
+    result = answer(program, flags)
+    assert result.returncode == 2
+    [line] = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    for word in words:
+        assert word in line
+
+
+def test_rank_0_alone_speaks(answer):
+    ranks = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    for flags in ("--hellp 1", "--data_path none.jsonl"):
+        said = [answer(STEP1, flags, RANK=rank, **ranks) for rank in ("0", "1")]
+        assert [result.returncode for result in said] == [2, 2]
+        assert [len(result.stderr.splitlines()) for result in said] == [1, 0]
+
+
+def test_a_path_that_one_of_several_hosts_may_lack_is_left_to_the_run(answer):
+    """There the rank that lacks it tells the others, which have begun to wait for it."""
+    result = answer(STEP1, "--data_path none.jsonl", RANK="3", WORLD_SIZE="4", LOCAL_WORLD_SIZE="2")
+    assert "torch was imported" in result.stderr
