@@ -11,7 +11,6 @@ import deepspeed
 import torch
 from deepspeed.runtime import bf16_optimizer
 from torch import nn
-from transformers import get_scheduler
 
 from training.utils.distributed import bound_waits, world_size
 from training.utils.models import TokenScorer, load_causal_lm, load_classifier
@@ -76,6 +75,8 @@ def initialize_engine(
         num_warmup_steps, total_steps: in optimizer steps.
         lr_scheduler_type: one of `training.utils.arguments.SCHEDULES`, as transformers makes them.
     """
+    from transformers import get_scheduler  # brings PEFT along: a second that evaluations and plans do without
+
     groups = parameter_groups(model, weight_decay)
     if "offload_optimizer" in config["zero_optimization"]:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
