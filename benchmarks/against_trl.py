@@ -91,7 +91,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--iterations", type=int, default=4, help="timed iterations of a run, after one that is not")
     parser.add_argument("--iterations_long", type=int, default=0, help="iterations of the long run, 0 for none")
     parser.add_argument("--held_out", type=int, default=160, help="held-out prompts answered before and after it")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto")
     parser.add_argument("--trl_weights", choices=sorted(TRL), nargs="+", default=["fp32"], help="with --dtype bf16")
     parser.add_argument("--learning_rate", type=float, default=1.1e-4)
     parser.add_argument("--kl_coef", type=float, default=0.06)

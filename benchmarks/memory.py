@@ -1,6 +1,6 @@
 """Peak memory of two choices in step 3, each way of doing it in a process of its own.
 
-    python benchmarks/memory.py                       # the embedded model, bf16
+    python benchmarks/memory.py                       # the embedded model
     python benchmarks/memory.py --json memory.json
 
 Policies: LoRA, where the reference policy is the actor without its adapter, against full training with a reference
@@ -138,7 +138,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read the flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", default="embedded")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto")
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--prompt", type=int, default=256, help="tokens of each prompt")
     parser.add_argument("--response", type=int, default=256, help="tokens of each response")
@@ -151,7 +151,9 @@ def main(argv: Sequence[str]) -> None:
     """Measure the four variants and print the Markdown table."""
     arguments = parse(argv)
     from training.utils.models import resolve_model
+    from training.utils.precision import settle
 
+    settle(arguments)
     path = resolve_model(arguments.model_name_or_path)
     if arguments.child:
         child(arguments, path)

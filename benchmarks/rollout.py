@@ -1,6 +1,6 @@
 """Rollout speed: useful tokens per second of `hf`, `fast`, and ``generate`` through a hooked ZeRO-3 engine.
 
-    python benchmarks/rollout.py                      # the embedded model, bf16, 32 prompts of the demo data
+    python benchmarks/rollout.py                      # the embedded model, 32 prompts of the demo data
     python benchmarks/rollout.py --ablation --json rollout.json
 
 The engines take turns on the same prompts in one process; each figure is the median over the rounds. A useful token is
@@ -39,6 +39,7 @@ from training.utils.data import collate_prompts, render, stop_token_ids
 from training.utils.distributed import init_distributed
 from training.utils.errors import run_program
 from training.utils.models import load_causal_lm, load_tokenizer, resolve_model
+from training.utils.precision import settle  # noqa: E402
 from training.utils.zero_config import DTYPES, frozen_config
 
 PROMPTS = Path(__file__).resolve().parents[1] / "training" / "data" / "demo" / "prompts.jsonl"
@@ -57,7 +58,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read the flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", default="embedded")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16")
+    parser.add_argument("--dtype", choices=PRECISIONS, default="auto")
     parser.add_argument("--rows", type=int, default=32, help="prompts per round")
     parser.add_argument("--max_new_tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=1.0)
@@ -245,6 +246,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main(argv: Sequence[str]) -> int:
     """Measure, print the Markdown table, and write the JSON file if asked to."""
     arguments = parse(argv)
+    settle(arguments)
     path = resolve_model(arguments.model_name_or_path)
     tokenizer = load_tokenizer(path)
     model = load_causal_lm(path, dtype=arguments.dtype).eval()

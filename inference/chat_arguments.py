@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from training.utils.arguments import flag
-
-PRECISIONS = ("auto", "bf16", "fp16", "fp32")
+from training.utils.arguments import AUTO, PRECISIONS, flag
 
 
 @dataclass
@@ -14,7 +12,7 @@ class LoadArguments:
     """Loading"""
 
     dtype: str = flag(
-        "auto", "precision of the weights; auto keeps that of the folder", choices=("auto", "bf16", "fp16", "fp32")
+        AUTO, "precision of the weights; auto: bf16 where the hardware computes in it", choices=PRECISIONS
     )
     quantize: str = flag("none", "8 or 4 bits per weight through bitsandbytes", choices=("none", "int8", "int4"))
     device_map: str = flag("", "auto spreads a model over all devices; cpu or cuda:0 name one (default: the first GPU)")

@@ -14,7 +14,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,10 @@ from transformers.utils.logging import disable_progress_bar
 from training.utils.data import stop_token_ids
 from training.utils.errors import UserError
 from training.utils.models import load_tokenizer, remote_code, resolve_model
+from training.utils.precision import for_device
 from training.utils.runs import is_finished, latest_output
+from training.utils.zero_config import DTYPES
 
-DTYPES = {"auto": "auto", "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ADAPTER_CONFIG = "adapter_config.json"
 # What a damaged or foreign folder makes transformers, PEFT and safetensors raise while they load.
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, SafetensorError)
@@ -129,7 +130,7 @@ def load_chat_models(paths: dict[str, str], arguments: LoadArguments, report: Ca
     Args:
         paths: name -> folder, hub name, GGUF file, ``embedded``, or a folder with a LoRA adapter.
         arguments: precision, quantisation and placement, the same for all.
-        report: gets one line before and one after each model.
+        report: gets a line about the precision, then one before and one after each model.
 
     Raises:
         UserError: a path without a model, a corrupt adapter, an option that does not work here.
@@ -138,6 +139,9 @@ def load_chat_models(paths: dict[str, str], arguments: LoadArguments, report: Ca
     if not sys.stderr.isatty():
         disable_progress_bar()
     resolved = {name: _resolve(path) for name, path in paths.items()}
+    dtype, line = for_device(arguments.dtype, torch.device(_device(arguments)))
+    if line:
+        report(line)
     shared: dict[str, Weights] = {}
     models = []
     for number, (name, (base, adapter_dir)) in enumerate(resolved.items(), start=1):
@@ -145,7 +149,7 @@ def load_chat_models(paths: dict[str, str], arguments: LoadArguments, report: Ca
         started = time.monotonic()
         known = base in shared
         if not known:
-            shared[base] = Weights(_load_weights(base, arguments))
+            shared[base] = Weights(_load_weights(base, replace(arguments, dtype=dtype)))
         adapter = _attach(shared[base], adapter_dir) if adapter_dir else None
         models.append(_chat_model(name, base, adapter_dir, shared[base], adapter))
         size = models[-1].weights.model.get_memory_footprint() / 2**20
@@ -193,8 +197,13 @@ def _resolve(path: str) -> tuple[str, str | None]:
         raise UserError(f"--path {path}: its base model can not be found: {error}") from error
 
 
+def _device(arguments: LoadArguments) -> str:
+    """Where weights go; with ``--device_map auto``, where they begin."""
+    named = "" if arguments.device_map == "auto" else arguments.device_map
+    return named or ("cuda:0" if torch.cuda.is_available() else "cpu")
+
+
 def _load_weights(base: str, arguments: LoadArguments) -> Any:
-    device = arguments.device_map or ("cuda:0" if torch.cuda.is_available() else "cpu")
     options: dict[str, Any] = {"dtype": DTYPES[arguments.dtype]} | remote_code()
     if arguments.quantize != "none":
         from transformers import BitsAndBytesConfig
@@ -203,10 +212,11 @@ def _load_weights(base: str, arguments: LoadArguments) -> Any:
             load_in_8bit=arguments.quantize == "int8",
             load_in_4bit=arguments.quantize == "int4",
             bnb_4bit_quant_type="nf4",  # Dettmers et al. 2023, arXiv 2305.14314: beats plain int4 at its size
-            bnb_4bit_compute_dtype=torch.float32 if arguments.dtype == "fp32" else torch.bfloat16,
+            bnb_4bit_compute_dtype=DTYPES[arguments.dtype],
         )
     if arguments.device_map == "auto" or arguments.quantize != "none":
-        options["device_map"] = device
+        options["device_map"] = arguments.device_map or _device(arguments)
+    device = _device(arguments)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(base, **options)
         return (model if "device_map" in options else model.to(device)).eval().requires_grad_(False)

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from chat_models import DTYPES, LOAD_ERRORS
+from chat_models import LOAD_ERRORS
 
+from training.utils.arguments import AUTO
 from training.utils.errors import UserError
 from training.utils.models import resolve_model
+from training.utils.precision import for_device
 from training.utils.text_reward import TextRewardModel, load_text_reward_model
+from training.utils.zero_config import DTYPES
 
 STATS = "reward_stats.json"
 
@@ -38,7 +41,7 @@ class RewardModel:
 
 
 def load_reward_model(path: str, report: Callable[[str], None]) -> RewardModel:
-    """Load a reward model and its normalisation, in the precision in which step 2 measured the latter.
+    """Load a reward model and its normalisation, in the precision of step 2 if the hardware computes in it.
 
     Args:
         path: folder or hub name.
@@ -51,6 +54,8 @@ def load_reward_model(path: str, report: Callable[[str], None]) -> RewardModel:
     mean, std, dtype = _stats(Path(folder) / STATS)
     report(f"loading the reward model from {path} ...")
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    best, _ = for_device(AUTO, device)
+    dtype = dtype if dtype in ("fp32", best) else best  # rounding moves a reward less than emulation would cost
     try:
         return RewardModel(load_text_reward_model(folder, dtype=dtype, device=device), mean, std)
     except LOAD_ERRORS as error:
@@ -69,4 +74,4 @@ def _stats(file: Path) -> tuple[float | None, float | None, str]:
         raise UserError(f"{file} is damaged: expected mean and std ({type(error).__name__})") from error
     if not std > 0:
         raise UserError(f"{file}: std is {std:g}, it must be above 0")
-    return mean, std, dtype if dtype in DTYPES and dtype != "auto" else "fp32"
+    return mean, std, dtype if dtype in DTYPES else "fp32"

@@ -284,6 +284,12 @@ CASES = [
         lambda w: _rl(w, "--eval_function", _write(w.tmp / "f.py", "x = 1") + ":g"),
         ["no function g"],
     ),
+    Case(
+        "a precision in the DeepSpeed JSON",
+        1,
+        lambda w: _sft(w, "--deepspeed_config", _write(w.tmp / "ds.json", '{"bf16": {"enabled": true}}')),
+        ["bf16.enabled", "--dtype"],
+    ),
     Case("DeepSpeed JSON missing", 1, lambda w: _sft(w, "--deepspeed_config", "no.json"), ["no.json"]),
     Case(
         "DeepSpeed JSON broken",

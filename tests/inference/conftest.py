@@ -13,6 +13,13 @@ sys.path.insert(0, str(INFERENCE))
 from tests.inference.tiny_chat import save_adapter, save_chat_model, save_parrot, save_reward_model  # noqa: E402
 
 
+@pytest.fixture(autouse=True)
+def _in_fp32(monkeypatch):
+    """``--dtype auto`` is fp32 on every machine, so that answers can be compared exactly; programs started, too."""
+    monkeypatch.setattr("training.utils.precision.cpu_computes_bf16", lambda: False)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+
+
 @pytest.fixture(scope="session")
 def chat_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Models that no test changes; "fox" and "house" are parrots, see `save_parrot`."""

@@ -56,6 +56,7 @@ def test_models_load_one_after_another_with_a_line_each(chat_folders):
     paths = {"A": str(chat_folders["sft"]), "B": str(chat_folders["rlhf"]), "C": str(chat_folders["adapter"])}
     models = load_chat_models(paths, LoadArguments(), lines.append)
     assert [m.name for m in models] == ["A", "B", "C"]
+    assert lines.pop(0) == "precision: fp32, this CPU does not compute in bf16 (--dtype auto)"
     assert [line.split()[0] for line in lines] == ["[1/3]", "[1/3]", "[2/3]", "[2/3]", "[3/3]", "[3/3]"]
     assert "loading A from" in lines[0] and "MiB on cpu" in lines[1]
     assert "weights shared" in lines[5]
@@ -215,9 +216,17 @@ def test_device_map_auto_and_cpu_answer_alike(load):
     assert ids_of(load("sft", device_map="auto")[0]) == ids_of(load("sft", device_map="cpu")[0])
 
 
-def test_dtype_is_taken(load):
+def test_dtype_is_taken(load, monkeypatch):
     assert load("sft", dtype="bf16")[0].weights.model.dtype == torch.bfloat16
     assert load("sft", dtype="auto")[0].weights.model.dtype == torch.float32
+    monkeypatch.setattr("training.utils.precision.cpu_computes_bf16", lambda: True)
+    assert load("sft", dtype="auto")[0].weights.model.dtype == torch.bfloat16
+
+
+def test_bf16_by_hand_on_a_cpu_without_it_is_warned_of(chat_folders):
+    lines: list[str] = []
+    load_chat_models({"A": str(chat_folders["sft"])}, LoadArguments(dtype="bf16"), lines.append)
+    assert lines[0].startswith("warning: this CPU does not compute in bf16: products take ")
 
 
 def test_quantize_without_its_package_names_it(load, monkeypatch):

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from training.report.run import RunRecord, StepRecord
+from training.report.run import RunRecord, StepRecord, mapping
 from training.report.text import TITLES, duration, e, hardware
 from training.utils.arguments import TrainingArguments
 
@@ -28,6 +28,8 @@ def what_ran(run: RunRecord) -> str:
         if step.entry.get("command"):
             parts.append(f"<pre>{e(shlex.join(str(t) for t in step.entry['command']))}</pre>")
         facts = [f"seed {step.flag('seed') or TrainingArguments.seed}"] if step.entry else []
+        computed_in = mapping(step.summary.get("precision")).get("dtype") or step.flag("dtype")
+        facts += [f"precision {computed_in}"] if computed_in else []
         facts += [f"started {str(step.entry['started'])[:16].replace('T', ' ')}"] if step.entry.get("started") else []
         facts += [duration(step.seconds)] if step.seconds else []
         parts.append(f'<p class="muted small">{e(" · ".join(facts))}</p>' if facts else "")

@@ -49,7 +49,7 @@ import torch  # noqa: E402  threads and PATH must be set before
 from training.step1_supervised_finetuning import main as step1  # noqa: E402
 from training.step1_supervised_finetuning.rouge import rouge_scores  # noqa: E402
 from training.step3_rlhf_finetuning.rollout import RolloutRequest, SamplingConfig, rollout_backend  # noqa: E402
-from training.utils import evaluating, models  # noqa: E402
+from training.utils import evaluating, models, precision  # noqa: E402
 from training.utils.data import collate_prompts, collate_sft, prepare_data, stop_token_ids  # noqa: E402
 from training.utils.distributed import init_distributed, say  # noqa: E402
 from training.utils.errors import UserError, run_program  # noqa: E402
@@ -139,6 +139,7 @@ def main(argv: Sequence[str]) -> int:
     chosen = evaluating.data_arguments(data, recorded[arguments.DataArguments])
     rows = prepare_data(1, chosen, tokenizer, max_length=max_seq_len, seed=seed).to_judge_by()
     device = init_distributed()
+    settled = precision.settle(args)
     limit = (models.max_positions(base_path) or sys.maxsize) - step.max_answer_seq_len
     turns = [last_turn(row["input_ids"], row["response_mask"]) for row in rows]
     turns = [turn for turn in turns if len(turn[0]) <= limit][: args.max_prompts or None]
@@ -178,7 +179,8 @@ def main(argv: Sequence[str]) -> int:
     ]
     for sample in samples[:SHOWN]:
         say("\n" + "\n".join(f"{name:<10}{text}" for name, text in sample.items()))
-    content = {"rows": len(rows), "prompts": len(prompts), "base_model": base_path, "models": results}
+    content = {"rows": len(rows), "prompts": len(prompts), "base_model": base_path, "models": results,
+               precision.SUMMARY_KEY: settled}  # fmt: skip
     evaluating.write_evaluation(folder, content | {"samples": samples})
     return 0
 

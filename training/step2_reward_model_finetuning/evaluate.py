@@ -37,7 +37,7 @@ import torch  # noqa: E402  threads and PATH must be set before
 
 from training.step2_reward_model_finetuning import main as step2  # noqa: E402
 from training.step2_reward_model_finetuning.pairs import score_pairs  # noqa: E402
-from training.utils import engine as engines, evaluating, models  # noqa: E402
+from training.utils import engine as engines, evaluating, models, precision  # noqa: E402
 from training.utils.data import collate_pairs, prepare_data  # noqa: E402
 from training.utils.distributed import init_distributed, say  # noqa: E402
 from training.utils.errors import run_program  # noqa: E402
@@ -156,6 +156,7 @@ def main(argv: Sequence[str]) -> int:
     chosen = evaluating.data_arguments(data, recorded[arguments.DataArguments])
     rows = prepare_data(2, chosen, tokenizer, max_length=max_seq_len, seed=seed).to_judge_by()
     device = init_distributed()
+    settled = precision.settle(args)
     pad_id = tokenizer.pad_token_id
     scorer = engines.load_frozen_scorer(
         str(folder),
@@ -174,6 +175,7 @@ def main(argv: Sequence[str]) -> int:
         worst.append({"margin": pair.margin} | asdict(pair) | {f"{side}_text": text for side, text in texts.items()})
     stats = RewardStats.of([pair.chosen for pair in pairs], args.dtype)
     content = found | {"reward_mean_chosen": stats.mean, "reward_std_chosen": stats.std, "worst_pairs": worst}
+    content[precision.SUMMARY_KEY] = settled
     tell(found, worst)
     evaluating.write_evaluation(folder, content)
     return 0

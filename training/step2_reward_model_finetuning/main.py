@@ -59,7 +59,7 @@ from training.step2_reward_model_finetuning.preference import (  # noqa: E402
     pair_metrics,
     verdicts,
 )
-from training.utils import engine as engines, models, supervision  # noqa: E402
+from training.utils import engine as engines, models, precision, supervision  # noqa: E402
 from training.utils.checkpoint import save_model  # noqa: E402
 from training.utils.data import batches_after, prepare_data, stop_token_ids  # noqa: E402
 from training.utils.distributed import init_distributed, rank, reduce_sums, say, world_size  # noqa: E402
@@ -71,7 +71,7 @@ from training.utils.resume import Run, resume_output_dir  # noqa: E402
 from training.utils.reward_model import RewardStats, few_held_out  # noqa: E402
 from training.utils.runs import latest_output, prepare_output_dir  # noqa: E402
 from training.utils.training_plan import show_sequence_plan  # noqa: E402
-from training.utils.zero_config import check_dtype, deepspeed_config, read_user_config  # noqa: E402
+from training.utils.zero_config import deepspeed_config, read_user_config  # noqa: E402
 
 
 def main(argv: Sequence[str]) -> int:
@@ -79,16 +79,18 @@ def main(argv: Sequence[str]) -> int:
     groups = parse_flags(argv)
     data, model_args, lora, train, ds, output, reliability, step = groups
     start, phases = time.monotonic(), Phases()
-    check_dtype(model_args.dtype)
+    precision.check_dtype(model_args.dtype)
     overrides = read_user_config(ds.deepspeed_config)
     model_path = models.resolve_model(model_args.model_name_or_path or str(latest_output("step1")))
     models.check_length(model_path, model_args.max_seq_len, "--max_seq_len")
     check_lora(model_path, lora.lora_dim, lora.lora_module_name)
     if output.plan:
+        precision.settle(model_args, resume_output_dir(reliability.resume, output.output_dir), reliability.resume)
         return show_sequence_plan(2, model_path, model_args, lora, train, ds, overrides)
     output_dir = prepare_output_dir(resume_output_dir(reliability.resume, output.output_dir), "step2")
     device = init_distributed(reliability.distributed_timeout)
     supervision.watch(output_dir, reliability.hang_timeout)
+    settled = precision.settle(model_args, output_dir, reliability.resume)
     torch.manual_seed(train.seed)
 
     # Data
@@ -230,6 +232,7 @@ def main(argv: Sequence[str]) -> int:
         "steps": total_steps,
         "seconds": time.monotonic() - start + run.seconds,
         "phases": phases.summary(),
+        precision.SUMMARY_KEY: settled,
     }
     base = (model_args.model_name_or_path or model_path, model_path)
     write_model_card(

@@ -75,7 +75,7 @@ from training.step3_rlhf_finetuning.rewards import (  # noqa: E402
 )
 from training.step3_rlhf_finetuning.rlhf_engine import build_rewards  # noqa: E402
 from training.step3_rlhf_finetuning.rollout import SamplingConfig, rollout_backend  # noqa: E402
-from training.utils import evaluating, models  # noqa: E402
+from training.utils import evaluating, models, precision  # noqa: E402
 from training.utils.data import prepare_data, stop_token_ids  # noqa: E402
 from training.utils.distributed import init_distributed, say  # noqa: E402
 from training.utils.errors import UserError, run_program  # noqa: E402
@@ -356,6 +356,7 @@ def main(argv: Sequence[str]) -> int:
         seed=seed,
     ).to_judge_by()
     device = init_distributed()
+    settled = precision.settle(args)
     sampling = SamplingConfig(longest, temperature=step.temperature or rollout.temperature, top_p=rollout.top_p,
                               top_k=rollout.top_k)  # fmt: skip
     prompts = PromptSet(rows, tokenizer, tuple(stop_token_ids(tokenizer)), seed)
@@ -371,7 +372,7 @@ def main(argv: Sequence[str]) -> int:
     say(f"in brackets: 95% intervals over {len(evaluator.rows)} prompts; win rates are against one SFT answer each")
     facts = {"prompts": len(evaluator.rows), "temperature": sampling.temperature, "max_answer_seq_len": longest,
              "sft_model": sources.sft, "reward_model": sources.reward_model, "eval_function": function_name,
-             "judge_model": judge_path}  # fmt: skip
+             "judge_model": judge_path, precision.SUMMARY_KEY: settled}  # fmt: skip
     evaluating.write_evaluation(folder, facts | content | {"samples": samples_of(evaluator, drawn)})
     return 0
 

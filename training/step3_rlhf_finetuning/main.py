@@ -52,6 +52,7 @@ from training.step3_rlhf_finetuning.rlhf_engine import build_roles, generation_b
 from training.step3_rlhf_finetuning.rollout import SamplingConfig  # noqa: E402
 from training.step3_rlhf_finetuning.scoring import Scoring  # noqa: E402
 from training.step3_rlhf_finetuning.trace import write_trace  # noqa: E402
+from training.utils import precision  # noqa: E402
 from training.utils.checkpoint import save_model  # noqa: E402
 from training.utils.data import prepare_data, prepare_pretraining, stop_token_ids  # noqa: E402
 from training.utils.distributed import init_distributed, rank, say, world_size  # noqa: E402
@@ -59,7 +60,7 @@ from training.utils.metrics import MetricsLogger, progress_bar  # noqa: E402
 from training.utils.phases import Phases  # noqa: E402
 from training.utils.resume import BEST, METRICS, Run, resume_output_dir  # noqa: E402
 from training.utils.runs import prepare_output_dir  # noqa: E402
-from training.utils.zero_config import check_dtype, read_user_config  # noqa: E402
+from training.utils.zero_config import read_user_config  # noqa: E402
 
 
 def main(argv: Sequence[str]) -> int:
@@ -67,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
     groups = parse_flags(argv)
     role_args, data, rollout, ppo, train, zero, evaluate, output, reliability = groups
     start, phases = time.monotonic(), Phases()
-    check_dtype(role_args.dtype)
+    precision.check_dtype(role_args.dtype)
     settings.warn(rollout, ppo, train, zero, evaluate)
     eval_function = load_text_function(evaluate.eval_function, "--eval_function")
     functions, model_weight = parse_reward_functions(ppo.reward_function, "--reward_function")
@@ -78,16 +79,17 @@ def main(argv: Sequence[str]) -> int:
         reward_path, tokenizer, normalize=ppo.normalize_reward, weight=model_weight, plan=output.plan
     )
     actor = settings.actor_settings(actor_path, role_args, train, zero)
-    critic = None
-    if ppo.advantage == "gae":
-        critic = settings.critic_settings(actor_path, reward_model, role_args, train, zero)
+    with_critic = ppo.advantage == "gae"
+    critic = settings.critic_settings(actor_path, reward_model, role_args, train, zero) if with_critic else None
     length = rollout.max_prompt_seq_len + rollout.max_answer_seq_len
     settings.check_models(actor, critic, reward_model, tokenizer, length)
     if output.plan:
+        precision.settle(role_args, resume_output_dir(reliability.resume, output.output_dir), reliability.resume)
         return show_rlhf_plan(actor, critic, reward_model, role_args, rollout, train, zero, overrides)
     output_dir = prepare_output_dir(resume_output_dir(reliability.resume, output.output_dir), "step3")
     device = init_distributed(reliability.distributed_timeout)
     supervision.watch(output_dir, reliability.hang_timeout)
+    settled = precision.settle(role_args, output_dir, reliability.resume)
     torch.manual_seed(train.seed)
 
     # Data
@@ -169,7 +171,6 @@ def main(argv: Sequence[str]) -> int:
     logger = MetricsLogger(
         output_dir, output.report_to, output_dir.parent.name + "/step3", monitor.observe, run.step, run.seconds
     )
-
     shards = reliability.max_shard_size
 
     def save_actor() -> None:
@@ -236,11 +237,11 @@ def main(argv: Sequence[str]) -> int:
         "iterations": len(schedule),
         "seconds": time.monotonic() - start + run.seconds,
         "phases": phases.summary(),
+        precision.SUMMARY_KEY: settled,
         "run_with": settings.run_with(argv, actor_path, reward_path, output_dir),
     }
-    outputs.write_cards_and_summary(
-        output_dir, summary, roles, {"actor": actor, "critic": critic}, argv, rows, tokenizer
-    )
+    starts = {"actor": actor, "critic": critic}
+    outputs.write_cards_and_summary(output_dir, summary, roles, starts, argv, rows, tokenizer)
     return 0
 
 

@@ -16,6 +16,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from training.utils.precision import onednn_bf16
+
 # Smaller matrices (LoRA's) gain nothing from another layout.
 _SMALLEST = 128 * 128
 
@@ -32,7 +34,7 @@ def _packable(module: nn.Linear) -> bool:
     if module.weight.device.type != "cpu":
         return False
     if module.weight.dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return bool(onednn_bf16())
     return module.weight.dtype == torch.float32
 
 

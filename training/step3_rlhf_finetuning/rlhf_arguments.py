@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from training.utils import arguments
-from training.utils.arguments import MAX_SEED, SCHEDULES, flag
+from training.utils.arguments import AUTO, DTYPE_HELP, MAX_SEED, PRECISIONS, SCHEDULES, flag
 from training.utils.errors import UserError
 
 ADVANTAGES = ("gae", "rloo", "grpo")
@@ -26,9 +26,7 @@ class RoleArguments:
         "", "the reward model, from which the critic starts; none to do without (default: the latest step 2)"
     )
     tokenizer_name_or_path: str = flag("", "tokenizer of actor and critic (default: the actor's)")
-    dtype: str = flag(
-        "bf16", "precision of weights and activations; masters stay fp32", choices=("bf16", "fp16", "fp32")
-    )
+    dtype: str = flag(AUTO, DTYPE_HELP, choices=PRECISIONS)
     attn_implementation: str = flag("sdpa", "attention of transformers", choices=("sdpa", "eager", "flash_attention_2"))
     actor_gradient_checkpointing: bool = flag(False, "trade a second forward for activation memory")
     critic_gradient_checkpointing: bool = flag(False, "trade a second forward for activation memory")

@@ -34,6 +34,10 @@ ALIASES = {
     "--per_device_mini_train_batch_size": "--per_device_training_batch_size",
 }
 
+AUTO = "auto"  # of --dtype: see training/utils/precision.py
+PRECISIONS = (AUTO, "bf16", "fp16", "fp32")
+DTYPE_HELP = "precision of weights and activations (masters stay fp32); auto: bf16 where the hardware computes in it"
+
 MAX_SEED = 2**32 - 1  # what every library that is seeded takes
 
 # transformers' names of learning rate schedules, as DeepSpeed-Chat offers them
@@ -110,9 +114,7 @@ class ModelArguments:
         "",
         "a hub name, a folder, a .gguf file or 'embedded' (default: step 1 the embedded model, step 2 the last step 1)",
     )
-    dtype: str = flag(
-        "bf16", "precision of weights and activations; masters stay fp32", choices=("bf16", "fp16", "fp32")
-    )
+    dtype: str = flag(AUTO, DTYPE_HELP, choices=PRECISIONS)
     attn_implementation: str = flag("sdpa", "attention of transformers", choices=("sdpa", "eager", "flash_attention_2"))
     gradient_checkpointing: bool = flag(False, "trade a second forward for activation memory")
     max_seq_len: int = flag(512, "longest prompt plus response, in tokens", minimum=8)
@@ -218,7 +220,7 @@ class EvaluationArguments:
     path: str = flag("", "the step's output folder (default: the latest run's)")
     max_prompts: int = flag(64, "answer at most this many held-out prompts, 0 for all", minimum=0)
     per_device_eval_batch_size: int = flag(16, "rows that are done together", minimum=1)
-    dtype: str = flag("bf16", "precision of the models", choices=("bf16", "fp32"))
+    dtype: str = flag(AUTO, "precision of the models; auto: bf16 where the hardware computes in it", choices=PRECISIONS)
 
 
 class Parser(argparse.ArgumentParser):

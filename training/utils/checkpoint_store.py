@@ -169,6 +169,22 @@ def candidates(folder: Path) -> list[Path]:
     return [p for p in found if step_of(p) <= step_of(named)]
 
 
+def meant(output_dir: Path, resume: str) -> list[Path]:
+    """The checkpoints to try that ``--resume`` names, the best first.
+
+    Args:
+        output_dir: the step's folder, for ``auto``.
+        resume: ``auto``, ``never``, or the path of a checkpoint, of a folder of them, or of a step's output; a
+            checkpoint may be missing.
+    """
+    if resume == "never":
+        return []
+    path = output_dir if resume == "auto" else Path(resume).expanduser().absolute()
+    if resume != "auto" and (step_of(path) >= 0 or (path / INDEX).is_file()):
+        return [path]
+    return candidates(path if resume != "auto" and path.name == FOLDER else path / FOLDER)
+
+
 def read_index(checkpoint: Path) -> dict[str, Entry]:
     """The files of a checkpoint with their entries.
 

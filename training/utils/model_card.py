@@ -133,7 +133,7 @@ def write_model_card(
     sections = [
         _front_matter(kind, origin),
         f"# {folder.parent.name}/{folder.name}: {about.title}",
-        f"{about.sentence} Trained on {made}, from {started}.",
+        f"{about.sentence} Trained on {made}{_in_precision(results)}, from {started}.",
         "## Data\n\n" + "\n".join(f"- {line}" for line in data),
         f"## Flags\n\n```\n{shlex.join([program, *argv])}\n```\n\nFlags that are not named had their defaults; "
         f"`{program} --help` lists them.",
@@ -194,6 +194,11 @@ def _front_matter(kind: str, origin: Mapping[str, str]) -> str:
     task = "text-classification" if KINDS[kind].classifier else "text-generation"
     head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": task, **origin, "tags": ["tripod", kind]}
     return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---"
+
+
+def _in_precision(results: Mapping[str, Any]) -> str:
+    found = results.get("precision")
+    return f", in {found['dtype']}" if isinstance(found, Mapping) and "dtype" in found else ""
 
 
 def _table(results: Mapping[str, Any]) -> str:

@@ -108,7 +108,7 @@ class Run:
         """
         description = same_run.describe(step, groups, models, data, batches)
         same_run.refuse_other_ranks(gather_objects([description]))
-        checkpoint = _choose(output_dir / store.FOLDER, settings.resume)
+        checkpoint = _choose(output_dir, settings.resume)
         state: dict[str, Any] = {}
         if checkpoint is not None:
             state = store.read_state(checkpoint)
@@ -301,19 +301,11 @@ class Run:
         return files
 
 
-def _choose(own: Path, wanted: str) -> Path | None:
+def _choose(output_dir: Path, wanted: str) -> Path | None:
     """The checkpoint that ``--resume`` means, found whole by all ranks together; None to start from the beginning."""
     if wanted == "never":
         return None
-    folder, only = own, None
-    if wanted != "auto":
-        path = Path(wanted).expanduser().absolute()
-        if store.step_of(path) >= 0 or (path / store.INDEX).is_file():
-            folder, only = path.parent, path
-        else:
-            folder = path if path.name == store.FOLDER else path / store.FOLDER
-    found = [only] if only else store.candidates(folder)
-    found = gather_objects([found])[0]  # rank 0's list, whatever changes meanwhile
+    found = gather_objects([store.meant(output_dir, wanted)])[0]  # rank 0's list, whatever changes meanwhile
     if not found or not found[0].is_dir():
         if wanted == "auto":
             return None
@@ -323,8 +315,8 @@ def _choose(own: Path, wanted: str) -> Path | None:
         if not problems:
             return checkpoint
         say(f"{shown(checkpoint)} is damaged: {problems[0]}")
-    hint = "name another" if only else "give --resume never to start over"
-    raise UserError(f"no checkpoint in {shown(folder)} is whole ({shown(found[-1])}: {problems[0]}); {hint}")
+    hint = "name another" if found == [Path(wanted).expanduser().absolute()] else "give --resume never to start over"
+    raise UserError(f"no checkpoint in {shown(found[-1].parent)} is whole ({shown(found[-1])}: {problems[0]}); {hint}")
 
 
 def _problems(checkpoint: Path) -> list[str]:

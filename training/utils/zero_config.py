@@ -117,16 +117,7 @@ def read_user_config(path: str) -> dict[str, Any]:
     for key, instead in _OWNED.items():
         if key in config:
             raise UserError(f"--deepspeed_config {path}: {key} is not for the file: {instead}")
+    for key in ("bf16", "fp16"):  # else the engine would compute in another precision than the run records
+        if isinstance(config.get(key), dict) and "enabled" in config[key]:
+            raise UserError(f"--deepspeed_config {path}: {key}.enabled is not for the file: use --dtype")
     return config
-
-
-def check_dtype(dtype: str) -> None:
-    """Refuse fp16 where there is no accelerator.
-
-    Raises:
-        UserError: fp16 on a CPU.
-    """
-    from deepspeed.accelerator import get_accelerator
-
-    if dtype == "fp16" and get_accelerator().device_name() == "cpu":
-        raise UserError("--dtype fp16 does not train on a CPU; use bf16 (fast on recent CPUs) or fp32")
