@@ -104,6 +104,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.error("give --sft and --trl_python")
     if min(arguments.rounds, arguments.iterations, arguments.held_out) < 1:
         parser.error("--rounds, --iterations and --held_out must be at least 1")
+    if arguments.dtype == "auto" and not arguments.child:
+        import torch
+
+        from training.utils.precision import for_device
+
+        arguments.dtype, line = for_device("auto", torch.device("cpu"))
+        print(line, flush=True)
     if arguments.dtype == "fp32":
         arguments.trl_weights = ["fp32"]
     return arguments
@@ -333,12 +340,14 @@ def seconds_of(result: dict[str, Any], phase: str = "seconds") -> float:
 
 
 def check_scores(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
-    """Mean check and tokens of a saved model's answers to the held-out prompts, greedy and sampled; bf16 for all.
+    """Mean check and tokens of a saved model's answers to the held-out prompts, greedy and sampled.
 
-    Template, end tokens and the random numbers are the same for every folder.
+    Template, precision, end tokens and the random numbers are the same for every folder.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, utils
+
+    from training.utils.zero_config import DTYPES
 
     utils.logging.disable_progress_bar()
     torch.set_num_threads(arguments.threads)
@@ -346,7 +355,7 @@ def check_scores(arguments: argparse.Namespace, folder: Path) -> dict[str, float
     prompts = [json.loads(row)["prompt"] for row in rows]
     tokenizer = AutoTokenizer.from_pretrained(arguments.sft, padding_side="left")
     stop_ids = GenerationConfig.from_pretrained(arguments.sft).eos_token_id
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[arguments.dtype]).eval()
     score = load_check()
     figures: dict[str, float] = {}
     sampling = {"do_sample": True, "temperature": TEMPERATURE, "top_k": 0, "top_p": 1.0}

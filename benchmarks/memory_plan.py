@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("--zero_stage", type=int, nargs="+", default=[0, 2, 3], choices=(0, 1, 2, 3))
     parser.add_argument("--length", type=int, default=128, help="tokens of a row; step 3: half prompt, half response")
     parser.add_argument("--batch", type=int, default=4, help="rows (step 2: pairs) of a micro-batch")
-    parser.add_argument("--dtype", choices=PRECISIONS, default="auto")
+    parser.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto")
     parser.add_argument("--default_allocator", action="store_true", help="leave the C library's settings alone")
     args = parser.parse_args()
     from training.utils.models import resolve_model

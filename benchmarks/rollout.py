@@ -35,11 +35,12 @@ from training.step3_rlhf_finetuning.rollout import (
     RolloutRequest,
     SamplingConfig,
 )
+from training.utils.arguments import PRECISIONS
 from training.utils.data import collate_prompts, render, stop_token_ids
 from training.utils.distributed import init_distributed
 from training.utils.errors import run_program
 from training.utils.models import load_causal_lm, load_tokenizer, resolve_model
-from training.utils.precision import settle  # noqa: E402
+from training.utils.precision import settle
 from training.utils.zero_config import DTYPES, frozen_config
 
 PROMPTS = Path(__file__).resolve().parents[1] / "training" / "data" / "demo" / "prompts.jsonl"

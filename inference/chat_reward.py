@@ -52,10 +52,10 @@ def load_reward_model(path: str, report: Callable[[str], None]) -> RewardModel:
     """
     folder = resolve_model(path, "--reward_model")
     mean, std, dtype = _stats(Path(folder) / STATS)
-    report(f"loading the reward model from {path} ...")
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     best, _ = for_device(AUTO, device)
-    dtype = dtype if dtype in ("fp32", best) else best  # rounding moves a reward less than emulation would cost
+    dtype = dtype if dtype in ("fp32", best) else best  # emulated, it would be slower than rounding is wrong
+    report(f"loading the reward model from {path} in {dtype} ...")
     try:
         return RewardModel(load_text_reward_model(folder, dtype=dtype, device=device), mean, std)
     except LOAD_ERRORS as error:

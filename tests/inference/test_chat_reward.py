@@ -42,6 +42,16 @@ def test_it_is_normalised_with_step_2s_numbers(chat_folders, tmp_path):
     assert load(folder).score(TALK) == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize(("bf16", "loaded"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_step_2s_precision_is_taken_where_the_hardware_computes_in_it(
+    chat_folders, tmp_path, monkeypatch, bf16, loaded
+):
+    folder = shutil.copytree(chat_folders["reward"], tmp_path / "m")
+    (folder / "reward_stats.json").write_text(json.dumps({"mean": 0.5, "std": 2.0, "count": 9, "dtype": "bf16"}))
+    monkeypatch.setattr("training.utils.precision.cpu_computes_bf16", lambda: bf16)
+    assert next(load(folder).model.model.parameters()).dtype == loaded
+
+
 def test_pad_equal_to_eos_does_not_move_the_score(chat_folders, tmp_path):
     """Plain transformers would then score the token before the EOS."""
     folder = shutil.copytree(chat_folders["reward"], tmp_path / "m")
