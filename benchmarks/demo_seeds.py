@@ -28,9 +28,9 @@ def run(seed: int, folder: Path) -> None:
 def row(seed: int, folder: Path) -> str:
     """One line of the table from the three summaries."""
     one, two, three = (json.loads((folder / f"step{k}" / "summary.json").read_text()) for k in (1, 2, 3))
-    check: dict[str, Any] = three["eval_function"]
+    check: dict[str, Any] = three["eval_functions"][0]
     baseline = max(two["accuracy_longer"], two["accuracy_shorter"])
-    interval = f"[{check['win_rate_low']:.2f}, {check['win_rate_high']:.2f}]"
+    interval = f"[{check['low']:.2f}, {check['high']:.2f}]"
     by_reward = f"{three['win_rate']:.2f} [{three['win_rate_low']:.2f}, {three['win_rate_high']:.2f}]"
     minutes = sum(step["seconds"] for step in (one, two, three)) / 60
     cells = [

@@ -1,4 +1,4 @@
-"""Reads docs/metrics.md: metric -> (what it is, healthy range) for each step."""
+"""Reads docs/metrics.md: metric -> (what it is, healthy range) for each step; NAME in a metric stands for any name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def glossary(step: int) -> dict[str, tuple[str, str]]:
             continue
         for line in section.splitlines():
             cells = [cell.strip() for cell in line.strip("|").split("|")]
-            for name in re.findall(r"`([a-z_]+/[a-z_]+)`", cells[0]) if line.startswith("| `") else ():
+            for name in re.findall(r"`([a-z_]+(?:/NAME)?/[a-z_]+)`", cells[0]) if line.startswith("| `") else ():
                 assert name not in found, f"{name} is explained twice"
                 found[name] = (cells[1], cells[2])
     return found
@@ -24,7 +24,9 @@ def glossary(step: int) -> dict[str, tuple[str, str]]:
 
 def unexplained(step: int, records: list[dict]) -> set[str]:
     """Keys of metrics.jsonl that the glossary lacks."""
-    return {key for record in records for key in record} - {"step", "time"} - set(glossary(step))
+    named = [re.compile(name.replace("NAME", r"\w+")) for name in glossary(step)]
+    logged = {key for record in records for key in record} - {"step", "time"}
+    return {key for key in logged if not any(pattern.fullmatch(key) for pattern in named)}
 
 
 def never_logged(step: int, records: list[dict]) -> set[str]:

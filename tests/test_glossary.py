@@ -22,6 +22,7 @@ def test_ranges_are_those_of_the_monitor(metric):
 
 def test_a_metric_without_explanation_and_one_that_nothing_logs_are_found():
     assert unexplained(1, [{"step": 1, "time": 0.1, "train/loss": 1, "train/lost": 2}]) == {"train/lost"}
+    assert unexplained(3, [{"eval/manner/mean": 1, "eval/manner/median": 1}]) == {"eval/manner/median"}
     assert never_logged(1, [dict.fromkeys(glossary(1), 0.0)]) == set()
-    assert "eval/function" not in never_logged(3, [])
+    assert "eval/NAME/mean" not in never_logged(3, [])
     assert "reward/mean" in never_logged(3, [])

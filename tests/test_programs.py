@@ -25,6 +25,7 @@ SCRIPTS = {
     3: ROOT / "training" / "step3_rlhf_finetuning" / "main.py",
 }
 CHECK = f"{ROOT / 'training' / 'data' / 'demo' / 'check.py'}:score"
+SIZE = f"{ROOT / 'tests' / 'rules.py'}:size"
 
 
 def run(command: list[str], cwd: Path = ROOT) -> str:
@@ -66,7 +67,7 @@ def trained(tiny_model, tiny_data, tmp_path_factory):
         3,
         *("--actor_model_name_or_path", str(base / "step1"), "--critic_model_name_or_path", str(base / "step2")),
         *("--data_path", str(tiny_data / "prompts.jsonl"), "--eval_data_path", str(tiny_data / "held_out.jsonl")),
-        *("--output_dir", str(base / "step3"), "--dtype", "fp32", "--eval_function", CHECK),
+        *("--output_dir", str(base / "step3"), "--dtype", "fp32", "--eval_function", CHECK, SIZE),
         *("--actor_zero_stage", "3", "--critic_zero_stage", "3", "--gradient_accumulation_steps", "2"),
         *("--actor_lora_dim", "4", "--actor_lora_module_name", "q_proj,v_proj", "--only_optimize_lora"),
         *("--per_device_train_batch_size", "4", "--per_device_mini_train_batch_size", "2"),
@@ -90,7 +91,16 @@ def test_steps_leave_finished_folders(trained):
     assert metrics(base / "step1")[0]["eval/loss"] > 0
     summary = json.loads((base / "step3" / "summary.json").read_text())
     assert summary["prompts"] == 6
-    assert summary["eval_function"]["name"] == CHECK
+    manner, size = summary["eval_functions"]
+    assert (manner["name"], manner["function"], manner["n"], size["name"]) == ("score", CHECK, 6, "size")
+    answered = [json.loads(line) for line in (base / "step3" / "answers.jsonl").read_text().splitlines()]
+    assert [a["row"] for a in answered] == list(range(6))
+    assert all(isinstance(a[model], str) for a in answered for model in ("base", "sft", "rlhf"))
+    for model, key in (("base", "base"), ("sft", "before"), ("rlhf", "after")):
+        assert sum(len(a[model]) for a in answered) / 6 == pytest.approx(size[key])
+        assert all(a["scores"]["size"][model] == len(a[model]) for a in answered)
+    shifts = [size["base_to_sft"], size["difference"], size["base_to_rlhf"]]
+    assert shifts[0] + shifts[1] == pytest.approx(shifts[2])
     evaluations = [m for m in metrics(base / "step3") if "eval/kl" in m]
     assert [m["step"] for m in evaluations] == [0, 1, 2]
     best = max(evaluations[1:], key=lambda m: m["eval/reward"])
@@ -244,7 +254,7 @@ def test_step_3_is_evaluated_from_disk_and_drawn(trained, tiny_data, tmp_path):
     stats = RewardStats.read(base / "step2")  # the judge is the same model, given the text without its tokens
     assert rlhf["judge"] == pytest.approx(rlhf["reward"] * stats.std + stats.mean, abs=0.2)
     assert found["models"]["best of 2"]["reward"] >= found["models"]["best of 1"]["reward"]
-    assert "win rate by function" in said
+    assert "win rate by score" in said
     program = ROOT / "benchmarks" / "plot_reward_kl.py"
     assert "| best of 2 |" in run([sys.executable, str(program), str(base), str(tmp_path / "kl.png")])
     assert (tmp_path / "kl.png").stat().st_size > 5000

@@ -73,7 +73,7 @@ def test_entries_by_hand():
     }
     rlhf = found["RLHF"]
     assert (rlhf["kl"], rlhf["reward"], rlhf["win_rate_by_reward"], rlhf["win_rate_by_function"]) == (2, 1, 0.75, 0.5)
-    assert rlhf["win_rate_by_reward_interval"] == [0.5, 1.0]
+    assert rlhf["win_rate_by_reward_interval"] == evaluating.wilson_interval(0.75, 2)  # two prompts prove little
     one, two = found["best of 1"], found["best of 2"]
     assert (one["length"], one["reward"], one["kl"]) == (2.5, 0.375, 0)
     assert one["win_rate_by_reward"] == ((1 + 0) / 2 + (0 + 1) / 2) / 2
@@ -157,7 +157,7 @@ def test_relative_paths_of_a_run_are_found_from_another_folder(tmp_path, monkeyp
             (folder / "step3" / "summary.json").write_text(json.dumps(made))
         found = recorded_in(folder, *(flags if folder == run else ["--temperature", "0.1"]))
         assert found[settings.RolloutArguments].temperature == 0.7
-        assert found[evaluate.rlhf_arguments.EvaluationArguments].eval_function == f"{root / check}:score"
+        assert found[evaluate.rlhf_arguments.EvaluationArguments].eval_function == [f"{root / check}:score"]
         assert found[arguments.DataArguments].data_path == ["demo:20", "org/hub-name", "gone/rows.jsonl:5"]
         sources = sources_of_the_run(StepArguments(), found, folder / "step3")
         assert (sources.reward_model, sources.weight) == (str(reward), 3.0)

@@ -120,13 +120,15 @@ def test_a_remark_comes_again_when_its_streak_has_doubled_and_a_break_starts_ove
 
 def test_held_out_evaluations():
     def evaluation(reward, kl, high, function, error=0.03):
-        function = {"eval/function": function, "eval/function_error": error}
+        function = {"eval/content/mean": function, "eval/content/error": error, "eval/manner/mean": 1.0 + reward,
+                    "eval/manner/error": 0.0}  # fmt: skip
         return {"eval/reward": reward, "eval/kl": kl, "eval/win_rate_high": high, **function}
 
     good = [evaluation(0.1, 0.0, 0.6, 0.7), evaluation(0.5, 5.0, 0.9, 0.8), evaluation(0.6, 9.0, 0.9, 0.78)]
     assert remarks(good) == []
     (exploited,) = remarks([*good, evaluation(0.9, 12.0, 0.9, 0.5)])
-    assert "0.80 -> 0.50): the reward model is being exploited" in exploited.text
+    assert exploited.metric == "eval/content/mean"
+    assert "--eval_function content falls (0.80 -> 0.50): the reward model is being exploited" in exploited.text
     assert remarks([evaluation(0.1, 1.0, 0.9, 100.0, 3.0), evaluation(0.5, 2.0, 0.9, 99.9, 3.0)]) == []  # on any scale
     (lost,) = remarks([evaluation(0.1, 1.0, 0.3, 0.7)])
     assert "loses to the SFT model" in lost.text

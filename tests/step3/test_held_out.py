@@ -9,12 +9,20 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.step3.hybrid_checks import prompts, request
-from training.step3_rlhf_finetuning import held_out, samples
-from training.step3_rlhf_finetuning.evaluation import Answer, compare_rewards, sequence_kl
+from training.step3_rlhf_finetuning import held_out, outputs, samples
+from training.step3_rlhf_finetuning.evaluation import (
+    Answer,
+    EvalFunction,
+    compare,
+    compare_rewards,
+    sequence_kl,
+    values_of,
+)
 from training.step3_rlhf_finetuning.held_out import MAX_KL, RUNNING_PROMPTS, HeldOutEvaluation, Kept, spread_rows
 from training.step3_rlhf_finetuning.prompts import PromptSet
 from training.step3_rlhf_finetuning.rollout import SamplingConfig, rollout_backend
 from training.utils.logprobs import response_log_probs
+from training.utils.resume import BEST
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
@@ -22,18 +30,34 @@ def test_models_from_disk_answer_in_the_runs_precision(tmp_path, monkeypatch, dt
     """The base model and the kept actor are held against answers of the engine."""
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "summary.json").write_text(json.dumps({"base_model": str(tmp_path)}))
+    assert samples.base_model_of(str(tmp_path)) == str(tmp_path)
+    assert samples.base_model_of(str(tmp_path / "none")) == ""
     loaded = []
+    monkeypatch.setattr(samples.models, "check_vocabulary", lambda *_: None)
     monkeypatch.setattr(samples.models, "load_causal_lm", lambda _, dtype: loaded.append(dtype) or torch.nn.Identity())
-    monkeypatch.setattr(samples, "answers_of", lambda *_, **__: [])
+    monkeypatch.setattr(samples, "answer_held_out", lambda *_, **__: ["answers"])
     engine = SimpleNamespace(
         device=torch.device("cpu"), bfloat16_enabled=lambda: dtype == "bf16", fp16_enabled=lambda: dtype == "fp16"
     )
     roles = SimpleNamespace(actor=SimpleNamespace(engine=engine, another_fits=lambda: True), rewards=None)
-    asked = SimpleNamespace(request=lambda rows, device: None)
-    decoder = SimpleNamespace(generate=lambda *_: None)
-    assert samples.base_answers(asked, [0], decoder, None, str(tmp_path), roles) == []
+    asked = SimpleNamespace(tokenizer=None)
+    assert samples.base_answers(asked, [0], None, None, None, str(tmp_path), roles) == ["answers"]
     with HeldOutEvaluation._saved_actor(SimpleNamespace(roles=roles, actor_dir=tmp_path)):
         assert loaded == [dtype, dtype]
+
+
+def test_a_base_model_that_can_not_be_loaded_is_said_and_left_out(tmp_path, tiny_model, capsys):
+    engine = SimpleNamespace(device=torch.device("cpu"), bfloat16_enabled=lambda: False, fp16_enabled=lambda: False)
+    room = SimpleNamespace(actor=SimpleNamespace(engine=engine, another_fits=lambda: True), rewards=None)
+    full = SimpleNamespace(actor=SimpleNamespace(engine=engine, another_fits=lambda: False), rewards=None)
+    larger = SimpleNamespace(tokenizer=SimpleNamespace(get_vocab=lambda: {"new": 10_000}))
+    for base, roles, words in (
+        (tmp_path / "gone", room, "no such folder"),
+        (tiny_model, room, "ids above the model's"),
+        (tiny_model, full, "no room"),
+    ):
+        assert samples.base_answers(larger, [0], None, None, None, str(base), roles) == []
+        assert f"the base model {base} does not answer: " in (said := capsys.readouterr().out) and words in said
 
 
 ROWS = RUNNING_PROMPTS + 8
@@ -66,6 +90,7 @@ class Scripted:
         )
         dataset = [{"messages": '[{"role": "user", "content": "q"}]', "row": "{}"}] * ROWS
         monkeypatch.setattr(held_out, "answer_held_out", self.answer)
+        monkeypatch.setattr(samples, "base_answers", self.base_answers)
         monkeypatch.setattr(HeldOutEvaluation, "_saved_actor", lambda _: contextlib.nullcontext(self.saved[-1]))
         self.evaluation = HeldOutEvaluation(
             PromptSet(dataset, None, (2,), 0),
@@ -76,8 +101,11 @@ class Scripted:
             self.log,
             every=every,
             iterations=iterations,
-            function=lambda prompts, responses, rows: [len(text) for text in responses],
-            function_name="length",
+            functions=[
+                EvalFunction("size", "f.py:size", lambda prompts, responses, rows: [len(text) for text in responses]),
+                EvalFunction("one", "f.py:one", lambda prompts, responses, rows: [1.0] * len(responses)),
+            ],
+            base="base",
             actor_dir=None,
             save=lambda: self.saved.append(self.now),
         )
@@ -86,6 +114,13 @@ class Scripted:
         with generation as policy:
             value, kl = self.policies[policy]
         return [Answer(row, "x" * policy, value, True, policy, kl if reference else None) for row in rows]
+
+    def folder(self, path):
+        (path / BEST).mkdir()
+        return path
+
+    def base_answers(self, prompts, rows, backend, sampling, sizes, base, roles):
+        return [Answer(row, "xxx" if row % 2 else "x", -1.0, True, 3) for row in rows]
 
     def train(self, first=1, last=6):
         for self.now in range(first, last + 1):
@@ -112,10 +147,46 @@ def test_the_best_reward_within_the_bound_is_kept_and_summarised(monkeypatch):
     assert sorted(curve) == [0, 2, 4, 6]
     assert (curve[0]["eval/kl"], curve[0]["eval/win_rate"]) == (0.0, 0.5)
     assert (curve[6]["eval/reward"], curve[6]["eval/win_rate"]) == (pytest.approx(0.9), 1.0)
-    assert (curve[4]["eval/function"], curve[4]["eval/function_win_rate"]) == (4.0, 1.0)
-    assert curve[4]["eval/function_error"] == 0.0  # each answer of a policy has the same length
+    assert (curve[4]["eval/size/mean"], curve[4]["eval/size/win_rate"]) == (4.0, 1.0)
+    assert (curve[4]["eval/one/mean"], curve[4]["eval/one/win_rate"]) == (1.0, 0.5)
+    assert curve[4]["eval/size/error"] == 0.0  # each answer of a policy has the same length
     assert all(values["eval/seconds"] >= 0 for values in curve.values())
     assert any("final/win_rate" in values for _, values in world.log.records)
+
+
+def test_each_function_holds_base_sft_and_rlhf_against_each_other(monkeypatch, tmp_path):
+    """On all prompts, whatever the model; the base model has one or three characters, in turn."""
+    world = Scripted({0: (0, 0), 6: (1, 2)}, monkeypatch, every=0)
+    world.evaluation.begin()
+    world.train()
+    size, one = world.evaluation.finish()["eval_functions"]
+    assert (size["name"], size["function"], size["n"]) == ("size", "f.py:size", ROWS)
+    assert (size["base"], size["before"], size["after"]) == (2.0, 0.0, 6.0)
+    assert (size["base_to_sft"], size["base_to_rlhf"], size["difference"]) == (-2.0, 4.0, 6.0)
+    assert 3.5 < size["base_to_rlhf_low"] < 4.0 < size["base_to_rlhf_high"] < 4.5
+    assert (size["difference_low"], size["difference_high"], size["ties"]) == (6.0, 6.0, 0)
+    assert (one["win_rate"], one["ties"], one["difference"]) == (0.5, ROWS, 0.0)
+
+    outputs.write_answers(world.folder(tmp_path), world.evaluation)
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [a["row"] for a in answers] == list(range(ROWS))
+    assert (answers[1]["base"], answers[1]["sft"], answers[1]["rlhf"]) == ("xxx", "", "xxxxxx")
+    assert answers[1]["scores"]["size"] == {"base": 3.0, "sft": 0.0, "rlhf": 6.0}
+    assert answers[1]["reward"] == {"base": -1.0, "sft": 0, "rlhf": 1}
+    shown = json.loads((tmp_path / "samples.json").read_text())
+    assert shown[0]["answers"]["rlhf"]["checks"] == {"size": 6.0, "one": 1.0}
+
+
+def test_without_functions_the_base_model_answers_what_is_shown(monkeypatch, tmp_path):
+    world = Scripted({0: (0, 0), 6: (float("nan"), 2)}, monkeypatch, every=0)
+    world.evaluation.functions = []
+    world.evaluation.begin()
+    world.train()
+    assert "eval_functions" not in world.evaluation.finish()
+    outputs.write_answers(world.folder(tmp_path), world.evaluation)
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [a["row"] for a in answers if a["base"] is not None] == [0, 1, 2]
+    assert (answers[9]["scores"], answers[9]["reward"]) == ({}, {"sft": 0, "rlhf": None})
 
 
 def test_the_last_actor_is_answered_for_once(monkeypatch):
@@ -166,6 +237,22 @@ def test_an_answer_whose_reward_is_not_finite_is_left_out():
     after = [Answer(i, "", value, True, 1) for i, value in enumerate([1.0, float("nan"), 5.0, -1.0])]
     found = compare_rewards(after, before, seed=0)
     assert (found["reward_after"], found["reward_before"], found["win_rate"]) == (0.0, 0.0, 0.5)
+
+
+def test_functions_over_the_prompts_that_both_answered():
+    """The kept actor may have answered fewer prompts than the base and the SFT model."""
+    function = EvalFunction("f", "f.py:f", lambda prompts, responses, rows: [float(r) for r in responses])
+    asked = SimpleNamespace(messages=lambda row: [], original=lambda row: {})
+    base, sft, rlhf = ([Answer(i, str(v), 0.0, True, 1) for i, v in given] for given in (
+        [(0, 1), (1, 9), (2, 2)], [(0, 2), (2, 2)], [(0, 4), (2, 3)]))  # fmt: skip
+    values = values_of(asked, {"base": base, "sft": sft, "rlhf": rlhf}, [function])
+    (found,) = compare(sft, rlhf, [function], values, 0)["eval_functions"]
+    assert (found["n"], found["base"], found["before"], found["after"]) == (2, 1.5, 2.0, 3.5)
+    assert (found["base_to_sft"], found["difference"], found["win_rate"]) == (0.5, 1.5, 1.0)
+    assert found["low"] < 0.5  # two prompts prove little, however sure the bootstrap is
+    values["f"]["base"] = {}
+    (without,) = compare(sft, rlhf, [function], values, 0)["eval_functions"]
+    assert "base" not in without and "base_to_sft" not in without
 
 
 def test_a_resumed_evaluation_goes_on(monkeypatch):

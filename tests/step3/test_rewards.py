@@ -31,7 +31,8 @@ def test_the_end_token_is_found_with_pad_equal_to_eos_and_not(pad):
 def test_win_rate_counts_a_tie_half():
     result = win_rate([1.0, 2.0, 3.0, 4.0], [0.0, 2.0, 5.0, 1.0], seed=0)
     assert result["win_rate"] == (1 + 0.5 + 0 + 1) / 4
-    assert result["win_rate_low"] <= result["win_rate"] <= result["win_rate_high"]
+    assert (result["win_rate_low"], result["win_rate_high"]) == pytest.approx((0.2194, 0.9081), abs=1e-4)  # Wilson's
+    assert result["ties"] == 1
     sure = win_rate([1.0] * 50, [0.0] * 50, seed=0)
     assert (sure["win_rate_low"], sure["win_rate_high"]) == (1.0, 1.0)
 

@@ -17,6 +17,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ class StepArguments:
         [], "file.py:name=WEIGHT, the functions that step 3 was trained with (default: the run's own)"
     )
     judge_model_name_or_path: str = arguments.flag("", "a different reward model to judge by")
-    eval_function: str = arguments.flag("", "file.py:name, rules to judge by (default: the run's own)")
+    eval_function: list[str] = arguments.flag([], "file.py:name ..., rules to judge by (default: the run's own)")
     best_of: str = arguments.flag("1,4,16", "draw best-of-n from the SFT model for these n, empty for none")
     max_answer_seq_len: int = arguments.flag(0, "longest answer in tokens (default: the run's)", minimum=0)
     temperature: float = arguments.flag(0.0, "sampling temperature (default: the run's)", minimum=0)
@@ -60,7 +61,14 @@ prepare_runtime()
 import torch  # noqa: E402  threads and PATH must be set before
 
 from training.step3_rlhf_finetuning import main as step3, settings  # noqa: E402
-from training.step3_rlhf_finetuning.evaluation import Answer, BatchSizes, answer_held_out, checks  # noqa: E402
+from training.step3_rlhf_finetuning.evaluation import (  # noqa: E402
+    Answer,
+    BatchSizes,
+    EvalFunction,
+    answer_held_out,
+    checks,
+    load_eval_functions,
+)
 from training.step3_rlhf_finetuning.held_out import spread_rows  # noqa: E402
 from training.step3_rlhf_finetuning.prompts import PromptSet  # noqa: E402
 from training.step3_rlhf_finetuning.reward_sources import RewardMix  # noqa: E402
@@ -69,7 +77,6 @@ from training.step3_rlhf_finetuning.rewards import (  # noqa: E402
     NONE,
     TextFunction,
     check_without_model,
-    load_text_function,
     parse_reward_functions,
     split_weight,
 )
@@ -244,7 +251,7 @@ def wins(
         evaluating.mean([(row[i] > base) + 0.5 * (row[i] == base) for i in picks])
         for row, picks, base in zip(values, chosen, baseline, strict=True)
     ]
-    return {"rate": evaluating.mean(shares), "interval": evaluating.bootstrap_interval(shares, seed=seed)}
+    return {"rate": evaluating.mean(shares), "interval": evaluating.share_interval(shares, seed=seed)}
 
 
 def described(
@@ -300,14 +307,14 @@ def draw(
 def all_judges(
     evaluator: Evaluator,
     drawn: Mapping[str, Sequence[Sequence[Answer]]],
-    function: TextFunction | None,
+    functions: Sequence[EvalFunction],
     judge_path: str,
 ) -> dict[str, dict[str, list[list[float]]]]:
     """Values ``[judge][model][prompt][draw]`` by the training reward (known) and by each different judge given."""
     prompts = evaluator.prompts
     judged = {"reward": judged_by(lambda answers: [a.reward for a in answers], drawn)}
-    if function is not None:
-        judged["function"] = judged_by(lambda answers: checks(prompts, answers, function) or [], drawn)
+    for function in functions:
+        judged[function.name] = judged_by(partial(checks, prompts, function=function), drawn)
     if judge_path:
         judge = load_text_reward_model(judge_path, dtype=evaluator.dtype, device=evaluator.device)
 
@@ -327,8 +334,8 @@ def main(argv: Sequence[str]) -> int:
     recorded = evaluating.recorded_arguments(folder, step3.ARGUMENTS, arguments.ALIASES)
     rollout, ppo = recorded[rlhf_arguments.RolloutArguments], recorded[rlhf_arguments.PPOArguments]
     seed = recorded[rlhf_arguments.OptimizationArguments].seed
-    function_name = step.eval_function or recorded[rlhf_arguments.EvaluationArguments].eval_function
-    function = load_text_function(function_name, "--eval_function")
+    specs = step.eval_function or recorded[rlhf_arguments.EvaluationArguments].eval_function
+    functions = load_eval_functions(specs)
     actor_path = models.resolve_model(str(folder / "actor"), "--path")
     sources = sources_of_the_run(step, recorded, folder)
     judge_path = ""
@@ -344,7 +351,7 @@ def main(argv: Sequence[str]) -> int:
     )
     for path in (actor_path, sources.sft, *([reward.path] if reward and not reward.reads_text else [])):
         models.check_length(path, rollout.max_prompt_seq_len + longest, "--max_prompt_seq_len + --max_answer_seq_len")
-    if function is None and not judge_path:
+    if not functions and not judge_path:
         say("warning: the only judge is the reward model that training has learned to please; give --eval_function or "
             "--judge_model_name_or_path")  # fmt: skip
     rows = prepare_data(
@@ -366,12 +373,12 @@ def main(argv: Sequence[str]) -> int:
         reward, sources.functions, pad_token_id=tokenizer.pad_token_id, dtype=args.dtype, device=device
     )
     drawn = draw(evaluator, rewards, sources.sft, actor_path, counts[-1] if counts else 0, seed)
-    judged = all_judges(evaluator, drawn, function, judge_path)
+    judged = all_judges(evaluator, drawn, functions, judge_path)
     content = assemble(drawn, judged, counts, seed)
     say("\n" + result_table(content["models"]))
     say(f"in brackets: 95% intervals over {len(evaluator.rows)} prompts; win rates are against one SFT answer each")
     facts = {"prompts": len(evaluator.rows), "temperature": sampling.temperature, "max_answer_seq_len": longest,
-             "sft_model": sources.sft, "reward_model": sources.reward_model, "eval_function": function_name,
+             "sft_model": sources.sft, "reward_model": sources.reward_model, "eval_function": ", ".join(specs),
              "judge_model": judge_path, precision.SUMMARY_KEY: settled}  # fmt: skip
     evaluating.write_evaluation(folder, facts | content | {"samples": samples_of(evaluator, drawn)})
     return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,13 @@ import torch
 from training.step3_rlhf_finetuning.experience import in_pieces, score_log_probs
 from training.step3_rlhf_finetuning.prompts import PromptSet
 from training.step3_rlhf_finetuning.reward_sources import RewardMix
-from training.step3_rlhf_finetuning.rewards import TextFunction, call_text_function, win_rate
+from training.step3_rlhf_finetuning.rewards import (
+    TextFunction,
+    call_text_function,
+    load_text_function,
+    unused_name,
+    win_rate,
+)
 from training.step3_rlhf_finetuning.rollout import (
     RolloutBackend,
     RolloutBatch,
@@ -22,6 +28,7 @@ from training.step3_rlhf_finetuning.rollout import (
     response_texts,
 )
 from training.utils.distributed import gather_objects, rank, say, world_size
+from training.utils.evaluating import bootstrap_interval, mean
 from training.utils.supervision import beat
 
 
@@ -36,6 +43,38 @@ class BatchSizes:
 
     decoded: int
     scored: int
+
+
+@dataclass(frozen=True)
+class EvalFunction:
+    """An independent measure of answers, one value of ``--eval_function``.
+
+    Attributes:
+        name: of its metrics.
+        spec: ``file.py:name``, as it was given.
+        function: the function.
+    """
+
+    name: str
+    spec: str
+    function: TextFunction
+
+
+# What a policy's entry in evaluation.json is keyed by besides evaluation functions
+RESERVED = ("reward", "judge", "kl", "length", "eos_rate")
+
+
+def load_eval_functions(specs: Sequence[str]) -> list[EvalFunction]:
+    """The values of ``--eval_function``; a second function of the same name is ``name_2``.
+
+    Raises:
+        UserError: see `training.step3_rlhf_finetuning.rewards.load_text_function`.
+    """
+    found: list[EvalFunction] = []
+    for spec in filter(None, specs):
+        function = load_text_function(spec, "--eval_function")
+        found.append(EvalFunction(unused_name(spec, [*RESERVED, *(f.name for f in found)]), spec, function))
+    return found
 
 
 @dataclass(frozen=True)
@@ -147,64 +186,109 @@ def answer_held_out(
     return [by_row[i] for i in rows]
 
 
-def mean(values: Sequence[float]) -> float:
-    """The arithmetic mean of at least one value."""
-    return sum(values) / len(values)
-
-
-def checks(prompts: PromptSet, answers: Sequence[Answer], function: TextFunction | None) -> list[float] | None:
-    """The evaluation function's value of each answer, None without one."""
-    if function is None:
-        return None
+def checks(prompts: PromptSet, answers: Sequence[Answer], function: EvalFunction) -> list[float]:
+    """The evaluation function's value of each answer."""
     return call_text_function(
-        function,
+        function.function,
         [prompts.messages(a.row) for a in answers],
         [a.text for a in answers],
         [prompts.original(a.row) for a in answers],
-        "--eval_function",
+        f"--eval_function {function.spec}",
     )
 
 
-def compare_rewards(after: Sequence[Answer], before: Sequence[Answer], seed: int) -> dict[str, float]:
+# Evaluation function -> model (base, sft, rlhf) -> row -> value
+Values = dict[str, dict[str, dict[int, float]]]
+
+
+def values_of(prompts: PromptSet, answers: Mapping[str, Sequence[Answer]], functions: Sequence[EvalFunction]) -> Values:
+    """What each evaluation function says about each model's answers."""
+    return {
+        function.name: {
+            model: dict(zip((a.row for a in given), checks(prompts, given, function), strict=True)) if given else {}
+            for model, given in answers.items()
+        }
+        for function in functions
+    }
+
+
+def compare_rewards(after: Sequence[Answer], before: Sequence[Answer], seed: int) -> dict[str, Any]:
     """Mean rewards and the win rate of ``after`` over ``before``, answers to the same prompts in the same order.
 
     A prompt whose reward is not finite on either side takes no part, and the log says how many there are.
 
     Returns:
-        ``reward_after``, ``reward_before`` and what `win_rate` gives; NaN where no prompt is left.
+        ``reward_after``, ``reward_before``, ``compared`` (prompts that took part) and what `win_rate` gives; NaN where
+        no prompt is left.
     """
     pairs = [(a.reward, b.reward) for a, b in zip(after, before, strict=True)]
     finite = [pair for pair in pairs if all(map(math.isfinite, pair))]
     if len(finite) < len(pairs):
         say(f"warning: left out of the held-out rewards, not finite: {len(pairs) - len(finite)} of {len(pairs)}")
     if not finite:
-        return dict.fromkeys(("reward_after", "reward_before", "win_rate", "win_rate_low", "win_rate_high"), math.nan)
+        numbers = dict.fromkeys(
+            ("reward_after", "reward_before", "win_rate", "win_rate_low", "win_rate_high"), math.nan
+        )
+        return numbers | {"compared": 0, "ties": 0}
     ours, theirs = map(list, zip(*finite, strict=True))
-    return {"reward_after": mean(ours), "reward_before": mean(theirs), **win_rate(ours, theirs, seed=seed)}
+    means = {"reward_after": mean(ours), "reward_before": mean(theirs), "compared": len(finite)}
+    return means | win_rate(ours, theirs, seed=seed)
 
 
 def compare(
-    prompts: PromptSet,
     before: Sequence[Answer],
     after: Sequence[Answer],
-    function: TextFunction | None,
-    function_name: str,
+    functions: Sequence[EvalFunction],
+    values: Values,
+    seed: int,
 ) -> dict[str, Any]:
-    """SFT against RLHF on the held-out prompts: mean rewards and win rates with 95% intervals."""
+    """SFT against RLHF on the held-out prompts: mean rewards, win rates and what evaluation functions say.
+
+    Args:
+        before, after: answers to the same prompts in the same order.
+        functions, values: see `values_of`.
+        seed: of the bootstraps.
+    """
     result: dict[str, Any] = {
         "prompts": len(before),
-        **compare_rewards(after, before, prompts.seed),
+        **compare_rewards(after, before, seed),
         "length_before": mean([a.length for a in before]),
         "length_after": mean([a.length for a in after]),
         "eos_rate_before": mean([float(a.ended) for a in before]),
         "eos_rate_after": mean([float(a.ended) for a in after]),
     }
-    old, new = checks(prompts, before, function), checks(prompts, after, function)
-    if old is not None and new is not None:
-        result["eval_function"] = {
-            "name": function_name,
-            "before": mean(old),
-            "after": mean(new),
-            **win_rate(new, old, seed=prompts.seed),
-        }
+    if functions:
+        result["eval_functions"] = [compare_by(function, values[function.name], seed) for function in functions]
+    return result
+
+
+def compare_by(function: EvalFunction, values: Mapping[str, Mapping[int, float]], seed: int) -> dict[str, Any]:
+    """The entry of an evaluation function in summary.json, over the prompts that the RLHF model has answered.
+
+    Returns:
+        ``name``, ``function`` (where it is), the means ``before`` (SFT) and ``after`` (RLHF), ``win_rate`` with its
+        interval ``low`` to ``high``, ``ties``, ``n`` prompts, and ``difference``, the mean of after minus before, with
+        its 95% bootstrap interval. Where the base model has answered these prompts also its mean ``base`` and the
+        differences ``base_to_sft`` and ``base_to_rlhf``.
+    """
+    rows = list(values["rlhf"])
+    by_model = {model: [known[row] for row in rows] for model, known in values.items() if set(rows) <= set(known)}
+    won = win_rate(by_model["rlhf"], by_model["sft"], seed=seed)
+    result: dict[str, Any] = {"name": function.name, "function": function.spec, "n": len(rows)}
+    result |= {
+        "before": mean(by_model["sft"]),
+        "after": mean(by_model["rlhf"]),
+        "win_rate": won["win_rate"],
+        "low": won["win_rate_low"],
+        "high": won["win_rate_high"],
+        "ties": won["ties"],
+    }
+    pairs = {"difference": ("sft", "rlhf")}
+    if "base" in by_model:
+        result["base"] = mean(by_model["base"])
+        pairs |= {"base_to_sft": ("base", "sft"), "base_to_rlhf": ("base", "rlhf")}
+    for name, (old, new) in pairs.items():
+        found = [b - a for a, b in zip(by_model[old], by_model[new], strict=True)]
+        low, high = bootstrap_interval(found, seed=seed)
+        result |= {name: mean(found), f"{name}_low": low, f"{name}_high": high}
     return result

@@ -160,17 +160,19 @@ class HealthMonitor:
         return found
 
     def _exploited(self, step: int) -> list[Remark]:
-        """The reward model says better, the independent measure says worse."""
-        rewards, values, errors = (
-            self._history.get(f"eval/{name}", []) for name in ("reward", "function", "function_error")
-        )
-        if len(values) < 2 or not len(values) == len(errors) == len(rewards):
-            return []
-        fallen = values[-1] < max(values) - FALL * errors[-1] and rewards[-1] >= max(rewards)
-        if not self._counted("exploited", fallen, 1):
-            return []
-        text = (
-            f"held-out reward rises ({rewards[-1]:.2f}) while --eval_function falls ({max(values):.2f} -> "
-            f"{values[-1]:.2f}): the reward model is being exploited; raise --kl_coef or end earlier (--num_iterations)"
-        )
-        return [Remark(step, WARNING, "eval/function", values[-1], text)]
+        """The reward model says better, an independent measure says worse."""
+        rewards, found = self._history["eval/reward"], []
+        for metric in [name for name in self._history if name.startswith("eval/") and name.endswith("/mean")]:
+            name = metric.split("/")[1]
+            values, errors = self._history[metric], self._history.get(f"eval/{name}/error", [])
+            if len(values) < 2 or not len(values) == len(errors) == len(rewards):
+                continue
+            fallen = values[-1] < max(values) - FALL * errors[-1] and rewards[-1] >= max(rewards)
+            if self._counted(f"exploited {name}", fallen, 1):
+                text = (
+                    f"held-out reward rises ({rewards[-1]:.2f}) while --eval_function {name} falls "
+                    f"({max(values):.2f} -> {values[-1]:.2f}): the reward model is being exploited; raise --kl_coef or "
+                    "end earlier (--num_iterations)"
+                )
+                found.append(Remark(step, WARNING, metric, values[-1], text))
+        return found

@@ -19,22 +19,26 @@ from typing import Any
 
 import torch
 
+from training.step3_rlhf_finetuning import samples
 from training.step3_rlhf_finetuning.evaluation import (
     Answer,
     BatchSizes,
+    EvalFunction,
+    Values,
     answer_held_out,
     checks,
     compare,
     compare_rewards,
-    mean,
+    values_of,
 )
 from training.step3_rlhf_finetuning.prompts import PromptSet
-from training.step3_rlhf_finetuning.rewards import TextFunction, win_rate
+from training.step3_rlhf_finetuning.rewards import win_rate
 from training.step3_rlhf_finetuning.rlhf_engine import Roles
 from training.step3_rlhf_finetuning.rollout import RolloutBackend, SamplingConfig
 from training.utils import models
 from training.utils.distributed import say
 from training.utils.engine import dtype_name
+from training.utils.evaluating import mean
 from training.utils.metrics import MetricsLogger
 
 # An evaluation during training answers this many prompts (the last one and the SFT model answer all): it then costs
@@ -87,13 +91,17 @@ class HeldOutEvaluation:
         logger: gets the metrics ``eval/...``.
         every: iterations between two evaluations, 0 for one at the end only.
         iterations: how many there are.
-        function, function_name: an independent measure of answers, None without one.
+        functions: independent measures of answers.
+        base: the model that step 1 started from, empty if that is not known.
         actor_dir: where the actor goes.
         save: writes the actor there; a collective.
 
     Attributes:
+        base_answers: of the model that step 1 started from, with functions to all prompts, else to those that are
+            shown; empty where it can not answer.
         before: answers of the SFT model to all prompts.
         after: of the actor that was kept, to all prompts, or to the running ones where it could not be loaded.
+        values: what the functions say about them, since `finish`.
         kept, kept_answers: the evaluation whose actor is in ``actor_dir``, and its answers to the running prompts.
         seconds: spent here so far.
     """
@@ -109,8 +117,8 @@ class HeldOutEvaluation:
         *,
         every: int,
         iterations: int,
-        function: TextFunction | None,
-        function_name: str,
+        functions: Sequence[EvalFunction],
+        base: str,
         actor_dir: Path,
         save: Callable[[], None],
     ) -> None:
@@ -122,12 +130,14 @@ class HeldOutEvaluation:
         self.logger = logger
         self.every = every
         self.iterations = iterations
-        self.function = function
-        self.function_name = function_name
+        self.functions = functions
+        self.base = base
         self.actor_dir = actor_dir
         self.save = save
+        self.base_answers: list[Answer] = []
         self.before: list[Answer] = []
         self.after: list[Answer] = []
+        self.values: Values = {}
         self.kept: Kept | None = None
         self.kept_answers: list[Answer] = []
         self.seconds = 0.0
@@ -137,8 +147,12 @@ class HeldOutEvaluation:
         self.other_rows = [i for i in range(len(prompts.dataset)) if i not in running]
 
     def begin(self) -> None:
-        """Let the SFT model answer every prompt: before the first update the actor is that model."""
+        """Let the SFT model answer every prompt: before the first update the actor is that model.
+
+        The base model answers here too, and not at the end: what can go wrong with it is seen before training.
+        """
         with self._timed():
+            self.base_answers = self._answers_of_the_base_model()
             say(f"answering {len(self.prompts.dataset)} held-out prompts with the SFT model ...")
             self.before = self._all_answers(self.roles.actor.generation_mode, measure_kl=False)
             self._log(0, [replace(self.before[i], kl=0.0) for i in self.running_rows])
@@ -164,11 +178,19 @@ class HeldOutEvaluation:
             if self.kept.iteration != self.iterations:
                 self._answer_with_the_kept_actor(self.kept)
         before = [self.before[answer.row] for answer in self.after]
-        summary = compare(self.prompts, before, self.after, self.function, self.function_name)
+        answers = {"base": self.base_answers, "sft": before, "rlhf": self.after}
+        self.values = values_of(self.prompts, answers, self.functions)
+        summary = compare(before, self.after, self.functions, self.values, self.prompts.seed)
         self.logger.log(self.iterations, {f"final/{k}": v for k, v in summary.items() if isinstance(v, float)})
         rule = "the highest held-out reward" if self.kept.within_bound else "the lowest KL, none is within the bound"
         kept = asdict(self.kept) | {"max_kl": MAX_KL, "chosen_by": rule}
         return summary | {"kept": kept, "evaluation_seconds": self.seconds}
+
+    def _answers_of_the_base_model(self) -> list[Answer]:
+        if not self.base:
+            return []
+        rows = range(len(self.prompts.dataset)) if self.functions else samples.sample_rows(self.prompts)
+        return samples.base_answers(self.prompts, rows, self.backend, self.sampling, self.sizes, self.base, self.roles)
 
     def _answer_with_the_kept_actor(self, kept: Kept) -> None:
         """Put its answers into ``after``: to all prompts, or those that it was chosen by where no more fits."""
@@ -183,8 +205,9 @@ class HeldOutEvaluation:
         self.after = self.kept_answers
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs, as JSON holds it: the SFT model's answers and which actor is kept."""
+        """What a resumed run needs, as JSON holds it: the first models' answers and which actor is kept."""
         return {
+            "base_answers": [asdict(answer) for answer in self.base_answers],
             "before": [asdict(answer) for answer in self.before],
             "kept": asdict(self.kept) if self.kept else None,
             "kept_answers": [asdict(answer) for answer in self.kept_answers],
@@ -193,6 +216,7 @@ class HeldOutEvaluation:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict`, instead of `begin`."""
+        self.base_answers = [Answer(**values) for values in state.get("base_answers", [])]
         self.before = [Answer(**values) for values in state["before"]]
         self.kept = Kept(**state["kept"]) if state["kept"] else None
         self.kept_answers = [Answer(**values) for values in state["kept_answers"]]
@@ -262,12 +286,15 @@ class HeldOutEvaluation:
             "eval/eos_rate": mean([float(answer.ended) for answer in answers]),
             **{f"eval/{name}": value for name, value in rewards.items() if name.startswith("win_rate")},
         }
-        values, sft_values = (checks(self.prompts, given, self.function) for given in (answers, sft))
-        if values is not None and sft_values is not None:
-            metrics["eval/function"] = mean(values)
-            spread = sum((value - metrics["eval/function"]) ** 2 for value in values)
-            metrics["eval/function_error"] = math.sqrt(spread / max(len(values) - 1, 1) / len(values))
-            metrics["eval/function_win_rate"] = win_rate(values, sft_values, seed=self.prompts.seed)["win_rate"]
+        for function in self.functions:
+            values, sft_values = (checks(self.prompts, given, function) for given in (answers, sft))
+            spread = sum((value - mean(values)) ** 2 for value in values)
+            won = win_rate(values, sft_values, seed=self.prompts.seed)
+            metrics |= {
+                f"eval/{function.name}/mean": mean(values),
+                f"eval/{function.name}/error": math.sqrt(spread / max(len(values) - 1, 1) / len(values)),
+                f"eval/{function.name}/win_rate": won["win_rate"],
+            }
         metrics["eval/seconds"] = time.monotonic() - self._started
         self.logger.log(iteration, metrics)
         return metrics

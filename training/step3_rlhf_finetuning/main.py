@@ -12,7 +12,7 @@ statistics, minus a KL penalty per token becomes advantages; actor and critic ta
         --critic_model_name_or_path output/run/step2 --actor_zero_stage 2 --critic_zero_stage 2
 
 Writes actor/ (the best by held-out reward at bounded KL) and critic/ (Hugging Face folders), metrics.jsonl,
-health.jsonl (advice), samples.json and summary.json, which holds the actor against the SFT model on held-out prompts.
+health.jsonl (advice), answers.jsonl, samples.json, and summary.json: the actor against the SFT model, held out.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ prepare_runtime()
 import torch  # noqa: E402  threads and PATH must be set before
 
 from training.step3_rlhf_finetuning import outputs, prompts, samples, settings  # noqa: E402
-from training.step3_rlhf_finetuning.evaluation import BatchSizes  # noqa: E402
+from training.step3_rlhf_finetuning.evaluation import BatchSizes, load_eval_functions  # noqa: E402
 from training.step3_rlhf_finetuning.health import HealthMonitor  # noqa: E402
 from training.step3_rlhf_finetuning.held_out import HeldOutEvaluation  # noqa: E402
 from training.step3_rlhf_finetuning.memory import show_rlhf_plan  # noqa: E402
 from training.step3_rlhf_finetuning.ppo_trainer import PPOTrainer  # noqa: E402
 from training.step3_rlhf_finetuning.pretraining_mix import PretrainingMix  # noqa: E402
-from training.step3_rlhf_finetuning.rewards import load_text_function, parse_reward_functions  # noqa: E402
+from training.step3_rlhf_finetuning.rewards import parse_reward_functions  # noqa: E402
 from training.step3_rlhf_finetuning.rlhf_engine import build_roles, generation_backend  # noqa: E402
 from training.step3_rlhf_finetuning.rollout import SamplingConfig  # noqa: E402
 from training.step3_rlhf_finetuning.scoring import Scoring  # noqa: E402
@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
     start, phases = time.monotonic(), Phases()
     precision.check_dtype(role_args.dtype)
     settings.warn(rollout, ppo, train, zero, evaluate)
-    eval_function = load_text_function(evaluate.eval_function, "--eval_function")
+    eval_functions = load_eval_functions(evaluate.eval_function)
     functions, model_weight = parse_reward_functions(ppo.reward_function, "--reward_function")
     overrides = read_user_config(zero.deepspeed_config)
     actor_path, reward_path = settings.model_paths(role_args, ppo.reward_function)
@@ -187,8 +187,8 @@ def main(argv: Sequence[str]) -> int:
         logger,
         every=evaluate.eval_every,
         iterations=len(schedule),
-        function=eval_function,
-        function_name=evaluate.eval_function,
+        functions=eval_functions,
+        base=samples.base_model_of(actor_path),
         actor_dir=output_dir / BEST,
         save=save_actor,
     )
@@ -232,7 +232,7 @@ def main(argv: Sequence[str]) -> int:
     summary = evaluator.finish()
     run.stop_if_asked()
     logger.close()
-    outputs.write_answers(output_dir, evaluator, roles, backend, sampling, actor_path, eval_function, phases)
+    outputs.write_answers(output_dir, evaluator)
     summary |= {
         "iterations": len(schedule),
         "seconds": time.monotonic() - start + run.seconds,

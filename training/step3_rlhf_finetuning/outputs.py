@@ -8,15 +8,12 @@ from typing import Any
 
 from training.step3_rlhf_finetuning import samples
 from training.step3_rlhf_finetuning.held_out import HeldOutEvaluation
-from training.step3_rlhf_finetuning.rewards import TextFunction
 from training.step3_rlhf_finetuning.rlhf_engine import Roles, RoleSettings
-from training.step3_rlhf_finetuning.rollout import RolloutBackend, SamplingConfig
 from training.utils.checkpoint import move_into, save_model
 from training.utils.data import StepData
 from training.utils.distributed import is_main, say
 from training.utils.metrics import write_summary
 from training.utils.model_card import write_model_card
-from training.utils.phases import Phases
 from training.utils.resume import BEST
 
 
@@ -32,27 +29,17 @@ def save_roles(roles: Roles, tokenizer: Any, output_dir: Path, stop_ids: Sequenc
             save_model(roles.actor.engine, tokenizer, output_dir / "ema", **save)
 
 
-def write_answers(
-    output_dir: Path,
-    evaluator: HeldOutEvaluation,
-    roles: Roles,
-    backend: RolloutBackend,
-    sampling: SamplingConfig,
-    actor_path: str,
-    function: TextFunction | None,
-    phases: Phases,
-) -> None:
-    """Put the kept actor in its place, and write samples.json: a few prompts answered by base, SFT and RLHF model."""
-    if is_main():
-        move_into(output_dir / BEST, output_dir / "actor")
-    phases.end("evaluate", "answering with the model that step 1 started from")
-    after = {answer.row: answer for answer in evaluator.after}
-    shown = [row for row in samples.sample_rows(evaluator.prompts) if row in after] or list(after)[:1]
-    base = samples.base_answers(evaluator.prompts, shown, backend, sampling, actor_path, roles)
-    named = {"sft": [evaluator.before[i] for i in shown], "rlhf": [after[i] for i in shown]}
-    if is_main():
-        samples.write_samples(output_dir, evaluator.prompts, ({"base": base} if base else {}) | named, function)
-    phases.end("evaluate")
+def write_answers(output_dir: Path, evaluator: HeldOutEvaluation) -> None:
+    """Put the kept actor in its place, and write what base, SFT and RLHF model answer: answers.jsonl, samples.json."""
+    if not is_main():
+        return
+    move_into(output_dir / BEST, output_dir / "actor")
+    given = {"base": evaluator.base_answers, "sft": evaluator.before, "rlhf": evaluator.after}
+    answers = {model: {answer.row: answer for answer in found} for model, found in given.items()}
+    shown = [row for row in samples.sample_rows(evaluator.prompts) if row in answers["rlhf"]]
+    shown = shown or list(answers["rlhf"])[:1]
+    samples.write_samples(output_dir, evaluator.prompts, shown, answers, evaluator.values)
+    samples.write_all_answers(output_dir, evaluator.prompts, answers, evaluator.values)
 
 
 def write_cards_and_summary(
@@ -65,7 +52,8 @@ def write_cards_and_summary(
     tokenizer: Any,
 ) -> None:
     """Write a card for each model and summary.json, which says that the step is finished."""
-    made: dict[str, Any] = {"argv": argv, "data": rows.report.lines(), "results": summary}
+    results = {**summary, **{f"check {found['name']}": found for found in summary.get("eval_functions", [])}}
+    made: dict[str, Any] = {"argv": argv, "data": rows.report.lines(), "results": results}
     starts = {role: origin.path for role, origin in origins.items() if origin is not None}
     if roles.ema is not None:
         starts["ema"] = starts["actor"]
@@ -73,5 +61,9 @@ def write_cards_and_summary(
         write_model_card(output_dir / role, role, (path, path), tokenizer=tokenizer, **made)
     say(f"held-out reward {summary['reward_before']:.3f} -> {summary['reward_after']:.3f}, win rate over SFT "
         f"{summary['win_rate']:.3f} [{summary['win_rate_low']:.3f}, {summary['win_rate_high']:.3f}]")  # fmt: skip
+    for found in summary.get("eval_functions", []):
+        base = f"{found['base']:.3f} -> " if "base" in found else ""
+        say(f"{found['name']} {base}{found['before']:.3f} -> {found['after']:.3f}, win rate over SFT "
+            f"{found['win_rate']:.3f} [{found['low']:.3f}, {found['high']:.3f}]")  # fmt: skip
     write_summary(output_dir, summary)
     say(f"step 3 saved to {output_dir}")

@@ -6,13 +6,13 @@ import importlib.util
 import itertools
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from training.utils import evaluating
 from training.utils.errors import UserError
 
 MODEL = "model"  # names the reward model among the sources of --reward_function
@@ -24,22 +24,18 @@ TextFunction = Callable[[Sequence[Messages], Sequence[str], Sequence[dict[str, A
 _loaded = itertools.count(1)
 
 
-def load_text_function(spec: str, flag: str) -> TextFunction | None:
+def load_text_function(spec: str, flag: str) -> TextFunction:
     """Load ``file.py:name``, a function of (prompts, responses, rows) that returns a float for each response.
 
     The file may import modules that lie beside it, while it is run and when its functions are called.
 
     Args:
-        spec: the flag's value; empty gives None.
+        spec: the flag's value.
         flag: named in messages.
 
     Raises:
         UserError: no such file, no such function, or the file can not be run.
     """
-    return _load_function(spec, flag) if spec else None
-
-
-def _load_function(spec: str, flag: str) -> TextFunction:
     file, _, name = spec.rpartition(":")
     path = Path(file).expanduser().resolve()
     if not file or not path.is_file():
@@ -118,14 +114,19 @@ def parse_reward_functions(specs: Sequence[str], flag: str) -> tuple[dict[str, t
         if source == MODEL:
             model_weight = weight
             continue
-        function = _load_function(source, flag)
-        stem = name = source.rpartition(":")[2]
-        number = 1
-        while name in functions:
-            number += 1
-            name = f"{stem}_{number}"
-        functions[name] = (function, weight)
+        function = load_text_function(source, flag)
+        functions[unused_name(source, functions)] = (function, weight)
     return functions, model_weight
+
+
+def unused_name(spec: str, taken: Collection[str]) -> str:
+    """The function's name in ``file.py:name``, as ``name_2`` and so on where it is taken."""
+    stem = name = spec.rpartition(":")[2]
+    number = 1
+    while name in taken:
+        number += 1
+        name = f"{stem}_{number}"
+    return name
 
 
 def call_text_function(
@@ -189,19 +190,18 @@ def sequence_scores(rewards: Tensor, ended: Tensor, *, clip_reward: float, missi
     return scores - missing_eos_penalty * (~ended).to(scores.dtype)
 
 
-def win_rate(ours: Sequence[float], theirs: Sequence[float], *, seed: int, samples: int = 2000) -> dict[str, float]:
-    """Share of prompts at which ours is worth more, a tie half, with a 95% bootstrap interval over prompts.
+def win_rate(ours: Sequence[float], theirs: Sequence[float], *, seed: int) -> dict[str, Any]:
+    """Share of prompts at which ours is worth more, a tie half, with a 95% interval over prompts.
 
     Args:
         ours, theirs: one value for each prompt, in the same order.
         seed: of the bootstrap.
-        samples: bootstrap resamples.
 
     Returns:
-        ``win_rate``, ``win_rate_low``, ``win_rate_high``.
+        ``win_rate``, ``win_rate_low``, ``win_rate_high`` (see `evaluating.share_interval`) and ``ties``, how many.
     """
-    wins = torch.tensor([(a > b) + 0.5 * (a == b) for a, b in zip(ours, theirs, strict=True)], dtype=torch.float64)
-    generator = torch.Generator().manual_seed(seed)
-    draws = torch.randint(len(wins), (samples, len(wins)), generator=generator)
-    low, high = torch.quantile(wins[draws].mean(1), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return {"win_rate": wins.mean().item(), "win_rate_low": low, "win_rate_high": high}
+    pairs = list(zip(ours, theirs, strict=True))
+    wins = [(a > b) + 0.5 * (a == b) for a, b in pairs]
+    low, high = evaluating.share_interval(wins, seed=seed)
+    ties = sum(a == b for a, b in pairs)
+    return {"win_rate": evaluating.mean(wins), "win_rate_low": low, "win_rate_high": high, "ties": ties}

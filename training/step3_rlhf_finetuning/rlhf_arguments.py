@@ -130,7 +130,7 @@ class EvaluationArguments:
     eval_every: int = flag(
         10, "evaluate on some held-out prompts every this many iterations, 0 for the end only", minimum=0
     )
-    eval_function: str = flag("", "file.py:name, an independent measure of answers beside the reward model")
+    eval_function: list[str] = flag([], "file.py:name ..., independent measures of answers beside the reward model")
     trace: list[int] = flag(
         [], "write every rollout of these iterations to trace/, with numbers for each token", minimum=1
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,22 +12,29 @@ from typing import Any
 
 import torch
 
-from training.step3_rlhf_finetuning.evaluation import Answer, answers_of, checks
+from training.step3_rlhf_finetuning.evaluation import Answer, BatchSizes, Values, answer_held_out
 from training.step3_rlhf_finetuning.hybrid_engine import HybridEngine
 from training.step3_rlhf_finetuning.prompts import PromptSet
-from training.step3_rlhf_finetuning.rewards import TextFunction
 from training.step3_rlhf_finetuning.rlhf_engine import Roles
 from training.step3_rlhf_finetuning.rollout import RolloutBackend, SamplingConfig, response_texts
 from training.step3_rlhf_finetuning.scoring import ScoredBatch
 from training.utils import models
-from training.utils.distributed import say
+from training.utils.distributed import gather_objects, say
 from training.utils.engine import dtype_name
+from training.utils.errors import UserError
+from training.utils.manifest import read_manifest
 from training.utils.metrics import MetricsLogger
 
 SAMPLES_FILE = "samples.json"
+ANSWERS_FILE = "answers.jsonl"
 EVERY = 5  # iterations between two looks at what the actor writes
 TABLE_ROWS = 3
 TABLE_WIDTH = 56  # characters of a prompt or a response in the log's table
+
+
+def base_model_of(actor_path: str) -> str:
+    """The model that step 1 started from, as its summary says; empty where it does not."""
+    return str(read_manifest(Path(actor_path) / "summary.json").get("base_model") or "")
 
 
 def base_answers(
@@ -33,19 +42,41 @@ def base_answers(
     rows: Sequence[int],
     backend: RolloutBackend,
     sampling: SamplingConfig,
-    actor_path: str,
+    sizes: BatchSizes,
+    base: str,
     roles: Roles,
-) -> list[Answer] | None:
-    """Answers of the model that step 1 started from, if step 1 left its name and there is room; a collective."""
-    summary = Path(actor_path) / "summary.json"
-    base = json.loads(summary.read_text()).get("base_model") if summary.is_file() else None
-    if base is None or not (Path(base) / "config.json").is_file() or not roles.actor.another_fits():
-        return None
+) -> list[Answer]:
+    """Answers of the model that step 1 started from, under the settings and the noise of the others; a collective.
+
+    Returns:
+        One for each row, in order; none if the model can not be loaded or there is no room for it, which is said.
+    """
     engine = roles.actor.engine
-    model = models.load_causal_lm(base, dtype=dtype_name(engine)).to(engine.device).eval()
+    if not roles.actor.another_fits():
+        say(f"the base model {base} does not answer: there is no room to load it beside the others")
+        return []
+    model = _load_base(base, prompts, engine)
+    if model is None:
+        return []
+    say(f"answering {len(rows)} held-out prompts with the base model ...")
     with torch.no_grad():
-        rollout = backend.generate(model, prompts.request(rows, engine.device), sampling)
-    return answers_of(prompts, rows, rollout, roles.rewards, batch_size=1)
+        generation = contextlib.nullcontext(model)
+        return answer_held_out(prompts, rows, generation, roles.rewards, backend, sampling, sizes, engine.device)
+
+
+def _load_base(base: str, prompts: PromptSet, engine: Any) -> Any | None:
+    """The base model on all ranks or none: it may be gone, or lack embeddings of tokens that step 1 has added."""
+    problem, model = "", None
+    try:
+        path = models.resolve_model(base)
+        models.check_vocabulary(path, prompts.tokenizer)
+        model = models.load_causal_lm(path, dtype=dtype_name(engine)).to(engine.device).eval()
+    except (OSError, ValueError, RuntimeError, UserError) as error:
+        problem = str(error).strip().splitlines()[0]
+    if problems := [text for text in gather_objects([problem]) if text]:
+        say(f"the base model {base} does not answer: {problems[0]}")
+        return None
+    return model
 
 
 def sample_answer(
@@ -109,28 +140,53 @@ def sample_rows(prompts: PromptSet, count: int = 3) -> list[int]:
 
 
 def write_samples(
-    folder: Path,
-    prompts: PromptSet,
-    answers: Mapping[str, Sequence[Answer]],
-    function: TextFunction | None,
+    folder: Path, prompts: PromptSet, rows: Sequence[int], answers: Mapping[str, Mapping[int, Answer]], values: Values
 ) -> None:
-    """Write ``samples.json``: the same prompts answered by each model, with reward and check.
+    """Write ``samples.json``: some prompts answered by each model, with reward and the evaluation functions' values.
 
     Args:
         folder: step 3's output.
         prompts: the held-out prompts.
-        answers: model name -> answers, all for the same rows in the same order.
-        function: the evaluation function, None to leave checks out.
+        rows: which are shown.
+        answers: model -> row -> answer; a row that a model has not answered is left out.
+        values: what evaluation functions say.
     """
-    values = {name: checks(prompts, given, function) for name, given in answers.items()}
-    rows = [a.row for a in next(iter(answers.values()))]
     records = []
-    for i, row in enumerate(rows):
-        record: dict[str, Any] = {"prompt": prompts.messages(row), "answers": {}}
-        for name, given in answers.items():
-            checked = values[name]
-            record["answers"][name] = asdict(given[i]) | ({"check": checked[i]} if checked is not None else {})
-        records.append(record)
-    scratch = folder / (SAMPLES_FILE + ".tmp")
-    scratch.write_text(json.dumps(records, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    scratch.replace(folder / SAMPLES_FILE)
+    for row in rows:
+        given = {
+            model: asdict(known[row]) | {"checks": {name: by[model][row] for name, by in values.items()}}
+            for model, known in answers.items()
+            if row in known
+        }
+        records.append({"prompt": prompts.messages(row), "answers": given})
+    _write(folder / SAMPLES_FILE, json.dumps(records, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_all_answers(
+    folder: Path, prompts: PromptSet, answers: Mapping[str, Mapping[int, Answer]], values: Values
+) -> None:
+    """Write ``answers.jsonl``: a line for each held-out prompt that the RLHF model has answered.
+
+    Its keys: ``row``, ``prompt`` (messages), each model's text (null where it has not answered), and by model
+    ``reward`` (null where it is not finite), ``ended``, and in ``scores`` what each evaluation function says.
+    """
+    lines = []
+    for row in answers["rlhf"]:
+        given = {model: known[row] for model, known in answers.items() if row in known}
+        record = {
+            "row": row,
+            "prompt": prompts.messages(row),
+            **{model: given[model].text if model in given else None for model in answers},
+            "scores": {name: {model: by[model][row] for model in given} for name, by in values.items()},
+            "reward": {model: a.reward if math.isfinite(a.reward) else None for model, a in given.items()},
+            "ended": {model: a.ended for model, a in given.items()},
+        }
+        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    _write(folder / ANSWERS_FILE, "".join(lines))
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_text(text, encoding="utf-8")
+    scratch.replace(path)

@@ -19,6 +19,7 @@ from training.utils.runs import repository_root, shown
 EVALUATION_FILE = "evaluation.json"
 RESAMPLES = 2000  # of each bootstrap
 Z95 = 1.959964
+FEW_ROWS = 30  # fewer are too few for a bootstrap
 
 
 def recorded_arguments(
@@ -111,6 +112,17 @@ def wilson_interval(share: float, count: int) -> list[float]:
     half = Z95 * math.sqrt(share * (1 - share) / count + Z95**2 / (4 * count**2))
     scale = 1 + Z95**2 / count
     return [max((centre - half) / scale, 0.0), min((centre + half) / scale, 1.0)]
+
+
+def share_interval(values: Sequence[float], *, seed: int) -> list[float]:
+    """95% interval of a mean of shares, each 0 to 1: the bootstrap's, below `FEW_ROWS` rows Wilson's.
+
+    The bootstrap of a few rows is too narrow, and a point where they all agree. Wilson's takes each for a yes or a no,
+    which no share between them spreads more than.
+    """
+    if len(values) < FEW_ROWS:
+        return wilson_interval(mean(values), len(values))
+    return bootstrap_interval(values, seed=seed)
 
 
 def correlation(a: Sequence[float], b: Sequence[float]) -> float:
