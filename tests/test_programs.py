@@ -176,19 +176,26 @@ def test_plain_transformers_on_padded_batches_gives_our_rewards(trained, folder)
 
 
 def test_reward_stats_are_those_of_the_saved_model(trained, tiny_data):
-    base, _ = trained
+    base, logs = trained
     model = TokenScorer(AutoModelForSequenceClassification.from_pretrained(base / "step2", dtype=torch.float32)).eval()
     tokenizer = AutoTokenizer.from_pretrained(base / "step2")
-    rewards = []
+    pairs = []
     for line in (tiny_data / "held_out.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        rendered = render(tokenizer, [*row["prompt"], {"role": "assistant", "content": row["chosen"]}])
-        ids = torch.tensor([rendered.input_ids])
-        with torch.no_grad():
-            rewards.append(model(ids, torch.ones_like(ids))[0, -1].item())
-    expected, stats = RewardStats.of(rewards, "fp32"), RewardStats.read(base / "step2")
-    assert (stats.mean, stats.std) == pytest.approx((expected.mean, expected.std), abs=1e-5)
+        rewards = []
+        for side in ("chosen", "rejected"):
+            ids = torch.tensor(
+                [render(tokenizer, [*row["prompt"], {"role": "assistant", "content": row[side]}]).input_ids]
+            )
+            with torch.no_grad():
+                rewards.append(model(ids, torch.ones_like(ids))[0, -1].item())
+        pairs.append(tuple(rewards))
+    expected, stats = RewardStats.of(pairs, "fp32"), RewardStats.read(base / "step2")
+    numbers = [(s.mean, s.std, s.std_chosen, s.std_all) for s in (stats, expected)]
+    assert numbers[0] == pytest.approx(numbers[1], abs=1e-5)
     assert (stats.count, stats.dtype) == (6, "fp32")
+    for step in (2, 3):  # once each, whatever the ranks
+        assert logs[step].count("6 preferred rewards, fewer than 30: their standard deviation") == 1
 
 
 def test_plain_python_from_inside_the_steps_folder(tiny_model, tiny_data, tmp_path):
@@ -238,7 +245,7 @@ def test_step_2_is_evaluated_from_disk(trained, tiny_data):
     assert found["accuracy"] == summary["accuracy_after"]
     assert found["baselines"]["always the longer"] == summary["accuracy_longer"]
     assert found["reward_mean_chosen"] == pytest.approx(stats.mean, abs=1e-5)
-    assert found["reward_std_chosen"] == pytest.approx(stats.std, abs=1e-5)
+    assert found["reward_std_chosen"] == pytest.approx(stats.std_chosen, abs=1e-5)
     assert len(found["worst_pairs"]) == 5 and "always the longer" in said
 
 

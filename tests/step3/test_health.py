@@ -13,6 +13,10 @@ from training.step3_rlhf_finetuning.held_out import MAX_KL
 
 # Of a demo run that went well (seed 1234, 18 iterations): metrics.jsonl, rounded
 DEMO = {
+    "reward/mean": "-3.5 -3.9 -3.5 -3.6 -2.9 -2.1 -2.6 -1.7 -2.4 -2.4 -1.5 -.6 -.3 -.5 .05 -.2 -.5 -.3",
+    "reward/rms": "4.1 4.3 4.5 4.2 3.5 3.4 3.8 3.4 3.5 3.2 2.4 1.9 2.5 2 1.1 1.9 2.4 1.8",
+    "reward/std": "1.5 1.2 1.7 1.6 1.8 2.3 2.4 2.5 2.2 2.1 1.8 1.7 2.5 1.9 1.1 1.7 2.3 1.6",
+    "reward/clipped_share": "0 " * 18,
     "reward/score": "-3.9 -4.07 -4.29 -4.03 -3.09 -2.75 -3.43 -2.52 -2.9 -2.6 -1.7 -.8 -1 -.7 .05 -.4 -1 -.44",
     "reward/score_std": "1.76 1.4 2.08 1.94 2.03 2.63 2.68 2.75 2.5 2.38 2.12 1.93 2.75 2.18 1.15 1.96 2.59 1.87",
     "kl/per_sequence": "0 .04 .23 .43 .88 4.58 4.78 6.09 7.1 6.33 7.12 10.2 11.7 13.7 11.9 11.5 13.5 10.8",
@@ -50,16 +54,46 @@ def warnings(history):
 
 def test_a_healthy_history_gets_one_explanation_and_no_warning():
     found = remarks(demo())
-    assert [(r.step, r.level, r.metric) for r in found] == [(3, "note", "reward/score")]
-    assert remarks(demo(reward__score=[0.1 * i for i in range(18)])) == []
+    assert [(r.step, r.level, r.metric) for r in found] == [(3, "note", "reward/mean")]
+    assert remarks(demo(reward__mean=[0.1 * i for i in range(18)])) == []
 
 
 # The four questions that ColossalChat's users ask
 def test_a_negative_reward_is_explained_once():
-    (note,) = [r for r in remarks(demo()) if r.metric == "reward/score"]
-    assert "negative (-4.29), which is normal" in note.text
+    (note,) = [r for r in remarks(demo()) if r.metric == "reward/mean"]
+    assert "negative (-3.50), which is normal" in note.text
     # with functions, or --no-normalize_reward, 0 is anything
     assert "depends on the rewards" in note.text and "normal: 0 is" not in note.text
+
+
+def test_four_pairs_whose_statistics_flatten_every_reward():
+    """Rewards of -28 under a clip of 5: all are alike, and only the EOS penalty tells answers apart."""
+    history = demo(
+        reward__mean=-28.0, reward__rms=28.3, reward__std=0.0, reward__clipped_share=1.0, reward__score_std=0.5,
+        reward__score=[-5.5 + 0.03 * i for i in range(18)],
+    )  # fmt: skip
+    found = remarks(history[:3])
+    assert [(r.step, r.level, r.metric) for r in found] == [
+        (1, "warning", "reward/rms"),
+        (1, "warning", "reward/clipped_share"),
+        (2, "warning", "reward/rms"),
+        (2, "warning", "reward/clipped_share"),
+        (3, "warning", "reward/std"),
+    ], "nothing about it is normal"
+    texts = {r.metric: r.text for r in found}
+    assert "28 standard deviations of reward_stats.json" in texts["reward/rms"]
+    assert "100% of the rewards" in texts["reward/clipped_share"] and "--clip_reward" in texts["reward/clipped_share"]
+    assert not [r for r in remarks(history) if r.level == health_rules.NOTE]
+
+
+def test_a_penalty_does_not_hide_that_all_rewards_are_the_same():
+    assert {r.metric for r in warnings(demo(reward__std=0.0))} == {"reward/std"}
+    assert warnings(demo(reward__score_std=0.0)) == []
+
+
+def test_half_of_the_rewards_may_lie_beyond_the_clip():
+    assert warnings(demo(reward__clipped_share=0.5)) == []
+    assert {r.metric for r in warnings(demo(reward__clipped_share=0.51))} == {"reward/clipped_share"}
 
 
 def test_a_negative_actor_loss_is_explained_once():
@@ -98,7 +132,8 @@ def test_garbage_output(metric, values, words):
         ("policy__first_ratio", 1.2, 1, "not 1"),
         ("policy__skipped_steps", 2.0, 1, "2 steps of the actor"),
         ("rollout__sampler_difference", 0.3, 3, "--rollout_engine hf"),
-        ("reward__score_std", 0.0, 3, "nothing to learn"),
+        ("reward__std", 0.0, 3, "nothing to learn from; "),
+        ("reward__rms", 28.0, 1, "--eval_data_path"),
         ("critic__explained_variance", -0.9, 5, "--critic_learning_rate"),
         ("policy__approx_kl", math.nan, 3, "nan"),
         ("rollout__length", [26.0] * 6 + [9.0] * 12, 9, "shrank from 26 to 9"),
@@ -151,7 +186,7 @@ def test_advice_names_flags_that_exist():
     flags = {f"--{f.name}" for group in main.ARGUMENTS for f in dataclasses.fields(group)}
     texts = [rule.text for rule in health_rules.RULES] + [text for *_, text in health_rules.DRIFTS]
     texts += [r.text for r in warnings(demo(reward__score=1.0))]
-    named = {flag for text in texts for flag in re.findall(r"--\w+", text)}
+    named = {flag.replace("--no-", "--") for text in texts for flag in re.findall(r"--[\w-]+", text)}
     assert len(named) > 8
     assert named <= flags
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import statistics
 from types import SimpleNamespace
 
 import pytest
@@ -313,6 +314,19 @@ def test_the_program_with_functions_alone(tiny_model, tiny_data, tmp_path, monke
         assert sample["rlhf_reward"] == pytest.approx(0.1 * len(sample["rlhf"]))
 
 
+def test_the_share_of_clipped_rewards_is_logged_and_the_spread_without_penalties(tiny_model, tiny_data, tmp_path):
+    (file := tmp_path / "f.py").write_text(SIZE)
+    flags = ["--critic_model_name_or_path", "none", "--reward_function", f"{file}:size", "--trace", "1"]
+    flags += ["--clip_reward", "9.5", "--missing_eos_penalty", "7"]
+    assert main(arguments(tiny_model, tiny_data, tmp_path / "out", *flags)) == 0
+    first = records(tmp_path / "out")[0]
+    traced = [json.loads(line) for line in (tmp_path / "out" / "trace" / "iteration-000001.jsonl").open()]
+    sizes = [len(t["response"]) for t in traced]
+    assert 0 < first["reward/clipped_share"] < 1 and "reward/rms" not in first
+    assert first["reward/clipped_share"] == sum(size > 9.5 for size in sizes) / len(sizes)
+    assert first["reward/std"] == pytest.approx(statistics.pstdev(min(size, 9.5) for size in sizes), abs=1e-6)
+
+
 def test_the_program_with_a_reward_model_of_another_template(tiny_model, tiny_data, other_reward, tmp_path, capsys):
     (file := tmp_path / "f.py").write_text(SIZE)
     flags = ["--critic_model_name_or_path", str(other_reward), "--reward_function", f"{file}:size", "model=2"]
@@ -321,6 +335,8 @@ def test_the_program_with_a_reward_model_of_another_template(tiny_model, tiny_da
     stats = RewardStats.read(other_reward)
     expected = 2 * (first["source/model"] - stats.mean) / stats.std + first["source/size"]
     assert first["reward/mean"] == pytest.approx(expected, rel=1e-4)
+    distance = (first["source/model"] - stats.mean) / stats.std
+    assert abs(distance) <= first["reward/rms"] <= 10 * abs(distance) + 10
     assert "so it reads the text" in capsys.readouterr().out
     critic = json.loads((tmp_path / "out" / "critic" / "config.json").read_text())
     assert (critic["reward_mean"], critic["reward_std"]) == (0.0, 1.0)

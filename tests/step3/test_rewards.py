@@ -6,7 +6,13 @@ import sys
 import pytest
 import torch
 
-from training.step3_rlhf_finetuning.rewards import call_text_function, load_text_function, sequence_scores, win_rate
+from training.step3_rlhf_finetuning.rewards import (
+    call_text_function,
+    clipped,
+    load_text_function,
+    sequence_scores,
+    win_rate,
+)
 from training.step3_rlhf_finetuning.rollout import RolloutBatch, has_ended
 from training.utils.errors import UserError
 from training.utils.reward_model import RewardStats
@@ -15,9 +21,9 @@ from training.utils.reward_model import RewardStats
 def test_scores_are_normalised_then_clipped_then_penalised():
     raw, ended = torch.tensor([1.0, 3.0, 9.0]), torch.tensor([True, True, False])
     stats = RewardStats(1.0, 2.0, 5, "fp32")
-    scores = sequence_scores(stats.normalise(raw), ended, clip_reward=2.5, missing_eos_penalty=0.5)
+    scores = sequence_scores(clipped(stats.normalise(raw), 2.5), ended, missing_eos_penalty=0.5)
     assert scores.tolist() == [0.0, 1.0, 2.0]
-    assert sequence_scores(raw, ended, clip_reward=0, missing_eos_penalty=0).tolist() == [1.0, 3.0, 9.0]
+    assert sequence_scores(clipped(raw, 0), ended, missing_eos_penalty=0).tolist() == [1.0, 3.0, 9.0]
 
 
 @pytest.mark.parametrize("pad", [0, 2])

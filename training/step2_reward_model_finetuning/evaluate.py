@@ -173,8 +173,8 @@ def main(argv: Sequence[str]) -> int:
     for pair in sorted(pairs, key=lambda pair: pair.margin)[:WORST]:
         texts = {side: tokenizer.decode(rows[pair.row][f"{side}_ids"]) for side in ("chosen", "rejected")}
         worst.append({"margin": pair.margin} | asdict(pair) | {f"{side}_text": text for side, text in texts.items()})
-    stats = RewardStats.of([pair.chosen for pair in pairs], args.dtype)
-    content = found | {"reward_mean_chosen": stats.mean, "reward_std_chosen": stats.std, "worst_pairs": worst}
+    stats = RewardStats.of([(pair.chosen, pair.rejected) for pair in pairs], args.dtype)
+    content = found | {"reward_mean_chosen": stats.mean, "reward_std_chosen": stats.std_chosen, "worst_pairs": worst}
     content[precision.SUMMARY_KEY] = settled
     tell(found, worst)
     evaluating.write_evaluation(folder, content)

@@ -214,7 +214,9 @@ def main(argv: Sequence[str]) -> int:
     phases.end("evaluate")
     logger.log(total_steps, {f"eval/{name}": value for name, value in after.items()})
     logger.close()
-    stats = RewardStats.of([chosen for chosen, _ in pairs], model_args.dtype)
+    stats = RewardStats.of(pairs, model_args.dtype)
+    if line := stats.line():
+        say(line)
     longer = length_accuracy(rows.held_out)
     say(f"held-out accuracy {after['accuracy']:.3f} (always the longer answer: {longer:.3f})")
     for question, holds in verdicts(after).items():

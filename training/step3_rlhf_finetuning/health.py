@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from training.step3_rlhf_finetuning.health_rules import DRIFTS, NOTE, RULES, WARNING
+from training.step3_rlhf_finetuning.health_rules import DRIFTS, HEALTHY, NOTE, RULES, WARNING
 from training.utils.distributed import is_main, say
 
 HEALTH_FILE = "health.jsonl"
@@ -56,6 +56,10 @@ def not_rising(history: Sequence[float], minimum: int = FIRST_LOOK) -> tuple[flo
     error = math.sqrt((statistics.variance(first) + statistics.variance(last)) / third)
     start, end = statistics.fmean(first), statistics.fmean(last)
     return None if end > start + error else (start, end)
+
+
+def _ranges_of(metrics: Sequence[str]) -> list[tuple[str, tuple[float, float]]]:
+    return [(name, HEALTHY[name]) for name in metrics]
 
 
 class HealthMonitor:
@@ -125,7 +129,10 @@ class HealthMonitor:
             value = metrics.get(rule.metric)
             if value is None:
                 continue
-            if self._counted(rule.metric, not rule.low <= value <= rule.high, rule.patience, rule.once):
+            outside = not rule.low <= value <= rule.high
+            if any(not low <= metrics.get(name, low) <= high for name, (low, high) in _ranges_of(rule.unless)):
+                outside = False
+            if self._counted(rule.metric, outside, rule.patience, rule.once):
                 text = rule.text.format(value=value, count=self._outside[rule.metric])
                 found.append(Remark(step, rule.level, rule.metric, value, text))
         return found

@@ -14,6 +14,7 @@ from training.step3_rlhf_finetuning.held_out import MAX_KL
 NOTE, WARNING = "note", "warning"
 SHRINK, GROW = 0.5, 2.0  # of the first iterations' value: what length and entropy may do
 INF = math.inf
+FAR = 10.0  # standard deviations: in the demo, whose first answers are poor, rewards lie about 4 from the mean
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Rule:
         text: with ``{value}`` and ``{count}``, the iterations in a row.
         level: ``note`` or ``warning``.
         once: never repeat it.
+        unless: metrics; while one of them is outside its own range, the remark is not made: it would call normal what
+            is not.
     """
 
     metric: str
@@ -36,6 +39,7 @@ class Rule:
     text: str
     level: str = WARNING
     once: bool = False
+    unless: tuple[str, ...] = ()
 
 
 RULES = (
@@ -101,7 +105,23 @@ RULES = (
         "that the reward model likes: raise --kl_coef or lower --actor_learning_rate",
     ),
     Rule(
-        "reward/score",
+        "reward/rms",
+        0.0,
+        FAR,
+        1,
+        "responses lie {value:.0f} standard deviations of reward_stats.json from its mean: these were too few or too "
+        "similar pairs to take a scale from. Hold more out in step 2 (--eval_data_path), or give --no-normalize_reward",
+    ),
+    Rule(
+        "reward/clipped_share",
+        0.0,
+        0.5,
+        1,
+        "{value:.0%} of the rewards lie beyond the clip and look alike, so there is little to learn from them: raise "
+        "--clip_reward, or 0 for no clip",
+    ),
+    Rule(
+        "reward/mean",
         0.0,
         INF,
         3,
@@ -109,14 +129,15 @@ RULES = (
         "reward model alone, normalised, at its mean preferred answer); what matters is that it rises",
         NOTE,
         once=True,
+        unless=("reward/rms", "reward/clipped_share"),
     ),
     Rule(
-        "reward/score_std",
+        "reward/std",
         0.01,
         INF,
         3,
-        "all responses get the same reward (standard deviation {value:.4f}), so there is nothing to learn: check the "
-        "reward model, raise --clip_reward or --temperature",
+        "all responses get the same reward (standard deviation {value:.4f}, penalties left out): nothing to "
+        "learn from; check the reward model, raise --clip_reward or --temperature",
     ),
     Rule(
         "reward/not_finite",

@@ -175,19 +175,20 @@ def _is_finite(value: Any) -> bool:
         return False
 
 
-def sequence_scores(rewards: Tensor, ended: Tensor, *, clip_reward: float, missing_eos_penalty: float) -> Tensor:
+def clipped(rewards: Tensor, clip_reward: float) -> Tensor:
+    """Rewards held in [-clip_reward, clip_reward]; 0 turns it off."""
+    return rewards.clamp(-clip_reward, clip_reward) if clip_reward > 0 else rewards
+
+
+def sequence_scores(rewards: Tensor, ended: Tensor, *, missing_eos_penalty: float) -> Tensor:
     """The reward that PPO maximises for each response, before the KL penalty: ``[B]``.
 
     Args:
-        rewards: ``[B]``, normalised and weighted.
+        rewards: ``[B]``, normalised, weighted and `clipped`.
         ended: ``[B]`` bool, whether the response has its end token.
-        clip_reward: hold rewards in [-clip_reward, clip_reward]; 0 turns it off.
-        missing_eos_penalty: subtracted, after the clip, from responses cut off at the length limit.
+        missing_eos_penalty: subtracted from responses cut off at the length limit.
     """
-    scores = rewards
-    if clip_reward > 0:
-        scores = scores.clamp(-clip_reward, clip_reward)
-    return scores - missing_eos_penalty * (~ended).to(scores.dtype)
+    return rewards - missing_eos_penalty * (~ended).to(rewards.dtype)
 
 
 def win_rate(ours: Sequence[float], theirs: Sequence[float], *, seed: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from training.step3_rlhf_finetuning import ppo
 from training.step3_rlhf_finetuning.experience import Experience, make_experience, score_log_probs, score_values
 from training.step3_rlhf_finetuning.prompts import PromptSet
-from training.step3_rlhf_finetuning.rewards import sequence_scores
+from training.step3_rlhf_finetuning.rewards import clipped, sequence_scores
 from training.step3_rlhf_finetuning.rlhf_engine import Roles
 from training.step3_rlhf_finetuning.rollout import RolloutBatch, RolloutRequest, has_ended
 from training.utils.distributed import all_reduce_sum, reduce_sums
@@ -94,12 +94,21 @@ class Scoring:
         total = reduce_sums(sums, rollouts[0].input_ids.device)
         batches, metrics = self._with_advantages(batches)
         rows, tokens, finite = total["rows"], max(total["tokens"], 1.0), max(total["finite"], 1.0)
-        mean = total["scores"] / finite
+
+        def moments(name: str) -> tuple[float, float]:
+            """Mean and standard deviation over responses."""
+            mean = total[name] / finite
+            return mean, max(total[f"{name}_squared"] / finite - mean * mean, 0.0) ** 0.5
+
+        score, score_std = moments("scores")
         return batches, metrics | {
             **{name: value / finite for name, value in total.items() if name.startswith("source/")},
             "reward/mean": total["reward"] / finite,
-            "reward/score": mean,
-            "reward/score_std": max(total["scores_squared"] / finite - mean * mean, 0.0) ** 0.5,
+            "reward/std": moments("clipped")[1],
+            "reward/clipped_share": total["beyond_clip"] / finite,
+            **({"reward/rms": (total["normalised_squared"] / finite) ** 0.5} if "normalised_squared" in total else {}),
+            "reward/score": score,
+            "reward/score_std": score_std,
             "reward/not_finite": rows - total["finite"],
             "kl/per_token": total["kl"] / tokens,
             "kl/per_sequence": total["kl"] / finite,
@@ -131,9 +140,10 @@ class Scoring:
             for part in (log_probs, reference_log_probs, values, entropy, rollout.logprobs)
         )
         ended = has_ended(rollout, request.stop_ids)
-        scores = sequence_scores(
-            reward, ended, clip_reward=settings.clip_reward, missing_eos_penalty=settings.missing_eos_penalty
-        ).masked_fill(~finite, 0.0)
+        held = clipped(reward, settings.clip_reward)
+        scores = sequence_scores(held, ended, missing_eos_penalty=settings.missing_eos_penalty).masked_fill(
+            ~finite, 0.0
+        )
         experience = make_experience(
             rollout,
             log_probs=log_probs,
@@ -150,13 +160,20 @@ class Scoring:
             "finite": finite.sum().item(),
             "tokens": mask.sum().item(),
             "reward": reward.sum().item(),
-            "scores": scores.sum().item(),
-            "scores_squared": scores.square().sum().item(),
+            "clipped": held.double().sum().item(),
+            "clipped_squared": held.double().square().sum().item(),
+            "beyond_clip": (held != reward).sum().item(),
+            "scores": scores.double().sum().item(),
+            "scores_squared": scores.double().square().sum().item(),
             "kl": ((log_probs - reference_log_probs) * mask).sum().item(),
             "entropy": (entropy * mask).sum().item(),
             "ended": ended.sum().item(),
             "difference": ((sampled - log_probs).abs() * mask).sum().item(),
         }
+        for source in self.roles.rewards.sources:
+            if source.stats is not None:  # the reward model: the one source with statistics
+                normalised = source.stats.normalise(raw[source.name]).masked_fill(~finite, 0.0)
+                sums["normalised_squared"] = normalised.double().square().sum().item()
         return ScoredBatch(request, rollout, experience, raw, scores), sums
 
     def _with_advantages(self, batches: Sequence[ScoredBatch]) -> tuple[list[ScoredBatch], dict[str, float]]:

@@ -163,6 +163,8 @@ def reward_model_settings(
     if not plan:  # a plan may be made with a stand-in, before step 2 has run
         models.check_reward_head(path)
     stats = RewardStats.read(path) if normalize and not plan else None
+    if stats is not None and (line := stats.line()):
+        say(line)
     reads_text = not models.scores_tokens(path) or not models.same_tokenizer(tokenizer, load_reward_tokenizer(path))
     return RewardModelSettings(path, stats, weight, reads_text)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from training.utils.errors import UserError
 
 STATS_FILE = "reward_stats.json"
 MIN_STD = 1e-6  # a reward model that gives every answer the same score can not be normalised
-FEW = 8  # the standard deviation of fewer is off by a quarter and more (1 / sqrt(2 n))
+FEW = 30  # the standard deviation of fewer is off by an eighth and more (1 / sqrt(2 n)), and may be off by anything
 
 
 def few_held_out(pairs: int) -> str:
@@ -26,8 +27,8 @@ def few_held_out(pairs: int) -> str:
     if pairs >= FEW:
         return ""
     return (
-        f"warning: pairs held out: {pairs}, a poor scale for the rewards of step 3, which needs at least 2; "
-        "give more data, or --eval_data_path"
+        f"warning: pairs held out: {pairs}, fewer than {FEW}: a poor measure of the reward model, and a poor scale for "
+        "the rewards of step 3; give more data, or --eval_data_path"
     )
 
 
@@ -50,23 +51,49 @@ def last_token_scores(scores: torch.Tensor, response_mask: torch.Tensor) -> torc
 class RewardStats:
     """Mean and standard deviation of the rewards of the held-out chosen responses.
 
+    A few chosen rewards may lie close together by chance, and a standard deviation of 0.015 would make a reward of -28
+    of every answer that differs. So with fewer than `FEW` of them the missing ones are taken to spread like *all*
+    held-out rewards, the rejected ones included: variance = (n std_chosen^2 + (FEW - n) std_all^2) / FEW, as a scaled
+    inverse chi-squared prior that weighs FEW - n rewards would have it (Gelman et al., Bayesian Data Analysis, section
+    2.6). From `FEW` on it is the sample's own.
+
     Attributes:
-        mean, std: of the raw rewards; ``std`` with n in the denominator.
+        mean, std: what step 3 normalises with; standard deviations have n in the denominator.
         count: how many responses.
         dtype: the precision the rewards were computed in.
+        std_chosen, std_all: of the chosen, and of all held-out rewards; None in files of earlier versions, whose
+            ``std`` is that of the chosen ones however few they are.
     """
 
     mean: float
     std: float
     count: int
     dtype: str
+    std_chosen: float | None = None
+    std_all: float | None = None
 
     @classmethod
-    def of(cls, rewards: Sequence[float], dtype: str) -> RewardStats:
-        """Statistics of a list of raw rewards."""
-        mean = sum(rewards) / len(rewards)
-        variance = sum((r - mean) ** 2 for r in rewards) / len(rewards)
-        return cls(mean, math.sqrt(variance), len(rewards), dtype)
+    def of(cls, pairs: Sequence[tuple[float, float]], dtype: str) -> RewardStats:
+        """Statistics of the raw rewards of (chosen, rejected) responses, at least one pair."""
+        chosen = [good for good, _ in pairs]
+        own, pooled = statistics.pstdev(chosen), statistics.pstdev([reward for pair in pairs for reward in pair])
+        missing = max(FEW - len(chosen), 0)
+        variance = (len(chosen) * own**2 + missing * pooled**2) / (len(chosen) + missing)
+        return cls(statistics.fmean(chosen), math.sqrt(variance), len(chosen), dtype, own, pooled)
+
+    def line(self) -> str:
+        """Where ``std`` comes from if from few responses, else empty."""
+        if self.count >= FEW:
+            return ""
+        if self.std_chosen is None or self.std_all is None:
+            return (
+                f"warning: {STATS_FILE} has the standard deviation ({self.std:.3g}) of {self.count} rewards only, as "
+                "earlier versions wrote it; run step 2 again, with more held-out pairs (--eval_data_path)"
+            )
+        return (
+            f"{STATS_FILE}: {self.count} preferred rewards, fewer than {FEW}: their standard deviation "
+            f"{self.std_chosen:.3g} is drawn towards that of all held-out rewards, {self.std_all:.3g}: {self.std:.3g}"
+        )
 
     def normalise(self, reward: torch.Tensor) -> torch.Tensor:
         """``(reward - mean) / std``: 0 is the typical chosen response, 1 a standard deviation above it."""
@@ -89,7 +116,13 @@ class RewardStats:
         without = "give --no-normalize_reward to train on raw rewards"
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            stats = cls(float(values["mean"]), float(values["std"]), int(values["count"]), str(values["dtype"]))
+            stats = cls(
+                float(values["mean"]),
+                float(values["std"]),
+                int(values["count"]),
+                str(values["dtype"]),
+                *(None if values.get(key) is None else float(values[key]) for key in ("std_chosen", "std_all")),
+            )
         except FileNotFoundError as error:
             raise UserError(f"{path} is missing; step 2 writes it, or {without}") from error
         except (KeyError, TypeError, ValueError) as error:
