@@ -16,6 +16,7 @@ from training.report.charts import Series
 from training.report.page import render_report, write_report
 from training.report.run import read_run
 from training.step3_rlhf_finetuning.held_out import MAX_KL
+from training.utils import evaluating
 from training.utils.errors import UserError, run_program
 from training.utils.runs import repository_root
 
@@ -24,12 +25,20 @@ SUMMARIES = {
               "best_step": 3, "steps": 3, "seconds": 60.0,
               "phases": {"train": {"seconds": 40.0, "peak_gib": 1.25}, "save": {"seconds": 5.0, "peak_gib": 0.75}}},
     "step2": {"accuracy_before": 0.5, "accuracy_after": 0.9, "accuracy_longer": 0.45, "accuracy_shorter": 0.55,
+              "accuracy_low": 0.84, "accuracy_high": 0.94, "held_out": 160, "ties": 0,
               "verdicts": {"accuracy above 0.6": True, "chosen positive": False}, "seconds": 90.0},
     "step3": {"prompts": 160, "reward_before": -0.1, "reward_after": 0.7, "win_rate": 0.9, "win_rate_low": 0.85,
               "win_rate_high": 0.95, "length_before": 20.0, "length_after": 24.0, "eos_rate_before": 0.9,
               "eos_rate_after": 0.97, "seconds": 300.0,
-              "eval_function": {"name": "check.py:score", "before": 0.7, "after": 0.9, "win_rate": 0.8,
-                                "win_rate_low": 0.7, "win_rate_high": 0.9}},
+              "compared": 160, "ties": 12,
+              "eval_functions": [
+                  {"name": "manner", "function": "check.py:manner", "n": 160, "base": 0.6, "before": 0.7, "after": 0.9,
+                   "win_rate": 0.8, "low": 0.7, "high": 0.9, "ties": 31, "difference": 0.2, "difference_low": 0.15,
+                   "difference_high": 0.25, "base_to_sft": 0.1, "base_to_sft_low": 0.05, "base_to_sft_high": 0.15,
+                   "base_to_rlhf": 0.3, "base_to_rlhf_low": 0.22, "base_to_rlhf_high": 0.38},
+                  {"name": "content", "function": "check.py:content", "n": 160, "before": 0.5, "after": 0.5,
+                   "win_rate": 0.78, "low": 0.45, "high": 0.55, "ties": 150, "difference": 0.0,
+                   "difference_low": -0.02, "difference_high": 0.02}]},
 }  # fmt: skip
 METRICS = {
     "step1": [{"step": 0, "time": 1.0, "eval/loss": 3.9}]
@@ -72,13 +81,14 @@ def make_run(path: Path, steps=("step1", "step2", "step3"), text=lambda s: s) ->
         if name == "step2":
             summary["verdicts"] = {text(k): v for k, v in summary["verdicts"].items()}
         if name == "step3":
-            summary["eval_function"] = summary["eval_function"] | {"name": text("check.py:score")}
+            summary["eval_functions"] = [f | {"name": text(f["name"])} for f in summary["eval_functions"]]
         save(path / name / "summary.json", summary)
         save(path / name / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in METRICS[name]))
         save(path / f"{name}.log", f"{text('demo')}: 3 rows read: 3 as messages\nother words\n")
     if "step3" in steps:
         answers = {
-            text(k): {"text": text(v), "reward": 0.5, "check": 1.0, "ended": k != "sft"} for k, v in ANSWERS.items()
+            text(k): {"text": text(v), "reward": 0.5, "checks": {text("manner"): 1.0}, "ended": k != "sft"}
+            for k, v in ANSWERS.items()
         }
         save(path / "step3" / "samples.json",
              [{"prompt": [{"role": "user", "content": text(PROMPT)}], "answers": answers}])  # fmt: skip
@@ -128,7 +138,11 @@ def test_a_whole_run_has_every_part(tmp_path):
         "What the models say", "Is it better?", "The reward model", "Curves", "Time and memory", "Health monitor",
         "What to try next", "What ran",
         PROMPT, *ANSWERS.values(), "cut at the longest allowed length",
-        "47.6 → 26.1", "90% [85%, 95%]", "80% [70%, 90%]", "check.py:score", "1.25 GiB", "2 CPU cores, no GPU",
+        "47.6 → 26.1", "90% [85%, 95%]", "80% [70%, 90%]", "1.25 GiB",
+        "90.0% [84%, 94%]", "160 pairs, 0 ties", "90.0% [85%, 95%]", "160 prompts, 12 ties",
+        "80.0% [70%, 90%] by manner; 160 prompts, 31 ties", "by content (160 prompts, 150 ties)",
+        "+0.200 [+0.150, +0.250]", "+0.100 [+0.050, +0.150]", "+0.300 [+0.220, +0.380]", "manner 1.00",
+        "2 CPU cores, no GPU",
         "torch 2.13.0", "seed 77", "deepspeed --data_path 'my data.jsonl'", "3 rows read", "c0ffeec0ffee",
     ):  # fmt: skip
         assert words in text, words
@@ -191,6 +205,45 @@ def test_a_step_without_train_py_has_no_manifest(tmp_path):
     assert "47.6 → 26.1" in text and "Curves" in text
 
 
+def test_a_run_of_an_earlier_version_shows_its_one_function(tmp_path):
+    run = make_run(tmp_path / "demo")
+    summary = {k: v for k, v in SUMMARIES["step3"].items() if k not in ("eval_functions", "compared", "ties")}
+    old = {"name": "a/check.py:score", "before": 0.7, "after": 0.95, "win_rate": 0.8, "win_rate_low": 0.7,
+           "win_rate_high": 0.9}  # fmt: skip
+    save(run / "step3" / "summary.json", summary | {"eval_function": old})
+    text = Reader(page_of(run)).text
+    assert "80.0% [70%, 90%] by check.py:score; 160 prompts" in text and "0.950" in text
+
+
+FEW = {"prompts": 6, "compared": 6, "ties": 4, "win_rate": 2 / 3, "win_rate_low": 0.3, "win_rate_high": 0.9}
+
+
+def test_a_number_of_few_prompts_stands_with_what_to_beware_of(tmp_path):
+    """66.7% came from six prompts, at four of which the two answers were the same."""
+    run = make_run(tmp_path / "demo")
+    clipped = {"step": 1, "level": "warning", "metric": "reward/clipped_share", "text": "92% beyond the clip"}
+    save(run / "step3" / "health.jsonl", json.dumps(clipped) + "\n")
+    save(run / "step3" / "summary.json", SUMMARIES["step3"] | FEW)
+    save(run / "step2" / "summary.json", SUMMARIES["step2"] | {"held_out": 5, "accuracy_low": 0.38})
+    page = page_of(run)
+    cards = Reader(page[page.index('<div class="cards">') : page.index('<section id="answers">')]).text
+    for words in (
+        "66.7% [30%, 90%]", "6 prompts, 4 ties", "Only 6 held-out prompts. One of them moves the number by 17%.",
+        "4 of 6 are ties", "The interval includes 50%: no difference is shown.", "Iteration 1: 92% beyond the clip",
+        "Only 5 held-out pairs.", "The interval begins at 38%, no better than length alone or a coin (55%)",
+    ):  # fmt: skip
+        assert words in cards, words
+    for section in ("wins", "curves"):
+        body = page[page.index(f'<section id="{section}">') :]
+        assert "92% beyond the clip" in body[: body.index("</section>")], section
+    plain = page_of(make_run(tmp_path / "plain"))
+    assert 'class="warning' not in plain, "a run that is well has none"
+
+
+def test_few_rows_are_those_with_another_interval():
+    assert advice.FEW_ROWS == evaluating.FEW_ROWS
+
+
 def failed(tmp_path, code=1):
     run = make_run(tmp_path / "demo", ("step1", "step2"))
     manifest = json.loads((run / "manifest.json").read_text())
@@ -207,6 +260,17 @@ def test_a_failed_run_shows_the_end_of_its_log_and_how_to_go_on(tmp_path):
     assert "Step 2 is not finished (failed)" in text and "--output_dir" in text
     assert "47.6 → 26.1" in text, "what is finished is still shown"
     assert "stopped" in Reader(page_of(failed(tmp_path / "b", 130))).text
+
+
+def test_a_failed_runs_report_begins_with_the_failure(tmp_path):
+    page = page_of(failed(tmp_path))
+    start, cards = page.index('id="failure"'), page.index('class="cards"')
+    assert start < cards < page.index('id="curves"') and page.index("</header>") < start
+    text = Reader(page[page.rindex("<", 0, start) : cards].rsplit("<", 1)[0]).text
+    assert text.startswith("Step 2 failed (exit code 1)") and "RuntimeError: <out> of memory" in text
+    assert f"train.py --recipe demo --output_dir {tmp_path / 'demo'}" in text
+    assert page.count("Last lines of step2.log") == 1
+    assert 'id="failure"' not in page_of(make_run(tmp_path / "well"))
 
 
 def test_a_killed_run_leaves_half_a_line(tmp_path):
@@ -346,7 +410,7 @@ ADVICE = [
     ("step3", {"eos_rate_after": 0.5}, "--missing_eos_penalty"),
     ("step3", {"length_after": 80.0}, "from 20 to 80 tokens"),
     ("step3", {"reward_after": -0.5}, "did not rise"),
-    ("step3", {"win_rate": 0.99}, "independent check 80%"),
+    ("step3", {"win_rate": 0.99}, "independent check manner 80%"),
     ("step3", {"prompts": 12}, "Only 12 held-out prompts"),
 ]
 

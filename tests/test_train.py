@@ -473,6 +473,30 @@ def test_table_tolerates_missing_numbers(tmp_path: Path) -> None:
     assert "1 min 15 s" in table and "0.900" in table and "+1.000" in table
 
 
+def test_table_says_how_many_prompts_and_ties(tmp_path: Path) -> None:
+    judge = {"name": "manner", "n": 6, "base": 0.25, "before": 0.4, "after": 0.6, "win_rate": 0.75, "low": 0.35,
+             "high": 0.95, "ties": 1, "difference": 0.2, "difference_low": -0.1, "difference_high": 0.5}  # fmt: skip
+    three = SUMMARY["step3"] | {"prompts": 6, "compared": 6, "ties": 4}
+    three["eval_functions"] = [judge, judge | {"name": "content", "win_rate": 0.5}]
+    two = SUMMARY["step2"] | {"accuracy_low": 0.5, "accuracy_high": 0.98, "held_out": 9, "ties": 0}
+    for step, summary in {"step2": two, "step3": three}.items():
+        (tmp_path / step).mkdir()
+        (tmp_path / step / "summary.json").write_text(json.dumps(summary))
+    (tmp_path / "step3" / "samples.json").write_text(
+        json.dumps([{"prompt": [], "answers": {"rlhf": {"text": "x", "reward": 1, "checks": {"content": 0.5}}}}])
+    )
+    table = summary_table(tmp_path, {})
+    for words in (
+        "95% interval 0.700 to 0.900, 6 prompts, 4 ties",
+        "95% interval 0.350 to 0.950, 6 prompts, 1 tie",
+        "95% interval 0.500 to 0.980, 9 pairs, 0 ties, always the longer: 0.400",
+        "base +0.250, difference +0.200 [-0.100, +0.500]",
+        "win rate by content",
+    ):
+        assert words in table, words
+    assert "reward +1.00   content +0.50" in answers_text(tmp_path)
+
+
 def test_table_and_answers_are_readable(tmp_path: Path) -> None:
     for step, summary in SUMMARY.items():
         (tmp_path / step).mkdir()

@@ -6,23 +6,26 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-from training.report.run import RunRecord, StepRecord, mapping, number
+from training.report.run import RunRecord, StepRecord, number
 from training.utils.runs import STEPS
+from training.utils.showcase import judges
 
 # Where a number stops being comfortable; docs/metrics.md and docs/evaluation.md say why.
 FEW_HELD_OUT = 100  # prompts below which an interval is wide
+FEW_ROWS = 30  # below which the interval of a share is Wilson's (a test holds it and evaluating.FEW_ROWS together)
 LARGE_KL = 24.0  # nats per response, the bound of the actor that step 3 keeps (a test holds the two together)
 CEILING = 0.98  # of the reward model's accuracy
 LENGTH_MARGIN = 0.05  # accuracy above "always the longer" (or shorter) that shows more than a taste for length
 LENGTH_RATIO = 1.5
 CLIPPED = 0.3
+BROKEN = ("failed", "stopped", "unfinished")  # states of a step that has ended early, or is at work
 
 
 def next_steps(run: RunRecord) -> list[str]:
     """Lines of plain text, the most important first; a run that did not finish says how to go on, and no more."""
-    broken = [s for s in run.steps.values() if s.state in ("failed", "stopped", "unfinished")]
+    broken = [s for s in run.steps.values() if s.state in BROKEN]
     if broken:
-        return [f"{title(s)} is not finished ({s.state}): the last lines of its log are below." for s in broken] + [
+        return [f"{title(s)} is not finished ({s.state})." for s in broken] + [
             "Go on where it ended with the same command and --output_dir set to this run; finished steps are skipped."
         ]
     lines = [*_step1(run.steps["step1"]), *_step2(run.steps["step2"]), *_step3(run.steps["step3"])]
@@ -121,13 +124,15 @@ def _step3(step: StepRecord) -> list[str]:
 def _drift(step: StepRecord) -> list[str]:
     """Reward hacking: the judge that was trained on likes it, an independent one less."""
     s, lines = step.summary, []
-    check = mapping(s.get("eval_function"))
-    win, other = number(s.get("win_rate")), number(check.get("win_rate"))
-    if win is not None and other is not None and win - other > 0.15:
-        lines.append(
-            f"The reward model sees {win:.0%} wins, the independent check {other:.0%}: part of the gain pleases the "
-            "reward model alone. Stop earlier (fewer --num_iterations) or hold on tighter (higher --kl_coef)."
-        )
+    win = number(s.get("win_rate"))
+    for check in judges(s):
+        other = number(check.get("win_rate"))
+        if win is not None and other is not None and win - other > 0.15:
+            lines.append(
+                f"The reward model sees {win:.0%} wins, the independent check {check['name']} {other:.0%}: part of the "
+                "gain pleases the reward model alone. Stop earlier (fewer --num_iterations) or hold on tighter (higher "
+                "--kl_coef)."
+            )
     curve = step.curve("kl/per_sequence")
     if curve and curve[-1][1] > LARGE_KL:
         coefficient = step.flag("kl_coef")

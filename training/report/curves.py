@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from training.report import charts
+from training.report import cards, charts
 from training.report.charts import Series
 from training.report.run import RunRecord, StepRecord
-from training.report.text import TITLES
+from training.report.text import TITLES, e
+
+# What the figures of step 3 show, in their order; health remarks about it stand below them
+STEP3_METRICS = (
+    ("reward/", "eval/reward"), ("kl/", "eval/kl", "policy/approx_kl"), ("rollout/length",), ("rollout/eos_rate",),
+    ("policy/entropy",), ("critic/",),
+)  # fmt: skip
 
 
 def curves(run: RunRecord) -> str:
@@ -50,12 +56,21 @@ def curves(run: RunRecord) -> str:
             ),
         ],
     }  # fmt: skip
+    drawn["step3"] = [
+        _warned(drawing, three, metrics) for drawing, metrics in zip(drawn["step3"], STEP3_METRICS, strict=True)
+    ]
     parts = [
         f'<h3>Step {name[-1]} · {TITLES[name]}</h3><div class="grid">{"".join(figures)}</div>'
         for name, figures in drawn.items()
         if any(figures)
     ]
     return "".join(parts)
+
+
+def _warned(drawing: str, step: StepRecord, metrics: tuple[str, ...]) -> str:
+    """A figure with the health monitor's warnings about what it shows."""
+    lines = "".join(f'<p class="warning small">{e(text)}</p>' for text in cards.remarks(step, metrics))
+    return drawing.replace("</figure>", f"{lines}</figure>") if lines else drawing
 
 
 def _train(step: StepRecord, name: str) -> Series:

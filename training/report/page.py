@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from training.report import curves, evaluations, provenance, resources, sections
+from training.report import cards, curves, evaluations, provenance, resources, sections
 from training.report.run import RunRecord, read_run
 from training.report.style import CSS
 
@@ -41,7 +41,7 @@ def render_report(run: RunRecord) -> str:
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
         f"<title>{name}: report of a run</title><style>{CSS}</style></head><body><main>"
         f"<header><h1>{name}</h1>{sections.lead(run)}<nav>{links}</nav></header>"
-        f"{notes}{sections.cards(run)}{bodies}"
+        f"{cards.failure(run)}{notes}{cards.cards(run)}{bodies}"
         "<footer>Made by <code>python -m training.report</code> from manifest.json, metrics.jsonl, summary.json and "
         "samples.json of this run. Hover over a curve for its values.</footer></main></body></html>\n"
     )

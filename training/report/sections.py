@@ -1,21 +1,16 @@
-"""What a reader looks at first: the answers, whether they are better, the judge, advice. All text is escaped."""
+"""The answers, whether they are better, the judge, advice. All text is escaped."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from training.report import advice, charts
-from training.report.charts import Series, figure
-from training.report.run import RunRecord, StepRecord, mapping, number
-from training.report.text import TITLES, cut, duration, e, hardware
+from training.report import advice, cards, charts
+from training.report.charts import Series
+from training.report.run import RunRecord, mapping, number
+from training.report.text import cut, duration, e, hardware
+from training.utils.showcase import judges
 
-PURPOSE = {
-    "step1": "learns to answer from examples",
-    "step2": "learns which answers people prefer",
-    "step3": "learns to write answers that the reward model likes",
-}
 MODELS = {"base": ("base model", 4), "sft": ("SFT (step 1)", 1), "rlhf": ("RLHF (step 3)", 2)}
 OPEN_SAMPLES, MOST_SAMPLES = 6, 24
 MOST_REMARKS = 60
@@ -42,45 +37,6 @@ def lead(run: RunRecord) -> str:
 def _first_start(run: RunRecord) -> str:
     starts = sorted(str(s.entry["started"]) for s in run.steps.values() if s.entry.get("started"))
     return starts[0][:16].replace("T", " ") if starts else ""
-
-
-def cards(run: RunRecord) -> str:
-    """One card for each step: what it is for, and its one most telling number."""
-    body = "".join(_card(step) for step in run.steps.values())
-    return f'<div class="cards">{body}</div>'
-
-
-def _card(step: StepRecord) -> str:
-    s = step.summary
-    numbers = {
-        "step1": (number(s.get("perplexity_before")), number(s.get("perplexity_after"))),
-        "step2": (number(s.get("accuracy_before")), number(s.get("accuracy_after"))),
-        "step3": (None, number(s.get("win_rate"))),
-    }[step.name]
-    form = figure if step.name == "step1" else "{:.1%}".format
-    big = ""
-    if numbers[1] is not None:
-        was = f'<span class="was">{form(numbers[0])} → </span>' if numbers[0] is not None else ""
-        big = f'<p class="big">{was}{form(numbers[1])}</p><p>{e(_meaning(step))}</p>'
-    state = f'<span class="state {step.state.replace(" ", "-")}">{step.state}</span>'
-    return (
-        f'<div class="card"><div class="step"><span>Step {step.name[-1]} · {TITLES[step.name]}</span>{state}</div>'
-        f'{big}<p class="muted small">{PURPOSE[step.name]}'
-        f"{', ' + duration(step.seconds) if step.seconds else ''}</p></div>"
-    )
-
-
-def _meaning(step: StepRecord) -> str:
-    s = step.summary
-    if step.name == "step1":
-        return "perplexity of held-out answers, lower is better"
-    if step.name == "step2":
-        longer = number(s.get("accuracy_longer"))
-        rule = f" (by length alone: {max(longer, 1 - longer):.0%})" if longer is not None else ""
-        return f"of held-out pairs judged right{rule}"
-    low, high = number(s.get("win_rate_low")), number(s.get("win_rate_high"))
-    interval = f" (95% interval {low:.0%} to {high:.0%})" if low is not None and high is not None else ""
-    return f"of its answers beat step 1's, by the reward model{interval}"
 
 
 def answers(run: RunRecord) -> str:
@@ -118,11 +74,7 @@ def _sample(sample: Mapping[str, Any]) -> str:
 
 def _answer(name: str, answer: Mapping[str, Any]) -> str:
     title, colour = MODELS.get(name, (name, 4))
-    scores = [
-        f"{key} {value:{form}}"
-        for key, form in (("reward", "+.2f"), ("check", ".2f"))
-        if (value := number(answer.get(key))) is not None
-    ]
+    scores = [f"{key} {value:{form}}" for key, value, form in _scores(answer)]
     limited = '<p class="note">cut at the longest allowed length</p>' if answer.get("ended") is False else ""
     text = str(answer.get("text") or "")
     shown = e(cut(text)) if text else '<span class="muted">(an empty answer)</span>'
@@ -132,18 +84,26 @@ def _answer(name: str, answer: Mapping[str, Any]) -> str:
     )
 
 
+def _scores(answer: Mapping[str, Any]) -> list[tuple[str, float, str]]:
+    """Name, value and format of the reward and of each evaluation function, which older runs had one of."""
+    named = {"reward": answer.get("reward"), "check": answer.get("check"), **mapping(answer.get("checks"))}
+    known = [(name, number(value)) for name, value in named.items()]
+    return [(name, value, "+.2f" if name == "reward" else ".2f") for name, value in known if value is not None]
+
+
 def wins(run: RunRecord) -> str:
     """Win rates of RLHF over SFT with intervals, and reward against KL."""
     step = run.steps["step3"]
     s = step.summary
-    check = mapping(s.get("eval_function"))
-    rows = []
-    check_name = Path(str(check.get("name", "check"))).name
-    judges = (("RLHF, by step 2's reward model", s), (f"RLHF, by {check_name}", check))
-    for label, source in judges:
-        share = number(source.get("win_rate"))
+    checks, rows = judges(s), []
+    own = {**s, "name": "step 2's reward model", "low": s.get("win_rate_low"), "high": s.get("win_rate_high"),
+           "n": s.get("compared", s.get("prompts"))}  # fmt: skip
+    for judge in (own, *checks):
+        share = number(judge.get("win_rate"))
         if share is not None:
-            rows.append((label, share, number(source.get("win_rate_low")), number(source.get("win_rate_high"))))
+            of = cards.counted(judge, "n", "prompt")
+            label = f"RLHF, by {judge['name']}" + (f" ({of})" if of else "")
+            rows.append((label, share, number(judge.get("low")), number(judge.get("high"))))
     rows += _evaluated_rates(step.evaluation or {})
     intervals = charts.interval_chart("Answers that beat SFT's, 95% intervals", rows, "50%: no difference")
     reward, kl = dict(step.curve("reward/mean")), dict(step.curve("kl/per_sequence"))
@@ -160,22 +120,50 @@ def wins(run: RunRecord) -> str:
     kept = mapping(s.get("kept"))
     best = f" The actor of iteration {kept['iteration']} was kept." if number(kept.get("iteration")) is not None else ""
     text = (
-        f"{s.get('prompts', '')} held-out prompts; a tie counts half. Rising reward at little KL is learning; rising "
-        f"KL without reward is drift.{best}"
+        f"{s.get('prompts', '')} held-out prompts; a tie counts half; of fewer than {advice.FEW_ROWS} prompts the "
+        f"interval is Wilson's. Rising reward at little KL is learning; rising KL without reward is drift.{best}"
         if rows
         else "Rising reward at little KL is learning; rising KL without reward is drift."
     )
     table = _change_table(
         [
             ("mean reward", s.get("reward_before"), s.get("reward_after"), "+.3f"),
-            (f"mean of {check_name}", check.get("before"), check.get("after"), ".3f"),
             ("answer length, tokens", s.get("length_before"), s.get("length_after"), ".1f"),
             ("answers that end by themselves", s.get("eos_rate_before"), s.get("eos_rate_after"), ".1%"),
         ],
         ("SFT", "RLHF"),
     )
-    left = f'<div class="stack">{intervals}{table}</div>'
-    return f'<p class="muted">{e(text)}</p><div class="grid">{left}{walk}</div>'
+    warned = "".join(f'<p class="warning small">{e(line)}</p>' for line in cards.warnings(step))
+    left = f'<div class="stack">{intervals}{warned}{table}</div>'
+    judged = _judges_table(checks)
+    return f'<p class="muted">{e(text)}</p><div class="grid">{left}{walk}</div>{judged}'
+
+
+def _judges_table(checks: Sequence[Mapping[str, Any]]) -> str:
+    """Means of base, SFT and RLHF model by each evaluation function, and their paired differences."""
+    titles = {"base_to_sft": "SFT − base", "difference": "RLHF − SFT", "base_to_rlhf": "RLHF − base"}
+    rows = []
+    for check in checks:
+        cells = [f"{v:.3f}" if (v := number(check.get(key))) is not None else "" for key in ("base", "before", "after")]
+        for key in titles:
+            value, low, high = (number(check.get(k)) for k in (key, f"{key}_low", f"{key}_high"))
+            interval = f" [{low:+.3f}, {high:+.3f}]" if low is not None and high is not None else ""
+            cells.append(f"{value:+.3f}{interval}" if value is not None else "")
+        if any(cells):
+            n = number(check.get("n"))
+            rows.append([f"{check['name']}" + (f", {n:.0f} prompts" if n is not None else ""), *cells])
+    if not rows:
+        return ""
+    head = "".join(f'<th class="n">{e(t)}</th>' for t in ("base", "SFT", "RLHF", *titles.values()))
+    body = "".join(
+        f"<tr><td>{e(first)}</td>" + "".join(f'<td class="n">{e(cell)}</td>' for cell in cells) + "</tr>"
+        for first, *cells in rows
+    )
+    return (
+        '<h3>Independent measures, which training never saw</h3><p class="muted">Means over the same prompts, '
+        f'and paired differences with 95% intervals.</p><div class="scroll">'
+        f"<table><tr><th></th>{head}</tr>{body}</table></div>"
+    )
 
 
 def _evaluated_rates(found: Mapping[str, Any]) -> list[tuple[str, float, float | None, float | None]]:
@@ -223,11 +211,12 @@ def reward_model(run: RunRecord) -> str:
     drawn = _histograms(found)
     if not (bars or scores or drawn):
         return ""
+    warned = "".join(f'<p class="warning small">{e(line)}</p>' for line in cards.warnings(step))
     note = (
         '<p class="muted">Step 3 follows this judge, so what it can not see, or sees wrongly, step 3 will exploit. The '
         "figures are of the model that was saved, loaded again from disk.</p>"
     )
-    left = f'<div class="stack">{bars}{f"<ul>{said}</ul>" if said else ""}</div>'
+    left = f'<div class="stack">{bars}{warned}{f"<ul>{said}</ul>" if said else ""}</div>'
     return f'{note}<div class="grid">{left}{scores}{drawn}</div>'
 
 
@@ -271,11 +260,8 @@ def health(run: RunRecord) -> str:
 
 
 def next_steps(run: RunRecord) -> str:
-    """Advice, and for a step that failed the end of its log."""
+    """Advice; a run that ended early begins with its own."""
+    if cards.failure(run):
+        return ""
     items = "".join(f"<li>{e(line)}</li>" for line in advice.next_steps(run))
-    logs = "".join(
-        f"<h3>Last lines of {step.name}.log</h3><pre>{e(chr(10).join(step.log_tail))}</pre>"
-        for step in run.steps.values()
-        if step.log_tail
-    )
-    return (f'<ul class="next">{items}</ul>' if items else "") + logs
+    return f'<ul class="next">{items}</ul>' if items else ""

@@ -40,6 +40,7 @@ pre { background: var(--card); border: 1px solid var(--rule); border-radius: 8px
 .card .big { font-size: 1.75rem; font-weight: 650; letter-spacing: -.01em; margin: 6px 0 0;
   font-variant-numeric: tabular-nums; }
 .card .big .was { color: var(--muted); font-weight: 400; }
+.card .big .interval { color: var(--muted); font-weight: 400; font-size: 1.05rem; white-space: nowrap; }
 .card p { margin: 2px 0 0; font-size: .92rem; }
 .state { border-radius: 99px; padding: 0 9px; font-size: .78rem; border: 1px solid currentColor; }
 .state.finished { color: var(--good); } .state.failed { color: var(--bad); }
@@ -101,6 +102,9 @@ ul.next li { background: var(--card); border: 1px solid var(--rule); border-left
 details { margin-top: 12px; } summary { cursor: pointer; color: var(--muted); }
 .warn { border-left: 4px solid var(--c2); background: var(--card); padding: 8px 14px; border-radius: 6px;
   margin-top: 16px; }
+.failure { border-left: 4px solid var(--bad); background: var(--card); padding: 12px 18px; border-radius: 6px;
+  margin-top: 24px; }
+.failure h2 { color: var(--bad); }
 footer { margin-top: 56px; color: var(--muted); font-size: .84rem; }
 @media (max-width: 760px) {
   .cards, .grid { grid-template-columns: 1fr; }

@@ -34,6 +34,11 @@ def duration(seconds: float | None) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
+def plural(count: int, noun: str) -> str:
+    """``1 tie``, ``2 ties``."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
 def cut(text: str, longest: int = LONGEST_TEXT) -> str:
     """A text, or its beginning if it is longer than a page should hold."""
     return text if len(text) <= longest else text[:longest] + " … (cut)"

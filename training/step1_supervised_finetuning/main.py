@@ -214,6 +214,7 @@ def main(argv: Sequence[str]) -> int:
     if is_main():
         move_into(output_dir / BEST, output_dir)
     summary = {
+        "held_out": len(rows.held_out),
         "loss_before": progress["loss_before"],
         "loss_after": progress["loss_after"],
         "perplexity_before": math.exp(min(progress["loss_before"], 50.0)),

@@ -63,6 +63,7 @@ from training.utils import engine as engines, models, precision, supervision  # 
 from training.utils.checkpoint import save_model  # noqa: E402
 from training.utils.data import batches_after, prepare_data, stop_token_ids  # noqa: E402
 from training.utils.distributed import init_distributed, rank, reduce_sums, say, world_size  # noqa: E402
+from training.utils.evaluating import wilson_interval  # noqa: E402
 from training.utils.lora import check_lora, inject_lora  # noqa: E402
 from training.utils.metrics import MetricsLogger, progress_bar, write_summary  # noqa: E402
 from training.utils.model_card import write_model_card  # noqa: E402
@@ -223,7 +224,12 @@ def main(argv: Sequence[str]) -> int:
         say(f"  {'yes' if holds else 'NO '}  {question}")
     if rank() == 0:
         stats.write(output_dir)
+    low, high = wilson_interval(after["accuracy"], len(pairs))
     summary = {
+        "held_out": len(pairs),
+        "ties": sum(chosen == rejected for chosen, rejected in pairs),
+        "accuracy_low": low,
+        "accuracy_high": high,
         "accuracy_before": progress["before"]["accuracy"],
         "accuracy_after": after["accuracy"],
         "accuracy_longer": longer,
@@ -236,10 +242,8 @@ def main(argv: Sequence[str]) -> int:
         "phases": phases.summary(),
         precision.SUMMARY_KEY: settled,
     }
-    base = (model_args.model_name_or_path or model_path, model_path)
-    write_model_card(
-        output_dir, "reward", base, argv=argv, data=rows.report.lines(), results=summary, tokenizer=tokenizer
-    )
+    base, data_lines = (model_args.model_name_or_path or model_path, model_path), rows.report.lines()
+    write_model_card(output_dir, "reward", base, argv=argv, data=data_lines, results=summary, tokenizer=tokenizer)
     write_summary(output_dir, summary)
     say(f"step 2 saved to {output_dir}")
     return 0

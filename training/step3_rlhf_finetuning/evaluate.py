@@ -6,7 +6,7 @@
 
 The reward model that step 3 was trained with can not judge alone: training has learned to please it. Give a different
 judge: --eval_function (rules; the run's own if it had one) or another reward model. Answers are sampled as in training.
-Win rates are against one answer of the SFT model to each prompt, a tie half, with 95% bootstrap intervals over prompts.
+Win rates are against one answer of the SFT model to each prompt, a tie half, with 95% intervals over prompts.
 KL to the SFT model is measured for the RLHF model and log n - (n - 1) / n for best-of-n. All models are loaded from
 disk. Writes evaluation.json into the step's folder; benchmarks/plot_reward_kl.py draws it.
 """

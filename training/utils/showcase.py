@@ -40,6 +40,15 @@ def summary_table(run: Path, seconds: Mapping[str, float]) -> str:
     )
 
 
+def judges(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What step 3's summary says by each evaluation function; runs of earlier versions had at most one."""
+    found = summary.get("eval_functions", [summary.get("eval_function")])
+    judged = [f for f in found if isinstance(f, Mapping)] if isinstance(found, list) else []
+    ends = [{"low": f.get("win_rate_low"), "high": f.get("win_rate_high"), "n": summary.get("prompts")} for f in judged]
+    names = [str(f.get("name") or "evaluation function").rpartition("/")[2] for f in judged]
+    return [{**end, **f, "name": name} for end, f, name in zip(ends, judged, names, strict=True)]
+
+
 def answers_text(run: Path, width: int = 0) -> str:
     """The prompts of step 3's samples.json, each with the answer of the base, the SFT and the RLHF model.
 
@@ -60,7 +69,8 @@ def answers_text(run: Path, width: int = 0) -> str:
             answer = sample.get("answers", {}).get(key)
             if answer is None:
                 continue
-            scores = [f"{name} {answer[name]:+.2f}" for name in ("reward", "check") if answer.get(name) is not None]
+            known = {"reward": answer.get("reward"), "check": answer.get("check"), **answer.get("checks", {})}
+            scores = [f"{name} {value:+.2f}" for name, value in known.items() if value is not None]
             lines += ["", f"  {title:<5} {'   '.join(scores)}".rstrip()]
             lines += _wrapped(answer.get("text", "") or "(nothing)", width, "    ", "    ")
         blocks.append("\n".join(lines))
@@ -76,7 +86,9 @@ def _step1(s: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
 
 def _step2(s: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     rules = [f"always {name}: {s[key]:.3f}" for name, key in _RULES if s.get(key) is not None]
-    rows = _change("held-out accuracy", s, "accuracy_before", "accuracy_after", ".3f", ", ".join(rules))
+    sure = _sureness(s, "accuracy_low", "accuracy_high", "held_out", "pairs")
+    note = ", ".join(filter(None, [sure, *rules]))
+    rows = _change("held-out accuracy", s, "accuracy_before", "accuracy_after", ".3f", note)
     if s.get("chosen_mean") is not None and s.get("rejected_mean") is not None:
         rows.append(("reward of rejected, chosen", f"{s['rejected_mean']:+.2f}", f"{s['chosen_mean']:+.2f}", ""))
     verdicts = s.get("verdicts") or {}
@@ -92,14 +104,23 @@ _RULES = (("the longer", "accuracy_longer"), ("the shorter", "accuracy_shorter")
 
 
 def _step3(s: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    check = s.get("eval_function") or {}
-    name = check.get("name", "evaluation function").rpartition("/")[2]
-    return [
-        *_change("mean held-out reward", s, "reward_before", "reward_after", "+.3f"),
-        *_change(f"mean {name}", check, "before", "after", "+.3f"),
-        *_win_rate("win rate by reward model", s),
-        *_win_rate(f"win rate by {name}", check),
-    ]
+    own = {**s, "low": s.get("win_rate_low"), "high": s.get("win_rate_high"), "n": s.get("compared", s.get("prompts"))}
+    lines = _change("mean held-out reward", s, "reward_before", "reward_after", "+.3f")
+    for check in judges(s):
+        base = [f"base {check['base']:+.3f}"] if check.get("base") is not None else []
+        note = ", ".join(base + _difference(check))
+        lines += _change(f"mean {check['name']}", check, "before", "after", "+.3f", note)
+    lines += _win_rate("win rate by reward model", own)
+    for check in judges(s):
+        lines += _win_rate(f"win rate by {check['name']}", check)
+    return lines
+
+
+def _difference(check: Mapping[str, Any]) -> list[str]:
+    if check.get("difference") is None:
+        return []
+    low, high = check["difference_low"], check["difference_high"]
+    return [f"difference {check['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"]
 
 
 def _change(
@@ -113,9 +134,16 @@ def _change(
 def _win_rate(title: str, s: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     if s.get("win_rate") is None:
         return []
-    low, high = s.get("win_rate_low"), s.get("win_rate_high")
-    interval = f"95% interval {low:.3f} to {high:.3f}" if low is not None and high is not None else ""
-    return [(title, "", f"{s['win_rate']:.3f}", interval)]
+    return [(title, "", f"{s['win_rate']:.3f}", _sureness(s, "low", "high", "n", "prompts"))]
+
+
+def _sureness(s: Mapping[str, Any], low: str, high: str, count: str, what: str) -> str:
+    """Interval, number of rows and ties of a share, as far as they are known."""
+    known = s.get(low) is not None and s.get(high) is not None
+    parts = [f"95% interval {s[low]:.3f} to {s[high]:.3f}"] if known else []
+    parts += [f"{s[count]} {what}"] if s.get(count) is not None else []
+    parts += [f"{s['ties']} tie{'' if s['ties'] == 1 else 's'}"] if s.get("ties") is not None else []
+    return ", ".join(parts)
 
 
 def _duration(seconds: float | None) -> str:

@@ -1,0 +1,159 @@
+"""Above everything else: why a run ended early, and each step's headline number with what must be known beside it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from training.report import advice
+from training.report.charts import figure
+from training.report.run import RunRecord, StepRecord, number
+from training.report.text import TITLES, duration, e, plural
+from training.utils.showcase import judges
+
+PURPOSE = {
+    "step1": "learns to answer from examples",
+    "step2": "learns which answers people prefer",
+    "step3": "learns to write answers that the reward model likes",
+}
+MOST_WARNINGS = 3  # of the health monitor on a card
+
+
+def failure(run: RunRecord) -> str:
+    """What failed, the last lines of its log, and how to go on; empty for a run that did not end early."""
+    broken = [s for s in run.steps.values() if s.state in advice.BROKEN]
+    if not broken:
+        return ""
+    step = broken[0]
+    code = step.entry.get("exit_code")
+    heading = f"{advice.title(step)} {step.state}" + (f" (exit code {code})" if code is not None else "")
+    lines = "".join(f"<p>{e(line)}</p>" for line in advice.next_steps(run))
+    command = _command(run)
+    again = f"<pre>{e(command)}</pre>" if command else ""
+    logs = "".join(
+        f"<h3>Last lines of {s.name}.log</h3><pre>{e(chr(10).join(s.log_tail))}</pre>" for s in broken if s.log_tail
+    )
+    return f'<section id="failure" class="failure"><h2>{e(heading)}</h2>{logs}{lines}{again}</section>'
+
+
+def _command(run: RunRecord) -> str:
+    """The last command of train.py, into this run's folder; empty if it is not known."""
+    started = run.manifest.get("started_as")
+    last = started[-1] if isinstance(started, list) and started else None
+    if not isinstance(last, list) or not last:
+        return ""
+    words = [str(word) for word in last]
+    there = any(word.split("=")[0] == "--output_dir" for word in words)
+    return shlex.join([".venv/bin/python", *words, *([] if there else ["--output_dir", str(run.path)])])
+
+
+def cards(run: RunRecord) -> str:
+    """One card for each step: what it is for, its one most telling number, and what to beware of."""
+    body = "".join(_card(step) for step in run.steps.values())
+    return f'<div class="cards">{body}</div>'
+
+
+def _card(step: StepRecord) -> str:
+    state = f'<span class="state {step.state.replace(" ", "-")}">{step.state}</span>'
+    warned = "".join(f'<p class="warning small">{e(text)}</p>' for text in warnings(step))
+    return (
+        f'<div class="card"><div class="step"><span>Step {step.name[-1]} · {TITLES[step.name]}</span>{state}</div>'
+        f"{HEADLINES[step.name](step.summary)}{warned}"
+        f'<p class="muted small">{PURPOSE[step.name]}{", " + duration(step.seconds) if step.seconds else ""}</p></div>'
+    )
+
+
+def _big(now: str, meaning: str, was: str = "", interval: str = "") -> str:
+    before = f'<span class="was">{e(was)} → </span>' if was else ""
+    around = f' <span class="interval">{e(interval)}</span>' if interval else ""
+    return f'<p class="big">{before}{e(now)}{around}</p><p>{e(meaning)}</p>'
+
+
+def share_text(s: Mapping[str, Any], what: str, low: str, high: str) -> tuple[str, str]:
+    """A share and its interval as texts, the latter empty where it is not known; both empty without the share."""
+    share, ends = number(s.get(what)), [number(s.get(key)) for key in (low, high)]
+    interval = f"[{ends[0]:.0%}, {ends[1]:.0%}]" if ends[0] is not None and ends[1] is not None else ""
+    return (f"{share:.1%}", interval) if share is not None else ("", "")
+
+
+def counted(s: Mapping[str, Any], key: str, noun: str) -> str:
+    """``6 prompts, 4 ties``, as far as it is known."""
+    found = [(number(s.get(key)), noun), (number(s.get("ties")), "tie")]
+    return ", ".join(plural(int(count), word) for count, word in found if count is not None)
+
+
+def _perplexity(s: Mapping[str, Any]) -> str:
+    before, after, rows = (number(s.get(key)) for key in ("perplexity_before", "perplexity_after", "held_out"))
+    if after is None:
+        return ""
+    of = f"{plural(int(rows), 'held-out answer')}" if rows is not None else "held-out answers"
+    return _big(figure(after), f"perplexity of {of}, lower is better", figure(before) if before is not None else "")
+
+
+def _accuracy(s: Mapping[str, Any]) -> str:
+    share, interval = share_text(s, "accuracy_after", "accuracy_low", "accuracy_high")
+    before, longer = number(s.get("accuracy_before")), number(s.get("accuracy_longer"))
+    if not share:
+        return ""
+    rule = f" (by length alone: {max(longer, 1 - longer):.0%})" if longer is not None else ""
+    of = counted(s, "held_out", "pair")
+    meaning = f"of held-out pairs judged right{rule}" + (f"; {of}" if of else "")
+    return _big(share, meaning, f"{before:.1%}" if before is not None else "", interval)
+
+
+def _win_rate(s: Mapping[str, Any]) -> str:
+    share, interval = share_text(s, "win_rate", "win_rate_low", "win_rate_high")
+    if not share:
+        return ""
+    of = counted(s, "compared" if "compared" in s else "prompts", "prompt")
+    text = "of its answers beat step 1's, by the reward model" + (f"; {of}" if of else "")
+    lines = [judge_text(judge) for judge in judges(s)]
+    return _big(share, text, interval=interval) + "".join(f"<p>{e(line)}</p>" for line in lines if line)
+
+
+def judge_text(judge: Mapping[str, Any]) -> str:
+    """``80.0% [70%, 90%] by manner; 160 prompts, 12 ties``; empty where the judge has no win rate."""
+    share, interval = share_text(judge, "win_rate", "low", "high")
+    of = counted(judge, "n", "prompt")
+    return f"{share} {interval} by {judge['name']}".replace("  ", " ") + (f"; {of}" if of else "") if share else ""
+
+
+HEADLINES = {"step1": _perplexity, "step2": _accuracy, "step3": _win_rate}
+
+
+COUNTED = {"step1": ("held_out", "answer"), "step2": ("held_out", "pair"), "step3": ("prompts", "prompt")}
+
+
+def warnings(step: StepRecord) -> list[str]:
+    """What a reader must know about the number on the step's card before believing it."""
+    s = step.summary
+    key, noun = COUNTED[step.name]
+    count, found = number(s.get(key)), []
+    if count and count < advice.FEW_ROWS:
+        weight = "" if step.name == "step1" else f" One of them moves the number by {1 / count:.0%}."
+        found.append(f"Only {plural(int(count), f'held-out {noun}')}.{weight}")
+    ties = number(s.get("ties"))
+    if ties and count and ties > count / 2:
+        found.append(f"{ties:.0f} of {count:.0f} are ties, each counted half: the two hardly differ.")
+    if step.name == "step2":
+        low, longer = number(s.get("accuracy_low")), number(s.get("accuracy_longer"))
+        rule = max(longer, 1 - longer) if longer is not None else 0.5
+        if low is not None and low <= rule:
+            found.append(f"The interval begins at {low:.0%}, no better than length alone or a coin ({rule:.0%}).")
+    if step.name == "step3":
+        low, high = number(s.get("win_rate_low")), number(s.get("win_rate_high"))
+        if low is not None and high is not None and low <= 0.5 <= high:
+            found.append("The interval includes 50%: no difference is shown.")
+        found += remarks(step, ("reward/", "eval/"))
+    return found
+
+
+def remarks(step: StepRecord, metrics: tuple[str, ...]) -> list[str]:
+    """The health monitor's last warning about each metric whose name begins with one of these."""
+    last = {
+        str(r.get("metric")): f"Iteration {r.get('step')}: {r.get('text')}"
+        for r in step.health or []
+        if r.get("level") == "warning" and str(r.get("metric")).startswith(metrics)
+    }
+    return list(last.values())[-MOST_WARNINGS:]
