@@ -54,6 +54,7 @@ import torch  # noqa: E402  threads and PATH must be set before
 from training.step2_reward_model_finetuning.pairs import held_out_rewards, micro_batches, score_pairs  # noqa: E402
 from training.step2_reward_model_finetuning.preference import (  # noqa: E402
     CENTER_COEFFICIENT,
+    accuracy_by_kind,
     bradley_terry_loss,
     length_accuracy,
     pair_metrics,
@@ -220,6 +221,9 @@ def main(argv: Sequence[str]) -> int:
         say(line)
     longer = length_accuracy(rows.held_out)
     say(f"held-out accuracy {after['accuracy']:.3f} (always the longer answer: {longer:.3f})")
+    by_kind = accuracy_by_kind(pairs, rows.held_out["rejected_kind"][:])
+    for kind, found in by_kind.items():
+        say(f"  {found['accuracy']:.3f} of {found['pairs']} pairs whose rejected answer is of the kind {kind}")
     for question, holds in verdicts(after).items():
         say(f"  {'yes' if holds else 'NO '}  {question}")
     if rank() == 0:
@@ -232,6 +236,7 @@ def main(argv: Sequence[str]) -> int:
         "accuracy_high": high,
         "accuracy_before": progress["before"]["accuracy"],
         "accuracy_after": after["accuracy"],
+        "accuracy_by_kind": by_kind,
         "accuracy_longer": longer,
         "accuracy_shorter": 1 - longer,
         "chosen_mean": after["chosen_mean"],

@@ -33,12 +33,14 @@ def score_pairs(scorer: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tens
 def held_out_rewards(
     scorer: Any, dataset: Any, batch_size: int, pad_id: int, device: torch.device
 ) -> list[tuple[float, float]]:
-    """(chosen, rejected) rewards of every held-out pair, on all ranks."""
+    """(chosen, rejected) rewards of every held-out pair in the dataset's order, on all ranks."""
     scorer.eval()
-    pairs: list[tuple[float, float]] = []
+    pairs: list[tuple[int, float, float]] = []
     for indices in watched(epoch_batches(dataset["length"], batch_size * world_size(), 0, 0), "held out"):
-        for batch, weight in micro_batches(dataset, indices, batch_size, pad_id, device):
+        shares = rank_micro_batches(indices, rank(), world_size(), batch_size)
+        batches = micro_batches(dataset, indices, batch_size, pad_id, device)
+        for rows, (batch, weight) in zip(shares, batches, strict=True):
             chosen, rejected = score_pairs(scorer, batch)
             if weight:
-                pairs += zip(chosen.tolist(), rejected.tolist(), strict=True)
-    return gather_objects(pairs)
+                pairs += zip(rows, chosen.tolist(), rejected.tolist(), strict=True)
+    return [(chosen, rejected) for _, chosen, rejected in sorted(gather_objects(pairs))]

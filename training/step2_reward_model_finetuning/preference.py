@@ -37,6 +37,23 @@ def pair_metrics(pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
     }
 
 
+def accuracy_by_kind(pairs: Sequence[tuple[float, float]], kinds: Sequence[str]) -> dict[str, dict[str, float]]:
+    """How often the chosen answer wins against each kind of rejected answer, such as an answer to another prompt.
+
+    Args:
+        pairs: (chosen, rejected) rewards.
+        kinds: each pair's ``rejected_kind``; empty for a pair without one, which is left out.
+
+    Returns:
+        By kind, in alphabetical order: ``accuracy`` (a tie counts half) and the number of ``pairs``.
+    """
+    return {
+        kind: {"accuracy": pair_metrics(mine)["accuracy"], "pairs": len(mine)}
+        for kind in sorted(set(kinds) - {""})
+        if (mine := [pair for pair, other in zip(pairs, kinds, strict=True) if other == kind])
+    }
+
+
 def length_accuracy(dataset: Any) -> float:
     """Accuracy of always preferring the answer with more tokens; always the shorter one has 1 minus this."""
     wins = [

@@ -110,7 +110,8 @@ _COMMON = [("length", pyarrow.int32()), ("source", _WORDS)]
 SCHEMAS = {
     1: pyarrow.schema([("input_ids", _INTS), ("response_mask", _BITS), *_COMMON]),
     2: pyarrow.schema(
-        [("chosen_ids", _INTS), ("chosen_mask", _BITS), ("rejected_ids", _INTS), ("rejected_mask", _BITS), *_COMMON]
+        [("chosen_ids", _INTS), ("chosen_mask", _BITS), ("rejected_ids", _INTS), ("rejected_mask", _BITS)]
+        + [*_COMMON, ("rejected_kind", pyarrow.string())]
     ),
     # The row as it stood in its file goes with a prompt alone: only the rewards of step 3 read further columns.
     3: pyarrow.schema([("prompt_ids", _INTS), ("messages", _WORDS), *_COMMON, ("row", _WORDS)]),

@@ -259,6 +259,9 @@ def _tokenise(
             if request.step == 2:
                 _compare_lengths(candidate.example, report)
             more = {"source": stream.source.name}
+            if request.step == 2:
+                kind = candidate.row.values.get("rejected_kind")  # a name for analysis, see step 2's accuracy_by_kind
+                more["rejected_kind"] = kind if isinstance(kind, str) else ""
             if request.step == 3:
                 more["row"] = _original(candidate.row)
             yield number, [{**row, **more} for row in result]
