@@ -46,7 +46,7 @@ from training.utils.metrics import MetricsLogger
 RUNNING_PROMPTS = 32
 # Nats per response. docs/experiments.md: up to here the demo's answers win more and more by a check that training never
 # saw; beyond it they turn into good wishes.
-MAX_KL = 24.0
+MAX_KL = 12.0
 
 
 @dataclass(frozen=True)
