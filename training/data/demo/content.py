@@ -29,8 +29,8 @@ _NO = re.compile(r"\b(?:no|nope|never|hardly)\b", re.IGNORECASE)
 _NEGATION = re.compile(r"\b(?:not|cannot)\b|n't\b", re.IGNORECASE)
 # A short statement that answers as "yes" does: "it is", "they do", "you can", "most cats should"
 _ASSERTION = re.compile(
-    r"\b(?:(?:it|they|he|she|you|that|there)(?: is| are|'s|'re| was| were| may| might)|do|does|did|can|should|would|will|has"
-    r"|have|could)\b",
+    r"\b(?:(?:it|they|he|she|you|that|there)(?: is| are|'s|'re| was| were| may| might)|do|does|did|can|should|would|will"
+    r"|has|have|could)\b",
     re.IGNORECASE,
 )
 _PERSON = (
@@ -70,8 +70,8 @@ _STEP = re.compile(
     re.IGNORECASE,
 )
 _EXPLANATION = re.compile(
-    r"\b(?:is|are|was|were|means?|meant|because|since|when|so|happens?|comes? from|stands? for|makes?|made|called|due to"
-    r"|causes?|helps?|allows?|lets?|keeps?|refers?|becomes?|contains?|turns?|it's|they're)\b",
+    r"\b(?:is|are|was|were|means?|meant|because|since|when|so|happens?|comes? from|stands? for|makes?|made|called"
+    r"|due to|causes?|helps?|allows?|lets?|keeps?|refers?|becomes?|contains?|turns?|it's|they're)\b",
     re.IGNORECASE,
 )
 _WORDS_TO_USE = re.compile(
