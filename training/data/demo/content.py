@@ -29,8 +29,8 @@ _NO = re.compile(r"\b(?:no|nope|never|hardly)\b", re.IGNORECASE)
 _NEGATION = re.compile(r"\b(?:not|cannot)\b|n't\b", re.IGNORECASE)
 # A short statement that answers as "yes" does: "it is", "they do", "you can", "most cats should"
 _ASSERTION = re.compile(
-    r"\b(?:(?:it|they|he|she|you|that|there)(?: is| are|'s|'re| was| were| may| might)|do|does|did|can|should|would|will"
-    r"|has|have|could)\b",
+    r"\b(?:(?:it|they|he|she|you|that|there)(?: is| are|'s|'re| was| were| may| might)|do|does|did|can|should|would"
+    r"|will|has|have|could)\b",
     re.IGNORECASE,
 )
 _PERSON = (
@@ -75,7 +75,8 @@ _EXPLANATION = re.compile(
     re.IGNORECASE,
 )
 _WORDS_TO_USE = re.compile(
-    r"^\W*(?:happy|dear|thanks?|congratulations|may|here'?s|cheers|say|write|wishing|to (?:the|a|our|my|your)|in \w+,)\b",
+    r"^\W*(?:happy|dear|thanks?|congratulations|may|here'?s|cheers|say|write|wishing|to (?:the|a|our|my|your)"
+    r"|in \w+,)\b",
     re.IGNORECASE,
 )
 _YOU = re.compile(r"\byou(?:r|'re|'ve|'ll|'d)?\b", re.IGNORECASE)

@@ -260,11 +260,16 @@ def _tokenise(
                 _compare_lengths(candidate.example, report)
             more = {"source": stream.source.name}
             if request.step == 2:
-                kind = candidate.row.values.get("rejected_kind")  # a name for analysis, see step 2's accuracy_by_kind
-                more["rejected_kind"] = kind if isinstance(kind, str) else ""
+                more["rejected_kind"] = _rejected_kind(candidate.row)
             if request.step == 3:
                 more["row"] = _original(candidate.row)
             yield number, [{**row, **more} for row in result]
+
+
+def _rejected_kind(row: RawRow) -> str:
+    """What is wrong with the rejected answer, a name for analysis: see `accuracy_by_kind` of step 2."""
+    kind = row.values.get("rejected_kind") if isinstance(row.values, dict) else ""
+    return kind if isinstance(kind, str) else ""
 
 
 def _original(row: RawRow) -> str:
