@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.utils.engine_checks import collate, fixed_rows
+from training.utils import logprobs
 from training.utils.logprobs import response_log_probs
 from training.utils.models import TokenScorer, load_classifier
 from training.utils.reward_model import RewardStats, last_token_scores
@@ -85,3 +86,19 @@ def test_the_fresh_head_has_the_stated_spread(tiny_model):
     assert weight.std().item() == pytest.approx(1 / 33, rel=0.4)
     again = load_classifier(str(tiny_model), dtype="fp32", pad_token_id=0, fresh_head_seed=3).score.weight
     assert torch.equal(weight, again)
+
+
+def test_the_backward_touches_all_logits_once(model, monkeypatch):
+    """However many pieces there are: each index of the logits costs a tensor of their size in the backward."""
+    batch = collate(fixed_rows(), 20)
+    gradients = {}
+    for pieces in (1, 4):
+        monkeypatch.setattr(logprobs, "CHUNK_POSITIONS", -(-int(batch["response_mask"][:, 1:].sum()) // pieces))
+        model.zero_grad()
+        log_probs, _ = response_log_probs(model, **batch)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            log_probs.sum().backward()
+        counts = {event.key: event.count for event in profile.key_averages()}
+        gradients[pieces] = (counts["IndexBackward0"], [p.grad.clone() for p in model.parameters()])
+    assert gradients[1][0] == gradients[4][0]
+    assert all(map(torch.equal, gradients[1][1], gradients[4][1]))

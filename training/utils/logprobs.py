@@ -51,9 +51,10 @@ def response_log_probs(
         return empty, empty.detach() if entropy else None
     targets = input_ids[:, columns][rows, cols]
     parts, entropies = [], []
-    for start in range(0, rows.numel(), CHUNK_POSITIONS):
-        piece = slice(start, start + CHUNK_POSITIONS)
-        arguments = (logits[rows[piece], cols[piece]], targets[piece], temperature, entropy)
+    # Indexed once and split: the backward of an index fills a tensor as large as all logits, at every piece again
+    pieces = zip(logits[rows, cols].split(CHUNK_POSITIONS), targets.split(CHUNK_POSITIONS), strict=True)
+    for piece, piece_targets in pieces:
+        arguments = (piece, piece_targets, temperature, entropy)
         if torch.is_grad_enabled():
             log_probs, chunk_entropy = checkpoint(_chunk, *arguments, use_reentrant=False)
         else:
