@@ -54,17 +54,16 @@ import torch  # noqa: E402  threads and PATH must be set before
 from training.step2_reward_model_finetuning.pairs import held_out_rewards, micro_batches, score_pairs  # noqa: E402
 from training.step2_reward_model_finetuning.preference import (  # noqa: E402
     CENTER_COEFFICIENT,
-    accuracy_by_kind,
     bradley_terry_loss,
+    judgement,
     length_accuracy,
     pair_metrics,
-    verdicts,
+    told,
 )
 from training.utils import engine as engines, models, precision, supervision  # noqa: E402
 from training.utils.checkpoint import save_model  # noqa: E402
 from training.utils.data import batches_after, prepare_data, stop_token_ids  # noqa: E402
 from training.utils.distributed import init_distributed, rank, reduce_sums, say, world_size  # noqa: E402
-from training.utils.evaluating import wilson_interval  # noqa: E402
 from training.utils.lora import check_lora, inject_lora  # noqa: E402
 from training.utils.metrics import MetricsLogger, progress_bar, write_summary  # noqa: E402
 from training.utils.model_card import write_model_card  # noqa: E402
@@ -219,29 +218,13 @@ def main(argv: Sequence[str]) -> int:
     stats = RewardStats.of(pairs, model_args.dtype)
     if line := stats.line():
         say(line)
-    longer = length_accuracy(rows.held_out)
-    say(f"held-out accuracy {after['accuracy']:.3f} (always the longer answer: {longer:.3f})")
-    by_kind = accuracy_by_kind(pairs, rows.held_out["rejected_kind"][:])
-    for kind, found in by_kind.items():
-        say(f"  {found['accuracy']:.3f} of {found['pairs']} pairs whose rejected answer is of the kind {kind}")
-    for question, holds in verdicts(after).items():
-        say(f"  {'yes' if holds else 'NO '}  {question}")
+    judged = judgement(pairs, rows.held_out["rejected_kind"][:], length_accuracy(rows.held_out))
+    say(told(judged))
     if rank() == 0:
         stats.write(output_dir)
-    low, high = wilson_interval(after["accuracy"], len(pairs))
     summary = {
-        "held_out": len(pairs),
-        "ties": sum(chosen == rejected for chosen, rejected in pairs),
-        "accuracy_low": low,
-        "accuracy_high": high,
         "accuracy_before": progress["before"]["accuracy"],
-        "accuracy_after": after["accuracy"],
-        "accuracy_by_kind": by_kind,
-        "accuracy_longer": longer,
-        "accuracy_shorter": 1 - longer,
-        "chosen_mean": after["chosen_mean"],
-        "rejected_mean": after["rejected_mean"],
-        "verdicts": verdicts(after),
+        **judged,
         "steps": total_steps,
         "seconds": time.monotonic() - start + run.seconds,
         "phases": phases.summary(),

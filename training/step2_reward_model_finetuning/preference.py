@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from training.utils.evaluating import wilson_interval
+
 # Pulls the sum of a pair's two rewards towards 0, which the Bradley-Terry loss leaves free, so that chosen answers
 # tend to be positive and rejected ones negative (Eisenstein et al. 2023, arXiv 2312.09244, section 2).
 CENTER_COEFFICIENT = 0.01
@@ -70,3 +72,39 @@ def verdicts(metrics: dict[str, float]) -> dict[str, bool]:
         "accuracy above 0.6": metrics["accuracy"] > 0.6,
         "chosen positive and rejected negative": metrics["chosen_mean"] > 0 > metrics["rejected_mean"],
     }
+
+
+def judgement(pairs: Sequence[tuple[float, float]], kinds: Sequence[str], longer: float) -> dict[str, Any]:
+    """What the summary says of a finished reward model.
+
+    Args:
+        pairs: (chosen, rejected) rewards of the held-out pairs.
+        kinds: see `accuracy_by_kind`.
+        longer: see `length_accuracy`.
+    """
+    metrics = pair_metrics(pairs)
+    low, high = wilson_interval(metrics["accuracy"], len(pairs))
+    return {
+        "held_out": len(pairs),
+        "ties": sum(chosen == rejected for chosen, rejected in pairs),
+        "accuracy_after": metrics["accuracy"],
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "accuracy_by_kind": accuracy_by_kind(pairs, kinds),
+        "accuracy_longer": longer,
+        "accuracy_shorter": 1 - longer,
+        "chosen_mean": metrics["chosen_mean"],
+        "rejected_mean": metrics["rejected_mean"],
+        "verdicts": verdicts(metrics),
+    }
+
+
+def told(judged: dict[str, Any]) -> str:
+    """A `judgement` for the terminal, a line for each of its parts."""
+    lines = [
+        f"held-out accuracy {judged['accuracy_after']:.3f} (always the longer answer: {judged['accuracy_longer']:.3f})"
+    ]
+    for kind, found in judged["accuracy_by_kind"].items():
+        lines.append(f"  {found['accuracy']:.3f} of {found['pairs']} pairs whose rejected answer is of the kind {kind}")
+    lines += [f"  {'yes' if holds else 'NO '}  {question}" for question, holds in judged["verdicts"].items()]
+    return "\n".join(lines)
