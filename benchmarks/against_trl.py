@@ -43,7 +43,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 STEP3 = ROOT / "training" / "step3_rlhf_finetuning" / "main.py"
 DEMO = ROOT / "training" / "data" / "demo"
-CHECK = DEMO / "check.py"
+CHECK = DEMO / "manner.py"
 
 SAMPLES, ANSWERS, ROWS_PER_STEP, NEW_TOKENS, TEMPERATURE = 4, 24, 12, 48, 0.7  # the demo's
 STEPS = ANSWERS // ROWS_PER_STEP  # optimizer steps of an iteration

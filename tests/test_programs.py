@@ -24,7 +24,7 @@ SCRIPTS = {
     2: ROOT / "training" / "step2_reward_model_finetuning" / "main.py",
     3: ROOT / "training" / "step3_rlhf_finetuning" / "main.py",
 }
-CHECK = f"{ROOT / 'training' / 'data' / 'demo' / 'check.py'}:score"
+CHECK = f"{ROOT / 'training' / 'data' / 'demo' / 'manner.py'}:score"
 SIZE = f"{ROOT / 'tests' / 'rules.py'}:size"
 
 

@@ -146,7 +146,7 @@ def test_relative_paths_of_a_run_are_found_from_another_folder(tmp_path, monkeyp
     monkeypatch.chdir(here)
     reward = model_folder(started / "models" / "reward")
     (started / "rules.py").write_text(SIZE)
-    check = "training/data/demo/check.py"
+    check = "training/data/demo/manner.py"
     flags = ["--critic_model_name_or_path", "models/reward", "--reward_function", "rules.py:size=2", "model=3"]
     flags += [f"--eval_function={check}:score", "--data_path", "demo:20", "org/hub-name", "gone/rows.jsonl:5"]
     flags += ["--actor_model_name_or_path", str(model_folder(tmp_path / "sft")), "--temperature", "0.7"]
