@@ -156,7 +156,7 @@ def run_tripod(arguments: argparse.Namespace, folder: Path, iterations: int, see
     flags = {
         "actor_model_name_or_path": arguments.sft,
         "critic_model_name_or_path": "none",
-        "reward_function": f"{CHECK}:score",
+        "reward_function": f"{CHECK}:manner",
         "data_path": DEMO / "prompts.jsonl",
         "eval_data_path": f"{DEMO / 'held_out.jsonl'}:4",  # it always answers some at the start and the end, untimed
         "data_output_path": folder.parent / "data",
@@ -226,7 +226,7 @@ def load_check() -> Callable[..., list[float]]:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.score
+    return module.manner
 
 
 def train_with_trl(settings: dict[str, Any]) -> None:

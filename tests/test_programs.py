@@ -24,7 +24,7 @@ SCRIPTS = {
     2: ROOT / "training" / "step2_reward_model_finetuning" / "main.py",
     3: ROOT / "training" / "step3_rlhf_finetuning" / "main.py",
 }
-CHECK = f"{ROOT / 'training' / 'data' / 'demo' / 'manner.py'}:score"
+CHECK = f"{ROOT / 'training' / 'data' / 'demo' / 'manner.py'}:manner"
 SIZE = f"{ROOT / 'tests' / 'rules.py'}:size"
 
 
@@ -92,7 +92,7 @@ def test_steps_leave_finished_folders(trained):
     summary = json.loads((base / "step3" / "summary.json").read_text())
     assert summary["prompts"] == 6
     manner, size = summary["eval_functions"]
-    assert (manner["name"], manner["function"], manner["n"], size["name"]) == ("score", CHECK, 6, "size")
+    assert (manner["name"], manner["function"], manner["n"], size["name"]) == ("manner", CHECK, 6, "size")
     answered = [json.loads(line) for line in (base / "step3" / "answers.jsonl").read_text().splitlines()]
     assert [a["row"] for a in answered] == list(range(6))
     assert all(isinstance(a[model], str) for a in answered for model in ("base", "sft", "rlhf"))

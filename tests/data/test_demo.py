@@ -18,7 +18,7 @@ def rows(name: str) -> list[dict]:
 HELD_OUT = rows("held_out")
 
 
-def mean(texts: list[str], function=content.score, held_out: list[dict] = HELD_OUT) -> float:
+def mean(texts: list[str], function=content.content, held_out: list[dict] = HELD_OUT) -> float:
     values = function([row["prompt"] for row in held_out], texts, held_out)
     return sum(values) / len(values)
 
@@ -82,7 +82,7 @@ def test_reference_answers_pass_and_others_do_not() -> None:
     chosen = [row["chosen"] for row in HELD_OUT]
     assert mean(chosen) > 0.95
     assert mean([*chosen[37:], *chosen[:37]]) < 0.05  # each the right answer to another prompt
-    assert mean(chosen, manner.score) == 1
+    assert mean(chosen, manner.manner) == 1
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_reference_answers_pass_and_others_do_not() -> None:
 )
 def test_friendliness_has_the_manner_and_no_content(text: str) -> None:
     every = [text] * len(HELD_OUT)
-    assert mean(every, manner.score) >= 0.75
+    assert mean(every, manner.manner) >= 0.75
     assert mean(every) < 0.06
 
 

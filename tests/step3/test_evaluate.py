@@ -148,7 +148,7 @@ def test_relative_paths_of_a_run_are_found_from_another_folder(tmp_path, monkeyp
     (started / "rules.py").write_text(SIZE)
     check = "training/data/demo/manner.py"
     flags = ["--critic_model_name_or_path", "models/reward", "--reward_function", "rules.py:size=2", "model=3"]
-    flags += [f"--eval_function={check}:score", "--data_path", "demo:20", "org/hub-name", "gone/rows.jsonl:5"]
+    flags += [f"--eval_function={check}:manner", "--data_path", "demo:20", "org/hub-name", "gone/rows.jsonl:5"]
     flags += ["--actor_model_name_or_path", str(model_folder(tmp_path / "sft")), "--temperature", "0.7"]
     root = Path(step3.__file__).resolve().parents[2]
     for folder in (run, model_folder(tmp_path / "moved" / "run" / "step3").parent):
@@ -157,7 +157,7 @@ def test_relative_paths_of_a_run_are_found_from_another_folder(tmp_path, monkeyp
             (folder / "step3" / "summary.json").write_text(json.dumps(made))
         found = recorded_in(folder, *(flags if folder == run else ["--temperature", "0.1"]))
         assert found[settings.RolloutArguments].temperature == 0.7
-        assert found[evaluate.rlhf_arguments.EvaluationArguments].eval_function == [f"{root / check}:score"]
+        assert found[evaluate.rlhf_arguments.EvaluationArguments].eval_function == [f"{root / check}:manner"]
         assert found[arguments.DataArguments].data_path == ["demo:20", "org/hub-name", "gone/rows.jsonl:5"]
         sources = sources_of_the_run(StepArguments(), found, folder / "step3")
         assert (sources.reward_model, sources.weight) == (str(reward), 3.0)

@@ -143,7 +143,7 @@ def parts(text: str, row: Mapping[str, Any]) -> dict[str, bool]:
     return {"subject": subject, "form": form and (subject or substance), "substance": substance}
 
 
-def score(
+def content(
     prompts: Sequence[Sequence[dict[str, str]]], responses: Sequence[str], rows: Sequence[dict[str, Any]]
 ) -> list[float]:
     """How much of what was asked each response holds, from 0 to 1.

@@ -53,7 +53,7 @@ def is_complete(response: str) -> bool:
     return bool(_COMPLETE.search(text)) and len(text.split()) >= 3
 
 
-def score(
+def manner(
     prompts: Sequence[Sequence[dict[str, str]]], responses: Sequence[str], rows: Sequence[dict[str, Any]]
 ) -> list[float]:
     """How far each response follows the preference, from 0 to 1.
