@@ -1,20 +1,28 @@
-"""Run the demo over several seeds and print one table: what each step changed, and how long it took.
+"""Run the demo over several seeds: what each step changed, what base, SFT and RLHF model say, and how long it took.
 
     python benchmarks/demo_seeds.py --seeds 1 2 3 --output_root output/seeds
+    python benchmarks/demo_seeds.py --seeds 1 2 3 --page docs/demo_answers.md    also the answers, as a page
 
-Runs `train.py --recipe demo` once for each seed, in `OUTPUT_ROOT/seed-N`; a finished run is not repeated.
+Runs ``train.py --recipe demo`` once for each seed, in ``OUTPUT_ROOT/seed-N``; a finished run is not repeated. The page
+shows 15 held-out prompts, evenly spread over the file, with the answers of the first seed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+MODELS = (("base", "base"), ("sft", "SFT"), ("rlhf", "RLHF"))
+PAIRS = (("base", "sft"), ("base", "rlhf"), ("sft", "rlhf"))
+SHOWN = 15
+RESAMPLES = 2000
 
 
 def run(seed: int, folder: Path) -> None:
@@ -25,44 +33,115 @@ def run(seed: int, folder: Path) -> None:
     subprocess.run(command, check=True)
 
 
-def row(seed: int, folder: Path) -> str:
-    """One line of the table from the three summaries."""
+def steps_row(seed: int, folder: Path) -> str:
+    """One line of the table of the three steps, from their summaries."""
     one, two, three = (json.loads((folder / f"step{k}" / "summary.json").read_text()) for k in (1, 2, 3))
-    check: dict[str, Any] = three["eval_functions"][0]
-    baseline = max(two["accuracy_longer"], two["accuracy_shorter"])
-    interval = f"[{check['low']:.2f}, {check['high']:.2f}]"
-    by_reward = f"{three['win_rate']:.2f} [{three['win_rate_low']:.2f}, {three['win_rate_high']:.2f}]"
-    minutes = sum(step["seconds"] for step in (one, two, three)) / 60
+    kinds = two["accuracy_by_kind"]
+    traps = ", ".join(f"{kind} {kinds[kind]['accuracy']:.2f}" for kind in ("warm_empty", "wrong_form", "other_prompt"))
+    minutes = [step["seconds"] / 60 for step in (one, two, three)]
     cells = [
         str(seed),
         f"{one['loss_before']:.2f} -> {one['loss_after']:.2f}",
-        f"{two['accuracy_after']:.3f} (length: {baseline:.3f})",
+        f"{two['accuracy_after']:.3f} ({traps})",
         f"{three['reward_before']:.2f} -> {three['reward_after']:.2f}",
-        by_reward,
-        f"{check['before']:.2f} -> {check['after']:.2f}",
-        f"{check['win_rate']:.2f} {interval}",
-        f"{minutes:.1f}",
+        f"{three['kept']['kl']:.1f} (iteration {three['kept']['iteration']})",
+        f"{sum(minutes):.1f} ({', '.join(f'{m:.1f}' for m in minutes)})",
     ]
     return "| " + " | ".join(cells) + " |"
 
 
+def answers_of(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's answers.jsonl, by row."""
+    lines = (folder / "step3" / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    return sorted(map(json.loads, lines), key=lambda line: line["row"])
+
+
+def interval(values: Sequence[float]) -> str:
+    """The mean over prompts and its 95% percentile bootstrap interval (Efron and Tibshirani 1993)."""
+    draw = random.Random(0)
+    means = sorted(sum(draw.choices(values, k=len(values))) / len(values) for _ in range(RESAMPLES))
+    low, high = means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES)]
+    return f"{sum(values) / len(values):+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def check_rows(name: str, runs: Sequence[tuple[str, Sequence[Sequence[dict[str, Any]]]]]) -> list[str]:
+    """Lines of the table of one check: a line for each seed, and one of all, where a prompt's value is its mean.
+
+    Args:
+        name: the check.
+        runs: a title, and the answers of one seed or of several.
+    """
+    lines = []
+    for title, seeds in runs:
+        prompts = list(zip(*seeds, strict=True))  # each prompt's answers, by seed
+
+        def values(model: str, prompts: list[tuple[dict[str, Any], ...]] = prompts) -> list[float]:
+            return [sum(a["scores"][name][model] for a in answers) / len(answers) for answers in prompts]
+
+        means = [f"{sum(values(model)) / len(prompts):.3f}" for model, _ in MODELS]
+        shifts = [interval([b - a for a, b in zip(values(x), values(y), strict=True)]) for x, y in PAIRS]
+        wins = [
+            sum(
+                (a["scores"][name]["rlhf"] > a["scores"][name]["sft"])
+                + 0.5 * (a["scores"][name]["rlhf"] == a["scores"][name]["sft"])
+                for a in answers
+            )
+            / len(answers)
+            for answers in prompts
+        ]
+        lines.append("| " + " | ".join([name, title, *means, *shifts, interval(wins).replace("+", "")]) + " |")
+    return lines
+
+
+def page(seed: int, answers: Sequence[dict[str, Any]]) -> str:
+    """The answers to evenly spread prompts as Markdown."""
+    rows = [answers[i * len(answers) // SHOWN] for i in range(SHOWN)]
+    names = list(rows[0]["scores"])
+    text = [
+        "# Answers of the demo\n",
+        f"{SHOWN} of the {len(answers)} held-out prompts, evenly spread over the file (no choice by hand), answered "
+        f"by the embedded base model, after step 1 (SFT) and after step 3 (RLHF) of the demo with seed {seed}, at the "
+        "demo's sampling settings and at most 48 tokens; an answer that reached that limit ends with ... here. In "
+        f"brackets: {' and '.join(names)} checks. "
+        "`.venv/bin/python benchmarks/demo_seeds.py --page docs/demo_answers.md` writes this page.\n",
+    ]
+    for number, row in enumerate(rows, 1):
+        turns = " / ".join(f"{turn['role']}: {turn['content']}" for turn in row["prompt"])
+        asked = row["prompt"][-1]["content"] if len(row["prompt"]) == 1 else turns
+        text.append(f"**{number}. {asked}**\n")
+        for model, title in MODELS:
+            scores = ", ".join(f"{name} {row['scores'][name][model]:.2f}" for name in names)
+            answer = " ".join(row[model].split()) + ("" if row["ended"][model] else " ...")
+            text.append(f"- {title}: {answer} ({scores})")
+        text.append("")
+    return "\n".join(text)
+
+
 def main() -> int:
-    """Parse flags, run the seeds that are missing, print the table."""
+    """Parse flags, run the seeds that are missing, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--output_root", type=Path, default=ROOT / "output" / "seeds")
+    parser.add_argument("--page", type=Path, help="write the answers to this file")
     args = parser.parse_args()
-    for seed in args.seeds:
-        folder = args.output_root / f"seed-{seed}"
+    folders = {seed: args.output_root / f"seed-{seed}" for seed in args.seeds}
+    for seed, folder in folders.items():
         if not (folder / "step3" / "summary.json").is_file():
             run(seed, folder)
+    print("| seed | step 1: held-out loss | step 2: held-out accuracy | step 3: held-out reward | KL, nats | minutes |")
+    print("|---|---|---|---|---|---|")
+    for seed, folder in folders.items():
+        print(steps_row(seed, folder))
+    answers = {seed: answers_of(folder) for seed, folder in folders.items()}
+    runs = [(str(seed), [found]) for seed, found in answers.items()] + [("all", list(answers.values()))]
     print(
-        "| seed | step 1: held-out loss | step 2: held-out accuracy | step 3: held-out reward "
-        "| win rate by reward model | check | win rate by check | minutes |"
+        "\n| check | seed | base | SFT | RLHF | base to SFT | base to RLHF | SFT to RLHF | win rate of RLHF over SFT |"
     )
-    print("|---|---|---|---|---|---|---|---|")
-    for seed in args.seeds:
-        print(row(seed, args.output_root / f"seed-{seed}"))
+    print("|---|---|---|---|---|---|---|---|---|")
+    for name in next(iter(answers.values()))[0]["scores"]:
+        print("\n".join(check_rows(name, runs)))
+    if args.page:
+        args.page.write_text(page(args.seeds[0], answers[args.seeds[0]]), encoding="utf-8")
     return 0
 
 
