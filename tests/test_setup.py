@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -353,3 +354,28 @@ def test_recipes_are_sections_of_flags(recipe: Path) -> None:
     from training.utils.recipes import read_recipe
 
     assert set(read_recipe(recipe.stem)[1]) <= {"step1", "step2", "step3"}
+
+
+FREE_AND_USE = """
+import resource, sys, torch
+if "keep" in sys.argv:
+    from training.utils.runtime import keep_freed_memory
+    keep_freed_memory()
+for _ in range(20):
+    torch.ones(5_000_000)  # 20 MB
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or runtime.has_accelerator(), reason="glibc without accelerator")
+def test_freed_memory_is_kept() -> None:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_") and k != "GLIBC_TUNABLES"}
+
+    def page_faults(*arguments: str, **more: str) -> int:
+        command = [sys.executable, "-c", FREE_AND_USE, *arguments]
+        done = subprocess.run(command, env=environment | more, capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    plain, kept, chosen = page_faults(), page_faults("keep"), page_faults("keep", MALLOC_TRIM_THRESHOLD_="65536")
+    assert kept < plain - 10_000
+    assert chosen > kept + 10_000
