@@ -64,6 +64,7 @@ SUMMARY = {
     "step2": {
         "accuracy_before": 0.5,
         "accuracy_after": 0.91,
+        "accuracy_by_kind": {"warm_empty": {"accuracy": 0.875, "pairs": 32}},
         "accuracy_longer": 0.4,
         "accuracy_shorter": 0.6,
         "chosen_mean": 1.5,
@@ -507,6 +508,7 @@ def test_table_and_answers_are_readable(tmp_path: Path) -> None:
     column = lines[0].index("after") + len("after")
     assert all(len(line) <= column or line[column] == " " for line in lines), "numbers stand in columns"
     assert any("win rate by check.py:score" in line and "0.750" in line for line in lines)
+    assert any("accuracy against warm empty" in line and "0.875" in line and "32 pairs" in line for line in lines)
     assert any("missed: chosen above rejected" in line and "1 of 2" in line for line in lines)
     text = answers_text(tmp_path, width=80)
     assert max(map(len, text.splitlines())) <= 80

@@ -199,6 +199,9 @@ def reward_model(run: RunRecord) -> str:
         ("always the longer", s.get("accuracy_longer"), 4),
         ("always the shorter", s.get("accuracy_shorter"), 4),
     ]
+    for kind, judged in mapping(s.get("accuracy_by_kind")).items():
+        found_in = mapping(judged)
+        named.append((f"against {kind.replace('_', ' ')}, {found_in.get('pairs')}", found_in.get("accuracy"), 2))
     rows = [(label, share, colour) for label, value, colour in named if (share := number(value)) is not None]
     bars = charts.bar_chart("Held-out pairs judged right", rows, "50% is a coin's accuracy")
     sides = [

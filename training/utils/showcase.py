@@ -89,6 +89,9 @@ def _step2(s: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     sure = _sureness(s, "accuracy_low", "accuracy_high", "held_out", "pairs")
     note = ", ".join(filter(None, [sure, *rules]))
     rows = _change("held-out accuracy", s, "accuracy_before", "accuracy_after", ".3f", note)
+    for kind, found in (s.get("accuracy_by_kind") or {}).items():
+        name = f"accuracy against {kind.replace('_', ' ')}"
+        rows.append((name, "", f"{found['accuracy']:.3f}", f"{found['pairs']} pairs"))
     if s.get("chosen_mean") is not None and s.get("rejected_mean") is not None:
         rows.append(("reward of rejected, chosen", f"{s['rejected_mean']:+.2f}", f"{s['chosen_mean']:+.2f}", ""))
     verdicts = s.get("verdicts") or {}
