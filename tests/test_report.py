@@ -5,6 +5,7 @@ import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
@@ -15,10 +16,10 @@ from training.report.__main__ import main
 from training.report.charts import Series
 from training.report.page import render_report, write_report
 from training.report.run import read_run
+from training.report.text import shortened
 from training.step3_rlhf_finetuning.held_out import MAX_KL
 from training.utils import evaluating
 from training.utils.errors import UserError, run_program
-from training.utils.runs import repository_root
 
 SUMMARIES = {
     "step1": {"loss_before": 3.9, "loss_after": 3.3, "perplexity_before": 47.6, "perplexity_after": 26.1,
@@ -366,10 +367,24 @@ def test_a_long_run_stays_small(tmp_path):
     assert "476 more prompts are in samples.json" in Reader(page).text
 
 
-def test_paths_of_this_machine_are_shortened(tmp_path):
-    root = str(repository_root())
-    run = make_run(tmp_path / "demo", text=lambda s: f"{root}/{s}")
-    assert root not in page_of(run)
+@pytest.mark.parametrize("length", [1, 5, 11, 12, 13, 40])  # the start of a commit is 12 characters
+@pytest.mark.parametrize("whose", ["repository_root", "Path"])
+def test_paths_of_this_machine_are_shortened(tmp_path, monkeypatch, whose, length):
+    """Any folder, as short or long as it may be, itself and what lies in it, even where a text is cut."""
+    folder = ("/q_z" * length)[:length] + "q"  # in no word of the page
+    fake = (lambda: Path(folder)) if whose == "repository_root" else SimpleNamespace(home=lambda: Path(folder))
+    monkeypatch.setattr(f"training.report.text.{whose}", fake)
+    run = make_run(tmp_path / "demo", text=lambda s: f"{folder}/{s} in {folder}. {' ' * 3980}{folder}/{s}")
+    for part in (folder, folder.replace("_", " ")):
+        assert part not in page_of(run)
+
+
+def test_other_folders_and_words_are_not_shortened(monkeypatch):
+    monkeypatch.setattr("training.report.text.repository_root", lambda: Path("/w"))
+    monkeypatch.setattr("training.report.text.Path", SimpleNamespace(home=lambda: Path("/")))
+    for text in ("/data/w/x", "and/w/x", "/words", "/w-2/x", "/w.old/x", "https://a.org/b"):
+        assert shortened(text) == text
+    assert shortened("--out=/w/x:/w/y, file:///w/z, cd /w. cd /w") == "--out=x:y, file://z, cd .. cd ."
 
 
 def test_thinning_keeps_the_ends_and_the_mean():

@@ -13,7 +13,7 @@ from training.utils.showcase import judges
 # Where a number stops being comfortable; docs/metrics.md and docs/evaluation.md say why.
 FEW_HELD_OUT = 100  # prompts below which an interval is wide
 FEW_ROWS = 30  # below which the interval of a share is Wilson's (a test holds it and evaluating.FEW_ROWS together)
-LARGE_KL = 24.0  # nats per response, the bound of the actor that step 3 keeps (a test holds the two together)
+LARGE_KL = 12.0  # nats per response, the bound of the actor that step 3 keeps (a test holds the two together)
 CEILING = 0.98  # of the reward model's accuracy
 LENGTH_MARGIN = 0.05  # accuracy above "always the longer" (or shorter) that shows more than a taste for length
 LENGTH_RATIO = 1.5

@@ -5,10 +5,11 @@ Every function returns markup; every text in it is escaped here.
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from training.report.text import e
 
 WIDTH, HEIGHT = 480, 260
 LEFT, RIGHT, TOP, BOTTOM = 54, 52, 24, 40
@@ -96,7 +97,7 @@ def path_chart(title: str, x_label: str, y_label: str, points: Sequence[Point], 
     ]
     for i, (x, y) in enumerate(points):
         strength = 0.25 + 0.75 * i / max(len(points) - 1, 1)
-        tip = html.escape(f"{noun} {i + 1}: {x_label} {figure(x)}, {y_label} {figure(y)}")
+        tip = e(f"{noun} {i + 1}: {x_label} {figure(x)}, {y_label} {figure(y)}")
         parts.append(
             f'<circle class="dot c1" cx="{plane.x(x):.1f}" cy="{plane.y(y):.1f}" r="5" opacity="{strength:.2f}">'
             f"<title>{tip}</title></circle>"
@@ -127,11 +128,11 @@ def interval_chart(title: str, rows: Sequence[tuple[str, float, float | None, fl
         strong = " half" if share == 0.5 else ""
         parts.append(f'<line class="grid{strong}" x1="{x(share)}" x2="{x(share)}" y1="8" y2="{base}"/>')
         parts.append(f'<text class="tick" x="{x(share)}" y="{base + 16}" text-anchor="middle">{share:.0%}</text>')
-    parts.append(f'<text class="axis" x="{x(0.5)}" y="{base + 31}" text-anchor="middle">{html.escape(middle)}</text>')
+    parts.append(f'<text class="axis" x="{x(0.5)}" y="{base + 31}" text-anchor="middle">{e(middle)}</text>')
     for i, (label, share, low, high) in enumerate(rows):
         y = 8 + 58 * i + 40
         text = f"{share:.0%}" + (f" [{low:.0%}, {high:.0%}]" if low is not None and high is not None else "")
-        parts.append(f'<text class="row" x="{left}" y="{y - 18}">{html.escape(label)}</text>')
+        parts.append(f'<text class="row" x="{left}" y="{y - 18}">{e(label)}</text>')
         parts.append(f'<text class="row value" x="{right}" y="{y - 18}" text-anchor="end">{text}</text>')
         if low is not None and high is not None:
             parts.append(f'<line class="whisker c1" x1="{x(low)}" x2="{x(high)}" y1="{y}" y2="{y}"/>')
@@ -152,10 +153,10 @@ def bar_chart(title: str, rows: Sequence[tuple[str, float, int]], note: str = ""
         parts.append(f'<text class="tick" x="{x}" y="{height - 8}" text-anchor="middle">{share:.0%}</text>')
     for i, (label, share, colour) in enumerate(rows):
         y, width = 8 + 34 * i, (right - left) * min(max(share, 0.0), 1.0)
-        parts.append(f'<text class="row" x="{left - 10}" y="{y + 15}" text-anchor="end">{html.escape(label)}</text>')
+        parts.append(f'<text class="row" x="{left - 10}" y="{y + 15}" text-anchor="end">{e(label)}</text>')
         parts.append(f'<rect class="bar c{colour}" x="{left}" y="{y}" width="{width:.1f}" height="20" rx="3"/>')
         parts.append(f'<text class="row value" x="{left + width + 8:.1f}" y="{y + 15}">{share:.1%}</text>')
-    caption = f'<p class="legend">{html.escape(note)}</p>' if note else ""
+    caption = f'<p class="legend">{e(note)}</p>' if note else ""
     return _figure(title, "".join(parts), caption, title, height)
 
 
@@ -191,19 +192,19 @@ def stacked_bars(rows: Sequence[tuple[str, Sequence[tuple[str, float, str]]]], c
     drawn = []
     for i, (label, parts) in enumerate(rows):
         x, y = float(left), 6 + 38 * i
-        drawn.append(f'<text class="row" x="0" y="{y + 18}">{html.escape(label)}</text>')
+        drawn.append(f'<text class="row" x="0" y="{y + 18}">{e(label)}</text>')
         for name, value, tip in parts:
             length = (width - left - right) * value / longest
             drawn.append(
                 f'<rect class="part p{colours[name]}" x="{x:.1f}" y="{y}" width="{max(length - 1.5, 0.5):.1f}" '
-                f'height="26" rx="3"><title>{html.escape(f"{name}: {tip}")}</title></rect>'
+                f'height="26" rx="3"><title>{e(f"{name}: {tip}")}</title></rect>'
             )
             if length > 9 * len(name) + 8:
                 middle = x + length / 2
-                drawn.append(f'<text class="inside" x="{middle:.1f}" y="{y + 18}">{html.escape(name)}</text>')
+                drawn.append(f'<text class="inside" x="{middle:.1f}" y="{y + 18}">{e(name)}</text>')
             x += length
     height = 38 * len(rows) + 6
-    keys = "".join(f'<span><i class="p{c}"></i>{html.escape(name)}</span>' for name, c in colours.items())
+    keys = "".join(f'<span><i class="p{c}"></i>{e(name)}</span>' for name, c in colours.items())
     return (
         f'<figure class="wide"><svg viewBox="0 0 {width} {height}" role="img" aria-label="time by phase">'
         f'{"".join(drawn)}</svg><p class="legend">{keys}</p></figure>'
@@ -251,7 +252,7 @@ class _Plane:
             parts.append(f"{_tick(value)}</text>")
         middle = (LEFT + WIDTH - RIGHT) / 2
         parts.append(f'<text class="axis" x="{middle}" y="{HEIGHT - 5}" text-anchor="middle">')
-        parts.append(f'{html.escape(x_label)}</text><text class="axis" x="2" y="11">{html.escape(y_label)}</text>')
+        parts.append(f'{e(x_label)}</text><text class="axis" x="2" y="11">{e(y_label)}</text>')
         return "".join(parts)
 
 
@@ -272,7 +273,7 @@ def _curve(series: Series, plane: _Plane) -> str:
         parts.append(f'<polyline class="line c{series.colour}" points="{" ".join(smooth)}"/>')
     for (x, y), (data_x, data_y) in zip(places, series.points, strict=True):
         kind = "dot" if series.dots or len(places) == 1 else "hit"
-        tip = html.escape(f"{series.label}, {figure(data_x)}: {figure(data_y)}")
+        tip = e(f"{series.label}, {figure(data_x)}: {figure(data_y)}")
         parts.append(f'<circle class="{kind} c{series.colour}" cx="{x:.1f}" cy="{y:.1f}" r="4">')
         parts.append(f"<title>{tip}</title></circle>")
     return "".join(parts)
@@ -288,13 +289,13 @@ def _spread(places: Sequence[float], gap: float = 14) -> list[float]:
 
 
 def _legend(series: Sequence[Series]) -> str:
-    keys = "".join(f'<span><i class="c{s.colour}"></i>{html.escape(s.label)}</span>' for s in series)
+    keys = "".join(f'<span><i class="c{s.colour}"></i>{e(s.label)}</span>' for s in series)
     return f'<p class="legend">{keys}</p>'
 
 
 def _figure(title: str, drawing: str, legend: str, described: str, height: int = HEIGHT) -> str:
     return (
-        f"<figure><figcaption>{html.escape(title)}</figcaption>"
-        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{html.escape(described)}">{drawing}</svg>'
+        f"<figure><figcaption>{e(title)}</figcaption>"
+        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{e(described)}">{drawing}</svg>'
         f"{legend}</figure>"
     )

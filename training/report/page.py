@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from training.report import cards, curves, evaluations, provenance, resources, sections
 from training.report.run import RunRecord, read_run
 from training.report.style import CSS
+from training.report.text import e
 
 FILE = "report.html"
 # Anchor, heading, and what draws the section; "" from a section leaves it out.
@@ -28,12 +28,12 @@ SECTIONS: tuple[tuple[str, str, Callable[[RunRecord], str]], ...] = (
 
 def render_report(run: RunRecord) -> str:
     """The whole page."""
-    name = html.escape(run.path.resolve().name)
+    name = e(run.path.resolve().name)
     drawn = [(anchor, heading, draw(run)) for anchor, heading, draw in SECTIONS]
     shown = [(anchor, heading, body) for anchor, heading, body in drawn if body]
     links = "".join(f'<a href="#{anchor}">{heading}</a>' for anchor, heading, _ in shown)
     bodies = "".join(f'<section id="{anchor}"><h2>{heading}</h2>{body}</section>' for anchor, heading, body in shown)
-    notes = "".join(f'<p class="warn">{html.escape(note)}</p>' for note in run.notes)
+    notes = "".join(f'<p class="warn">{e(note)}</p>' for note in run.notes)
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from training.report.run import RunRecord, StepRecord, mapping
-from training.report.text import TITLES, duration, e, hardware
+from training.report.text import TITLES, duration, e, hardware, shortened
 from training.utils.arguments import TrainingArguments
 
 
@@ -57,7 +57,7 @@ def _versions(manifest: Mapping[str, Any]) -> str:
     rows = [("machine", hardware(manifest.get("machine") or {}))]
     if git.get("commit"):
         changed = ", with local changes" if git.get("changed") else ""
-        rows.append(("commit", f"{str(git['commit'])[:12]}{changed}"))
+        rows.append(("commit", f"{shortened(str(git['commit']))[:12]}{changed}"))
     rows.append(("versions", ", ".join(f"{name} {version}" for name, version in versions.items())))
     body = "".join(f"<tr><td>{e(name)}</td><td>{e(text)}</td></tr>" for name, text in rows if text)
     return f"<h3>Machine and versions</h3><table>{body}</table>" if body else ""

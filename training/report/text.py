@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,22 @@ TITLES = {"step1": "Supervised fine-tuning", "step2": "Reward model", "step3": "
 LONGEST_TEXT = 4000  # characters of one answer
 
 
+def shortened(text: str) -> str:
+    """A text without this machine's folders: paths from the repository's, ``~`` for the home.
+
+    Whole names only: a short folder such as /w is part of many other paths.
+    """
+    for folder, inside, itself in ((repository_root(), "", "."), (Path.home(), "~/", "~")):
+        if folder != folder.parent:  # a home of / would be in every path
+            name = rf"(?<![\w.~+-]){re.escape(str(folder))}"
+            text = re.sub(f"{name}/", inside, text)
+            text = re.sub(rf"{name}(?![\w-]|\.\w)", itself, text)
+    return text
+
+
 def e(value: Any) -> str:
     """Text, safe inside markup, with this machine's folders shortened: a report is made to be passed on."""
-    text = str(value)
-    for folder, short in ((str(repository_root()) + "/", ""), (str(Path.home()) + "/", "~/")):
-        text = text.replace(folder, short)
-    return html.escape(text)
+    return html.escape(shortened(str(value)))
 
 
 def duration(seconds: float | None) -> str:
@@ -40,13 +51,14 @@ def plural(count: int, noun: str) -> str:
 
 
 def cut(text: str, longest: int = LONGEST_TEXT) -> str:
-    """A text, or its beginning if it is longer than a page should hold."""
+    """A text, or its beginning if it is longer than a page should hold; folders first, or half of one would stay."""
+    text = shortened(text)
     return text if len(text) <= longest else text[:longest] + " … (cut)"
 
 
 def words(name: str) -> str:
     """``mean_length`` -> ``mean length``."""
-    return name.replace("_", " ")
+    return shortened(name).replace("_", " ")
 
 
 def hardware(machine: Mapping[str, Any]) -> str:
