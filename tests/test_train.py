@@ -9,11 +9,13 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import train
+from tests.signals import as_in_the_background, hear_signals
 from tests.utils.test_hosts import stand_in
 from training.utils import runs
 from training.utils.errors import UserError
@@ -420,15 +422,25 @@ def _wait_for(condition, seconds: float = 20.0) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_reach_the_step_and_nothing_is_left(bench: Bench, number: signal.Signals) -> None:
+    check_the_end(bench, number, hear_signals)
+
+
+def test_a_background_job_hears_sigterm_alone(bench: Bench) -> None:
+    check_the_end(bench, signal.SIGTERM, as_in_the_background, passed_over=(signal.SIGINT, signal.SIGHUP))
+
+
+def check_the_end(bench: Bench, number: signal.Signals, start: Callable[[], None], passed_over=()) -> None:
     driver = bench.folder / "driver.py"
     driver.write_text(
         f"import sys; sys.path.insert(0, {str(runs.repository_root())!r}); import train\n"
         f"sys.exit(train.main(sys.argv[1:], launcher={bench.launcher!r}, scripts={bench.scripts!r}))\n"
     )
     argv = [sys.executable, driver, "--recipe", bench.recipe, "--step1_args=--hang"]
-    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=start)
     step = bench.output / "tiny" / "step1"
     _wait_for((step / "hanging").exists)
+    for ignored in passed_over:
+        process.send_signal(ignored)
     process.send_signal(number)
     _, error = process.communicate(timeout=20)
     assert process.returncode == 128 + number

@@ -19,6 +19,7 @@ from chat_stream import SamplingArguments
 from gradio_chatbot import PageArguments, ServerArguments, credentials, free_port
 
 from tests.inference.conftest import INFERENCE
+from tests.signals import hear_signals
 from training.utils.errors import UserError, run_program
 
 OPTIONS = [64, 0.7, 0.9, 0, 1.0, 7]
@@ -333,7 +334,13 @@ def test_the_program_starts_says_where_and_ends_on_ctrl_c(chat_folders, tmp_path
         ]  # fmt: skip
         environment = os.environ | {"PYTHONPATH": str(INFERENCE.parent), "GRADIO_SHARE": "True"}
         program = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=tmp_path
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            cwd=tmp_path,
+            preexec_fn=hear_signals,
         )
         lines = []
         try:

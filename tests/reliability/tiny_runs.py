@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from tests.signals import hear_signals
 from tests.step3.hybrid_checks import save_tiny_reward_model
 from tests.tiny import DEMO, save_tiny_model
 
@@ -123,6 +124,7 @@ class Launcher:
             text=True,
             env=environment,
             cwd=ROOT,
+            preexec_fn=hear_signals,
         )
         assert self._process.stdout is not None
         while (line := self._process.stdout.readline()) and line != "ready\n":

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from tests.signals import as_in_the_background, hear_signals
 from training.utils import supervision
 from training.utils.distributed import init_distributed
 from training.utils.errors import UserError
@@ -37,6 +38,16 @@ def test_a_signal_counts_when_nobody_reads_stderr():
         "os._exit(s.asked_to_stop())"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == signal.SIGTERM
+
+
+@pytest.mark.parametrize(("ignore", "code"), [(hear_signals, 130), (as_in_the_background, 143)])
+def test_what_was_ignored_at_the_start_stays_ignored_and_sigterm_ends_the_run(ignore, code):
+    """A shell makes background jobs deaf to Ctrl-C, which is meant for what runs in front."""
+    run = (
+        "import os, signal; from training.utils.supervision import run_training;"
+        "run_training(lambda _: [os.kill(os.getpid(), n) for n in (signal.SIGINT, signal.SIGTERM)] and 0)"
+    )
+    assert subprocess.run([sys.executable, "-c", run], check=False, preexec_fn=ignore).returncode == code
 
 
 def test_processes_that_mpi_or_slurm_started_do_not_each_train_alone(monkeypatch):

@@ -124,7 +124,7 @@ def _passing_signals_on(group: int, received: list[int]) -> Iterator[None]:
         received.append(number)
         _signal_ranks(group, signal.SIGTERM if number == signal.SIGHUP else number)
 
-    # SIGHUP is ignored under nohup, and stays ignored
+    # SIGHUP is ignored under nohup, SIGINT in a script's background jobs: they stay ignored, and SIGTERM ends the run
     numbers = [n for n in FORWARDED if signal.getsignal(n) is not signal.SIG_IGN]
     before = {number: signal.signal(number, forward) for number in numbers}
     try:

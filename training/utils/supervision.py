@@ -122,7 +122,9 @@ def run_training(main: Callable[[Sequence[str]], int]) -> int:
     0 for success, 2 for bad input, 1 for an error or a run that can not go on, 128 + n if signal n ended it.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _on_signal)
+        # a background job's SIGINT is ignored, so that Ctrl-C on what is in front does not end it: that stays so
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _on_signal)
     threading.Thread(target=_watch_for_ever, name="supervision", daemon=True).start()
     try:
         code = run_program(_noting_errors(main))
