@@ -25,6 +25,17 @@ def _own_folders(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("TRIPOD_OUTPUT", str(base / "output"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_terminal():
+    """Widths and colours of what programs print do not depend on who runs the tests, and where."""
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in {"COLUMNS": "100", "LINES": "24", "TERM": "xterm"}.items():
+            environment.setenv(name, value)
+        for name in ("NO_COLOR", "FORCE_COLOR", "PYTHON_COLORS", "CLICOLOR", "CLICOLOR_FORCE"):
+            environment.delenv(name, raising=False)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     """A two-layer Llama with a chat template whose pad token is its EOS, as SmolLM2's."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.hardware import need_fp16
 from tests.utils.engine_checks import collate, fixed_rows, train
 from training.utils.engine import ADAM_BETAS
 from training.utils.logprobs import response_log_probs
@@ -78,6 +79,7 @@ def test_a_bad_gradient_on_one_rank_changes_no_weights(tiny_model, rank_pair, st
 @pytest.mark.parametrize("stage", [1, 3])
 def test_fp16_looks_for_its_loss_scale_before_a_step_counts_as_failed(tiny_model, stage):
     """DeepSpeed starts at 2^12 and halves; at 1 a gradient that is not finite is the model's own fault."""
+    need_fp16()
     found = train(str(tiny_model), stage=stage, dtype="fp16", steps=16, poison=range(16))
     assert found["skips"] == [True] * 16
     assert found["failures"] == sorted(found["failures"]) and found["failures"][0] is False
