@@ -1,12 +1,16 @@
-"""The toy task is learned: at least 95% of the optimum within a fixed number of iterations, whatever the settings."""
+"""The toy task is learned: 95% of the optimum within a fixed number of iterations, whatever the settings.
+
+Rounding differs between processors, and sampled tokens with it, so a run ends when it is there, as most are in two
+thirds of `ITERATIONS`, and may take twice as many. `make test` has one case of each kind, the slow tests the rest.
+"""
 
 import pytest
 
-from tests.step3.toy import learn, save_toy_models
+from tests.step3.toy import learn, recent, save_toy_models
 from training.step3_rlhf_finetuning.rlhf_arguments import ADVANTAGES
 
 BOUND = 0.95
-ITERATIONS = {"full": 24, "lora": 30}  # at 4 PPO epochs; one epoch per iteration is given twice as many
+ITERATIONS = {"full": 48, "lora": 60}  # at most, at 4 PPO epochs; one epoch per iteration is given twice as many
 
 
 @pytest.fixture(scope="module")
@@ -16,25 +20,24 @@ def toy_models(tmp_path_factory):
 
 def check(toy_models, *, ppo_epochs=4, lora=0, iterations=None, **settings):
     wanted = iterations or ITERATIONS["lora" if lora else "full"] * (2 if ppo_epochs == 1 else 1)
-    history = learn(toy_models, iterations=wanted, ppo_epochs=ppo_epochs, lora=lora, **settings)
+    history = learn(toy_models, iterations=wanted, ppo_epochs=ppo_epochs, lora=lora, enough=BOUND, **settings)
     assert history[0] < 0.2
-    assert sum(history[-3:]) / 3 >= BOUND, [round(x, 2) for x in history]
+    assert recent(history) >= BOUND, [round(x, 2) for x in history]
 
 
 @pytest.mark.parametrize("advantage", ADVANTAGES)
-@pytest.mark.parametrize("seed", [0, 1])
-def test_ninety_five_percent_of_the_optimum(toy_models, seed, advantage):
-    check(toy_models, seed=seed, advantage=advantage)
+def test_ninety_five_percent_of_the_optimum(toy_models, advantage):
+    check(toy_models, seed=0, advantage=advantage)
 
 
 def test_ninety_five_percent_of_the_optimum_with_lora_at_zero_3(toy_models):
-    check(toy_models, seed=0, lora=8, stage=3, iterations=18)
+    check(toy_models, seed=0, lora=8, stage=3, advantage="grpo")  # a critic would double the time
 
 
 def test_a_reward_that_is_flat_above_half_is_not_climbed(toy_models):
     """The bound can be missed: with the reward clipped at half the optimum nothing pulls the policy higher."""
     with pytest.raises(AssertionError, match="0\\."):
-        check(toy_models, seed=0, clip_reward=3.0, advantage="grpo")
+        check(toy_models, seed=0, clip_reward=3.0, advantage="grpo", iterations=24)
 
 
 @pytest.mark.slow
