@@ -1,10 +1,13 @@
-"""The three programs as real `deepspeed` processes on two ranks, each fed by the one before; outputs reloaded."""
+"""The three programs on two ranks, each fed by the one before; outputs reloaded.
+
+Step 1 runs under the real `deepspeed`; importing torch in its processes takes most of the time, so the ranks of steps
+2 and 3 are forked from one process that has imported all, with the environment that `deepspeed` gives them. A program
+of its own is tested per step in `tests/test_early_answers.py`, and over two hosts in `tests/reliability`.
+"""
 
 from __future__ import annotations
 
 import json
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,17 +17,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.glossary import never_logged, unexplained
+from tests.reliability.tiny_runs import SCRIPTS, Launcher, deepspeed_command
 from training.utils.data import render
 from training.utils.models import TokenScorer
 from training.utils.precision import cpu_computes_bf16
 from training.utils.reward_model import RewardStats
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = {
-    1: ROOT / "training" / "step1_supervised_finetuning" / "main.py",
-    2: ROOT / "training" / "step2_reward_model_finetuning" / "main.py",
-    3: ROOT / "training" / "step3_rlhf_finetuning" / "main.py",
-}
 CHECK = f"{ROOT / 'training' / 'data' / 'demo' / 'manner.py'}:manner"
 SIZE = f"{ROOT / 'tests' / 'rules.py'}:size"
 
@@ -35,36 +34,42 @@ def run(command: list[str], cwd: Path = ROOT) -> str:
     return result.stdout + result.stderr
 
 
-def launch(step: int, *arguments: str, ranks: int = 2) -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    deepspeed = str(Path(sys.executable).parent / "deepspeed")
-    launcher = [deepspeed, "--num_gpus", str(ranks), "--master_port", str(port)]
-    return run([*launcher, str(SCRIPTS[step]), *arguments])
-
-
 @pytest.fixture(scope="module")
 def trained(tiny_model, tiny_data, tmp_path_factory):
     """All three steps on two ranks; ZeRO 2, 3 with accumulation, and LoRA on ZeRO 3."""
     base = tmp_path_factory.mktemp("run")
-    os.environ["TRIPOD_CACHE"] = str(base / "cache")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("TRIPOD_CACHE", str(base / "cache"))
+        launcher = Launcher()
+        try:
+            yield base, train_all(tiny_model, tiny_data, base, launcher)
+        finally:
+            launcher.close()
+
+
+def train_all(tiny_model: Path, tiny_data: Path, base: Path, launcher: Launcher) -> dict[int, str]:
+    def forked(step: int, *arguments: str) -> str:
+        ranks = launcher.start_ranks(step, list(arguments), base / f"step{step}.log", 2)
+        codes = [rank.wait() for rank in ranks]
+        assert codes == [0, 0], ranks[0].text()[-6000:]
+        return ranks[0].text()
+
     small = ["--max_seq_len", "480", "--per_device_train_batch_size", "2", "--dtype", "fp32"]
     logs = {}
-    logs[1] = launch(
-        1,
+    arguments = [
         *("--model_name_or_path", str(tiny_model), "--output_dir", str(base / "step1"), "--deepspeed"),
         *("--data_path", str(tiny_data / "sft.jsonl"), "--eval_data_path", str(tiny_data / "held_out.jsonl")),
         *("--zero_stage", "2", "--learning_rate", "1e-3", *small),
-    )
-    logs[2] = launch(
+    ]
+    logs[1] = run(deepspeed_command(1, arguments, 2))
+    logs[2] = forked(
         2,
         *("--model_name_or_path", str(base / "step1"), "--output_dir", str(base / "step2")),
         *("--data_path", str(tiny_data / "preferences.jsonl"), "--eval_data_path", str(tiny_data / "held_out.jsonl")),
         *("--zero_stage", "3", "--gradient_accumulation_steps", "2", "--learning_rate", "1e-3", *small),
         *("--num_padding_at_beginning", "0"),
     )
-    logs[3] = launch(
+    logs[3] = forked(
         3,
         *("--actor_model_name_or_path", str(base / "step1"), "--critic_model_name_or_path", str(base / "step2")),
         *("--data_path", str(tiny_data / "prompts.jsonl"), "--eval_data_path", str(tiny_data / "held_out.jsonl")),
@@ -75,7 +80,7 @@ def trained(tiny_model, tiny_data, tmp_path_factory):
         *("--max_prompt_seq_len", "128", "--max_answer_seq_len", "8", "--num_iterations", "2", "--ppo_epochs", "2"),
         *("--eval_every", "1"),
     )
-    return base, logs
+    return logs
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -199,9 +204,9 @@ def test_reward_stats_are_those_of_the_saved_model(trained, tiny_data):
         assert logs[step].count("6 preferred rewards, fewer than 30: their standard deviation") == 1
 
 
-def test_plain_python_from_inside_the_steps_folder(tiny_model, tiny_data, tmp_path):
+def test_plain_python_from_inside_the_steps_folder(tiny_model, tiny_data, tmp_path, monkeypatch):
     """Without a launcher, without --output_dir: a new run that `latest` points to."""
-    os.environ["TRIPOD_OUTPUT"] = str(tmp_path)
+    monkeypatch.setenv("TRIPOD_OUTPUT", str(tmp_path))
     run(
         [
             *(sys.executable, "main.py", "--model_name_or_path", str(tiny_model), "--report_to", "none"),
