@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from training import estimate
 from training.report.page import write_report
 from training.utils import arguments
 from training.utils.errors import UserError, run_program
@@ -214,6 +215,13 @@ def locked(run: Path) -> Iterator[None]:
         yield
 
 
+def say_time(steps: Sequence[Step], ranks: int) -> None:
+    """Print how long this machine will take, where that can be estimated."""
+    first = next((i for i, step in enumerate(steps) if not is_finished(step.directory)), len(steps))
+    if line := estimate.line({step.name: step.argv for step in steps}, [s.name for s in steps[first:]], ranks):
+        print(line, flush=True)
+
+
 def run_step(step: Step, command: list[str], run: Path, manifest: dict[str, Any]) -> Ended:
     """Run one step; its command, inputs, time, exit code and metrics are in manifest.json when this returns."""
     print(f"\n== {step.name[:4]} {step.name[4:]}\n{shlex.join(command)}\n", flush=True)
@@ -322,6 +330,8 @@ def main(
         manifest["recipe"] = {"name": recipe, **hash_inputs([recipe_path], {})}
         manifest.setdefault("started_as", []).append(["train.py", *argv])
         again = shlex.join([shown(sys.executable), shown(ROOT / "train.py"), *continued(argv, run)])
+        if not options.hostfile:
+            say_time(steps, options.num_gpus or 1)
         ran = False
         for step in steps:
             if is_finished(step.directory) and not ran:

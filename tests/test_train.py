@@ -17,6 +17,7 @@ import pytest
 import train
 from tests.signals import as_in_the_background, hear_signals
 from tests.utils.test_hosts import stand_in
+from training import estimate
 from training.utils import runs
 from training.utils.errors import UserError
 from training.utils.processes import LineLog, last_lines, run_logged
@@ -126,6 +127,7 @@ class Bench:
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     monkeypatch.setenv("TRIPOD_OUTPUT", str(tmp_path / "output"))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(estimate, "embedded_shape", lambda: None)  # else each run measures
     return Bench(tmp_path)
 
 
@@ -148,6 +150,24 @@ def test_each_step_feeds_the_next(bench: Bench, capfd: pytest.CaptureFixture) ->
         assert f"--output_dir output/tiny/{step}" in done.stdout
     assert (bench.output / "latest").resolve() == bench.output / "tiny"
     assert os.readlink(bench.output / "latest") == "tiny"
+
+
+def test_says_once_how_long_it_will_take(
+    bench: Bench, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate, "embedded_shape", lambda: estimate.Shape(30, 576, 1536, 576, 192, 49152))
+    monkeypatch.setattr(estimate, "has_accelerator", lambda: False)
+    monkeypatch.setattr(estimate, "measure", lambda shape, dtype: estimate.Speeds(4e10, 4e10))
+    assert bench.train("--step2_args", "--loss log_exp") == 0
+    out = capfd.readouterr().out
+    assert out.count("this machine will take about") == 1
+    assert out.index("this machine will take about") < out.index("== step 1")
+    (bench.output / "tiny" / "step3" / "summary.json").unlink()
+    assert bench.train("--output_dir", "output/tiny") == 0
+    assert "minutes (step 3: " in capfd.readouterr().out, "finished steps take no time"
+    assert bench.train("--output_dir", "output/tiny") == 0
+    assert bench.train("--actor_model_name_or_path", "my/model") == 0
+    assert "this machine" not in capfd.readouterr().out
 
 
 def test_end_shows_table_answers_and_where_to_look(bench: Bench, capfd: pytest.CaptureFixture) -> None:

