@@ -29,6 +29,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from training.utils.environment import check_environment
+
+if __name__ == "__main__":
+    check_environment()
+
 from training import estimate
 from training.report.page import write_report
 from training.utils import arguments

@@ -20,7 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # outside the environment, to say so
+
 from training.utils.arguments import flag, parse
+from training.utils.environment import check_environment
 from training.utils.errors import UserError, run_program
 
 if TYPE_CHECKING:
@@ -201,4 +204,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    check_environment()
     sys.exit(run_program(main))

@@ -105,3 +105,20 @@ def test_a_path_that_one_of_several_hosts_may_lack_is_left_to_the_run(answer):
     """There the rank that lacks it tells the others, which have begun to wait for it."""
     result = answer(STEP1, "--data_path none.jsonl", RANK="3", WORLD_SIZE="4", LOCAL_WORLD_SIZE="2")
     assert "torch was imported" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "program", [STEP1, STEP2, STEP3, "train.py", "inference/chatbot.py", "inference/gradio_chatbot.py"]
+)
+def test_outside_the_environment_says_what_to_use(program, tmp_path):
+    """Without the packages of the environment (-S), before a folder is made; ``--help`` needs none of them."""
+    bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    bare["TRIPOD_OUTPUT"] = str(tmp_path / "output")
+    call = {"cwd": ROOT, "env": bare, "capture_output": True, "text": True, "check": False}
+    result = subprocess.run([sys.executable, "-S", program], **call)
+    [line] = result.stderr.splitlines()
+    assert result.returncode == 2 and line.startswith("error: ") and "torch" in line
+    assert ".venv/bin/python" in line or "make setup" in line
+    assert not (tmp_path / "output").exists()
+    if program != "inference/chatbot.py":  # whose flags are in modules that need them
+        assert subprocess.run([sys.executable, "-S", program, "--help"], **call).returncode == 0

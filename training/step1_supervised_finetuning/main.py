@@ -18,22 +18,15 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # outside the environment, to say so
 
 from training.utils import arguments
 from training.utils.runtime import prepare_runtime
 
-
-@dataclass
-class StepArguments:
-    """Step 1"""
-
-    sft_only_data_path: list[str] = arguments.flag([], "sources used by this step alone, whole")
-    train_on_prompts: bool = arguments.flag(False, "train on prompt tokens too")
-
-
-ARGUMENTS = [*arguments.FINE_TUNING, StepArguments]
+ARGUMENTS = arguments.STEP1
 
 
 def parse_flags(argv: Sequence[str]) -> list[Any]:

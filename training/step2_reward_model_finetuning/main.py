@@ -19,25 +19,15 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # outside the environment, to say so
 
 from training.utils import arguments
 from training.utils.runtime import prepare_runtime
 
-
-@dataclass
-class StepArguments:
-    """Step 2"""
-
-    loss: str = arguments.flag(
-        "log_sig",
-        "log_sig: -logsigmoid(difference); log_exp: log(1 + exp(-difference))",
-        choices=("log_sig", "log_exp"),
-    )
-
-
-ARGUMENTS = [*arguments.FINE_TUNING, StepArguments]
+ARGUMENTS = arguments.STEP2
 
 
 def parse_flags(argv: Sequence[str]) -> list[Any]:

@@ -20,7 +20,10 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # outside the environment, to say so
 
 from training.step3_rlhf_finetuning.rlhf_arguments import ARGUMENTS, check
 from training.utils import arguments, supervision
@@ -29,9 +32,7 @@ from training.utils.runtime import prepare_runtime
 
 def parse_flags(argv: Sequence[str]) -> list[Any]:
     """The flags, by `ARGUMENTS`; without torch, so that ``--help`` and mistakes answer at once."""
-    prog = "step3_rlhf_finetuning/main.py"
-    groups = arguments.parse(ARGUMENTS, argv, prog=prog, description=__doc__, aliases=arguments.ALIASES)
-    return check(groups)
+    return check(arguments.parse(ARGUMENTS, argv, prog="step3/main.py", description=__doc__, aliases=arguments.ALIASES))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from training.utils.environment import check_environment
 from training.utils.errors import UserError, run_program
 from training.utils.inputs import check_inputs
 from training.utils.runtime import local_ranks
@@ -214,6 +215,30 @@ FINE_TUNING = (
 
 
 @dataclass
+class SupervisedArguments:
+    """Step 1"""
+
+    sft_only_data_path: list[str] = flag([], "sources used by this step alone, whole")
+    train_on_prompts: bool = flag(False, "train on prompt tokens too")
+
+
+@dataclass
+class PreferenceArguments:
+    """Step 2"""
+
+    loss: str = flag(
+        "log_sig",
+        "log_sig: -logsigmoid(difference); log_exp: log(1 + exp(-difference))",
+        choices=("log_sig", "log_exp"),
+    )
+
+
+# The flags of step 1 and of step 2; those of step 3 are in its folder, rlhf_arguments.py
+STEP1 = (*FINE_TUNING, SupervisedArguments)
+STEP2 = (*FINE_TUNING, PreferenceArguments)
+
+
+@dataclass
 class EvaluationArguments:
     """Evaluation"""
 
@@ -331,6 +356,7 @@ def answer_early(parse_flags: Callable[[Sequence[str]], Sequence[Any]]) -> None:
     Args:
         parse_flags: the program's own: argv -> argument groups. What they name is looked for too, see `check_inputs`.
     """
+    check_environment()
 
     def check(argv: Sequence[str]) -> int:
         groups = parse_flags(argv)

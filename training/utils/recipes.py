@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from training.utils.errors import UserError
 from training.utils.runs import STEPS, repository_root, shown
 
@@ -26,6 +24,8 @@ def read_recipe(name: str) -> tuple[str, dict[str, dict[str, Any]]]:
     Raises:
         UserError: there is no such file, or it is not made of sections of flags.
     """
+    import yaml  # not there outside the environment, where --help is answered too
+
     bundled = repository_root() / "training" / "recipes" / f"{name}.yaml"
     path = bundled if bundled.is_file() else Path(name).expanduser()
     if not path.is_file():
