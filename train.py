@@ -1,6 +1,7 @@
 """Run the three steps in one run directory, each as its own ``deepspeed`` process, each feeding the next.
 
     python train.py                                    the demo: embedded model, bundled data, into output/demo
+    python train.py --data_path mine.csv               your own data in every step, into output/start
     python train.py --recipe my.yaml --num_gpus 2      your own flags, a section for each step
     python train.py --resume auto                      goes on with the latest run: with its step, where it stopped
     python train.py --output_dir output/demo           goes on with that run; finished steps are skipped
@@ -40,8 +41,10 @@ from training.utils import arguments
 from training.utils.errors import UserError, run_program
 from training.utils.hosts import check_hosts, read_hostfile
 from training.utils.manifest import describe_environment, hash_inputs, read_manifest, write_json
+from training.utils.own_data import DEMO, START, check_pairs, check_paths, check_sources, is_own, without_demo
 from training.utils.processes import Ended, last_lines, run_logged
 from training.utils.recipes import GIVEN, flags_of, located, read_recipe
+from training.utils.run_flags import SharedArguments, flags_in, given_flags, refuse_flags_of_some_steps
 from training.utils.runs import (
     LATEST,
     STEPS,
@@ -61,6 +64,7 @@ from training.utils.runtime import prepare_runtime
 from training.utils.showcase import answers_text, summary_table
 
 ROOT = repository_root()
+ACTOR = "--actor_model_name_or_path"
 LOG_LINES = 20  # of a failed step's log
 
 
@@ -69,7 +73,8 @@ class RunArguments:
     """Run"""
 
     recipe: str = arguments.flag(
-        "", "a name in training/recipes, or a YAML file with sections step1, step2, step3 (default: demo)"
+        "",
+        "a name in training/recipes, or a YAML file of sections step1 to step3 (default: demo; own data: start)",
     )
     step: list[int] = arguments.flag([1, 2, 3], "which steps to run", choices=(1, 2, 3))
     num_gpus: int | None = arguments.flag(
@@ -94,7 +99,7 @@ class InputArguments:
     """Models, and flags of the steps"""
 
     actor_model_name_or_path: str = arguments.flag(
-        "", "what step 1 starts from; without step 1, its output (default: embedded)"
+        "", "or --model_name_or_path: what step 1 starts from; without step 1, its output (default: embedded)"
     )
     reward_model_name_or_path: str = arguments.flag(
         "", "what step 2 starts from; without step 2, its output (default: step 1's output)"
@@ -145,10 +150,60 @@ def own_args(name: str, text: str) -> list[str]:
     return tokens
 
 
+def own_data(inputs: InputArguments, shared: Mapping[str, Any]) -> bool:
+    """Whether the command line gives a step data that are not the demo's."""
+    argvs = [own_args(name, getattr(inputs, f"{name}_args")) for name in STEPS]
+    return any(
+        is_own(paths) for paths in (shared.get("data_path", []), *(flags_in(a).get("data_path", []) for a in argvs))
+    )
+
+
+def _unless_given(flags: Sequence[str], given: Sequence[str]) -> list[str]:
+    """``flags`` without ``--data_path`` if ``given`` has it, which counts: no data are named that are not used."""
+    if "data_path" not in flags_in(given) or "--data_path" not in flags:
+        return list(flags)
+    at = flags.index("--data_path")
+    end = next((i for i in range(at + 1, len(flags)) if flags[i].startswith("--")), len(flags))
+    return [*flags[:at], *flags[end:]]
+
+
+def check_steps(steps: Sequence[Step], run: Path) -> None:
+    """Refuse, before anything is made, what steps would end with.
+
+    Raises:
+        UserError: a path is not there, a step would train on the demo unasked, or there are no pairs for step 2.
+    """
+    check_sources({step.name: step.argv for step in steps})
+    made = [shown(run / name) for name in STEPS]
+    for step in steps:
+        if not is_finished(step.directory):
+            check_paths(step.argv, made)
+            if step.name == "step2":
+                check_pairs(step.argv)
+
+
+def tell_dropped(recipe_name: str) -> None:
+    """Say which flags of a recipe are the demo's and left out, because the data are not."""
+    _, recipe = read_recipe(recipe_name)
+    dropped = [f"{flag} of step {name[4:]}" for name, section in recipe.items() for flag in without_demo(section)[1]]
+    if dropped:
+        print(f"recipe {recipe_name}: the demo's {', '.join(dropped)} left out, the data are your own", flush=True)
+
+
 def plan_steps(
-    options: RunArguments, inputs: InputArguments, recipe_name: str, run: Path, scripts: Mapping[str, str]
+    options: RunArguments,
+    inputs: InputArguments,
+    shared: Mapping[str, Any],
+    recipe_name: str,
+    run: Path,
+    scripts: Mapping[str, str],
 ) -> list[Step]:
     """The steps asked for, with what each takes from the one before it.
+
+    Of a flag that is given more than once, ``--stepN_args`` count before ``shared``, and that before the recipe.
+
+    Args:
+        shared: flags of every step, without dashes, with their values.
 
     Raises:
         UserError: the recipe or a flag is not usable, or the output of a step that does not run is nowhere.
@@ -183,8 +238,10 @@ def plan_steps(
             models += ["--critic_model_name_or_path", output_of("step2", inputs.reward_model_name_or_path)]
         starts[name] = models[1]
         given = own_args(name, getattr(inputs, f"{name}_args"))
+        section, _ = without_demo(section) if own_data(inputs, shared) else (section, [])
+        flags = [*flags_of({k: v for k, v in section.items() if k not in shared}, folders), *flags_of(shared, ())]
         once = ("--resume", "never") if options.resume == "never" else ()
-        argv = [*models, "--output_dir", shown(directory), *flags_of(section, folders), *given]
+        argv = [*models, "--output_dir", shown(directory), *_unless_given(flags, given), *given]
         steps.append(Step(name, shown(ROOT / scripts[name]), argv, directory, once))
     return steps
 
@@ -307,9 +364,11 @@ def main(
     Raises:
         UserError: a flag or the recipe is not usable; nothing has run then.
     """
-    options, inputs = arguments.parse(
-        [RunArguments, InputArguments], _joined(argv), prog="train.py", description=__doc__
-    )
+    groups, aliases = [RunArguments, InputArguments, SharedArguments], {"--model_name_or_path": ACTOR}
+    tokens = _joined(argv)
+    refuse_flags_of_some_steps(tokens, groups)
+    options, inputs, every = arguments.parse(groups, tokens, prog="train.py", description=__doc__, aliases=aliases)
+    shared = given_flags(every)
     scripts = scripts or STEPS
     launcher = launcher or deepspeed_launcher()
     if options.hostfile and not options.plan:
@@ -320,19 +379,25 @@ def main(
         raise UserError(f"--resume auto: --output_dir {options.output_dir} holds no run to go on with")
     run = Path(options.output_dir).absolute() if options.output_dir else output_root() / "unmade"
     manifest = read_manifest(run / "manifest.json")
-    recipe = options.recipe or manifest.get("recipe", {}).get("name", "demo")  # a run goes on with its own
-    planned = plan_steps(options, inputs, recipe, run, scripts)  # bad flags end here, before a folder is made
+    shared = manifest.get("shared", {}) | shared  # a run goes on with its own data, and its own recipe
+    own = own_data(inputs, shared)
+    recipe = options.recipe or manifest.get("recipe", {}).get("name", START if own else DEMO)
+    planned = plan_steps(options, inputs, shared, recipe, run, scripts)  # bad flags end here, before a folder is made
+    check_steps(planned, run)
+    if own:
+        tell_dropped(recipe)
     if options.plan:
         slots = list(read_hostfile(options.hostfile).values()) if options.hostfile else [1]
         on_each = [options.num_gpus or count for count in slots]
         return show_plans(planned, ranks=sum(on_each), on_this_host=on_each[0])
     run = make_dir(run) if options.output_dir else new_run_dir(Path(recipe).stem)
-    steps = plan_steps(options, inputs, recipe, run, scripts)
+    steps = plan_steps(options, inputs, shared, recipe, run, scripts)
     with locked(run):
         point_latest(run)
         recipe_path, _ = read_recipe(recipe)
         manifest |= describe_environment(ROOT)
         manifest["recipe"] = {"name": recipe, **hash_inputs([recipe_path], {})}
+        manifest["shared"] = shared
         manifest.setdefault("started_as", []).append(["train.py", *argv])
         again = shlex.join([shown(sys.executable), shown(ROOT / "train.py"), *continued(argv, run)])
         if not options.hostfile:

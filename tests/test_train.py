@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ from training import estimate
 from training.utils import runs
 from training.utils.errors import UserError
 from training.utils.processes import LineLog, last_lines, run_logged
+from training.utils.run_flags import GROUPS, SharedArguments
 from training.utils.showcase import answers_text, summary_table
 
 # Takes DeepSpeed's options, starts the program as a child like DeepSpeed's runner, and like it passes no signal on.
@@ -209,7 +211,8 @@ def test_runs_stand_beside_each_other(bench: Bench) -> None:
 def test_manifest(bench: Bench, tmp_path: Path) -> None:
     data = tmp_path / "rows.jsonl"
     data.write_text("{}\n")
-    assert bench.train("--step1_args", f"--data_path {data}:10 some/hub-name") == 0
+    demo = ("--step2_args", "--data_path demo", "--step3_args", "--data_path demo")
+    assert bench.train("--step1_args", f"--data_path {data}:10 some/hub-name", *demo) == 0
     manifest = bench.manifest()
     assert manifest["versions"]["torch"] and manifest["versions"]["python"].startswith("3.")
     assert set(manifest["git"]) == {"commit", "changed"}
@@ -361,6 +364,7 @@ def test_models_by_flag_and_by_recipe(bench: Bench) -> None:
 def test_recipe_values(bench: Bench) -> None:
     (bench.folder / "recipes").mkdir()
     (bench.folder / "recipes" / "data.py").touch()
+    (bench.folder / "x.jsonl").touch()
     recipe = bench.folder / "recipes" / "r.yaml"
     recipe.write_text(
         textwrap.dedent("""
@@ -431,6 +435,98 @@ def test_two_at_work_in_one_run(bench: Bench) -> None:
     (bench.output / "tiny").mkdir(parents=True)
     with train.locked(bench.output / "tiny"), pytest.raises(UserError, match="another train.py is at work"):
         bench.train("--output_dir", "output/tiny")
+
+
+PAIR = '{"prompt": "Hello", "chosen": "Hi!", "rejected": "No."}\n'
+
+
+def own_run(bench: Bench, *argv: str) -> int:
+    """train.py on data of the user's own, without a recipe if none is given."""
+    (bench.folder / "mine.jsonl").write_text(PAIR)
+    return train.main(list(argv), launcher=bench.launcher, scripts=bench.scripts)
+
+
+def test_shared_flags_reach_every_step_and_win_over_the_recipe(bench: Bench) -> None:
+    bench.recipe.write_text(
+        "step1: {seed: 1, dtype: bf16}\nstep2: {data_path: [demo, other.csv]}\nstep3: {offload: true}\n"
+    )
+    every = ["--data_path", "mine.jsonl", "--dtype", "fp32", "--seed", "7", "--no-offload", "--num_warmup_steps", "2"]
+    model = ["--model_name_or_path", "my/base", "--step2_args", "--seed 8"]
+    assert own_run(bench, "--recipe", str(bench.recipe), *every, *model) == 0
+    for step in ("step1", "step2", "step3"):
+        argv = bench.arguments(step)
+        for words in ("--data_path mine.jsonl", "--dtype fp32", "--no-offload", "--num_warmup_steps 2"):
+            assert f"{words} " in f"{argv} ", (step, words)
+        assert "--seed 7" in argv and argv.count("--data_path") == 1
+        assert not any(word in argv for word in ("--seed 1 ", "bf16", "--offload", "demo", "other.csv"))
+    assert bench.arguments("step2").endswith("--seed 8")
+    assert bench.arguments("step1").startswith("--model_name_or_path my/base ")
+
+
+def test_every_shared_flag_is_one_of_each_step() -> None:
+    names = {field.name for field in dataclasses.fields(SharedArguments)}
+    assert names >= {"data_path", "eval_data_path", "column_map", "dtype", "seed", "deepspeed_config", "report_to"}
+    assert not names & {"output_dir", "resume", "plan", "model_name_or_path", "learning_rate", "loss", "kl_coef"}
+    for groups in GROUPS.values():
+        assert names <= {field.name for group in groups for field in dataclasses.fields(group)}
+
+
+@pytest.mark.parametrize(
+    "argv", [["--data_path", "mine.jsonl"], ["--step", "1", "--step1_args", "--data_path mine.jsonl"]]
+)
+def test_own_data_start_from_their_own_recipe(bench: Bench, argv: list[str]) -> None:
+    assert own_run(bench, *argv) == 0
+    manifest = bench.manifest("start")
+    assert manifest["recipe"]["name"] == "start" and "demo" not in json.dumps(manifest["steps"])
+    assert "--eval_function" not in json.dumps(manifest)
+
+
+def test_own_data_take_nothing_of_the_demo_recipe(bench: Bench, capfd: pytest.CaptureFixture) -> None:
+    assert own_run(bench, "--recipe", "demo", "--data_path", "mine.jsonl") == 0
+    [line] = [line for line in capfd.readouterr().out.splitlines() if line.startswith("recipe demo: ")]
+    assert "data_path of step 2" in line and "eval_function of step 3" in line
+    argvs = [entry["arguments"] for entry in bench.manifest("demo")["steps"].values()]
+    assert "--eval_function" not in argvs[2] and "--advantage" in argvs[2], "the rest of the recipe stays"
+    for argv in argvs:
+        assert not any(token.startswith("demo") or "data/demo" in token for token in argv)
+
+
+def test_own_data_stay_when_the_run_goes_on(bench: Bench) -> None:
+    assert own_run(bench, "--data_path", "mine.jsonl", "--step3_args=--fail 3") == 3
+    assert train.main(["--resume", "auto"], launcher=bench.launcher, scripts=bench.scripts) == 0
+    lines = (bench.output / "start" / "step3.log").read_text().splitlines()
+    assert all("--data_path mine.jsonl" in line for line in lines if line.startswith("arguments "))
+
+
+REFUSED = [
+    (["--step1_args", "--data_path mine.jsonl"], "step 1 has data of its own, step 2 and step 3 would"),
+    (["--data_path", "plain.csv"], "plain.csv: step 2 learns from preference pairs, and none of 2 rows"),
+    (["--data_path", "odd.csv"], r"odd.csv:2: no known format has the columns a, b"),
+    (["--data_path", "none.csv"], "--data_path none.csv: no such file"),
+    (["--data_path", "mine.jsonl", "--model_name_or_path", "./none"], "./none: no such folder"),
+    (["--data_path", "mine.jsonl", "--step3_args", "--eval_function none.py:f"], "--eval_function none.py:f: no such"),
+    (["--data_path"], "--data_path: give at least one value"),
+    (["--learning_rate", "1e-5"], "--learning_rate is a flag of steps 1 and 2 alone: .*--step1_args or --step2_args"),
+    (["--kl_coef=1"], "--kl_coef is a flag of step 3 alone: .*--step3_args"),
+    (["--loss", "log_exp"], "--loss is a flag of step 2 alone: .*--step2_args"),
+    (["--seed", "-1"], "--seed is -1, it must be at least 0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"), REFUSED, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
+def test_own_data_are_refused_before_anything_is_made(bench: Bench, argv: list[str], message: str) -> None:
+    (bench.folder / "plain.csv").write_text("prompt,response\nHello,Hi\nBye,See you\n")
+    (bench.folder / "odd.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match=message):
+        own_run(bench, *argv)
+    assert not bench.output.exists()
+
+
+def test_rows_without_pairs_train_step_1(bench: Bench) -> None:
+    (bench.folder / "plain.csv").write_text("prompt,response\nHello,Hi\n")
+    assert own_run(bench, "--data_path", "plain.csv", "--step", "1") == 0
 
 
 def _wait_for(condition, seconds: float = 20.0) -> None:

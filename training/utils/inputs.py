@@ -26,16 +26,25 @@ def check_inputs(groups: Sequence[Any]) -> None:
     """
     for group in groups:
         for field in dataclasses.fields(group):
-            value, name = getattr(group, field.name), f"--{field.name}"
-            for text in filter(None, value if isinstance(value, list) else [value]):
-                if field.name.endswith(MODELS):
-                    check_model_path(text, name)
-                elif field.name.endswith(DATA):
-                    _check_data_path(text)
-                elif field.name in FUNCTIONS:
-                    _check_function(text, name)
-                elif field.name in FILES and not Path(text).is_file():
-                    raise UserError(f"{name} {text}: no such file")
+            value = getattr(group, field.name)
+            check_flag(field.name, value if isinstance(value, list) else [value])
+
+
+def check_flag(name: str, values: Sequence[Any]) -> None:
+    """The same for the values of one flag, ``name`` without dashes.
+
+    Raises:
+        UserError: names the flag.
+    """
+    for text in filter(None, values):
+        if name.endswith(MODELS):
+            check_model_path(text, f"--{name}")
+        elif name.endswith(DATA):
+            _check_data_path(text)
+        elif name in FUNCTIONS:
+            _check_function(text, f"--{name}")
+        elif name in FILES and not Path(text).is_file():
+            raise UserError(f"--{name} {text}: no such file")
 
 
 def check_model_path(name_or_path: str, flag: str) -> None:
