@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import os
@@ -527,6 +528,43 @@ def test_own_data_are_refused_before_anything_is_made(bench: Bench, argv: list[s
 def test_rows_without_pairs_train_step_1(bench: Bench) -> None:
     (bench.folder / "plain.csv").write_text("prompt,response\nHello,Hi\n")
     assert own_run(bench, "--data_path", "plain.csv", "--step", "1") == 0
+
+
+@pytest.mark.parametrize("kind", ["csv", pytest.param("json", marks=pytest.mark.slow)])
+def test_own_rows_through_the_three_real_steps(bench: Bench, tiny_model: Path, kind: str) -> None:
+    """60 pairs, the programs themselves, a tiny model: every step trains on them and no argument names the demo."""
+    rows = [
+        {"prompt": f"What is {n} plus {n}?", "chosen": f"It is {2 * n}.", "rejected": f"I like {n}."} for n in range(60)
+    ]
+    path = bench.folder / f"mine.{kind}"
+    with path.open("w", newline="") as file:
+        if kind == "json":
+            json.dump(rows, file)
+        else:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    model = [
+        "--model_name_or_path",
+        str(tiny_model),
+        "--dtype",
+        "fp32",
+        "--report_to",
+        "none",
+        "--num_train_epochs",
+        "1",
+    ]
+    tuning = "--max_seq_len 128 --per_device_train_batch_size 16"
+    rlhf = "--max_prompt_seq_len 64 --max_answer_seq_len 8 --num_iterations 1 --eval_every 0"
+    steps = ["--step1_args", tuning, "--step2_args", tuning, "--step3_args", rlhf]
+    assert train.main(["--data_path", path.name, *model, *steps], launcher=bench.launcher) == 0
+    for name, entry in bench.manifest("start")["steps"].items():
+        argv = entry["arguments"]
+        assert not any(token.startswith("demo") or "data/demo" in token for token in argv), name
+        assert argv[argv.index("--data_path") + 1] == path.name and path.name in entry["inputs"]
+        log = (bench.output / "start" / f"{name}.log").read_text()
+        assert f"{path.name}: 60 rows" in log, log[-2000:]
+    assert (bench.output / "start" / "step3" / "actor" / "config.json").is_file()
 
 
 def _wait_for(condition, seconds: float = 20.0) -> None:
