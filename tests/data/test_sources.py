@@ -13,7 +13,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from training.utils.data import readers, sources
+from training.utils import hub
+from training.utils.data import readers
 from training.utils.data.chat import RowError
 from training.utils.data.readers import read_file
 from training.utils.data.sources import resolve
@@ -216,14 +217,14 @@ def test_hub_names_without_a_network(monkeypatch, name):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(sources.socket, "getaddrinfo", _raise(OSError("no name server")))
+    monkeypatch.setattr(hub.socket, "getaddrinfo", _raise(OSError("no name server")))
     monkeypatch.setattr(time, "sleep", _raise(AssertionError("it must not be tried again")))
     with pytest.raises(UserError, match=rf"--data_path {name}: .*give the (path of a f|folder|path of the f)"):
         resolve(name, 1)
 
 
 def test_hub_that_fails_says_why(monkeypatch):
-    monkeypatch.setattr(sources, "_hub_is_reachable", lambda: True)
+    monkeypatch.setattr(hub, "is_reachable", lambda: True)
     monkeypatch.setattr(datasets, "load_dataset_builder", _raise(ConnectionError("503 try later")))
     with pytest.raises(UserError, match=r"someone/thing: no file or folder here.*\(503 try later\)"):
         resolve("someone/thing", 1)
@@ -242,7 +243,7 @@ def test_hub_dataset(tmp_path, monkeypatch):
     folder.mkdir()
     write(folder / "train.jsonl")
     write(folder / "test.jsonl", ROWS[:2])
-    monkeypatch.setattr(sources, "_hub_is_reachable", lambda: True)
+    monkeypatch.setattr(hub, "is_reachable", lambda: True)
     real_builder, real_load = datasets.load_dataset_builder, datasets.load_dataset
     cache = str(tmp_path / "cache")
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda name: real_builder(str(folder), cache_dir=cache))
@@ -258,7 +259,7 @@ def test_hub_dataset_that_is_code_is_refused(monkeypatch):
     class Script:
         pass
 
-    monkeypatch.setattr(sources, "_hub_is_reachable", lambda: True)
+    monkeypatch.setattr(hub, "is_reachable", lambda: True)
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda name: Script())
     monkeypatch.setattr(datasets, "load_dataset", _raise(AssertionError("it must not be loaded")))
     with pytest.raises(UserError, match="not plain data files"):

@@ -29,6 +29,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from training.utils import hub
 from training.utils.errors import UserError
 from training.utils.inputs import check_model_path
 from training.utils.runs import cache_dir
@@ -86,6 +87,7 @@ def resolve_model(name_or_path: str, flag: str = "--model_name_or_path") -> str:
         return str(_convert_gguf(path.resolve()))
     if path.is_dir():
         return str(path.resolve())
+    hub.check_model(name_or_path, flag)
     try:
         AutoConfig.from_pretrained(name_or_path, **remote_code())
     except (OSError, ValueError) as error:

@@ -11,13 +11,12 @@ import hashlib
 import itertools
 import os
 import re
-import socket
-import urllib.parse
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from training.utils import hub
 from training.utils.data.readers import EVAL_WORDS, TYPES, file_type, read_file, type_of
 from training.utils.data.rows import RawRow
 from training.utils.errors import UserError
@@ -166,7 +165,7 @@ def _hub(name: str, limit: int) -> Source:
 
     if name.lower() in _ELSEWHERE:
         raise UserError(f"--data_path {name}: {_ELSEWHERE[name.lower()]}")
-    online = _hub_is_reachable()
+    online = hub.is_reachable()
     try:
         builder = datasets.load_dataset_builder(name)
         kind = type(builder).__module__.split(".")
@@ -186,23 +185,3 @@ def _hub(name: str, limit: int) -> Source:
     if train is None:
         train, held_out = held_out, None
     return Source(name, limit=limit, hub=(splits[train], splits[held_out] if held_out else None))
-
-
-def _hub_is_reachable() -> bool:
-    """Whether the hub's name is known to this network; if not, the hub's libraries are told to use their cache only.
-
-    They would try for half a minute, with a warning for each try.
-    """
-    import datasets
-    import huggingface_hub.constants as hub
-
-    if hub.HF_HUB_OFFLINE:
-        return False
-    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return True  # the proxy looks the name up
-    try:
-        socket.getaddrinfo(urllib.parse.urlsplit(hub.ENDPOINT).hostname, 443)
-    except OSError:
-        hub.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-        return False
-    return True
