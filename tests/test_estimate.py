@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from training import estimate
-from training.estimate import OwnArguments, Rows, Shape, Speeds, Work
+from training.estimate import Rows, Shape, Speeds, Work
 from training.step3_rlhf_finetuning import rlhf_arguments
 from training.utils import arguments
 
@@ -19,7 +19,7 @@ BODY, HEAD = 30, 10
 
 
 def fine_tuning(step: int, *argv: str, ranks: int = 1) -> Work:
-    groups = arguments.parse([*arguments.FINE_TUNING, OwnArguments], argv, prog="test", description="")
+    groups = arguments.parse((arguments.STEP1, arguments.STEP2)[step - 1], argv, prog="test", description="")
     return estimate.fine_tuning_work(step, groups, SHAPE, Rows(20, 6, 4), Rows(5, 6, 2), ranks)
 
 
@@ -115,14 +115,8 @@ def test_the_demo_is_the_embedded_model_from_start_to_end() -> None:
 
 
 def test_constants_of_programs_that_import_torch() -> None:
-    import dataclasses
-
-    from training.step1_supervised_finetuning import main as step1
-    from training.step2_reward_model_finetuning import main as step2
     from training.step3_rlhf_finetuning import held_out
 
-    own = [field.name for step in (step1, step2) for field in dataclasses.fields(step.StepArguments)]
-    assert own == [field.name for field in dataclasses.fields(OwnArguments)]
     assert held_out.RUNNING_PROMPTS == estimate.RUNNING_PROMPTS
 
 

@@ -17,18 +17,18 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from training.step3_rlhf_finetuning import rlhf_arguments
 from training.utils import arguments
 from training.utils.arguments import AUTO, DataArguments
-from training.utils.data.chat import RowError
-from training.utils.data.columns import convert, parse_column_map
-from training.utils.data.conversations import Dropped, Example, demonstration
-from training.utils.data.sources import Source, local_source
 from training.utils.errors import UserError
 from training.utils.runs import cache_dir, repository_root
 from training.utils.runtime import has_accelerator
+
+if TYPE_CHECKING:  # train.py answers --help outside the environment, where these can not be imported
+    from training.utils.data.conversations import Example
+    from training.utils.data.sources import Source
 
 # How much of the speed of bare products a step reaches: the rest is attention, norms, losses, padding and copies.
 TRAINING_EFFICIENCY = 0.55
@@ -49,15 +49,6 @@ MEASURED_LAYERS = 8  # with the output layer more than caches hold
 TRAINING_ROWS, OUTPUT_ROWS, DECODED_ROWS = 500, 32, 24
 SECONDS_EACH = 0.7  # of measuring, for training and for decoding
 TIMEOUT = 40.0  # a machine this busy gives no useful number
-
-
-@dataclass
-class OwnArguments:
-    """What steps 1 and 2 have of their own; their programs import torch"""
-
-    sft_only_data_path: list[str] = arguments.flag([], "step 1")
-    train_on_prompts: bool = arguments.flag(False, "step 1")
-    loss: str = arguments.flag("", "step 2")
 
 
 @dataclass(frozen=True)
@@ -148,7 +139,7 @@ def fine_tuning_work(step: int, groups: Sequence[Any], shape: Shape, rows: Rows,
 
     Args:
         step: 1 or 2.
-        groups: flags, instances of `arguments.FINE_TUNING` and `OwnArguments`.
+        groups: flags, instances of `arguments.STEP1` or `arguments.STEP2`.
         shape: of the model.
         rows, held_out: to train on and to evaluate with.
         ranks: how many.
@@ -259,14 +250,14 @@ def works(argvs: Mapping[str, Sequence[str]], shape: Shape, ranks: int) -> dict[
     template, answer = "", 0.0
     for name, argv in argvs.items():
         step = int(name[4:])
-        groups = [rlhf_arguments.ARGUMENTS, [*arguments.FINE_TUNING, OwnArguments]][step < 3]
+        groups = (arguments.STEP1, arguments.STEP2, rlhf_arguments.ARGUMENTS)[step - 1]
         flags = arguments.parse(groups, argv, prog=name, description="", aliases=arguments.ALIASES if step == 3 else {})
         by_group = {type(group): group for group in flags}
         data: DataArguments = by_group[DataArguments]
         template = data.chat_template or template  # the saved tokenizer carries it on
         system = len(data.system_message) / CHARACTERS_PER_TOKEN + TURN_TOKENS if data.system_message else 0.0
         system = system or (0.0 if template else SYSTEM_TOKENS)
-        only = by_group[OwnArguments].sft_only_data_path if step == 1 else []
+        only = by_group[arguments.SupervisedArguments].sft_only_data_path if step == 1 else []
         rows, held_out = rows_of(step, data, only, system)
         if step == 3:
             found[name] = flags[0].dtype, rlhf_work(flags, shape, rows, held_out, answer, ranks)
@@ -312,6 +303,8 @@ def rows_of(step: int, data: DataArguments, whole: Sequence[str], system: float)
 
 
 def _source(path: str, step: int) -> Source:
+    from training.utils.data.sources import local_source
+
     source = local_source(path, step)
     if source is None:
         raise UserError(f"{path} is not on this machine")
@@ -320,6 +313,10 @@ def _source(path: str, step: int) -> Source:
 
 def _lengths(step: int, source: Source, split: bool, data: DataArguments, system: float) -> Any:
     """Tokens of prompt and answer of each usable row of a source."""
+    from training.utils.data.chat import RowError
+    from training.utils.data.columns import convert, parse_column_map
+    from training.utils.data.conversations import Dropped
+
     columns = parse_column_map(data.column_map)
     for row in source.rows(split):
         try:
@@ -332,6 +329,8 @@ def _lengths(step: int, source: Source, split: bool, data: DataArguments, system
 
 
 def _tokens(step: int, example: Example, system: float) -> tuple[float, float] | None:
+    from training.utils.data.conversations import demonstration
+
     def tokens(turns: Sequence[Mapping[str, Any]]) -> float:
         return sum(len(turn["content"]) / CHARACTERS_PER_TOKEN + TURN_TOKENS for turn in turns)
 
