@@ -268,7 +268,7 @@ def test_step_3_is_evaluated_from_disk_and_drawn(trained, tiny_data, tmp_path):
     stats = RewardStats.read(base / "step2")  # the judge is the same model, given the text without its tokens
     assert rlhf["judge"] == pytest.approx(rlhf["reward"] * stats.std + stats.mean, abs=0.2)
     assert found["models"]["best of 2"]["reward"] >= found["models"]["best of 1"]["reward"]
-    assert "win rate by score" in said
+    assert "win rate by manner" in said
     program = ROOT / "benchmarks" / "plot_reward_kl.py"
     assert "| best of 2 |" in run([sys.executable, str(program), str(base), str(tmp_path / "kl.png")])
     assert (tmp_path / "kl.png").stat().st_size > 5000
