@@ -204,17 +204,24 @@ def show_plan(title: str, settings: Settings, plan_of: Callable[[Settings], Plan
 def advice(
     settings: Settings, plan_of: Callable[[Settings], Plan], flags: Mapping[str, str], available: int
 ) -> list[str]:
-    """Which settings to change, the cheapest first, each on top of those before it, until the plan fits."""
-    lines, peak = ["  what to change first, one after the other:"], plan_of(settings).peak()
-    for name, value in cheaper(settings, on_cpu=plan_of(settings).on_cpu):
-        changed = replace(settings, **{name: value}, accumulates=settings.accumulates or name == "batch")
-        lower = plan_of(changed).peak()
-        if lower >= peak:
-            continue
-        settings, peak = changed, lower
-        lines.append(f"    {flags[name].format(value):<48} peak {_mib(peak)}{', fits' if peak <= available else ''}")
-        if peak <= available:
-            return lines
+    """Which settings to change, the cheapest first, each on top of those before it, until the plan fits.
+
+    After each change the cheapest ones are tried again: a smaller batch of one phase may leave another the largest.
+    """
+    lines, plan = ["  what to change first, one after the other:"], plan_of(settings)
+    peak, on_cpu, found = plan.peak(), plan.on_cpu, True
+    while found:
+        found = False
+        for name, value in cheaper(settings, on_cpu=on_cpu):
+            changed = replace(settings, **{name: value}, accumulates=settings.accumulates or name == "batch")
+            lower = plan_of(changed).peak()
+            if lower < peak:
+                settings, peak, found = changed, lower, True
+                fits = ", fits" if peak <= available else ""
+                lines.append(f"    {flags[name].format(value):<48} peak {_mib(peak)}{fits}")
+                if fits:
+                    return lines
+                break
     return [*lines, "    then LoRA with --only_optimize_lora, shorter sequences, more ranks or a smaller model"]
 
 
