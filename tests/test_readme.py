@@ -19,12 +19,14 @@ STEPS = re.compile(r"training/(step\d_\w+)/main\.py")
 # Where each command of the README is run: a target of make demo's path, or a test with the same program and flags.
 RUN_BY = {
     "make demo": "Makefile",
+    "make test": "Makefile",
     "make chat": "tests/inference/test_gradio_chatbot.py::test_the_program_starts_says_where_and_ends_on_ctrl_c",
     "python3 -m venv": "scripts/setup.py",
     ".venv/bin/pip install": "scripts/setup.py",
     ".venv/bin/deepspeed --num_gpus": "tests/test_programs.py::test_steps_leave_finished_folders",
     ".venv/bin/python train.py": "tests/test_train.py::test_continues",
     ".venv/bin/python -m training.utils.data.preview": "tests/data/test_preview.py",
+    ".venv/bin/python benchmarks/demo_seeds.py": "tests/test_demo_seeds.py::test_tables_and_page",
     ".venv/bin/python benchmarks/plot_run.py": "tests/test_readme.py::test_curves_of_a_run_are_drawn",
 }
 
