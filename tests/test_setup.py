@@ -361,9 +361,13 @@ import resource, sys, torch
 if "keep" in sys.argv:
     from training.utils.runtime import keep_freed_memory
     keep_freed_memory()
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(5_000_000)  # 20 MB
+before = faults()
 for _ in range(20):
-    torch.ones(5_000_000)  # 20 MB
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+    torch.ones(5_000_000)
+print(faults() - before)
 """
 
 
@@ -377,5 +381,5 @@ def test_freed_memory_is_kept() -> None:
         return int(done.stdout)
 
     plain, kept, chosen = page_faults(), page_faults("keep"), page_faults("keep", MALLOC_TRIM_THRESHOLD_="65536")
-    assert kept < plain - 10_000
-    assert chosen > kept + 10_000
+    assert kept < plain / 4
+    assert kept < chosen / 4
