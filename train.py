@@ -41,7 +41,16 @@ from training.utils import arguments
 from training.utils.errors import UserError, run_program
 from training.utils.hosts import check_hosts, read_hostfile
 from training.utils.manifest import describe_environment, hash_inputs, read_manifest, write_json
-from training.utils.own_data import DEMO, START, check_pairs, check_paths, check_sources, is_own, without_demo
+from training.utils.own_data import (
+    DEMO,
+    START,
+    check_pairs,
+    check_paths,
+    check_sources,
+    is_own,
+    trained_on_demo,
+    without_demo,
+)
 from training.utils.processes import Ended, last_lines, run_logged
 from training.utils.recipes import GIVEN, flags_of, located, read_recipe
 from training.utils.run_flags import SharedArguments, flags_in, given_flags, refuse_flags_of_some_steps
@@ -65,6 +74,7 @@ from training.utils.showcase import answers_text, summary_table
 
 ROOT = repository_root()
 ACTOR = "--actor_model_name_or_path"
+REWARD = "--reward_model_name_or_path"
 LOG_LINES = 20  # of a failed step's log
 
 
@@ -167,13 +177,19 @@ def _unless_given(flags: Sequence[str], given: Sequence[str]) -> list[str]:
     return [*flags[:at], *flags[end:]]
 
 
-def check_steps(steps: Sequence[Step], run: Path) -> None:
+def check_steps(steps: Sequence[Step], run: Path, recorded: Mapping[str, Any]) -> None:
     """Refuse, before anything is made, what steps would end with.
+
+    Args:
+        steps: those to run, in ``run``.
+        recorded: what the manifest says about each step that has been run.
 
     Raises:
         UserError: a path is not there, a step would train on the demo unasked, or there are no pairs for step 2.
     """
-    check_sources({step.name: step.argv for step in steps})
+    done = {name: entry["arguments"] for name, entry in recorded.items() if is_finished(run / name)}
+    with_own = {name: argv for name, argv in done.items() if is_own(flags_in(argv).get("data_path", []))}
+    check_sources({step.name: step.argv for step in steps} | with_own)
     made = [shown(run / name) for name in STEPS]
     for step in steps:
         if not is_finished(step.directory):
@@ -220,7 +236,15 @@ def plan_steps(
             return starts[step]  # not there yet, but of the same shape
         if step in wanted or (not given and is_finished(run / step)):
             return shown(run / step)
-        return given or shown(latest_output(step))
+        if given:
+            return given
+        newest = latest_output(step)
+        if own_data(inputs, shared) and trained_on_demo(newest):
+            raise UserError(
+                f"the newest {step.replace('step', 'step ')}, {shown(newest)}, has trained on the demo: run that step "
+                f"on your own data too, or name a model: {ACTOR if step == 'step1' else REWARD}"
+            )
+        return shown(newest)
 
     steps = []
     for name in wanted:
@@ -351,6 +375,18 @@ def report(run: Path) -> str:
         return f"could not be written ({error.strerror}); later: python -m training.report {shown(run)}"
 
 
+def parse_flags(argv: Sequence[str]) -> list[Any]:
+    """The flags: instances of RunArguments, InputArguments and SharedArguments.
+
+    Raises:
+        UserError: a flag that is not known, not of every step, or has a value that it can not have.
+    """
+    groups, aliases = [RunArguments, InputArguments, SharedArguments], {"--model_name_or_path": ACTOR}
+    tokens = _joined(argv)
+    refuse_flags_of_some_steps(tokens, groups)
+    return arguments.parse(groups, tokens, prog="train.py", description=__doc__, aliases=aliases)
+
+
 def main(
     argv: Sequence[str], *, launcher: Sequence[str] | None = None, scripts: Mapping[str, str] | None = None
 ) -> int:
@@ -364,10 +400,7 @@ def main(
     Raises:
         UserError: a flag or the recipe is not usable; nothing has run then.
     """
-    groups, aliases = [RunArguments, InputArguments, SharedArguments], {"--model_name_or_path": ACTOR}
-    tokens = _joined(argv)
-    refuse_flags_of_some_steps(tokens, groups)
-    options, inputs, every = arguments.parse(groups, tokens, prog="train.py", description=__doc__, aliases=aliases)
+    options, inputs, every = parse_flags(argv)
     shared = given_flags(every)
     scripts = scripts or STEPS
     launcher = launcher or deepspeed_launcher()
@@ -383,7 +416,7 @@ def main(
     own = own_data(inputs, shared)
     recipe = options.recipe or manifest.get("recipe", {}).get("name", START if own else DEMO)
     planned = plan_steps(options, inputs, shared, recipe, run, scripts)  # bad flags end here, before a folder is made
-    check_steps(planned, run)
+    check_steps(planned, run, manifest.get("steps", {}))
     if own:
         tell_dropped(recipe)
     if options.plan:

@@ -14,7 +14,7 @@ from training.utils import arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-STEPS = re.compile(r"training/(step\d_\w+)/main\.py")
+FOLDERS = ("training/", "inference/", "benchmarks/", "tests/", "scripts/")  # of paths that are there, not the reader's
 
 # Where each command of the README is run: a target of make demo's path, or a test with the same program and flags.
 RUN_BY = {
@@ -24,6 +24,7 @@ RUN_BY = {
     "python3 -m venv": "scripts/setup.py",
     ".venv/bin/pip install": "scripts/setup.py",
     ".venv/bin/deepspeed --num_gpus": "tests/test_programs.py::test_steps_leave_finished_folders",
+    ".venv/bin/python train.py --data_path": "tests/test_train.py::test_own_rows_through_the_three_real_steps",
     ".venv/bin/python train.py": "tests/test_train.py::test_continues",
     ".venv/bin/python -m training.utils.data.preview": "tests/data/test_preview.py",
     ".venv/bin/python benchmarks/demo_seeds.py": "tests/test_demo_seeds.py::test_tables_and_page",
@@ -48,6 +49,20 @@ def words_of(command: str) -> list[str]:
     return shlex.split(command.split("|")[0].split(">")[0].replace("...", ""))
 
 
+def flags_of(file):
+    """What parses a program's flags: by its own groups, or its own `parse_flags`; None if it has neither."""
+    if "def parse_flags(" not in file.read_text(encoding="utf-8"):
+        return None
+    if not file.is_relative_to(ROOT):
+        return None
+    name = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+    module = importlib.import_module(name)
+    if not hasattr(module, "ARGUMENTS"):
+        return module.parse_flags
+    names = {"prog": name, "description": "", "aliases": arguments.ALIASES}
+    return lambda words: arguments.parse(module.ARGUMENTS, words, **names)  # what they name is the reader's
+
+
 @pytest.mark.parametrize(("document", "command"), CASES)
 def test_printed_command_is_there_and_takes_its_flags(document, command):
     words = words_of(command)
@@ -67,10 +82,12 @@ def test_printed_command_is_there_and_takes_its_flags(document, command):
         words = words[words.index(program) :]
     file = ROOT / program if not Path(program).is_absolute() else Path(program)
     assert file.is_file(), f"{document}: {command}"
-    step = STEPS.search(file.as_posix())
-    if step:
-        main = importlib.import_module(f"training.{step[1]}.main")
-        arguments.parse(main.ARGUMENTS, words[1:], prog="main.py", description="", aliases=arguments.ALIASES)
+    for word in words[1:]:
+        path = word.partition(":")[0]
+        assert not path.startswith(FOLDERS) or (ROOT / path).exists(), f"{document}: {command}: {path}"
+    parse = flags_of(file)
+    if parse:
+        parse([word for word in words[1:] if word not in ("--help", "-h")])
         return
     source = file.read_text(encoding="utf-8") + (ROOT / "training/utils/arguments.py").read_text(encoding="utf-8")
     source += "".join(f.read_text(encoding="utf-8") for f in file.parent.glob("*.py"))

@@ -20,7 +20,7 @@ import train
 from tests.signals import as_in_the_background, hear_signals
 from tests.utils.test_hosts import stand_in
 from training import estimate
-from training.utils import runs
+from training.utils import hub, runs
 from training.utils.errors import UserError
 from training.utils.processes import LineLog, last_lines, run_logged
 from training.utils.run_flags import GROUPS, SharedArguments
@@ -131,6 +131,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     monkeypatch.setenv("TRIPOD_OUTPUT", str(tmp_path / "output"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(estimate, "embedded_shape", lambda: None)  # else each run measures
+    monkeypatch.setattr(hub, "is_reachable", lambda: True)
     return Bench(tmp_path)
 
 
@@ -438,12 +439,12 @@ def test_two_at_work_in_one_run(bench: Bench) -> None:
         bench.train("--output_dir", "output/tiny")
 
 
-PAIR = '{"prompt": "Hello", "chosen": "Hi!", "rejected": "No."}\n'
+PAIRS = "".join(f'{{"prompt": "{p}", "chosen": "Hi!", "rejected": "No."}}\n' for p in ("Hello", "Bye"))
 
 
 def own_run(bench: Bench, *argv: str) -> int:
     """train.py on data of the user's own, without a recipe if none is given."""
-    (bench.folder / "mine.jsonl").write_text(PAIR)
+    (bench.folder / "mine.jsonl").write_text(PAIRS)
     return train.main(list(argv), launcher=bench.launcher, scripts=bench.scripts)
 
 
@@ -502,6 +503,8 @@ def test_own_data_stay_when_the_run_goes_on(bench: Bench) -> None:
 REFUSED = [
     (["--step1_args", "--data_path mine.jsonl"], "step 1 has data of its own, step 2 and step 3 would"),
     (["--data_path", "plain.csv"], "plain.csv: step 2 learns from preference pairs, and none of 2 rows"),
+    (["--data_path", "same.csv"], "same.csv: step 2 learns from preference pairs, and none of 1 rows"),
+    (["--data_path", "one.csv"], "one.csv: step 2 needs preference pairs of two prompts.*--eval_data_path"),
     (["--data_path", "odd.csv"], r"odd.csv:2: no known format has the columns a, b"),
     (["--data_path", "none.csv"], "--data_path none.csv: no such file"),
     (["--data_path", "mine.jsonl", "--model_name_or_path", "./none"], "./none: no such folder"),
@@ -520,9 +523,39 @@ REFUSED = [
 def test_own_data_are_refused_before_anything_is_made(bench: Bench, argv: list[str], message: str) -> None:
     (bench.folder / "plain.csv").write_text("prompt,response\nHello,Hi\nBye,See you\n")
     (bench.folder / "odd.csv").write_text("a,b\n1,2\n")
+    (bench.folder / "one.csv").write_text("prompt,chosen,rejected\nHello,Hi,No\nHello,Hi,Yes\n")
+    (bench.folder / "same.csv").write_text("prompt,chosen,rejected\nHello,Hi,Hi\n")
     with pytest.raises(UserError, match=message):
         own_run(bench, *argv)
     assert not bench.output.exists()
+
+
+def test_a_model_of_a_hub_out_of_reach_is_said_before_anything_is_made(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "is_reachable", lambda: False)
+    with pytest.raises(UserError, match="no-one/no-model: no folder here, .*give the folder of a model, or embedded"):
+        own_run(bench, "--data_path", "mine.jsonl", "--model_name_or_path", "no-one/no-model")
+    assert not bench.output.exists()
+
+
+def test_own_data_given_to_each_step_are_asked_for_again(bench: Bench) -> None:
+    """Else the unfinished steps of the run would go on with the demo."""
+    each = [text for n in (1, 2, 3) for text in (f"--step{n}_args", "--data_path mine.jsonl")]
+    assert own_run(bench, *each[:-1], each[-1] + " --fail 3") == 3
+    with pytest.raises(UserError, match="step 1 has data of its own, step 3 would train on the demo"):
+        own_run(bench, "--resume", "auto")
+
+
+def test_own_data_do_not_go_on_from_the_demo(bench: Bench) -> None:
+    assert own_run(bench, "--step", "1") == 0
+    with pytest.raises(UserError, match="newest step 1, output/demo/step1, has trained on the demo: .*--actor_model"):
+        own_run(bench, "--data_path", "mine.jsonl", "--step", "2")
+    assert own_run(bench, "--data_path", "mine.jsonl", "--step", "1") == 0
+    assert own_run(bench, "--data_path", "mine.jsonl", "--step", "2") == 0
+    assert "--model_name_or_path output/start/step1 " in bench.arguments("step2", "start-2")
+    named = ("--actor_model_name_or_path", "output/demo/step1")
+    assert own_run(bench, "--data_path", "mine.jsonl", "--step", "2", *named) == 0, "by its name it may be had"
 
 
 def test_rows_without_pairs_train_step_1(bench: Bench) -> None:

@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from training.utils import hub
 from training.utils.errors import UserError
-from training.utils.inputs import check_flag
+from training.utils.inputs import MODELS, check_flag
+from training.utils.manifest import read_manifest
 from training.utils.run_flags import flags_in
 from training.utils.runs import is_finished, repository_root
 
@@ -42,6 +44,14 @@ def without_demo(section: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]
     return kept, dropped
 
 
+def trained_on_demo(step_dir: Path) -> bool:
+    """Whether a run's manifest says that a finished step has trained on the demo."""
+    steps = read_manifest(step_dir.parent / "manifest.json").get("steps", {})
+    if step_dir.name not in steps:
+        return False  # run by itself, or copied: not known
+    return not is_own(flags_in(steps[step_dir.name].get("arguments", [])).get("data_path", [DEMO]))
+
+
 def check_sources(argvs: Mapping[str, Sequence[str]]) -> None:
     """Refuse a run of which some steps have data of their own, while others would train on the demo by default.
 
@@ -63,7 +73,7 @@ def check_sources(argvs: Mapping[str, Sequence[str]]) -> None:
 
 
 def check_paths(argv: Sequence[str], made: Sequence[str]) -> None:
-    """Refuse a step's arguments that name a file or folder that is not there.
+    """Refuse a step's arguments that name a file or folder that is not there, or a model of a hub out of reach.
 
     Args:
         argv: its arguments.
@@ -73,11 +83,14 @@ def check_paths(argv: Sequence[str], made: Sequence[str]) -> None:
         UserError: names the flag.
     """
     for name, values in flags_in(argv).items():
-        check_flag(name, [v for v in values if v and v not in made and not is_finished(Path(v))])
+        there = [v for v in values if v and v not in made and not is_finished(Path(v))]
+        check_flag(name, there)
+        for value in there if name.endswith(MODELS) else ():
+            hub.check_model(value, f"--{name}")
 
 
 def check_pairs(argv: Sequence[str]) -> None:
-    """Refuse sources for step 2 that hold no preference pair; a hub's dataset is left to the step.
+    """Refuse sources for step 2 without pairs of two prompts, to train on and to judge by; the hub's are left to it.
 
     Args:
         argv: step 2's arguments.
@@ -95,6 +108,8 @@ def check_pairs(argv: Sequence[str]) -> None:
     if not is_own(paths):
         return
     column_map = parse_column_map(flags.get("column_map", []))
+    prompts: list[object] = []  # with a pair
+    enough = 1 if flags.get("eval_data_path") else 2
     count = 0
     for path in paths:
         source = local_source(path, step=2)
@@ -110,9 +125,18 @@ def check_pairs(argv: Sequence[str]) -> None:
                 continue
             except (RowError, Dropped):
                 continue
-            if any(example.chosen for example in examples):
+            for example in examples:
+                if example.chosen and example.chosen != example.rejected and example.prompt not in prompts:
+                    prompts.append(example.prompt)
+            if len(prompts) >= (1 if source.has_held_out else enough):
                 return
+    named = f"--data_path {' '.join(paths)}"
+    if prompts:
+        raise UserError(
+            f"{named}: step 2 needs preference pairs of two prompts, one to train on and one to judge by, and of "
+            f"{count} rows only one prompt has any; give more data, or --eval_data_path"
+        )
     raise UserError(
-        f"--data_path {' '.join(paths)}: step 2 learns from preference pairs, and none of {count} rows is one; "
+        f"{named}: step 2 learns from preference pairs, and none of {count} rows is one (two answers that differ); "
         "give rows with columns prompt, chosen and rejected, or train step 1 alone: --step 1"
     )
