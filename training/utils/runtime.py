@@ -177,8 +177,9 @@ def set_threads() -> None:
 def keep_freed_memory() -> None:
     """Let glibc keep up to 2 GiB of freed memory for the next tensors, on a machine without an accelerator.
 
-    Its default gives large blocks back at every free, and the kernel clears each page again at the next use: a tenth
-    of a training step. Settings in the environment (``MALLOC_...``, ``GLIBC_TUNABLES``) are left alone.
+    Its default gives large blocks back at every free, and the kernel clears each page again at the next use;
+    docs/experiments.md has what was seen. Settings in the environment (``MALLOC_...``, ``GLIBC_TUNABLES``) are left
+    alone.
     """
     chosen = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
     if chosen or has_accelerator() or platform.libc_ver()[0] != "glibc":
