@@ -29,7 +29,7 @@ def run(seed: int, folder: Path) -> None:
     """Run the demo with one seed in all three steps."""
     command = [sys.executable, str(ROOT / "train.py"), "--recipe", "demo", "--output_dir", str(folder)]
     for step in (1, 2, 3):
-        command.append(f"--step{step}_args=--seed {seed}")
+        command.append(f"--step{step}_args=--seed {seed} --eval_data_path demo")  # all held-out prompts, not half
     subprocess.run(command, check=True)
 
 
