@@ -6,12 +6,24 @@ from training.step3_rlhf_finetuning.prompts import deal, prompt_schedule
 
 
 def test_every_prompt_is_used_before_any_comes_again():
-    schedule = prompt_schedule(10, 4, epochs=2, iterations=0, seed=1)
+    schedule = prompt_schedule([5] * 10, 4, epochs=2, iterations=0, seed=1)
     stream = [p for iteration in schedule for p in iteration]
     assert len(schedule) == 5
     assert sorted(stream[:10]) == sorted(stream[10:20]) == list(range(10))
     assert stream[:10] != stream[10:20]
-    assert len(prompt_schedule(3, 8, epochs=1, iterations=2, seed=1)[1]) == 8
+    assert len(prompt_schedule([5] * 3, 8, epochs=1, iterations=2, seed=1)[1]) == 8
+
+
+def test_an_iteration_takes_prompts_of_like_length_and_another_order_in_every_pass():
+    lengths = [10 + (7 * i) % 60 for i in range(60)]
+    schedule = prompt_schedule(lengths, 6, epochs=2, iterations=0, seed=1)
+    for half in (schedule[:10], schedule[10:]):
+        assert sorted(p for iteration in half for p in iteration) == list(range(60))
+        padded = sum(6 * max(lengths[p] for p in iteration) for iteration in half)
+        assert padded < 1.15 * sum(lengths)  # in a random order 1.5
+        means = [sum(lengths[p] for p in iteration) for iteration in half]
+        assert means != sorted(means) and means != sorted(means, reverse=True)
+    assert {frozenset(i) for i in schedule[:10]} != {frozenset(i) for i in schedule[10:]}
 
 
 def test_dealing_gives_every_position_once_and_does_not_depend_on_ranks():

@@ -125,7 +125,7 @@ def main(argv: Sequence[str]) -> int:
     per_rank = rollout.per_device_generation_batch_size // rollout.samples_per_prompt * rollout.generation_batches
     lengths, per_step = rows.train["length"], settings.prompts_per_step(rollout, run.batches, world_size())
     schedule = prompts.prompt_schedule(
-        len(rows.train),
+        lengths,
         per_rank * world_size(),
         epochs=train.num_train_epochs,
         iterations=train.num_iterations,

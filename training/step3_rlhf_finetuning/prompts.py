@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 
 from training.step3_rlhf_finetuning.rewards import Messages
 from training.step3_rlhf_finetuning.rollout import RolloutRequest
-from training.utils.data import collate_prompts
+from training.utils.data import collate_prompts, epoch_batches
 
 
 @dataclass(frozen=True)
@@ -56,23 +57,33 @@ class PromptSet:
         )
 
 
-def prompt_schedule(count: int, per_iteration: int, *, epochs: int, iterations: int, seed: int) -> list[list[int]]:
-    """Prompt numbers of each iteration, always ``per_iteration`` of them.
+def prompt_schedule(
+    lengths: Sequence[int], per_iteration: int, *, epochs: int, iterations: int, seed: int
+) -> list[list[int]]:
+    """Prompt numbers of each iteration, always ``per_iteration`` of them, of like length: little is padded.
 
-    The prompts are shuffled anew for every pass; the last iteration is filled from one more pass.
+    The prompts are shuffled and grouped anew for every pass; the last iteration is filled from one more pass.
 
     Args:
-        count: prompts in the dataset.
+        lengths: tokens of each prompt of the dataset.
         per_iteration: over all ranks.
         epochs: passes over the prompts.
         iterations: if above 0, how many iterations there are, whatever ``epochs`` says.
         seed: of the shuffles.
     """
-    wanted = iterations or -(-count * epochs // per_iteration)
+    lengths = lengths[:]  # a column of `datasets` reads the disk for every single number, but all of them at once
+    wanted = iterations or -(-len(lengths) * epochs // per_iteration)
     rng = np.random.default_rng(seed)
     stream: list[int] = []
-    while len(stream) < wanted * per_iteration:
-        stream += rng.permutation(count).tolist()
+    for epoch in itertools.count():
+        if len(stream) >= wanted * per_iteration:
+            break
+        order = rng.permutation(len(lengths)).tolist()
+        missing = -len(stream) % per_iteration  # in the iteration that the pass before has begun
+        stream += order[:missing]
+        rest = order[missing:]
+        batches = epoch_batches([lengths[i] for i in rest], per_iteration, seed, epoch)
+        stream += [rest[i] for batch in batches for i in batch]
     return [stream[i * per_iteration : (i + 1) * per_iteration] for i in range(wanted)]
 
 
