@@ -18,9 +18,9 @@ SHAPE = Shape(layers=1, hidden=2, intermediate=3, queries=2, keys=1, vocabulary=
 BODY, HEAD = 30, 10
 
 
-def fine_tuning(step: int, *argv: str, ranks: int = 1) -> Work:
+def fine_tuning(step: int, *argv: str, ranks: int = 1, held_out: int = 5) -> Work:
     groups = arguments.parse((arguments.STEP1, arguments.STEP2)[step - 1], argv, prog="test", description="")
-    return estimate.fine_tuning_work(step, groups, SHAPE, Rows(20, 6, 4), Rows(5, 6, 2), ranks)
+    return estimate.fine_tuning_work(step, groups, SHAPE, Rows(20, 6, 4), Rows(held_out, 6, 2), ranks)
 
 
 def rlhf(*argv: str, ranks: int = 1) -> Work:
@@ -53,6 +53,8 @@ def test_step_2_has_two_answers_and_no_output_layer() -> None:
     # steps 1, 2, 3; evaluations: 0, 1, 2, and the saved model after 3
     assert fine_tuning(2, "--eval_interval", "1").training == 20 * 3 * row + 4 * 5 * held_out
     assert fine_tuning(2).training == 20 * 3 * row + 2 * 5 * held_out
+    few, many = (fine_tuning(2, held_out=n).training for n in (64, 100))
+    assert many - few == 36 * held_out, "before training 64 are enough"
 
 
 def test_step_3_without_a_critic() -> None:
@@ -115,9 +117,11 @@ def test_the_demo_is_the_embedded_model_from_start_to_end() -> None:
 
 
 def test_constants_of_programs_that_import_torch() -> None:
+    from training.step2_reward_model_finetuning import pairs
     from training.step3_rlhf_finetuning import held_out
 
     assert held_out.RUNNING_PROMPTS == estimate.RUNNING_PROMPTS
+    assert pairs.PAIRS_BEFORE == estimate.PAIRS_BEFORE
 
 
 def test_a_measurement() -> None:

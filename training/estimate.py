@@ -42,6 +42,7 @@ START_SECONDS = 18.0
 CHARACTERS_PER_TOKEN = 4.0
 TURN_TOKENS = 5  # that the template puts around a message
 SYSTEM_TOKENS = 22  # of the embedded model's own template
+PAIRS_BEFORE = 64  # that step 2 begins with: pairs.py, which imports torch
 RUNNING_PROMPTS = 32  # of step 3's evaluations during training: held_out.py, which imports torch
 KEPT_AGAIN = 0.5  # every second run keeps an actor that is not the last, and answers all prompts with it once more
 SHOWN_PROMPTS = 3  # that the base model answers where no function judges it
@@ -158,10 +159,12 @@ def fine_tuning_work(step: int, groups: Sequence[Any], shape: Shape, rows: Rows,
     steps = per_epoch * train.num_train_epochs
     due = set(range(train.eval_interval, steps, train.eval_interval)) if train.eval_interval else set()
     ends = set(range(per_epoch, steps + 1, per_epoch)) if step == 1 and per_epoch else {steps}
-    evaluations = 1 + len(due | ends)
+    held_out_rows = held_out.count * (1 + len(due | ends))
+    if step == 2:
+        held_out_rows -= max(held_out.count - PAIRS_BEFORE, 0)
     trained = passes(lora.only_optimize_lora, model.gradient_checkpointing)
     return Work(
-        trained * train.num_train_epochs * rows.count * one(rows) + evaluations * held_out.count * one(held_out),
+        trained * train.num_train_epochs * rows.count * one(rows) + held_out_rows * one(held_out),
         updated=0 if lora.only_optimize_lora else steps * (shape.body + shape.head),
     )
 

@@ -16,6 +16,7 @@ from training.utils.data import (
     epoch_batches,
     padding_share,
     rank_micro_batches,
+    spread_rows,
 )
 
 _RANDOM = random.Random(0)
@@ -134,3 +135,8 @@ def test_the_column_of_a_dataset_is_read_once():
 
     assert epoch_batches(Column(LENGTHS), 8, 1, 0) == epoch_batches(LENGTHS, 8, 1, 0)
     assert Column.reads == 1
+
+
+def test_rows_are_spread():
+    assert spread_rows(10, 4) == [0, 2, 5, 7]
+    assert spread_rows(3, 32) == [0, 1, 2]

@@ -18,7 +18,7 @@ from training.step3_rlhf_finetuning.evaluation import (
     sequence_kl,
     values_of,
 )
-from training.step3_rlhf_finetuning.held_out import MAX_KL, RUNNING_PROMPTS, HeldOutEvaluation, Kept, spread_rows
+from training.step3_rlhf_finetuning.held_out import MAX_KL, RUNNING_PROMPTS, HeldOutEvaluation, Kept
 from training.step3_rlhf_finetuning.prompts import PromptSet
 from training.step3_rlhf_finetuning.rollout import SamplingConfig, rollout_backend
 from training.utils.logprobs import response_log_probs
@@ -35,13 +35,22 @@ def test_models_from_disk_answer_in_the_runs_precision(tmp_path, monkeypatch, dt
     loaded = []
     monkeypatch.setattr(samples.models, "check_vocabulary", lambda *_: None)
     monkeypatch.setattr(samples.models, "load_causal_lm", lambda _, dtype: loaded.append(dtype) or torch.nn.Identity())
-    monkeypatch.setattr(samples, "answer_held_out", lambda *_, **__: ["answers"])
+    rewarded = {}
+
+    def answer(prompts, rows, generation, rewards, *_):
+        rewarded.update(dict.fromkeys(rows, rewards))
+        return [Answer(row, "", 0.0, True, 1) for row in rows]
+
+    monkeypatch.setattr(samples, "answer_held_out", answer)
+    monkeypatch.setattr(samples, "sample_rows", lambda _: [2, 0])
     engine = SimpleNamespace(
         device=torch.device("cpu"), bfloat16_enabled=lambda: dtype == "bf16", fp16_enabled=lambda: dtype == "fp16"
     )
-    roles = SimpleNamespace(actor=SimpleNamespace(engine=engine, another_fits=lambda: True), rewards=None)
+    roles = SimpleNamespace(actor=SimpleNamespace(engine=engine, another_fits=lambda: True), rewards="mix")
     asked = SimpleNamespace(tokenizer=None)
-    assert samples.base_answers(asked, [0], None, None, None, str(tmp_path), roles) == ["answers"]
+    answers = samples.base_answers(asked, [0, 1, 2, 3], None, None, None, str(tmp_path), roles)
+    assert [answer.row for answer in answers] == [0, 1, 2, 3]
+    assert rewarded == {0: "mix", 1: None, 2: "mix", 3: None}, "rewards of the answers that are shown alone"
     with HeldOutEvaluation._saved_actor(SimpleNamespace(roles=roles, actor_dir=tmp_path)):
         assert loaded == [dtype, dtype]
 
@@ -282,11 +291,6 @@ def test_kept_order():
         assert low.better_than(None)
         for high in ranks[i + 1 :]:
             assert high.better_than(low) and not low.better_than(high)
-
-
-def test_running_rows_are_spread():
-    assert spread_rows(10, 4) == [0, 2, 5, 7]
-    assert spread_rows(3, 32) == [0, 1, 2]
 
 
 def test_kl_is_the_log_ratio_of_the_sampled_tokens(tiny_model):

@@ -36,12 +36,11 @@ prepare_runtime()
 import torch  # noqa: E402  threads and PATH must be set before
 
 from training.step2_reward_model_finetuning import main as step2  # noqa: E402
-from training.step2_reward_model_finetuning.pairs import score_pairs  # noqa: E402
+from training.step2_reward_model_finetuning.pairs import held_out_rewards  # noqa: E402
 from training.utils import engine as engines, evaluating, models, precision  # noqa: E402
-from training.utils.data import collate_pairs, prepare_data  # noqa: E402
+from training.utils.data import prepare_data  # noqa: E402
 from training.utils.distributed import init_distributed, say  # noqa: E402
 from training.utils.errors import run_program  # noqa: E402
-from training.utils.metrics import progress_bar  # noqa: E402
 from training.utils.reward_model import RewardStats  # noqa: E402
 
 WORST = 5
@@ -127,22 +126,13 @@ def judge(pairs: Sequence[Pair]) -> dict[str, Any]:
     }
 
 
-@torch.no_grad()
 def judged_pairs(scorer: Any, rows: Any, batch_size: int, pad_id: int, device: torch.device) -> list[Pair]:
-    """Score every held-out pair, those of like length together; in the order of the dataset."""
-    order = sorted(range(len(rows)), key=lambda i: rows[i]["length"])
-    pairs: list[Pair] = []
-    bar = progress_bar(len(rows), "scoring pairs")
-    for start in range(0, len(order), batch_size):
-        indices = order[start : start + batch_size]
-        batch = [rows[i] for i in indices]
-        tensors = {name: tensor.to(device) for name, tensor in collate_pairs(batch, pad_id).items()}
-        chosen, rejected = (side.tolist() for side in score_pairs(scorer, tensors))
-        for i, row, good, bad in zip(indices, batch, chosen, rejected, strict=True):
-            pairs.append(Pair(i, row["source"], good, bad, sum(row["chosen_mask"]), sum(row["rejected_mask"])))
-        bar.update(len(batch))
-    bar.close()
-    return sorted(pairs, key=lambda pair: pair.row)
+    """Score every held-out pair; in the order of the dataset."""
+    rewards = held_out_rewards(scorer, rows, batch_size, pad_id, device)
+    return [
+        Pair(i, row["source"], good, bad, sum(row["chosen_mask"]), sum(row["rejected_mask"]))
+        for i, (row, (good, bad)) in enumerate(zip(rows, rewards, strict=True))
+    ]
 
 
 def main(argv: Sequence[str]) -> int:

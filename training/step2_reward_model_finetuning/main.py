@@ -41,7 +41,12 @@ prepare_runtime()
 
 import torch  # noqa: E402  threads and PATH must be set before
 
-from training.step2_reward_model_finetuning.pairs import held_out_rewards, micro_batches, score_pairs  # noqa: E402
+from training.step2_reward_model_finetuning.pairs import (  # noqa: E402
+    PAIRS_BEFORE,
+    held_out_rewards,
+    micro_batches,
+    score_pairs,
+)
 from training.step2_reward_model_finetuning.preference import (  # noqa: E402
     CENTER_COEFFICIENT,
     bradley_terry_loss,
@@ -52,7 +57,7 @@ from training.step2_reward_model_finetuning.preference import (  # noqa: E402
 )
 from training.utils import engine as engines, models, precision, supervision  # noqa: E402
 from training.utils.checkpoint import save_model  # noqa: E402
-from training.utils.data import batches_after, prepare_data, stop_token_ids  # noqa: E402
+from training.utils.data import batches_after, prepare_data, spread_rows, stop_token_ids  # noqa: E402
 from training.utils.distributed import init_distributed, rank, reduce_sums, say, world_size  # noqa: E402
 from training.utils.lora import check_lora, inject_lora  # noqa: E402
 from training.utils.metrics import MetricsLogger, progress_bar, write_summary  # noqa: E402
@@ -140,11 +145,9 @@ def main(argv: Sequence[str]) -> int:
         output_dir, output.report_to, output_dir.parent.name + "/step2", done=run.step, seconds=run.seconds
     )
 
-    def evaluate(step_number: int) -> dict[str, float]:
-        """The held-out pairs' metrics, logged."""
-        metrics = pair_metrics(
-            held_out_rewards(engine, rows.held_out, train.per_device_eval_batch_size, pad_id, device)
-        )
+    def evaluate(step_number: int, held_out: Any) -> dict[str, float]:
+        """Some or all held-out pairs' metrics, logged."""
+        metrics = pair_metrics(held_out_rewards(engine, held_out, train.per_device_eval_batch_size, pad_id, device))
         engine.train()
         phases.end("evaluate")
         logger.log(step_number, {f"eval/{name}": value for name, value in metrics.items()})
@@ -152,7 +155,7 @@ def main(argv: Sequence[str]) -> int:
         return metrics
 
     if not run.step:
-        progress["before"] = evaluate(0)
+        progress["before"] = evaluate(0, rows.held_out.select(spread_rows(len(rows.held_out), PAIRS_BEFORE)))
     engine.train()
     run.ready(progress)
     bar = progress_bar(total_steps, "step 2", run.step)
@@ -188,7 +191,7 @@ def main(argv: Sequence[str]) -> int:
         bar.update()
         bar.set_postfix(loss=f"{mean['loss']:.3f}", accuracy=f"{mean['correct']:.2f}")
         if train.eval_interval and step_number % train.eval_interval == 0 and step_number < total_steps:
-            evaluate(step_number)
+            evaluate(step_number, rows.held_out)
         run.guard.count(["gradients that are not finite"] if result.failed else [])
         run.after_step(step_number, progress)
         run.stop_if(run.guard.reason, "lower --learning_rate; with --dtype fp16 try bf16")

@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 
-from training.utils.data import collate_pairs, epoch_batches, rank_micro_batches
+from training.utils.data import SIDES, collate_pairs, collate_sft, epoch_batches, rank_micro_batches, side_of_pair
 from training.utils.distributed import gather_objects, rank, world_size
 from training.utils.metrics import watched
 from training.utils.reward_model import last_token_scores
+
+# Held-out pairs that a model is judged by before it is trained: most have a fresh head, whose accuracy is a coin's
+PAIRS_BEFORE = 64
 
 
 def micro_batches(
@@ -33,14 +36,21 @@ def score_pairs(scorer: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tens
 def held_out_rewards(
     scorer: Any, dataset: Any, batch_size: int, pad_id: int, device: torch.device
 ) -> list[tuple[float, float]]:
-    """(chosen, rejected) rewards of every held-out pair in the dataset's order, on all ranks."""
+    """(chosen, rejected) rewards of every held-out pair in the dataset's order, on all ranks.
+
+    The two sides of a pair need not meet here: answers of like length go together, so that little is padded.
+    """
     scorer.eval()
-    pairs: list[tuple[int, float, float]] = []
-    for indices in watched(epoch_batches(dataset["length"], batch_size * world_size(), 0, 0), "held out"):
-        shares = rank_micro_batches(indices, rank(), world_size(), batch_size)
-        batches = micro_batches(dataset, indices, batch_size, pad_id, device)
-        for rows, (batch, weight) in zip(shares, batches, strict=True):
-            chosen, rejected = score_pairs(scorer, batch)
-            if weight:
-                pairs += zip(rows, chosen.tolist(), rejected.tolist(), strict=True)
-    return [(chosen, rejected) for _, chosen, rejected in sorted(gather_objects(pairs))]
+    count = len(dataset)
+    lengths = [len(ids) for name in SIDES for ids in dataset[f"{name}_ids"][:]]  # all chosen, then all rejected
+    rewards: list[tuple[int, float]] = []
+    batches = epoch_batches(lengths, 2 * batch_size * world_size(), 0, 0)
+    for indices in watched(batches, "held out"):
+        for answers in rank_micro_batches(indices, rank(), world_size(), 2 * batch_size):
+            sides = [(dataset[i % count], SIDES[i // count]) for i in answers or indices[:1]]
+            batch = collate_sft([side_of_pair(row, name) for row, name in sides], pad_id)
+            ids, mask, response = (batch[k].to(device) for k in ("input_ids", "attention_mask", "response_mask"))
+            scores = last_token_scores(scorer(ids, mask), response)
+            rewards += zip(answers, scores.tolist(), strict=False)  # a filler's score belongs to no answer
+    by_answer = dict(gather_objects(rewards))
+    return [(by_answer[i], by_answer[i + count]) for i in range(count)]

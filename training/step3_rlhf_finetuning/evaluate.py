@@ -69,7 +69,6 @@ from training.step3_rlhf_finetuning.evaluation import (  # noqa: E402
     checks,
     load_eval_functions,
 )
-from training.step3_rlhf_finetuning.held_out import spread_rows  # noqa: E402
 from training.step3_rlhf_finetuning.prompts import PromptSet  # noqa: E402
 from training.step3_rlhf_finetuning.reward_sources import RewardMix  # noqa: E402
 from training.step3_rlhf_finetuning.rewards import (  # noqa: E402
@@ -83,7 +82,7 @@ from training.step3_rlhf_finetuning.rewards import (  # noqa: E402
 from training.step3_rlhf_finetuning.rlhf_engine import build_rewards  # noqa: E402
 from training.step3_rlhf_finetuning.rollout import SamplingConfig, rollout_backend  # noqa: E402
 from training.utils import evaluating, models, precision  # noqa: E402
-from training.utils.data import prepare_data, stop_token_ids  # noqa: E402
+from training.utils.data import prepare_data, spread_rows, stop_token_ids  # noqa: E402
 from training.utils.distributed import init_distributed, say  # noqa: E402
 from training.utils.errors import UserError, run_program  # noqa: E402
 from training.utils.metrics import progress_bar  # noqa: E402

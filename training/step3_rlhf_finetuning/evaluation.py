@@ -84,7 +84,7 @@ class Answer:
     Attributes:
         row: in the dataset.
         text: without special tokens.
-        reward: the weighted sum of its normalised rewards, without clip and penalties.
+        reward: the weighted sum of its normalised rewards, without clip and penalties; NaN if it was not scored.
         ended: whether it has its end token.
         length: in tokens.
         kl: log-prob under the policy minus that under the SFT model, summed over the tokens; None if not measured.
@@ -102,7 +102,7 @@ def answers_of(
     prompts: PromptSet,
     rows: Sequence[int],
     rollout: RolloutBatch,
-    rewards: RewardMix,
+    rewards: RewardMix | None,
     batch_size: int,
     kl: torch.Tensor | None = None,
 ) -> list[Answer]:
@@ -110,17 +110,19 @@ def answers_of(
 
     Args:
         prompts, rows, rollout: the rollout is of these rows.
-        rewards: what answers are worth.
+        rewards: what answers are worth, None not to ask.
         batch_size: rows in one forward of the reward model.
         kl: ``[B]``, from `sequence_kl`.
     """
-    total, _ = rewards.score(rollout, rows, prompts, batch_size)
+    worth = [math.nan] * len(rows)
+    if rewards is not None:
+        worth = rewards.score(rollout, rows, prompts, batch_size)[0].tolist()
     return [
         Answer(*values)
         for values in zip(
             rows,
             response_texts(rollout, prompts.tokenizer),
-            total.tolist(),
+            worth,
             has_ended(rollout, prompts.stop_ids).tolist(),
             rollout.response_mask.sum(1).tolist(),
             [None] * len(rows) if kl is None else kl.tolist(),
@@ -142,7 +144,7 @@ def answer_held_out(
     prompts: PromptSet,
     rows: Sequence[int],
     generation: AbstractContextManager[Any],
-    rewards: RewardMix,
+    rewards: RewardMix | None,
     backend: RolloutBackend,
     sampling: SamplingConfig,
     sizes: BatchSizes,
@@ -155,7 +157,7 @@ def answer_held_out(
         prompts: the prompts.
         rows: which of them; at least one.
         generation: gives the policy, such as ``HybridEngine.generation_mode()``.
-        rewards: what answers are worth.
+        rewards: what answers are worth, None not to ask.
         backend, sampling: how to decode.
         sizes: how many rows at a time.
         device: this rank's.

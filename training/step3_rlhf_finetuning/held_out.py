@@ -36,6 +36,7 @@ from training.step3_rlhf_finetuning.rewards import win_rate
 from training.step3_rlhf_finetuning.rlhf_engine import Roles
 from training.step3_rlhf_finetuning.rollout import RolloutBackend, SamplingConfig
 from training.utils import models
+from training.utils.data import spread_rows
 from training.utils.distributed import say
 from training.utils.engine import dtype_name
 from training.utils.evaluating import mean
@@ -72,12 +73,6 @@ class Kept:
         """Larger is better; a number that is not finite loses to every finite one."""
         value = self.reward if self.within_bound else -self.kl
         return self.within_bound and math.isfinite(value), value if math.isfinite(value) else -math.inf
-
-
-def spread_rows(total: int, count: int) -> list[int]:
-    """At most ``count`` of ``total`` rows, evenly spread from the first on."""
-    count = min(count, total)
-    return [i * total // count for i in range(count)]
 
 
 class HeldOutEvaluation:

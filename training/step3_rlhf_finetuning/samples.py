@@ -48,6 +48,8 @@ def base_answers(
 ) -> list[Answer]:
     """Answers of the model that step 1 started from, under the settings and the noise of the others; a collective.
 
+    Those of `sample_rows`, which people see, are rewarded: evaluation functions judge the others, no reward does.
+
     Returns:
         One for each row, in order; none if the model can not be loaded or there is no room for it, which is said.
     """
@@ -59,9 +61,16 @@ def base_answers(
     if model is None:
         return []
     say(f"answering {len(rows)} held-out prompts with the base model ...")
+    seen = set(sample_rows(prompts))
+    answers: list[Answer] = []
     with torch.no_grad():
-        generation = contextlib.nullcontext(model)
-        return answer_held_out(prompts, rows, generation, roles.rewards, backend, sampling, sizes, engine.device)
+        for shown, rewards in ((True, roles.rewards), (False, None)):
+            if chosen := [row for row in rows if (row in seen) == shown]:
+                generation = contextlib.nullcontext(model)
+                answers += answer_held_out(
+                    prompts, chosen, generation, rewards, backend, sampling, sizes, engine.device
+                )
+    return sorted(answers, key=lambda answer: answer.row)
 
 
 def _load_base(base: str, prompts: PromptSet, engine: Any) -> Any | None:
@@ -154,7 +163,8 @@ def write_samples(
     records = []
     for row in rows:
         given = {
-            model: asdict(known[row]) | {"checks": {name: by[model][row] for name, by in values.items()}}
+            model: asdict(known[row])
+            | {"reward": _finite(known[row].reward), "checks": {name: by[model][row] for name, by in values.items()}}
             for model, known in answers.items()
             if row in known
         }
@@ -178,11 +188,15 @@ def write_all_answers(
             "prompt": prompts.messages(row),
             **{model: given[model].text if model in given else None for model in answers},
             "scores": {name: {model: by[model][row] for model in given} for name, by in values.items()},
-            "reward": {model: a.reward if math.isfinite(a.reward) else None for model, a in given.items()},
+            "reward": {model: _finite(a.reward) for model, a in given.items()},
             "ended": {model: a.ended for model, a in given.items()},
         }
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     _write(folder / ANSWERS_FILE, "".join(lines))
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _write(path: Path, text: str) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from training.utils.data.batches import (
+        SIDES,
         batches_after,
         collate_pairs,
         collate_prompts,
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
         epoch_batches,
         padding_share,
         rank_micro_batches,
+        side_of_pair,
+        spread_rows,
     )
     from training.utils.data.chat import (
         Rendered,
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from training.utils.data.report import DataReport
 
 __all__ = [
+    "SIDES",
     "DataReport",
     "Rendered",
     "RowError",
@@ -46,6 +50,8 @@ __all__ = [
     "prepare_pretraining",
     "rank_micro_batches",
     "render",
+    "side_of_pair",
+    "spread_rows",
     "stop_token_ids",
     "template_names",
 ]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 _WINDOW = 50  # batches that are sorted by length together: little padding, and still another mix every epoch
+SIDES = ("chosen", "rejected")
 _STRETCH = 0.02  # of a length before sorting: costs about one point of padding
 
 
@@ -89,6 +90,12 @@ def padding_share(lengths: Sequence[int], batches: Sequence[Sequence[int]], micr
     return 1 - real / padded if padded else 0.0
 
 
+def spread_rows(total: int, count: int) -> list[int]:
+    """At most ``count`` of ``total`` rows, evenly spread from the first on."""
+    count = min(count, total)
+    return [i * total // count for i in range(count)]
+
+
 def _pad(sequences: Sequence[Sequence[int]], value: int, left: bool = False) -> torch.Tensor:
     width = max(map(len, sequences))
     out = torch.full((len(sequences), width), value, dtype=torch.long)
@@ -117,14 +124,12 @@ def collate_sft(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, tor
 
 def collate_pairs(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
     """Step 2's rows as `collate_sft` gives them, [2B, T]: all chosen first, then all rejected."""
-    return collate_sft(
-        [
-            {"input_ids": row[f"{name}_ids"], "response_mask": row[f"{name}_mask"]}
-            for name in ("chosen", "rejected")
-            for row in rows
-        ],
-        pad_id,
-    )
+    return collate_sft([side_of_pair(row, name) for name in SIDES for row in rows], pad_id)
+
+
+def side_of_pair(row: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """One answer of a row of step 2, one of `SIDES`, as a row for `collate_sft`."""
+    return {"input_ids": row[f"{name}_ids"], "response_mask": row[f"{name}_mask"]}
 
 
 def collate_prompts(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
