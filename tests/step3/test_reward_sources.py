@@ -3,11 +3,19 @@
 import json
 import shutil
 import statistics
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertTokenizerFast
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertTokenizerFast,
+    DebertaV2Config,
+    RobertaConfig,
+)
 
 from tests.step3.hybrid_checks import save_tiny_reward_model
 from tests.tiny import save_tiny_model, tiny_tokenizer
@@ -45,6 +53,20 @@ def other_reward(tmp_path_factory):
     )
     tokenizer.save_pretrained(base)
     return save_tiny_reward_model(str(base), base.parent / "other-reward")
+
+
+def save_encoder_reward(family: str, folder: Path) -> Path:
+    """A tiny reward model of an encoder family, pad id 1 as RoBERTa has it."""
+    words = ["[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]", "tell", "me", "a", "story", "good", "bad", "why", "hi", "."]
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(words))
+    sizes = {"vocab_size": len(words), "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 16, "max_position_embeddings": 64, "num_labels": 1, "pad_token_id": 1}
+    config = {"bert": BertConfig, "roberta": RobertaConfig, "deberta": DebertaV2Config}[family]
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_config(config(**sizes, initializer_range=0.5)).save_pretrained(folder)
+    BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +236,25 @@ def test_a_causal_model_without_a_template_scores_the_last_token_of_a_pair(tiny_
         with torch.no_grad():
             hidden = classifier.model(ids).last_hidden_state[0, -1]
         assert value == pytest.approx((classifier.score.weight[0] @ hidden).item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("template", [True, False], ids=["a template", "pairs"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "deberta"])
+def test_a_text_is_worth_the_same_alone_and_beside_a_longer_one(family, template, side, tmp_path):
+    """Absolute positions, positions from the pad token, relative positions; whatever side the tokenizer pads."""
+    folder = save_encoder_reward(family, tmp_path / family)
+    model = load_text_reward_model(str(folder), dtype="fp32", device=CPU)
+    model.tokenizer.padding_side = side
+    if template:
+        model.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + ' . ' }}{% endfor %}"
+    asked = [
+        [*messages, {"role": "assistant", "content": "good . " * (3 * i + 1)}] for i, messages in enumerate(MESSAGES)
+    ]
+    together = model.rewards(asked, 3)
+    alone = torch.cat([model.rewards([conversation], 1) for conversation in asked])
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)
+    assert together.std() > 1e-3, "blind: all texts are worth the same"
 
 
 def test_another_family_without_a_pad_token_is_not_padded(bert_reward):

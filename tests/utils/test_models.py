@@ -6,12 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
-from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM
+from tokenizers import AddedToken, Tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    FalconConfig,
+    FalconForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
+from tests.data import families
 from tests.step3.test_rollout import COMMON, FAMILIES, SHAPE, VOCABULARY, build
 from training.utils import models
 from training.utils.errors import UserError
+from training.utils.models import load_tokenizer
 
 # Every name that these families give to a kind of dropout
 DROPOUT = {
@@ -92,3 +102,60 @@ def test_weights_that_no_file_holds_are_refused(tmp_path):
     assert torch.equal(again.score.weight, classifier.score.weight)
     with pytest.raises(UserError, match=r"no weights for lm_head\.weight"):
         models.load_causal_lm(str(tmp_path / "reward"), dtype="fp32")
+
+
+def neox_like():
+    """GPT-NeoX's kind: ids of runs of blanks come last, and an added token for padding that is not named as such."""
+    tokenizer = families.byte_bpe()
+    tokenizer.add_special_tokens([AddedToken("<|padding|>", special=True)])
+    tokenizer.add_tokens([AddedToken(" " * n, normalized=True) for n in range(24, 1, -1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+
+
+def gpt2_alone():
+    """No special token but the end token; the highest id is a word of the text."""
+    tokenizer = Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(families.CORPUS, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", bos_token="<|endoftext|>")
+
+
+TEXTS = ("a  b      c", "def f():\n        return 1", "The quick brown fox", " ".join(families.CORPUS))
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (neox_like, "<|padding|>"),
+        (gpt2_alone, "<|endoftext|>"),
+        (lambda: families.llama_like("first"), "<unk>"),
+        (families.smol_like, "<|endoftext|>"),
+        (families.word_piece, "[PAD]"),
+        (families.unigram, None),
+    ],
+)
+def test_the_pad_token_is_never_part_of_a_text(make, expected, tmp_path):
+    """Else texts would lose it: in decoded answers, rewards of functions, the chat; and rows with it be refused."""
+    make().save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert expected is None or tokenizer.pad_token == expected
+    assert tokenizer.pad_token in {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+    tokenizer.save_pretrained(tmp_path / "saved")
+    fallback = tokenizer.unk_token is None or tokenizer.unk_token_id not in tokenizer(" ".join(TEXTS))["input_ids"]
+    for loaded in (
+        tokenizer,
+        load_tokenizer(str(tmp_path / "saved")),
+        AutoTokenizer.from_pretrained(tmp_path / "saved"),
+    ):
+        for text in TEXTS:
+            ids = loaded(text, add_special_tokens=False)["input_ids"]
+            assert loaded.pad_token_id not in ids
+            plain, skipped = (loaded.decode(ids, skip_special_tokens=skip) for skip in (False, True))
+            assert plain == skipped or not fallback, "a text lost something"

@@ -139,6 +139,10 @@ def write_model_card(
         f"`{program} --help` lists them.",
         "## Results\n\n" + _table(results),
         f"## How to load it\n\nPlain transformers is enough:\n\n```python\n{code}```",
+        "The tokenizer has no token to pad with that is not an end token, so `config.json` names none: plain "
+        "transformers scores one text at a time, and refuses batches."
+        if about.classifier and tokenizer.pad_token_id == tokenizer.eos_token_id
+        else "",
         "`reward_stats.json` holds the mean and standard deviation of the scores of preferred answers; "
         "`(score - mean) / std` is what step 3 trains on."
         if kind == "reward"

