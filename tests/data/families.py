@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from training.utils.data import configure_chat_template
@@ -72,6 +72,16 @@ def gpt2_like() -> Any:
 def merging() -> Any:
     """Byte BPE without a pre-tokenizer's split: tokens cross the boundary of the response where they can."""
     return _fast(byte_bpe(split=False, merges=600), eos_token="<|endoftext|>")
+
+
+def with_bos() -> Any:
+    """A base model whose tokenizer puts a token before every text."""
+    tokenizer = byte_bpe()
+    start = CHATML_TOKENS[1]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{start} $A", special_tokens=[(start, tokenizer.token_to_id(start))]
+    )
+    return _fast(tokenizer, bos_token=start, eos_token="<|endoftext|>")
 
 
 def llama_like(scheme: str) -> Any:

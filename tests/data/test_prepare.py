@@ -113,18 +113,62 @@ def turns(count: int, answer: str = "Yes.") -> list[dict]:
     return messages
 
 
-def test_truncation_drops_whole_oldest_turns_then_the_left_side(tok, tmp_path):
+def test_truncation_drops_whole_oldest_turns_then_user_text(tok, tmp_path):
     whole = len(render(tok, turns(4)).input_ids)
     path = write(tmp_path / "a.jsonl", [{"messages": turns(4)}])
     other = [write(tmp_path / "b.jsonl", sft(1))]
     data = prepare(1, tok, path, max_length=whole - 1, eval_data_path=other)
     assert data.train[0]["input_ids"] == render(tok, [turns(4)[0], *turns(4)[3:]]).input_ids
-    assert (data.report.turns_dropped, data.report.left_cut, data.report.truncated) == (1, 0, 1)
+    assert (data.report.turns_dropped, data.report.texts_cut, data.report.truncated) == (1, 0, 1)
     one = render(tok, [turns(4)[0], *turns(4)[-2:]])
-    data = prepare(1, tok, path, max_length=len(one.input_ids) - 3, eval_data_path=other)
-    assert data.train[0]["input_ids"] == one.input_ids[3:]
-    assert data.train[0]["response_mask"] == one.response_mask[3:]
-    assert data.report.turns_dropped == 1 and data.report.left_cut == 2, "the held-out row is cut too"
+    data = prepare(1, tok, path, max_length=len(one.input_ids) - 1, eval_data_path=other)
+    row = data.train[0]
+    assert len(row["input_ids"]) < len(one.input_ids)
+    text = tok.decode(row["input_ids"])
+    assert text.startswith("<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n")
+    assert [i for i, m in zip(row["input_ids"], row["response_mask"], strict=True) if m] == [
+        i for i, m in zip(one.input_ids, one.response_mask, strict=True) if m
+    ]
+    assert data.report.turns_dropped == 1 and data.report.texts_cut >= 1
+
+
+@pytest.mark.parametrize("family", ["smol_like", "llama", "gpt2_like", "unigram"])
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_what_stands_first_survives_truncation(family, step, tmp_path):
+    """BOS, the system turn and the headers of the roles; of a text longer than the row its end is kept."""
+    tok = families.llama_like("first") if family == "llama" else getattr(families, family)()
+    system, end = {"role": "system", "content": "Be kind."}, "the quick brown fox"
+    ask = {"role": "user", "content": "lazy dog " * 200 + end}
+    good, bad = ({"role": "assistant", "content": text} for text in ("Yes, I am well.", "No."))
+    row = {
+        1: {"messages": [system, ask, good]},
+        2: {"prompt": [system, ask], "chosen": [good], "rejected": [bad]},
+        3: {"prompt": [system, ask]},
+    }[step]
+    other = {
+        1: {"prompt": "Q", "response": "A"},
+        2: {"prompt": "Q", "chosen": "A", "rejected": "B"},
+        3: {"prompt": "Q"},
+    }
+    eval_path = [write(tmp_path / "b.jsonl", [other[step]])]
+    data = prepare(step, tok, write(tmp_path / "a.jsonl", [row]), max_length=120, eval_data_path=eval_path)
+    short = {**ask, "content": end}
+    whole = render(tok, [system, short, good]) if step < 3 else render(tok, [system, short], add_generation_prompt=True)
+    ids = next(data.train[0][name] for name in ("input_ids", "chosen_ids", "prompt_ids") if name in data.train[0])
+    head = whole.text[: whole.text.index(end)]
+    assert len(ids) <= 120 and ids[0] == whole.input_ids[0]
+    squeezed = "".join(tok.decode(ids).split())
+    assert squeezed.startswith("".join(head.split())[:20]) and "".join(whole.text[len(head) :].split()) in squeezed
+    assert "lazydog" in squeezed, "no more is cut than must be"
+    assert data.report.texts_cut == 1
+
+
+def test_plain_text_begins_as_the_tokenizer_begins_a_text(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"text": "lazy dog " * 100}])
+    for tok, start in ((families.with_bos(), True), (families.gpt2_like(), False)):
+        rows = prepare(1, tok, path, max_length=64, hold_out=False).train
+        assert len(rows) > 2 and all(row["length"] <= 64 for row in rows)
+        assert all((row["input_ids"][0] == tok.bos_token_id) == start for row in rows)
 
 
 def test_truncation_of_pairs_keeps_one_prompt_for_both(tok, tmp_path):
@@ -133,13 +177,13 @@ def test_truncation_of_pairs_keeps_one_prompt_for_both(tok, tmp_path):
         2,
         tok,
         write(tmp_path / "a.jsonl", rows),
-        max_length=40,
+        max_length=110,
         eval_data_path=[write(tmp_path / "b.jsonl", pairs(1))],
     )
     row = data.train[0]
     lengths = [row["chosen_mask"].index(1), row["rejected_mask"].index(1)]
     assert lengths[0] == lengths[1] and row["chosen_ids"][: lengths[0]] == row["rejected_ids"][: lengths[0]]
-    assert row["length"] == len(row["rejected_ids"]) == 40
+    assert 100 < row["length"] == len(row["rejected_ids"]) <= 110
     assert row["chosen_ids"][-1] == row["rejected_ids"][-1] == tok.eos_token_id
 
 
@@ -161,11 +205,11 @@ def test_an_answer_of_several_turns_is_shortened_by_whole_turns(tok, tmp_path):
             "source": str(tmp_path / "a.jsonl"),
         }
     ]
-    assert (data.report.turns_dropped, data.report.left_cut) == (1, 0)
+    assert (data.report.turns_dropped, data.report.texts_cut) == (1, 0)
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])
-@pytest.mark.parametrize("length", [16, 512])
+@pytest.mark.parametrize("length", [80, 512])
 def test_whole_conversations_beside_an_empty_prompt(tok, tmp_path, step, length):
     ask, good, bad = [{"role": "user", "content": "Q"}], "A " * 30, "B"
     rows = [
@@ -174,7 +218,7 @@ def test_whole_conversations_beside_an_empty_prompt(tok, tmp_path, step, length)
     ]
     data = prepare(step, tok, write(tmp_path / "a.jsonl", rows), max_length=length)
     assert prompts_of(data.train) == {"Q"}
-    fits = length > 16 or step == 3
+    fits = length > 80 or step == 3
     assert fits or data.report.dropped["no room: the response alone is too long"].count == 1
 
 
@@ -195,20 +239,20 @@ def test_step_1_learns_from_a_conversation_that_nobody_answered(tok, tmp_path):
 @pytest.mark.parametrize("step", [1, 2])
 def test_rows_without_room_are_dropped_and_counted(tok, tmp_path, step):
     rows = pairs(5) + [{"prompt": "Hi", "chosen": "word " * 50, "rejected": "No."}]
-    data = prepare(step, tok, write(tmp_path / "a.jsonl", rows), max_length=60)
+    data = prepare(step, tok, write(tmp_path / "a.jsonl", rows), max_length=120)
     drop = data.report.dropped["no room: the response alone is too long"]
     assert (drop.count, drop.places) == (1, [f"{tmp_path / 'a.jsonl'}:6"])
     assert len(data.train) + len(data.held_out) == 5
 
 
 def test_prompts_longer_than_the_limit_keep_their_end(tok, tmp_path):
-    short = len(render(tok, [{"role": "user", "content": "Hi"}], add_generation_prompt=True).input_ids)
+    short = len(render(tok, [{"role": "user", "content": "the end"}], add_generation_prompt=True).input_ids)
     rows = [{"prompt": "word " * 80 + "the end"}, {"prompt": "Hi"}]
     data = prepare(3, tok, write(tmp_path / "a.jsonl", rows), max_prompt_length=short)
     ids = next(row["prompt_ids"] for d in (data.train, data.held_out) for row in d if "the end" in row["row"])
     assert len(ids) == short
     assert tok.decode(ids).endswith("the end<|im_end|>\n<|im_start|>assistant\n")
-    assert data.report.left_cut == 1
+    assert data.report.texts_cut == 1
 
 
 def test_shared_prompts_of_an_eval_file_are_counted(tok, tmp_path):
@@ -328,7 +372,7 @@ def test_unwritable_cache(tok, tmp_path):
 
 def prepare_on_rank(path: str, cache: str) -> tuple[bool, list[list[int]]]:
     """Runs on both ranks at the same time."""
-    data = prepare(1, families.smol_like(), path, max_length=64, data_output_path=cache)
+    data = prepare(1, families.smol_like(), path, max_length=128, data_output_path=cache)
     return data.report.from_cache, data.train["input_ids"][:]
 
 
@@ -488,7 +532,7 @@ def test_one_row_leaves_nothing_to_judge_by(tok, tmp_path):
     """A program that trains and one that evaluates both say so, in place of a perplexity of 1 over no row."""
     file = tmp_path / "one.jsonl"
     file.write_text(json.dumps({"prompt": "Hi", "response": "Hello"}) + "\n", encoding="utf-8")
-    rows = prepare_data(1, DataArguments(data_path=[str(file)]), tok, max_length=64, seed=0)
+    rows = prepare_data(1, DataArguments(data_path=[str(file)]), tok, max_length=128, seed=0)
     assert (len(rows.train), len(rows.held_out)) == (1, 0)
     for use in (rows.announce, rows.to_judge_by):
         with pytest.raises(UserError, match="no row is held out"):

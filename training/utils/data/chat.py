@@ -29,6 +29,9 @@ _SYSTEM_START, _SYSTEM_END = "{#- system message -#}", "{#- end of system messag
 _PROBES = ("Kwzhia", "Mvtrqe", "Zplodu", "Gnybis")
 
 
+_PROMPT, _TRAINED, _LEFT_OUT = "prompt", "trained", "left out"  # kinds of pieces of a conversation
+
+
 class RowError(UserError):
     """A row that can not be used; ``--on_bad_row skip`` counts it and goes on."""
 
@@ -39,7 +42,8 @@ class Rendered:
 
     Attributes:
         input_ids: token ids, length T. They end with the end token of the last assistant turn, or with the prompt.
-        response_mask: length T, 1 on the tokens of assistant turns, their end token included.
+        response_mask: length T, 1 on the tokens of assistant turns that are trained on, their end token included.
+        left_out: length T, 1 on the tokens of those that are not (``train`` is "no" in the message).
         text: the text that the ids stand for.
         spans: the assistant turns as (start, end) in ``text``, end token included.
         offsets: (start, end) in ``text`` of every token, empty for a tokenizer that does not tell them.
@@ -50,6 +54,7 @@ class Rendered:
     text: str = ""
     spans: list[tuple[int, int]] = field(default_factory=list)
     offsets: list[tuple[int, int]] = field(default_factory=list)
+    left_out: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -142,7 +147,9 @@ def render_text(tokenizer: Any, messages: Sequence[Message], add_generation_prom
     """
     try:
         text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            [{"role": m["role"], "content": m["content"]} for m in messages],
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
         )
     except TemplateSyntaxError as error:
         raise UserError(f"the chat template is not valid Jinja: line {error.lineno}: {error.message}") from None
@@ -328,37 +335,41 @@ def render_many(
     for text, spans, pieces in laid_out:
         ids: list[int] = []
         mask: list[int] = []
+        left_out: list[int] = []
         places: list[tuple[int, int]] = []
         position = 0
-        for piece, context, trained in pieces:
+        for piece, context, kind in pieces:
             piece_ids, piece_offsets = encoded[unique[piece, context]]
             ids.extend(piece_ids)
-            mask.extend([int(trained)] * len(piece_ids))
+            mask.extend([int(kind == _TRAINED)] * len(piece_ids))
+            left_out.extend([int(kind == _LEFT_OUT)] * len(piece_ids))
             places.extend((position + a, position + b) for a, b in piece_offsets)
             position += len(piece)
-        results.append(Rendered(ids, mask, text, spans, places))
+        results.append(Rendered(ids, mask, text, spans, places, left_out))
     return results
 
 
 def _lay_out(
     tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool, structure: _Structure
-) -> tuple[str, list[tuple[int, int]], list[tuple[str, str, bool]]]:
-    """The text, the assistant spans, and the pieces (text, what stands before it, trained) to tokenise."""
+) -> tuple[str, list[tuple[int, int]], list[tuple[str, str, str]]]:
+    """The text, the assistant spans, and the pieces (text, what stands before it, its kind) to tokenise."""
     full = render_text(tokenizer, messages, add_generation_prompt)
     _check_no_turn_lost(full, messages)
     spans = _assistant_spans(tokenizer, messages, full, structure)
     if spans and not add_generation_prompt and messages[-1]["role"] == "assistant":
         full = full[: spans[-1][1]]  # cuts the newline that many templates put after the last end token
     added = _added_texts(tokenizer) if structure.adds_prefix else ()
-    pieces: list[tuple[str, str, bool]] = []
+    pieces: list[tuple[str, str, str]] = []
     position = 0
-    for start, end in [*spans, (len(full), len(full))]:
-        for a, b, trained in ((position, start, False), (start, end, True)):
+    answers = [message for message in messages if message["role"] == "assistant"]
+    kinds = [_LEFT_OUT if message.get("train") == "no" else _TRAINED for message in answers]
+    for (start, end), answer in zip([*spans, (len(full), len(full))], [*kinds, _PROMPT], strict=True):
+        for a, b, kind in ((position, start, _PROMPT), (start, end, answer)):
             if b > a:
                 before = full[max(0, a - 200) : a]
                 after_token = any(before.endswith(token) for token in added)
                 context = "first" if a == 0 else "token" if after_token or not structure.adds_prefix else "text"
-                pieces.append((full[a:b], context, trained))
+                pieces.append((full[a:b], context, kind))
         position = end
     return full, spans, pieces
 

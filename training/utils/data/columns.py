@@ -9,7 +9,7 @@ from typing import Any
 
 from training.utils.data.adapters import ADAPTERS
 from training.utils.data.chat import RowError
-from training.utils.data.conversations import Example, Row, text_of, with_system
+from training.utils.data.conversations import Dropped, Example, Row, has_value, text_of, truth_of, with_system
 from training.utils.data.formats import FORMATS, Format
 from training.utils.errors import UserError
 
@@ -125,6 +125,28 @@ def _check_readable(row: Row, columns: frozenset[str]) -> None:
             raise row[name]
 
 
+# Columns without which a row means something else, and which no format reads
+_UNREAD = {
+    **dict.fromkeys(("tools", "functions", "tool_calls"), "tools"),
+    **dict.fromkeys(("images", "image", "videos", "video", "audios", "audio"), "what is no text"),
+}
+
+
+def _check_meaning(row: Row) -> None:
+    """Refuse what a row would lose without a word; other columns that no format reads are metadata.
+
+    Raises:
+        RowError: a column with tools or images has something in it.
+        Dropped: LLaMA-Factory's mark of a bad answer.
+    """
+    for name, kind in _UNREAD.items():
+        if has_value(row.get(name)):
+            raise RowError(f"column {name!r} holds {kind}, which can not be trained on, and without it the row means "
+                           "something else; remove the column, or the row")  # fmt: skip
+    if truth_of(row.get("kto_tag"), "kto_tag") is False:
+        raise Dropped("marked as a bad answer")
+
+
 def convert(row: Row, source: str = "", column_map: ColumnMap | None = None) -> tuple[str, list[Example]]:
     """The format's name and the examples of one raw row.
 
@@ -146,6 +168,7 @@ def convert(row: Row, source: str = "", column_map: ColumnMap | None = None) -> 
     if format_ is None:
         raise UnknownFormat(list(row))
     _check_readable(columns, format_.columns | _OPTIONAL)
+    _check_meaning(columns)
     system = text_of(columns, "system")
     try:
         return format_.name, [with_system(example, system) for example in format_.convert(columns)]

@@ -118,12 +118,48 @@ def _message(item: Any, where: str) -> Message:
         raise RowError(f"{where} has no role")
     if str(role).lower() not in _ROLES:
         raise RowError(f"{where} has the role {role!r}; known are system, user (human) and assistant (gpt)")
+    for key, kind in _UNREAD.items():
+        if has_value(item.get(key)):
+            raise RowError(f"{where} has {key}: {kind} can not be trained on, and without it the row means something "
+                           "else; remove the key, or the row")  # fmt: skip
     if "content" not in item and "value" not in item:
         raise RowError(f"{where} has no content")
-    return {
+    message = {
         "role": _ROLES[str(role).lower()],
         "content": plain_text(item.get("content", item.get("value")), f"the content of {where}"),
     }
+    return message if _is_trained(item, where) else message | NOT_TRAINED
+
+
+# Keys of a message that change what it means, for which there is no place in a conversation here
+_UNREAD = {
+    **dict.fromkeys(("tool_calls", "function_call"), "a call of a tool"),
+    **dict.fromkeys(("tool_call_id", "tool_responses"), "a tool's answer"),
+    **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), "reasoning beside the answer"),
+    **dict.fromkeys(("images", "image", "videos", "video", "audios", "audio"), "what is no text"),
+}
+# Keys under which data of other programs say whether an assistant's turn is trained on
+_MARKS = ("train", "trainable", "loss", "loss_mask", "train_turn")
+NOT_TRAINED = {"train": "no"}  # in a message: the turn is part of the conversation, and step 1 does not learn it
+
+
+def has_value(value: Any) -> bool:
+    """Whether a cell holds anything: tables write "nothing" as None, NaN, an empty text or list."""
+    return not (value is None or value != value or value in ("", [], {}, "[]", "{}", "null", "None"))
+
+
+def _is_trained(item: Mapping[str, Any], where: str) -> bool:
+    """Whether a message's own mark or weight lets it be trained on.
+
+    Raises:
+        RowError: a weight between, which no loss here knows.
+    """
+    if has_value(weight := item.get("weight")):
+        if str(weight) not in ("0", "1", "0.0", "1.0", "True", "False"):
+            raise RowError(f"{where} has the weight {weight!r}, it must be 0 (not trained on) or 1")
+        return str(weight) in ("1", "1.0", "True")
+    marks = [truth_of(item[key], f"{key} of {where}") for key in _MARKS if has_value(item.get(key))]
+    return False not in marks
 
 
 _LIST_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](role|from|content|value)["']\s*:""")

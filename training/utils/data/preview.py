@@ -116,7 +116,7 @@ def counts(data: StepData, batch_size: int, seed: int) -> list[tuple[str, str]]:
         if reason not in report.dropped:
             lines.append((f"dropped: {reason}", "0"))
     rows = report.train_rows + report.held_out_rows
-    how = f"{report.turns_dropped} lost their oldest turns, {report.left_cut} their left side"
+    how = f"{report.turns_dropped} lost their oldest turns, {report.texts_cut} the beginning of a user text"
     lines.append(("truncated", f"{report.truncated} of {rows} ({report.truncated / max(1, rows):.1%}): {how}"))
     if report.open_turns:
         lines.append(("last user turns without an answer, left out", str(report.open_turns)))

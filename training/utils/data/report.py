@@ -43,7 +43,7 @@ class DataReport:
         dropped: by reason.
         truncated: rows that were shortened to fit, in one way or the other.
         turns_dropped: rows that lost whole oldest turns to fit.
-        left_cut: rows whose prompt lost its left side to fit.
+        texts_cut: rows whose longest user text lost its beginning to fit.
         open_turns: conversations whose last user turn has no answer, which step 1 leaves out.
         shared_prompts: held-out rows whose prompt is also trained on.
         longer_chosen: pairs whose chosen answer has more characters, of ``unequal_pairs``.
@@ -58,7 +58,7 @@ class DataReport:
     tokens: int = 0
     truncated: int = 0
     turns_dropped: int = 0
-    left_cut: int = 0
+    texts_cut: int = 0
     open_turns: int = 0
     shared_prompts: int = 0
     longer_chosen: int = 0
@@ -82,7 +82,7 @@ class DataReport:
         for reason, entry in self.dropped.items():
             lines.append(f"dropped {entry.count}: {reason} ({entry.where(2)})")
         if self.truncated:
-            how = f"{self.turns_dropped} lost their oldest turns, {self.left_cut} their left side"
+            how = f"{self.turns_dropped} lost their oldest turns, {self.texts_cut} the beginning of a user text"
             lines.append(f"truncated {self.truncated}: {how}")
         if self.open_turns:
             lines.append(f"{self.open_turns} lost their last user turn, which has no answer")

@@ -1,7 +1,8 @@
 """Conversations become rows of tokens that fit.
 
-Truncation keeps the response: a prompt loses whole oldest turns first (the system turn stays), then its left side.
-A row whose response alone does not fit has no room and is left out.
+Truncation keeps the response and what stands first (the token that begins a text, the system turn, the headers of the
+roles): a prompt loses whole oldest turns, then the beginning of its longest user text. A row that does not fit without
+any of that has no room and is left out.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from training.utils.data.report import DataReport
 
 Row = dict[str, Any]
 NO_ROOM = "no room: the response alone is too long"
+NO_ROOM_FOR_TEXT = "no room: the system turn and the template alone are too long"
+NOTHING_TRAINED = "no answer that is trained on (weight 0)"
 NO_TOKEN = "a text that gives no token"
 SAME_TOKENS = "identical pair after tokenising"
 
@@ -28,48 +31,78 @@ def _shorter(prompt: list[Message]) -> list[Message] | None:
     return [*system, *turns[2:]] if len(turns) > 2 else None
 
 
+def _with_less_text(tokenizer: Any, prompt: list[Message], excess: int) -> list[Message] | None:
+    """The prompt without the first ``excess`` tokens of its longest user text; None if that has no more."""
+    users = [i for i, message in enumerate(prompt) if message["role"] == "user"]
+    if not users:
+        return None
+    at = max(users, key=lambda i: len(prompt[i]["content"]))
+    text = prompt[at]["content"]
+    if tokenizer.is_fast:
+        places = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+        start = next((a for a, _ in places[excess:] if a), len(text))
+    else:  # no token says where it stands
+        start = -(-len(text) * excess // max(len(encode(tokenizer, [text])[0]), 1))
+    rest = text[start:].lstrip()
+    return [*prompt[:at], {**prompt[at], "content": rest}, *prompt[at + 1 :]] if rest else None
+
+
 @dataclass(frozen=True)
 class _Fitted:
-    """Each row's prompt as it is kept, its renderings, and which rows lost turns."""
+    """Each row's prompt as it is kept, its renderings, and which rows lost turns, lost text, or have no room."""
 
     prompts: list[list[Message]]
     rendered: list[list[Rendered]]
     shortened: set[int]
+    cut: set[int]
+    without_room: set[int]
+
+    def count(self, row: int, report: DataReport) -> None:
+        """Count what a row has lost."""
+        report.turns_dropped += row in self.shortened
+        report.texts_cut += row in self.cut
+        report.truncated += row in self.shortened | self.cut
 
 
 Rendering = Callable[[list[list[Message]], list[int]], list[list[Rendered]]]
 
 
-def _fit(prompts: Sequence[list[Message]], renderings: Rendering, max_length: int) -> _Fitted:
-    """Render every row, and again with fewer turns until it fits or one user turn is left.
+def _fit(tokenizer: Any, prompts: Sequence[list[Message]], renderings: Rendering, max_length: int) -> _Fitted:
+    """Render every row, and again with fewer turns, then with less text, until it fits.
 
     Args:
+        tokenizer: counts a text's tokens.
         prompts: one for each row.
         renderings: makes each row's renderings from (prompts, the rows' numbers); the longest counts.
+        max_length: in tokens.
     """
-    kept = list(prompts)
-    results: list[list[Rendered]] = [[] for _ in kept]
-    open_ = list(range(len(kept)))
-    shortened: set[int] = set()
+    fitted = _Fitted(list(prompts), [[] for _ in prompts], set(), set(), set())
+    open_ = list(range(len(fitted.prompts)))
     while open_:
-        for i, rendered in zip(open_, renderings([kept[i] for i in open_], open_), strict=True):
-            results[i] = rendered
+        for i, rendered in zip(open_, renderings([fitted.prompts[i] for i in open_], open_), strict=True):
+            fitted.rendered[i] = rendered
         again = []
         for i in open_:
-            if max(len(r.input_ids) for r in results[i]) > max_length:
-                shorter = _shorter(kept[i])
-                if shorter is not None:
-                    kept[i] = shorter
-                    shortened.add(i)
-                    again.append(i)
+            excess = max(len(r.input_ids) for r in fitted.rendered[i]) - max_length
+            if excess <= 0:
+                continue
+            smaller, lost = _shorter(fitted.prompts[i]), fitted.shortened
+            if smaller is None:
+                smaller, lost = _with_less_text(tokenizer, fitted.prompts[i], excess), fitted.cut
+            if smaller is None:
+                fitted.without_room.add(i)
+                continue
+            fitted.prompts[i] = smaller
+            lost.add(i)
+            again.append(i)
         open_ = again
-    return _Fitted(kept, results, shortened)
+    return fitted
 
 
-def _count(report: DataReport, shortened: bool, cut: bool) -> None:
-    report.turns_dropped += shortened
-    report.left_cut += cut
-    report.truncated += shortened or cut
+def _start_of_text(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before a plain text: the token that begins a sequence, for those that have one."""
+    ids = tokenizer("a")["input_ids"]
+    return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
 
 
 def sft_rows(
@@ -87,26 +120,35 @@ def sft_rows(
         whole = [([*prompt, *shown[n][1]], False) for prompt, n in zip(prompts, numbers, strict=True)]
         return [[rendered] for rendered in render_many(tokenizer, whole)]
 
-    fitted = _fit([prompt for prompt, _ in shown], renderings, max_length)
+    fitted = _fit(tokenizer, [prompt for prompt, _ in shown], renderings, max_length)
     results: list[list[Row] | str] = [""] * len(examples)
     for n, (i, (row,)) in enumerate(zip(chats, fitted.rendered, strict=True)):
-        ids, mask = row.input_ids[-max_length:], row.response_mask[-max_length:]
-        cut = len(row.input_ids) > max_length
-        if cut and 0 not in mask:
+        if n in fitted.without_room:
             results[i] = NO_ROOM
             continue
-        _count(report, n in fitted.shortened, cut)
+        ids, mask = row.input_ids, row.response_mask
+        if 1 not in mask:
+            results[i] = NOTHING_TRAINED
+            continue
+        if train_on_prompts:
+            mask = [1 - left_out for left_out in row.left_out]
+        fitted.count(n, report)
         report.open_turns += not (examples[i].response or examples[i].chosen)
-        results[i] = [
-            {"input_ids": ids, "response_mask": [1] * len(ids) if train_on_prompts else mask, "length": len(ids)}
-        ]
+        results[i] = [{"input_ids": ids, "response_mask": mask, "length": len(ids)}]
     texts = [i for i, example in enumerate(examples) if example.text]
+    start = _start_of_text(tokenizer) if texts else []
+    room = max_length - len(start)
     for i, ids in zip(texts, encode(tokenizer, [examples[i].text for i in texts]), strict=True):
         ids = [*ids, tokenizer.eos_token_id]
         # Nothing predicts the first token of a row, so one token alone (EOS behind a full row) would teach nothing.
-        chunks = [ids[at : at + max_length] for at in range(0, len(ids) - 1, max_length)]
+        chunks = [[*start, *ids[at : at + room]] for at in range(0, len(ids) - 1, room)]
         results[i] = [{"input_ids": c, "response_mask": [1] * len(c), "length": len(c)} for c in chunks] or NO_TOKEN
     return results
+
+
+def _without_marks(messages: Sequence[Message]) -> list[Message]:
+    """A conversation whose answers are compared: what step 1 does not learn counts here as well."""
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
 def pair_rows(
@@ -118,27 +160,27 @@ def pair_rows(
         asked: list[tuple[list[Message], bool]] = []
         for prompt, n in zip(prompts, numbers, strict=True):
             example = examples[n]
-            asked += [(prompt, True), ([*prompt, *example.chosen], False), ([*prompt, *example.rejected], False)]
+            answers = ([*prompt, *whole] for whole in (example.chosen, example.rejected))
+            asked += [(prompt, True), *((_without_marks(messages), False) for messages in answers)]
         flat = render_many(tokenizer, asked)
         return [flat[i : i + 3] for i in range(0, len(flat), 3)]
 
-    fitted = _fit([example.prompt for example in examples], renderings, max_length)
+    fitted = _fit(tokenizer, [example.prompt for example in examples], renderings, max_length)
     results: list[list[Row] | str] = []
     for n, (prompt, chosen, rejected) in enumerate(fitted.rendered):
         start = len(prompt.input_ids)
-        excess = max(0, max(len(chosen.input_ids), len(rejected.input_ids)) - max_length)
-        if excess >= start:
+        if n in fitted.without_room:
             results.append(NO_ROOM)
             continue
         if chosen.input_ids == rejected.input_ids:
             results.append(SAME_TOKENS)
             continue
-        _count(report, n in fitted.shortened, excess > 0)
+        fitted.count(n, report)
         row: Row = {}
         for name, answer in (("chosen", chosen), ("rejected", rejected)):
-            row[f"{name}_ids"] = answer.input_ids[excess:]
+            row[f"{name}_ids"] = answer.input_ids
             # Only the compared answer is marked, not the assistant's earlier turns.
-            row[f"{name}_mask"] = [0] * (start - excess) + answer.response_mask[start:]
+            row[f"{name}_mask"] = [0] * start + answer.response_mask[start:]
         row["length"] = max(len(row["chosen_ids"]), len(row["rejected_ids"]))
         results.append([row])
     return results
@@ -152,10 +194,13 @@ def prompt_rows(
     def renderings(prompts: list[list[Message]], numbers: list[int]) -> list[list[Rendered]]:
         return [[rendered] for rendered in render_many(tokenizer, [(prompt, True) for prompt in prompts])]
 
-    fitted = _fit([example.prompt for example in examples], renderings, max_length)
+    fitted = _fit(tokenizer, [example.prompt for example in examples], renderings, max_length)
     results: list[list[Row] | str] = []
     for n, (messages, (prompt,)) in enumerate(zip(fitted.prompts, fitted.rendered, strict=True)):
-        _count(report, n in fitted.shortened, len(prompt.input_ids) > max_length)
-        ids = prompt.input_ids[-max_length:]
-        results.append([{"prompt_ids": ids, "messages": json.dumps(messages, ensure_ascii=False), "length": len(ids)}])
+        if n in fitted.without_room:
+            results.append(NO_ROOM_FOR_TEXT)
+            continue
+        fitted.count(n, report)
+        text = json.dumps(messages, ensure_ascii=False)
+        results.append([{"prompt_ids": prompt.input_ids, "messages": text, "length": len(prompt.input_ids)}])
     return results
