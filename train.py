@@ -14,9 +14,7 @@ step1/, step2/, step3/, a log of each, and manifest.json: versions, commands, in
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import fcntl
 import json
 import os
 import shlex
@@ -25,7 +23,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +60,7 @@ from training.utils.runs import (
     is_finished,
     latest_output,
     latest_run,
+    locked,
     make_dir,
     new_run_dir,
     output_root,
@@ -286,21 +285,6 @@ def show_plans(steps: Sequence[Step], ranks: int, on_this_host: int) -> int:
     return max(codes)
 
 
-@contextlib.contextmanager
-def locked(run: Path) -> Iterator[None]:
-    """Keep a second train.py out of a run directory.
-
-    Raises:
-        UserError: one is at work there.
-    """
-    with (run / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another train.py is at work in {run}") from None
-        yield
-
-
 def say_time(steps: Sequence[Step], ranks: int) -> None:
     """Print how long this machine will take, where that can be estimated."""
     first = next((i for i, step in enumerate(steps) if not is_finished(step.directory)), len(steps))
@@ -425,7 +409,7 @@ def main(
         return show_plans(planned, ranks=sum(on_each), on_this_host=on_each[0])
     run = make_dir(run) if options.output_dir else new_run_dir(Path(recipe).stem)
     steps = plan_steps(options, inputs, shared, recipe, run, scripts)
-    with locked(run):
+    with locked(run, "another train.py"):
         point_latest(run)
         recipe_path, _ = read_recipe(recipe)
         manifest |= describe_environment(ROOT)

@@ -435,8 +435,24 @@ def test_bad_flag_as_a_program() -> None:
 
 def test_two_at_work_in_one_run(bench: Bench) -> None:
     (bench.output / "tiny").mkdir(parents=True)
-    with train.locked(bench.output / "tiny"), pytest.raises(UserError, match="another train.py is at work"):
+    with (
+        runs.locked(bench.output / "tiny", "another train.py"),
+        pytest.raises(UserError, match="another train.py is at work"),
+    ):
         bench.train("--output_dir", "output/tiny")
+
+
+def test_two_steps_in_one_folder(tmp_path: Path) -> None:
+    """One of two programs that write to the same files would lose its metrics, without a word."""
+    call = f"from training.utils.runs import prepare_output_dir as p; p({str(tmp_path)!r}, 'step1')"
+    hold = subprocess.Popen([sys.executable, "-c", f"{call}; print('held', flush=True); input()"],
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # fmt: skip
+    assert hold.stdout is not None and hold.stdin is not None
+    assert hold.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match="another run is at work in"):
+        runs.prepare_output_dir(str(tmp_path), "step1")
+    hold.communicate("\n")
+    assert runs.prepare_output_dir(str(tmp_path), "step1") == runs.prepare_output_dir(str(tmp_path), "step1")
 
 
 PAIRS = "".join(f'{{"prompt": "{p}", "chosen": "Hi!", "rejected": "No."}}\n' for p in ("Hello", "Bye"))

@@ -5,7 +5,10 @@ As a program it prints the table of docs/reliability.md: ``python -m tests.relia
 
 from __future__ import annotations
 
+import os
 import random
+import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -73,6 +76,69 @@ def test_a_kill_while_saving_changes_nothing(launcher, inputs, tmp_path, step):
     assert killed_and_resumed(launcher, inputs, step, resumed, ["while saving"], seconds, random.Random(step)) == 1
     assert "going on from" in resumed.with_suffix(".log").read_text()
     assert_same(step, whole, resumed)
+
+
+def file_calls(launcher: Launcher, inputs: Path, step: int, folder: Path) -> tuple[Path, list[str]]:
+    """An uninterrupted run, and its calls that rename, link, remove, make or flush something in its folder."""
+    output, calls = folder / "counted", folder / "calls"
+    fault = {"kind": "kill", "step": 0, "folder": str(output), "calls_file": str(calls)}
+    run = launcher.start(step, step_arguments(step, inputs, output), folder / "counted.log", fault)
+    assert run.wait() == 0, run.text()[-3000:]
+    return output, calls.read_text().splitlines()
+
+
+def killed_at_file_call(launcher: Launcher, inputs: Path, step: int, output: Path, number: int) -> Path:
+    """Kill a run just before its file call of that number, and resume it."""
+    arguments, log = step_arguments(step, inputs, output), output.with_suffix(".log")
+    fault = {"kind": "kill", "folder": str(output), "calls_file": str(output.with_suffix(".calls"))}
+    run = launcher.start(step, arguments, log, fault | {"step": number})
+    assert run.wait() == -9, run.text()[-3000:]
+    run = launcher.start(step, arguments, log)
+    assert run.wait() == 0, run.text()[-3000:]
+    return output
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_a_kill_while_finishing_changes_nothing(launcher, inputs, tmp_path, step):
+    """From the last checkpoint on, where files are moved to where they stay; `file_calls_survived` takes all calls."""
+    whole, calls = file_calls(launcher, inputs, step, tmp_path)
+    last = max(i for i, call in enumerate(calls) if call.startswith("replace /checkpoints/.latest"))
+    ending = list(range(last + 2, len(calls) + 1))  # numbers of calls, from 1
+    assert len(ending) >= 5
+    for number in random.Random(step).sample(ending, 4) + [ending[-1]]:
+        output = killed_at_file_call(launcher, inputs, step, tmp_path / f"call-{number}", number)
+        assert_same(step, whole, output)
+
+
+def test_a_stop_in_the_last_phase_does_not_log_it_twice(launcher, inputs, tmp_path):
+    """The checkpoint is written after the final evaluation was logged, and the resumed run evaluates again."""
+    whole, _ = uninterrupted(launcher, inputs, 3, tmp_path)
+    stopped, log = tmp_path / "stopped", tmp_path / "stopped.log"
+    arguments = step_arguments(3, inputs, stopped, "--save_every", "3")
+    run = launcher.start(3, arguments, log)
+    assert run.wait_for(lambda: "with the RLHF model" in run.text())
+    os.kill(run.pid, signal.SIGTERM)
+    assert run.wait() == 128 + signal.SIGTERM, run.text()[-3000:]
+    assert not (stopped / "summary.json").exists()
+    run = launcher.start(3, arguments, log)
+    assert run.wait() == 0, run.text()[-3000:]
+    assert_same(3, whole, stopped)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_a_kill_before_any_file_call_changes_nothing(launcher, inputs, tmp_path, step):
+    assert file_calls_survived(launcher, inputs, step, tmp_path) > 100
+
+
+def file_calls_survived(launcher: Launcher, inputs: Path, step: int, folder: Path) -> int:
+    """Runs that are killed before each file call of a run's whole life, one each; returns how many."""
+    whole, calls = file_calls(launcher, inputs, step, folder)
+    for number in range(1, len(calls) + 1):
+        output = killed_at_file_call(launcher, inputs, step, folder / f"call-{number}", number)
+        assert_same(step, whole, output)
+        shutil.rmtree(output)
+    return len(calls)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Sequence rewards, user functions and win rates."""
 
+import os
 import pickle
 import sys
 
@@ -116,3 +117,16 @@ def broken_at_two(prompts, responses, rows):
 def test_a_bad_function_is_one_line_that_names_the_row(function, words):
     with pytest.raises(UserError, match=words):
         call_text_function(function, PROMPTS, ANSWERS, [{}] * 3, "--eval_function")
+
+
+@pytest.mark.parametrize("call", ["sys.exit(0)", "os._exit(0)", "raise SystemExit", "exit()"])
+@pytest.mark.parametrize("where", ["function", "file"])
+def test_a_function_that_ends_the_process_does_not_end_the_run_without_a_word(tmp_path, call, where):
+    """Exit code 0 would say that the step is done."""
+    head, body = ("", call) if where == "function" else (call, "return [1.0] * len(responses)")
+    (tmp_path / "f.py").write_text(f"import os, sys\n{head}\ndef size(prompts, responses, rows):\n    {body}\n")
+    leave = os._exit
+    with pytest.raises(UserError, match="SystemExit"):
+        function = load_text_function(f"{tmp_path}/f.py:size", "--reward_function")
+        call_text_function(function, PROMPTS, ANSWERS, [{}] * 3, "--reward_function")
+    assert os._exit is leave

@@ -1,13 +1,16 @@
 """Exported models: in several files, over an earlier model, and one that is damaged on its way."""
 
 import json
+import os
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from tests.tiny import save_tiny_model, tiny_tokenizer
 from training.utils import checkpoint
+from training.utils.lora import inject_lora
 
 
 def save(model, folder, size="5GB"):
@@ -52,3 +55,61 @@ def test_a_tensor_that_was_not_saved_as_it_is_ends_the_run(model, tmp_path, monk
     with pytest.raises(RuntimeError, match="differs from the trained one in 1 tensors"):
         save(model, tmp_path / "m")
     assert not (tmp_path / "m").exists()
+
+
+def test_a_folder_that_was_moved_in_part_is_moved_again(model, tmp_path):
+    """A resumed run puts it back as links to its checkpoint's files, and some of those lie at the target already."""
+    save(model, tmp_path / "best")
+    (tmp_path / "m").mkdir()
+    for name in ("tokenizer.json", "model.safetensors"):
+        os.link(tmp_path / "best" / name, tmp_path / "m" / name)
+    checkpoint.move_into(tmp_path / "best", tmp_path / "m")
+    assert not (tmp_path / "best").exists() and same_weights(model, tmp_path / "m")
+
+
+@pytest.mark.parametrize("only_adapters", [True, False])
+def test_an_adapter_folder_and_its_base_are_the_model_or_it_is_not_written(tiny_model, tmp_path, capsys, only_adapters):
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    trained = inject_lora(base, dim=2, module_name="q_proj,v_proj", only_optimize_lora=only_adapters)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    save(trained, tmp_path / "m")
+    ids = torch.arange(3, 20).unsqueeze(0)
+    expected = trained.eval()(ids).logits
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32).eval()
+    torch.testing.assert_close(merged(ids).logits, expected, atol=1e-4, rtol=1e-4)
+    if not only_adapters:
+        assert not (tmp_path / "m" / "adapter").exists()
+        assert "an adapter alone would be another model" in capsys.readouterr().out
+        return
+    fresh = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    loaded = PeftModel.from_pretrained(fresh, tmp_path / "m" / "adapter").eval()
+    torch.testing.assert_close(loaded(ids).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_sample": False, "temperature": 0.9},
+        {"do_sample": False, "top_p": 0.5, "top_k": 3},
+        {"num_return_sequences": 3},
+        {"early_stopping": True, "length_penalty": 2.0},
+    ],
+)
+def test_generation_settings_that_can_be_read_and_not_written(model, tmp_path, settings):
+    """transformers reads such a generation_config.json and refuses to write it: after hours of training."""
+    for name, value in settings.items():
+        setattr(model.generation_config, name, value)
+    with pytest.raises(ValueError, match="Fix these issues|invalid"):
+        model.save_pretrained(tmp_path / "plain")
+    save(model, tmp_path / "m")
+    assert json.loads((tmp_path / "m" / "generation_config.json").read_text())["eos_token_id"] == [2]
+
+
+def test_sampling_settings_of_the_base_model_are_kept(model, tmp_path):
+    model.generation_config.do_sample, model.generation_config.temperature = True, 0.6
+    save(model, tmp_path / "m")
+    assert json.loads((tmp_path / "m" / "generation_config.json").read_text())["temperature"] == 0.6

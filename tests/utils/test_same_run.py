@@ -2,11 +2,14 @@
 
 import dataclasses
 import importlib
+import sys
 from pathlib import Path
 
 import pytest
+from datasets import Dataset, concatenate_datasets
 
 from tests.bad_inputs import STEPS
+from training.step3_rlhf_finetuning.rewards import load_text_function
 from training.utils import same_run
 from training.utils.errors import UserError
 
@@ -57,6 +60,61 @@ def test_what_was_not_there_before_is_another_run():
     with pytest.raises(UserError, match="other pre-training rows than --unsupervised_data_path gives"):
         same_run.refuse_other_run(before, RUN, Path("checkpoint"))
     assert "--critic_model_name_or_path" in refusal(models={"--critic_model_name_or_path": "r"})
+
+
+def test_a_checkpoint_of_an_earlier_version(capsys):
+    """A flag that came later meant its default before, one that is gone is said, and nothing is asked for in vain."""
+    now = RUN | {"flags": RUN["flags"] | {"later": 3, "threads": 2}, "defaults": {"later": 3}, "threads": 2}
+    before = RUN | {"flags": RUN["flags"] | {"gone": 7}}
+    same_run.refuse_other_run(before, now | {"flags": RUN["flags"] | {"later": 3}}, Path("checkpoint"))
+    assert "--gone (7)" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--later was 3"):
+        same_run.refuse_other_run(before, now | {"flags": RUN["flags"] | {"later": 4}}, Path("checkpoint"))
+    assert same_run.inexact_because(before | {"device": "cpu"}, now | {"device": "cpu", "versions": {}}) == []
+    other = RUN | {"data": {"training": "hashed in another way"}, "models": {}}
+    same_run.refuse_other_run(other, RUN | {"fingerprints": 2}, Path("checkpoint"))
+    assert "is not checked" in capsys.readouterr().out
+
+
+def test_every_value_of_the_rows_counts():
+    rows = [{"ids": [1, 2, i], "kind": "a", "length": 3, "text": f"text {i}"} for i in range(3000)]
+    whole = same_run.data_fingerprint(Dataset.from_list(rows))
+    assert same_run.data_fingerprint(Dataset.from_list(rows).select(range(3000))) == whole
+    split = concatenate_datasets([Dataset.from_list(rows[:1100]), Dataset.from_list(rows[1100:])])
+    assert same_run.data_fingerprint(split) == whole, "how the rows are stored does not count"
+    for change in ({"kind": "b"}, {"ids": [1, 3, 1777]}, {"ids": [1, 2, 1777, 0]}, {"text": "other"}, {"length": 4}):
+        changed = [row | change if i == 1777 else row for i, row in enumerate(rows)]
+        assert same_run.data_fingerprint(Dataset.from_list(changed)) != whole, change
+    assert same_run.data_fingerprint(Dataset.from_list(rows).select([1, 0, *range(2, 3000)])) != whole
+
+
+def test_every_byte_of_a_model_counts_but_what_generation_alone_reads(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRIPOD_CACHE", str(tmp_path / "cache"))
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    weights = bytearray(20 << 20)
+    (model / "model.safetensors").write_bytes(weights)
+    whole = same_run.model_fingerprint(str(model))
+    assert same_run.model_fingerprint(str(model)) == whole and len(list((tmp_path / "cache/digests").iterdir())) == 1
+    (model / "generation_config.json").write_text("{}")
+    assert same_run.model_fingerprint(str(model)) == whole
+    weights[10 << 20] = 1
+    (model / "model.safetensors").write_bytes(weights)
+    changed = same_run.model_fingerprint(str(model))
+    assert changed != whole
+    (model / "tokenizer_config.json").write_text("{}")
+    assert same_run.model_fingerprint(str(model)) != changed
+
+
+def test_modules_that_a_function_imports_from_its_folder_count(tmp_path, monkeypatch):
+    (tmp_path / "helper_of_a_reward.py").write_text("SIZE = 1\n")
+    (tmp_path / "reward.py").write_text("import helper_of_a_reward\ndef f(p, r, rows):\n    return [1.0] * len(r)\n")
+    monkeypatch.setattr("sys.path", [*sys.path])
+    load_text_function(f"{tmp_path}/reward.py:f", "--reward_function")
+    before = same_run.model_fingerprint(str(tmp_path / "reward.py"))
+    (tmp_path / "helper_of_a_reward.py").write_text("SIZE = 2\n")
+    assert same_run.model_fingerprint(str(tmp_path / "reward.py")) != before
 
 
 def test_the_lists_hold_flags_that_exist_each_once():

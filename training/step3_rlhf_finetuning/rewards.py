@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import itertools
 import math
+import os
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +51,29 @@ def load_text_function(spec: str, flag: str) -> TextFunction:
         sys.path.append(str(path.parent))  # last: what lies there shadows nothing
     module = sys.modules[module_name] = importlib.util.module_from_spec(module_spec)
     try:
-        module_spec.loader.exec_module(module)
-    except Exception as error:  # the user's own code may raise anything
+        with no_exit():
+            module_spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # the user's own code may raise anything
         sys.modules.pop(module_name, None)
         raise UserError(f"{flag} {spec}: the file fails with {type(error).__name__}: {error}") from error
     function = getattr(module, name, None)
     if not callable(function):
         raise UserError(f"{flag} {spec}: the file has no function {name}")
     return function
+
+
+@contextlib.contextmanager
+def no_exit() -> Iterator[None]:
+    """Inside, ``os._exit`` raises `SystemExit`, as ``sys.exit`` does: no user code ends a run without a word."""
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    original, os._exit = os._exit, leave  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        os._exit = original
 
 
 def split_weight(spec: str) -> tuple[str, str]:
@@ -143,8 +160,9 @@ def call_text_function(
             is not finite; the first such row is named.
     """
     try:
-        values = list(function(prompts, responses, rows))
-    except Exception as error:  # the user's own code may raise anything
+        with no_exit():
+            values = list(function(prompts, responses, rows))
+    except (Exception, SystemExit) as error:  # the user's own code may raise anything
         raise UserError(
             f"{flag}: {type(error).__name__}: {error}; {_failing_row(function, prompts, responses, rows)}"
         ) from error
@@ -162,8 +180,9 @@ def _failing_row(
     """Call the function row by row to name the one it fails on."""
     for i in range(len(responses)):
         try:
-            function(prompts[i : i + 1], responses[i : i + 1], rows[i : i + 1])
-        except Exception:  # looked for: the row that raises
+            with no_exit():
+                function(prompts[i : i + 1], responses[i : i + 1], rows[i : i + 1])
+        except (Exception, SystemExit):  # looked for: the row that raises
             return f"at row {i}, prompt {prompts[i][-1]['content']!r}, response {responses[i]!r}"
     return "not at any single row"
 

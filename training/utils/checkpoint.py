@@ -12,11 +12,17 @@ from typing import Any
 
 import deepspeed
 import torch
+from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
 
 from training.utils.distributed import barrier, is_main, say
-from training.utils.lora import is_lora, merged_state_dict
+from training.utils.lora import is_lora, merged_state_dict, only_adapters_train
 from training.utils.models import TokenScorer, remote_code
 from training.utils.supervision import beat
 
@@ -71,7 +77,8 @@ def save_model(
 ) -> None:
     """Write a role as a folder that plain transformers loads, then load it and compare every tensor.
 
-    Files are written beside ``directory`` and moved in when all are there; a collective.
+    Files are written beside ``directory`` and moved in when all are there; a collective. With LoRA the folder
+    ``adapter`` in it holds the adapter alone, if that and the base model are the whole model.
 
     Args:
         engine: the role's engine (or bare model).
@@ -91,10 +98,15 @@ def save_model(
     scratch = directory.parent / f".{directory.name}.saving"
     if is_main():
         shutil.rmtree(scratch, ignore_errors=True)  # left by a run that was killed
-    if is_lora(model):
+    if is_lora(model) and only_adapters_train(model):
         with gathered(list(model.parameters())):
             if is_main():
                 model.save_pretrained(scratch / "adapter")
+                _verify_adapter(scratch / "adapter", model)
+    elif is_lora(model):
+        say("no adapter folder: the base weights train too, so an adapter alone would be another model")
+        if is_main():
+            shutil.rmtree(directory / "adapter", ignore_errors=True)  # of an earlier run with other flags
     if is_main():
         _write(model, weights, tokenizer, scratch, stop_ids, config_updates or {}, max_shard_size)
         _verify(scratch, weights)
@@ -115,19 +127,46 @@ def _write(
     config = copy.deepcopy(base.config)
     config.use_cache = True
     config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    if is_classifier(base) and tokenizer.pad_token_id in stop_ids:
+        # plain transformers takes the last token that is not pad for a row's end, so without one: of single rows it
+        # takes the last token, and batches it refuses
+        config.pad_token_id = None
     config.dtype = next(iter(weights.values())).dtype
     for key, value in config_updates.items():
         setattr(config, key, value)
     with torch.device("meta"):  # the names of a plain model, whatever PEFT or ZeRO did to this one
         plain = type(base)(config).to(config.dtype)  # save_pretrained writes the model's dtype into the config
     if getattr(plain, "generation_config", None) is not None:
-        generation = copy.deepcopy(base.generation_config)
-        generation.eos_token_id, generation.pad_token_id = list(stop_ids), tokenizer.pad_token_id
-        plain.generation_config = generation
+        plain.generation_config = _generation_config(base.generation_config, stop_ids, tokenizer.pad_token_id)
     plain.save_pretrained(  # it empties the dictionary it is given
         scratch, state_dict=dict(weights), max_shard_size=max_shard_size
     )
     tokenizer.save_pretrained(scratch)
+
+
+def is_classifier(model: Any) -> bool:
+    """Whether a transformers model gives scores."""
+    return type(model).__name__.endswith("ForSequenceClassification")
+
+
+def _generation_config(original: GenerationConfig, stop_ids: Sequence[int], pad_id: int) -> GenerationConfig:
+    """How the saved model decodes by default: as the base model, but for its end and pad tokens.
+
+    Some models on the hub come with settings that transformers reads and refuses to write, such as a temperature
+    without sampling: what has no effect is left out.
+    """
+    config = copy.deepcopy(original)
+    config.eos_token_id, config.pad_token_id = list(stop_ids), pad_id
+    if not config.do_sample:
+        plain = GenerationConfig()
+        for name in ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"):
+            setattr(config, name, getattr(plain, name, None))
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        config = GenerationConfig(eos_token_id=list(stop_ids), pad_token_id=pad_id)
+        say("the base model's generation_config.json is not valid, the saved model gets a plain one")
+    return config
 
 
 def _verify(folder: Path, weights: dict[str, torch.Tensor]) -> None:
@@ -143,8 +182,23 @@ def _verify(folder: Path, weights: dict[str, torch.Tensor]) -> None:
         )
 
 
+def _verify_adapter(folder: Path, model: Any) -> None:
+    """Read the adapter and compare it with the trained one, bit for bit."""
+    from peft import get_peft_model_state_dict
+
+    saved = load_file(folder / "adapter_model.safetensors")
+    trained = get_peft_model_state_dict(model)
+    wrong = [name for name, value in trained.items() if name not in saved or not torch.equal(saved[name], value.cpu())]
+    if wrong or len(saved) != len(trained):
+        raise RuntimeError(
+            f"{folder}: the saved adapter differs from the trained one: {wrong[:3] or sorted(saved)[:3]}"
+        )
+
+
 def move_into(scratch: Path, directory: Path) -> None:
     """Move a finished folder's files; config.json goes last, as its presence says that a model is there.
+
+    A run that is killed meanwhile and resumed puts the whole folder back, and moves it again.
 
     Weights of an earlier model that was saved in other files go, else they would be loaded instead.
     """
@@ -157,5 +211,8 @@ def move_into(scratch: Path, directory: Path) -> None:
         target = directory / entry.name
         if target.is_dir():
             shutil.rmtree(target)
-        os.replace(entry, target)
+        if target.exists() and os.path.samefile(entry, target):
+            entry.unlink()  # both are links to a checkpoint's file, and renaming one onto the other does nothing
+        else:
+            os.replace(entry, target)
     scratch.rmdir()

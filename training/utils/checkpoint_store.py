@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from training.utils.digests import read_digest
 from training.utils.errors import UserError
 
 FORMAT = 1  # of the files; another version is refused
@@ -24,7 +25,6 @@ INDEX = "index.json"
 STATE = "state.json"
 LATEST = "latest"
 _NAME = re.compile(r"step-(\d{8,})")
-_CHUNK = 1 << 22
 
 Entry = dict[str, Any]  # {"size": bytes, "sha256": hex}
 _known: dict[tuple[int, int, int, int], str] = {}  # digests of files that have not changed since, by inode
@@ -61,7 +61,7 @@ def write_file(path: Path, content: bytes) -> Entry:
         file.flush()
         os.fsync(file.fileno())
     wanted = hashlib.sha256(content).hexdigest()
-    if _digest(path) != wanted:
+    if read_digest(path) != wanted:
         raise OSError(f"{path.name} does not read back as it was written")
     return {"size": len(content), "sha256": wanted}
 
@@ -77,19 +77,11 @@ def link_file(source: Path, target: Path) -> Entry:
     return {"size": target.stat().st_size, "sha256": _remembered_digest(target)}
 
 
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def _remembered_digest(path: Path) -> str:
     stat = path.stat()
     key = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
     if key not in _known:
-        _known[key] = _digest(path)
+        _known[key] = read_digest(path)
     return _known[key]
 
 
@@ -215,7 +207,7 @@ def damage(checkpoint: Path, files: Mapping[str, Entry]) -> Iterator[str]:
             size = path.stat().st_size
             if size != entry["size"]:
                 yield f"{name} has {size} bytes instead of {entry['size']}"
-            elif _digest(path) != entry["sha256"]:
+            elif read_digest(path) != entry["sha256"]:
                 yield f"{name} is damaged: its hash is another"
         except FileNotFoundError:
             yield f"{name} is missing"

@@ -100,6 +100,14 @@ def is_lora(model: nn.Module) -> bool:
     return isinstance(model, PeftModel)
 
 
+def only_adapters_train(peft_model: nn.Module) -> bool:
+    """Whether the base weights stay what they were, so that base and adapter together are the model."""
+    return not any(
+        parameter.requires_grad and ".lora_" not in name and ".modules_to_save." not in name
+        for name, parameter in peft_model.named_parameters()
+    )
+
+
 def lora_layers(peft_model: nn.Module) -> dict[str, Any]:
     """PEFT's adapter layers by their name in the base model."""
     from peft.tuners.lora import LoraLayer

@@ -82,6 +82,7 @@ class Run:
         self._engines: dict[str, Any] = {}
         self._averages: dict[str, MovingAverage] = {}
         self._saved_at = self.step if checkpoint is not None else -1
+        self._metrics_bytes = 0  # of metrics.jsonl when the last step was done: what comes later is done again
 
     @classmethod
     def open(
@@ -167,6 +168,7 @@ class Run:
             UserError: the disk is full or can not be written.
         """
         self.step, self.progress = number, progress
+        self._note_metrics()
         beat(step=number)
         if self.settings.save_every and number % self.settings.save_every == 0:
             self.save(progress)
@@ -180,8 +182,13 @@ class Run:
             progress: the program's own state, as JSON, before its next step.
         """
         self.progress = progress
+        self._note_metrics()
         beat("training", self.step)
         loop_begins()
+
+    def _note_metrics(self) -> None:
+        metrics = self.output_dir / METRICS
+        self._metrics_bytes = metrics.stat().st_size if metrics.is_file() else 0
 
     def stop_if_asked(self) -> None:
         """End the run if any rank has got a signal, where the engines stand as after the last step; a collective.
@@ -290,9 +297,10 @@ class Run:
         return files
 
     def _write_files(self, scratch: Path) -> dict[str, store.Entry]:
-        """metrics.jsonl so far, and the best model so far."""
+        """metrics.jsonl as it was when the last step was done, and the best model so far."""
         metrics = self.output_dir / METRICS
-        files = {METRICS: store.write_file(scratch / METRICS, metrics.read_bytes() if metrics.is_file() else b"")}
+        lines = metrics.read_bytes()[: self._metrics_bytes] if metrics.is_file() else b""
+        files = {METRICS: store.write_file(scratch / METRICS, lines)}
         for file in sorted((self.output_dir / BEST).rglob("*")):
             if file.is_file():
                 name = str(file.relative_to(self.output_dir))

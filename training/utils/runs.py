@@ -5,13 +5,15 @@ A step is finished if its ``summary.json`` exists, which is written last.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import itertools
 import json
 import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import training
@@ -25,7 +27,10 @@ STEPS = {
 LATEST = "latest"
 RANK_TIMEOUT = 120.0  # seconds that a rank waits for rank 0 to choose the run's folder
 
+LOCK = ".lock"
+
 _calls = itertools.count()
+_held: dict[Path, contextlib.ExitStack] = {}  # locks on folders, which end with the process
 
 
 def repository_root() -> Path:
@@ -184,6 +189,25 @@ def step_folder(path: str, step: str) -> Path:
     return folder
 
 
+@contextlib.contextmanager
+def locked(folder: Path, who: str) -> Iterator[None]:
+    """Keep a second writer out of a folder, as long as this is open or the process lives.
+
+    Args:
+        folder: of a run or a step.
+        who: would be at work there, in words.
+
+    Raises:
+        UserError: one is.
+    """
+    with (folder / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{who} is at work in {shown(folder)}: wait for it, stop it, or choose another") from None
+        yield
+
+
 def prepare_output_dir(output_dir: str, step: str) -> Path:
     """The folder that a step writes to, created; every rank gets the same one without a process group.
 
@@ -193,9 +217,17 @@ def prepare_output_dir(output_dir: str, step: str) -> Path:
         step: ``"step1"``, ``"step2"`` or ``"step3"``.
 
     Raises:
-        UserError: the folder can not be written or holds a finished step; or several hosts and no
-            ``--output_dir`` to agree on.
+        UserError: the folder can not be written, holds a finished step, or another process writes to it; or several
+            hosts and no ``--output_dir`` to agree on.
     """
+    path = _output_dir(output_dir, step)
+    if _rank() == 0 and path not in _held:
+        _held[path] = contextlib.ExitStack()
+        _held[path].enter_context(locked(path, "another run"))
+    return path
+
+
+def _output_dir(output_dir: str, step: str) -> Path:
     if output_dir:
         path = make_dir(Path(output_dir).absolute())
         if is_finished(path):

@@ -6,13 +6,16 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from training.utils.distributed import world_size
+import training
+from training.utils.digests import file_digest
+from training.utils.distributed import say, world_size
 from training.utils.errors import UserError
 
 # Flags that change where and how a run is watched, and nothing in its result
@@ -42,9 +45,14 @@ ROWS_FROM = {
     "pre-training": ("unsupervised_data_path",),
 }
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "tokenizers", "datasets")
-MODEL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja", "reward_stats.json")
-_SAMPLED_ROWS = 64
-_EDGE = 1 << 20
+# What of a model's folder decides a run's result, besides its weights. generation_config.json does not: answers are
+# decoded by the run's own flags, and end where the tokenizer and the template say.
+MODEL_FILES = (
+    "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "reward_stats.json",
+)  # fmt: skip
+FINGERPRINTS = 2  # how models and rows are hashed; those of another number can not be compared
+_BATCH_ROWS = 1000
 
 
 def describe(
@@ -59,10 +67,12 @@ def describe(
         data: name -> dataset.
         batches: what an optimizer step (step 3: an iteration) consists of over all ranks.
     """
-    flags = {f.name: getattr(group, f.name) for group in groups for f in dataclasses.fields(group)}
+    fields = [(group, field) for group in groups for field in dataclasses.fields(group)]
     return {
         "step": step,
-        "flags": flags,
+        "flags": {field.name: getattr(group, field.name) for group, field in fields},
+        "defaults": {field.name: _default(field) for _, field in fields},
+        "fingerprints": FINGERPRINTS,
         "models": {flag: model_fingerprint(path) for flag, path in models.items()},
         "data": {name: data_fingerprint(rows) for name, rows in data.items()},
         "batches": dict(batches),
@@ -73,33 +83,65 @@ def describe(
     }
 
 
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
 def model_fingerprint(path: str) -> str:
-    """A hash over a file, or over a model folder's configuration and weights: size, beginning and end of each file."""
+    """A hash over a model folder's configuration, tokenizer, weights and own code; or over a Python file.
+
+    Of a Python file the modules count too that it has imported from its own folder.
+    """
     folder = Path(path).expanduser()
-    digest = hashlib.sha256()
     if folder.is_file():
-        return hashlib.sha256(folder.read_bytes()).hexdigest()
+        return _files_digest([folder, *_imported_from(folder.resolve().parent)])
     if not folder.is_dir():
         return path  # a hub name
-    files = [folder / name for name in MODEL_FILES if (folder / name).is_file()]
-    for file in sorted([*files, *folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        size = file.stat().st_size
-        digest.update(f"{file.name}\0{size}\n".encode())
-        with file.open("rb") as opened:
-            digest.update(opened.read(_EDGE))
-            opened.seek(max(0, size - _EDGE))
-            digest.update(opened.read(_EDGE))
+    named = [folder / name for name in MODEL_FILES if (folder / name).is_file()]
+    return _files_digest(
+        [*named, *(file for kind in ("safetensors", "bin", "py") for file in folder.glob(f"*.{kind}"))]
+    )
+
+
+def _imported_from(folder: Path) -> list[Path]:
+    """Files of the modules that are loaded from a folder, but for installed packages and this program's own."""
+    files = {
+        Path(f).resolve() for m in list(sys.modules.values()) if isinstance(f := getattr(m, "__file__", None), str)
+    }
+    others = [Path(sys.prefix).resolve(), Path(training.__file__).resolve().parent]
+    return [f for f in files if f.is_relative_to(folder) and not any(f.is_relative_to(other) for other in others)]
+
+
+def _files_digest(files: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for name, file in sorted({(file.name, file.resolve()) for file in files}):
+        digest.update(f"{name}\0{file_digest(file)}\n".encode())
     return digest.hexdigest()
 
 
 def data_fingerprint(rows: Any) -> str:
-    """A hash over a dataset's size, the lengths of all rows, and some rows spread over it."""
+    """A hash over every value of a dataset, in order."""
     digest = hashlib.sha256(f"{len(rows)}\n".encode())
-    if len(rows):
-        digest.update(json.dumps(list(rows["length"])).encode())
-        for index in range(0, len(rows), max(1, len(rows) // _SAMPLED_ROWS)):
-            digest.update(json.dumps(rows[index], sort_keys=True, default=str).encode())
+    for batch in rows.with_format("arrow").iter(_BATCH_ROWS):
+        for name in sorted(batch.column_names):
+            digest.update(f"{name}\n".encode())
+            for part in _plain(batch[name].combine_chunks()):
+                digest.update(part)
     return digest.hexdigest()
+
+
+def _plain(column: Any) -> Iterator[bytes]:
+    """An Arrow column's values as bytes that do not hang on how it is stored."""
+    import pyarrow.compute as pc
+    from pyarrow import types
+
+    if types.is_list(column.type) or types.is_large_list(column.type):
+        yield from _plain(pc.list_value_length(column))
+        yield from _plain(pc.list_flatten(column))
+    elif types.is_integer(column.type) and not column.null_count:
+        yield column.to_numpy(zero_copy_only=False).astype("int64").tobytes()
+    else:
+        yield json.dumps(column.to_pylist(), sort_keys=True, default=str).encode()
 
 
 def refuse_other_run(before: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Path) -> None:
@@ -114,12 +156,21 @@ def refuse_other_run(before: Mapping[str, Any], now: Mapping[str, Any], checkpoi
     for name in sorted(before["flags"].keys() | now["flags"].keys()):
         if name in FREE | ROUNDING | BY_CONTENT | BATCH:
             continue
-        old, new = before["flags"].get(name), now["flags"].get(name)
+        if name not in now["flags"]:
+            say(f"{checkpoint} was written by a version that had --{name} ({_shown(before['flags'][name])}); this one "
+                "has not")  # fmt: skip
+            continue
+        # a flag that came later had its default's meaning before
+        old, new = before["flags"].get(name, now.get("defaults", {}).get(name)), now["flags"][name]
         if old != new:
             raise UserError(
                 f"--{name} was {_shown(old)} when {checkpoint} was written and is {_shown(new)} now, which changes the "
                 f"result; give --{name} {_shown(old)} again, {over}"
             )
+    if before.get("fingerprints") != now.get("fingerprints"):
+        say(f"{checkpoint} was written by another version, which compared models and rows in another way: that they "
+            "are the same is not checked")  # fmt: skip
+        before = {**before, "models": now["models"], "data": now["data"]}
     for flag in sorted(before["models"].keys() | now["models"].keys()):
         if now["models"].get(flag) != before["models"].get(flag):
             raise UserError(
@@ -165,13 +216,14 @@ def inexact_because(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
     """Why a resumed run equals an uninterrupted one only up to rounding; empty if it does so bit for bit."""
     reasons = []
     for name in ("world_size", "device", "threads"):
-        if before[name] != now[name]:
+        if before.get(name, now[name]) != now[name]:
             reasons.append(f"{name.replace('_', ' ')} {before[name]} -> {now[name]}")
     for name in sorted(ROUNDING | BATCH):
-        old, new = before["flags"].get(name), now["flags"].get(name)
+        new = now["flags"].get(name)
+        old = before["flags"].get(name, new)
         if old != new:
             reasons.append(f"--{name} {_shown(old)} -> {_shown(new)}")
-    for name, old in before["versions"].items():
+    for name, old in before.get("versions", {}).items():
         if now["versions"].get(name) != old:
             reasons.append(f"{name} {old} -> {now['versions'].get(name)}")
     return reasons

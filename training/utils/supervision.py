@@ -134,6 +134,11 @@ def run_training(main: Callable[[Sequence[str]], int]) -> int:
             print_last(str(stopped))
         leave_process_group()
         code = stopped.code
+    except SystemExit as error:
+        if _state.folder is None:  # --help, or flags that were refused
+            raise
+        _fail(RuntimeError(f"something called sys.exit({error.code}) before the step was done"))
+        raise AssertionError("unreachable: _fail ends the process") from error
     except Exception as error:
         _fail(error)
         raise AssertionError("unreachable: _fail ends the process") from error
