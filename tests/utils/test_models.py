@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tokenizers
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer
 from transformers import (
     AutoModelForCausalLM,
@@ -18,6 +20,7 @@ from transformers import (
 )
 
 from tests.data import families
+from tests.families import save as save_family
 from tests.step3.test_rollout import COMMON, FAMILIES, SHAPE, VOCABULARY, build
 from training.utils import models
 from training.utils.errors import UserError
@@ -79,9 +82,88 @@ def test_rotary_frequencies_stay_in_fp32(family, tmp_path):
         assert buffer.dtype == exact[name].dtype and torch.equal(buffer, exact[name]), name
 
 
+@pytest.mark.parametrize("family", ["bloom", "gptj", "gpt_neo", "gemma2"])
+def test_a_family_without_sdpa_takes_eager_by_itself(family, tmp_path):
+    """Everywhere: samples, held-out answers and the evaluate programs load models too, and ask for nothing."""
+    (tmp_path / "model").mkdir()
+    model = models.load_causal_lm(save_family(family, tmp_path / "model"), dtype="fp32")
+    assert model.config._attn_implementation in ("eager", "sdpa")
+
+
 def test_a_family_without_an_attention_names_the_flag(tmp_path):
     with pytest.raises(UserError, match="give --attn_implementation eager"):
-        models.load_causal_lm(str(save("bloom", tmp_path)), dtype="fp32")
+        models.load_causal_lm(str(save("bloom", tmp_path)), dtype="fp32", attn_implementation="flash_attention_2")
+
+
+@pytest.mark.parametrize("family", ["phimoe", "mixtral", "mpt"])
+def test_no_noise_under_another_name_and_of_another_type(family, tmp_path):
+    """A router's jitter moves logits as dropout does; MPT's configuration takes an integer for its dropout."""
+    (tmp_path / "model").mkdir()
+    folder = save_family(family, tmp_path / "model")
+    assert moved_by_training_mode(models.load_causal_lm(folder, dtype="fp32")) == 0.0
+
+
+def broken(kind: str, folder: Path) -> str:
+    """A folder with a model that can not be loaded."""
+    save("llama", folder)
+    weights = folder / "model.safetensors"
+    if kind == "cut weights":
+        weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    elif kind == "empty weights":
+        weights.write_bytes(b"")
+    elif kind == "a page instead of weights":
+        weights.write_text("<!doctype html><html>Not found</html>")
+    elif kind == "no weights":
+        weights.unlink()
+    elif kind == "a configuration that is no JSON":
+        (folder / "config.json").write_text("{")
+    elif kind == "an empty configuration":
+        (folder / "config.json").write_text("{}")
+    elif kind == "a configuration that is a list":
+        (folder / "config.json").write_text("[]")
+    elif kind == "an unknown family":
+        (folder / "config.json").write_text('{"model_type": "nothing"}')
+    elif kind == "weights of other sizes":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
+    elif kind == "weights that are no numbers":
+        tensors = load_file(weights)
+        tensors["model.norm.weight"][3] = float("nan")
+        save_file(tensors, weights, metadata={"format": "pt"})
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("cut weights", "empty weights", "a page instead of weights", "no weights"),
+        *("a configuration that is no JSON", "an empty configuration", "a configuration that is a list"),
+        *("an unknown family", "weights of other sizes", "weights that are no numbers"),
+    ],
+)
+def test_a_broken_model_folder_is_one_line(kind, tmp_path):
+    folder = broken(kind, tmp_path)
+    with pytest.raises(UserError) as refused:
+        models.load_causal_lm(folder, dtype="fp32")
+    assert "\n" not in str(refused.value) and folder in str(refused.value)
+
+
+def test_a_reward_head_with_a_bias_is_not_loaded_without_it(tmp_path):
+    """Its rewards would be others, and nothing would say so."""
+    folder = str(save("llama", tmp_path / "lm"))
+    models.load_classifier(folder, dtype="fp32", pad_token_id=0, fresh_head_seed=1).save_pretrained(tmp_path / "reward")
+    weights = tmp_path / "reward" / "model.safetensors"
+    save_file(load_file(weights) | {"score.bias": torch.ones(1)}, weights, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"no place for score\.bias"):
+        models.load_classifier(str(tmp_path / "reward"), dtype="fp32", pad_token_id=0)
+
+
+def test_weights_that_the_model_has_no_place_for_are_said(tmp_path, capsys):
+    folder = save("llama", tmp_path)
+    weights = folder / "model.safetensors"
+    save_file(load_file(weights) | {"model.extra.weight": torch.ones(1)}, weights, metadata={"format": "pt"})
+    models.load_causal_lm(str(folder), dtype="fp32")
+    assert "holds 1 weights that the model has no place for, such as model.extra.weight" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])

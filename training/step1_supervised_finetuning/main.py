@@ -90,6 +90,7 @@ def main(argv: Sequence[str]) -> int:
 
     # Data
     tokenizer = models.load_tokenizer(model_path, chat_template=data.chat_template, system_message=data.system_message)
+    models.check_vocabulary(model_path, tokenizer)
     rows = prepare_data(
         1,
         data,

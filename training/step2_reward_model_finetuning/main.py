@@ -79,6 +79,7 @@ def main(argv: Sequence[str]) -> int:
     overrides = read_user_config(ds.deepspeed_config)
     model_path = models.resolve_model(model_args.model_name_or_path or str(latest_output("step1")))
     models.check_length(model_path, model_args.max_seq_len, "--max_seq_len")
+    models.check_reward_family(model_path)
     check_lora(model_path, lora.lora_dim, lora.lora_module_name)
     if output.plan:
         precision.settle(model_args, resume_output_dir(reliability.resume, output.output_dir), reliability.resume)
@@ -91,6 +92,7 @@ def main(argv: Sequence[str]) -> int:
 
     # Data
     tokenizer = models.load_tokenizer(model_path, chat_template=data.chat_template, system_message=data.system_message)
+    models.check_vocabulary(model_path, tokenizer)
     rows = prepare_data(2, data, tokenizer, max_length=model_args.max_seq_len, seed=train.seed, run_dir=output_dir)
     rows.announce()
     if warning := few_held_out(len(rows.held_out)):

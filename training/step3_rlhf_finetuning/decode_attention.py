@@ -14,14 +14,16 @@ which shares the original configuration object never sees it.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -90,7 +92,8 @@ def decode_attention_enabled(model: nn.Module) -> Iterator[bool]:
     """Answer single queries of this module tree with `decode_attention` while the context is open.
 
     Only where the model runs on the CPU with transformers' ``sdpa``: on accelerators sdpa's own kernels are at
-    home, and ``eager`` or ``flash_attention`` was somebody's choice.
+    home, and ``eager`` or ``flash_attention`` was somebody's choice. And only where a small forward gives the same
+    logits either way: a family that compares the attention's name itself (Falcon) would lose its masks.
 
     Yields:
         whether it is on.
@@ -99,6 +102,21 @@ def decode_attention_enabled(model: nn.Module) -> Iterator[bool]:
     if weight.device.type != "cpu" or getattr(model.config, "_attn_implementation", None) != "sdpa":
         yield False
         return
+    if model not in _serves:
+        _serves[model] = _gives_the_same(model)
+    if not _serves[model]:
+        yield False
+        return
+    with _named(model):
+        yield True
+
+
+_serves: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+@contextmanager
+def _named(model: nn.Module) -> Iterator[None]:
+    """Inside, configurations that say ``sdpa`` are copies that say `DECODE_ATTENTION`."""
     copies: dict[int, Any] = {}
     changed: list[tuple[nn.Module, Any]] = []
     for module in model.modules():
@@ -110,10 +128,37 @@ def decode_attention_enabled(model: nn.Module) -> Iterator[bool]:
             changed.append((module, config))
             module.config = copies[id(config)]
     try:
-        yield True
+        yield
     finally:
         for module, config in changed:
             module.config = config
+
+
+def _gives_the_same(model: Any) -> bool:
+    """Whether the model's logits of a prompt and of a token after it are the same under the other name.
+
+    The prompts are padded on the left, so that a mask which is lost makes a difference.
+    """
+    ids = torch.arange(1, 11).reshape(2, 5) % model.config.get_text_config().vocab_size
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    takes = inspect.signature(model.forward).parameters
+
+    @torch.no_grad()
+    def logits() -> Tensor:
+        cache, found = DynamicCache(config=model.config), []
+        for columns in (slice(0, 4), slice(4, 5)):
+            seen = mask[:, : columns.stop]
+            more = {"position_ids": (seen.cumsum(1) - 1).clamp(min=0)[:, columns]} if "position_ids" in takes else {}
+            out = model(ids[:, columns], attention_mask=seen, past_key_values=cache, use_cache=True, **more)
+            found.append(out.logits[:, -1].float())
+        return torch.stack(found)
+
+    with _named(model):
+        other = logits()
+    plain = logits()
+    rounding = 1e-4 if plain.dtype == next(model.parameters()).dtype else 0.05  # of 16 bit
+    return bool((other - plain).abs().max() <= rounding * plain.abs().max().clamp(min=1.0))
 
 
 class DecodeLayer(DynamicLayer):

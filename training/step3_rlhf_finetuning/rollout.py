@@ -12,6 +12,7 @@ parameters in place; a backend changes neither its flags nor its configuration.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import time
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,11 +20,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from training.step3_rlhf_finetuning.decode_attention import decode_attention_enabled
 from training.step3_rlhf_finetuning.decode_loop import Responses, decode, seconds_since
 from training.step3_rlhf_finetuning.packed_linear import packed_linear
 from training.step3_rlhf_finetuning.sampling import SamplingConfig, penalise_repetition, row_keys
+from training.utils.distributed import say
 from training.utils.errors import UserError
 from training.utils.models import without_adapters
 
@@ -211,6 +214,15 @@ class HfBackend:
         return _assemble(request, responses, lengths, torch.stack(keep.logprobs, dim=1), keep.prefill_seconds)
 
 
+def _keeps_keys_and_values_alone(model: Any) -> bool:
+    """Whether the model's memory of a text is transformers' key-value cache, from which rows can leave."""
+    if getattr(model, "_is_stateful", False) or "past_key_values" not in inspect.signature(model.forward).parameters:
+        return False
+    kinds = [type(layer) for layer in DynamicCache(config=model.config).layers]
+    linear = (base.__name__.startswith("LinearAttention") for kind in kinds for base in kind.__mro__)
+    return all(issubclass(kind, DynamicLayer) for kind in kinds) and not any(linear)
+
+
 class FastBackend:
     """Our own decode loop over the model; `training.step3_rlhf_finetuning.decode_loop` says what it saves.
 
@@ -223,11 +235,20 @@ class FastBackend:
         self.synced = synced
         self.pack_weights = pack_weights and not synced
         self.decode_attention = decode_attention
+        self._said = False
 
     @torch.no_grad()
     def generate(self, model: nn.Module, request: RolloutRequest, sampling: SamplingConfig) -> RolloutBatch:
-        """See `RolloutBackend`. The noise depends on (seed, iteration, row id, position) only."""
+        """See `RolloutBackend`. The noise depends on (seed, iteration, row id, position) only.
+
+        A family that keeps more than keys and values from token to token (Mamba, Jamba) is decoded by `HfBackend`.
+        """
         inner = without_adapters(model)
+        if not _keeps_keys_and_values_alone(inner):
+            if not self._said:
+                say(f"{type(inner).__name__} keeps a state of its own while it decodes: --rollout_engine hf does it")
+                self._said = True
+            return HfBackend(self.synced).generate(model, request, sampling)
         rows, limit, device = len(request.prompt_ids), sampling.max_new_tokens, request.prompt_ids.device
         out = Responses(
             ids=torch.full((rows, limit), request.pad_id, dtype=torch.long, device=device),
@@ -237,7 +258,9 @@ class FastBackend:
         with contextlib.ExitStack() as stack:
             if self.pack_weights and rows and limit >= MIN_STEPS_TO_PACK:
                 stack.enter_context(packed_linear(inner, rows))
-            own_attention = self.decode_attention and stack.enter_context(decode_attention_enabled(inner))
+            own_attention = (
+                self.decode_attention and not self.synced and stack.enter_context(decode_attention_enabled(inner))
+            )
             # DeepSpeed counts a step at the outermost module's forward, so the hooked model is called as a whole
             callee = model if self.synced else inner
             decode(callee, request, sampling, out, transposed_keys=own_attention, synced=self.synced)

