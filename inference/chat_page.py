@@ -17,6 +17,7 @@ from chat_reward import RewardModel
 from chat_sessions import LETTERS, SAME, Session, Turn
 from chat_stream import Answer, SamplingArguments, checked_sampling, stream_answer
 
+from training.utils.data.chat import forbidden_texts, special_texts
 from training.utils.errors import UserError
 
 EXAMPLES = (
@@ -250,10 +251,25 @@ class Page:
         session.revealed = not session.blind
         return self.view(session)
 
+    def _check_trainable(self, session: Session) -> None:
+        """Refuse a vote on what step 2 would refuse: texts that hold a token which ends a turn or a text.
+
+        Raises:
+            UserError: names the text.
+        """
+        texts = [session.system, *(m["content"] for c in range(len(self.models)) for m in session.history(c))]
+        for model in self.models:
+            tokenizer = model.tokenizer
+            for token in forbidden_texts(tokenizer) if tokenizer.chat_template else special_texts(tokenizer):
+                if any(token in text for text in texts):
+                    raise UserError(f"This conversation holds {token}, which training takes for a token of its own, so "
+                                    "the vote is not saved. Clear, and ask without it.")  # fmt: skip
+
     def vote(self, session: Session | None, winner: int) -> Update:
         """Append the vote to the file and show the names."""
         session = session or self.new_session()
         try:
+            self._check_trainable(session)
             rows = session.vote(winner, self.votes)
         except UserError as error:
             return self.view(session, str(error))

@@ -153,6 +153,10 @@ class Session:
         Raises:
             UserError: no finished turn waits for a vote, or the file can not be written.
         """
+        with _voting:  # two clicks at once are two threads
+            return self._vote(winner, file)
+
+    def _vote(self, winner: int, file: Path) -> list[dict[str, Any]]:
         if not self.can_vote:
             raise UserError("There is nothing to vote on: wait for whole answers, one vote for each round.")
         if winner != SAME and not 0 <= winner < len(self.names):
@@ -230,6 +234,9 @@ class Session:
         if answer.dropped:
             parts.append(f"the oldest {answer.dropped} messages no longer fit")
         return " · ".join(parts)
+
+
+_voting = threading.Lock()
 
 
 def _continuation(messages: Sequence[Message]) -> str | list[Message]:

@@ -110,6 +110,8 @@ def serve(
     page: gr.Blocks, server: ServerArguments, login: tuple[str, str] | None, style: dict[str, Any]
 ) -> tuple[str, str | None]:
     """Start the server in a thread; returns its address and, with ``--share``, the public one."""
+    from page_guard import guarded
+
     port = free_port(server.host, server.port)
     if port != server.port:
         print(f"port {server.port} is in use, taking {port}", flush=True)
@@ -128,6 +130,7 @@ def serve(
         ssr_mode=False,
         state_session_capacity=1000,
         max_file_size=1,  # nothing is uploaded
+        **guarded(server.host, password=login is not None),
         **style,
     )
     return local, public or None

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import chat_page
 import gradio as gr
@@ -309,6 +310,60 @@ def test_the_page_holds_no_names_no_api_and_asks_nobody_else(served):
         assert name not in html and name not in config, name
     assert "fonts.googleapis" not in html and "Content-Security-Policy" in html + config
     assert httpx.get(f"{address}/gradio_api/info").json() == {"named_endpoints": {}, "unnamed_endpoints": {}}
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        ({}, 200),
+        ({"Host": "localhost:17860"}, 200),
+        ({"Host": "[::1]:17860"}, 200),
+        ({"Host": "evil.example"}, 403),
+        ({"Host": "127.0.0.1.evil.example"}, 403),
+        ({"Host": "localhost.evil.example:17860"}, 403),
+        ({"Host": ""}, 403),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Host": "localhost:1", "Origin": "http://localhost:2"}, 403),
+        ({"Host": "localhost:1", "Origin": "http://localhost:1"}, 200),
+    ],
+)
+def test_foreign_names_and_foreign_pages_do_not_reach_the_page(served, headers, expected):
+    """DNS rebinding has a Host of its own, another page an Origin."""
+    address = served()
+    assert httpx.get(f"{address}/config", headers=headers).status_code == expected
+    body = {"data": [], "fn_index": 0, "session_hash": "x"}
+    joined = httpx.post(f"{address}/gradio_api/queue/join", json=body, headers=headers).status_code
+    assert (joined == 403) == (expected == 403)
+
+
+def test_nothing_is_uploaded(served):
+    address = served()
+    answer = httpx.post(f"{address}/gradio_api/upload", files={"files": ("a.txt", b"text")})
+    assert answer.status_code == 403
+
+
+@pytest.mark.parametrize("origin", ["http://evil.example", "null"])
+def test_a_page_with_a_password_takes_no_requests_of_other_pages(served, origin):
+    address = served(auth="me:secret")
+    login = {"username": "me", "password": "secret"}
+    assert httpx.post(f"{address}/login", data=login, headers={"Origin": origin}).status_code == 403
+    assert httpx.post(f"{address}/login", data=login).status_code == 200
+
+
+def test_one_vote_a_round_whatever_is_clicked_at_once(page):
+    p, session = page("fox", "house")
+    list(p.send(session, "hello", "", *OPTIONS))
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda n: p.vote(session, n % 2), range(32)))
+    assert len(p.votes.read_text().splitlines()) == 1
+
+
+def test_a_vote_that_step_2_would_refuse_is_not_saved(page):
+    """README promises that votes train as they are."""
+    p, session = page("fox", "house")
+    list(p.send(session, "what does <|im_end|> mean?", "", *OPTIONS))
+    assert "holds <|im_end|>" in notice_of(p.vote(session, 1), p)
+    assert not p.votes.exists()
 
 
 def test_only_the_password_opens_the_page(served):

@@ -311,6 +311,56 @@ def test_a_rank_whose_launcher_is_gone_stops_itself(inputs, tmp_path):
     assert "the launcher is gone" in (tmp_path / "log").read_text()
 
 
+def test_a_rank_whose_launcher_went_while_it_was_starting_stops_itself(inputs, tmp_path):
+    """Else it would train on unseen, and the same command given again would work in the same folder."""
+    arguments = step_arguments(1, inputs, tmp_path / "out", "--num_train_epochs", "400")
+    code = (
+        "import subprocess, sys; "
+        f"print(subprocess.Popen([sys.executable, {str(SCRIPTS[1])!r}, *sys.argv[1:]], start_new_session=True).pid)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "LOCAL_RANK": "0", "RANK": "0"}
+    with (tmp_path / "log").open("w") as log:
+        launcher = subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=environment | {"WORLD_SIZE": "1"},
+            text=True,
+            check=True,
+        )
+    deadline, orphan = time.monotonic() + 120, Path(f"/proc/{int(launcher.stdout.split()[0])}")
+    while orphan.exists() and "State:\tZ" not in (orphan / "status").read_text():
+        assert time.monotonic() < deadline, (tmp_path / "log").read_text()[-2000:]
+        time.sleep(0.2)
+    assert "the launcher is gone" in (tmp_path / "log").read_text()
+    assert not (tmp_path / "out" / "summary.json").exists()
+
+
+def test_a_run_outlives_the_reader_of_its_output(inputs, tmp_path):
+    """A progress bar that nobody reads is no reason to end, least of all before the checkpoint."""
+    output = tmp_path / "out"
+    command = [sys.executable, str(SCRIPTS[1]), *step_arguments(1, inputs, output)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+    deadline = time.monotonic() + 120
+    while not checkpoints(output):
+        assert time.monotonic() < deadline and run.poll() is None
+        time.sleep(0.02)
+    run.stdout.close()
+    assert run.wait(120) == 0
+    assert (output / "summary.json").exists() and "step 1 saved" in (output / "orphan.log").read_text()
+
+
+def test_a_suspended_run_does_not_stand_still(launcher, inputs, tmp_path):
+    arguments = step_arguments(1, inputs, tmp_path / "out", "--hang_timeout", "6", "--num_train_epochs", "4")
+    run = launcher.start(1, arguments, tmp_path / "log")
+    run.wait_for(lambda: checkpoints(tmp_path / "out"))
+    os.kill(run.pid, signal.SIGSTOP)
+    time.sleep(9)
+    os.kill(run.pid, signal.SIGCONT)
+    assert run.wait() == 0, run.text()[-2000:]
+
+
 # --- resuming with something changed ------------------------------------------------------------------------------
 
 

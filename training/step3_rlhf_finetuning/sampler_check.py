@@ -66,7 +66,7 @@ def check_first_ratio(ratio: float, dtype: str) -> None:
     Raises:
         UserError: with the likely cause.
     """
-    if abs(ratio - 1) > FIRST_RATIO[dtype]:
+    if not abs(ratio - 1) <= FIRST_RATIO[dtype]:  # NaN is off too
         raise UserError(
             f"the ratio of the first minibatch is {ratio:.4f}, and before any update it must be 1 (allowed in {dtype}: "
             f"within {FIRST_RATIO[dtype]}): two forwards of the same tokens differ, so something in the model draws "

@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 from training.utils.errors import RunStopped, UserError, leave_process_group, print_last, run_program
 from training.utils.processes import STARTED_BY
@@ -30,6 +30,7 @@ COURTESY = 5.0  # seconds from another rank's note to the end of this one: enoug
 LOST_WAIT = 10.0  # seconds that a rank whose connection broke waits for the note of the one that broke it
 NOTE = ".failed-rank{}.json"
 FAILURE_FILE = "failure.txt"
+ORPHAN_LOG = "orphan.log"  # what a run says after the reader of its output has gone
 
 # What gloo and NCCL say when another rank has ended or does not answer
 _LOST = (
@@ -125,6 +126,7 @@ def run_training(main: Callable[[Sequence[str]], int]) -> int:
         # a background job's SIGINT is ignored, so that Ctrl-C on what is in front does not end it: that stays so
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _on_signal)
+    sys.stdout, sys.stderr = _OutlivesReader(sys.stdout), _OutlivesReader(sys.stderr)  # type: ignore[assignment]
     threading.Thread(target=_watch_for_ever, name="supervision", daemon=True).start()
     try:
         code = run_program(_noting_errors(main))
@@ -144,6 +146,45 @@ def run_training(main: Callable[[Sequence[str]], int]) -> int:
         raise AssertionError("unreachable: _fail ends the process") from error
     _state.ending = True
     return code
+
+
+class _OutlivesReader:
+    """A text stream that goes on in a file of the output folder when nobody reads it any more.
+
+    Where train.py or a terminal is killed, the next line of a progress bar would else end the run with a broken pipe,
+    before it has seen that its launcher is gone and saved.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """As of any stream."""
+        try:
+            return self._stream.write(text)
+        except OSError:
+            _write_to_file_instead()
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        """As of any stream."""
+        try:
+            self._stream.flush()
+        except OSError:
+            _write_to_file_instead()
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _write_to_file_instead() -> None:
+    """Let standard output and error be `ORPHAN_LOG`, or nothing where no folder is known yet."""
+    path = os.devnull if _state.folder is None else _state.folder / ORPHAN_LOG
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for descriptor in (1, 2):
+        os.dup2(file, descriptor)
+    os.close(file)
 
 
 def _noting_errors(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int]:
@@ -242,10 +283,16 @@ def _other_notes() -> list[dict[str, Any]]:
 
 def _watch_for_ever() -> None:
     launchers = _launchers()
-    noted_at = 0.0
+    noted_at, looked = 0.0, time.monotonic()
+    if "LOCAL_RANK" in os.environ and _is_orphan():
+        _launcher_is_gone()  # while this rank was starting
+        launchers = []
     while not _state.ending:
         time.sleep(LOOK_EVERY)
         now = time.monotonic()
+        if now - looked > 5 * LOOK_EVERY:
+            _state.moved_at += now - looked  # this process was suspended (Ctrl-Z, a laptop's lid), as all of it was
+        looked = now
         if not noted_at and (notes := _other_notes()):
             noted_at, note = now, notes[0]
         if noted_at and now - noted_at > COURTESY and not _state.ending:
@@ -287,6 +334,12 @@ def _launchers() -> list[tuple[int, int]]:
         if _parent(runner) == int(os.environ.get(STARTED_BY, "0")):
             pairs.append((runner, _parent(runner)))
     return pairs
+
+
+def _is_orphan() -> bool:
+    """Whether the process that started this one has ended: its children are the system's first process' then."""
+    parent = os.getppid()
+    return parent == 1 or "systemd" in _command(parent).split(" ")[0]
 
 
 def _parent(pid: int) -> int:
