@@ -26,7 +26,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from training.utils.data import render
+from training.utils.data import read_any
 from training.utils.errors import UserError
 
 Message = dict[str, str]
@@ -100,7 +100,7 @@ def prompt_ids(model: ChatModel, messages: Sequence[Message], max_new_tokens: in
     kept = list(messages)
     start = 1 if kept and kept[0]["role"] == "system" else 0
     while True:
-        ids = render(model.tokenizer, kept, add_generation_prompt=True).input_ids
+        ids = read_any(model.tokenizer, kept, add_generation_prompt=True)
         if model.context is None or len(ids) + min(max_new_tokens, model.context // 2) <= model.context:
             return ids, len(messages) - len(kept)
         if len(kept) - start <= 1:  # the last prompt alone: a shorter answer is better than none

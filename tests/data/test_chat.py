@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, example, given, settings, strategies as st
 
 from tests.data import families
 from training.utils.data import chat
-from training.utils.data.chat import RowError, configure_chat_template, render, stop_token_ids
+from training.utils.data.chat import RowError, configure_chat_template, read_any, render, stop_token_ids
 from training.utils.errors import UserError
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
@@ -261,3 +261,30 @@ def test_template_flag(tmp_path):
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="mine.jinja"):
         configure_chat_template(tok, str(path))
+
+
+# Qwen 3's kind: what stands before </think> in an answer is dropped, in the last one too if it is not the first
+THINKING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{{ m['content'].split('</think>')[-1].lstrip('\n') if m['role'] == 'assistant' else m['content'] }}"
+    "{{ '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("answer", ["Hm.</think>Yes.", "</think>", "a <think> b", "", "  Yes.  ", "two\n\nlines"])
+def test_any_answer_can_be_scored_and_continued(answer):
+    """One sampled answer that training could not mask must not end PPO, nor the chat's second turn."""
+    tok = families.smol_like()
+    plain = tok.chat_template
+    ask, said = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": answer}
+    for template in (plain, THINKING):
+        tok.chat_template = template
+        ids = read_any(tok, [ask, said])
+        assert ids[-1] == tok.convert_tokens_to_ids("<|im_end|>")
+        going = read_any(tok, [ask, said, ask], add_generation_prompt=True)
+        assert "<|im_start|>assistant" in tok.decode(going[-16:])
+    tok.chat_template = plain
+    assert (
+        read_any(tok, [ask, {**said, "content": "Yes."}]) == render(tok, [ask, {**said, "content": "Yes."}]).input_ids
+    )

@@ -121,3 +121,20 @@ def test_bad_input_is_one_line(run, tmp_path):
     assert (code, out) == (2, "") and err.startswith("error: --data_path") and err.count("\n") == 1
     code, _, err = run("--steps", "1")
     assert code == 2 and "did you mean --step" in err
+
+
+def test_a_file_that_training_refuses_is_not_called_sound(run, tmp_path):
+    """All rows ask the same, so none can be held out."""
+    path = write(tmp_path / "same.jsonl", [{"prompt": "Why?", "response": f"Answer {n}."} for n in range(5)])
+    for more, code in ((), 0), (("--validate",), 1):
+        ended, out, _ = run("--data_path", path, "--step", "1", *more)
+        assert ended == code and "no row is held out" in out
+
+
+def test_no_escape_sequence_reaches_the_terminal(run, tmp_path):
+    evil = "\x1b]0;title\x07\x1b[31mred\x9b1m"
+    rows = [{"prompt": f"Why {n}?{evil}", "response": f"So.{evil}", f"column{evil}": 1} for n in range(12)]
+    path = write(tmp_path / "a.jsonl", [*rows, {f"x{evil}": 1}])
+    for more in ((), ("--validate",), ("--on_bad_row", "skip")):
+        _, out, err = run("--data_path", path, "--step", "1", *more)
+        assert "\x1b" not in out + err and "\x07" not in out + err and "red" in out + err

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 from deepspeed.accelerator import get_accelerator
 
-from training.utils.errors import UserError
+from training.utils.errors import UserError, printable
 
 DEFAULT_TIMEOUT = 1800.0
 # Set by launchers that say ranks in their own words (a shell within a Slurm job has only SLURM_NTASKS)
@@ -104,7 +104,7 @@ def say(message: str) -> None:
     if is_main():
         from tqdm import tqdm
 
-        tqdm.write(message)
+        tqdm.write(printable(message))
 
 
 def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -42,13 +43,24 @@ def run_program(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None
         return 2
 
 
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def printable(text: str) -> str:
+    """A text for the terminal: control characters, which data and names of others may hold, are shown as ``?``.
+
+    An escape sequence could colour, hide or rewrite what a program says, or the terminal's title.
+    """
+    return _CONTROLS.sub("?", text)
+
+
 def print_last(text: str) -> None:
     """Print on stderr as the last thing of a process: on a line of its own, below a progress bar that is drawn."""
     tqdm = sys.modules.get("tqdm")
     with contextlib.suppress(OSError):  # nobody reads it: the terminal was closed
         for bar in list(getattr(tqdm.tqdm, "_instances", ())) if tqdm is not None else ():
             bar.close()
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 def leave_process_group() -> None:

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from training.utils import engine as engines, models
-from training.utils.data import render
+from training.utils.data import read_any
 from training.utils.errors import UserError
 from training.utils.zero_config import frozen_config
 
@@ -42,10 +42,10 @@ class TextRewardModel:
         """Token ids in the chat template; without room the oldest turns go first, then the left side."""
         kept = list(messages)
         start = 1 if kept[0]["role"] == "system" else 0
-        ids = render(self.tokenizer, kept).input_ids
+        ids = read_any(self.tokenizer, kept)
         while self.limit is not None and len(ids) > self.limit and len(kept) - start > 2:
             del kept[start : start + 2]
-            ids = render(self.tokenizer, kept).input_ids
+            ids = read_any(self.tokenizer, kept)
         return ids if self.limit is None else ids[-self.limit :]
 
     @torch.no_grad()

@@ -349,6 +349,26 @@ def render_many(
     return results
 
 
+def read_any(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[int]:
+    """Token ids of a conversation whose answers a model has written, whatever is in them.
+
+    Training must know which tokens are an answer's, so `render` refuses what it can not mask: an answer with
+    ``</think>`` in it, a template that writes earlier turns in another way. To score or to continue a conversation
+    it is enough to read what the template makes of it, up to the end of the last answer.
+
+    Raises:
+        RowError: the template itself refuses the conversation.
+    """
+    try:
+        return render(tokenizer, messages, add_generation_prompt).input_ids
+    except RowError:
+        text = render_text(tokenizer, messages, add_generation_prompt)
+    end = _structure(tokenizer).end_token
+    if messages[-1]["role"] == "assistant" and not add_generation_prompt and end in text:
+        text = text[: text.rindex(end) + len(end)]
+    return encode(tokenizer, [text])[0]
+
+
 def _lay_out(
     tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool, structure: _Structure
 ) -> tuple[str, list[tuple[int, int]], list[tuple[str, str, str]]]:

@@ -53,8 +53,9 @@ from training.utils.data.batches import epoch_batches, padding_share  # noqa: E4
 from training.utils.data.prepare import StepData, prepare_data  # noqa: E402
 from training.utils.data.preview_page import Piece, page  # noqa: E402
 from training.utils.data.report import DataReport  # noqa: E402
-from training.utils.errors import UserError, run_program  # noqa: E402
+from training.utils.errors import UserError, printable, run_program  # noqa: E402
 
+NOTHING_HELD_OUT = "no row is held out, so training refuses this: give more prompts, or --eval_data_path"
 _PERCENTILES = (5, 25, 50, 75, 95, 99, 100)
 _COLOURS = {"trained": "\x1b[32m", "untrained": "\x1b[2m", "special": "\x1b[1;35m"}
 _OFF = "\x1b[0m"
@@ -91,7 +92,7 @@ def coloured(parts: Sequence[Piece], colour: bool) -> str:
     """One row for the terminal; without colours the trained tokens stand between [[ and ]]."""
     out = []
     for part in parts:
-        text = part.text.replace("\n", "\\n\n") if part.special else part.text
+        text = printable(part.text).replace("\n", "\\n\n") if part.special else printable(part.text)
         if colour:
             kind = _COLOURS["trained" if part.trained else "untrained"]
             out.append(f"{_COLOURS['special'] if part.special else ''}{kind}{text}{_OFF}")
@@ -150,6 +151,8 @@ def problems(report: DataReport) -> list[str]:
                 found.append(f"and {entry.count - len(entry.places)} more bad rows")
         else:
             found.append(f"{entry.count} x {reason}: {entry.where()}")
+    if not report.held_out_rows:
+        found.append(NOTHING_HELD_OUT)
     if report.shared_prompts:
         found.append(f"{report.shared_prompts} held-out rows have a prompt that is also trained on")
     return found
@@ -182,19 +185,21 @@ def main(argv: Sequence[str]) -> int:
     except UserError as error:
         if not preview.validate:
             raise
-        print(" ".join(str(error).split()))
+        print(printable(" ".join(str(error).split())))
         return 1
     if preview.validate:
         found = problems(prepared.report)
-        print("\n".join(found), end="\n" if found else "")
+        print(printable("\n".join(found)), end="\n" if found else "")
         return 1 if found else 0
     rows = list(shown_rows(prepared, tokenizer, preview.step, preview.rows))
     table = counts(prepared, preview.per_device_train_batch_size, preview.seed)
     colour = "NO_COLOR" not in os.environ and (sys.stdout.isatty() or "FORCE_COLOR" in os.environ)
     for title, parts in rows:
-        print(f"--- {title}\n{coloured(parts, colour)}\n")
+        print(f"--- {printable(title)}\n{coloured(parts, colour)}\n")
     width = max(len(what) for what, _ in table)
-    print("\n".join(f"{what:<{width}}  {how}" for what, how in table))
+    print(printable("\n".join(f"{what:<{width}}  {how}" for what, how in table)))
+    if not prepared.report.held_out_rows:
+        print(NOTHING_HELD_OUT)
     if preview.html:
         try:
             Path(preview.html).write_text(page(preview.step, rows, table, prepared.train["length"][:]), "utf-8")
