@@ -290,6 +290,21 @@ CASES = [
         lambda w: _sft(w, "--deepspeed_config", _write(w.tmp / "ds.json", '{"bf16": {"enabled": true}}')),
         ["bf16.enabled", "--dtype"],
     ),
+    *(
+        Case(
+            f"DeepSpeed JSON with {text}",
+            1,
+            lambda w, text=text: _sft(w, "--deepspeed_config", _write(w.tmp / "ds.json", text)),
+            words,
+        )
+        for text, words in (
+            ('{"zero_optimization": {"stage": "two"}}', ["--deepspeed_config", "stage"]),
+            ('{"zero_optimization": {"no_such": 1}}', ["--deepspeed_config", "no_such"]),
+            ('{"zero_optimization": []}', ["--deepspeed_config", "list"]),
+            ('{"gradient_clipping": "x"}', ["--deepspeed_config", "gradient_clipping"]),
+            ('{"zero_optimisation": {"stage": 2}}', ["--deepspeed_config", "zero_optimisation"]),
+        )
+    ),
     Case("DeepSpeed JSON missing", 1, lambda w: _sft(w, "--deepspeed_config", "no.json"), ["no.json"]),
     Case(
         "DeepSpeed JSON broken",

@@ -442,6 +442,27 @@ def test_two_at_work_in_one_run(bench: Bench) -> None:
         bench.train("--output_dir", "output/tiny")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"[]",
+        b"{",
+        b"",
+        b"\xff\xfe",
+        b'{"steps": []}',
+        b'{"steps": {"step1": 3}}',
+        b'{"steps": {"step1": {"arguments": "x"}}}',
+        b'{"versions": "1"}',
+        b"[" * 100_000,
+    ],
+)
+def test_a_damaged_manifest_is_one_line(bench: Bench, text: bytes) -> None:
+    (bench.output / "tiny").mkdir(parents=True)
+    (bench.output / "tiny" / "manifest.json").write_bytes(text)
+    with pytest.raises(UserError, match=r"manifest\.json"):
+        bench.train("--output_dir", "output/tiny")
+
+
 def test_two_steps_in_one_folder(tmp_path: Path) -> None:
     """One of two programs that write to the same files would lose its metrics, without a word."""
     call = f"from training.utils.runs import prepare_output_dir as p; p({str(tmp_path)!r}, 'step1')"

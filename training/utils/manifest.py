@@ -21,20 +21,29 @@ NOT_INPUT = {"__pycache__", "checkpoints"}  # folders inside a folder of inputs 
 NAMED_INPUTS = ("model_name_or_path", "data_path")  # flags whose values are inputs also when they are no files
 
 
+_SHAPE: dict[str, type] = {"steps": dict, "versions": dict, "machine": dict, "run_with": dict}
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a run, or an empty one.
 
     Raises:
-        UserError: the file is there and is no JSON object.
+        UserError: the file is there and is no JSON object, or its parts are of other kinds than they are written.
     """
     if not path.is_file():
         return {}
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (OSError, ValueError, RecursionError) as error:  # JSON's and UTF-8's are ValueErrors
         raise UserError(f"{path} is not readable as JSON: {error}") from error
     if not isinstance(manifest, dict):
         raise UserError(f"{path} is not a manifest: it holds no JSON object")
+    for name, kind in _SHAPE.items():
+        if not isinstance(manifest.get(name, kind()), kind):
+            raise UserError(f"{path} is damaged: {name} is a {type(manifest[name]).__name__}")
+    for name, step in manifest.get("steps", {}).items():
+        if not isinstance(step, dict) or not isinstance(step.get("arguments", []), list):
+            raise UserError(f"{path} is damaged: the entry of {name} is not one")
     return manifest
 
 

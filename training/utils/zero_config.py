@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,15 @@ _OWNED = {
     "optimizer": "use --learning_rate and --weight_decay",
     "hybrid_engine": "DeepSpeed's hybrid engine accelerates no model family of transformers 5; step 3 has its own",
 }
+
+
+# Sections of DeepSpeed's configuration that its constants do not name
+_SECTIONS = {
+    "zero_optimization", "activation_checkpointing", "flops_profiler", "comms_logger", "aio", "compression_training",
+    "tensorboard", "wandb", "csv_monitor", "comet", "autotuning", "elasticity", "data_efficiency", "nebula", "compile",
+    "tensor_parallel", "checkpoint", "data_types", "amp", "sparse_attention", "pipeline", "curriculum_learning",
+    "weight_quantization", "zero_quantized_weights", "timers", "monitor_config", "zenflow", "superoffload",
+}  # fmt: skip
 
 
 def effective_stage(zero_stage: int) -> int:
@@ -78,7 +88,36 @@ def deepspeed_config(
         config["bf16"] = {"enabled": True}
     elif dtype == "fp16":
         config["fp16"] = {"enabled": True, "initial_scale_power": 12}
-    return merge(config, overrides or {})
+    if overrides:
+        config = merge(config, overrides)
+        _check(config)
+    return config
+
+
+def _check(config: dict[str, Any]) -> None:
+    """Let DeepSpeed read a user's configuration before a model is loaded.
+
+    Raises:
+        UserError: a value of the wrong type, or one that DeepSpeed does not know in a section.
+    """
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    for key in ("gradient_clipping", "steps_per_print", "gradient_predivide_factor"):  # which it takes as they are
+        if not isinstance(config.get(key, 1), (int, float)):
+            raise UserError(f"--deepspeed_config: {key} is {config[key]!r}, it must be a number")
+    try:
+        DeepSpeedConfig(copy.deepcopy(config))
+    except (ValueError, TypeError, AssertionError, KeyError, AttributeError) as error:  # pydantic's are ValueErrors
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise UserError(f"--deepspeed_config: DeepSpeed refuses it: {' '.join(lines[:3])}") from error
+
+
+def unknown_keys(config: dict[str, Any]) -> list[str]:
+    """Keys that DeepSpeed would pass over in silence."""
+    from deepspeed.runtime import constants
+
+    known = {value for value in vars(constants).values() if isinstance(value, str)} | _SECTIONS
+    return sorted(key for key in config if key not in known and not key.startswith("_"))
 
 
 def frozen_config(*, dtype: str, offload: bool = False) -> dict[str, Any]:
@@ -107,7 +146,9 @@ def read_user_config(path: str) -> dict[str, Any]:
     if not path:
         return {}
     try:
-        config = json.loads(Path(path).read_text())
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"--deepspeed_config {path}: not a text file") from error
     except OSError as error:
         raise UserError(f"--deepspeed_config {path}: {error.strerror}") from error
     except json.JSONDecodeError as error:
@@ -120,4 +161,6 @@ def read_user_config(path: str) -> dict[str, Any]:
     for key in ("bf16", "fp16"):  # else the engine would compute in another precision than the run records
         if isinstance(config.get(key), dict) and "enabled" in config[key]:
             raise UserError(f"--deepspeed_config {path}: {key}.enabled is not for the file: use --dtype")
+    if unknown := unknown_keys(config):
+        raise UserError(f"--deepspeed_config {path}: DeepSpeed knows no {', '.join(unknown)} and would pass it over")
     return config
