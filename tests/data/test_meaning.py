@@ -117,3 +117,10 @@ def test_the_error_names_the_place(tok, tmp_path):
         prepare(1, tok, path)
     data = prepare(1, tok, path, on_bad_row="skip")
     assert data.report.dropped["bad row"].count == 1
+
+
+def test_a_conversation_without_end_is_refused_at_once():
+    """120,000 turns fit under the row limit and would take hours without a word."""
+    with pytest.raises(RowError, match="120000 messages, at most 1000"):
+        convert({"messages": [ASK, ANSWER] * 60_000})
+    assert convert({"messages": [ASK, ANSWER] * 500})

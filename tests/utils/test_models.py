@@ -16,6 +16,7 @@ from transformers import (
     AutoTokenizer,
     FalconConfig,
     FalconForCausalLM,
+    Phi3Config,
     PreTrainedTokenizerFast,
 )
 
@@ -241,3 +242,16 @@ def test_the_pad_token_is_never_part_of_a_text(make, expected, tmp_path):
             assert loaded.pad_token_id not in ids
             plain, skipped = (loaded.decode(ids, skip_special_tokens=skip) for skip in (False, True))
             assert plain == skipped or not fallback, "a text lost something"
+
+
+def test_longrope_says_where_a_row_depends_on_its_neighbours(tmp_path, capsys):
+    scaling = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    config = Phi3Config(
+        hidden_size=32, num_attention_heads=4, num_hidden_layers=1, pad_token_id=0, vocab_size=64,
+        max_position_embeddings=256, original_max_position_embeddings=64, rope_scaling=scaling,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    models.check_length(str(tmp_path), 64, "--max_seq_len")
+    assert not capsys.readouterr().out
+    models.check_length(str(tmp_path), 65, "--max_seq_len")
+    assert "more than 64 tokens" in capsys.readouterr().out

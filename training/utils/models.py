@@ -546,6 +546,19 @@ def check_length(model_path: str, length: int, flags: str) -> None:
     limit = max_positions(model_path)
     if limit is not None and length > limit:
         raise UserError(f"{flags} asks for {length} tokens, the model has positions for {limit}")
+    if (bound := _longrope_bound(load_config(model_path))) and length > bound:
+        print(
+            f"warning: {model_path} changes its frequencies (longrope) for a whole batch as soon as a row of it has more "
+            f"than {bound} tokens, so a row's log-probs depend on its neighbours; keep {flags} within {bound}"
+        )
+
+
+def _longrope_bound(config: Any) -> int | None:
+    """Tokens from which on a family such as Phi-3 with ``longrope`` uses other frequencies; None for other families."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if not isinstance(rope, Mapping) or "longrope" not in (rope.get("rope_type"), rope.get("type")):
+        return None
+    return rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
 
 
 def check_vocabulary(model_path: str, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -41,6 +41,7 @@ class Example:
 
 Converter = Callable[[Row], list[Example]]
 
+MOST_MESSAGES = 1000  # of a conversation: each answer renders all turns before it, which takes half a second then
 _ROLES = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "bot", "model", "chatgpt", "bard", "bing"), "assistant"),
@@ -191,6 +192,8 @@ def messages_of(value: Any, name: str) -> list[Message]:
         value = [value]
     if not isinstance(value, list):
         raise RowError(f"column {name!r} is a {type(value).__name__}, it must be a list of messages")
+    if len(value) > MOST_MESSAGES:
+        raise RowError(f"column {name!r} holds {len(value)} messages, at most {MOST_MESSAGES} are read")
     messages = [_message(item, f"message {i + 1} of {name!r}") for i, item in enumerate(value)]
     empty_system = messages[:1] and messages[0]["role"] == "system" and not messages[0]["content"].strip()
     return messages[1:] if empty_system else messages
