@@ -548,7 +548,7 @@ def check_length(model_path: str, length: int, flags: str) -> None:
         raise UserError(f"{flags} asks for {length} tokens, the model has positions for {limit}")
     if (bound := _longrope_bound(load_config(model_path))) and length > bound:
         print(
-            f"warning: {model_path} changes its frequencies (longrope) for a whole batch as soon as a row of it has more "
+            f"warning: {model_path} changes its frequencies (longrope) for a whole batch as soon as one row has more "
             f"than {bound} tokens, so a row's log-probs depend on its neighbours; keep {flags} within {bound}"
         )
 

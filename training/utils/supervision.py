@@ -126,7 +126,7 @@ def run_training(main: Callable[[Sequence[str]], int]) -> int:
         # a background job's SIGINT is ignored, so that Ctrl-C on what is in front does not end it: that stays so
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _on_signal)
-    sys.stdout, sys.stderr = _OutlivesReader(sys.stdout), _OutlivesReader(sys.stderr)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = _OutlivesReader(sys.stdout), _OutlivesReader(sys.stderr)
     threading.Thread(target=_watch_for_ever, name="supervision", daemon=True).start()
     try:
         code = run_program(_noting_errors(main))
