@@ -58,7 +58,7 @@ def load_reward_model(path: str, report: Callable[[str], None]) -> RewardModel:
     report(f"loading the reward model from {path} in {dtype} ...")
     try:
         return RewardModel(load_text_reward_model(folder, dtype=dtype, device=device), mean, std)
-    except LOAD_ERRORS as error:
+    except (*LOAD_ERRORS, UserError) as error:
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"--reward_model {path}: can not be loaded: {line}") from error
 

@@ -247,7 +247,7 @@ def test_a_text_is_worth_the_same_alone_and_beside_a_longer_one(family, template
     model = load_text_reward_model(str(folder), dtype="fp32", device=CPU)
     model.tokenizer.padding_side = side
     if template:
-        model.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + ' . ' }}{% endfor %}"
+        model.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + ' [SEP]' }}{% endfor %}"
     asked = [
         [*messages, {"role": "assistant", "content": "good . " * (3 * i + 1)}] for i, messages in enumerate(MESSAGES)
     ]

@@ -311,6 +311,7 @@ def test_decoding_leaves_no_trace_on_models_that_share_a_config(monkeypatch: pyt
     twin = copy.deepcopy(trained, memo | {id(trained.config): trained.config})
     assert twin.config is trained.config and twin.lm_head.weight is trained.lm_head.weight
     probe, singles = torch.tensor([[7]]), []
+    FastBackend().generate(twin, request(), SamplingConfig(2))  # which looks once whether our attention serves
     original = decode_attention.decode_attention
 
     def counting(module: Any, query: Tensor, *rest: Any, **kwargs: Any) -> Any:

@@ -42,7 +42,7 @@ def held_out_rewards(
     """
     scorer.eval()
     count = len(dataset)
-    lengths = [len(ids) for name in SIDES for ids in dataset[f"{name}_ids"][:]]  # all chosen, then all rejected
+    lengths = [len(row[f"{name}_ids"]) for name in SIDES for row in dataset]  # all chosen, then all rejected
     rewards: list[tuple[int, float]] = []
     batches = epoch_batches(lengths, 2 * batch_size * world_size(), 0, 0)
     for indices in watched(batches, "held out"):

@@ -51,6 +51,7 @@ from training.step3_rlhf_finetuning.pretraining_mix import PretrainingMix  # noq
 from training.step3_rlhf_finetuning.rewards import parse_reward_functions  # noqa: E402
 from training.step3_rlhf_finetuning.rlhf_engine import build_roles, generation_backend  # noqa: E402
 from training.step3_rlhf_finetuning.rollout import SamplingConfig  # noqa: E402
+from training.step3_rlhf_finetuning.sampler_check import check_first_ratio  # noqa: E402
 from training.step3_rlhf_finetuning.scoring import Scoring  # noqa: E402
 from training.step3_rlhf_finetuning.trace import write_trace  # noqa: E402
 from training.utils import precision  # noqa: E402
@@ -213,6 +214,7 @@ def main(argv: Sequence[str]) -> int:
             device=device,
         )
         metrics = trainer.iteration(requests, number)
+        check_first_ratio(metrics["policy/first_ratio"], role_args.dtype)
         logger.log(number + 1, metrics)
         bar.update()
         bar.set_postfix(reward=f"{metrics['reward/score']:.2f}", kl=f"{metrics['kl/per_sequence']:.2f}")

@@ -19,7 +19,7 @@ from training.step3_rlhf_finetuning.experience import Experience, actor_log_prob
 from training.step3_rlhf_finetuning.pretraining_mix import PretrainingMix
 from training.step3_rlhf_finetuning.rlhf_engine import Roles
 from training.step3_rlhf_finetuning.rollout import RolloutBackend, RolloutRequest, SamplingConfig
-from training.step3_rlhf_finetuning.sampler_check import check_first_ratio, check_sampler, sampler_difference
+from training.step3_rlhf_finetuning.sampler_check import check_sampler, sampler_difference
 from training.step3_rlhf_finetuning.scoring import PPOSettings, ScoredBatch, Scoring
 from training.utils import engine as engines
 from training.utils.distributed import all_reduce_sum, reduce_sums, say
@@ -89,7 +89,7 @@ class PPOTrainer:
         self.before_update = before_update
         self.scored: list[ScoredBatch] = []
         self.guard = guard or engines.SkipGuard()
-        self._checked = self._ratio_checked = False
+        self._checked = False
         self._before: dict[str, float] = {}  # seconds of the phases outside an iteration, at the last record
 
     @property
@@ -120,9 +120,6 @@ class PPOTrainer:
         self.before_update()
         beat("training")
         metrics |= self.update([batch.experience for batch in self.scored], number)
-        if not self._ratio_checked:
-            check_first_ratio(metrics["policy/first_ratio"], self.dtype)
-            self._ratio_checked = True
         self.phases.end("train")
         trained = time.perf_counter()
         return metrics | self._timing(generated - started, scored - generated, trained - scored, metrics)

@@ -46,11 +46,11 @@ def target_modules(model: nn.Module, names: str) -> list[str] | str:
 
 
 def _routers(model: nn.Module) -> list[str]:
-    """Linear layers with a forward of their own, such as PhiMoE's routers: an adapter could not be added to that."""
+    """Routers that are linear layers and give more than a product, such as PhiMoE's: an adapter can not add to that."""
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and type(module).__module__.startswith("transformers.models.")
+        if isinstance(module, nn.Linear) and "router" in type(module).__name__.lower()
     ]
 
 

@@ -200,7 +200,7 @@ def locked(folder: Path, who: str) -> Iterator[None]:
     Raises:
         UserError: one is.
     """
-    with (folder / LOCK).open("w") as file:
+    with (folder / LOCK).open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -105,9 +105,8 @@ def model_fingerprint(path: str) -> str:
 
 def _imported_from(folder: Path) -> list[Path]:
     """Files of the modules that are loaded from a folder, but for installed packages and this program's own."""
-    files = {
-        Path(f).resolve() for m in list(sys.modules.values()) if isinstance(f := getattr(m, "__file__", None), str)
-    }
+    named = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
+    files = {Path(name).resolve() for name in named if isinstance(name, str) and Path(name).is_absolute()}
     others = [Path(sys.prefix).resolve(), Path(training.__file__).resolve().parent]
     return [f for f in files if f.is_relative_to(folder) and not any(f.is_relative_to(other) for other in others)]
 
