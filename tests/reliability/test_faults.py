@@ -208,7 +208,7 @@ def test_a_slow_rank_changes_nothing(launcher, inputs, tmp_path):
 
 def test_a_standstill_is_named(launcher, inputs, tmp_path):
     fault = {"kind": "sleep", "rank": 1, "step": 2, "seconds": 120.0}
-    runs = started(launcher, inputs, tmp_path / "out", fault, hang_timeout=4)
+    runs = started(launcher, inputs, tmp_path / "out", fault, hang_timeout=12)  # starting takes 5 s on a slow machine
     codes, seconds = ended_soon(runs)
     assert codes == [1, 1] and seconds < SOON
     assert "rank 1, step 1, training: nothing has moved for" in runs[0].text()
@@ -324,7 +324,7 @@ def test_a_rank_whose_launcher_went_while_it_was_starting_stops_itself(inputs, t
             [sys.executable, "-c", code, *arguments],
             stdout=subprocess.PIPE,
             stderr=log,
-            env=environment | {"WORLD_SIZE": "1"},
+            env=environment | {"WORLD_SIZE": "1", "LOCAL_SIZE": "1", "CROSS_SIZE": "1"},
             text=True,
             check=True,
         )
@@ -352,11 +352,11 @@ def test_a_run_outlives_the_reader_of_its_output(inputs, tmp_path):
 
 
 def test_a_suspended_run_does_not_stand_still(launcher, inputs, tmp_path):
-    arguments = step_arguments(1, inputs, tmp_path / "out", "--hang_timeout", "6", "--num_train_epochs", "4")
+    arguments = step_arguments(1, inputs, tmp_path / "out", "--hang_timeout", "12", "--num_train_epochs", "4")
     run = launcher.start(1, arguments, tmp_path / "log")
     run.wait_for(lambda: checkpoints(tmp_path / "out"))
     os.kill(run.pid, signal.SIGSTOP)
-    time.sleep(9)
+    time.sleep(15)
     os.kill(run.pid, signal.SIGCONT)
     assert run.wait() == 0, run.text()[-2000:]
 

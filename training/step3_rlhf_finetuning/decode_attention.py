@@ -146,6 +146,7 @@ def _gives_the_same(model: Any) -> bool:
 
     @torch.no_grad()
     def logits() -> Tensor:
+        """``[2, 2, V]``: of the prompts' last token and of the token after it."""
         cache, found = DynamicCache(config=model.config), []
         for columns in (slice(0, 4), slice(4, 5)):
             seen = mask[:, : columns.stop]

@@ -125,13 +125,8 @@ def main(argv: Sequence[str]) -> int:
     settings.divide_batches(rollout, train, run.batches, world_size())
     per_rank = rollout.per_device_generation_batch_size // rollout.samples_per_prompt * rollout.generation_batches
     lengths, per_step = rows.train["length"], settings.prompts_per_step(rollout, run.batches, world_size())
-    schedule = prompts.prompt_schedule(
-        lengths,
-        per_rank * world_size(),
-        epochs=train.num_train_epochs,
-        iterations=train.num_iterations,
-        seed=train.seed,
-    )
+    passes = {"epochs": train.num_train_epochs, "iterations": train.num_iterations}
+    schedule = prompts.prompt_schedule(lengths, per_rank * world_size(), **passes, seed=train.seed)
     phases.end("data", "loading the models of all roles")
 
     # Roles

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from training.utils.runs import cache_dir
 
-_CHUNK = 1 << 22
 _REMEMBERED = 1 << 24  # bytes from which on reading a file again costs more than keeping its hash
 
 
@@ -41,8 +40,5 @@ def file_digest(path: Path) -> str:
 
 def read_digest(path: Path) -> str:
     """`file_digest` of what the disk holds now, whatever is remembered."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

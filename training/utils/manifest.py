@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from training.utils.digests import read_digest
 from training.utils.errors import UserError
 from training.utils.runtime import available_cores
 
@@ -101,8 +102,7 @@ def _existing(token: str) -> Path | None:
 
 def _digest(path: Path) -> str:
     if path.is_file():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return read_digest(path)
     digest = hashlib.sha256()
     for file_path in sorted(p for p in path.rglob("*") if p.is_file() and not NOT_INPUT & set(p.parts)):
         digest.update(f"{file_path.relative_to(path)}\0{_digest(file_path)}\n".encode())

@@ -225,6 +225,7 @@ def _load(factory: Any, path: str, dtype: str, attn: str, *, may_miss: str = "",
         setattr(config, name, value)
 
     def load(attention: str) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """The model with this attention, and what loading found."""
         return factory.from_pretrained(
             path,
             config=config,

@@ -284,7 +284,7 @@ def _other_notes() -> list[dict[str, Any]]:
 def _watch_for_ever() -> None:
     launchers = _launchers()
     noted_at, looked = 0.0, time.monotonic()
-    if "LOCAL_RANK" in os.environ and _is_orphan():
+    if "CROSS_SIZE" in os.environ and _is_orphan():  # which DeepSpeed's launcher sets, and a container's start does not
         _launcher_is_gone()  # while this rank was starting
         launchers = []
     while not _state.ending:
