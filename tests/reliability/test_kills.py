@@ -105,7 +105,7 @@ def test_a_kill_while_finishing_changes_nothing(launcher, inputs, tmp_path, step
     last = max(i for i, call in enumerate(calls) if call.startswith("replace /checkpoints/.latest"))
     ending = list(range(last + 2, len(calls) + 1))  # numbers of calls, from 1
     assert len(ending) >= 5
-    for number in random.Random(step).sample(ending, 4) + [ending[-1]]:
+    for number in random.Random(step).sample(ending[:-1], 2) + [ending[-1]]:
         output = killed_at_file_call(launcher, inputs, step, tmp_path / f"call-{number}", number)
         assert_same(step, whole, output)
 
