@@ -17,7 +17,7 @@ from chat_reward import RewardModel
 from chat_sessions import LETTERS, SAME, Session, Turn
 from chat_stream import Answer, SamplingArguments, checked_sampling, stream_answer
 
-from training.utils.data.chat import forbidden_texts, special_texts
+from training.utils.data.template import forbidden_texts, special_texts
 from training.utils.errors import UserError
 
 EXAMPLES = (

@@ -317,9 +317,9 @@ def _source(path: str, step: int) -> Source:
 
 def _lengths(step: int, source: Source, split: bool, data: DataArguments, system: float) -> Any:
     """Tokens of prompt and answer of each usable row of a source."""
-    from training.utils.data.chat import RowError
     from training.utils.data.columns import convert, parse_column_map
     from training.utils.data.conversations import Dropped
+    from training.utils.data.template import RowError
 
     columns = parse_column_map(data.column_map)
     for row in source.rows(split):

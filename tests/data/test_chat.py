@@ -6,8 +6,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 
 from tests.data import families
-from training.utils.data import chat
-from training.utils.data.chat import RowError, configure_chat_template, read_any, render, stop_token_ids
+from training.utils.data import template
+from training.utils.data.chat import read_any, render
+from training.utils.data.template import RowError, configure_chat_template, stop_token_ids
 from training.utils.errors import UserError
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
@@ -47,7 +48,7 @@ def test_trained_tokens_are_the_assistant_turns(name, turns, system):
     tok = tokenizer(name)
     messages = chat_of(*turns, system=system if len(system) % 2 else "")
     rendered = render(tok, messages)
-    structure = chat._structure(tok)
+    structure = template.structure_of(tok)
     answers = [m["content"] for m in messages if m["role"] == ASSISTANT]
     assert len(rendered.spans) == len(answers)
     assert len(rendered.input_ids) == len(rendered.response_mask) == len(rendered.offsets)
@@ -129,7 +130,7 @@ def test_stop_tokens_are_eos_and_the_turn_end():
     assert stop_token_ids(tok) == ids
 
 
-@pytest.mark.parametrize("template", chat.template_names())
+@pytest.mark.parametrize("template", template.template_names())
 def test_every_named_template(template):
     marks = {"llama3": ["<|eot_id|>"], "gemma": ["<end_of_turn>"], "chatml": []}.get(template, [])
     raw = families.byte_bpe()
@@ -213,8 +214,8 @@ def test_system_message_is_baked_into_the_template(system):
         return
     tok = families.smol_like()
     configure_chat_template(tok, "", system)
-    assert chat.render_text(tok, chat_of("Hi")).startswith(f"<|im_start|>system\n{system}<|im_end|>")
-    own = chat.render_text(tok, chat_of("Hi", system="Mine"))
+    assert template.render_text(tok, chat_of("Hi")).startswith(f"<|im_start|>system\n{system}<|im_end|>")
+    own = template.render_text(tok, chat_of("Hi", system="Mine"))
     assert own.startswith("<|im_start|>system\nMine<|im_end|>")
     once = tok.chat_template
     configure_chat_template(tok, "", system)
@@ -278,8 +279,8 @@ def test_any_answer_can_be_scored_and_continued(answer):
     tok = families.smol_like()
     plain = tok.chat_template
     ask, said = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": answer}
-    for template in (plain, THINKING):
-        tok.chat_template = template
+    for form in (plain, THINKING):
+        tok.chat_template = form
         ids = read_any(tok, [ask, said])
         assert ids[-1] == tok.convert_tokens_to_ids("<|im_end|>")
         going = read_any(tok, [ask, said, ask], add_generation_prompt=True)

@@ -12,10 +12,10 @@ import pytest
 
 from training.utils.data import columns
 from training.utils.data.adapters import ADAPTERS
-from training.utils.data.chat import RowError
 from training.utils.data.columns import convert, parse_column_map
 from training.utils.data.conversations import Dropped, Example
 from training.utils.data.formats import FORMATS
+from training.utils.data.template import RowError
 from training.utils.errors import UserError
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "data.md"

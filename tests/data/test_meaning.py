@@ -6,9 +6,10 @@ import pytest
 
 from tests.data import families
 from tests.data.test_prepare import prepare, sft, write
-from training.utils.data.chat import RowError, render
+from training.utils.data.chat import render
 from training.utils.data.columns import convert
 from training.utils.data.conversations import Dropped
+from training.utils.data.template import RowError
 from training.utils.errors import UserError
 
 ASK, ANSWER = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}
@@ -22,11 +23,8 @@ def tok():
 @pytest.mark.parametrize(
     "more",
     [
-        {"reasoning_content": "Hm."},
-        {"thinking": "Hm."},
-        {"tool_calls": [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]},
-        {"function_call": {"name": "f"}},
         {"images": ["a.png"]},
+        {"tool_responses": ["x"]},
         {"weight": 0.5},
         {"loss_mask": "maybe"},
     ],
@@ -34,6 +32,26 @@ def tok():
 def test_a_message_that_means_more_than_its_text_is_refused_by_name(more):
     with pytest.raises(RowError, match=next(iter(more))):
         convert({"messages": [ASK, ANSWER | more]})
+
+
+@pytest.mark.parametrize(
+    ("more", "columns", "reason"),
+    [
+        ({"reasoning_content": "Hm."}, {}, "loses the reasoning"),
+        ({"thinking": "Hm."}, {}, "loses the reasoning"),
+        ({"tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}, {}, "no call of a tool"),
+        ({"function_call": {"name": "f"}}, {}, "no call of a tool"),
+        ({}, {"tools": [{"name": "f"}]}, "no tools"),
+        ({}, {"tools": '[{"name": "f"}]'}, "no tools"),
+    ],
+)
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_what_a_template_has_no_place_for_is_refused_by_name(tok, tmp_path, more, columns, reason, step):
+    turns = [ASK, ANSWER | more, {"role": "user", "content": "And?"}]
+    row = {"messages": [*turns, ANSWER]} if step != 2 else {"prompt": turns, "chosen": "A", "rejected": "B"}
+    other = [write(tmp_path / "b.jsonl", [{"prompt": "Q", "chosen": "A b", "rejected": "C"}])]
+    with pytest.raises(UserError, match=reason):
+        prepare(step, tok, write(tmp_path / "a.jsonl", [row | columns]), eval_data_path=other)
 
 
 @pytest.mark.parametrize("nothing", [None, "", [], float("nan")])
@@ -46,8 +64,7 @@ def test_an_empty_key_means_nothing(nothing):
 @pytest.mark.parametrize(
     "columns",
     [
-        {"tools": [{"name": "f"}]},
-        {"tools": '[{"name": "f"}]'},
+        {"tool_calls": [{"name": "f"}]},
         {"images": ["a.png"]},
         {"videos": ["a.mp4"]},
         {"audios": [{"path": "a.wav"}]},
@@ -111,9 +128,9 @@ def test_a_compared_answer_counts_whatever_its_weight(tok, tmp_path):
 
 
 def test_the_error_names_the_place(tok, tmp_path):
-    rows = [*sft(3), {"messages": [ASK, ANSWER | {"thinking": "Hm."}]}]
+    rows = [*sft(3), {"messages": [ASK, ANSWER | {"images": ["a.png"]}]}]
     path = write(tmp_path / "a.jsonl", rows)
-    with pytest.raises(UserError, match=r"a\.jsonl:4: .*thinking"):
+    with pytest.raises(UserError, match=r"a\.jsonl:4: .*images"):
         prepare(1, tok, path)
     data = prepare(1, tok, path, on_bad_row="skip")
     assert data.report.dropped["bad row"].count == 1

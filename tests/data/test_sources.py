@@ -15,9 +15,9 @@ import pytest
 
 from training.utils import hub
 from training.utils.data import readers
-from training.utils.data.chat import RowError
 from training.utils.data.readers import read_file
 from training.utils.data.sources import resolve
+from training.utils.data.template import RowError
 from training.utils.errors import UserError
 
 ROWS = [{"prompt": f"Hi {n}\nthere", "response": f"Grüße, «{n}»"} for n in range(5)]

@@ -98,10 +98,10 @@ def check_pairs(argv: Sequence[str]) -> None:
     Raises:
         UserError: names the sources, and what to do.
     """
-    from training.utils.data.chat import RowError  # jinja2 and the formats take a moment
     from training.utils.data.columns import UnknownFormat, convert, parse_column_map
     from training.utils.data.conversations import Dropped
     from training.utils.data.sources import local_source
+    from training.utils.data.template import RowError  # jinja2 and the formats take a moment
 
     flags = flags_in(argv)
     paths = flags.get("data_path", [])

@@ -22,17 +22,10 @@ if TYPE_CHECKING:
         side_of_pair,
         spread_rows,
     )
-    from training.utils.data.chat import (
-        Rendered,
-        RowError,
-        configure_chat_template,
-        read_any,
-        render,
-        stop_token_ids,
-        template_names,
-    )
+    from training.utils.data.chat import Rendered, read_any, render
     from training.utils.data.prepare import StepData, prepare_data, prepare_pretraining
     from training.utils.data.report import DataReport
+    from training.utils.data.template import RowError, configure_chat_template, stop_token_ids, template_names
 
 __all__ = [
     "SIDES",
@@ -58,7 +51,7 @@ __all__ = [
     "template_names",
 ]
 
-_MODULES = ("chat", "report", "batches", "prepare")  # where they are, the light ones first
+_MODULES = ("template", "chat", "report", "batches", "prepare")  # where they are, the light ones first
 
 
 def __getattr__(name: str) -> Any:

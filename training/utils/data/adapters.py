@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 
-from training.utils.data.chat import RowError
 from training.utils.data.conversations import (
     Converter,
     Example,
@@ -23,6 +22,7 @@ from training.utils.data.conversations import (
     text_of,
 )
 from training.utils.data.formats import prompt_chosen_rejected, webgpt
+from training.utils.data.template import RowError
 
 
 def _rlhf_reward_datasets(row: Row) -> list[Example]:

@@ -8,9 +8,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from training.utils.data.adapters import ADAPTERS
-from training.utils.data.chat import RowError
-from training.utils.data.conversations import Dropped, Example, Row, has_value, text_of, truth_of, with_system
+from training.utils.data.conversations import (
+    Dropped,
+    Example,
+    Row,
+    has_value,
+    text_of,
+    truth_of,
+    with_system,
+    with_tools,
+)
 from training.utils.data.formats import FORMATS, Format
+from training.utils.data.template import RowError
 from training.utils.errors import UserError
 
 
@@ -125,9 +134,10 @@ def _check_readable(row: Row, columns: frozenset[str]) -> None:
             raise row[name]
 
 
+_TOOLS = ("tools", "functions")
 # Columns without which a row means something else, and which no format reads
 _UNREAD = {
-    **dict.fromkeys(("tools", "functions", "tool_calls"), "tools"),
+    "tool_calls": "calls of tools",
     **dict.fromkeys(("images", "image", "videos", "video", "audios", "audio"), "what is no text"),
 }
 
@@ -136,7 +146,7 @@ def _check_meaning(row: Row) -> None:
     """Refuse what a row would lose without a word; other columns that no format reads are metadata.
 
     Raises:
-        RowError: a column with tools or images has something in it.
+        RowError: a column with images or calls of tools has something in it.
         Dropped: LLaMA-Factory's mark of a bad answer.
     """
     for name, kind in _UNREAD.items():
@@ -171,6 +181,10 @@ def convert(row: Row, source: str = "", column_map: ColumnMap | None = None) -> 
     _check_meaning(columns)
     system = text_of(columns, "system")
     try:
-        return format_.name, [with_system(example, system) for example in format_.convert(columns)]
+        examples = [with_system(example, system) for example in format_.convert(columns)]
+        for name in _TOOLS:
+            if has_value(tools := columns.get(name)):
+                examples = [with_tools(example, tools) for example in examples]
+        return format_.name, examples
     except (TypeError, ValueError, AttributeError, LookupError) as error:  # a shape that the format did not think of
         raise RowError(f"the row does not fit the format {format_.name}: {error!r}") from error

@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from training.utils.data.chat import Message, RowError, is_image
+from training.utils.data.chat import is_image
+from training.utils.data.template import Message, RowError
 
 Row = Mapping[str, Any]
 
@@ -45,7 +46,9 @@ MOST_MESSAGES = 1000  # of a conversation: each answer renders all turns before 
 _ROLES = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "bot", "model", "chatgpt", "bard", "bing"), "assistant"),
-    "system": "system",
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("tool", "observation", "function", "ipython", "tool_response"), "tool"),
+    "function_call": "assistant",  # ShareGPT's turn that is a call of a tool and nothing else
 }
 
 
@@ -118,27 +121,112 @@ def _message(item: Any, where: str) -> Message:
     if role is None:
         raise RowError(f"{where} has no role")
     if str(role).lower() not in _ROLES:
-        raise RowError(f"{where} has the role {role!r}; known are system, user (human) and assistant (gpt)")
+        raise RowError(f"{where} has the role {role!r}; known are system, user (human), assistant (gpt) and tool")
     for key, kind in _UNREAD.items():
         if has_value(item.get(key)):
             raise RowError(f"{where} has {key}: {kind} can not be trained on, and without it the row means something "
                            "else; remove the key, or the row")  # fmt: skip
-    if "content" not in item and "value" not in item:
+    more = _more(item, _ROLES[str(role).lower()], where)
+    if str(role).lower() == "function_call":
+        more["tool_calls"] = _calls(item.get("content", item.get("value")), where)
+        item = {"content": ""}
+    if "content" not in item and "value" not in item and "tool_calls" not in more:
         raise RowError(f"{where} has no content")
     message = {
         "role": _ROLES[str(role).lower()],
         "content": plain_text(item.get("content", item.get("value")), f"the content of {where}"),
     }
-    return message if _is_trained(item, where) else message | NOT_TRAINED
+    return {**message, **more, **({} if _is_trained(item, where) else NOT_TRAINED)}
 
 
 # Keys of a message that change what it means, for which there is no place in a conversation here
 _UNREAD = {
-    **dict.fromkeys(("tool_calls", "function_call"), "a call of a tool"),
-    **dict.fromkeys(("tool_call_id", "tool_responses"), "a tool's answer"),
-    **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), "reasoning beside the answer"),
+    "tool_responses": "answers of tools beside the text",
     **dict.fromkeys(("images", "image", "videos", "video", "audios", "audio"), "what is no text"),
 }
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+
+
+def _more(item: Mapping[str, Any], role: str, where: str) -> dict[str, str]:
+    """What a message says beside its text: reasoning, calls of tools, whose answer a tool's answer is.
+
+    Raises:
+        RowError: they stand where nothing can be made of them.
+    """
+    more: dict[str, str] = {}
+    for key in ("tool_calls", "function_call", *_REASONING):
+        if not has_value(item.get(key)):
+            continue
+        if role != "assistant":
+            raise RowError(f"{where} has {key}, which only an assistant's turn can have")
+        if key in _REASONING:
+            more["reasoning"] = plain_text(item[key], f"{key} of {where}")
+        else:
+            more["tool_calls"] = _calls(item[key], where)
+    if role == "tool":
+        more |= {key: str(item[key]) for key in ("name", "tool_call_id") if has_value(item.get(key))}
+    return more
+
+
+def _json(value: Any, where: str) -> Any:
+    """A value that may also stand as JSON in a text (a CSV can hold nothing else), without what is empty in it.
+
+    Tables give every dict the keys of all others, empty where a row has none.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise RowError(f"{where} should be JSON, it is {value[:60]!r}") from None
+    if isinstance(value, dict):
+        return {key: _json(item, where) if isinstance(item, (dict, list)) else item
+                for key, item in value.items() if item is not None}  # fmt: skip
+    if isinstance(value, list):
+        return [_json(item, where) if isinstance(item, (dict, list)) else item for item in value]
+    return value
+
+
+def _calls(value: Any, where: str) -> str:
+    """Calls of tools, in any of their usual forms, as chat templates read them; JSON."""
+    found = _json(value, f"the call of a tool in {where}")
+    calls = []
+    for call in found if isinstance(found, list) else [found]:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise RowError(f"{where} calls a tool without its name")
+        arguments = _json(function.get("arguments") or {}, f"the arguments of {function['name']} in {where}")
+        if not isinstance(arguments, dict):
+            raise RowError(f"the arguments of {function['name']} in {where} are a {type(arguments).__name__}, "
+                           "they must be an object")  # fmt: skip
+        number = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+        calls.append({**number, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
+    return json.dumps(calls, ensure_ascii=False)
+
+
+def with_tools(example: Example, value: Any) -> Example:
+    """Put a row's column of tools (JSON schemas of functions, or OpenAI's form of them) into its conversation.
+
+    Raises:
+        RowError: it is no list of functions with names, or the row has no conversation.
+    """
+    found = _json(value, "the column of tools")
+    tools = []
+    for tool in found if isinstance(found, list) else [found]:
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise RowError("the column of tools must be a list of functions, each with a name")
+        tools.append({"type": "function", "function": function})
+    if not example.prompt:
+        raise RowError("the row has tools, and no conversation that could use them")
+    return replace(example, prompt=[example.prompt[0] | {"tools": json.dumps(tools, ensure_ascii=False)},
+                                    *example.prompt[1:]])  # fmt: skip
+
+
+def says_nothing(message: Message) -> bool:
+    """Whether a turn has neither text nor a call of a tool."""
+    return not (message["content"].strip() or "tool_calls" in message)
+
+
 # Keys under which data of other programs say whether an assistant's turn is trained on
 _MARKS = ("train", "trainable", "loss", "loss_mask", "train_turn")
 NOT_TRAINED = {"train": "no"}  # in a message: the turn is part of the conversation, and step 1 does not learn it
@@ -210,20 +298,31 @@ def assistant_turn(text: str) -> list[Message]:
 
 
 def _check_turns(messages: Sequence[Message]) -> None:
-    """The rules of a conversation: system only first, then user and assistant in turn, no empty turn."""
+    """The rules of a conversation: system only first, then user and assistant in turn, no empty turn.
+
+    Tools answer after the assistant, and the assistant goes on after their last answer.
+    """
     turns = list(messages)
     if turns and turns[0]["role"] == "system":
         turns = turns[1:]
-    for number, message in enumerate(turns):
+    before = ""
+    for message in turns:
         role = message["role"]
         if role == "system":
             raise RowError("a system turn stands after the first message")
-        if role != ("assistant" if number % 2 else "user"):
-            raise RowError(f"two {role} turns in a row" if number else f"the conversation starts with the {role}")
-        if not message["content"].strip():
-            if message["role"] == "assistant":
-                raise Dropped("empty response")
+        if role not in _FOLLOWS[before]:
+            if not before:
+                raise RowError(f"the conversation starts with the {role}")
+            raise RowError(f"two {role} turns in a row" if role == before else f"a {role} turn after the {before}'s")
+        if role == "assistant" and says_nothing(message):
+            raise Dropped("empty response")
+        if role == "user" and says_nothing(message):
             raise RowError("an empty user turn")
+        before = role
+
+
+# Which roles may follow a role
+_FOLLOWS = {"": ("user",), "user": ("assistant",), "assistant": ("user", "tool"), "tool": ("tool", "assistant")}
 
 
 def with_system(example: Example, system: str) -> Example:
@@ -254,7 +353,7 @@ def as_prompt(prompt: str | list[Message]) -> list[Message]:
     """A prompt as messages; a text may be a transcript, whose open last turn is cut."""
     if isinstance(prompt, str):
         prompt = parse_transcript(prompt) or [user_turn(prompt)]
-    if prompt and prompt[-1]["role"] == "assistant" and not prompt[-1]["content"].strip():
+    if prompt and prompt[-1]["role"] == "assistant" and says_nothing(prompt[-1]):
         prompt = prompt[:-1]  # "Assistant:" at the end of a transcript is its generation prompt
     return prompt
 
@@ -292,7 +391,7 @@ def preference(
     if not any(message["role"] == "user" for message in prompt):
         raise RowError("the prompt has no user turn")
     for answer in (chosen, rejected):
-        if not answer or not answer[-1]["content"].strip():
+        if not answer or says_nothing(answer[-1]):
             raise Dropped("empty response")
         if answer[-1]["role"] != "assistant":
             raise RowError("chosen and rejected must end with an assistant turn")
@@ -305,11 +404,11 @@ def preference(
 def demonstration(example: Example) -> tuple[list[Message], list[Message]]:
     """What step 1 learns from: the turns before the last answer, and that answer; two empty lists if there is none.
 
-    Earlier turns of an answer count as prompt, so that a long row loses whole oldest turns. A last user turn that
-    nobody answers is left out.
+    Earlier turns of an answer count as prompt, so that a long row loses whole oldest turns. Last turns of the user or
+    of tools that nobody answers are left out.
     """
     turns = [*example.prompt, *(example.response or example.chosen)]
-    if turns and turns[-1]["role"] == "user":
+    while turns and turns[-1]["role"] in ("user", "tool"):
         turns.pop()
     return (turns[:-1], turns[-1:]) if turns and turns[-1]["role"] == "assistant" else ([], [])
 

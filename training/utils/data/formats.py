@@ -12,7 +12,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from training.utils.data.chat import Message, RowError
 from training.utils.data.conversations import (
     Converter,
     Dropped,
@@ -35,6 +34,7 @@ from training.utils.data.conversations import (
     user_turn,
     with_system,
 )
+from training.utils.data.template import Message, RowError
 
 
 def prompt_chosen_rejected(row: Row) -> list[Example]:

@@ -20,7 +20,6 @@ import numpy as np
 
 from training.utils.arguments import DataArguments
 from training.utils.data import cache, tokenise
-from training.utils.data.chat import RowError, configure_chat_template, render_text
 from training.utils.data.conversations import Example, has_half_character
 from training.utils.data.report import DataReport
 from training.utils.data.rows import RawRow
@@ -39,6 +38,7 @@ from training.utils.data.selection import (
     make_request,
     progress,
 )
+from training.utils.data.template import RowError, configure_chat_template, render_text
 from training.utils.distributed import say
 from training.utils.errors import UserError
 

@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from training.utils.data.chat import RowError
 from training.utils.data.rows import MAX_ROW_CHARACTERS, RawRow, too_big
+from training.utils.data.template import RowError
 from training.utils.errors import UserError
 
 TYPES = ("json", "jsonl", "ndjson", "csv", "tsv", "txt", "parquet")

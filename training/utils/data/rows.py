@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from training.utils.data.chat import RowError
+from training.utils.data.template import RowError
 
 MAX_ROW_CHARACTERS = 4 << 20  # a row over 4 MiB is a mistake, not a conversation
 

@@ -17,13 +17,13 @@ import numpy as np
 from tqdm import tqdm
 
 from training.utils.arguments import DataArguments
-from training.utils.data.chat import RowError, forbidden_texts
 from training.utils.data.columns import ColumnMap, UnknownFormat, convert, parse_column_map
 from training.utils.data.conversations import Dropped, Example, demonstration
 from training.utils.data.division import duplicates, hash_of, hold_out, split_prompts
 from training.utils.data.report import DataReport, SourceReport
 from training.utils.data.rows import RawRow
 from training.utils.data.sources import Source, resolve
+from training.utils.data.template import RowError, forbidden_texts
 from training.utils.errors import UserError
 from training.utils.supervision import beat
 
@@ -189,7 +189,8 @@ def _check_use(example: Example, step: int) -> None:
 def _check_no_special_token(example: Example, forbidden: re.Pattern[str]) -> None:
     """A text must not be able to end its own turn or to write another speaker's."""
     turns = [*example.prompt, *example.response, *example.chosen, *example.rejected]
-    for text in (example.text, *(turn["content"] for turn in turns)):
+    said = (turn.get(name, "") for turn in turns for name in ("content", "reasoning", "tool_calls", "tools"))
+    for text in (example.text, *said):
         if found := forbidden.search(text):
             raise RowError(f"the text contains {found[0]!r}, which is a special token or ends a turn of the template")
 

@@ -15,8 +15,8 @@ from typing import IO, Any
 import pyarrow
 import pyarrow.parquet
 
-from training.utils.data.chat import RowError
 from training.utils.data.rows import MAX_ROW_CHARACTERS, RawRow, too_big
+from training.utils.data.template import RowError
 from training.utils.errors import UserError
 
 _BATCH = 256

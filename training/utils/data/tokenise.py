@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from training.utils.data.chat import Message, Rendered, encode, render_many
+from training.utils.data.chat import Rendered, encode, is_trained_whole, render_many
 from training.utils.data.conversations import Example, demonstration
 from training.utils.data.report import DataReport
+from training.utils.data.template import Message
 
 Row = dict[str, Any]
 NO_ROOM = "no room: the response alone is too long"
@@ -25,10 +26,13 @@ SAME_TOKENS = "identical pair after tokenising"
 
 
 def _shorter(prompt: list[Message]) -> list[Message] | None:
-    """The prompt without its oldest user and assistant turn; None if only the last user turn is left."""
+    """The prompt from its second user turn on, system turn and tools kept; None if it has one user turn."""
     system = prompt[:1] if prompt[0]["role"] == "system" else []
-    turns = prompt[len(system) :]
-    return [*system, *turns[2:]] if len(turns) > 2 else None
+    users = [i for i, message in enumerate(prompt) if message["role"] == "user"]
+    if len(users) < 2:
+        return None
+    first, *others = [*system, *prompt[users[1] :]]
+    return [{**first, "tools": prompt[0]["tools"]} if "tools" in prompt[0] else first, *others]
 
 
 def _with_less_text(tokenizer: Any, prompt: list[Message], excess: int) -> list[Message] | None:
@@ -112,29 +116,33 @@ def sft_rows(
     report: DataReport,
     train_on_prompts: bool = False,
 ) -> list[list[Row] | str]:
-    """Step 1's rows of each example (several for a long plain text), or why it is left out."""
-    chats = [i for i, example in enumerate(examples) if not example.text]
-    shown = [demonstration(examples[i]) for i in chats]
+    """Step 1's rows of each example, or why it is left out.
+
+    There are several for a long plain text, and for a conversation whose earlier answers the template writes in another
+    way than a last one (without its reasoning): then each answer has a row that ends with it.
+    """
+    whole = {i: demonstration(example) for i, example in enumerate(examples) if not example.text}
+    shown = [(i, *part) for i, turns in whole.items() for part in _apart(tokenizer, *turns)]
 
     def renderings(prompts: list[list[Message]], numbers: list[int]) -> list[list[Rendered]]:
-        whole = [([*prompt, *shown[n][1]], False) for prompt, n in zip(prompts, numbers, strict=True)]
-        return [[rendered] for rendered in render_many(tokenizer, whole)]
+        asked = [([*prompt, *shown[n][2]], False) for prompt, n in zip(prompts, numbers, strict=True)]
+        return [[rendered] for rendered in render_many(tokenizer, asked)]
 
-    fitted = _fit(tokenizer, [prompt for prompt, _ in shown], renderings, max_length)
-    results: list[list[Row] | str] = [""] * len(examples)
-    for n, (i, (row,)) in enumerate(zip(chats, fitted.rendered, strict=True)):
+    fitted = _fit(tokenizer, [prompt for _, prompt, _ in shown], renderings, max_length)
+    results: list[list[Row] | str] = [NOTHING_TRAINED] * len(examples)
+    for n, ((i, _, _), (row,)) in enumerate(zip(shown, fitted.rendered, strict=True)):
+        done = results[i] if isinstance(results[i], list) else []
         if n in fitted.without_room:
-            results[i] = NO_ROOM
+            results[i] = done or NO_ROOM
             continue
         ids, mask = row.input_ids, row.response_mask
         if 1 not in mask:
-            results[i] = NOTHING_TRAINED
             continue
-        if train_on_prompts:
+        if train_on_prompts and not _hides_an_untrained_answer(fitted.prompts[n], row):
             mask = [1 - left_out for left_out in row.left_out]
         fitted.count(n, report)
-        report.open_turns += not (examples[i].response or examples[i].chosen)
-        results[i] = [{"input_ids": ids, "response_mask": mask, "length": len(ids)}]
+        report.open_turns += not (done or examples[i].response or examples[i].chosen)
+        results[i] = [*done, {"input_ids": ids, "response_mask": mask, "length": len(ids)}]
     texts = [i for i, example in enumerate(examples) if example.text]
     start = _start_of_text(tokenizer) if texts else []
     room = max_length - len(start)
@@ -146,9 +154,25 @@ def sft_rows(
     return results
 
 
+def _apart(tokenizer: Any, prompt: list[Message], answer: list[Message]) -> list[tuple[list[Message], list[Message]]]:
+    """A conversation as it is, or each of its trained answers behind the turns before it, which that row leaves out."""
+    turns = [*prompt, *answer]
+    if is_trained_whole(tokenizer, turns):
+        return [(prompt, answer)]
+    trained = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and turn.get("train") != "no"]
+    before = [{"train": "elsewhere"} | turn if turn["role"] == "assistant" else turn for turn in turns]
+    return [(before[:i], turns[i : i + 1]) for i in trained]
+
+
+def _hides_an_untrained_answer(prompt: Sequence[Message], row: Rendered) -> bool:
+    """Whether a prompt has an answer of weight 0 whose place in the rendering is not known."""
+    answers = [message for message in prompt if message["role"] == "assistant"]
+    return len(row.spans) <= len(answers) and any(message.get("train") == "no" for message in answers)
+
+
 def _without_marks(messages: Sequence[Message]) -> list[Message]:
     """A conversation whose answers are compared: what step 1 does not learn counts here as well."""
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+    return [{key: value for key, value in message.items() if key != "train"} for message in messages]
 
 
 def pair_rows(

@@ -1,0 +1,375 @@
+"""Chat templates: which one a tokenizer has, what a template puts around an answer, what it makes of a conversation.
+
+A template is probed once with plain conversations (`structure_of`). chat.py turns its text into token ids and masks.
+"""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError
+
+from training.utils.errors import UserError
+
+# A turn: role (system, user, assistant, tool) and content, and where a row has it: reasoning, tool_calls and, in the
+# first turn, tools (both as JSON), name and tool_call_id of a tool's answer, train ("no": step 1 does not learn it;
+# "elsewhere": another row does)
+Message = dict[str, str]
+
+TEMPLATES = Path(__file__).parent / "templates"
+DEFAULT_TEMPLATE = "human_assistant"
+_SYSTEM_START, _SYSTEM_END = "{#- system message -#}", "{#- end of system message -#}"
+_END_OF_THOUGHT = "</think>"
+_PROBES = ("Kwzhia", "Mvtrqe", "Zplodu", "Gnybis")
+
+
+class RowError(UserError):
+    """A row that can not be used; ``--on_bad_row skip`` counts it and goes on."""
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What a template puts around an assistant's text, found by rendering plain conversations.
+
+    Attributes:
+        end_token, end_id: what ends the last answer.
+        stop_ids: what ends a response: EOS, the end token, and the token that ends a call of a tool.
+        leads: texts between the generation prompt and the answer.
+        tails: texts between the answer and the end token.
+        closes, closes_call: what is put behind a last answer, or a last call of a tool, that the template leaves
+            open, as GLM-4's does (there the header of the next turn ends it); else empty.
+        rewrites: an earlier answer is written in another way than the last one, so one rendering has one answer.
+        adds_prefix: the tokenizer puts a space before a text that stands alone (SentencePiece).
+    """
+
+    end_token: str
+    end_id: int
+    stop_ids: tuple[int, ...]
+    leads: tuple[str, ...]
+    tails: tuple[str, ...]
+    closes: str
+    closes_call: str
+    rewrites: bool
+    adds_prefix: bool
+
+
+_structures: weakref.WeakKeyDictionary[Any, tuple[str, Structure]] = weakref.WeakKeyDictionary()
+
+
+def template_names() -> list[str]:
+    """The names that ``--chat_template`` understands."""
+    return sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
+
+
+def _read_template(name: str) -> str:
+    bundled = TEMPLATES / f"{name}.jinja"
+    path = Path(name).expanduser()
+    if bundled.is_file() and bundled.parent == TEMPLATES:
+        return bundled.read_text(encoding="utf-8")
+    if not path.is_file():
+        raise UserError(f"--chat_template {name}: no such file, and not one of the names {', '.join(template_names())}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--chat_template {name}: {error}") from None
+
+
+def _with_system_message(template: str, system_message: str) -> str:
+    """Put a default system message into the template itself, so that it travels with every saved tokenizer."""
+    start, end = template.find(_SYSTEM_START), template.find(_SYSTEM_END)
+    if start == 0 and end > 0:  # one that an earlier step put there
+        template = template[end + len(_SYSTEM_END) :]
+    # A JSON string is a Jinja string, if it has no escaped surrogates.
+    literal = json.dumps(system_message, ensure_ascii=False)
+    return (
+        f"{_SYSTEM_START}{{%- if not messages or messages[0]['role'] != 'system' -%}}"
+        f"{{%- set messages = [{{'role': 'system', 'content': {literal}}}] + messages -%}}"
+        f"{{%- endif -%}}{_SYSTEM_END}{template}"
+    )
+
+
+def configure_chat_template(tokenizer: Any, chat_template: str = "", system_message: str = "") -> None:
+    """Set ``tokenizer.chat_template``: what it has, a named or given Jinja file, or the project's default.
+
+    Args:
+        tokenizer: a transformers tokenizer; it is changed in place, so saving it saves the template.
+        chat_template: a name (see `template_names`) or a path; empty keeps the tokenizer's own.
+        system_message: put before every conversation that has no system turn.
+
+    Raises:
+        UserError: no such template, it is not valid Jinja, it loses a turn or the system message, or it can not be
+            masked exactly.
+    """
+    current = tokenizer.chat_template
+    if isinstance(current, dict):  # some tokenizers carry one template for chat and one for tools
+        current = current.get("default")
+    own = current or _read_template(DEFAULT_TEMPLATE)
+    template = _read_template(chat_template) if chat_template else own
+    if system_message:
+        template = _with_system_message(template, system_message)
+    tokenizer.chat_template = template
+    structure_of(tokenizer)
+    if system_message.strip() not in render_text(tokenizer, [{"role": "user", "content": _PROBES[0]}]):
+        raise UserError(
+            "--system_message: the chat template writes no system turn, so the message would be lost; "
+            "choose another --chat_template"
+        )
+
+
+def stop_token_ids(tokenizer: Any) -> list[int]:
+    """The tokens that end a response: EOS first, then those that end a turn and a call of a tool, where they differ."""
+    return list(structure_of(tokenizer).stop_ids)
+
+
+def tools_of(messages: Sequence[Message]) -> list[dict[str, Any]] | None:
+    """The functions that a conversation offers to the model, as JSON schemas."""
+    return next((json.loads(message["tools"]) for message in messages if "tools" in message), None)
+
+
+def calls_of(message: Message) -> list[dict[str, Any]]:
+    """The calls of tools in an assistant's turn: {"type": "function", "function": {"name", "arguments"}}."""
+    return json.loads(message.get("tool_calls", "[]"))
+
+
+def _for_template(message: Message) -> dict[str, Any]:
+    """A message under the names that templates read; for reasoning there are two."""
+    shown: dict[str, Any] = {"role": message["role"], "content": message["content"]}
+    shown |= {name: message[name] for name in ("name", "tool_call_id") if name in message}
+    if "reasoning" in message:
+        shown |= dict.fromkeys(("reasoning_content", "thinking"), message["reasoning"])
+    if "tool_calls" in message:
+        shown["tool_calls"] = calls_of(message)
+    return shown
+
+
+def render_text(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+    """The chat template's text for ``messages``.
+
+    Raises:
+        RowError: the template refuses the conversation (its own message is given).
+        UserError: the template is not valid.
+    """
+    try:
+        text = tokenizer.apply_chat_template(
+            [_for_template(message) for message in messages],
+            tools=tools_of(messages),
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )
+    except TemplateSyntaxError as error:
+        raise UserError(f"the chat template is not valid Jinja: line {error.lineno}: {error.message}") from None
+    except SecurityError as error:
+        raise UserError(f"the chat template does what a template must not do: {error}") from None
+    except TemplateError as error:
+        raise RowError(f"the chat template refuses the conversation: {error}") from None
+    except (TypeError, LookupError, AttributeError, ValueError, ArithmeticError, RecursionError) as error:
+        raise RowError(f"the chat template fails on the conversation: {error}") from None
+    return str(text)
+
+
+def special_texts(tokenizer: Any) -> list[str]:
+    """Every text that the tokenizer turns into a special token, longest first."""
+    texts = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    texts.update(str(token) for token in tokenizer.all_special_tokens)
+    return sorted(texts - {""}, key=lambda text: (-len(text), text))
+
+
+def forbidden_texts(tokenizer: Any) -> list[str]:
+    """What no text of a row may contain: special tokens, and the token that ends a turn, special or not."""
+    return sorted({*special_texts(tokenizer), structure_of(tokenizer).end_token}, key=lambda text: (-len(text), text))
+
+
+def added_texts(tokenizer: Any) -> list[str]:
+    """Every token that stands in a text as it is written, special or not, longest first."""
+    texts = {token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()}
+    return sorted(texts.union(special_texts(tokenizer)), key=lambda text: (-len(text), text))
+
+
+def _first_added(text: str, added: Sequence[str]) -> tuple[int, str] | None:
+    found = [(text.find(token), -len(token), token) for token in added if token in text]
+    if not found:
+        return None
+    position, _, token = min(found)
+    return position, token
+
+
+@dataclass(frozen=True)
+class _Around:
+    """What stands around one answer of a probe; ``end`` is empty where no special token follows."""
+
+    lead: str
+    tail: str
+    end: str
+    rest: str
+
+
+def structure_of(tokenizer: Any) -> Structure:
+    """Probe the tokenizer's template once.
+
+    Raises:
+        UserError: it has none, the template loses a turn, or it can not be masked exactly.
+    """
+    if not tokenizer.chat_template:
+        raise UserError("the tokenizer has no chat template; name one with --chat_template")
+    known = _structures.get(tokenizer)
+    if known is not None and known[0] == tokenizer.chat_template:
+        return known[1]
+    added = added_texts(tokenizer)
+    earlier, *last = (_probe(tokenizer, turns, index, added) for turns, index in ((4, 1), (2, 1), (4, 3)))
+    closes = ""
+    if not any(around.end for around in last) and earlier.end not in ("", tokenizer.bos_token):
+        closes = earlier.tail + earlier.end
+        last = [_Around(around.lead, earlier.tail, earlier.end, "") for around in last]
+    ends = {around.end for around in last}
+    if "" in ends:
+        raise UserError(
+            "the chat template does not end an assistant turn with a special token of this tokenizer "
+            f"(it writes {last[0].rest!r}), so a model could never stop; "
+            f"end the turn with {{{{ eos_token }}}}, or choose --chat_template {DEFAULT_TEMPLATE}"
+        )
+    if len(ends) > 1:
+        raise UserError(
+            f"the chat template can not be masked exactly: it ends assistant turns with different tokens {sorted(ends)}"
+        )
+    (end_token,) = ends
+    call = _end_of_call(tokenizer, added, open_=bool(closes))
+    stops = [tokenizer.eos_token, end_token, call.end]
+    ids = (int(tokenizer.convert_tokens_to_ids(token)) for token in stops if token)
+    found = Structure(
+        end_token=end_token,
+        end_id=int(tokenizer.convert_tokens_to_ids(end_token)),
+        stop_ids=tuple(dict.fromkeys(ids)),
+        leads=tuple(sorted({around.lead for around in last}, key=len, reverse=True)),
+        tails=tuple(sorted({around.tail for around in last}, key=len, reverse=True)),
+        closes=closes,
+        closes_call=(call.tail + call.end or closes) if closes else "",
+        rewrites=(earlier.lead, earlier.tail, earlier.end) not in {(a.lead, a.tail, a.end) for a in last},
+        adds_prefix=_adds_prefix(tokenizer),
+    )
+    _structures[tokenizer] = (tokenizer.chat_template, found)
+    return found
+
+
+def _probe(tokenizer: Any, turns: int, index: int, added: Sequence[str]) -> _Around:
+    """What stands around answer ``index`` of a plain conversation of so many turns."""
+    roles = ("user", "assistant") * 2
+    messages = [{"role": r, "content": c} for r, c in zip(roles[:turns], _PROBES[:turns], strict=True)]
+    try:
+        full = render_text(tokenizer, messages)
+    except RowError as error:
+        raise UserError(f"the chat template fails on a plain conversation: {error}") from None
+    check_no_turn_lost(full, messages)
+    try:
+        start = len(generation_prompt(tokenizer, messages, index, full))
+    except RowError:
+        if index == turns - 1:
+            raise
+        return _Around("", "", "", "")  # as the last answer alone it may be masked
+    content = messages[index]["content"]
+    at = full.index(content, start)
+    if any(message["content"] in full[start:at] for message in messages[:index]):
+        raise UserError("the chat template can not be masked exactly: its generation prompt comes before a user turn")
+    after = at + len(content)
+    following = full.find(messages[index + 1]["content"], after) if index + 1 < turns else len(full)
+    rest = full[after:following]
+    position, token = _first_added(rest, added) or (len(rest), "")
+    return _Around(full[start:at], rest[:position], token, rest)
+
+
+def _end_of_call(tokenizer: Any, added: Sequence[str], open_: bool) -> _Around:
+    """What ends a turn that calls a tool: its last special token, or where turns are open the first behind it."""
+    function = {"name": _PROBES[1], "arguments": {_PROBES[2]: _PROBES[3]}}
+    calls = json.dumps([{"type": "function", "id": "a" * 9, "function": function}])
+    messages = [{"role": "user", "content": _PROBES[0]}, {"role": "assistant", "content": "", "tool_calls": calls}]
+    if open_:
+        messages.append({"role": "tool", "content": _PROBES[0], "tool_call_id": "a" * 9})
+    nothing = _Around("", "", "", "")
+    try:
+        text = render_text(tokenizer, messages)
+    except UserError:
+        return nothing
+    if not 0 <= text.find(_PROBES[1]) < text.find(_PROBES[3]):
+        return nothing
+    rest = text[text.find(_PROBES[3]) + len(_PROBES[3]) :]
+    if open_:
+        return _Around("", "", (_first_added(rest, added) or (0, ""))[1], rest)
+    return _Around("", "", max((t for t in special_texts(tokenizer) if t in rest), key=rest.rfind, default=""), rest)
+
+
+def _adds_prefix(tokenizer: Any) -> bool:
+    """Whether a text that stands alone is tokenised as if a space stood before it."""
+    alone, after = tokenizer(["x", "\nx"], add_special_tokens=False)["input_ids"]
+    return after[-len(alone) :] != alone
+
+
+def check_no_turn_lost(full: str, messages: Sequence[Message]) -> None:
+    """Raise a `RowError` if a turn is not in a conversation's text.
+
+    What an answer has before ``</think>`` may be missing: templates leave it out of earlier turns.
+    """
+    position = 0
+    for message in messages:
+        content = message["content"].strip()
+        forms = [content, json.dumps(content, ensure_ascii=False)[1:-1]]
+        if message["role"] == "assistant":
+            forms.append(content.rpartition(_END_OF_THOUGHT)[2].strip())
+        elif message["role"] != "tool":
+            forms = forms[:1]
+        found, form = next(((at, form) for form in forms if (at := full.find(form, position)) >= 0), (-1, ""))
+        if found < 0:
+            raise lost(message)
+        position = found + len(form)
+
+
+def check_tools_written(tokenizer: Any, messages: Sequence[Message], full: str, add_generation_prompt: bool) -> None:
+    """Raise a `RowError` if a conversation's text is the same without one of its tools or calls of tools."""
+    for index, message in enumerate(messages):
+        for key, what in (("tools", "tools"), ("tool_calls", "call of a tool")):
+            listed = json.loads(message.get(key, "[]"))
+            for number, one in enumerate(listed):
+                others = json.dumps([*listed[:number], *listed[number + 1 :]])
+                without = [*messages[:index], {**message, key: others}, *messages[index + 1 :]]
+                if _renders_as(tokenizer, without, add_generation_prompt, full):
+                    raise RowError(
+                        f"the chat template writes no {what} ({one['function']['name']} is lost); "
+                        "choose a --chat_template that does, or leave the row out"
+                    )
+
+
+def _renders_as(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool, text: str) -> bool:
+    try:
+        return render_text(tokenizer, messages, add_generation_prompt) == text
+    except RowError:  # the template misses what was taken away
+        return False
+
+
+def lost(message: Message, what: str = "") -> RowError:
+    """The error of a turn that a template does not write, or of its reasoning."""
+    advice = "; choose a --chat_template that writes it, or put it into the text as the model writes it" if what else ""
+    return RowError(f"the chat template loses {what}the {message['role']} turn {short(message['content'])!r}{advice}")
+
+
+def generation_prompt(tokenizer: Any, messages: Sequence[Message], index: int, full: str) -> str:
+    """The text before answer ``index``, generation prompt included, which must begin ``full``.
+
+    Raises:
+        RowError: it does not.
+    """
+    prefix = render_text(tokenizer, messages[:index], add_generation_prompt=True)
+    if not full.startswith(prefix):
+        number = sum(message["role"] == "assistant" for message in messages[: index + 1])
+        raise RowError(
+            "the chat template can not be masked exactly: the generation prompt before assistant turn "
+            f"{number} is not a prefix of the whole conversation; choose another --chat_template"
+        )
+    return prefix
+
+
+def short(text: str, width: int = 40) -> str:
+    """The beginning of a text, for an error."""
+    return text if len(text) <= width else text[: width - 3] + "..."
