@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from training.utils.data.adapters import ADAPTERS
@@ -152,18 +152,42 @@ def _check_meaning(row: Row) -> None:
     for name, kind in _UNREAD.items():
         if has_value(row.get(name)):
             raise RowError(f"column {name!r} holds {kind}, which can not be trained on, and without it the row means "
-                           "something else; remove the column, or the row")  # fmt: skip
+                           "something else; remove the column, or the row", about=name)  # fmt: skip
     if truth_of(row.get("kto_tag"), "kto_tag") is False:
         raise Dropped("marked as a bad answer")
 
 
-def convert(row: Row, source: str = "", column_map: ColumnMap | None = None) -> tuple[str, list[Example]]:
+class _Watched(Mapping[str, Any]):
+    """A row that keeps the names of the columns that were read."""
+
+    def __init__(self, row: Row, read: set[str]) -> None:
+        self._row, self._read = row, read
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self._row:
+            self._read.add(name)
+        return self._row[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._row
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._row)
+
+    def __len__(self) -> int:
+        return len(self._row)
+
+
+def convert(
+    row: Row, source: str = "", column_map: ColumnMap | None = None, read: set[str] | None = None
+) -> tuple[str, list[Example]]:
     """The format's name and the examples of one raw row.
 
     Args:
         row: the columns as they were read.
         source: the source's name; its last part may choose a named adapter.
         column_map: from `parse_column_map`.
+        read: the names of the columns that were read, in lower case, are added here.
 
     Raises:
         RowError: the row breaks the rules of its format.
@@ -179,12 +203,17 @@ def convert(row: Row, source: str = "", column_map: ColumnMap | None = None) -> 
         raise UnknownFormat(list(row))
     _check_readable(columns, format_.columns | _OPTIONAL)
     _check_meaning(columns)
-    system = text_of(columns, "system")
+    used: set[str] = set()
+    watched = _Watched(columns, used)
+    system = text_of(watched, "system")
     try:
-        examples = [with_system(example, system) for example in format_.convert(columns)]
+        examples = [with_system(example, system) for example in format_.convert(watched)]
         for name in _TOOLS:
-            if has_value(tools := columns.get(name)):
+            if has_value(columns.get(name)) and (tools := watched[name]):
                 examples = [with_tools(example, tools) for example in examples]
+        if read is not None:
+            read |= {mapped[name][0].split(".")[0].lower() if name in mapped else name for name in used}
+            read |= {"kto_tag"} & columns.keys()
         return format_.name, examples
     except (TypeError, ValueError, AttributeError, LookupError) as error:  # a shape that the format did not think of
         raise RowError(f"the row does not fit the format {format_.name}: {error!r}") from error

@@ -125,7 +125,7 @@ def _message(item: Any, where: str) -> Message:
     for key, kind in _UNREAD.items():
         if has_value(item.get(key)):
             raise RowError(f"{where} has {key}: {kind} can not be trained on, and without it the row means something "
-                           "else; remove the key, or the row")  # fmt: skip
+                           "else; remove the key, or the row", about=key)  # fmt: skip
     more = _more(item, _ROLES[str(role).lower()], where)
     if str(role).lower() == "function_call":
         more["tool_calls"] = _calls(item.get("content", item.get("value")), where)
@@ -245,7 +245,7 @@ def _is_trained(item: Mapping[str, Any], where: str) -> bool:
     """
     if has_value(weight := item.get("weight")):
         if str(weight) not in ("0", "1", "0.0", "1.0", "True", "False"):
-            raise RowError(f"{where} has the weight {weight!r}, it must be 0 (not trained on) or 1")
+            raise RowError(f"{where} has the weight {weight!r}, it must be 0 (not trained on) or 1", about="weight")
         return str(weight) in ("1", "1.0", "True")
     marks = [truth_of(item[key], f"{key} of {where}") for key in _MARKS if has_value(item.get(key))]
     return False not in marks

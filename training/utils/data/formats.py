@@ -37,11 +37,11 @@ from training.utils.data.conversations import (
 from training.utils.data.template import Message, RowError
 
 
-def prompt_chosen_rejected(row: Row) -> list[Example]:
+def prompt_chosen_rejected(row: Row, column: str = "prompt") -> list[Example]:
     """A prompt (a text, a transcript or messages) with a chosen and a rejected answer, and a demonstration if given."""
-    asked = unpacked(row["prompt"], "prompt")
+    asked = unpacked(row[column], column)
     empty = asked is None or (isinstance(asked, str) and not asked.strip())
-    prompt = [] if empty else as_prompt(messages_of(asked, "prompt"))
+    prompt = [] if empty else as_prompt(messages_of(asked, column))
     if all(message["role"] == "system" for message in prompt):  # the answers are whole conversations
         return [with_system(pair, prompt[0]["content"] if prompt else "") for pair in _transcript_pair(row)]
     transcript = isinstance(asked, str) and bool(parse_transcript(asked))
@@ -54,12 +54,11 @@ def prompt_chosen_rejected(row: Row) -> list[Example]:
 
 
 def _context_chosen_rejected(row: Row) -> list[Example]:
-    return prompt_chosen_rejected({**row, "prompt": row["context"]})
+    return prompt_chosen_rejected(row, "context")
 
 
 def _conversations_pair(row: Row) -> list[Example]:
-    name = "conversations" if "conversations" in row else "messages"
-    return prompt_chosen_rejected({**row, "prompt": row[name]})
+    return prompt_chosen_rejected(row, "conversations" if "conversations" in row else "messages")
 
 
 def _transcript_pair(row: Row) -> list[Example]:

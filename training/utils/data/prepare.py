@@ -252,7 +252,7 @@ def _tokenise(
     results = _robustly(_tokeniser(request, tokenizer, report), examples)
     for (number, candidate), result in zip(batch, results, strict=True):
         if isinstance(result, RowError):
-            bad_row(result, candidate.row.place, request, report)
+            bad_row(result, candidate.row.place, request, report, report.sources[stream.name])
         elif isinstance(result, str):
             report.drop(result, candidate.row.place)
         else:

@@ -52,7 +52,7 @@ import numpy as np  # noqa: E402  what follows takes seconds
 from training.utils.data.batches import epoch_batches, padding_share  # noqa: E402
 from training.utils.data.prepare import StepData, prepare_data  # noqa: E402
 from training.utils.data.preview_page import Piece, page  # noqa: E402
-from training.utils.data.report import DataReport  # noqa: E402
+from training.utils.data.report import IGNORED, READ, REFUSED, DataReport  # noqa: E402
 from training.utils.errors import UserError, printable, run_program  # noqa: E402
 
 NOTHING_HELD_OUT = "no row is held out, so training refuses this: give more prompts, or --eval_data_path"
@@ -108,6 +108,9 @@ def counts(data: StepData, batch_size: int, seed: int) -> list[tuple[str, str]]:
     for name, source in report.sources.items():
         lines.append((f"rows read from {name}", str(source.read)))
         lines += [(f"  as {shape}", str(count)) for shape, count in source.formats.items()]
+        kinds = (("columns read", READ), ("columns ignored", IGNORED), ("rows refused for", REFUSED))
+        lines += [(f"  {what}", told) for what, kind in kinds if (told := source.told_columns(kind))]
+        lines += [("  not read", ", ".join(source.unread))] if source.unread else []
         if source.other_steps:
             lines.append(("  for the other steps", str(source.other_steps)))
     lines += [("rows to train on", str(report.train_rows)), ("rows held out", str(report.held_out_rows))]

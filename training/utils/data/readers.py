@@ -20,10 +20,11 @@ from training.utils.data.rows import MAX_ROW_CHARACTERS, RawRow, too_big
 from training.utils.data.template import RowError
 from training.utils.errors import UserError
 
-TYPES = ("json", "jsonl", "ndjson", "csv", "tsv", "txt", "parquet")
+TYPES = ("json", "jsonl", "ndjson", "csv", "tsv", "txt", "parquet", "arrow")
 EVAL_WORDS = {"eval", "evaluation", "test", "validation", "valid", "val", "dev", "held"}
 _FAR = 8 * MAX_ROW_CHARACTERS  # in a JSON list a row's end is sought so far: beyond it a quote or bracket is missing
 _CHUNK = 1 << 20
+_LFS = b"version https://git-lfs"
 _MOST_DIGITS = 4000  # Python refuses to read longer numbers (a guard against its slow conversion)
 _ESCAPED = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of bytes that are no UTF-8
 
@@ -48,7 +49,7 @@ def type_of(path: Path) -> str:
 
 
 def file_type(path: Path) -> str:
-    """json, jsonl, csv, tsv, txt or parquet.
+    """json, jsonl, csv, tsv, txt, parquet or arrow.
 
     Raises:
         UserError: another kind of file.
@@ -65,6 +66,12 @@ def _read_parquet(file: IO[bytes], path: Path) -> Iterator[RawRow]:
     return read_parquet(file, path)
 
 
+def _read_arrow(file: IO[bytes], path: Path) -> Iterator[RawRow]:
+    from training.utils.data.tables import read_arrow
+
+    return read_arrow(file, path)
+
+
 def read_file(path: Path) -> Iterator[RawRow]:
     """Every row of one data file, read as a stream.
 
@@ -78,6 +85,7 @@ def read_file(path: Path) -> Iterator[RawRow]:
         "csv": _read_csv,
         "tsv": _read_csv,
         "parquet": _read_parquet,
+        "arrow": _read_arrow,
     }
     number = 0
     try:
@@ -86,6 +94,8 @@ def read_file(path: Path) -> Iterator[RawRow]:
             file: Any = io.BufferedReader(gzip.GzipFile(fileobj=raw)) if zipped else raw
             if file.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
                 raise UserError(f"{path}: the file is in UTF-16; save it as UTF-8")
+            if file.peek(len(_LFS))[: len(_LFS)] == _LFS:
+                raise UserError(f"{path}: a pointer of Git LFS, not the file itself; run git lfs pull in its folder")
             for row in readers[file_type(path)](file, path):
                 number += 1
                 yield row

@@ -6,15 +6,34 @@ import dataclasses
 from dataclasses import dataclass, field
 
 _SHOWN = 5
+READ, IGNORED, REFUSED = range(3)
 
 
 @dataclass
 class SourceReport:
-    """Counts of one source: rows read, rows by format, rows that its data split gives to other steps."""
+    """Counts of one source.
+
+    Attributes:
+        read: rows.
+        formats: rows by format.
+        other_steps: rows that its data split gives to other steps.
+        unread: files of the folder, and splits, that are not read.
+        columns: by column or key: rows in which it was read, rows in which it was ignored, rows refused for it.
+    """
 
     read: int = 0
     formats: dict[str, int] = field(default_factory=dict)
     other_steps: int = 0
+    unread: list[str] = field(default_factory=list)
+    columns: dict[str, list[int]] = field(default_factory=dict)
+
+    def count_column(self, name: str, what: int) -> None:
+        """Count a row for a column: ``READ``, ``IGNORED`` or ``REFUSED``."""
+        self.columns.setdefault(name, [0, 0, 0])[what] += 1
+
+    def told_columns(self, what: int) -> str:
+        """The columns of a kind, each with the number of rows: ``prompt 12, response 12``."""
+        return ", ".join(f"{name} {counts[what]}" for name, counts in self.columns.items() if counts[what])
 
 
 @dataclass
@@ -79,6 +98,9 @@ class DataReport:
             shapes = ", ".join(f"{count} as {shape}" for shape, count in source.formats.items()) or "none"
             other = f", {source.other_steps} belong to the other steps" if source.other_steps else ""
             lines.append(f"{name}: {source.read} rows read: {shapes}{other}")
+            if source.unread:
+                more = f", and {len(source.unread) - _SHOWN} more" if len(source.unread) > _SHOWN else ""
+                lines.append(f"{name}: not read: {', '.join(source.unread[:_SHOWN])}{more}")
         for reason, entry in self.dropped.items():
             lines.append(f"dropped {entry.count}: {reason} ({entry.where(2)})")
         if self.truncated:

@@ -20,7 +20,7 @@ from training.utils.arguments import DataArguments
 from training.utils.data.columns import ColumnMap, UnknownFormat, convert, parse_column_map
 from training.utils.data.conversations import Dropped, Example, demonstration
 from training.utils.data.division import duplicates, hash_of, hold_out, split_prompts
-from training.utils.data.report import DataReport, SourceReport
+from training.utils.data.report import IGNORED, READ, REFUSED, DataReport, SourceReport
 from training.utils.data.rows import RawRow
 from training.utils.data.sources import Source, resolve
 from training.utils.data.template import RowError, forbidden_texts
@@ -140,13 +140,15 @@ def _shares(data_split: str) -> list[float]:
 def candidates(stream: Stream, request: Request, report: DataReport | None) -> Iterator[Candidate]:
     """The examples of every row of a stream; what is wrong is raised, or counted in ``report``."""
     counts = SourceReport() if report is None else report.sources.setdefault(stream.name, SourceReport())
+    counts.unread = list(stream.source.unread)
     recognised = False
     for number, row in enumerate(stream.source.rows(stream.eval_split)):
         counts.read += 1
         try:
             if isinstance(row.values, RowError):
                 raise row.values
-            name, examples = convert(row.values, stream.source.name, request.column_map)
+            read: set[str] = set()
+            name, examples = convert(row.values, stream.source.name, request.column_map, read)
         except Dropped as dropped:
             recognised = True
             if report is not None:
@@ -158,20 +160,26 @@ def candidates(stream: Stream, request: Request, report: DataReport | None) -> I
             bad_row(RowError(error.short), row.place, request, report)
             continue
         except RowError as error:
-            bad_row(error, row.place, request, report)
+            bad_row(error, row.place, request, report, counts)
             continue
         recognised = True
         counts.formats[name] = counts.formats.get(name, 0) + 1
+        for column in row.values:
+            counts.count_column(column, READ if column.lower() in read else IGNORED)
         for example in examples:
             yield Candidate(number, row, example)
 
 
-def bad_row(error: RowError, place: str, request: Request, report: DataReport | None) -> None:
+def bad_row(
+    error: RowError, place: str, request: Request, report: DataReport | None, counts: SourceReport | None = None
+) -> None:
     """Raise the error with its place, or count it under ``--on_bad_row skip``."""
     if not request.skip_bad_rows:
         raise UserError(f"{place}: {error} (--on_bad_row skip leaves such rows out)")
     if report is not None:
         report.drop("bad row", f"{place}: {error}")
+    if counts is not None and error.about:
+        counts.count_column(error.about, REFUSED)
 
 
 def _check_use(example: Example, step: int) -> None:

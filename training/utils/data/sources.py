@@ -1,7 +1,7 @@
 """Sources of rows: a local file or folder, a hub name, or a known name become raw rows with their place.
 
-Data is text, never code: only json, jsonl, csv, tsv, txt and parquet files (each also gzipped) are read, and of a hub
-dataset only such files; dataset scripts and pickles are refused.
+Data is text, never code: only json, jsonl, csv, tsv, txt, parquet and arrow files (each also gzipped) are read, and of
+a hub dataset only such files; dataset scripts and pickles are refused.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from training.utils import hub
-from training.utils.data.readers import EVAL_WORDS, TYPES, file_type, read_file, type_of
+from training.utils.data.folders import files_of, split_names
+from training.utils.data.readers import TYPES, file_type, read_file
 from training.utils.data.rows import RawRow
 from training.utils.errors import UserError
 
@@ -42,6 +43,7 @@ class Source:
         train, held_out: data files; ``held_out`` is empty if the source has no eval split of its own.
         limit: the most rows to take of each split, 0 for all.
         hub: a hub dataset's splits (train, held out), instead of files.
+        unread: files of the folder, and splits, that are not read.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Source:
     held_out: tuple[Path, ...] = ()
     limit: int = 0
     hub: tuple[Any, Any] | None = None
+    unread: tuple[str, ...] = ()
 
     def rows(self, held_out: bool = False) -> Iterator[RawRow]:
         """The rows of one split, in order, up to the limit."""
@@ -111,7 +114,8 @@ def local_source(text: str, step: int) -> Source | None:
         return Source(name, (_DEMO / _DEMO_FILES[step],), (_DEMO / "held_out.jsonl",), limit)
     path = Path(name).expanduser()
     if os.path.isdir(path):
-        return _folder(name, path, limit)
+        files = files_of(name, path)
+        return Source(name, files.train, files.held_out, limit, unread=files.unread)
     if os.path.isfile(path):
         file_type(path)
         return Source(name, (path,), (), limit)
@@ -139,27 +143,6 @@ def _nearest(path: Path) -> str:
     return str(path.parent / near[0]) if near else ""
 
 
-def _folder(name: str, folder: Path, limit: int) -> Source:
-    named = sorted(p for p in folder.iterdir() if type_of(p) and not p.name.startswith((".", "_")))
-    if (lost := next((p for p in named if p.is_symlink() and not p.exists()), None)) is not None:
-        raise UserError(f"--data_path {name}: {lost} is a link to a file that is not there")
-    files = [p for p in named if p.is_file()]
-    if not files:
-        for_people = ", ".join(TYPES)
-        raise UserError(f"--data_path {name}: the folder holds no data file ({for_people}, each also .gz)")
-    held_out = tuple(p for p in files if _is_eval(p))
-    train = tuple(p for p in files if not _is_eval(p))
-    if not train:
-        train, held_out = held_out, ()
-    return Source(name, train, held_out, limit)
-
-
-def _is_eval(path: Path) -> bool:
-    # test.jsonl, test-00000-of-00001.parquet, held_out.json, my_eval.csv, data.txt.test
-    words = re.split(r"[^a-z]+", path.name.lower())
-    return bool(EVAL_WORDS.intersection(words)) and "train" not in words
-
-
 def _hub(name: str, limit: int) -> Source:
     import datasets
 
@@ -179,9 +162,6 @@ def _hub(name: str, limit: int) -> Source:
             f"({reason if online else 'this machine does not reach it, and its cache has no such dataset'}); "
             f"give the path of a file, or of a folder with the dataset's files"
         ) from None
-    names = list(splits)
-    held_out = next((n for n in names if EVAL_WORDS.intersection(re.split(r"[^a-z]+", n.lower()))), None)
-    train = "train" if "train" in names else next((n for n in names if n != held_out), None)
-    if train is None:
-        train, held_out = held_out, None
-    return Source(name, limit=limit, hub=(splits[train], splits[held_out] if held_out else None))
+    train, held_out = split_names(list(splits))
+    unread = tuple(f"split {split}" for split in splits if split not in (train, held_out))
+    return Source(name, limit=limit, hub=(splits[train], splits[held_out] if held_out else None), unread=unread)

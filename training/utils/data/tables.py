@@ -1,4 +1,4 @@
-"""Rows of Arrow tables: parquet files, and datasets of the hub.
+"""Rows of Arrow tables: parquet and arrow files, and datasets of the hub.
 
 Many rows are turned into Python values at once. Where that fails (bytes that are no UTF-8, a date that Python does not
 have) or would take much memory it is done cell by cell, and a cell that fails is an error of its column in its row.
@@ -7,12 +7,14 @@ have) or would take much memory it is done cell by cell, and a cell that fails i
 from __future__ import annotations
 
 import gzip
+import io
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 
 from training.utils.data.rows import MAX_ROW_CHARACTERS, RawRow, too_big
@@ -50,6 +52,30 @@ def read_parquet(file: IO[bytes], path: Path) -> Iterator[RawRow]:
                     yield _raw_row(values, f"{path}:{number}")
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"{path}: not a readable parquet file: {str(error).splitlines()[0]}") from None
+
+
+def read_arrow(file: IO[bytes], path: Path) -> Iterator[RawRow]:
+    """Every row of an arrow file, a stream (as ``save_to_disk`` writes it) or with its table of contents at the end.
+
+    Raises:
+        UserError: not arrow, or cut off.
+    """
+    number = 0
+    try:
+        indexed = cast(io.BufferedReader, file).peek(6)[:6] == b"ARROW1"
+        batches: Iterable[pyarrow.RecordBatch]
+        if indexed:
+            reader = pyarrow.ipc.open_file(pyarrow.BufferReader(file.read()))
+            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+        else:
+            batches = pyarrow.ipc.open_stream(file)
+        for batch in batches:
+            for start in range(0, batch.num_rows, _BATCH):
+                for values in _rows(batch.slice(start, _BATCH)):
+                    number += 1
+                    yield _raw_row(values, f"{path}:{number}")
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not a readable arrow file: {str(error).splitlines()[0]}") from None
 
 
 def hub_rows(split: Any, name: str) -> Iterator[RawRow]:

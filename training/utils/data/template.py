@@ -29,7 +29,16 @@ _PROBES = ("Kwzhia", "Mvtrqe", "Zplodu", "Gnybis")
 
 
 class RowError(UserError):
-    """A row that can not be used; ``--on_bad_row skip`` counts it and goes on."""
+    """A row that can not be used; ``--on_bad_row skip`` counts it and goes on.
+
+    Args:
+        text: what is wrong.
+        about: the column, or the key of a message, that the row is refused for; empty if it is none alone.
+    """
+
+    def __init__(self, text: str, about: str = "") -> None:
+        super().__init__(text)
+        self.about = about
 
 
 @dataclass(frozen=True)
@@ -337,7 +346,8 @@ def check_tools_written(tokenizer: Any, messages: Sequence[Message], full: str, 
                 if _renders_as(tokenizer, without, add_generation_prompt, full):
                     raise RowError(
                         f"the chat template writes no {what} ({one['function']['name']} is lost); "
-                        "choose a --chat_template that does, or leave the row out"
+                        "choose a --chat_template that does, or leave the row out",
+                        about=key,
                     )
 
 
@@ -350,8 +360,11 @@ def _renders_as(tokenizer: Any, messages: Sequence[Message], add_generation_prom
 
 def lost(message: Message, what: str = "") -> RowError:
     """The error of a turn that a template does not write, or of its reasoning."""
-    advice = "; choose a --chat_template that writes it, or put it into the text as the model writes it" if what else ""
-    return RowError(f"the chat template loses {what}the {message['role']} turn {short(message['content'])!r}{advice}")
+    error = f"the chat template loses {what}the {message['role']} turn {short(message['content'])!r}"
+    if not what:
+        return RowError(error)
+    advice = "choose a --chat_template that writes it, or put it into the text as the model writes it"
+    return RowError(f"{error}; {advice}", about="reasoning")
 
 
 def generation_prompt(tokenizer: Any, messages: Sequence[Message], index: int, full: str) -> str:
