@@ -265,6 +265,24 @@ def test_lock_of_a_killed_compilation_is_removed(tmp_path: Path, monkeypatch: py
     assert (tmp_path / "busy/lock").exists()
 
 
+def test_shared_memory_of_killed_ranks_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "SHARED_MEMORY", tmp_path)
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1"
+    old = time.time() - 2 * runtime.BUILD_START
+    for path in (f"{name}_29500_0", f"{name}_29501_0", f"{name}_29501_1", f"{name}_29502_0", "of_another_program"):
+        (tmp_path / path).write_bytes(b"0" * 4096)
+        if "29502" not in path:
+            os.utime(tmp_path / path, (old, old))
+    script = "import mmap, sys; f = open(sys.argv[1], 'r+b'); m = mmap.mmap(f.fileno(), 0); print(flush=True); input()"
+    command = [sys.executable, "-c", script, str(tmp_path / f"{name}_29500_0")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as running:
+        assert running.stdout is not None and running.stdout.readline()
+        runtime.remove_abandoned_buffers()
+        running.communicate(b"\n")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {f"{name}_29500_0", f"{name}_29502_0", "of_another_program"}
+
+
 def test_young_lock_gets_time_to_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setattr(runtime, "BUILD_START", 1.0)

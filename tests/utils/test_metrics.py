@@ -17,7 +17,10 @@ def wandb(monkeypatch):
         log=lambda values, step: logged.extend((step, name, value) for name, value in values.items()),
         finish=lambda: logged.append("finished"),
     )
-    module = SimpleNamespace(init=lambda **_: run, Html=lambda text: ("page", text), logged=logged)
+    begun: list[dict] = []
+    module = SimpleNamespace(
+        init=lambda **how: begun.append(how) or run, Html=lambda text: ("page", text), logged=logged, begun=begun
+    )
     monkeypatch.setitem(sys.modules, "wandb", module)
     return module
 
@@ -33,6 +36,14 @@ def test_wandb_gets_numbers_and_texts(wandb, tmp_path):
     assert "| prompt | &lt;b&gt;answer&lt;/b&gt; |" in page, "what a model writes stays text"
     record = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert (record["step"], record["reward/mean"]) == (5, 0.5)
+
+
+def test_a_resumed_run_goes_on_with_its_own_wandb_run(wandb, tmp_path):
+    for done in (0, 3, 0):
+        MetricsLogger(tmp_path, "wandb", "demo/step3", done=done).close()
+    first, resumed, anew = wandb.begun
+    assert first["id"] == resumed["id"] != anew["id"]
+    assert resumed["resume"] == "allow", "a run that the service has lost is made anew"
 
 
 def test_tensorboard_gets_texts(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -53,7 +54,9 @@ class MetricsLogger:
             import wandb
 
             self._page = wandb.Html
-            self._wandb = wandb.init(project="tripod", name=name, dir=str(directory))
+            self._wandb = wandb.init(
+                project="tripod", name=name, dir=str(directory), id=_wandb_id(directory, bool(done)), resume="allow"
+            )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Record scalars of one optimizer step or iteration."""
@@ -86,6 +89,16 @@ class MetricsLogger:
             self._writer.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _wandb_id(directory: Path, resumed: bool) -> str:
+    """The run's identity in Weights & Biases: kept beside its metrics, so that a resumed run goes on with its own."""
+    file = directory / "wandb_run_id.txt"
+    if resumed and file.is_file():
+        return file.read_text(encoding="utf-8").strip()
+    fresh = secrets.token_hex(4)
+    file.write_text(f"{fresh}\n", encoding="utf-8")
+    return fresh
 
 
 def progress_bar(total: int, description: str, done: int = 0) -> Any:

@@ -36,6 +36,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGEST_MMAP_THRESHOLD = 32 << 20
 MOST_KEPT = (1 << 31) - 1
 
+SHARED_MEMORY = Path("/dev/shm")
 BUILD_START = 30.0  # seconds from torch's lock to its compiler at work, on a machine that is very busy
 
 
@@ -57,6 +58,7 @@ def prepare_runtime() -> None:
         raise SystemExit(code)
     keep_compiled_ops_here()
     remove_stale_build_locks()
+    remove_abandoned_buffers()
     set_threads()
     keep_freed_memory()
     quiet_libraries()
@@ -132,6 +134,29 @@ def remove_stale_build_locks() -> None:
                 if time.time() - lock.stat().st_mtime > BUILD_START:
                     lock.unlink()
             time.sleep(0.2)
+
+
+def remove_abandoned_buffers() -> None:
+    """Remove the shared memory that DeepSpeed's collectives leave behind when ranks are killed while groups form.
+
+    It is 2 to 66 MB a rank, and stays until the machine is restarted. A buffer is abandoned when no process has it
+    mapped, `BUILD_START` seconds after it was made; those of other users stay.
+    """
+    ours = [path for path in SHARED_MEMORY.glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*")
+            if time.time() - path.stat().st_mtime > BUILD_START]  # fmt: skip
+    if not ours:
+        return
+    mapped = "".join(_mapped_files(process) for process in Path("/proc").iterdir() if process.name.isdigit())
+    for path in ours:
+        if f"{path}\n" not in mapped:
+            path.unlink(missing_ok=True)
+
+
+def _mapped_files(process: Path) -> str:
+    try:
+        return (process / "maps").read_text(errors="replace")
+    except OSError:  # it has ended, or is another user's
+        return ""
 
 
 def _working_folders() -> set[str]:
