@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 
@@ -180,6 +182,23 @@ BROKEN = {
     "what a template must not do": "{{ messages.__class__.__mro__ }}{% for m in messages %}{{ m.content }}{% endfor %}",
     "fails on a plain conversation": "{{ raise_exception('I am out') }}",
 }
+
+
+ENDLESS = {
+    "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(99999) %}{% endfor %}{% endfor %}"
+    "{% endfor %}",
+    "a text": "{{ 'a' * 10 ** 11 }}",
+    "a list": "{{ [0] * 10 ** 11 }}",
+}
+
+
+@pytest.mark.parametrize("kind", ENDLESS)
+def test_a_template_without_end_is_refused_in_time(kind, monkeypatch):
+    monkeypatch.setattr(template, "_MOST_SECONDS", 1)
+    start = time.process_time()
+    with pytest.raises(UserError, match="the chat template takes more than"):
+        configure_chat_template(with_template(ENDLESS[kind] + families.SMOL))
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize("reason", BROKEN)

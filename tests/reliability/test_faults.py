@@ -151,6 +151,22 @@ def test_a_file_system_that_is_really_full(launcher, inputs, tmp_path):
         subprocess.run(["umount", str(small)], check=True)
 
 
+@pytest.mark.parametrize("step", [1, 2, 3])
+@pytest.mark.parametrize("kilobytes", [20, 250])
+def test_a_disk_that_fills_while_models_and_metrics_are_written(launcher, inputs, tmp_path, step, kilobytes):
+    """Without checkpoints: the model that is written at the end, or the first lines of the metrics, do not fit."""
+    small = mounted(tmp_path / "small", "-o", f"size={kilobytes}k")
+    try:
+        run = launcher.start(step, step_arguments(step, inputs, small / "out", "--save_every", "0"), tmp_path / "log")
+        assert run.wait() == 2, run.text()[-2000:]
+        assert "Traceback" not in run.text()
+        line = next(line for line in run.text().splitlines() if line.startswith("error: "))
+        assert "No space left on device" in line and "make room" in line
+        assert not (small / "out" / "summary.json").exists()
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
 def test_a_read_only_directory(launcher, inputs, tmp_path):
     fixed = mounted(tmp_path / "fixed", "-o", "size=1m,ro")
     try:

@@ -36,7 +36,7 @@ def generation_bytes(model: nn.Module, *, rows: int, length: int, packed: bool, 
         packed: linear weights are copied in another layout (`packed_linear`).
         merged: adapted weights are copied to be written back (`training.utils.lora.adapters_merged`).
     """
-    config: Any = without_adapters(model).config
+    config: Any = without_adapters(model).config.get_text_config()
     weights = weight_bytes(model)
     item = next(model.parameters()).element_size()
     copies = weights if packed else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import sys
@@ -41,6 +42,31 @@ def run_program(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None
         if int(os.environ.get("RANK", "0")) == 0:
             print_last(f"error: {' '.join(str(error).split())}")
         return 2
+    except Exception as error:
+        if not (reason := disk_failure(error)):
+            raise
+        if int(os.environ.get("RANK", "0")) == 0:
+            print_last(f"error: {reason}")
+        return 2
+
+
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+
+
+def disk_failure(error: BaseException) -> str:
+    """What a full or read-only disk has said, in one line, if an error comes from it; else empty.
+
+    Libraries that write tensors raise errors of their own, whose text has what the system said.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in _DISK_ERRORS:
+            return f"{cause.filename}: {cause.strerror}" if cause.filename else str(cause.strerror)
+        for number in _DISK_ERRORS:
+            if os.strerror(number) in str(cause) and not isinstance(cause, UserError):
+                return os.strerror(number)
+        cause = cause.__cause__ or cause.__context__
+    return ""
 
 
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")

@@ -535,7 +535,7 @@ def enable_gradient_checkpointing(model: Any) -> None:
 
 def max_positions(model_path: str) -> int | None:
     """The longest sequence the model has positions for, None where the config does not say (ALiBi)."""
-    return getattr(load_config(model_path), "max_position_embeddings", None)
+    return getattr(load_config(model_path).get_text_config(), "max_position_embeddings", None)
 
 
 def check_length(model_path: str, length: int, flags: str) -> None:
@@ -547,7 +547,7 @@ def check_length(model_path: str, length: int, flags: str) -> None:
     limit = max_positions(model_path)
     if limit is not None and length > limit:
         raise UserError(f"{flags} asks for {length} tokens, the model has positions for {limit}")
-    if (bound := _longrope_bound(load_config(model_path))) and length > bound:
+    if (bound := _longrope_bound(load_config(model_path).get_text_config())) and length > bound:
         print(
             f"warning: {model_path} changes its frequencies (longrope) for a whole batch as soon as one row has more "
             f"than {bound} tokens, so a row's log-probs depend on its neighbours; keep {flags} within {bound}"
@@ -568,7 +568,7 @@ def check_vocabulary(model_path: str, tokenizer: PreTrainedTokenizerBase) -> Non
     Raises:
         UserError: names the model.
     """
-    rows = getattr(load_config(model_path), "vocab_size", None)
+    rows = getattr(load_config(model_path).get_text_config(), "vocab_size", None)
     if rows is not None and max(tokenizer.get_vocab().values(), default=0) >= rows:
         raise UserError(
             f"{model_path}: the tokenizer has ids above the model's {rows} embeddings; they do not belong together"

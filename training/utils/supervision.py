@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
-from training.utils.errors import RunStopped, UserError, leave_process_group, print_last, run_program
+from training.utils.errors import RunStopped, UserError, disk_failure, leave_process_group, print_last, run_program
 from training.utils.processes import STARTED_BY
 
 ECHO = 2.0  # seconds: one Ctrl-C reaches a rank as SIGINT from the terminal and as SIGTERM from DeepSpeed's launcher
@@ -197,6 +197,13 @@ def _noting_errors(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[s
             _state.ending = True
             _leave_note("user error", str(error))
             raise
+        except Exception as error:
+            if not (reason := disk_failure(error)):
+                raise
+            _state.ending = True
+            full = UserError(f"{where()}: {reason}; make room, and the same command goes on from the last checkpoint")
+            _leave_note("user error", str(full))
+            raise full from error
 
     return run
 

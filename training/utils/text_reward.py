@@ -36,7 +36,7 @@ class TextRewardModel:
         self.tokenizer = tokenizer
         self.own_forward = own_forward
         inner = model.module if hasattr(model, "module") else model
-        self.limit: int | None = getattr(inner.config, "max_position_embeddings", None)
+        self.limit: int | None = getattr(inner.config.get_text_config(), "max_position_embeddings", None)
 
     def encode(self, messages: Messages) -> list[int]:
         """Token ids in the chat template; without room the oldest turns go first, then the left side."""

@@ -24,6 +24,8 @@ TYPES = ("json", "jsonl", "ndjson", "csv", "tsv", "txt", "parquet", "arrow")
 EVAL_WORDS = {"eval", "evaluation", "test", "validation", "valid", "val", "dev", "held"}
 _FAR = 8 * MAX_ROW_CHARACTERS  # in a JSON list a row's end is sought so far: beyond it a quote or bracket is missing
 _CHUNK = 1 << 20
+_BLANKS = re.compile(r"[ \t\r\n]+")
+_MOST_EMPTY_LINES = 1_000_000  # one after the other: a damaged file, which would be read for hours without a word
 _LFS = b"version https://git-lfs"
 _MOST_DIGITS = 4000  # Python refuses to read longer numbers (a guard against its slow conversion)
 _ESCAPED = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of bytes that are no UTF-8
@@ -113,15 +115,22 @@ def _decode(data: bytes, place: str) -> str | RowError:
 
 
 def _lines(file: IO[bytes], path: Path) -> Iterator[tuple[str | RowError, str]]:
-    number = 0
+    number = empty = 0
     while line := file.readline(4 * MAX_ROW_CHARACTERS):
         number += 1
+        empty = 0 if line.strip() else empty + 1
+        _check_not_empty(empty, path, number)
         place = f"{path}:{number}"
         size = len(line)
         while not line.endswith(b"\n") and (more := file.readline(_CHUNK)):  # skip the rest of a huge line
             size += len(more)
             line = line[:1] if not more.endswith(b"\n") else b"\n"
         yield (too_big(size) if size > MAX_ROW_CHARACTERS else _decode(line.rstrip(b"\r\n"), place)), place
+
+
+def _check_not_empty(lines: int, path: Path, number: int) -> None:
+    if lines > _MOST_EMPTY_LINES:
+        raise UserError(f"{path}:{number}: {lines} empty lines one after the other; is the file damaged?")
 
 
 def _read_jsonl(file: IO[bytes], path: Path) -> Iterator[RawRow]:
@@ -227,8 +236,8 @@ class _Window:
 
     def skip_space(self) -> None:
         """Go on to the next character that is no white space."""
-        while (c := self.peek()) and c in " \t\r\n":
-            self.advance(1)
+        while self.peek() and (blanks := _BLANKS.match(self.buffer, self.at)):
+            self.advance(len(blanks[0]))
 
     def decode_value(self) -> tuple[Any, int]:
         """The JSON value that starts here, and its length in characters."""
@@ -263,7 +272,7 @@ def _read_csv(file: IO[bytes], path: Path) -> Iterator[RawRow]:
     text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
     reader = csv.reader(text, delimiter=delimiter, strict=True)
     columns: list[str] = []
-    start = 1
+    start, empty = 1, 0
     while True:
         start = reader.line_num + 1
         try:
@@ -272,6 +281,8 @@ def _read_csv(file: IO[bytes], path: Path) -> Iterator[RawRow]:
             return
         except csv.Error as error:
             raise UserError(f"{path}:{start}: broken CSV: {error}; is a quote missing?") from None
+        empty = 0 if cells else empty + 1
+        _check_not_empty(empty, path, start)
         if not cells:
             continue
         if not columns:

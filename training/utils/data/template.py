@@ -6,6 +6,9 @@ A template is probed once with plain conversations (`structure_of`). chat.py tur
 from __future__ import annotations
 
 import json
+import os
+import sys
+import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -122,11 +125,49 @@ def configure_chat_template(tokenizer: Any, chat_template: str = "", system_mess
     if system_message:
         template = _with_system_message(template, system_message)
     tokenizer.chat_template = template
+    _check_it_ends(tokenizer)
     structure_of(tokenizer)
     if system_message.strip() not in render_text(tokenizer, [{"role": "user", "content": _PROBES[0]}]):
         raise UserError(
             "--system_message: the chat template writes no system turn, so the message would be lost; "
             "choose another --chat_template"
+        )
+
+
+_MOST_SECONDS, _MOST_BYTES = 20, 1 << 30  # that a template may take for a plain question
+
+
+def _check_it_ends(tokenizer: Any) -> None:
+    """Refuse a template with loops or texts without end, by rendering a question in a process with bounds.
+
+    Raises:
+        UserError: it takes more than 20 s or 1 GiB.
+    """
+    if sys.platform != "linux" or _structures.get(tokenizer, ("",))[0] == tokenizer.chat_template:
+        return
+    import resource
+
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # Python 3.12: other threads' locks, which Jinja needs none of
+        child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (mapped + _MOST_BYTES,) * 2)
+            resource.setrlimit(resource.RLIMIT_CPU, (_MOST_SECONDS, _MOST_SECONDS))
+            render_text(tokenizer, [{"role": "user", "content": _PROBES[0]}])
+            code = 0
+        except MemoryError:
+            code = 2
+        finally:
+            os._exit(code)  # other errors are told by the probes that follow, in this program's own process
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status) or os.waitstatus_to_exitcode(status) == 2:
+        raise UserError(
+            f"the chat template takes more than {_MOST_SECONDS} s or {_MOST_BYTES >> 30} GiB for one question"
         )
 
 
