@@ -28,18 +28,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.utils.environment import check_environment
+from training.utils.run.environment import check_environment
 
 if __name__ == "__main__":
     check_environment()
 
-from training import estimate
-from training.report.page import write_report
-from training.utils import arguments
-from training.utils.errors import UserError, run_program
-from training.utils.hosts import check_hosts, read_hostfile
-from training.utils.manifest import describe_environment, hash_inputs, read_manifest, write_json
-from training.utils.own_data import (
+from training.pipeline import estimate
+from training.pipeline.own_data import (
     DEMO,
     START,
     check_pairs,
@@ -49,10 +44,12 @@ from training.utils.own_data import (
     trained_on_demo,
     without_demo,
 )
-from training.utils.processes import Ended, last_lines, run_logged
-from training.utils.recipes import GIVEN, flags_of, located, read_recipe
-from training.utils.run_flags import SharedArguments, flags_in, given_flags, refuse_flags_of_some_steps
-from training.utils.runs import (
+from training.pipeline.shared_flags import SharedArguments, flags_in, given_flags, refuse_flags_of_some_steps
+from training.pipeline.showcase import answers_text, summary_table
+from training.report.page import write_report
+from training.utils import arguments
+from training.utils.errors import UserError, run_program
+from training.utils.run.folders import (
     LATEST,
     STEPS,
     continued,
@@ -68,8 +65,11 @@ from training.utils.runs import (
     repository_root,
     shown,
 )
-from training.utils.runtime import prepare_runtime
-from training.utils.showcase import answers_text, summary_table
+from training.utils.run.hosts import check_hosts, read_hostfile
+from training.utils.run.manifest import describe_environment, hash_inputs, read_manifest, write_json
+from training.utils.run.processes import Ended, last_lines, run_logged
+from training.utils.run.recipes import GIVEN, flags_of, located, read_recipe
+from training.utils.run.runtime import prepare_runtime
 
 ROOT = repository_root()
 ACTOR = "--actor_model_name_or_path"

@@ -47,7 +47,7 @@ CHECK = DEMO / "manner.py"
 
 SAMPLES, ANSWERS, ROWS_PER_STEP, NEW_TOKENS, TEMPERATURE = 4, 24, 12, 48, 0.7  # the demo's
 STEPS = ANSWERS // ROWS_PER_STEP  # optimizer steps of an iteration
-# Tripod's constants (training/utils/engine.py, training/utils/zero_config.py), where TRL's defaults may differ
+# Tripod's constants (engine.py and zero_config.py in training/utils/engine), where TRL's defaults may differ
 ADAM_BETA2, MAX_GRAD_NORM = 0.95, 1.0
 PHASES = ("generate", "score", "train")
 TRIPOD = "Tripod"
@@ -107,7 +107,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if arguments.dtype == "auto" and not arguments.child:
         import torch
 
-        from training.utils.precision import for_device
+        from training.utils.engine.precision import for_device
 
         arguments.dtype, line = for_device("auto", torch.device("cpu"))
         print(line, flush=True)
@@ -347,7 +347,7 @@ def check_scores(arguments: argparse.Namespace, folder: Path) -> dict[str, float
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, utils
 
-    from training.utils.zero_config import DTYPES
+    from training.utils.engine.zero_config import DTYPES
 
     utils.logging.disable_progress_bar()
     torch.set_num_threads(arguments.threads)

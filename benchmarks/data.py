@@ -49,7 +49,7 @@ def peak_mib() -> float:
 
 def prepare_model(model: str) -> None:
     """Unpack the embedded model, which takes more memory than all that is measured, in a process of its own."""
-    from training.utils.models import resolve_model
+    from training.utils.model.loading import resolve_model
 
     resolve_model(model)
 
@@ -58,7 +58,8 @@ def measure(path: Path, cache: Path, model: str, batch_size: int, results: Any) 
     """Prepare the file twice and send the figures; runs in its own process, for its own peak memory."""
     from training.utils.arguments import DataArguments
     from training.utils.data import epoch_batches, padding_share, prepare_data
-    from training.utils.models import load_tokenizer, resolve_model
+    from training.utils.model.loading import resolve_model
+    from training.utils.model.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(resolve_model(model))
     figures: dict[str, float] = {"imports_mib": peak_mib()}

@@ -11,18 +11,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from training.utils.intervals import bootstrap_interval, mean
+
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = (("base", "base"), ("sft", "SFT"), ("rlhf", "RLHF"))
 PAIRS = (("base", "sft"), ("base", "rlhf"), ("sft", "rlhf"))
 SHOWN = 15
-RESAMPLES = 2000
 
 
 def run(seed: int, folder: Path) -> None:
@@ -57,11 +57,9 @@ def answers_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def interval(values: Sequence[float]) -> str:
-    """The mean over prompts and its 95% percentile bootstrap interval (Efron and Tibshirani 1993)."""
-    draw = random.Random(0)
-    means = sorted(sum(draw.choices(values, k=len(values))) / len(values) for _ in range(RESAMPLES))
-    low, high = means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES)]
-    return f"{sum(values) / len(values):+.3f} [{low:+.3f}, {high:+.3f}]"
+    """The mean over prompts and its 95% bootstrap interval."""
+    low, high = bootstrap_interval(values, seed=0)
+    return f"{mean(values):+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def check_rows(name: str, runs: Sequence[tuple[str, Sequence[Sequence[dict[str, Any]]]]]) -> list[str]:

@@ -42,9 +42,9 @@ def make_batch(arguments: argparse.Namespace, vocabulary: int, device: Any) -> t
 def policies(arguments: argparse.Namespace, path: str, lora: bool) -> Callable[[], None]:
     """Build actor and reference, score with both, update the actor."""
     from training.step3_rlhf_finetuning.experience import actor_log_probs
-    from training.step3_rlhf_finetuning.rlhf_engine import RoleSettings, SharedSettings, build_actor
-    from training.utils import engine as engines
-    from training.utils.distributed import init_distributed
+    from training.step3_rlhf_finetuning.roles import RoleSettings, SharedSettings, build_actor
+    from training.utils.engine import engine as engines
+    from training.utils.run.distributed import init_distributed
 
     device = init_distributed()
 
@@ -81,8 +81,8 @@ def policies(arguments: argparse.Namespace, path: str, lora: bool) -> Callable[[
 def logits(arguments: argparse.Namespace, path: str, responses_only: bool) -> Callable[[], None]:
     """Log-probs of the responses of one batch and their gradient; the model is there before."""
     from training.step3_rlhf_finetuning.experience import actor_log_probs
-    from training.utils.distributed import init_distributed
-    from training.utils.models import load_causal_lm
+    from training.utils.model.loading import load_causal_lm
+    from training.utils.run.distributed import init_distributed
 
     device = init_distributed()
     model: Any = load_causal_lm(path, dtype=arguments.dtype).to(device)
@@ -150,8 +150,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> None:
     """Measure the four variants and print the Markdown table."""
     arguments = parse(argv)
-    from training.utils.models import resolve_model
-    from training.utils.precision import settle
+    from training.utils.engine.precision import settle
+    from training.utils.model.loading import resolve_model
 
     settle(arguments)
     path = resolve_model(arguments.model_name_or_path)

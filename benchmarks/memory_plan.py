@@ -58,11 +58,12 @@ def write_data(folder: Path, length: int) -> None:
 
 def write_reward_model(folder: Path, model: str) -> None:
     """The model with a fresh reward head, which needs as much memory as a trained one."""
-    from training.utils import models
+    from training.utils.model import classifiers, loading
+    from training.utils.model.tokenizer import load_tokenizer
 
-    path = models.resolve_model(model)
-    tokenizer = models.load_tokenizer(path)
-    classifier = models.load_classifier(path, dtype="bf16", pad_token_id=tokenizer.pad_token_id, fresh_head_seed=0)
+    path = loading.resolve_model(model)
+    tokenizer = load_tokenizer(path)
+    classifier = classifiers.load_classifier(path, dtype="bf16", pad_token_id=tokenizer.pad_token_id, fresh_head_seed=0)
     classifier.save_pretrained(folder / REWARD)
     tokenizer.save_pretrained(folder / REWARD)
 
@@ -159,7 +160,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto")
     parser.add_argument("--default_allocator", action="store_true", help="leave the C library's settings alone")
     args = parser.parse_args()
-    from training.utils.models import resolve_model
+    from training.utils.model.loading import resolve_model
 
     model = resolve_model(args.model_name_or_path)
     print("| step | ZeRO | planned, MiB | measured, MiB | planned / measured |\n|---|---|---|---|---|", flush=True)

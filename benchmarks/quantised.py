@@ -25,7 +25,7 @@ from chat_models import ChatModel, LoadArguments, load_chat_models  # noqa: E402
 
 from training.utils.data import render  # noqa: E402
 from training.utils.errors import UserError, run_program  # noqa: E402
-from training.utils.runs import latest_output  # noqa: E402
+from training.utils.run.folders import latest_output  # noqa: E402
 
 HELD_OUT = ROOT / "training" / "data" / "demo" / "held_out.jsonl"
 PRECISIONS = {"bf16": ("bf16", "none"), "int8": ("bf16", "int8"), "int4": ("bf16", "int4")}

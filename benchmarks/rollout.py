@@ -28,20 +28,17 @@ from typing import Any
 
 import torch
 
-from training.step3_rlhf_finetuning.rollout import (
-    FastBackend,
-    HfBackend,
-    RolloutBatch,
-    RolloutRequest,
-    SamplingConfig,
-)
 from training.utils.arguments import PRECISIONS
 from training.utils.data import collate_prompts, render, stop_token_ids
-from training.utils.distributed import init_distributed
+from training.utils.engine.precision import settle
+from training.utils.engine.zero_config import DTYPES, frozen_config
 from training.utils.errors import run_program
-from training.utils.models import load_causal_lm, load_tokenizer, resolve_model
-from training.utils.precision import settle
-from training.utils.zero_config import DTYPES, frozen_config
+from training.utils.generation.engines import FastBackend, HfBackend
+from training.utils.generation.requests import RolloutBatch, RolloutRequest
+from training.utils.generation.sampling import SamplingConfig
+from training.utils.model.loading import load_causal_lm, resolve_model
+from training.utils.model.tokenizer import load_tokenizer
+from training.utils.run.distributed import init_distributed
 
 PROMPTS = Path(__file__).resolve().parents[1] / "training" / "data" / "demo" / "prompts.jsonl"
 Engine = Callable[[RolloutRequest, SamplingConfig], RolloutBatch]

@@ -25,11 +25,12 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 from transformers.utils.logging import disable_progress_bar
 
 from training.utils.data import stop_token_ids
+from training.utils.engine.precision import for_device
+from training.utils.engine.zero_config import DTYPES
 from training.utils.errors import UserError
-from training.utils.models import load_tokenizer, remote_code, resolve_model
-from training.utils.precision import for_device
-from training.utils.runs import is_finished, latest_output
-from training.utils.zero_config import DTYPES
+from training.utils.model.loading import remote_code, resolve_model
+from training.utils.model.tokenizer import load_tokenizer
+from training.utils.run.folders import is_finished, latest_output
 
 ADAPTER_CONFIG = "adapter_config.json"
 # What a damaged or foreign folder makes transformers, PEFT and safetensors raise while they load.

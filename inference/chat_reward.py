@@ -11,11 +11,11 @@ import torch
 from chat_models import LOAD_ERRORS
 
 from training.utils.arguments import AUTO
+from training.utils.engine.precision import for_device
+from training.utils.engine.zero_config import DTYPES
 from training.utils.errors import UserError
-from training.utils.models import resolve_model
-from training.utils.precision import for_device
-from training.utils.text_reward import TextRewardModel, load_text_reward_model
-from training.utils.zero_config import DTYPES
+from training.utils.model.loading import resolve_model
+from training.utils.model.text_reward import TextRewardModel, load_text_reward_model
 
 STATS = "reward_stats.json"
 

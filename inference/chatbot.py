@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # outside the environment, to say so
 
 from training.utils.arguments import flag, parse
-from training.utils.environment import check_environment
 from training.utils.errors import UserError, run_program
+from training.utils.run.environment import check_environment
 
 if TYPE_CHECKING:
     from chat_models import ChatModel

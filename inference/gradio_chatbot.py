@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # outside the environment, to say so
 
 from training.utils.arguments import flag, parse
-from training.utils.environment import check_environment
 from training.utils.errors import UserError, run_program
+from training.utils.run.environment import check_environment
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -156,7 +156,7 @@ def load(page: PageArguments, models: Any) -> tuple[list[ChatModel], RewardModel
     if len(paths) > MAX_MODELS:
         raise UserError(f"--path: at most {MAX_MODELS} models fit side by side")
     if reward_path:
-        from training.utils.models import resolve_model
+        from training.utils.model.loading import resolve_model
 
         resolve_model(reward_path, "--reward_model")  # a wrong path is said before minutes of loading
     loaded = load_chat_models(paths, models, _say)
@@ -171,7 +171,7 @@ def main(argv: Sequence[str]) -> int:
     """Parse, load, serve until Ctrl-C."""
     from chat_arguments import LoadArguments, SamplingArguments
 
-    from training.utils.runs import make_dir, output_root, shown
+    from training.utils.run.folders import make_dir, output_root, shown
 
     page, sampling, server, models = parse(
         [PageArguments, SamplingArguments, ServerArguments, LoadArguments],

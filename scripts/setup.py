@@ -191,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
     candidates = [options.python] if options.python else [sys.executable, "python3.12", "python3.11", "python3"]
     try:
         torch = make_environment(choose_python(candidates), venv)
-        run([python, "-m", "training.utils.runtime", "--before-install"])
+        run([python, "-m", "training.utils.run.runtime", "--before-install"])
         if torch is None or not usable(torch[0]):
             install_torch(python)
             torch = torch_of(python)
@@ -201,10 +201,10 @@ def main(argv: list[str] | None = None) -> int:
             say(f"keeping torch {torch[0]}, a {torch[1]} build, that is there")
         install_packages(python, torch)
         say("preparing the embedded model, and compiling what DeepSpeed compiles at its first use")
-        run([python, "-m", "training.utils.runtime"])
+        run([python, "-m", "training.utils.run.runtime"])
         # converting is the CPU's work: without these DeepSpeed would warn, and bars would be drawn
         os.environ |= {"TQDM_DISABLE": "1", "DS_ACCELERATOR": "cpu"}
-        run([python, "-m", "training.utils.models"])
+        run([python, "-m", "training.utils.model.loading"])
     except SetupError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from training.utils.runtime import prepare_runtime
+from training.utils.run.runtime import prepare_runtime
 
 prepare_runtime()  # before torch: the same compiled operations and the same freed locks as the programs
 

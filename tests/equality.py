@@ -21,13 +21,13 @@ import torch
 from tests.rank_pair import RankPair
 from tests.step3.hybrid_checks import NO_TEXTS, PAD, prompts, request, save_tiny_reward_model, shared_settings
 from tests.tiny import save_tiny_model
-from tests.utils.engine_checks import ROWS, TINY_SHARDS, collate, fixed_rows
+from tests.utils.engine.engine_checks import ROWS, TINY_SHARDS, collate, fixed_rows
 from training.step2_reward_model_finetuning.pairs import score_pairs
 from training.step2_reward_model_finetuning.preference import bradley_terry_loss
 from training.step3_rlhf_finetuning.experience import actor_log_probs
 from training.step3_rlhf_finetuning.ppo_trainer import PPOTrainer
 from training.step3_rlhf_finetuning.prompts import deal
-from training.step3_rlhf_finetuning.rlhf_engine import (
+from training.step3_rlhf_finetuning.roles import (
     RewardModelSettings,
     Roles,
     RoleSettings,
@@ -35,15 +35,18 @@ from training.step3_rlhf_finetuning.rlhf_engine import (
     build_critic,
     build_rewards,
 )
-from training.step3_rlhf_finetuning.rollout import RolloutBatch, RolloutRequest, SamplingConfig, rollout_backend
 from training.step3_rlhf_finetuning.scoring import PPOSettings, Scoring
-from training.utils import engine as engines, models
-from training.utils.distributed import init_distributed, rank, reduce_sums, world_size
-from training.utils.language_modelling import negative_log_likelihood
-from training.utils.lora import inject_lora
-from training.utils.reward_model import RewardStats
-from training.utils.runtime import prepare_runtime
-from training.utils.zero_config import deepspeed_config
+from training.utils.engine import engine as engines
+from training.utils.engine.zero_config import deepspeed_config
+from training.utils.generation.engines import rollout_backend
+from training.utils.generation.requests import RolloutBatch, RolloutRequest
+from training.utils.generation.sampling import SamplingConfig
+from training.utils.model import classifiers, loading
+from training.utils.model.language_modelling import negative_log_likelihood
+from training.utils.model.lora import inject_lora
+from training.utils.model.reward_model import RewardStats
+from training.utils.run.distributed import init_distributed, rank, reduce_sums, world_size
+from training.utils.run.runtime import prepare_runtime
 
 # Largest difference of a loss, relative to the larger of it and 1; bf16 weights have three digits.
 TOLERANCE = {"fp32": 2e-5, "bf16": 5e-2}
@@ -104,13 +107,13 @@ def train_sequences(case: Case, path: str, fault: bool = False) -> list[float]:
     config = deepspeed_config(zero_stage=case.zero_stage, dtype=case.dtype, offload=case.offload, overrides=TINY_SHARDS)
     model: Any
     if case.step == 1:
-        model = models.load_causal_lm(path, dtype=case.dtype, ds_config=config)
+        model = loading.load_causal_lm(path, dtype=case.dtype, ds_config=config)
     else:
-        model = models.load_classifier(path, dtype=case.dtype, pad_token_id=PAD, ds_config=config)
+        model = classifiers.load_classifier(path, dtype=case.dtype, pad_token_id=PAD, ds_config=config)
     if case.lora:
         torch.manual_seed(0)
         model = inject_lora(model, dim=4, module_name="q_proj,down_proj", only_optimize_lora=True)
-    wrapped = model if case.step == 1 else models.TokenScorer(model)
+    wrapped = model if case.step == 1 else classifiers.TokenScorer(model)
     engine = engines.initialize_engine(
         wrapped.to(device), config, learning_rate=3e-3, weight_decay=0.1, num_warmup_steps=0, total_steps=100
     )

@@ -18,12 +18,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.tiny import tiny_tokenizer
-from training.step3_rlhf_finetuning.rollout import RolloutRequest, rollout_backend
-from training.step3_rlhf_finetuning.sampling import SamplingConfig
-from training.utils import checkpoint, models
 from training.utils.errors import UserError
-from training.utils.logprobs import response_log_probs
-from training.utils.lora import check_lora, inject_lora
+from training.utils.generation.engines import rollout_backend
+from training.utils.generation.requests import RolloutRequest
+from training.utils.generation.sampling import SamplingConfig
+from training.utils.model import classifiers, export, loading
+from training.utils.model.logprobs import response_log_probs
+from training.utils.model.lora import check_lora, inject_lora
 
 VOCABULARY, PAD = 512, 0
 SIZES: dict[str, Any] = {
@@ -140,7 +141,7 @@ def decodes(engine: str) -> Callable[[str, Path], str]:
     """Greedy tokens of a rollout engine against `uncached_greedy`, rows that end at different steps among them."""
 
     def check(folder: str, _: Path) -> str:
-        model = models.load_causal_lm(folder, dtype="fp32").eval()
+        model = loading.load_causal_lm(folder, dtype="fp32").eval()
         asked, steps = prompts(), 8
         plain = uncached_greedy(model, asked, steps)
         stop = plain[0][3]
@@ -159,7 +160,7 @@ def trains(lora: bool) -> Callable[[str, Path], str]:
     """Log-probs that do not depend on padding nor on a second forward, a step that changes them, export and reload."""
 
     def check(folder: str, scratch: Path) -> str:
-        model = models.load_causal_lm(folder, dtype="fp32")
+        model = loading.load_causal_lm(folder, dtype="fp32")
         if lora:
             check_lora(folder, 2, "all-linear")
             model = inject_lora(model, dim=2, module_name="all-linear", only_optimize_lora=True)  # type: ignore[assignment]
@@ -180,7 +181,7 @@ def trains(lora: bool) -> Callable[[str, Path], str]:
         optimizer.step()
         moved, _ = response_log_probs(model, ids, mask, mask)
         assert not torch.equal(moved, together), "a step changes nothing"
-        checkpoint.save_model(model, tiny_tokenizer(), scratch / "saved", stop_ids=[2])
+        export.save_model(model, tiny_tokenizer(), scratch / "saved", stop_ids=[2])
         saved = AutoModelForCausalLM.from_pretrained(scratch / "saved", dtype=torch.float32).train()
         exported, _ = response_log_probs(saved, ids, mask, mask)
         off = (exported - moved).abs().max().item()
@@ -192,9 +193,9 @@ def trains(lora: bool) -> Callable[[str, Path], str]:
 
 def rewards(folder: str, _: Path) -> str:
     """A reward model of the family: the score of a row's last token, alone and beside a longer row."""
-    models.check_reward_family(folder)
-    scorer = models.TokenScorer(
-        models.load_classifier(folder, dtype="fp32", pad_token_id=PAD, fresh_head_seed=1)
+    classifiers.check_reward_family(folder)
+    scorer = classifiers.TokenScorer(
+        classifiers.load_classifier(folder, dtype="fp32", pad_token_id=PAD, fresh_head_seed=1)
     ).eval()
     asked = prompts((9, 5))
     rows = [ids[mask.bool()] for ids, mask in zip(asked.prompt_ids, asked.prompt_mask, strict=True)]

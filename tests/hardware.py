@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from training.utils.precision import capability
+from training.utils.engine.precision import capability
 
 
 def computes_bf16() -> bool:

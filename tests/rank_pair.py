@@ -24,10 +24,10 @@ def _serve(rank: int, port: int, pipe: Any) -> None:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    from training.utils.runtime import prepare_runtime
+    from training.utils.run.runtime import prepare_runtime
 
     prepare_runtime()
-    from training.utils.distributed import init_distributed
+    from training.utils.run.distributed import init_distributed
 
     init_distributed()
     while (task := pipe.recv()) is not None:

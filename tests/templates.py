@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.data.families import byte_bpe
 from training.utils.data import tokenise
-from training.utils.data.columns import convert
+from training.utils.data.formats.columns import convert
 from training.utils.data.report import DataReport
 from training.utils.data.template import RowError, calls_of, configure_chat_template, render_text, stop_token_ids
 from training.utils.errors import UserError

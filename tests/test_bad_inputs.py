@@ -12,8 +12,8 @@ import pytest
 from tests.bad_inputs import CASES, STEPS, World
 from tests.step3.hybrid_checks import save_tiny_reward_model
 from tests.tiny import tiny_tokenizer
-from training.utils import models
 from training.utils.errors import run_program
+from training.utils.model import classifiers, loading
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -40,8 +40,8 @@ def test_one_line_and_exit_code_2(case, world, capsys, monkeypatch):
     def no_model(*_args, **_kwargs):
         raise AssertionError("a model was loaded before the input was checked")
 
-    monkeypatch.setattr(models, "load_causal_lm", no_model)
-    monkeypatch.setattr(models, "load_classifier", no_model)
+    monkeypatch.setattr(loading, "load_causal_lm", no_model)
+    monkeypatch.setattr(classifiers, "load_classifier", no_model)
     program = importlib.import_module(STEPS[case.step])
     assert run_program(program.main, case.arguments(world)) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]

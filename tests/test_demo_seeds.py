@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from training.utils.runs import repository_root
+from training.utils.run.folders import repository_root
 
 PROGRAM = repository_root() / "benchmarks" / "demo_seeds.py"
 

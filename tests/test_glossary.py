@@ -5,7 +5,7 @@ import math
 import pytest
 
 from tests.glossary import glossary, never_logged, unexplained
-from training.step3_rlhf_finetuning.health_rules import HEALTHY
+from training.utils.health_rules import HEALTHY
 
 
 def written(low, high):

@@ -17,8 +17,6 @@ from training.report.charts import Series
 from training.report.page import render_report, write_report
 from training.report.run import read_run
 from training.report.text import shortened
-from training.step3_rlhf_finetuning.held_out import MAX_KL
-from training.utils import evaluating
 from training.utils.errors import UserError, run_program
 
 SUMMARIES = {
@@ -242,10 +240,6 @@ def test_a_number_of_few_prompts_stands_with_what_to_beware_of(tmp_path):
     assert 'class="warning' not in plain, "a run that is well has none"
 
 
-def test_few_rows_are_those_with_another_interval():
-    assert advice.FEW_ROWS == evaluating.FEW_ROWS
-
-
 def failed(tmp_path, code=1):
     run = make_run(tmp_path / "demo", ("step1", "step2"))
     manifest = json.loads((run / "manifest.json").read_text())
@@ -463,10 +457,6 @@ def test_advice_on_drift_and_clipping(tmp_path):
     save(run / "step3" / "metrics.jsonl", json.dumps(row) + "\n")
     lines = "\n".join(advice.next_steps(read_run(run)))
     assert "25.0 nats per response" in lines and "46% of the policy's ratios were clipped" in lines
-
-
-def test_far_is_where_step_3_keeps_no_actor():
-    assert advice.LARGE_KL == MAX_KL
 
 
 def test_the_program(tmp_path, capsys, monkeypatch):

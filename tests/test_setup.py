@@ -19,9 +19,9 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from training.utils import runtime
 from training.utils.errors import UserError
-from training.utils.runs import repository_root
+from training.utils.run import runtime
+from training.utils.run.folders import repository_root
 
 ROOT = repository_root()
 
@@ -172,7 +172,7 @@ def bare_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_ninja_of_the_interpreter_is_found(bare_path: Path) -> None:
     assert shutil.which("ninja") is None
     code = (
-        "from training.utils.runtime import prepare_runtime; prepare_runtime();"
+        "from training.utils.run.runtime import prepare_runtime; prepare_runtime();"
         "from torch.utils.cpp_extension import is_ninja_available; import shutil;"
         "print(is_ninja_available(), shutil.which('deepspeed'))"
     )
@@ -214,7 +214,7 @@ def test_missing_headers_name_the_packages(tmp_path: Path, monkeypatch: pytest.M
 
 def test_what_is_missing_is_one_line_and_exit_code_2(bare_path: Path) -> None:
     (bare_path / "c++").unlink()
-    code = "from training.utils.runtime import prepare_runtime; prepare_runtime()"
+    code = "from training.utils.run.runtime import prepare_runtime; prepare_runtime()"
     env = os.environ | {"CXX": "no-such-compiler"}  # the interpreter's folder, which comes first, may hold a c++
     for rank, lines in (("0", 1), ("1", 0)):
         done = subprocess.run(
@@ -319,7 +319,7 @@ def test_compiles_with_the_interpreters_ninja(bare_path: Path, tmp_path: Path) -
         (bare_path / tool).symlink_to(shutil.which(tool, path="/usr/bin:/bin"))
     env = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"), "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(
-        [sys.executable, "-m", "training.utils.runtime"], capture_output=True, text=True, cwd=ROOT, env=env
+        [sys.executable, "-m", "training.utils.run.runtime"], capture_output=True, text=True, cwd=ROOT, env=env
     )
     assert done.returncode == 0, done.stderr
     assert list((tmp_path / "extensions").rglob("*.so"))
@@ -369,7 +369,7 @@ def test_scripts_and_settings_parse() -> None:
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "training" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_recipes_are_sections_of_flags(recipe: Path) -> None:
-    from training.utils.recipes import read_recipe
+    from training.utils.run.recipes import read_recipe
 
     assert set(read_recipe(recipe.stem)[1]) <= {"step1", "step2", "step3"}
 
@@ -377,7 +377,7 @@ def test_recipes_are_sections_of_flags(recipe: Path) -> None:
 FREE_AND_USE = """
 import resource, sys, torch
 if "keep" in sys.argv:
-    from training.utils.runtime import keep_freed_memory
+    from training.utils.run.runtime import keep_freed_memory
     keep_freed_memory()
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -18,13 +18,14 @@ import pytest
 
 import train
 from tests.signals import as_in_the_background, hear_signals
-from tests.utils.test_hosts import stand_in
-from training import estimate
-from training.utils import hub, runs
+from tests.utils.run.test_hosts import stand_in
+from training.pipeline import estimate
+from training.pipeline.shared_flags import GROUPS, SharedArguments
+from training.pipeline.showcase import answers_text, summary_table
 from training.utils.errors import UserError
-from training.utils.processes import LineLog, last_lines, run_logged
-from training.utils.run_flags import GROUPS, SharedArguments
-from training.utils.showcase import answers_text, summary_table
+from training.utils.model import hub
+from training.utils.run import folders
+from training.utils.run.processes import LineLog, last_lines, run_logged
 
 # Takes DeepSpeed's options, starts the program as a child like DeepSpeed's runner, and like it passes no signal on.
 LAUNCHER = """
@@ -206,7 +207,7 @@ def test_a_report_that_can_not_be_written_costs_no_run(
 def test_runs_stand_beside_each_other(bench: Bench) -> None:
     for name in ("tiny", "tiny-2", "tiny-3"):
         assert bench.train("--step", "1") == 0
-        assert runs.is_finished(bench.output / name / "step1")
+        assert folders.is_finished(bench.output / name / "step1")
         assert (bench.output / "latest").resolve() == bench.output / name
 
 
@@ -427,7 +428,7 @@ def test_bad_flags_end_before_anything_runs(bench: Bench, argv: list[str], messa
 
 
 def test_bad_flag_as_a_program() -> None:
-    root = runs.repository_root()
+    root = folders.repository_root()
     done = subprocess.run([sys.executable, root / "train.py", "--stpe", "1"], capture_output=True, text=True, cwd=root)
     assert done.returncode == 2
     assert done.stderr == "error: unknown flag --stpe; did you mean --step?\n" and not done.stdout
@@ -436,7 +437,7 @@ def test_bad_flag_as_a_program() -> None:
 def test_two_at_work_in_one_run(bench: Bench) -> None:
     (bench.output / "tiny").mkdir(parents=True)
     with (
-        runs.locked(bench.output / "tiny", "another train.py"),
+        folders.locked(bench.output / "tiny", "another train.py"),
         pytest.raises(UserError, match="another train.py is at work"),
     ):
         bench.train("--output_dir", "output/tiny")
@@ -465,15 +466,15 @@ def test_a_damaged_manifest_is_one_line(bench: Bench, text: bytes) -> None:
 
 def test_two_steps_in_one_folder(tmp_path: Path) -> None:
     """One of two programs that write to the same files would lose its metrics, without a word."""
-    call = f"from training.utils.runs import prepare_output_dir as p; p({str(tmp_path)!r}, 'step1')"
+    call = f"from training.utils.run.folders import prepare_output_dir as p; p({str(tmp_path)!r}, 'step1')"
     hold = subprocess.Popen([sys.executable, "-c", f"{call}; print('held', flush=True); input()"],
                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # fmt: skip
     assert hold.stdout is not None and hold.stdin is not None
     assert hold.stdout.readline() == "held\n"
     with pytest.raises(UserError, match="another run is at work in"):
-        runs.prepare_output_dir(str(tmp_path), "step1")
+        folders.prepare_output_dir(str(tmp_path), "step1")
     hold.communicate("\n")
-    assert runs.prepare_output_dir(str(tmp_path), "step1") == runs.prepare_output_dir(str(tmp_path), "step1")
+    assert folders.prepare_output_dir(str(tmp_path), "step1") == folders.prepare_output_dir(str(tmp_path), "step1")
 
 
 PAIRS = "".join(f'{{"prompt": "{p}", "chosen": "Hi!", "rejected": "No."}}\n' for p in ("Hello", "Bye"))
@@ -656,7 +657,7 @@ def test_a_background_job_hears_sigterm_alone(bench: Bench) -> None:
 def check_the_end(bench: Bench, number: signal.Signals, start: Callable[[], None], passed_over=()) -> None:
     driver = bench.folder / "driver.py"
     driver.write_text(
-        f"import sys; sys.path.insert(0, {str(runs.repository_root())!r}); import train\n"
+        f"import sys; sys.path.insert(0, {str(folders.repository_root())!r}); import train\n"
         f"sys.exit(train.main(sys.argv[1:], launcher={bench.launcher!r}, scripts={bench.scripts!r}))\n"
     )
     argv = [sys.executable, driver, "--recipe", bench.recipe, "--step1_args=--hang"]
@@ -755,7 +756,7 @@ def test_table_and_answers_are_readable(tmp_path: Path) -> None:
 
 
 class TestOutputFolders:
-    """training/utils/runs.py without train.py: what the steps use when they run bare."""
+    """training/utils/run/folders.py without train.py: what the steps use when they run bare."""
 
     def finish(self, output: Path, *names: str) -> None:
         for name in names:
@@ -764,34 +765,34 @@ class TestOutputFolders:
 
     def test_bare_steps_share_a_run(self, bench: Bench) -> None:
         for step in ("step1", "step2", "step3"):
-            assert runs.prepare_output_dir("", step) == bench.output / "run" / step
+            assert folders.prepare_output_dir("", step) == bench.output / "run" / step
             self.finish(bench.output, f"run/{step}")
-        assert runs.prepare_output_dir("", "step2") == bench.output / "run-2" / "step2", "nothing is overwritten"
+        assert folders.prepare_output_dir("", "step2") == bench.output / "run-2" / "step2", "nothing is overwritten"
 
     def test_unfinished_step_is_taken_up(self, bench: Bench) -> None:
-        assert runs.prepare_output_dir("", "step1") == runs.prepare_output_dir("", "step1")
+        assert folders.prepare_output_dir("", "step1") == folders.prepare_output_dir("", "step1")
 
     def test_step1_does_not_join_a_run_with_later_steps(self, bench: Bench) -> None:
         self.finish(bench.output, "run/step2")
-        runs.point_latest(bench.output / "run")
-        assert runs.prepare_output_dir("", "step1") == bench.output / "run-2" / "step1"
+        folders.point_latest(bench.output / "run")
+        assert folders.prepare_output_dir("", "step1") == bench.output / "run-2" / "step1"
 
     def test_latest_output(self, bench: Bench) -> None:
         self.finish(bench.output, "a/step1", "b/step1")
-        runs.point_latest(bench.output / "a")
-        assert runs.latest_output("step1") == bench.output / "a" / "step1"
+        folders.point_latest(bench.output / "a")
+        assert folders.latest_output("step1") == bench.output / "a" / "step1"
         self.finish(bench.output, "c/step2")
-        assert runs.latest_output("step2") == bench.output / "c" / "step2"
+        assert folders.latest_output("step2") == bench.output / "c" / "step2"
         with pytest.raises(UserError, match="no run in output has finished step 3; make it with: deepspeed"):
-            runs.latest_output("step3")
+            folders.latest_output("step3")
 
     def test_unwritable(self, bench: Bench) -> None:
         (bench.folder / "file").touch()
         with pytest.raises(UserError, match="--output_dir .*file/step1 can not be made"):
-            runs.prepare_output_dir("file/step1", "step1")
+            folders.prepare_output_dir("file/step1", "step1")
 
     def test_ranks_agree(self, bench: Bench) -> None:
-        code = "from training.utils.runs import prepare_output_dir as p; print(p('', 'step1'), p('', 'step2'))"
+        code = "from training.utils.run.folders import prepare_output_dir as p; print(p('', 'step1'), p('', 'step2'))"
         outputs = []
         for _launch in range(2):
             env = os.environ | {"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_PORT": str(_launch)}
@@ -812,7 +813,7 @@ class TestOutputFolders:
 
     def test_ranks_get_the_same_error(self, bench: Bench) -> None:
         (bench.folder / "file").touch()
-        code = "from training.utils.runs import prepare_output_dir as p; p('', 'step1')"
+        code = "from training.utils.run.folders import prepare_output_dir as p; p('', 'step1')"
         env = os.environ | {"WORLD_SIZE": "4", "LOCAL_SIZE": "2", "RANK": "1"}
         done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
         assert "several hosts can not agree on a new run: give --output_dir" in done.stderr

@@ -5,17 +5,17 @@ from __future__ import annotations
 import pytest
 
 from tests.data import families
-from training.utils import models
 from training.utils.data import preview
 from training.utils.errors import run_program
+from training.utils.model import loading, tokenizer
 
 
 @pytest.fixture
 def preview_program(monkeypatch, capsys):
     """Run the program with the small tokenizer; gives (exit code, stdout, stderr)."""
     tok = families.smol_like()
-    monkeypatch.setattr(models, "resolve_model", lambda name: name)
-    monkeypatch.setattr(models, "load_tokenizer", lambda path, **kwargs: tok)
+    monkeypatch.setattr(loading, "resolve_model", lambda name: name)
+    monkeypatch.setattr(tokenizer, "load_tokenizer", lambda path, **kwargs: tok)
 
     def program(*argv: str):
         code = run_program(preview.main, list(argv))

@@ -14,8 +14,9 @@ import pytest
 
 from tests.data import families
 from tests.data.test_prepare import pairs, prepare, sft, write
-from training.utils.data import prepare as prepare_module, readers, selection
-from training.utils.data.sources import Source
+from training.utils.data import prepare as prepare_module, selection
+from training.utils.data.reading import readers
+from training.utils.data.reading.sources import Source
 from training.utils.errors import UserError
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from training.data.demo import content, manner
-from training.utils.runs import repository_root
+from training.utils.run.folders import repository_root
 
 DEMO = repository_root() / "training" / "data" / "demo"
 

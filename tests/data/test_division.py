@@ -14,7 +14,7 @@ from tests.data import families
 from tests.data.real_data import path_of
 from tests.data.test_prepare import prepare, prompts_of, write
 from training.utils.data.division import duplicates, hash_of, hold_out, split_prompts
-from training.utils.distributed import rank
+from training.utils.run.distributed import rank
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 from tests.data import families
 from tests.data.test_prepare import prepare, sft, write
 from training.utils.data import preview
-from training.utils.data.sources import resolve
+from training.utils.data.reading.sources import resolve
 from training.utils.errors import UserError
 
 

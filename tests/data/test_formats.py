@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from training.utils.data import columns
-from training.utils.data.adapters import ADAPTERS
-from training.utils.data.columns import convert, parse_column_map
-from training.utils.data.conversations import Dropped, Example
-from training.utils.data.formats import FORMATS
+from training.utils.data.formats import columns
+from training.utils.data.formats.adapters import ADAPTERS
+from training.utils.data.formats.columns import convert, parse_column_map
+from training.utils.data.formats.conversations import Dropped, Example
+from training.utils.data.formats.shapes import FORMATS
 from training.utils.data.template import RowError
 from training.utils.errors import UserError
 

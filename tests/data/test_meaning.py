@@ -7,8 +7,8 @@ import pytest
 from tests.data import families
 from tests.data.test_prepare import prepare, sft, write
 from training.utils.data.chat import render
-from training.utils.data.columns import convert
-from training.utils.data.conversations import Dropped
+from training.utils.data.formats.columns import convert
+from training.utils.data.formats.conversations import Dropped
 from training.utils.data.template import RowError
 from training.utils.errors import UserError
 

@@ -13,12 +13,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from training.utils import hub
-from training.utils.data import readers
-from training.utils.data.readers import read_file
-from training.utils.data.sources import resolve
+from training.utils.data.reading import readers
+from training.utils.data.reading.readers import read_file
+from training.utils.data.reading.sources import resolve
 from training.utils.data.template import RowError
 from training.utils.errors import UserError
+from training.utils.model import hub
 
 ROWS = [{"prompt": f"Hi {n}\nthere", "response": f"Grüße, «{n}»"} for n in range(5)]
 

@@ -9,7 +9,7 @@ import pytest
 from tests import templates
 from tests.data.families import smol_like
 from training.utils.data import tokenise
-from training.utils.data.columns import convert
+from training.utils.data.formats.columns import convert
 from training.utils.data.report import DataReport
 from training.utils.data.template import RowError
 

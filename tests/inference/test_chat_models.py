@@ -219,7 +219,7 @@ def test_device_map_auto_and_cpu_answer_alike(load):
 def test_dtype_is_taken(load, monkeypatch):
     assert load("sft", dtype="bf16")[0].weights.model.dtype == torch.bfloat16
     assert load("sft", dtype="auto")[0].weights.model.dtype == torch.float32
-    monkeypatch.setattr("training.utils.precision.cpu_computes_bf16", lambda: True)
+    monkeypatch.setattr("training.utils.engine.precision.cpu_computes_bf16", lambda: True)
     assert load("sft", dtype="auto")[0].weights.model.dtype == torch.bfloat16
 
 

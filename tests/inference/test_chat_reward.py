@@ -48,7 +48,7 @@ def test_step_2s_precision_is_taken_where_the_hardware_computes_in_it(
 ):
     folder = shutil.copytree(chat_folders["reward"], tmp_path / "m")
     (folder / "reward_stats.json").write_text(json.dumps({"mean": 0.5, "std": 2.0, "count": 9, "dtype": "bf16"}))
-    monkeypatch.setattr("training.utils.precision.cpu_computes_bf16", lambda: bf16)
+    monkeypatch.setattr("training.utils.engine.precision.cpu_computes_bf16", lambda: bf16)
     assert next(load(folder).model.model.parameters()).dtype == loaded
 
 

@@ -11,7 +11,7 @@ from chat_stream import Answer
 
 import training
 from tests.inference.tiny_chat import make_tokenizer
-from training.utils.data.formats import FORMATS
+from training.utils.data.formats.shapes import FORMATS
 from training.utils.errors import UserError
 
 

@@ -8,7 +8,8 @@ import signal
 import time
 from typing import Any
 
-from training.utils import checkpoint_store, engine
+from training.utils.checkpoint import store
+from training.utils.engine import engine
 
 FILE_CALLS = ("rename", "replace", "link", "unlink", "remove", "rmdir", "mkdir", "fsync")
 
@@ -66,7 +67,7 @@ def plant(
         kill_at_file_call(folder, step, calls_file)
         return
     calls = 0
-    where: Any = checkpoint_store if kind == "full" else engine
+    where: Any = store if kind == "full" else engine
     name = "write_file" if kind == "full" else "optimizer_step"
     original = getattr(where, name)
 

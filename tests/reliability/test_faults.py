@@ -18,7 +18,7 @@ import torch
 from tests.reliability.tiny_runs import ROOT, SCRIPTS, metrics, step_arguments, weights
 from tests.step3.hybrid_checks import save_tiny_reward_model
 from tests.tiny import save_tiny_model
-from training.utils import checkpoint_store as store
+from training.utils.checkpoint import store
 
 SOON = 60.0  # seconds in which every rank has ended after one has failed
 

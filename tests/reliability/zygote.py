@@ -32,8 +32,8 @@ def _child(request: dict) -> None:
         os.dup2(log, 2)
         os.environ.update(request["env"])
         from tests.reliability import faults
-        from training.utils.runtime import prepare_runtime
-        from training.utils.supervision import run_training
+        from training.utils.run.runtime import prepare_runtime
+        from training.utils.run.watchdog import run_training
 
         prepare_runtime()  # as each program does: a run that was killed may have left the lock of a compilation
         program = importlib.import_module(MODULES[request["step"]])

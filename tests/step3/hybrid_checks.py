@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.utils.engine_checks import TINY_SHARDS, collate, fixed_rows
+from tests.utils.engine.engine_checks import TINY_SHARDS, collate, fixed_rows
 from training.step3_rlhf_finetuning.hybrid_engine import HybridEngine
 from training.step3_rlhf_finetuning.ppo_trainer import PPOTrainer
 from training.step3_rlhf_finetuning.prompts import PromptSet, deal
-from training.step3_rlhf_finetuning.rlhf_engine import (
+from training.step3_rlhf_finetuning.roles import (
     RewardModelSettings,
     Roles,
     RoleSettings,
@@ -22,13 +22,15 @@ from training.step3_rlhf_finetuning.rlhf_engine import (
     build_critic,
     build_rewards,
 )
-from training.step3_rlhf_finetuning.rollout import RolloutRequest, SamplingConfig, rollout_backend
 from training.step3_rlhf_finetuning.scoring import PPOSettings, Scoring
-from training.utils import engine as engines
-from training.utils.checkpoint import full_state_dict
-from training.utils.distributed import init_distributed, rank, world_size
-from training.utils.logprobs import response_log_probs
-from training.utils.reward_model import RewardStats
+from training.utils.engine import engine as engines
+from training.utils.generation.engines import rollout_backend
+from training.utils.generation.requests import RolloutRequest
+from training.utils.generation.sampling import SamplingConfig
+from training.utils.model.export import full_state_dict
+from training.utils.model.logprobs import response_log_probs
+from training.utils.model.reward_model import RewardStats
+from training.utils.run.distributed import init_distributed, rank, world_size
 
 PAD, STOPS = 0, (2,)
 NO_TEXTS = PromptSet(None, None, STOPS, 0)  # for rewards that read tokens alone
@@ -195,8 +197,9 @@ def trajectory(
 
 def save_tiny_reward_model(path: str, folder: Path) -> Path:
     """A reward model with the tiny model's backbone and a fresh head."""
-    from training.utils.checkpoint import save_model
-    from training.utils.models import TokenScorer, load_classifier, load_tokenizer
+    from training.utils.model.classifiers import TokenScorer, load_classifier
+    from training.utils.model.export import save_model
+    from training.utils.model.tokenizer import load_tokenizer
 
     model = load_classifier(path, dtype="fp32", pad_token_id=PAD, fresh_head_seed=1)
     with torch.no_grad():

@@ -9,14 +9,17 @@ from typing import Any
 import torch
 
 from tests.step3.hybrid_checks import prompts, request, role, shared_settings, train_two_steps
-from training.step3_rlhf_finetuning import decode_loop, generation_memory, hybrid_engine
+from training.step3_rlhf_finetuning import hybrid_engine
 from training.step3_rlhf_finetuning.experience import score_log_probs
 from training.step3_rlhf_finetuning.hybrid_engine import HybridEngine
-from training.step3_rlhf_finetuning.rlhf_engine import build_actor, generation_backend
-from training.step3_rlhf_finetuning.rollout import SamplingConfig, rollout_backend
-from training.utils.checkpoint import gathered
-from training.utils.distributed import rank
-from training.utils.lora import lora_layers
+from training.step3_rlhf_finetuning.roles import build_actor, generation_backend
+from training.utils.generation import decode_loop
+from training.utils.generation.engines import rollout_backend
+from training.utils.generation.sampling import SamplingConfig
+from training.utils.memory import generation
+from training.utils.model.export import gathered
+from training.utils.model.lora import lora_layers
+from training.utils.run.distributed import rank
 
 
 def _base_weights(actor: HybridEngine) -> dict[str, torch.Tensor]:
@@ -161,11 +164,11 @@ def modes(path: str, *, stage: int, lora: int = 0, checkpointing: bool = False) 
 def decision(path: str, *, stage: int, free: int | None) -> tuple[bool, bool]:
     """Whether the actor chose the hooks, and whether its backend decodes in step, if rank 1 had so much memory."""
     actor = build_actor(role(path, stage, 1e-2), shared_settings())
-    original = generation_memory.free_bytes
+    original = generation.free_bytes
     if free is not None and rank() == 1:
-        generation_memory.free_bytes = lambda: free
+        generation.free_bytes = lambda: free
     try:
         backend: Any = generation_backend(actor, "fast", rows=4, length=32)
     finally:
-        generation_memory.free_bytes = original
+        generation.free_bytes = original
     return actor.hooked, backend.synced

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 from training.step3_rlhf_finetuning import evaluate, main as step3, settings
-from training.step3_rlhf_finetuning.best_of_n import best_of_kl, chosen_of, kl_to_reach, parse_counts
 from training.step3_rlhf_finetuning.evaluate import StepArguments, assemble, judged_by, of_the_run, sources_of_the_run
-from training.step3_rlhf_finetuning.evaluation import Answer
-from training.utils import arguments, evaluating
+from training.step3_rlhf_finetuning.evaluation import Answer, best_of_kl, chosen_of, kl_to_reach, parse_counts
+from training.utils import arguments, evaluation_programs, intervals
 from training.utils.errors import UserError
 
 FLAG = "--reward_model_name_or_path"
@@ -73,7 +72,7 @@ def test_entries_by_hand():
     }
     rlhf = found["RLHF"]
     assert (rlhf["kl"], rlhf["reward"], rlhf["win_rate_by_reward"], rlhf["win_rate_by_function"]) == (2, 1, 0.75, 0.5)
-    assert rlhf["win_rate_by_reward_interval"] == evaluating.wilson_interval(0.75, 2)  # two prompts prove little
+    assert rlhf["win_rate_by_reward_interval"] == intervals.wilson_interval(0.75, 2)  # two prompts prove little
     one, two = found["best of 1"], found["best of 2"]
     assert (one["length"], one["reward"], one["kl"]) == (2.5, 0.375, 0)
     assert one["win_rate_by_reward"] == ((1 + 0) / 2 + (0 + 1) / 2) / 2
@@ -135,7 +134,7 @@ SIZE = "def size(prompts, responses, rows):\n    return [float(len(r)) for r in 
 
 def recorded_in(run, *argv):
     (run / "manifest.json").write_text(json.dumps({"steps": {"step3": {"arguments": argv}}}))
-    return evaluating.recorded_arguments(run / "step3", step3.ARGUMENTS, arguments.ALIASES)
+    return evaluation_programs.recorded_arguments(run / "step3", step3.ARGUMENTS, arguments.ALIASES)
 
 
 def test_relative_paths_of_a_run_are_found_from_another_folder(tmp_path, monkeypatch):

@@ -7,9 +7,10 @@ import re
 
 import pytest
 
-from training.step3_rlhf_finetuning import health_rules, main
+from training.step3_rlhf_finetuning import main
 from training.step3_rlhf_finetuning.health import HealthMonitor, not_rising
-from training.step3_rlhf_finetuning.held_out import MAX_KL
+from training.utils import health_rules
+from training.utils.health_rules import MAX_KL
 
 # Of a demo run that went well (seed 1234, 18 iterations): metrics.jsonl, rounded
 DEMO = {

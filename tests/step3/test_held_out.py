@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.step3.hybrid_checks import prompts, request
-from training.step3_rlhf_finetuning import held_out, outputs, samples
+from training.step3_rlhf_finetuning import held_out, outputs
 from training.step3_rlhf_finetuning.evaluation import (
     Answer,
     EvalFunction,
@@ -18,11 +18,13 @@ from training.step3_rlhf_finetuning.evaluation import (
     sequence_kl,
     values_of,
 )
-from training.step3_rlhf_finetuning.held_out import MAX_KL, RUNNING_PROMPTS, HeldOutEvaluation, Kept
+from training.step3_rlhf_finetuning.held_out import RUNNING_PROMPTS, HeldOutEvaluation, Kept
 from training.step3_rlhf_finetuning.prompts import PromptSet
-from training.step3_rlhf_finetuning.rollout import SamplingConfig, rollout_backend
-from training.utils.logprobs import response_log_probs
-from training.utils.resume import BEST
+from training.utils.checkpoint.resume import BEST
+from training.utils.generation.engines import rollout_backend
+from training.utils.generation.sampling import SamplingConfig
+from training.utils.health_rules import MAX_KL
+from training.utils.model.logprobs import response_log_probs
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
@@ -30,25 +32,27 @@ def test_models_from_disk_answer_in_the_runs_precision(tmp_path, monkeypatch, dt
     """The base model and the kept actor are held against answers of the engine."""
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "summary.json").write_text(json.dumps({"base_model": str(tmp_path)}))
-    assert samples.base_model_of(str(tmp_path)) == str(tmp_path)
-    assert samples.base_model_of(str(tmp_path / "none")) == ""
+    assert held_out.base_model_of(str(tmp_path)) == str(tmp_path)
+    assert held_out.base_model_of(str(tmp_path / "none")) == ""
     loaded = []
-    monkeypatch.setattr(samples.models, "check_vocabulary", lambda *_: None)
-    monkeypatch.setattr(samples.models, "load_causal_lm", lambda _, dtype: loaded.append(dtype) or torch.nn.Identity())
+    monkeypatch.setattr(held_out, "check_vocabulary", lambda *_: None)
+    monkeypatch.setattr(
+        held_out.loading, "load_causal_lm", lambda _, dtype: loaded.append(dtype) or torch.nn.Identity()
+    )
     rewarded = {}
 
     def answer(prompts, rows, generation, rewards, *_):
         rewarded.update(dict.fromkeys(rows, rewards))
         return [Answer(row, "", 0.0, True, 1) for row in rows]
 
-    monkeypatch.setattr(samples, "answer_held_out", answer)
-    monkeypatch.setattr(samples, "sample_rows", lambda _: [2, 0])
+    monkeypatch.setattr(held_out, "answer_held_out", answer)
+    monkeypatch.setattr(held_out, "sample_rows", lambda _: [2, 0])
     engine = SimpleNamespace(
         device=torch.device("cpu"), bfloat16_enabled=lambda: dtype == "bf16", fp16_enabled=lambda: dtype == "fp16"
     )
     roles = SimpleNamespace(actor=SimpleNamespace(engine=engine, another_fits=lambda: True), rewards="mix")
     asked = SimpleNamespace(tokenizer=None)
-    answers = samples.base_answers(asked, [0, 1, 2, 3], None, None, None, str(tmp_path), roles)
+    answers = held_out.base_answers(asked, [0, 1, 2, 3], None, None, None, str(tmp_path), roles)
     assert [answer.row for answer in answers] == [0, 1, 2, 3]
     assert rewarded == {0: "mix", 1: None, 2: "mix", 3: None}, "rewards of the answers that are shown alone"
     with HeldOutEvaluation._saved_actor(SimpleNamespace(roles=roles, actor_dir=tmp_path)):
@@ -65,7 +69,7 @@ def test_a_base_model_that_can_not_be_loaded_is_said_and_left_out(tmp_path, tiny
         (tiny_model, room, "ids above the model's"),
         (tiny_model, full, "no room"),
     ):
-        assert samples.base_answers(larger, [0], None, None, None, str(base), roles) == []
+        assert held_out.base_answers(larger, [0], None, None, None, str(base), roles) == []
         assert f"the base model {base} does not answer: " in (said := capsys.readouterr().out) and words in said
 
 
@@ -99,7 +103,7 @@ class Scripted:
         )
         dataset = [{"messages": '[{"role": "user", "content": "q"}]', "row": "{}"}] * ROWS
         monkeypatch.setattr(held_out, "answer_held_out", self.answer)
-        monkeypatch.setattr(samples, "base_answers", self.base_answers)
+        monkeypatch.setattr(held_out, "base_answers", self.base_answers)
         monkeypatch.setattr(HeldOutEvaluation, "_saved_actor", lambda _: contextlib.nullcontext(self.saved[-1]))
         self.evaluation = HeldOutEvaluation(
             PromptSet(dataset, None, (2,), 0),
@@ -182,7 +186,7 @@ def test_each_function_holds_base_sft_and_rlhf_against_each_other(monkeypatch, t
     assert (answers[1]["base"], answers[1]["sft"], answers[1]["rlhf"]) == ("xxx", "", "xxxxxx")
     assert answers[1]["scores"]["size"] == {"base": 3.0, "sft": 0.0, "rlhf": 6.0}
     assert answers[1]["reward"] == {"base": -1.0, "sft": 0, "rlhf": 1}
-    shown = json.loads((tmp_path / "samples.json").read_text())
+    shown = json.loads((tmp_path / "outputs.json").read_text())
     assert shown[0]["answers"]["rlhf"]["checks"] == {"size": 6.0, "one": 1.0}
 
 

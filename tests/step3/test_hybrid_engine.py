@@ -7,11 +7,11 @@ from transformers import AutoModelForCausalLM
 
 from tests.step3.hybrid_checks import save_tiny_reward_model, trajectory, twin_equals_engine
 from tests.step3.mode_checks import decision, hooked_and_twin, merge_and_restore, modes
-from tests.utils.engine_checks import collate, fixed_rows
-from training.step3_rlhf_finetuning.generation_memory import free_bytes, generation_bytes
-from training.step3_rlhf_finetuning.rollout import rollout_backend
-from training.utils.logprobs import response_log_probs
-from training.utils.lora import inject_lora
+from tests.utils.engine.engine_checks import collate, fixed_rows
+from training.utils.generation.engines import rollout_backend
+from training.utils.memory.generation import free_bytes, generation_bytes
+from training.utils.model.logprobs import response_log_probs
+from training.utils.model.lora import inject_lora
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.step3.hybrid_checks import save_tiny_reward_model
-from tests.utils.engine_checks import TINY_SHARDS
+from tests.utils.engine.engine_checks import TINY_SHARDS
 from training.step3_rlhf_finetuning.main import main
 from training.step3_rlhf_finetuning.pretraining_mix import PretrainingMix
-from training.utils import engine as engines, models
-from training.utils.distributed import init_distributed
-from training.utils.zero_config import deepspeed_config
+from training.utils.engine import engine as engines
+from training.utils.engine.zero_config import deepspeed_config
+from training.utils.model import loading
+from training.utils.run.distributed import init_distributed
 
 
 class Rows:
@@ -39,7 +40,7 @@ def make_mix(rows, coefficient=2.0, micro_batch=1):
 def gradient(path, *, stage, micro_batch):
     """The gradient norm of one step of the mix alone, and the loss's sum and tokens over this rank."""
     config = deepspeed_config(zero_stage=stage, dtype="fp32", max_grad_norm=1e9, overrides=TINY_SHARDS)
-    model = models.load_causal_lm(path, dtype="fp32", ds_config=config)
+    model = loading.load_causal_lm(path, dtype="fp32", ds_config=config)
     engine = engines.initialize_engine(
         model.to(init_distributed()), config, learning_rate=1e-3, weight_decay=0, num_warmup_steps=0, total_steps=9
     )

@@ -21,17 +21,21 @@ from tests.step3.hybrid_checks import save_tiny_reward_model
 from tests.tiny import save_tiny_model, tiny_tokenizer
 from training.step3_rlhf_finetuning import evaluate, settings
 from training.step3_rlhf_finetuning.main import main
+from training.step3_rlhf_finetuning.outputs import write_trace
 from training.step3_rlhf_finetuning.prompts import PromptSet
 from training.step3_rlhf_finetuning.reward_examples import exact_answer, last_number
 from training.step3_rlhf_finetuning.reward_sources import FunctionReward, RewardMix, TextReward, TokenReward
 from training.step3_rlhf_finetuning.rewards import parse_reward_functions
-from training.step3_rlhf_finetuning.rollout import RolloutBatch, SamplingConfig, rollout_backend
-from training.step3_rlhf_finetuning.trace import write_trace
 from training.utils.data import render
 from training.utils.errors import UserError
-from training.utils.models import load_causal_lm, load_classifier, load_tokenizer, scores_tokens
-from training.utils.reward_model import RewardStats
-from training.utils.text_reward import load_text_reward_model
+from training.utils.generation.engines import rollout_backend
+from training.utils.generation.requests import RolloutBatch
+from training.utils.generation.sampling import SamplingConfig
+from training.utils.model.classifiers import load_classifier, scores_tokens
+from training.utils.model.loading import load_causal_lm
+from training.utils.model.reward_model import RewardStats
+from training.utils.model.text_reward import load_text_reward_model
+from training.utils.model.tokenizer import load_tokenizer
 
 MESSAGES = [[{"role": "user", "content": text}] for text in ("Tell me a story.", "Why is the sky blue?", "Hi")]
 CPU = torch.device("cpu")
@@ -418,7 +422,7 @@ def test_an_exception_in_a_function_ends_the_program_with_the_row(tiny_model, ti
 
 
 def on_one_rank_only(rank):
-    from training.utils.distributed import on_all_ranks, rank as my_rank
+    from training.utils.run.distributed import on_all_ranks, rank as my_rank
 
     def work():
         if my_rank() == rank:

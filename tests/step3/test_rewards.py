@@ -14,9 +14,9 @@ from training.step3_rlhf_finetuning.rewards import (
     sequence_scores,
     win_rate,
 )
-from training.step3_rlhf_finetuning.rollout import RolloutBatch, has_ended
 from training.utils.errors import UserError
-from training.utils.reward_model import RewardStats
+from training.utils.generation.requests import RolloutBatch, has_ended
+from training.utils.model.reward_model import RewardStats
 
 
 def test_scores_are_normalised_then_clipped_then_penalised():

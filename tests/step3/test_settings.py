@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from training.step3_rlhf_finetuning import settings
-from training.step3_rlhf_finetuning.rlhf_arguments import (
+from training.step3_rlhf_finetuning.arguments import (
     EvaluationArguments,
     OptimizationArguments,
     PPOArguments,

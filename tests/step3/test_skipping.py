@@ -10,13 +10,14 @@ from tests.step3.hybrid_checks import NO_TEXTS, prompts, request, role, save_tin
 from training.step3_rlhf_finetuning import main as step3, ppo, ppo_trainer, scoring
 from training.step3_rlhf_finetuning.ppo_trainer import PPOTrainer
 from training.step3_rlhf_finetuning.reward_sources import RewardMix, TokenReward
-from training.step3_rlhf_finetuning.rlhf_engine import Roles, build_actor, build_critic
-from training.step3_rlhf_finetuning.rollout import SamplingConfig, rollout_backend
+from training.step3_rlhf_finetuning.roles import Roles, build_actor, build_critic
 from training.step3_rlhf_finetuning.scoring import PPOSettings, Scoring
-from training.utils.checkpoint import full_state_dict
-from training.utils.distributed import rank, world_size
-from training.utils.engine import MAX_SKIPPED, SkipGuard
+from training.utils.engine.engine import MAX_SKIPPED, SkipGuard
 from training.utils.errors import RunStopped
+from training.utils.generation.engines import rollout_backend
+from training.utils.generation.sampling import SamplingConfig
+from training.utils.model.export import full_state_dict
+from training.utils.run.distributed import rank, world_size
 
 
 class Faulty(torch.nn.Module):

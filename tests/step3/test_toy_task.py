@@ -7,7 +7,7 @@ thirds of `ITERATIONS`, and may take twice as many. `make test` has one case of 
 import pytest
 
 from tests.step3.toy import learn, recent, save_toy_models
-from training.step3_rlhf_finetuning.rlhf_arguments import ADVANTAGES
+from training.step3_rlhf_finetuning.arguments import ADVANTAGES
 
 BOUND = 0.95
 ITERATIONS = {"full": 48, "lora": 60}  # at most, at 4 PPO epochs; one epoch per iteration is given twice as many

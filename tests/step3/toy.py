@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from tests.step3.hybrid_checks import NO_TEXTS, PAD, request, role, shared_settings
 from training.step3_rlhf_finetuning.ppo_trainer import PPOTrainer
 from training.step3_rlhf_finetuning.reward_sources import RewardMix, TokenReward
-from training.step3_rlhf_finetuning.rlhf_engine import Roles, build_actor, build_critic
-from training.step3_rlhf_finetuning.rollout import SamplingConfig, rollout_backend
+from training.step3_rlhf_finetuning.roles import Roles, build_actor, build_critic
 from training.step3_rlhf_finetuning.scoring import PPOSettings, Scoring
+from training.utils.generation.engines import rollout_backend
+from training.utils.generation.sampling import SamplingConfig
 
 VOCABULARY = 16
 FAVOURITE = 7

@@ -10,9 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.step3.hybrid_checks import trajectory
-from training.step3_rlhf_finetuning import ppo_trainer, rlhf_engine, scoring
-from training.step3_rlhf_finetuning.rollout import RolloutBatch, RolloutRequest, SamplingConfig, rollout_backend
-from training.utils import engine as engines
+from training.step3_rlhf_finetuning import ppo_trainer, roles, scoring
+from training.utils.engine import engine as engines
+from training.utils.generation.engines import rollout_backend
+from training.utils.generation.requests import RolloutBatch, RolloutRequest
+from training.utils.generation.sampling import SamplingConfig
 
 RUN: dict[str, Any] = {
     "iterations": 5,
@@ -88,7 +90,7 @@ FAULTS: dict[str, tuple[Any, str, Any]] = {
     "each rank for itself": (ppo_trainer, "all_reduce_sum", lambda values: values.detach().double().clone()),
     "a step at every micro-batch": (engines, "backward", _step_at_every_micro_batch),
     "a phantom optimizer step": (engines, "initialize_engine", _phantom_step),
-    "a twin with weights of its own": (rlhf_engine, "make_twin", _own_weights),
+    "a twin with weights of its own": (roles, "make_twin", _own_weights),
     "rows in another order": (scoring, "score_values", lambda *args: _values(*args).flip(0)),
 }
 

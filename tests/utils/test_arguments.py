@@ -7,8 +7,8 @@ import pytest
 
 from tests.bad_inputs import STEPS
 from training.utils import arguments
+from training.utils.engine.zero_config import deepspeed_config, merge
 from training.utils.errors import UserError
-from training.utils.zero_config import deepspeed_config, merge
 
 # alpaca-rlhf's README, with its machine's paths shortened
 SEED_LINES = {

@@ -16,7 +16,7 @@ from pathlib import Path
 from training.report.page import write_report
 from training.utils.arguments import Parser
 from training.utils.errors import UserError, run_program
-from training.utils.runs import LATEST, output_root, shown
+from training.utils.run.folders import LATEST, output_root, shown
 
 
 def main(argv: Sequence[str]) -> int:

@@ -6,14 +6,13 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
+from training.pipeline.showcase import judges
 from training.report.run import RunRecord, StepRecord, number
-from training.utils.runs import STEPS
-from training.utils.showcase import judges
+from training.utils.health_rules import LEAST_EOS_RATE, MAX_KL
+from training.utils.run.folders import STEPS
 
 # Where a number stops being comfortable; docs/metrics.md and docs/evaluation.md say why.
 FEW_HELD_OUT = 100  # prompts below which an interval is wide
-FEW_ROWS = 30  # below which the interval of a share is Wilson's (a test holds it and evaluating.FEW_ROWS together)
-LARGE_KL = 12.0  # nats per response, the bound of the actor that step 3 keeps (a test holds the two together)
 CEILING = 0.98  # of the reward model's accuracy
 LENGTH_MARGIN = 0.05  # accuracy above "always the longer" (or shorter) that shows more than a taste for length
 LENGTH_RATIO = 1.5
@@ -134,7 +133,7 @@ def _drift(step: StepRecord) -> list[str]:
                 "--kl_coef)."
             )
     curve = step.curve("kl/per_sequence")
-    if curve and curve[-1][1] > LARGE_KL:
+    if curve and curve[-1][1] > MAX_KL:
         coefficient = step.flag("kl_coef")
         now = f", now {coefficient}" if coefficient else ""
         lines.append(
@@ -147,7 +146,7 @@ def _drift(step: StepRecord) -> list[str]:
 def _responses(s: Mapping[str, Any]) -> list[str]:
     lines = []
     ended = number(s.get("eos_rate_after"))
-    if ended is not None and ended < 0.9:
+    if ended is not None and ended < LEAST_EOS_RATE:
         lines.append(
             f"Only {ended:.0%} of the answers end by themselves: raise --max_answer_seq_len or --missing_eos_penalty."
         )

@@ -6,11 +6,12 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from training.pipeline.showcase import judges
 from training.report import advice
 from training.report.charts import figure
 from training.report.run import RunRecord, StepRecord, number
 from training.report.text import TITLES, duration, e, plural
-from training.utils.showcase import judges
+from training.utils.intervals import FEW_ROWS
 
 PURPOSE = {
     "step1": "learns to answer from examples",
@@ -130,7 +131,7 @@ def warnings(step: StepRecord) -> list[str]:
     s = step.summary
     key, noun = COUNTED[step.name]
     count, found = number(s.get(key)), []
-    if count and count < advice.FEW_ROWS:
+    if count and count < FEW_ROWS:
         weight = "" if step.name == "step1" else f" One of them moves the number by {1 / count:.0%}."
         found.append(f"Only {plural(int(count), f'held-out {noun}')}.{weight}")
     ties = number(s.get("ties"))

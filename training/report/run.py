@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from training.utils.errors import UserError
-from training.utils.manifest import read_manifest
-from training.utils.processes import last_lines
-from training.utils.runs import STEPS
+from training.utils.run.folders import STEPS
+from training.utils.run.manifest import read_manifest
+from training.utils.run.processes import last_lines
 
 LOG_LINES = 20  # of a step that failed
 STOPPED = (130, 143)  # exit codes of Ctrl-C and SIGTERM

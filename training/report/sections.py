@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from training.pipeline.showcase import judges
 from training.report import advice, cards, charts
 from training.report.charts import Series
 from training.report.run import RunRecord, mapping, number
 from training.report.text import cut, duration, e, hardware
-from training.utils.showcase import judges
+from training.utils.intervals import FEW_ROWS
 
 MODELS = {"base": ("base model", 4), "sft": ("SFT (step 1)", 1), "rlhf": ("RLHF (step 3)", 2)}
 OPEN_SAMPLES, MOST_SAMPLES = 6, 24
@@ -120,7 +121,7 @@ def wins(run: RunRecord) -> str:
     kept = mapping(s.get("kept"))
     best = f" The actor of iteration {kept['iteration']} was kept." if number(kept.get("iteration")) is not None else ""
     text = (
-        f"{s.get('prompts', '')} held-out prompts; a tie counts half; of fewer than {advice.FEW_ROWS} prompts the "
+        f"{s.get('prompts', '')} held-out prompts; a tie counts half; of fewer than {FEW_ROWS} prompts the "
         f"interval is Wilson's. Rising reward at little KL is learning; rising KL without reward is drift.{best}"
         if rows
         else "Rising reward at little KL is learning; rising KL without reward is drift."

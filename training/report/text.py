@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from training.utils.runs import repository_root
+from training.utils.run.folders import repository_root
 
 TITLES = {"step1": "Supervised fine-tuning", "step2": "Reward model", "step3": "RLHF with PPO"}
 LONGEST_TEXT = 4000  # characters of one answer

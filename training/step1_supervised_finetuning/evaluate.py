@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from training.utils import arguments
-from training.utils.runs import step_folder
-from training.utils.runtime import prepare_runtime
+from training.utils.run.folders import step_folder
+from training.utils.run.runtime import prepare_runtime
 
 
 @dataclass
@@ -48,13 +48,19 @@ import torch  # noqa: E402  threads and PATH must be set before
 
 from training.step1_supervised_finetuning import main as step1  # noqa: E402
 from training.step1_supervised_finetuning.rouge import rouge_scores  # noqa: E402
-from training.step3_rlhf_finetuning.rollout import RolloutRequest, SamplingConfig, rollout_backend  # noqa: E402
-from training.utils import evaluating, models, precision  # noqa: E402
+from training.utils import evaluation_programs, intervals  # noqa: E402
 from training.utils.data import collate_prompts, collate_sft, prepare_data, stop_token_ids  # noqa: E402
-from training.utils.distributed import init_distributed, say  # noqa: E402
+from training.utils.engine import precision  # noqa: E402
 from training.utils.errors import UserError, run_program  # noqa: E402
-from training.utils.logprobs import response_log_probs  # noqa: E402
+from training.utils.generation.engines import rollout_backend  # noqa: E402
+from training.utils.generation.requests import RolloutRequest  # noqa: E402
+from training.utils.generation.sampling import SamplingConfig  # noqa: E402
 from training.utils.metrics import progress_bar  # noqa: E402
+from training.utils.model import loading  # noqa: E402
+from training.utils.model.limits import check_length, max_positions  # noqa: E402
+from training.utils.model.logprobs import response_log_probs  # noqa: E402
+from training.utils.model.tokenizer import load_tokenizer  # noqa: E402
+from training.utils.run.distributed import init_distributed, say  # noqa: E402
 
 SHOWN = 3  # answers on the terminal; evaluation.json has all
 
@@ -122,7 +128,7 @@ def base_model(folder: Any, given: str) -> str:
     if not name:
         raise UserError(f"{folder}/summary.json does not name the model that step 1 started from: give "
                         "--base_model_name_or_path")  # fmt: skip
-    return models.resolve_model(name, "--base_model_name_or_path")
+    return loading.resolve_model(name, "--base_model_name_or_path")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -130,17 +136,17 @@ def main(argv: Sequence[str]) -> int:
     args, step, data = parse_flags(argv)
     folder = step_folder(args.path, "step1")
     base_path = base_model(folder, step.base_model_name_or_path)
-    recorded = evaluating.recorded_arguments(folder, step1.ARGUMENTS)
+    recorded = evaluation_programs.recorded_arguments(folder, step1.ARGUMENTS)
     max_seq_len, seed = recorded[arguments.ModelArguments].max_seq_len, recorded[arguments.TrainingArguments].seed
     for path in (str(folder), base_path):
-        models.check_length(path, max_seq_len, "--max_seq_len of step 1")
-        models.check_length(path, step.max_answer_seq_len, "--max_answer_seq_len")
-    tokenizer = models.load_tokenizer(str(folder))
-    chosen = evaluating.data_arguments(data, recorded[arguments.DataArguments])
+        check_length(path, max_seq_len, "--max_seq_len of step 1")
+        check_length(path, step.max_answer_seq_len, "--max_answer_seq_len")
+    tokenizer = load_tokenizer(str(folder))
+    chosen = evaluation_programs.data_arguments(data, recorded[arguments.DataArguments])
     rows = prepare_data(1, chosen, tokenizer, max_length=max_seq_len, seed=seed).to_judge_by()
     device = init_distributed()
     settled = precision.settle(args)
-    limit = (models.max_positions(base_path) or sys.maxsize) - step.max_answer_seq_len
+    limit = (max_positions(base_path) or sys.maxsize) - step.max_answer_seq_len
     turns = [last_turn(row["input_ids"], row["response_mask"]) for row in rows]
     turns = [turn for turn in turns if len(turn[0]) <= limit][: args.max_prompts or None]
     prompts = [prompt for prompt, _ in turns]
@@ -149,10 +155,10 @@ def main(argv: Sequence[str]) -> int:
     results: dict[str, dict[str, Any]] = {}
     answers: dict[str, list[str]] = {}
     for name, path in (("base", base_path), ("sft", str(folder))):
-        model = models.load_causal_lm(path, dtype=args.dtype).to(device).eval()
+        model = loading.load_causal_lm(path, dtype=args.dtype).to(device).eval()
         batch = args.per_device_eval_batch_size
         nll, tokens = likelihoods(model, rows, batch, tokenizer.pad_token_id, name)
-        loss, interval = sum(nll) / sum(tokens), evaluating.bootstrap_interval(nll, tokens, seed=seed)
+        loss, interval = sum(nll) / sum(tokens), intervals.bootstrap_interval(nll, tokens, seed=seed)
         answers[name] = greedy_answers(model, prompts, tokenizer, batch, step.max_answer_seq_len, name)
         results[name] = {
             "loss": loss,
@@ -161,8 +167,8 @@ def main(argv: Sequence[str]) -> int:
         }
         for kind, values in rouge_scores(answers[name], references).items():
             results[name] |= {
-                kind: evaluating.mean(values),
-                f"{kind}_interval": evaluating.bootstrap_interval(values, seed=seed),
+                kind: intervals.mean(values),
+                f"{kind}_interval": intervals.bootstrap_interval(values, seed=seed),
             }
         del model
     columns = [key for key in results["base"] if not key.endswith("_interval")]
@@ -172,7 +178,7 @@ def main(argv: Sequence[str]) -> int:
          results["sft"].get(f"{key}_interval")] for key in columns
     ]  # fmt: skip
     say(f"\n{len(rows)} held-out rows, {len(prompts)} prompts answered; in brackets 95% bootstrap intervals over rows")
-    say(evaluating.table([head, *body]))
+    say(evaluation_programs.table([head, *body]))
     samples = [
         {"prompt": tokenizer.decode(p), "reference": r, "base": answers["base"][i], "sft": answers["sft"][i]}
         for i, (p, r) in enumerate(zip(prompts, references, strict=True))
@@ -181,7 +187,7 @@ def main(argv: Sequence[str]) -> int:
         say("\n" + "\n".join(f"{name:<10}{text}" for name, text in sample.items()))
     content = {"rows": len(rows), "prompts": len(prompts), "base_model": base_path, "models": results,
                precision.SUMMARY_KEY: settled}  # fmt: skip
-    evaluating.write_evaluation(folder, content | {"samples": samples})
+    evaluation_programs.write_evaluation(folder, content | {"samples": samples})
     return 0
 
 

@@ -24,7 +24,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # outside the environment, to say so
 
 from training.utils import arguments
-from training.utils.runtime import prepare_runtime
+from training.utils.run.runtime import prepare_runtime
 
 ARGUMENTS = arguments.STEP1
 
@@ -40,19 +40,24 @@ prepare_runtime()
 
 import torch  # noqa: E402  threads and PATH must be set before
 
-from training.utils import engine as engines, models, precision, supervision  # noqa: E402
-from training.utils.checkpoint import move_into, save_model  # noqa: E402
+from training.utils.checkpoint.resume import BEST, Run, resume_output_dir  # noqa: E402
 from training.utils.data import batches_after, epoch_batches, prepare_data, stop_token_ids  # noqa: E402
-from training.utils.distributed import init_distributed, is_main, reduce_sums, say, world_size  # noqa: E402
-from training.utils.language_modelling import micro_batches, negative_log_likelihood, predicted_tokens  # noqa: E402
-from training.utils.lora import check_lora, inject_lora  # noqa: E402
+from training.utils.engine import engine as engines, precision  # noqa: E402
+from training.utils.engine.zero_config import deepspeed_config, read_user_config  # noqa: E402
+from training.utils.memory.training import show_sequence_plan  # noqa: E402
 from training.utils.metrics import MetricsLogger, progress_bar, watched, write_summary  # noqa: E402
-from training.utils.model_card import write_model_card  # noqa: E402
+from training.utils.model import loading  # noqa: E402
+from training.utils.model.card import write_model_card  # noqa: E402
+from training.utils.model.export import move_into, save_model  # noqa: E402
+from training.utils.model.forward import enable_gradient_checkpointing  # noqa: E402
+from training.utils.model.language_modelling import micro_batches, negative_log_likelihood, predicted_tokens  # noqa: E402
+from training.utils.model.limits import check_length  # noqa: E402
+from training.utils.model.lora import check_lora, inject_lora  # noqa: E402
+from training.utils.model.tokenizer import check_vocabulary, load_tokenizer  # noqa: E402
 from training.utils.phases import Phases  # noqa: E402
-from training.utils.resume import BEST, Run, resume_output_dir  # noqa: E402
-from training.utils.runs import prepare_output_dir  # noqa: E402
-from training.utils.training_plan import show_sequence_plan  # noqa: E402
-from training.utils.zero_config import deepspeed_config, read_user_config  # noqa: E402
+from training.utils.run import watchdog  # noqa: E402
+from training.utils.run.distributed import init_distributed, is_main, reduce_sums, say, world_size  # noqa: E402
+from training.utils.run.folders import prepare_output_dir  # noqa: E402
 
 
 @torch.no_grad()
@@ -76,21 +81,21 @@ def main(argv: Sequence[str]) -> int:
     start, phases = time.monotonic(), Phases()
     precision.check_dtype(model_args.dtype)
     overrides = read_user_config(ds.deepspeed_config)
-    model_path = models.resolve_model(model_args.model_name_or_path or models.EMBEDDED)
-    models.check_length(model_path, model_args.max_seq_len, "--max_seq_len")
+    model_path = loading.resolve_model(model_args.model_name_or_path or loading.EMBEDDED)
+    check_length(model_path, model_args.max_seq_len, "--max_seq_len")
     check_lora(model_path, lora.lora_dim, lora.lora_module_name)
     if output.plan:
         precision.settle(model_args, resume_output_dir(reliability.resume, output.output_dir), reliability.resume)
         return show_sequence_plan(1, model_path, model_args, lora, train, ds, overrides)
     output_dir = prepare_output_dir(resume_output_dir(reliability.resume, output.output_dir), "step1")
     device = init_distributed(reliability.distributed_timeout)
-    supervision.watch(output_dir, reliability.hang_timeout)
+    watchdog.watch(output_dir, reliability.hang_timeout)
     settled = precision.settle(model_args, output_dir, reliability.resume)
     torch.manual_seed(train.seed)
 
     # Data
-    tokenizer = models.load_tokenizer(model_path, chat_template=data.chat_template, system_message=data.system_message)
-    models.check_vocabulary(model_path, tokenizer)
+    tokenizer = load_tokenizer(model_path, chat_template=data.chat_template, system_message=data.system_message)
+    check_vocabulary(model_path, tokenizer)
     rows = prepare_data(
         1,
         data,
@@ -127,7 +132,7 @@ def main(argv: Sequence[str]) -> int:
         micro_batch_size=train.per_device_train_batch_size,
         overrides=overrides,
     )
-    model = models.load_causal_lm(
+    model = loading.load_causal_lm(
         model_path, dtype=model_args.dtype, attn_implementation=model_args.attn_implementation, ds_config=config
     )
     if lora.lora_dim:
@@ -135,7 +140,7 @@ def main(argv: Sequence[str]) -> int:
             model, dim=lora.lora_dim, module_name=lora.lora_module_name, only_optimize_lora=lora.only_optimize_lora
         )
     if model_args.gradient_checkpointing:
-        models.enable_gradient_checkpointing(model)
+        enable_gradient_checkpointing(model)
     engine = engines.initialize_engine(
         model.to(device),
         config,
@@ -220,7 +225,7 @@ def main(argv: Sequence[str]) -> int:
         "phases": phases.summary(),
         precision.SUMMARY_KEY: settled,
     }
-    base = (model_args.model_name_or_path or models.EMBEDDED, model_path)
+    base = (model_args.model_name_or_path or loading.EMBEDDED, model_path)
     write_model_card(output_dir, "sft", base, argv=argv, data=rows.report.lines(), results=summary, tokenizer=tokenizer)
     write_summary(output_dir, summary)
     say(f"step 1 saved to {output_dir}")
@@ -228,4 +233,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(supervision.run_training(main))
+    sys.exit(watchdog.run_training(main))

@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from training.utils import arguments
-from training.utils.runs import step_folder
-from training.utils.runtime import prepare_runtime
+from training.utils.run.folders import step_folder
+from training.utils.run.runtime import prepare_runtime
 
 ARGUMENTS = [arguments.EvaluationArguments, arguments.DataArguments]
 
@@ -37,11 +37,14 @@ import torch  # noqa: E402  threads and PATH must be set before
 
 from training.step2_reward_model_finetuning import main as step2  # noqa: E402
 from training.step2_reward_model_finetuning.pairs import held_out_rewards  # noqa: E402
-from training.utils import engine as engines, evaluating, models, precision  # noqa: E402
+from training.utils import evaluation_programs, intervals  # noqa: E402
 from training.utils.data import prepare_data  # noqa: E402
-from training.utils.distributed import init_distributed, say  # noqa: E402
+from training.utils.engine import engine as engines, precision  # noqa: E402
 from training.utils.errors import run_program  # noqa: E402
-from training.utils.reward_model import RewardStats  # noqa: E402
+from training.utils.model.limits import check_length  # noqa: E402
+from training.utils.model.reward_model import RewardStats  # noqa: E402
+from training.utils.model.tokenizer import load_tokenizer  # noqa: E402
+from training.utils.run.distributed import init_distributed, say  # noqa: E402
 
 WORST = 5
 LENGTHS = (16, 32, 64, 128, 256, 512)  # upper ends of the length buckets, in tokens of the longer answer
@@ -83,8 +86,8 @@ def half_ties(a: float, b: float) -> float:
 
 def share_right(pairs: Sequence[Pair]) -> dict[str, Any]:
     """Pairs, accuracy and its 95% interval."""
-    accuracy = evaluating.mean([pair.right for pair in pairs])
-    interval = evaluating.wilson_interval(accuracy, len(pairs))
+    accuracy = intervals.mean([pair.right for pair in pairs])
+    interval = intervals.wilson_interval(accuracy, len(pairs))
     return {"pairs": len(pairs), "accuracy": accuracy, "accuracy_interval": interval}
 
 
@@ -109,7 +112,7 @@ def length_bucket(pair: Pair) -> str:
 
 def judge(pairs: Sequence[Pair]) -> dict[str, Any]:
     """Everything that evaluation.json says about the rewards, from the rewards alone."""
-    longer = evaluating.mean([half_ties(p.chosen_length, p.rejected_length) for p in pairs])
+    longer = intervals.mean([half_ties(p.chosen_length, p.rejected_length) for p in pairs])
     rewards = [r for p in pairs for r in (p.chosen, p.rejected)]
     lengths = [float(n) for p in pairs for n in (p.chosen_length, p.rejected_length)]
     margins = [p.margin for p in pairs]
@@ -117,12 +120,12 @@ def judge(pairs: Sequence[Pair]) -> dict[str, Any]:
     return {
         **share_right(pairs),
         "baselines": {"a coin": 0.5, "always the longer": longer, "always the shorter": 1 - longer},
-        "margin_mean": evaluating.mean(margins),
-        "correlation_reward_length": evaluating.correlation(rewards, lengths),
-        "correlation_margin_length_difference": evaluating.correlation(margins, differences),
+        "margin_mean": intervals.mean(margins),
+        "correlation_reward_length": intervals.correlation(rewards, lengths),
+        "correlation_margin_length_difference": intervals.correlation(margins, differences),
         "by_source": grouped(pairs, lambda pair: pair.source),
         "by_length": grouped(pairs, length_bucket),
-        "margins": evaluating.histogram(margins),
+        "margins": intervals.histogram(margins),
     }
 
 
@@ -139,11 +142,11 @@ def main(argv: Sequence[str]) -> int:
     """Evaluate; returns the exit code. See the module's docstring for what it writes."""
     args, data = parse_flags(argv)
     folder = step_folder(args.path, "step2")
-    recorded = evaluating.recorded_arguments(folder, step2.ARGUMENTS)
+    recorded = evaluation_programs.recorded_arguments(folder, step2.ARGUMENTS)
     max_seq_len, seed = recorded[arguments.ModelArguments].max_seq_len, recorded[arguments.TrainingArguments].seed
-    models.check_length(str(folder), max_seq_len, "--max_seq_len of step 2")
-    tokenizer = models.load_tokenizer(str(folder))
-    chosen = evaluating.data_arguments(data, recorded[arguments.DataArguments])
+    check_length(str(folder), max_seq_len, "--max_seq_len of step 2")
+    tokenizer = load_tokenizer(str(folder))
+    chosen = evaluation_programs.data_arguments(data, recorded[arguments.DataArguments])
     rows = prepare_data(2, chosen, tokenizer, max_length=max_seq_len, seed=seed).to_judge_by()
     device = init_distributed()
     settled = precision.settle(args)
@@ -167,7 +170,7 @@ def main(argv: Sequence[str]) -> int:
     content = found | {"reward_mean_chosen": stats.mean, "reward_std_chosen": stats.std_chosen, "worst_pairs": worst}
     content[precision.SUMMARY_KEY] = settled
     tell(found, worst)
-    evaluating.write_evaluation(folder, content)
+    evaluation_programs.write_evaluation(folder, content)
     return 0
 
 
@@ -177,7 +180,7 @@ def tell(found: dict[str, Any], worst: Sequence[dict[str, Any]]) -> None:
     groups = {"all held-out pairs": found} | found["by_source"] | found["by_length"]
     lines += [[name, g["pairs"], g["accuracy"], g["accuracy_interval"]] for name, g in groups.items()]
     lines += [[name, "", share, ""] for name, share in found["baselines"].items()]
-    say("\n" + evaluating.table(lines))
+    say("\n" + evaluation_programs.table(lines))
     say(
         f"\nmean margin {found['margin_mean']:.3f}; correlation of reward and length "
         f"{found['correlation_reward_length']:+.2f}, of margin and difference in length "

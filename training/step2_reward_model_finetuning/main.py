@@ -25,7 +25,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # outside the environment, to say so
 
 from training.utils import arguments
-from training.utils.runtime import prepare_runtime
+from training.utils.run.runtime import prepare_runtime
 
 ARGUMENTS = arguments.STEP2
 
@@ -55,19 +55,24 @@ from training.step2_reward_model_finetuning.preference import (  # noqa: E402
     pair_metrics,
     told,
 )
-from training.utils import engine as engines, models, precision, supervision  # noqa: E402
-from training.utils.checkpoint import save_model  # noqa: E402
+from training.utils.checkpoint.resume import Run, resume_output_dir  # noqa: E402
 from training.utils.data import batches_after, prepare_data, spread_rows, stop_token_ids  # noqa: E402
-from training.utils.distributed import init_distributed, rank, reduce_sums, say, world_size  # noqa: E402
-from training.utils.lora import check_lora, inject_lora  # noqa: E402
+from training.utils.engine import engine as engines, precision  # noqa: E402
+from training.utils.engine.zero_config import deepspeed_config, read_user_config  # noqa: E402
+from training.utils.memory.training import show_sequence_plan  # noqa: E402
 from training.utils.metrics import MetricsLogger, progress_bar, write_summary  # noqa: E402
-from training.utils.model_card import write_model_card  # noqa: E402
+from training.utils.model import classifiers, loading  # noqa: E402
+from training.utils.model.card import write_model_card  # noqa: E402
+from training.utils.model.export import save_model  # noqa: E402
+from training.utils.model.forward import enable_gradient_checkpointing  # noqa: E402
+from training.utils.model.limits import check_length  # noqa: E402
+from training.utils.model.lora import check_lora, inject_lora  # noqa: E402
+from training.utils.model.reward_model import RewardStats, few_held_out  # noqa: E402
+from training.utils.model.tokenizer import check_vocabulary, load_tokenizer  # noqa: E402
 from training.utils.phases import Phases  # noqa: E402
-from training.utils.resume import Run, resume_output_dir  # noqa: E402
-from training.utils.reward_model import RewardStats, few_held_out  # noqa: E402
-from training.utils.runs import latest_output, prepare_output_dir  # noqa: E402
-from training.utils.training_plan import show_sequence_plan  # noqa: E402
-from training.utils.zero_config import deepspeed_config, read_user_config  # noqa: E402
+from training.utils.run import watchdog  # noqa: E402
+from training.utils.run.distributed import init_distributed, rank, reduce_sums, say, world_size  # noqa: E402
+from training.utils.run.folders import latest_output, prepare_output_dir  # noqa: E402
 
 
 def main(argv: Sequence[str]) -> int:
@@ -77,22 +82,22 @@ def main(argv: Sequence[str]) -> int:
     start, phases = time.monotonic(), Phases()
     precision.check_dtype(model_args.dtype)
     overrides = read_user_config(ds.deepspeed_config)
-    model_path = models.resolve_model(model_args.model_name_or_path or str(latest_output("step1")))
-    models.check_length(model_path, model_args.max_seq_len, "--max_seq_len")
-    models.check_reward_family(model_path)
+    model_path = loading.resolve_model(model_args.model_name_or_path or str(latest_output("step1")))
+    check_length(model_path, model_args.max_seq_len, "--max_seq_len")
+    classifiers.check_reward_family(model_path)
     check_lora(model_path, lora.lora_dim, lora.lora_module_name)
     if output.plan:
         precision.settle(model_args, resume_output_dir(reliability.resume, output.output_dir), reliability.resume)
         return show_sequence_plan(2, model_path, model_args, lora, train, ds, overrides)
     output_dir = prepare_output_dir(resume_output_dir(reliability.resume, output.output_dir), "step2")
     device = init_distributed(reliability.distributed_timeout)
-    supervision.watch(output_dir, reliability.hang_timeout)
+    watchdog.watch(output_dir, reliability.hang_timeout)
     settled = precision.settle(model_args, output_dir, reliability.resume)
     torch.manual_seed(train.seed)
 
     # Data
-    tokenizer = models.load_tokenizer(model_path, chat_template=data.chat_template, system_message=data.system_message)
-    models.check_vocabulary(model_path, tokenizer)
+    tokenizer = load_tokenizer(model_path, chat_template=data.chat_template, system_message=data.system_message)
+    check_vocabulary(model_path, tokenizer)
     rows = prepare_data(2, data, tokenizer, max_length=model_args.max_seq_len, seed=train.seed, run_dir=output_dir)
     rows.announce()
     if warning := few_held_out(len(rows.held_out)):
@@ -122,15 +127,15 @@ def main(argv: Sequence[str]) -> int:
         overrides=overrides,
     )
     load = {"dtype": model_args.dtype, "pad_token_id": pad_id, "attn_implementation": model_args.attn_implementation}
-    model = models.load_classifier(model_path, ds_config=config, fresh_head_seed=train.seed, **load)
+    model = classifiers.load_classifier(model_path, ds_config=config, fresh_head_seed=train.seed, **load)
     if lora.lora_dim:
         model = inject_lora(
             model, dim=lora.lora_dim, module_name=lora.lora_module_name, only_optimize_lora=lora.only_optimize_lora
         )
     if model_args.gradient_checkpointing:
-        models.enable_gradient_checkpointing(model)
+        enable_gradient_checkpointing(model)
     engine = engines.initialize_engine(
-        models.TokenScorer(model).to(device),
+        classifiers.TokenScorer(model).to(device),
         config,
         learning_rate=train.learning_rate,
         weight_decay=train.weight_decay,
@@ -233,4 +238,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(supervision.run_training(main))
+    sys.exit(watchdog.run_training(main))

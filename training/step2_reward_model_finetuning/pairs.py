@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from training.utils.data import SIDES, collate_pairs, collate_sft, epoch_batches, rank_micro_batches, side_of_pair
-from training.utils.distributed import gather_objects, rank, world_size
 from training.utils.metrics import watched
-from training.utils.reward_model import last_token_scores
+from training.utils.model.reward_model import last_token_scores
+from training.utils.run.distributed import gather_objects, rank, world_size
 
 # Held-out pairs that a model is judged by before it is trained: most have a fresh head, whose accuracy is a coin's
 PAIRS_BEFORE = 64

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from training.utils.evaluating import wilson_interval
+from training.utils.intervals import wilson_interval
 
 # Pulls the sum of a pair's two rewards towards 0, which the Bradley-Terry loss leaves free, so that chosen answers
 # tend to be positive and rejected ones negative (Eisenstein et al. 2023, arXiv 2312.09244, section 2).

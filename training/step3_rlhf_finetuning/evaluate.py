@@ -21,10 +21,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from training.step3_rlhf_finetuning import best_of_n, rlhf_arguments
+from training.step3_rlhf_finetuning import arguments as rlhf_arguments, evaluation
 from training.utils import arguments
-from training.utils.runs import is_finished, step_folder
-from training.utils.runtime import prepare_runtime
+from training.utils.run.folders import is_finished, step_folder
+from training.utils.run.runtime import prepare_runtime
 
 
 @dataclass
@@ -49,7 +49,7 @@ ARGUMENTS = [arguments.EvaluationArguments, StepArguments, arguments.DataArgumen
 def parse_flags(argv: Sequence[str]) -> list[Any]:
     """The flags, by `ARGUMENTS`; without torch, so that ``--help`` and mistakes answer at once."""
     groups = arguments.parse(ARGUMENTS, argv, prog="step3/evaluate.py", description=__doc__)
-    best_of_n.parse_counts(groups[1].best_of, "--best_of")
+    evaluation.parse_counts(groups[1].best_of, "--best_of")
     step_folder(groups[0].path, "step3")
     return groups
 
@@ -79,15 +79,20 @@ from training.step3_rlhf_finetuning.rewards import (  # noqa: E402
     parse_reward_functions,
     split_weight,
 )
-from training.step3_rlhf_finetuning.rlhf_engine import build_rewards  # noqa: E402
-from training.step3_rlhf_finetuning.rollout import SamplingConfig, rollout_backend  # noqa: E402
-from training.utils import evaluating, models, precision  # noqa: E402
+from training.step3_rlhf_finetuning.roles import build_rewards  # noqa: E402
+from training.utils import evaluation_programs, intervals  # noqa: E402
 from training.utils.data import prepare_data, spread_rows, stop_token_ids  # noqa: E402
-from training.utils.distributed import init_distributed, say  # noqa: E402
+from training.utils.engine import precision  # noqa: E402
 from training.utils.errors import UserError, run_program  # noqa: E402
+from training.utils.generation.engines import rollout_backend  # noqa: E402
+from training.utils.generation.sampling import SamplingConfig  # noqa: E402
 from training.utils.metrics import progress_bar  # noqa: E402
-from training.utils.reward_model import STATS_FILE  # noqa: E402
-from training.utils.text_reward import load_text_reward_model  # noqa: E402
+from training.utils.model import classifiers, loading  # noqa: E402
+from training.utils.model.limits import check_length  # noqa: E402
+from training.utils.model.reward_model import STATS_FILE  # noqa: E402
+from training.utils.model.text_reward import load_text_reward_model  # noqa: E402
+from training.utils.model.tokenizer import load_tokenizer, same_tokenizer  # noqa: E402
+from training.utils.run.distributed import init_distributed, say  # noqa: E402
 
 DRAW_SEED = 7_919  # best-of-n draws under other noise than the answers that it is held against
 
@@ -108,16 +113,16 @@ def of_the_run(given: str, recorded: str, trained_in: str, folder: Path, step: s
         UserError: it is not there.
     """
     if given:
-        return models.resolve_model(given, flag)
+        return loading.resolve_model(given, flag)
     beside, path = folder.parent / step, Path(recorded).expanduser()
     own = path.name == step and (not trained_in or path.parent.name == Path(trained_in).parent.name)
     is_path = recorded.startswith((".", "/", "~")) or recorded.count("/") > 1  # a hub name has one slash at most
     if is_finished(beside) and (not recorded or own or (is_path and not path.exists())):
-        return models.resolve_model(str(beside), flag)
+        return loading.resolve_model(str(beside), flag)
     if not recorded:
         or_none = f" ({NONE}, with --reward_function)" if step == "step2" else ""
         raise UserError(f"the run has no finished {step} beside {folder}: give {flag}{or_none}")
-    return models.resolve_model(recorded, flag)
+    return loading.resolve_model(recorded, flag)
 
 
 @dataclass(frozen=True)
@@ -171,13 +176,11 @@ def shared_tokenizer(actor_path: str, sft_path: str, *flags: arguments.DataArgum
     Raises:
         UserError: the models have different ones.
     """
-    tokenizer = models.load_tokenizer(
-        actor_path, chat_template=flags[0].chat_template, system_message=flags[0].system_message
-    )
-    other = models.load_tokenizer(sft_path)
+    tokenizer = load_tokenizer(actor_path, chat_template=flags[0].chat_template, system_message=flags[0].system_message)
+    other = load_tokenizer(sft_path)
     if any(data.chat_template or data.system_message for data in flags):
         other.chat_template = tokenizer.chat_template
-    if not models.same_tokenizer(tokenizer, other):
+    if not same_tokenizer(tokenizer, other):
         raise UserError(f"--sft_model_name_or_path {sft_path} has another tokenizer or chat template than {actor_path}")
     return tokenizer
 
@@ -211,7 +214,7 @@ class Evaluator:
 
     def model(self, path: str) -> Any:
         """A causal LM from disk."""
-        return models.load_causal_lm(path, dtype=self.dtype).to(self.device).eval()
+        return loading.load_causal_lm(path, dtype=self.dtype).to(self.device).eval()
 
     def answers(self, model: Any, rewards: RewardMix, seed: int, reference: Any | None = None) -> list[Answer]:
         """One answer to each prompt; with ``reference`` its KL too."""
@@ -239,7 +242,7 @@ def judged_by(
 
 def per_prompt(values: Sequence[Sequence[float]], chosen: Sequence[Sequence[int]]) -> list[float]:
     """Mean over a prompt's chosen answers: ``values[prompt][draw]``, ``chosen[prompt]`` -> one value a prompt."""
-    return [evaluating.mean([row[i] for i in picks]) for row, picks in zip(values, chosen, strict=True)]
+    return [intervals.mean([row[i] for i in picks]) for row, picks in zip(values, chosen, strict=True)]
 
 
 def wins(
@@ -247,10 +250,10 @@ def wins(
 ) -> dict[str, Any]:
     """Win rate of the chosen answers over one baseline answer a prompt; a tie half, several answers averaged."""
     shares = [
-        evaluating.mean([(row[i] > base) + 0.5 * (row[i] == base) for i in picks])
+        intervals.mean([(row[i] > base) + 0.5 * (row[i] == base) for i in picks])
         for row, picks, base in zip(values, chosen, baseline, strict=True)
     ]
-    return {"rate": evaluating.mean(shares), "interval": evaluating.share_interval(shares, seed=seed)}
+    return {"rate": intervals.mean(shares), "interval": intervals.share_interval(shares, seed=seed)}
 
 
 def described(
@@ -273,10 +276,17 @@ def described(
     """
     lengths = per_prompt([[float(a.length) for a in row] for row in draws], chosen)
     ended = per_prompt([[float(a.ended) for a in row] for row in draws], chosen)
-    entry: dict[str, Any] = {"kl": kl, "length": evaluating.mean(lengths), "eos_rate": evaluating.mean(ended)}
+    entry: dict[str, Any] = {
+        "kl": kl,
+        "length": intervals.mean(lengths),
+        "eos_rate": intervals.mean(ended),
+    }
     for name, values in judged.items():
         means = per_prompt(values, chosen)
-        entry |= {name: evaluating.mean(means), f"{name}_interval": evaluating.bootstrap_interval(means, seed=seed)}
+        entry |= {
+            name: intervals.mean(means),
+            f"{name}_interval": intervals.bootstrap_interval(means, seed=seed),
+        }
         if baseline:
             won = wins(values, chosen, baseline[name], seed)
             entry |= {f"win_rate_by_{name}": won["rate"], f"win_rate_by_{name}_interval": won["interval"]}
@@ -328,28 +338,28 @@ def all_judges(
 def main(argv: Sequence[str]) -> int:
     """Evaluate; returns the exit code. See the module's docstring for what it writes."""
     args, step, data = parse_flags(argv)
-    counts = best_of_n.parse_counts(step.best_of, "--best_of")
+    counts = evaluation.parse_counts(step.best_of, "--best_of")
     folder = step_folder(args.path, "step3")
-    recorded = evaluating.recorded_arguments(folder, step3.ARGUMENTS, arguments.ALIASES)
+    recorded = evaluation_programs.recorded_arguments(folder, step3.ARGUMENTS, arguments.ALIASES)
     rollout, ppo = recorded[rlhf_arguments.RolloutArguments], recorded[rlhf_arguments.PPOArguments]
     seed = recorded[rlhf_arguments.OptimizationArguments].seed
     specs = step.eval_function or recorded[rlhf_arguments.EvaluationArguments].eval_function
     functions = load_eval_functions(specs)
-    actor_path = models.resolve_model(str(folder / "actor"), "--path")
+    actor_path = loading.resolve_model(str(folder / "actor"), "--path")
     sources = sources_of_the_run(step, recorded, folder)
     judge_path = ""
     if step.judge_model_name_or_path:
-        judge_path = models.resolve_model(step.judge_model_name_or_path, "--judge_model_name_or_path")
-        models.check_reward_head(judge_path)
+        judge_path = loading.resolve_model(step.judge_model_name_or_path, "--judge_model_name_or_path")
+        classifiers.check_reward_head(judge_path)
     longest = step.max_answer_seq_len or rollout.max_answer_seq_len
-    chosen_data = evaluating.data_arguments(data, recorded[arguments.DataArguments])
+    chosen_data = evaluation_programs.data_arguments(data, recorded[arguments.DataArguments])
     tokenizer = shared_tokenizer(actor_path, sources.sft, chosen_data, recorded[arguments.DataArguments])
     normalize = ppo.normalize_reward and (Path(sources.reward_model) / STATS_FILE).is_file()
     reward = settings.reward_model_settings(
         sources.reward_model, tokenizer, normalize=normalize, weight=sources.weight, plan=False
     )
     for path in (actor_path, sources.sft, *([reward.path] if reward and not reward.reads_text else [])):
-        models.check_length(path, rollout.max_prompt_seq_len + longest, "--max_prompt_seq_len + --max_answer_seq_len")
+        check_length(path, rollout.max_prompt_seq_len + longest, "--max_prompt_seq_len + --max_answer_seq_len")
     if not functions and not judge_path:
         say("warning: the only judge is the reward model that training has learned to please; give --eval_function or "
             "--judge_model_name_or_path")  # fmt: skip
@@ -379,7 +389,7 @@ def main(argv: Sequence[str]) -> int:
     facts = {"prompts": len(evaluator.rows), "temperature": sampling.temperature, "max_answer_seq_len": longest,
              "sft_model": sources.sft, "reward_model": sources.reward_model, "eval_function": ", ".join(specs),
              "judge_model": judge_path, precision.SUMMARY_KEY: settled}  # fmt: skip
-    evaluating.write_evaluation(folder, facts | content | {"samples": samples_of(evaluator, drawn)})
+    evaluation_programs.write_evaluation(folder, facts | content | {"samples": samples_of(evaluator, drawn)})
     return 0
 
 
@@ -410,10 +420,10 @@ def assemble(
         return described(drawn[name], values, chosen, against, kl, seed)
 
     kls = [row[0].kl or 0.0 for row in drawn["rlhf"]]
-    found = {"SFT": entry("sft", only, 0.0, {}), "RLHF": entry("rlhf", only, evaluating.mean(kls), baseline)}
+    found = {"SFT": entry("sft", only, 0.0, {}), "RLHF": entry("rlhf", only, intervals.mean(kls), baseline)}
     for n in counts:
-        chosen = [best_of_n.chosen_of(row, n) for row in judged["reward"]["best_of"]]
-        found[f"best of {n}"] = entry("best_of", chosen, best_of_n.best_of_kl(n), baseline)
+        chosen = [evaluation.chosen_of(row, n) for row in judged["reward"]["best_of"]]
+        found[f"best of {n}"] = entry("best_of", chosen, evaluation.best_of_kl(n), baseline)
     return {"models": found}
 
 
@@ -423,10 +433,11 @@ def result_table(found: Mapping[str, Mapping[str, Any]]) -> str:
     lines: list[list[Any]] = [["", *(key.replace("_", " ") for key in keys)]]
     for name, entry in found.items():
         cells = [
-            " ".join(evaluating.cell_text(entry[k]) for k in (key, f"{key}_interval") if k in entry) for key in keys
+            " ".join(evaluation_programs.cell_text(entry[k]) for k in (key, f"{key}_interval") if k in entry)
+            for key in keys
         ]
         lines.append([name, *cells])
-    return evaluating.table(lines)
+    return evaluation_programs.table(lines)
 
 
 if __name__ == "__main__":

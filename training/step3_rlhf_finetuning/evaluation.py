@@ -1,4 +1,10 @@
-"""Held-out prompts answered by a policy, and two policies held against each other."""
+"""Held-out prompts answered by a policy, and two policies held against each other.
+
+Best-of-n is a yardstick for PPO that needs no training: of n answers of the SFT model the one with the highest reward.
+How far these are from the SFT model's answers is known without measuring: KL = log n - (n - 1) / n nats per answer
+(Stiennon et al. 2020, arXiv 2009.01325, appendix G.3; an upper bound that is close for long answers, Beirami et al.
+2024, arXiv 2401.01879).
+"""
 
 from __future__ import annotations
 
@@ -20,16 +26,12 @@ from training.step3_rlhf_finetuning.rewards import (
     unused_name,
     win_rate,
 )
-from training.step3_rlhf_finetuning.rollout import (
-    RolloutBackend,
-    RolloutBatch,
-    SamplingConfig,
-    has_ended,
-    response_texts,
-)
-from training.utils.distributed import gather_objects, rank, say, world_size
-from training.utils.evaluating import bootstrap_interval, mean
-from training.utils.supervision import beat
+from training.utils.errors import UserError
+from training.utils.generation.requests import RolloutBackend, RolloutBatch, has_ended, response_texts
+from training.utils.generation.sampling import SamplingConfig
+from training.utils.intervals import bootstrap_interval, mean
+from training.utils.run.distributed import gather_objects, rank, say, world_size
+from training.utils.run.watchdog import beat
 
 
 @dataclass(frozen=True)
@@ -294,3 +296,56 @@ def compare_by(function: EvalFunction, values: Mapping[str, Mapping[int, float]]
         low, high = bootstrap_interval(found, seed=seed)
         result |= {name: mean(found), f"{name}_low": low, f"{name}_high": high}
     return result
+
+
+def best_of_kl(n: int) -> float:
+    """KL of best-of-n to the model that it draws from, in nats per answer."""
+    return math.log(n) - (n - 1) / n
+
+
+def parse_counts(text: str, flag: str) -> list[int]:
+    """``1,4,16`` -> [1, 4, 16], in rising order and each once; empty text gives none.
+
+    Raises:
+        UserError: not whole numbers from 1 on, or the largest is no multiple of another.
+    """
+    try:
+        counts = sorted({int(part) for part in text.split(",")}) if text.strip() else []
+    except ValueError:
+        counts = [0]
+    if any(n < 1 for n in counts):
+        raise UserError(f"{flag} {text}: write whole numbers from 1 on with commas between them, such as 1,4,16")
+    for n in counts:
+        if counts[-1] % n:
+            raise UserError(
+                f"{flag} {text}: {n} does not divide {counts[-1]}; all share the same {counts[-1]} answers to a prompt"
+            )
+    return counts
+
+
+def chosen_of(rewards: Sequence[float], n: int) -> list[int]:
+    """Cut a prompt's answers into groups of n; the position of the highest reward in each (the first of equal ones).
+
+    With more answers than n every group is one draw of best-of-n, and a mean over groups has less noise.
+    """
+    groups = [range(start, start + n) for start in range(0, len(rewards) - n + 1, n)]
+    return [max(group, key=lambda i: rewards[i]) for group in groups]
+
+
+def kl_to_reach(curve: Sequence[tuple[float, float]], reward: float) -> float | None:
+    """The KL at which a run first reaches a reward, between two evaluations on the straight line between them.
+
+    Args:
+        curve: (KL, reward) of each evaluation, in the order of training.
+        reward: to be reached.
+
+    Returns:
+        None if no evaluation reaches it.
+    """
+    for i, (kl, value) in enumerate(curve):
+        if value >= reward:
+            if i == 0 or curve[i - 1][1] >= value:
+                return kl
+            before_kl, before = curve[i - 1]
+            return before_kl + (kl - before_kl) * (reward - before) / (value - before)
+    return None

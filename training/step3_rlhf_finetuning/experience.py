@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from training.step3_rlhf_finetuning.ppo import token_rewards
-from training.step3_rlhf_finetuning.rollout import RolloutBatch
-from training.utils.logprobs import response_log_probs
-from training.utils.reward_model import last_token_scores
-from training.utils.supervision import beat
+from training.utils.generation.requests import RolloutBatch
+from training.utils.model.logprobs import response_log_probs
+from training.utils.model.reward_model import last_token_scores
+from training.utils.run.watchdog import beat
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from training.step3_rlhf_finetuning.health_rules import DRIFTS, HEALTHY, NOTE, RULES, WARNING
-from training.utils.distributed import is_main, say
+from training.utils.health_rules import DRIFTS, HEALTHY, NOTE, RULES, WARNING
+from training.utils.run.distributed import is_main, say
 
 HEALTH_FILE = "health.jsonl"
 FIRST_LOOK = 9  # iterations before a trend is judged: three thirds of three

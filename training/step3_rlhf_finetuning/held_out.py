@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 
-from training.step3_rlhf_finetuning import samples
 from training.step3_rlhf_finetuning.evaluation import (
     Answer,
     BatchSizes,
@@ -31,23 +30,25 @@ from training.step3_rlhf_finetuning.evaluation import (
     compare_rewards,
     values_of,
 )
-from training.step3_rlhf_finetuning.prompts import PromptSet
+from training.step3_rlhf_finetuning.prompts import PromptSet, sample_rows
 from training.step3_rlhf_finetuning.rewards import win_rate
-from training.step3_rlhf_finetuning.rlhf_engine import Roles
-from training.step3_rlhf_finetuning.rollout import RolloutBackend, SamplingConfig
-from training.utils import models
+from training.step3_rlhf_finetuning.roles import Roles
 from training.utils.data import spread_rows
-from training.utils.distributed import say
-from training.utils.engine import dtype_name
-from training.utils.evaluating import mean
+from training.utils.engine.engine import dtype_name
+from training.utils.errors import UserError
+from training.utils.generation.requests import RolloutBackend
+from training.utils.generation.sampling import SamplingConfig
+from training.utils.health_rules import MAX_KL
+from training.utils.intervals import mean
 from training.utils.metrics import MetricsLogger
+from training.utils.model import loading
+from training.utils.model.tokenizer import check_vocabulary
+from training.utils.run.distributed import gather_objects, say
+from training.utils.run.manifest import read_manifest
 
 # An evaluation during training answers this many prompts (the last one and the SFT model answer all): it then costs
 # about as much as the rollouts of one iteration of the demo.
 RUNNING_PROMPTS = 32
-# Nats per response. docs/experiments.md: up to here the demo's answers win more and more by a check that training never
-# saw; beyond it they turn into good wishes.
-MAX_KL = 12.0
 
 
 @dataclass(frozen=True)
@@ -184,8 +185,8 @@ class HeldOutEvaluation:
     def _answers_of_the_base_model(self) -> list[Answer]:
         if not self.base:
             return []
-        rows = range(len(self.prompts.dataset)) if self.functions else samples.sample_rows(self.prompts)
-        return samples.base_answers(self.prompts, rows, self.backend, self.sampling, self.sizes, self.base, self.roles)
+        rows = range(len(self.prompts.dataset)) if self.functions else sample_rows(self.prompts)
+        return base_answers(self.prompts, rows, self.backend, self.sampling, self.sizes, self.base, self.roles)
 
     def _answer_with_the_kept_actor(self, kept: Kept) -> None:
         """Put its answers into ``after``: to all prompts, or those that it was chosen by where no more fits."""
@@ -227,7 +228,7 @@ class HeldOutEvaluation:
     def _saved_actor(self) -> Iterator[Any]:
         """The kept actor, from disk: the engine holds the last one."""
         engine = self.roles.actor.engine
-        model = models.load_causal_lm(str(self.actor_dir), dtype=dtype_name(engine)).to(engine.device).eval()
+        model = loading.load_causal_lm(str(self.actor_dir), dtype=dtype_name(engine)).to(engine.device).eval()
         with torch.no_grad():
             yield model
 
@@ -293,3 +294,59 @@ class HeldOutEvaluation:
         metrics["eval/seconds"] = time.monotonic() - self._started
         self.logger.log(iteration, metrics)
         return metrics
+
+
+def base_model_of(actor_path: str) -> str:
+    """The model that step 1 started from, as its summary says; empty where it does not."""
+    return str(read_manifest(Path(actor_path) / "summary.json").get("base_model") or "")
+
+
+def base_answers(
+    prompts: PromptSet,
+    rows: Sequence[int],
+    backend: RolloutBackend,
+    sampling: SamplingConfig,
+    sizes: BatchSizes,
+    base: str,
+    roles: Roles,
+) -> list[Answer]:
+    """Answers of the model that step 1 started from, under the settings and the noise of the others; a collective.
+
+    Those of `sample_rows`, which people see, are rewarded: evaluation functions judge the others, no reward does.
+
+    Returns:
+        One for each row, in order; none if the model can not be loaded or there is no room for it, which is said.
+    """
+    engine = roles.actor.engine
+    if not roles.actor.another_fits():
+        say(f"the base model {base} does not answer: there is no room to load it beside the others")
+        return []
+    model = _load_base(base, prompts, engine)
+    if model is None:
+        return []
+    say(f"answering {len(rows)} held-out prompts with the base model ...")
+    seen = set(sample_rows(prompts))
+    answers: list[Answer] = []
+    with torch.no_grad():
+        for shown, rewards in ((True, roles.rewards), (False, None)):
+            if chosen := [row for row in rows if (row in seen) == shown]:
+                generation = contextlib.nullcontext(model)
+                answers += answer_held_out(
+                    prompts, chosen, generation, rewards, backend, sampling, sizes, engine.device
+                )
+    return sorted(answers, key=lambda answer: answer.row)
+
+
+def _load_base(base: str, prompts: PromptSet, engine: Any) -> Any | None:
+    """The base model on all ranks or none: it may be gone, or lack embeddings of tokens that step 1 has added."""
+    problem, model = "", None
+    try:
+        path = loading.resolve_model(base)
+        check_vocabulary(path, prompts.tokenizer)
+        model = loading.load_causal_lm(path, dtype=dtype_name(engine)).to(engine.device).eval()
+    except (OSError, ValueError, RuntimeError, UserError) as error:
+        problem = str(error).strip().splitlines()[0]
+    if problems := [text for text in gather_objects([problem]) if text]:
+        say(f"the base model {base} does not answer: {problems[0]}")
+        return None
+    return model

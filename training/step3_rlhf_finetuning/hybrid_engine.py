@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from training.step3_rlhf_finetuning.generation_memory import fits, free_bytes, generation_bytes, weight_bytes
-from training.utils.checkpoint import gathered
-from training.utils.distributed import say
-from training.utils.lora import adapters_merged
+from training.utils.memory.generation import fits, free_bytes, generation_bytes, weight_bytes
+from training.utils.model.export import gathered
+from training.utils.model.lora import adapters_merged
+from training.utils.run.distributed import say
 
 
 def make_twin(model: nn.Module) -> nn.Module:
@@ -47,7 +47,7 @@ class HybridEngine:
         twin: from `make_twin` of the same model.
         reference: a frozen causal LM, or None if the twin with its adapter disabled is the reference policy:
             that needs LoRA, adapters made fresh on the SFT weights, and no other trained parameter.
-        merge_lora: generate from weights with the adapters added, see `training.utils.lora.adapters_merged`.
+        merge_lora: generate from weights with the adapters added, see `training.utils.model.lora.adapters_merged`.
 
     Attributes:
         gather_seconds: time spent gathering (and merging) parameters since it was last reset.
@@ -74,7 +74,7 @@ class HybridEngine:
         """Set `hooked` if the gathered model does not fit beside all roles, and say so; a collective.
 
         Call it when every role is built. The arguments are those of
-        `training.step3_rlhf_finetuning.generation_memory.generation_bytes`.
+        `training.utils.memory.generation.generation_bytes`.
         """
         if not any(hasattr(parameter, "ds_id") for parameter in self._twin.parameters()):
             return  # below ZeRO-3 every rank holds the whole model anyway

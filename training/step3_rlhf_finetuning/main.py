@@ -25,9 +25,10 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # outside the environment, to say so
 
-from training.step3_rlhf_finetuning.rlhf_arguments import ARGUMENTS, check
-from training.utils import arguments, supervision
-from training.utils.runtime import prepare_runtime
+from training.step3_rlhf_finetuning.arguments import ARGUMENTS, check
+from training.utils import arguments
+from training.utils.run import watchdog
+from training.utils.run.runtime import prepare_runtime
 
 
 def parse_flags(argv: Sequence[str]) -> list[Any]:
@@ -41,28 +42,27 @@ prepare_runtime()
 
 import torch  # noqa: E402  threads and PATH must be set before
 
-from training.step3_rlhf_finetuning import outputs, prompts, samples, settings  # noqa: E402
+from training.step3_rlhf_finetuning import outputs, prompts, settings  # noqa: E402
 from training.step3_rlhf_finetuning.evaluation import BatchSizes, load_eval_functions  # noqa: E402
 from training.step3_rlhf_finetuning.health import HealthMonitor  # noqa: E402
-from training.step3_rlhf_finetuning.held_out import HeldOutEvaluation  # noqa: E402
-from training.step3_rlhf_finetuning.memory import show_rlhf_plan  # noqa: E402
-from training.step3_rlhf_finetuning.ppo_trainer import PPOTrainer  # noqa: E402
+from training.step3_rlhf_finetuning.held_out import HeldOutEvaluation, base_model_of  # noqa: E402
+from training.step3_rlhf_finetuning.outputs import write_trace  # noqa: E402
+from training.step3_rlhf_finetuning.plan import show_rlhf_plan  # noqa: E402
+from training.step3_rlhf_finetuning.ppo_trainer import PPOTrainer, check_first_ratio  # noqa: E402
 from training.step3_rlhf_finetuning.pretraining_mix import PretrainingMix  # noqa: E402
 from training.step3_rlhf_finetuning.rewards import parse_reward_functions  # noqa: E402
-from training.step3_rlhf_finetuning.rlhf_engine import build_roles, generation_backend  # noqa: E402
-from training.step3_rlhf_finetuning.rollout import SamplingConfig  # noqa: E402
-from training.step3_rlhf_finetuning.sampler_check import check_first_ratio  # noqa: E402
+from training.step3_rlhf_finetuning.roles import build_roles, generation_backend  # noqa: E402
 from training.step3_rlhf_finetuning.scoring import Scoring  # noqa: E402
-from training.step3_rlhf_finetuning.trace import write_trace  # noqa: E402
-from training.utils import precision  # noqa: E402
-from training.utils.checkpoint import save_model  # noqa: E402
+from training.utils.checkpoint.resume import BEST, METRICS, Run, resume_output_dir  # noqa: E402
 from training.utils.data import prepare_data, prepare_pretraining, stop_token_ids  # noqa: E402
-from training.utils.distributed import init_distributed, rank, say, world_size  # noqa: E402
+from training.utils.engine import precision  # noqa: E402
+from training.utils.engine.zero_config import read_user_config  # noqa: E402
+from training.utils.generation.sampling import SamplingConfig  # noqa: E402
 from training.utils.metrics import MetricsLogger, progress_bar  # noqa: E402
+from training.utils.model.export import save_model  # noqa: E402
 from training.utils.phases import Phases  # noqa: E402
-from training.utils.resume import BEST, METRICS, Run, resume_output_dir  # noqa: E402
-from training.utils.runs import prepare_output_dir  # noqa: E402
-from training.utils.zero_config import read_user_config  # noqa: E402
+from training.utils.run.distributed import init_distributed, rank, say, world_size  # noqa: E402
+from training.utils.run.folders import prepare_output_dir  # noqa: E402
 
 
 def main(argv: Sequence[str]) -> int:
@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
     functions, model_weight = parse_reward_functions(ppo.reward_function, "--reward_function")
     overrides = read_user_config(zero.deepspeed_config)
     actor_path, reward_path = settings.model_paths(role_args, ppo.reward_function)
-    tokenizer = settings.load_tokenizer(role_args, data, actor_path)
+    tokenizer = settings.actor_tokenizer(role_args, data, actor_path)
     reward_model = settings.reward_model_settings(
         reward_path, tokenizer, normalize=ppo.normalize_reward, weight=model_weight, plan=output.plan
     )
@@ -90,7 +90,7 @@ def main(argv: Sequence[str]) -> int:
         return show_rlhf_plan(actor, critic, reward_model, role_args, rollout, train, zero, overrides)
     output_dir = prepare_output_dir(resume_output_dir(reliability.resume, output.output_dir), "step3")
     device = init_distributed(reliability.distributed_timeout)
-    supervision.watch(output_dir, reliability.hang_timeout)
+    watchdog.watch(output_dir, reliability.hang_timeout)
     settled = precision.settle(role_args, output_dir, reliability.resume)
     torch.manual_seed(train.seed)
 
@@ -185,7 +185,7 @@ def main(argv: Sequence[str]) -> int:
         every=evaluate.eval_every,
         iterations=len(schedule),
         functions=eval_functions,
-        base=samples.base_model_of(actor_path),
+        base=base_model_of(actor_path),
         actor_dir=output_dir / BEST,
         save=save_actor,
     )
@@ -216,8 +216,8 @@ def main(argv: Sequence[str]) -> int:
         if number + 1 in evaluate.trace:
             write_trace(output_dir, trainer.scored, training, number + 1)
         evaluator.after_iteration(number + 1)
-        if number % samples.EVERY == 0:
-            samples.show_progress(number + 1, trainer.scored[0], training, held_out, roles, backend, sampling, logger)
+        if number % outputs.EVERY == 0:
+            outputs.show_progress(number + 1, trainer.scored[0], training, held_out, roles, backend, sampling, logger)
         phases.end("evaluate")
         run.after_step(number + 1, evaluator.state_dict())
         run.stop_if(run.guard.reason, "lower the learning rates, or look at the rewards with --trace")
@@ -244,4 +244,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(supervision.run_training(main))
+    sys.exit(watchdog.run_training(main))

@@ -1,20 +1,214 @@
-"""What step 3 leaves behind: the roles as models, answers to read, model cards, the summary."""
+"""What step 3 shows and leaves behind.
+
+Answers of each model to held-out prompts, rollouts as a table and token by token (``--trace``), the roles as models,
+model cards, the summary.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from training.step3_rlhf_finetuning import samples
+from training.step3_rlhf_finetuning.evaluation import Answer, Values
 from training.step3_rlhf_finetuning.held_out import HeldOutEvaluation
-from training.step3_rlhf_finetuning.rlhf_engine import Roles, RoleSettings
-from training.utils.checkpoint import move_into, save_model
+from training.step3_rlhf_finetuning.hybrid_engine import HybridEngine
+from training.step3_rlhf_finetuning.prompts import PromptSet, sample_rows
+from training.step3_rlhf_finetuning.roles import Roles, RoleSettings
+from training.step3_rlhf_finetuning.scoring import ScoredBatch
+from training.utils.checkpoint.resume import BEST
 from training.utils.data import StepData
-from training.utils.distributed import is_main, say
-from training.utils.metrics import write_summary
-from training.utils.model_card import write_model_card
-from training.utils.resume import BEST
+from training.utils.generation.requests import RolloutBackend, has_ended, response_texts
+from training.utils.generation.sampling import SamplingConfig
+from training.utils.metrics import MetricsLogger, write_summary
+from training.utils.model.card import write_model_card
+from training.utils.model.export import move_into, save_model
+from training.utils.run.distributed import gather_objects, is_main, say
+
+SAMPLES_FILE = "samples.json"
+ANSWERS_FILE = "answers.jsonl"
+EVERY = 5  # iterations between two looks at what the actor writes
+TABLE_ROWS = 3
+TABLE_WIDTH = 56  # characters of a prompt or a response in the log's table
+
+
+def sample_answer(
+    prompts: PromptSet, row: int, actor: HybridEngine, backend: RolloutBackend, sampling: SamplingConfig
+) -> str:
+    """What the actor answers one held-out prompt with now; a collective."""
+    with actor.generation_mode() as twin:
+        rollout = backend.generate(twin, prompts.request([row], actor.engine.device), sampling)
+    return response_texts(rollout, prompts.tokenizer)[0]
+
+
+def show_progress(
+    iteration: int,
+    batch: ScoredBatch,
+    training: PromptSet,
+    held_out: PromptSet,
+    roles: Roles,
+    backend: RolloutBackend,
+    sampling: SamplingConfig,
+    logger: MetricsLogger,
+) -> None:
+    """Show one held-out prompt's answer, always the same prompt, and some rollouts of the iteration; a collective."""
+    row = sample_rows(held_out)[-1]
+    text = sample_answer(held_out, row, roles.actor, backend, sampling)
+    table = rollout_table(batch, training)
+    say(f"[{iteration}] {held_out.messages(row)[-1]['content']}\n    -> {text}\n{as_text(table)}")
+    logger.text(iteration, "sample", text)
+    logger.text(iteration, "rollouts", as_markdown(table))
+
+
+def rollout_table(batch: ScoredBatch, prompts: PromptSet) -> list[tuple[str, str, str]]:
+    """(prompt, response, rewards) of a few rollouts of an iteration, the header first."""
+    texts = response_texts(batch.rollout, prompts.tokenizer)
+    rows = [("prompt", "response", "score: " + ", ".join(batch.rewards))]
+    for i in range(min(TABLE_ROWS, len(texts))):
+        raw = ", ".join(f"{values[i]:+.2f}" for values in batch.rewards.values())
+        prompt = prompts.messages(batch.request.rows[i])[-1]["content"]
+        rows.append((prompt, texts[i], f"{batch.scores[i]:+.2f}: {raw}"))
+    return rows
+
+
+def as_text(table: Sequence[tuple[str, str, str]]) -> str:
+    """A `rollout_table` for the log: one line a rollout, long texts cut."""
+    cut = [[" ".join(cell.split()) for cell in row] for row in table]
+    cut = [[c if len(c) <= TABLE_WIDTH else c[: TABLE_WIDTH - 3] + "..." for c in row] for row in cut]
+    widths = [max(len(row[i]) for row in cut) for i in range(2)]
+    return "\n".join(f"    {row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]}" for row in cut)
+
+
+def as_markdown(table: Sequence[tuple[str, str, str]]) -> str:
+    """A `rollout_table` for TensorBoard."""
+    rows = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in table]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * 3, *rows[1:]])
+
+
+def write_samples(
+    folder: Path, prompts: PromptSet, rows: Sequence[int], answers: Mapping[str, Mapping[int, Answer]], values: Values
+) -> None:
+    """Write ``samples.json``: some prompts answered by each model, with reward and the evaluation functions' values.
+
+    Args:
+        folder: step 3's output.
+        prompts: the held-out prompts.
+        rows: which are shown.
+        answers: model -> row -> answer; a row that a model has not answered is left out.
+        values: what evaluation functions say.
+    """
+    records = []
+    for row in rows:
+        given = {
+            model: asdict(known[row])
+            | {"reward": _finite(known[row].reward), "checks": {name: by[model][row] for name, by in values.items()}}
+            for model, known in answers.items()
+            if row in known
+        }
+        records.append({"prompt": prompts.messages(row), "answers": given})
+    _write(folder / SAMPLES_FILE, json.dumps(records, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_all_answers(
+    folder: Path, prompts: PromptSet, answers: Mapping[str, Mapping[int, Answer]], values: Values
+) -> None:
+    """Write ``answers.jsonl``: a line for each held-out prompt that the RLHF model has answered.
+
+    Its keys: ``row``, ``prompt`` (messages), each model's text (null where it has not answered), and by model
+    ``reward`` (null where it is not finite), ``ended``, and in ``scores`` what each evaluation function says.
+    """
+    lines = []
+    for row in answers["rlhf"]:
+        given = {model: known[row] for model, known in answers.items() if row in known}
+        record = {
+            "row": row,
+            "prompt": prompts.messages(row),
+            **{model: given[model].text if model in given else None for model in answers},
+            "scores": {name: {model: by[model][row] for model in given} for name, by in values.items()},
+            "reward": {model: _finite(a.reward) for model, a in given.items()},
+            "ended": {model: a.ended for model, a in given.items()},
+        }
+        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    _write(folder / ANSWERS_FILE, "".join(lines))
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_text(text, encoding="utf-8")
+    scratch.replace(path)
+
+
+TRACE_FOLDER = "trace"
+_DIGITS = 6
+
+
+def trace_records(batches: Sequence[ScoredBatch], prompts: PromptSet, iteration: int) -> Iterator[dict[str, Any]]:
+    """One record for each rollout of this rank.
+
+    The lists all have one entry for each response token: ``tokens`` as text, ``ids``, ``log_probs`` of the actor,
+    ``reference_log_probs``, ``values``, ``rewards`` (KL penalty, and the score on the last one), ``advantages``.
+    A number that is not finite is None.
+    """
+    for batch in batches:
+        e, ended = batch.experience, has_ended(batch.rollout, batch.request.stop_ids).tolist()
+        for i, row in enumerate(batch.request.rows):
+            mask = e.mask[i]
+            ids = e.input_ids[i, e.response_start :][mask].tolist()
+            yield {
+                "iteration": iteration,
+                "row": row,
+                "sample": int(batch.request.row_ids[i]),
+                "prompt": prompts.messages(row),
+                "response": prompts.tokenizer.decode(ids, skip_special_tokens=True).strip(),
+                "ended": ended[i],
+                "sources": {name: _number(float(values[i])) for name, values in batch.rewards.items()},
+                "score": _number(float(batch.scores[i])),
+                "tokens": [prompts.tokenizer.decode([token]) for token in ids],
+                "ids": ids,
+                **{
+                    name: [_number(value) for value in values[i][mask].tolist()]
+                    for name, values in (
+                        ("log_probs", e.log_probs),
+                        ("reference_log_probs", e.reference_log_probs),
+                        ("values", e.values),
+                        ("rewards", e.rewards),
+                        ("advantages", e.advantages),
+                    )
+                },
+            }
+
+
+def _number(value: float) -> float | None:
+    """A number as JSON has it, which knows neither NaN nor infinity."""
+    return round(value, _DIGITS) if math.isfinite(value) else None
+
+
+def write_trace(folder: Path, batches: Sequence[ScoredBatch], prompts: PromptSet, iteration: int) -> None:
+    """Write ``trace/iteration-N.jsonl`` with the rollouts of all ranks, by sample; a collective.
+
+    Args:
+        folder: step 3's output.
+        batches: this rank's.
+        prompts: what their rows refer to.
+        iteration: from 1.
+    """
+    records = gather_objects(list(trace_records(batches, prompts, iteration)))
+    if not is_main():
+        return
+    path = folder / TRACE_FOLDER / f"iteration-{iteration:06d}.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    lines = [json.dumps(record, ensure_ascii=False) for record in sorted(records, key=lambda r: r["sample"])]
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    scratch.replace(path)
 
 
 def save_roles(roles: Roles, tokenizer: Any, output_dir: Path, stop_ids: Sequence[int], max_shard_size: str) -> None:
@@ -36,10 +230,10 @@ def write_answers(output_dir: Path, evaluator: HeldOutEvaluation) -> None:
     move_into(output_dir / BEST, output_dir / "actor")
     given = {"base": evaluator.base_answers, "sft": evaluator.before, "rlhf": evaluator.after}
     answers = {model: {answer.row: answer for answer in found} for model, found in given.items()}
-    shown = [row for row in samples.sample_rows(evaluator.prompts) if row in answers["rlhf"]]
-    shown = shown or list(answers["rlhf"])[:1]
-    samples.write_samples(output_dir, evaluator.prompts, shown, answers, evaluator.values)
-    samples.write_all_answers(output_dir, evaluator.prompts, answers, evaluator.values)
+    rows = [row for row in sample_rows(evaluator.prompts) if row in answers["rlhf"]]
+    rows = rows or list(answers["rlhf"])[:1]
+    write_samples(output_dir, evaluator.prompts, rows, answers, evaluator.values)
+    write_all_answers(output_dir, evaluator.prompts, answers, evaluator.values)
 
 
 def write_cards_and_summary(

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from training.utils import engine as engines
 from training.utils.data import epoch_batches
-from training.utils.language_modelling import micro_batches, negative_log_likelihood, predicted_tokens
+from training.utils.engine import engine as engines
+from training.utils.model.language_modelling import micro_batches, negative_log_likelihood, predicted_tokens
 
 
 class PretrainingMix:
@@ -25,7 +25,7 @@ class PretrainingMix:
         coefficient: weight of the loss.
         rows: of an optimizer step, over all ranks.
         micro_batch_size: rows of a rank in one forward.
-        pad_id, device: see `training.utils.language_modelling.micro_batches`.
+        pad_id, device: see `training.utils.model.language_modelling.micro_batches`.
         seed: of the order.
     """
 

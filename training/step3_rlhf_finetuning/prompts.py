@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from training.step3_rlhf_finetuning.rewards import Messages
-from training.step3_rlhf_finetuning.rollout import RolloutRequest
 from training.utils.data import collate_prompts, epoch_batches
+from training.utils.generation.requests import RolloutRequest
 
 
 @dataclass(frozen=True)
@@ -140,3 +140,10 @@ def iteration_requests(
         ids = [p * samples_per_prompt + s for p, s in repeated]
         requests.append(prompts.request([chosen[p] for p, _ in repeated], device, iteration=iteration, row_ids=ids))
     return requests
+
+
+def sample_rows(prompts: PromptSet, count: int = 3) -> list[int]:
+    """Held-out rows to show: the first that asks for a story, if any does, and the first others."""
+    rows = range(len(prompts.dataset))
+    story = [i for i in rows if "story" in prompts.messages(i)[-1]["content"].lower()][:1]
+    return ([i for i in rows if i not in story][: count - len(story)] + story)[:count]

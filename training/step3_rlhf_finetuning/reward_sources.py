@@ -17,10 +17,10 @@ from torch import Tensor
 from training.step3_rlhf_finetuning.experience import score_rewards
 from training.step3_rlhf_finetuning.prompts import PromptSet
 from training.step3_rlhf_finetuning.rewards import TextFunction, call_text_function
-from training.step3_rlhf_finetuning.rollout import RolloutBatch, response_texts
-from training.utils.distributed import on_all_ranks
-from training.utils.reward_model import RewardStats
-from training.utils.text_reward import TextRewardModel
+from training.utils.generation.requests import RolloutBatch, response_texts
+from training.utils.model.reward_model import RewardStats
+from training.utils.model.text_reward import TextRewardModel
+from training.utils.run.distributed import on_all_ranks
 
 
 class RewardSource(Protocol):

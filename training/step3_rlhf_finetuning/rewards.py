@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from training.utils import evaluating
+from training.utils import intervals
 from training.utils.errors import UserError
 
 MODEL = "model"  # names the reward model among the sources of --reward_function
@@ -218,10 +218,11 @@ def win_rate(ours: Sequence[float], theirs: Sequence[float], *, seed: int) -> di
         seed: of the bootstrap.
 
     Returns:
-        ``win_rate``, ``win_rate_low``, ``win_rate_high`` (see `evaluating.share_interval`) and ``ties``, how many.
+        ``win_rate``, ``win_rate_low``, ``win_rate_high`` (see `intervals.share_interval`), and how many
+        ``ties``.
     """
     pairs = list(zip(ours, theirs, strict=True))
     wins = [(a > b) + 0.5 * (a == b) for a, b in pairs]
-    low, high = evaluating.share_interval(wins, seed=seed)
+    low, high = intervals.share_interval(wins, seed=seed)
     ties = sum(a == b for a, b in pairs)
-    return {"win_rate": evaluating.mean(wins), "win_rate_low": low, "win_rate_high": high, "ties": ties}
+    return {"win_rate": intervals.mean(wins), "win_rate_low": low, "win_rate_high": high, "ties": ties}

@@ -16,9 +16,9 @@ from training.step3_rlhf_finetuning import ppo
 from training.step3_rlhf_finetuning.experience import Experience, make_experience, score_log_probs, score_values
 from training.step3_rlhf_finetuning.prompts import PromptSet
 from training.step3_rlhf_finetuning.rewards import clipped, sequence_scores
-from training.step3_rlhf_finetuning.rlhf_engine import Roles
-from training.step3_rlhf_finetuning.rollout import RolloutBatch, RolloutRequest, has_ended
-from training.utils.distributed import all_reduce_sum, reduce_sums
+from training.step3_rlhf_finetuning.roles import Roles
+from training.utils.generation.requests import RolloutBatch, RolloutRequest, has_ended
+from training.utils.run.distributed import all_reduce_sum, reduce_sums
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Scoring:
     """Scores the rollouts of an iteration.
 
     Args:
-        roles: see `training.step3_rlhf_finetuning.rlhf_engine.build_roles`.
+        roles: see `training.step3_rlhf_finetuning.roles.build_roles`.
         prompts: what the requests' rows refer to.
         settings: constants.
     """

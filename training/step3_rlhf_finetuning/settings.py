@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from training.step3_rlhf_finetuning.rewards import NONE, check_without_model, split_weight
-from training.step3_rlhf_finetuning.rlhf_arguments import (
+from training.step3_rlhf_finetuning.arguments import (
     EvaluationArguments,
     OptimizationArguments,
     PPOArguments,
@@ -19,16 +18,19 @@ from training.step3_rlhf_finetuning.rlhf_arguments import (
     check_batches,
     for_each_role,
 )
-from training.step3_rlhf_finetuning.rlhf_engine import RewardModelSettings, RoleSettings, SharedSettings
+from training.step3_rlhf_finetuning.rewards import NONE, check_without_model, split_weight
+from training.step3_rlhf_finetuning.roles import RewardModelSettings, RoleSettings, SharedSettings
 from training.step3_rlhf_finetuning.scoring import PPOSettings
-from training.utils import models
 from training.utils.arguments import DataArguments
-from training.utils.distributed import say
 from training.utils.errors import UserError
-from training.utils.lora import check_lora
-from training.utils.reward_model import RewardStats
-from training.utils.runs import latest_output
-from training.utils.text_reward import load_reward_tokenizer
+from training.utils.model import classifiers, loading
+from training.utils.model.limits import check_length
+from training.utils.model.lora import check_lora
+from training.utils.model.reward_model import RewardStats
+from training.utils.model.text_reward import load_reward_tokenizer
+from training.utils.model.tokenizer import check_vocabulary, load_tokenizer, same_tokenizer
+from training.utils.run.distributed import say
+from training.utils.run.folders import latest_output
 
 
 def batches_of_all_ranks(rollout: RolloutArguments, train: OptimizationArguments, ranks: int) -> dict[str, int]:
@@ -106,20 +108,20 @@ def model_paths(args: RoleArguments, functions: Sequence[str]) -> tuple[str, str
         UserError: a path holds no model, there would be no reward at all, or a reward model that is not there has a
             weight.
     """
-    actor = models.resolve_model(
+    actor = loading.resolve_model(
         args.actor_model_name_or_path or str(latest_output("step1")), "--actor_model_name_or_path"
     )
     if args.critic_model_name_or_path == NONE:
         check_without_model(functions, "--critic_model_name_or_path")
         return actor, ""
     named = args.critic_model_name_or_path or str(latest_output("step2"))
-    return actor, models.resolve_model(named, "--critic_model_name_or_path")
+    return actor, loading.resolve_model(named, "--critic_model_name_or_path")
 
 
-def load_tokenizer(args: RoleArguments, data: DataArguments, actor_path: str) -> Any:
+def actor_tokenizer(args: RoleArguments, data: DataArguments, actor_path: str) -> Any:
     """The tokenizer of actor and critic, with the chat template that will be in force: the actor's, or the flags'."""
-    source = models.resolve_model(args.tokenizer_name_or_path or actor_path, "--tokenizer_name_or_path")
-    return models.load_tokenizer(source, chat_template=data.chat_template, system_message=data.system_message)
+    source = loading.resolve_model(args.tokenizer_name_or_path or actor_path, "--tokenizer_name_or_path")
+    return load_tokenizer(source, chat_template=data.chat_template, system_message=data.system_message)
 
 
 def origins(actor_path: str, reward_path: str, functions: Sequence[str]) -> dict[str, str]:
@@ -161,11 +163,11 @@ def reward_model_settings(
     if not path:
         return None
     if not plan:  # a plan may be made with a stand-in, before step 2 has run
-        models.check_reward_head(path)
+        classifiers.check_reward_head(path)
     stats = RewardStats.read(path) if normalize and not plan else None
     if stats is not None and (line := stats.line()):
         say(line)
-    reads_text = not models.scores_tokens(path) or not models.same_tokenizer(tokenizer, load_reward_tokenizer(path))
+    reads_text = not classifiers.scores_tokens(path) or not same_tokenizer(tokenizer, load_reward_tokenizer(path))
     return RewardModelSettings(path, stats, weight, reads_text)
 
 
@@ -190,8 +192,8 @@ def check_models(
         check_lora(role.path, role.lora_dim, role.lora_module_name)
     readers = [actor.path, critic.path if critic else "", reward.path if reward and not reward.reads_text else ""]
     for path in dict.fromkeys(filter(None, readers)):
-        models.check_length(path, length, "--max_prompt_seq_len + --max_answer_seq_len")
-        models.check_vocabulary(path, tokenizer)
+        check_length(path, length, "--max_prompt_seq_len + --max_answer_seq_len")
+        check_vocabulary(path, tokenizer)
 
 
 def actor_settings(

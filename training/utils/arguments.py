@@ -22,10 +22,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from training.utils.environment import check_environment
 from training.utils.errors import UserError, run_program
-from training.utils.inputs import check_inputs
-from training.utils.runtime import local_ranks
+from training.utils.run.environment import check_environment
+from training.utils.run.inputs import check_inputs
+from training.utils.run.runtime import local_ranks
 
 T = TypeVar("T")
 
@@ -35,7 +35,7 @@ ALIASES = {
     "--per_device_mini_train_batch_size": "--per_device_training_batch_size",
 }
 
-AUTO = "auto"  # of --dtype: see training/utils/precision.py
+AUTO = "auto"  # of --dtype: see training/utils/engine/precision.py
 PRECISIONS = (AUTO, "bf16", "fp16", "fp32")
 DTYPE_HELP = "precision of weights and activations (masters stay fp32); auto: bf16 where the hardware computes in it"
 

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from training.utils.distributed import is_main
-from training.utils.supervision import beat
+from training.utils.run.distributed import is_main
+from training.utils.run.watchdog import beat
 
 T = TypeVar("T")
 

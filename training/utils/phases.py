@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from training.utils.distributed import say
+from training.utils.run.distributed import say
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _GIB = 2**30

@@ -20,9 +20,9 @@ import numpy as np
 
 from training.utils.arguments import DataArguments
 from training.utils.data import cache, tokenise
-from training.utils.data.conversations import Example, has_half_character
+from training.utils.data.formats.conversations import Example, has_half_character
+from training.utils.data.reading.rows import RawRow
 from training.utils.data.report import DataReport
-from training.utils.data.rows import RawRow
 from training.utils.data.selection import (
     DUPLICATE,
     HELD_OUT,
@@ -39,8 +39,8 @@ from training.utils.data.selection import (
     progress,
 )
 from training.utils.data.template import RowError, configure_chat_template, render_text
-from training.utils.distributed import say
 from training.utils.errors import UserError
+from training.utils.run.distributed import say
 
 _BATCH = 512  # rows that are tokenised at once, and
 _MOST_CHARACTERS = 4 << 20  # characters: the tokens of long rows take many times their size

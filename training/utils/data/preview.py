@@ -177,7 +177,8 @@ def _prepare(preview: PreviewArguments, data: DataArguments, tokenizer: Any) -> 
 def main(argv: Sequence[str]) -> int:
     """Run the program; returns its exit code."""
     preview, data = parse_flags(argv)
-    from training.utils.models import load_tokenizer, resolve_model
+    from training.utils.model.loading import resolve_model
+    from training.utils.model.tokenizer import load_tokenizer
 
     if preview.validate:
         data.on_bad_row = "skip"  # to tell of all of them, not of the first alone

@@ -17,15 +17,15 @@ import numpy as np
 from tqdm import tqdm
 
 from training.utils.arguments import DataArguments
-from training.utils.data.columns import ColumnMap, UnknownFormat, convert, parse_column_map
-from training.utils.data.conversations import Dropped, Example, demonstration
 from training.utils.data.division import duplicates, hash_of, hold_out, split_prompts
+from training.utils.data.formats.columns import ColumnMap, UnknownFormat, convert, parse_column_map
+from training.utils.data.formats.conversations import Dropped, Example, demonstration
+from training.utils.data.reading.rows import RawRow
+from training.utils.data.reading.sources import Source, resolve
 from training.utils.data.report import IGNORED, READ, REFUSED, DataReport, SourceReport
-from training.utils.data.rows import RawRow
-from training.utils.data.sources import Source, resolve
 from training.utils.data.template import RowError, forbidden_texts
 from training.utils.errors import UserError
-from training.utils.supervision import beat
+from training.utils.run.watchdog import beat
 
 SKIP, TRAIN, HELD_OUT, DUPLICATE = 0, 1, 2, 3
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from training.utils.data.chat import Rendered, encode, is_trained_whole, render_many
-from training.utils.data.conversations import Example, demonstration
+from training.utils.data.formats.conversations import Example, demonstration
 from training.utils.data.report import DataReport
 from training.utils.data.template import Message
 

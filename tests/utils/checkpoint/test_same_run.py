@@ -1,0 +1,138 @@
+"""What makes a run the same: which flag a refusal names, and that every flag the lists hold is one."""
+
+import dataclasses
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+from datasets import Dataset, concatenate_datasets
+
+from tests.bad_inputs import STEPS
+from training.step3_rlhf_finetuning.rewards import load_text_function
+from training.utils.checkpoint import same_run
+from training.utils.errors import UserError
+
+RUN = {
+    "step": "step3",
+    "flags": {"data_path": ["a"], "eval_data_path": [], "unsupervised_data_path": ["t"], "seed": 1},
+    "models": {"--actor_model_name_or_path": "m"},
+    "data": {"training": "1", "held-out": "2", "pre-training": "3"},
+    "batches": {},
+    "world_size": 1,
+}
+
+
+def refusal(**changes):
+    """What is said when parts of the run have changed."""
+    now = RUN | {part: RUN[part] | changed for part, changed in changes.items()}
+    with pytest.raises(UserError) as refused:
+        same_run.refuse_other_run(RUN, now, Path("checkpoint"))
+    return str(refused.value)
+
+
+def test_the_same_run_goes_on():
+    same_run.refuse_other_run(RUN, RUN, Path("checkpoint"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "flags", "named"),
+    [
+        ("training", {}, "--data_path"),
+        ("held-out", {}, "--data_path"),
+        ("held-out", {"eval_data_path": ["b"]}, "--eval_data_path"),
+        ("pre-training", {}, "--unsupervised_data_path"),
+        ("pre-training", {"unsupervised_data_path": []}, "--unsupervised_data_path"),
+    ],
+)
+def test_other_rows_are_refused_by_the_flag_they_come_from(rows, flags, named):
+    said = refusal(data={rows: "other"}, flags=flags)
+    assert f"other {rows} rows than {named} gives" in said and "--resume never" in said
+
+
+def test_the_first_of_several_changes_is_named_where_it_was_made():
+    said = refusal(data={"training": "x", "held-out": "y"}, flags={"eval_data_path": ["b"]})
+    assert "--eval_data_path" in said
+
+
+def test_what_was_not_there_before_is_another_run():
+    before = RUN | {"data": {"training": "1", "held-out": "2"}, "flags": RUN["flags"] | {"unsupervised_data_path": []}}
+    with pytest.raises(UserError, match="other pre-training rows than --unsupervised_data_path gives"):
+        same_run.refuse_other_run(before, RUN, Path("checkpoint"))
+    assert "--critic_model_name_or_path" in refusal(models={"--critic_model_name_or_path": "r"})
+
+
+def test_a_checkpoint_of_an_earlier_version(capsys):
+    """A flag that came later meant its default before, one that is gone is said, and nothing is asked for in vain."""
+    now = RUN | {"flags": RUN["flags"] | {"later": 3, "threads": 2}, "defaults": {"later": 3}, "threads": 2}
+    before = RUN | {"flags": RUN["flags"] | {"gone": 7}}
+    same_run.refuse_other_run(before, now | {"flags": RUN["flags"] | {"later": 3}}, Path("checkpoint"))
+    assert "--gone (7)" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--later was 3"):
+        same_run.refuse_other_run(before, now | {"flags": RUN["flags"] | {"later": 4}}, Path("checkpoint"))
+    assert same_run.inexact_because(before | {"device": "cpu"}, now | {"device": "cpu", "versions": {}}) == []
+    other = RUN | {"data": {"training": "hashed in another way"}, "models": {}}
+    same_run.refuse_other_run(other, RUN | {"fingerprints": 2}, Path("checkpoint"))
+    assert "is not checked" in capsys.readouterr().out
+
+
+def test_every_value_of_the_rows_counts():
+    rows = [{"ids": [1, 2, i], "kind": "a", "length": 3, "text": f"text {i}"} for i in range(3000)]
+    whole = same_run.data_fingerprint(Dataset.from_list(rows))
+    assert same_run.data_fingerprint(Dataset.from_list(rows).select(range(3000))) == whole
+    split = concatenate_datasets([Dataset.from_list(rows[:1100]), Dataset.from_list(rows[1100:])])
+    assert same_run.data_fingerprint(split) == whole, "how the rows are stored does not count"
+    for change in ({"kind": "b"}, {"ids": [1, 3, 1777]}, {"ids": [1, 2, 1777, 0]}, {"text": "other"}, {"length": 4}):
+        changed = [row | change if i == 1777 else row for i, row in enumerate(rows)]
+        assert same_run.data_fingerprint(Dataset.from_list(changed)) != whole, change
+    assert same_run.data_fingerprint(Dataset.from_list(rows).select([1, 0, *range(2, 3000)])) != whole
+
+
+def test_every_byte_of_a_model_counts_but_what_generation_alone_reads(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRIPOD_CACHE", str(tmp_path / "cache"))
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    weights = bytearray(20 << 20)
+    (model / "model.safetensors").write_bytes(weights)
+    whole = same_run.model_fingerprint(str(model))
+    assert same_run.model_fingerprint(str(model)) == whole and len(list((tmp_path / "cache/digests").iterdir())) == 1
+    (model / "generation_config.json").write_text("{}")
+    assert same_run.model_fingerprint(str(model)) == whole
+    weights[10 << 20] = 1
+    (model / "model.safetensors").write_bytes(weights)
+    changed = same_run.model_fingerprint(str(model))
+    assert changed != whole
+    (model / "tokenizer_config.json").write_text("{}")
+    assert same_run.model_fingerprint(str(model)) != changed
+
+
+def test_modules_that_a_function_imports_from_its_folder_count(tmp_path, monkeypatch):
+    (tmp_path / "helper_of_a_reward.py").write_text("SIZE = 1\n")
+    (tmp_path / "reward.py").write_text("import helper_of_a_reward\ndef f(p, r, rows):\n    return [1.0] * len(r)\n")
+    monkeypatch.setattr("sys.path", [*sys.path])
+    load_text_function(f"{tmp_path}/reward.py:f", "--reward_function")
+    before = same_run.model_fingerprint(str(tmp_path / "reward.py"))
+    (tmp_path / "helper_of_a_reward.py").write_text("SIZE = 2\n")
+    assert same_run.model_fingerprint(str(tmp_path / "reward.py")) != before
+
+
+def test_the_lists_hold_flags_that_exist_each_once():
+    flags = {
+        field.name
+        for step in (1, 2, 3)
+        for group in importlib.import_module(STEPS[step]).ARGUMENTS
+        for field in dataclasses.fields(group)
+    }
+    lists = [same_run.FREE, same_run.ROUNDING, same_run.BY_CONTENT, same_run.BATCH]
+    listed = [name for names in lists for name in names]
+    assert len(listed) == len(set(listed))
+    assert set(listed) <= flags, "a flag of these lists has gone or has another name"
+    assert {name for name in flags if name.endswith(("_data_path", "_model_name_or_path"))} <= same_run.BY_CONTENT
+    assert {name for names in same_run.ROWS_FROM.values() for name in names} <= same_run.BY_CONTENT
+
+
+def test_every_function_that_the_docstring_names_is_there():
+    text = same_run.describe.__doc__.splitlines()[0]
+    names = text.split("`")[1::2]
+    assert names and all(hasattr(same_run, name) for name in names)

@@ -1,0 +1,111 @@
+"""Small training runs on fixed rows, callable in this process (one rank) and on the rank pair (two)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.utils.engine import engine as engines
+from training.utils.engine.zero_config import deepspeed_config
+from training.utils.model import loading
+from training.utils.model.export import full_state_dict, save_model
+from training.utils.model.forward import enable_gradient_checkpointing
+from training.utils.model.logprobs import response_log_probs
+from training.utils.model.lora import inject_lora
+from training.utils.run.distributed import init_distributed, rank, reduce_sums, world_size
+
+TINY_SHARDS = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+ROWS = 8
+
+
+def fixed_rows() -> list[tuple[list[int], list[int]]]:
+    """Eight rows of (ids, response mask), of unequal lengths and unequal numbers of response tokens."""
+    generator = torch.Generator().manual_seed(3)
+    rows = []
+    for i in range(ROWS):
+        prompt, response = 3 + i % 4, 2 + (5 * i) % 7
+        ids = torch.randint(3, 399, (prompt + response,), generator=generator).tolist()
+        rows.append((ids, [0] * prompt + [1] * response))
+    return rows
+
+
+def collate(rows: list[tuple[list[int], list[int]]], width: int) -> dict[str, torch.Tensor]:
+    """Right-padded tensors ``[B, width]``."""
+    batch = {
+        k: torch.zeros(len(rows), width, dtype=torch.long) for k in ("input_ids", "attention_mask", "response_mask")
+    }
+    for i, (ids, mask) in enumerate(rows):
+        batch["input_ids"][i, : len(ids)] = torch.tensor(ids)
+        batch["attention_mask"][i, : len(ids)] = 1
+        batch["response_mask"][i, : len(ids)] = torch.tensor(mask)
+    return batch
+
+
+def train(
+    model_path: str,
+    *,
+    stage: int,
+    dtype: str = "fp32",
+    micro_batch: int = ROWS,
+    steps: int = 3,
+    lora: bool = False,
+    only_lora: bool = True,
+    checkpointing: bool = False,
+    per_micro_batch_mean: bool = False,
+    poison: int | Collection[int] | None = None,
+    save_to: str | None = None,
+) -> dict[str, Any]:
+    """Train on the eight rows as one optimizer step each time; returns losses, norms, skips and final weights.
+
+    Args:
+        per_micro_batch_mean: plants the fault that the global normalisation avoids.
+        poison: the step, or the steps, at which rank 0's loss is NaN.
+    """
+    device = init_distributed()
+    config = deepspeed_config(zero_stage=stage, dtype=dtype, micro_batch_size=micro_batch, overrides=TINY_SHARDS)
+    model: Any = loading.load_causal_lm(model_path, dtype=dtype, ds_config=config)
+    if lora:
+        torch.manual_seed(0)
+        model = inject_lora(model, dim=4, module_name="q_proj,down_proj", only_optimize_lora=only_lora)
+    if checkpointing:
+        enable_gradient_checkpointing(model)
+    engine = engines.initialize_engine(
+        model.to(device), config, learning_rate=1e-2, weight_decay=0.1, num_warmup_steps=1, total_steps=10
+    )
+    poisoned = poison if isinstance(poison, Collection) else [poison]
+    rows = fixed_rows()
+    count = sum(sum(mask) for _, mask in rows)
+    mine = rows[rank() * ROWS // world_size() : (rank() + 1) * ROWS // world_size()]
+    width = max(len(ids) for ids, _ in rows)
+    losses, norms, skips, failures = [], [], [], []
+    for step in range(steps):
+        total = 0.0
+        for start in range(0, len(mine), micro_batch):
+            piece = mine[start : start + micro_batch]
+            batch = collate(piece, width)
+            log_probs, _ = response_log_probs(engine, **batch)
+            loss = -log_probs.sum()
+            divisor = float(count)
+            if per_micro_batch_mean:
+                divisor = sum(sum(m) for _, m in piece) * world_size() * (len(mine) / micro_batch)
+            if step in poisoned and rank() == 0:
+                loss = loss * float("nan")
+            engines.backward(engine, loss, divisor)
+            total += loss.item()
+        result = engines.optimizer_step(engine)
+        losses.append(reduce_sums({"nll": total}, device)["nll"] / count)
+        norms.append(result.grad_norm)
+        skips.append(result.skipped)
+        failures.append(result.failed)
+    if save_to:
+        from tests.tiny import tiny_tokenizer
+
+        save_model(engine, tiny_tokenizer(), Path(save_to), stop_ids=[2])
+    engine.eval()
+    with torch.no_grad():
+        after = response_log_probs(engine, **collate(rows, width))[0]
+    state = {name: tensor.float() for name, tensor in full_state_dict(engine).items()}
+    return {"losses": losses, "norms": norms, "skips": skips, "failures": failures, "state": state, "log_probs": after}

@@ -1,0 +1,138 @@
+"""The optimizer step does not depend on how a batch is divided, on the ZeRO stage, or on one bad rank."""
+
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.hardware import need_fp16
+from tests.utils.engine.engine_checks import collate, fixed_rows, train
+from training.utils.engine.engine import ADAM_BETAS
+from training.utils.model.logprobs import response_log_probs
+
+FP32 = {"rtol": 0, "atol": 1e-5}
+
+
+def assert_same(a, b, *, atol=2e-5):
+    assert a["losses"] == pytest.approx(b["losses"], abs=atol)
+    assert a["norms"] == pytest.approx(b["norms"], abs=10 * atol)
+    for name, tensor in a["state"].items():
+        torch.testing.assert_close(tensor, b["state"][name], rtol=0, atol=10 * atol)
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_model):
+    """The same three steps in plain PyTorch: no DeepSpeed, full-sequence cross-entropy."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=ADAM_BETAS)
+    rows = fixed_rows()
+    batch = collate(rows, max(len(ids) for ids, _ in rows))
+    labels = batch["input_ids"].masked_fill(batch["response_mask"] == 0, -100)
+    losses, norms = [], []
+    for step in range(3):
+        for group in optimizer.param_groups:  # one warm-up step, then a cosine over the nine that are left
+            group["lr"] = 1e-2 * (step if step < 1 else 0.5 * (1 + math.cos(math.pi * (step - 1) / 9)))
+        logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
+        optimizer.step()
+        losses.append(loss.item())
+    return {"losses": losses, "norms": norms, "state": {n: p.detach() for n, p in model.named_parameters()}}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_stage_equals_plain_pytorch(plain, tiny_model, stage):
+    ours = train(str(tiny_model), stage=stage, micro_batch=2)
+    assert_same({**plain, "state": {n: t for n, t in plain["state"].items() if n in ours["state"]}}, ours)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_two_ranks_equal_plain_pytorch(plain, tiny_model, rank_pair, stage):
+    first, second = rank_pair.run(train, str(tiny_model), stage=stage, micro_batch=2)
+    assert first["losses"] == second["losses"]
+    torch.testing.assert_close(first["log_probs"], second["log_probs"])
+    assert_same({**plain, "state": {n: t for n, t in plain["state"].items() if n in first["state"]}}, first)
+
+
+def test_a_mean_per_micro_batch_would_not_pass(plain, tiny_model):
+    faulty = train(str(tiny_model), stage=1, micro_batch=2, per_micro_batch_mean=True)
+    with pytest.raises(AssertionError):
+        assert_same(plain, faulty)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_bad_gradient_on_one_rank_changes_no_weights(tiny_model, rank_pair, stage):
+    kept, _ = rank_pair.run(train, str(tiny_model), stage=stage, steps=2)
+    poisoned, other = rank_pair.run(train, str(tiny_model), stage=stage, steps=3, poison=2)
+    assert poisoned["skips"] == [False, False, True] == other["skips"]
+    for name, tensor in kept["state"].items():
+        torch.testing.assert_close(tensor, poisoned["state"][name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_fp16_looks_for_its_loss_scale_before_a_step_counts_as_failed(tiny_model, stage):
+    """DeepSpeed starts at 2^12 and halves; at 1 a gradient that is not finite is the model's own fault."""
+    need_fp16()
+    found = train(str(tiny_model), stage=stage, dtype="fp16", steps=16, poison=range(16))
+    assert found["skips"] == [True] * 16
+    assert found["failures"] == sorted(found["failures"]) and found["failures"][0] is False
+    assert 1 <= sum(found["failures"]) <= 4
+    assert not any(train(str(tiny_model), stage=stage, dtype="fp16", steps=4)["failures"])
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_bf16_stays_close_to_fp32(plain, tiny_model, rank_pair, stage):
+    ours, _ = rank_pair.run(train, str(tiny_model), stage=stage, dtype="bf16", micro_batch=2)
+    assert ours["losses"] == pytest.approx(plain["losses"], abs=0.1)
+
+
+def test_gradient_checkpointing_changes_nothing(plain, tiny_model):
+    ours = train(str(tiny_model), stage=2, micro_batch=4, checkpointing=True)
+    assert ours["losses"] == pytest.approx(plain["losses"], abs=2e-5)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_saved_model_is_the_engine(tiny_model, rank_pair, tmp_path, stage, dtype):
+    first, _ = rank_pair.run(train, str(tiny_model), stage=stage, dtype=dtype, save_to=str(tmp_path / "m"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype="auto")
+    assert loaded.dtype == (torch.float32 if dtype == "fp32" else torch.bfloat16)
+    rows = fixed_rows()
+    with torch.no_grad():
+        again, _ = response_log_probs(loaded, **collate(rows, max(len(ids) for ids, _ in rows)))
+    torch.testing.assert_close(again, first["log_probs"], rtol=0, atol=1e-5)
+    assert loaded.generation_config.eos_token_id == [2]
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_merged_lora_is_the_adapted_engine(tiny_model, rank_pair, tmp_path, stage):
+    first, _ = rank_pair.run(train, str(tiny_model), stage=stage, lora=True, save_to=str(tmp_path / "m"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype="auto")
+    rows = fixed_rows()
+    batch = collate(rows, max(len(ids) for ids, _ in rows))
+    with torch.no_grad():
+        merged, _ = response_log_probs(loaded, **batch)
+        from peft import PeftModel
+
+        base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+        untrained, _ = response_log_probs(base, **batch)
+        adapted, _ = response_log_probs(PeftModel.from_pretrained(base, tmp_path / "m" / "adapter"), **batch)
+    torch.testing.assert_close(merged, first["log_probs"], rtol=0, atol=1e-4)
+    torch.testing.assert_close(adapted, first["log_probs"], rtol=0, atol=1e-4)
+    assert (untrained - merged).abs().max() > 0.1
+
+
+def test_only_optimize_lora_decides_whether_the_base_trains(tiny_model):
+    frozen = train(str(tiny_model), stage=1, lora=True, only_lora=True)
+    free = train(str(tiny_model), stage=1, lora=True, only_lora=False)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).state_dict()
+    name = "model.layers.0.self_attn.k_proj.weight"
+    torch.testing.assert_close(frozen["state"][name], base[name], rtol=0, atol=0)
+    assert (free["state"][name] - base[name]).abs().max() > 1e-3

@@ -1,0 +1,204 @@
+"""The plan on tiny models: counts by hand, phases, advice, the two exit codes, and that no weight is read."""
+
+import importlib
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    OPTConfig,
+    Qwen2Config,
+)
+
+from tests.bad_inputs import STEPS
+from training.step3_rlhf_finetuning import arguments as rlhf_arguments
+from training.step3_rlhf_finetuning.plan import RoleCosts, rlhf_plan
+from training.utils.errors import run_program
+from training.utils.memory import plan as plans
+from training.utils.memory.live import LiveMemory
+from training.utils.memory.training import SequenceCosts, sequence_plan
+from training.utils.model.forward import enable_gradient_checkpointing
+from training.utils.model.language_modelling import negative_log_likelihood
+from training.utils.model.logprobs import response_log_probs
+
+ROOT = Path(__file__).resolve().parents[3]
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 400}
+FAMILIES = {
+    "gpt2": GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=400),
+    "bloom": BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=400),
+    "opt": OPTConfig(**SMALL, ffn_dim=64, word_embed_proj_dim=32),
+    "neox": GPTNeoXConfig(**SMALL, intermediate_size=64),
+    "qwen2": Qwen2Config(**SMALL, intermediate_size=64, num_key_value_heads=2),
+}
+SETTINGS = plans.Settings(0, False, False, batch=4, other_batch=4, accumulates=False)
+
+
+def fake(path, *, classifier=False, dtype="fp32", lora=0, attention="sdpa"):
+    return plans.fake_role(
+        str(path), dtype, attention, plans.LoraSettings(lora, "all-linear", True), classifier=classifier
+    )
+
+
+def test_parameters_are_counted_as_by_hand(tiny_model):
+    vocabulary, width, inner, layers = 400, 32, 64, 2
+    attention = 2 * width * width + 2 * width * width // 2  # two key-value heads of four
+    expected = vocabulary * width + layers * (attention + 3 * width * inner + 2 * width) + width
+    size = plans.role_size(fake(tiny_model))
+    assert (size.parameters, size.trained, size.largest) == (expected, expected, vocabulary * width)
+    adapted = plans.role_size(fake(tiny_model, lora=4))
+    per_layer = 4 * (width + width) * 2 + 4 * (width + width // 2) * 2 + 4 * (width + inner) * 3
+    assert adapted.trained == layers * per_layer
+    assert adapted.parameters == expected + layers * per_layer
+
+
+def test_a_real_pass_holds_what_the_fake_one_says(tiny_model):
+    ids, mask = plans.fake_batch(3, 20)
+    for checkpointing in (False, True):
+        costs = SequenceCosts(fake(tiny_model), 20, classifier=False)
+        model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).train()
+        if checkpointing:
+            enable_gradient_checkpointing(model)
+        with LiveMemory([*model.parameters(), *model.buffers()]) as memory:
+            response_log_probs(model, ids, mask, mask)[0].sum().backward()
+        planned = costs.training(3, checkpointing)
+        assert planned.peak == pytest.approx(memory.peak, rel=0.06)
+        assert planned.gradients == pytest.approx(sum(p.grad.nbytes for p in model.parameters()), rel=0.02)
+
+
+def test_memory_that_is_freed_is_not_counted():
+    with LiveMemory() as memory:
+        first = torch.zeros(1000)
+        view = first[10:]
+        del first
+        assert memory.bytes == 4000
+        del view
+        assert memory.bytes == 0
+        torch.zeros(10)
+    assert memory.peak == 4000
+
+
+def test_checkpointing_saves_activations_and_a_smaller_batch_saves_more(tiny_model):
+    costs = SequenceCosts(fake(tiny_model), 64, classifier=False)
+    assert costs.training(8, True).peak < costs.training(8, False).peak
+    assert costs.training(4, False).peak < 0.6 * costs.training(8, False).peak
+
+
+def test_states_are_divided_by_the_ranks(tiny_model, monkeypatch):
+    costs = SequenceCosts(fake(tiny_model), 16, classifier=False)
+    resident = {}
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: False)  # a plan is made before there is a group
+    for ranks in (1, 4):
+        monkeypatch.setenv("WORLD_SIZE", str(ranks))
+        plan = sequence_plan(costs, replace(SETTINGS, zero_stage=3), "bf16", {})
+        resident[ranks] = plan.resident()
+    assert resident[4] == pytest.approx(resident[1] / 4, rel=0.01)
+
+
+@pytest.mark.parametrize(("family", "classifier"), [*((name, False) for name in FAMILIES), ("qwen2", True)])
+def test_every_family_can_be_planned(family, classifier, tmp_path):
+    FAMILIES[family].save_pretrained(tmp_path)
+    attention = "eager" if family == "bloom" else "sdpa"
+    costs = SequenceCosts(fake(tmp_path, classifier=classifier, attention=attention), 16, classifier=classifier)
+    plan = sequence_plan(costs, SETTINGS, "fp32", {})
+    assert plan.peak() > plan.resident() >= 16 * plans.role_size(costs.model).parameters
+
+
+def test_advice_stops_where_it_fits(tiny_model):
+    costs = SequenceCosts(fake(tiny_model), 256, classifier=False)
+
+    def plan_of(settings):
+        return sequence_plan(costs, settings, "fp32", {})
+
+    flags = {"checkpointing": "--gradient_checkpointing", "batch": "--batch {}", "other_batch": "--eval {}"}
+    checkpointed = plan_of(replace(SETTINGS, checkpointing=True)).peak()
+    lines = plans.advice(SETTINGS, plan_of, flags, checkpointed)
+    assert len(lines) == 2 and "--gradient_checkpointing" in lines[1] and "fits" in lines[1]
+    lines = plans.advice(SETTINGS, plan_of, flags, 0)
+    assert any("--batch 1" in line for line in lines) and "only_optimize_lora" in lines[-1]
+
+
+def arguments(step, model):
+    if step < 3:
+        return ["--model_name_or_path", str(model), "--max_seq_len", "32", "--plan"]
+    roles = ["--actor_model_name_or_path", str(model), "--critic_model_name_or_path", str(model)]
+    lengths = ["--max_prompt_seq_len", "16", "--max_answer_seq_len", "16"]
+    return [*roles, *lengths, "--no-normalize_reward", "--plan"]
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_programs_plan_and_load_nothing(step, tiny_model, tmp_path, capsys, monkeypatch):
+    """From a folder without weights: only the configuration is there."""
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (tmp_path / name).write_text((tiny_model / name).read_text())
+    program = importlib.import_module(STEPS[step])
+    output = tmp_path / "out"
+    assert run_program(program.main, [*arguments(step, tmp_path), "--output_dir", str(output)]) == 0
+    text = capsys.readouterr().out
+    assert "it fits" in text and "least sharded ZeRO stage that fits: 0" in text
+    assert ("KV cache" in text) == ("  reference" in text) == (step == 3)
+    assert not output.exists()
+    monkeypatch.setattr(plans, "available_memory", lambda: 1000)
+    assert run_program(program.main, arguments(step, tmp_path)) == plans.DOES_NOT_FIT
+    text = capsys.readouterr().out
+    assert "NOT fit" in text and "gradient_checkpointing" in text and "stage that fits: none" in text
+
+
+def test_lora_spares_the_reference(tiny_model, capsys):
+    program = importlib.import_module(STEPS[3])
+    lora = ["--actor_lora_dim", "4", "--only_optimize_lora"]
+    assert run_program(program.main, [*arguments(3, tiny_model), *lora]) == 0
+    assert "  reference" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_pretraining_mix_has_logits_of_every_token(tiny_model, stage):
+    costs = RoleCosts(fake(tiny_model), fake(tiny_model, classifier=True), None, 16, 16, 0)
+
+    def plan(**train):
+        train = rlhf_arguments.OptimizationArguments(**train)
+        role, rollout, zero = (
+            getattr(rlhf_arguments, name)() for name in ("RoleArguments", "RolloutArguments", "RoleZeroArguments")
+        )
+        return rlhf_plan(costs, SETTINGS, replace(role, dtype="fp32"), rollout, train, zero, {}, (stage, stage))
+
+    without, with_mix = plan(), plan(unsupervised_data_path=["text.jsonl"])
+    added = [phase for phase in with_mix.phases if phase.name not in {p.name for p in without.phases}]
+    assert [phase.name for phase in added] == ["mix: backward", "mix: reduction"]
+    parts = added[0].parts
+    assert parts["logits"] == 4 * 31 * 400 * 4
+    assert parts["gradients of the other role"] == with_mix.roles["critic"].pending > 0
+    assert parts["gradients of earlier micro-batches"] == with_mix.roles["actor"].pending > 0
+    ppo = next(phase for phase in without.phases if phase.name == "actor: backward")
+    assert with_mix.need(added[0]) > without.need(ppo) + 4 * (31 - 16) * 400 * 4
+
+    ids, mask = plans.fake_batch(4, 32)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).train()
+    with LiveMemory([*model.parameters(), *model.buffers()]) as memory:
+        negative_log_likelihood(model, {"input_ids": ids, "attention_mask": mask, "response_mask": mask}).backward()
+    assert parts["logits"] + parts["activations and gradients"] == pytest.approx(memory.peak, rel=0.06)
+
+
+def test_the_program_plans_the_mix_that_is_asked_for(tiny_model, capsys):
+    program = importlib.import_module(STEPS[3])
+    for mix in ([], ["--unsupervised_data_path", "text.jsonl"]):
+        assert run_program(program.main, [*arguments(3, tiny_model), *mix]) == 0
+        assert ("mix: backward" in capsys.readouterr().out) == bool(mix)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_the_plan_is_within_15_percent_of_what_the_embedded_model_takes(step):
+    command = [sys.executable, str(ROOT / "benchmarks" / "memory_plan.py"), "--step", str(step)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3600, check=False)
+    rows = re.findall(r"\| (\d) \| (\d) \| [\d,]+ \| [\d,]+ \| ([\d.]+) \|", done.stdout)
+    assert [stage for _, stage, _ in rows] == ["0", "2", "3"], done.stdout + done.stderr[-3000:]
+    for _, stage, ratio in rows:
+        assert float(ratio) == pytest.approx(1.0, abs=0.15), f"ZeRO {stage}"

@@ -1,0 +1,101 @@
+"""The formulas of ZeRO's memory: closed forms by hand, and against what DeepSpeed allocates."""
+
+import pytest
+
+from tests.utils.memory.memory_checks import BUCKET, deepspeed_memory, save_wide_model
+from training.utils.engine.zero_config import deepspeed_config
+from training.utils.memory.zero import RoleSize, frozen_role, trained_role
+
+N = 1_000_000
+SIZE = RoleSize(N, N, 1000)
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype", "ranks", "held"),
+    [
+        (0, "bf16", 1, 2 + 4 + 8 + 4),  # weights, master, moments, whole fp32 gradients
+        (1, "bf16", 4, 2 + 1 + 2 + 4),
+        (2, "bf16", 4, 2 + 1 + 2),
+        (3, "bf16", 4, 0.5 + 1 + 2 + 1),
+        (1, "fp32", 2, 4 + 2 + 4),
+        (3, "fp32", 2, 2 + 2 + 4 + 2),
+    ],
+)
+def test_resident_bytes_per_parameter(stage, dtype, ranks, held):
+    config = deepspeed_config(zero_stage=stage, dtype=dtype)
+    role = trained_role(SIZE, config=config, dtype=dtype, ranks=ranks, on_cpu=True)
+    assert role.total == held * N
+
+
+def test_adapters_alone_train_and_have_optimizer_states():
+    size = RoleSize(N + 1000, 1000, 100)
+    config = deepspeed_config(zero_stage=2, dtype="bf16")
+    role = trained_role(size, config=config, dtype="bf16", ranks=1, on_cpu=True)
+    assert role.total == 2 * (N + 1000) + 12 * 1000
+
+
+def test_offload_moves_states_to_the_host():
+    role = trained_role(
+        SIZE, config=deepspeed_config(zero_stage=2, dtype="bf16", offload=True), dtype="bf16", ranks=2, on_cpu=False
+    )
+    assert sum(size for name, size in role.resident.items() if name in role.host) == (4 + 8 + 4 + 2) * N // 2
+
+
+def test_the_bucket_is_whole_on_an_accelerator():
+    config = deepspeed_config(zero_stage=2, dtype="bf16")
+    there, here = (
+        trained_role(SIZE, config=config, dtype="bf16", ranks=1, on_cpu=on_cpu).reduction for on_cpu in (False, True)
+    )
+    assert there - here == 2 * (500_000_000 - N)
+
+
+def test_frozen_roles_are_sharded_at_stage_3_only():
+    assert frozen_role(N, zero_stage=2, dtype="bf16", ranks=4).total == 2 * N
+    sharded = frozen_role(N, zero_stage=3, dtype="bf16", ranks=4)
+    assert (sharded.total, sharded.gathered) == (N // 2, 2 * N)
+
+
+@pytest.fixture(scope="module")
+def wide_model(tmp_path_factory):
+    return save_wide_model(tmp_path_factory.mktemp("models") / "wide")
+
+
+def check(measured, dtype, ranks, accumulation=1, within=0.07):
+    """Resident, backward and step against the formulas; here too the reserved bucket counts whole."""
+    size, config = measured["size"], measured["config"]
+    role = trained_role(size, config=config, dtype=dtype, ranks=ranks, on_cpu=False, accumulates=accumulation > 1)
+    stage = config["zero_optimization"]["stage"]
+    bucket = role.resident.get("reduction bucket", 0)
+    if stage == 3:
+        assert bucket == BUCKET * (2 if dtype == "bf16" else 4)
+    weight = measured["size"].parameters * 2
+    assert measured["resident"] == pytest.approx(role.total, rel=within, abs=weight * 0.4)
+    gradients = size.trained * (2 if dtype == "bf16" else 4)
+    backward = role.total + max(role.reduction, role.gathered + gradients)
+    assert measured["backward"] == pytest.approx(backward, rel=within, abs=weight * 0.6)
+    assert measured["step"] == pytest.approx(role.total + role.step, rel=within, abs=weight * 0.6)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_one_rank_as_deepspeed_allocates(wide_model, stage, dtype):
+    check(deepspeed_memory(str(wide_model), stage=stage, dtype=dtype), dtype, 1)
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [(1, "bf16"), (2, "bf16"), (3, "bf16"), (2, "fp32"), (3, "fp32")])
+def test_two_ranks_as_deepspeed_allocates(wide_model, rank_pair, stage, dtype):
+    first, _ = rank_pair.run(deepspeed_memory, str(wide_model), stage=stage, dtype=dtype, accumulation=2)
+    check(first, dtype, 2, 2)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_offload_and_adapters_as_deepspeed_allocates(wide_model, stage):
+    check(deepspeed_memory(str(wide_model), stage=stage, dtype="bf16", offload=True), "bf16", 1)
+    check(deepspeed_memory(str(wide_model), stage=stage, dtype="bf16", lora=8), "bf16", 1)
+
+
+def test_a_formula_without_the_moments_is_caught(wide_model):
+    measured = deepspeed_memory(str(wide_model), stage=2, dtype="bf16")
+    measured["size"] = RoleSize(measured["size"].parameters, measured["size"].trained // 2, measured["size"].largest)
+    with pytest.raises(AssertionError):
+        check(measured, "bf16", 1)

@@ -1,0 +1,260 @@
+"""Loading models: no dropout in any family, and no weight that no file holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    FalconConfig,
+    FalconForCausalLM,
+    Phi3Config,
+    PreTrainedTokenizerFast,
+)
+
+from tests.data import families
+from tests.families import save as save_family
+from tests.utils.generation.test_rollout import COMMON, FAMILIES, SHAPE, VOCABULARY, build
+from training.utils.errors import UserError
+from training.utils.model import classifiers, loading
+from training.utils.model.limits import check_length
+from training.utils.model.tokenizer import load_tokenizer
+
+# Every name that these families give to a kind of dropout
+DROPOUT = {
+    "llama": {"attention_dropout": 0.5},
+    "qwen2": {"attention_dropout": 0.5},
+    "mistral": {"attention_dropout": 0.5},
+    "gpt2": {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5},
+    "opt": {"dropout": 0.5, "attention_dropout": 0.5, "layerdrop": 0.5},
+    "neox": {"hidden_dropout": 0.5, "attention_dropout": 0.5},
+    "bloom": {"hidden_dropout": 0.5, "attention_dropout": 0.5},
+    "falcon": {"hidden_dropout": 0.5, "attention_dropout": 0.5},
+}
+
+
+def save(family: str, folder: Path) -> Path:
+    """A tiny model of the family whose configuration asks for every kind of dropout it knows."""
+    if family == "falcon":
+        model: Any = FalconForCausalLM(FalconConfig(**COMMON, **SHAPE, initializer_range=0.3))
+    else:
+        model = build(family)
+    for name, value in DROPOUT[family].items():
+        assert hasattr(model.config, name), name
+        setattr(model.config, name, value)
+    model.save_pretrained(folder)
+    return folder
+
+
+def moved_by_training_mode(model: Any) -> float:
+    """The largest difference that ``train()`` makes to the logits of a fixed batch."""
+    ids = torch.arange(3, 33).reshape(2, 15) % VOCABULARY
+    with torch.no_grad():
+        torch.manual_seed(0)
+        calm = model.eval()(ids).logits
+        return (model.train()(ids).logits - calm).abs().max().item()
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "falcon"])
+def test_no_family_drops_anything_while_it_trains(family, tmp_path):
+    folder = str(save(family, tmp_path))
+    assert moved_by_training_mode(AutoModelForCausalLM.from_pretrained(folder)) > 0.01  # as the files ask for
+    attention = "eager" if family == "bloom" else "sdpa"
+    assert moved_by_training_mode(loading.load_causal_lm(folder, dtype="fp32", attn_implementation=attention)) == 0.0
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "neox", "mistral"])
+def test_rotary_frequencies_stay_in_fp32(family, tmp_path):
+    """As transformers 5.17 loads a model for ZeRO-3: everything in 16 bit."""
+    model = loading.load_causal_lm(str(save(family, tmp_path)), dtype="bf16")
+    exact = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    assert any("inv_freq" in name for name in exact)
+    model.to(torch.bfloat16)
+    assert all(buffer.dtype == torch.bfloat16 for name, buffer in model.named_buffers() if "inv_freq" in name)
+    loading.exact_buffers(model)
+    for name, buffer in model.named_buffers():
+        assert buffer.dtype == exact[name].dtype and torch.equal(buffer, exact[name]), name
+
+
+@pytest.mark.parametrize("family", ["bloom", "gptj", "gpt_neo", "gemma2"])
+def test_a_family_without_sdpa_takes_eager_by_itself(family, tmp_path):
+    """Everywhere: samples, held-out answers and the evaluate programs load models too, and ask for nothing."""
+    (tmp_path / "model").mkdir()
+    model = loading.load_causal_lm(save_family(family, tmp_path / "model"), dtype="fp32")
+    assert model.config._attn_implementation in ("eager", "sdpa")
+
+
+def test_a_family_without_an_attention_names_the_flag(tmp_path):
+    with pytest.raises(UserError, match="give --attn_implementation eager"):
+        loading.load_causal_lm(str(save("bloom", tmp_path)), dtype="fp32", attn_implementation="flash_attention_2")
+
+
+@pytest.mark.parametrize("family", ["phimoe", "mixtral", "mpt"])
+def test_no_noise_under_another_name_and_of_another_type(family, tmp_path):
+    """A router's jitter moves logits as dropout does; MPT's configuration takes an integer for its dropout."""
+    (tmp_path / "model").mkdir()
+    folder = save_family(family, tmp_path / "model")
+    assert moved_by_training_mode(loading.load_causal_lm(folder, dtype="fp32")) == 0.0
+
+
+def broken(kind: str, folder: Path) -> str:
+    """A folder with a model that can not be loaded."""
+    save("llama", folder)
+    weights = folder / "model.safetensors"
+    if kind == "cut weights":
+        weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    elif kind == "empty weights":
+        weights.write_bytes(b"")
+    elif kind == "a page instead of weights":
+        weights.write_text("<!doctype html><html>Not found</html>")
+    elif kind == "no weights":
+        weights.unlink()
+    elif kind == "a configuration that is no JSON":
+        (folder / "config.json").write_text("{")
+    elif kind == "an empty configuration":
+        (folder / "config.json").write_text("{}")
+    elif kind == "a configuration that is a list":
+        (folder / "config.json").write_text("[]")
+    elif kind == "an unknown family":
+        (folder / "config.json").write_text('{"model_type": "nothing"}')
+    elif kind == "weights of other sizes":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
+    elif kind == "weights that are no numbers":
+        tensors = load_file(weights)
+        tensors["model.norm.weight"][3] = float("nan")
+        save_file(tensors, weights, metadata={"format": "pt"})
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("cut weights", "empty weights", "a page instead of weights", "no weights"),
+        *("a configuration that is no JSON", "an empty configuration", "a configuration that is a list"),
+        *("an unknown family", "weights of other sizes", "weights that are no numbers"),
+    ],
+)
+def test_a_broken_model_folder_is_one_line(kind, tmp_path):
+    folder = broken(kind, tmp_path)
+    with pytest.raises(UserError) as refused:
+        loading.load_causal_lm(folder, dtype="fp32")
+    assert "\n" not in str(refused.value) and folder in str(refused.value)
+
+
+def test_a_reward_head_with_a_bias_is_not_loaded_without_it(tmp_path):
+    """Its rewards would be others, and nothing would say so."""
+    folder = str(save("llama", tmp_path / "lm"))
+    classifiers.load_classifier(folder, dtype="fp32", pad_token_id=0, fresh_head_seed=1).save_pretrained(
+        tmp_path / "reward"
+    )
+    weights = tmp_path / "reward" / "model.safetensors"
+    save_file(load_file(weights) | {"score.bias": torch.ones(1)}, weights, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"no place for score\.bias"):
+        classifiers.load_classifier(str(tmp_path / "reward"), dtype="fp32", pad_token_id=0)
+
+
+def test_weights_that_the_model_has_no_place_for_are_said(tmp_path, capsys):
+    folder = save("llama", tmp_path)
+    weights = folder / "model.safetensors"
+    save_file(load_file(weights) | {"model.extra.weight": torch.ones(1)}, weights, metadata={"format": "pt"})
+    loading.load_causal_lm(str(folder), dtype="fp32")
+    assert "holds 1 weights that the model has no place for, such as model.extra.weight" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_a_language_model_is_no_reward_model(family, tmp_path):
+    """Its head would be drawn at random, another one at every start."""
+    folder = str(save(family, tmp_path))
+    with pytest.raises(UserError, match="language model without a reward head"):
+        classifiers.check_reward_head(folder)
+
+
+def test_weights_that_no_file_holds_are_refused(tmp_path):
+    folder = str(save("llama", tmp_path / "lm"))
+    with pytest.raises(UserError, match=r"no weights for score\.weight"):
+        classifiers.load_classifier(folder, dtype="fp32", pad_token_id=0)
+    classifier = classifiers.load_classifier(folder, dtype="fp32", pad_token_id=0, fresh_head_seed=1)
+    classifier.save_pretrained(tmp_path / "reward")
+    again = classifiers.load_classifier(str(tmp_path / "reward"), dtype="fp32", pad_token_id=0)
+    assert torch.equal(again.score.weight, classifier.score.weight)
+    with pytest.raises(UserError, match=r"no weights for lm_head\.weight"):
+        loading.load_causal_lm(str(tmp_path / "reward"), dtype="fp32")
+
+
+def neox_like():
+    """GPT-NeoX's kind: ids of runs of blanks come last, and an added token for padding that is not named as such."""
+    tokenizer = families.byte_bpe()
+    tokenizer.add_special_tokens([AddedToken("<|padding|>", special=True)])
+    tokenizer.add_tokens([AddedToken(" " * n, normalized=True) for n in range(24, 1, -1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+
+
+def gpt2_alone():
+    """No special token but the end token; the highest id is a word of the text."""
+    tokenizer = Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(families.CORPUS, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", bos_token="<|endoftext|>")
+
+
+TEXTS = ("a  b      c", "def f():\n        return 1", "The quick brown fox", " ".join(families.CORPUS))
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (neox_like, "<|padding|>"),
+        (gpt2_alone, "<|endoftext|>"),
+        (lambda: families.llama_like("first"), "<unk>"),
+        (families.smol_like, "<|endoftext|>"),
+        (families.word_piece, "[PAD]"),
+        (families.unigram, None),
+    ],
+)
+def test_the_pad_token_is_never_part_of_a_text(make, expected, tmp_path):
+    """Else texts would lose it: in decoded answers, rewards of functions, the chat; and rows with it be refused."""
+    make().save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert expected is None or tokenizer.pad_token == expected
+    assert tokenizer.pad_token in {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+    tokenizer.save_pretrained(tmp_path / "saved")
+    fallback = tokenizer.unk_token is None or tokenizer.unk_token_id not in tokenizer(" ".join(TEXTS))["input_ids"]
+    for loaded in (
+        tokenizer,
+        load_tokenizer(str(tmp_path / "saved")),
+        AutoTokenizer.from_pretrained(tmp_path / "saved"),
+    ):
+        for text in TEXTS:
+            ids = loaded(text, add_special_tokens=False)["input_ids"]
+            assert loaded.pad_token_id not in ids
+            plain, skipped = (loaded.decode(ids, skip_special_tokens=skip) for skip in (False, True))
+            assert plain == skipped or not fallback, "a text lost something"
+
+
+def test_longrope_says_where_a_row_depends_on_its_neighbours(tmp_path, capsys):
+    scaling = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    config = Phi3Config(
+        hidden_size=32, num_attention_heads=4, num_hidden_layers=1, pad_token_id=0, vocab_size=64,
+        max_position_embeddings=256, original_max_position_embeddings=64, rope_scaling=scaling,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    check_length(str(tmp_path), 64, "--max_seq_len")
+    assert not capsys.readouterr().out
+    check_length(str(tmp_path), 65, "--max_seq_len")
+    assert "more than 64 tokens" in capsys.readouterr().out

@@ -1,0 +1,71 @@
+"""What ends a run, without a run: lost connections, a stderr that nobody reads, whose child a rank is."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.signals import as_in_the_background, hear_signals
+from training.utils.checkpoint.same_run import refuse_other_ranks
+from training.utils.errors import UserError
+from training.utils.run import watchdog
+from training.utils.run.distributed import init_distributed
+
+
+@pytest.mark.parametrize(
+    ("error", "ranks", "lost"),
+    [
+        (RuntimeError("[pair.cc:534] Connection closed by peer [10.0.0.2]:4711"), "2", True),
+        (RuntimeError("[pair.cc:534] Connection closed by peer [10.0.0.2]:4711"), "1", False),
+        (TimeoutError("Read timed out."), "2", False),
+        (BrokenPipeError("Broken pipe"), "2", False),
+        (RuntimeError("CUDA out of memory"), "2", False),
+    ],
+)
+def test_only_a_broken_collective_is_a_lost_rank(monkeypatch, error, ranks, lost):
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    assert watchdog._is_lost_connection(error) == lost
+
+
+def test_a_signal_counts_when_nobody_reads_stderr():
+    """A closed terminal must not cost the checkpoint."""
+    code = (
+        "import os, signal; from training.utils import supervision as s; s.loop_begins();"
+        "read, write = os.pipe(); os.close(read); os.dup2(write, 2);"
+        "signal.signal(signal.SIGPIPE, signal.SIG_IGN); s._on_signal(signal.SIGTERM, None);"
+        "os._exit(s.asked_to_stop())"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == signal.SIGTERM
+
+
+@pytest.mark.parametrize(("ignore", "code"), [(hear_signals, 130), (as_in_the_background, 143)])
+def test_what_was_ignored_at_the_start_stays_ignored_and_sigterm_ends_the_run(ignore, code):
+    """A shell makes background jobs deaf to Ctrl-C, which is meant for what runs in front."""
+    run = (
+        "import os, signal; from training.utils.run.watchdog import run_training;"
+        "run_training(lambda _: [os.kill(os.getpid(), n) for n in (signal.SIGINT, signal.SIGTERM)] and 0)"
+    )
+    assert subprocess.run([sys.executable, "-c", run], check=False, preexec_fn=ignore).returncode == code
+
+
+def test_processes_that_mpi_or_slurm_started_do_not_each_train_alone(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    with pytest.raises(UserError, match="SLURM_STEP_NUM_TASKS.*several_machines"):
+        init_distributed()
+    assert "RANK" not in os.environ
+
+
+def test_hosts_that_differ_do_not_train_together():
+    one = {
+        "flags": {"seed": 1, "data_path": ["/a"]},
+        "models": {},
+        "data": {"training": "x"},
+        "versions": {"torch": "2"},
+    }
+    refuse_other_ranks([one, one | {"flags": {"seed": 1, "data_path": ["/b"]}}])  # the same rows in another folder
+    for part, other in (("flags", {"seed": 2}), ("data", {"training": "y"}), ("versions", {"torch": "3"})):
+        with pytest.raises(UserError, match=f"rank 1 differs from rank 0 in {part}"):
+            refuse_other_ranks([one, one | {part: one[part] | other}])

@@ -1,0 +1,55 @@
+"""Intervals, correlation, histogram and evaluation.json, against hand-computed figures."""
+
+import json
+
+import pytest
+
+from training.step3_rlhf_finetuning import main as step3, settings
+from training.utils import arguments, evaluation_programs
+from training.utils.errors import UserError
+from training.utils.run.folders import step_folder
+
+
+def test_an_earlier_evaluation_is_kept(tmp_path, capsys):
+    for number in range(3):
+        evaluation_programs.write_evaluation(tmp_path, {"number": number})
+    found = {p.name: json.loads(p.read_text())["number"] for p in tmp_path.glob("*.json")}
+    assert found == {"evaluation.json": 2, "evaluation-1.json": 0, "evaluation-2.json": 1}
+    assert "evaluation-2.json" in capsys.readouterr().out
+
+
+def test_the_runs_own_flags_come_from_its_manifest(tmp_path):
+    argv = ["--data_path", "x.jsonl", "--temperature", "0.7", "--per_device_train_batch_size", "4"]
+    (tmp_path / "manifest.json").write_text(json.dumps({"steps": {"step3": {"arguments": argv}}}))
+    found = evaluation_programs.recorded_arguments(tmp_path / "step3", step3.ARGUMENTS, arguments.ALIASES)
+    assert found[settings.RolloutArguments].temperature == 0.7
+    assert evaluation_programs.data_arguments(arguments.DataArguments(), found[arguments.DataArguments]).data_path == [
+        "x.jsonl"
+    ]
+    templated = arguments.DataArguments(data_path=["x.jsonl"], chat_template="gone.jinja", system_message="Be brief.")
+    own = evaluation_programs.data_arguments(
+        arguments.DataArguments(), templated
+    )  # the saved tokenizer carries the template
+    assert own == arguments.DataArguments(data_path=["x.jsonl"])
+    given = arguments.DataArguments(data_path=["y.jsonl"])
+    assert evaluation_programs.data_arguments(given, found[arguments.DataArguments]) is given
+    assert (
+        evaluation_programs.recorded_arguments(tmp_path / "step1", step3.ARGUMENTS)[settings.RolloutArguments].top_p
+        == 1
+    )
+
+
+def test_an_unfinished_step_is_refused(tmp_path):
+    with pytest.raises(UserError, match="has not finished"):
+        step_folder(str(tmp_path), "step2")
+    with pytest.raises(UserError, match="no such folder"):
+        step_folder(str(tmp_path / "none"), "step2")
+
+
+def test_table():
+    rows = [["", "a", "interval"], ["model", 0.12345, [0.1, 0.2]], ["other", 3, None]]
+    assert evaluation_programs.table(rows).splitlines() == [
+        "           a        interval",
+        "model  0.123  [0.100, 0.200]",
+        "other      3                ",
+    ]

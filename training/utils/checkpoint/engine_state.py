@@ -1,0 +1,251 @@
+"""What an engine's next step depends on, by parameter name: fp32 masters, both moments of Adam, step counts.
+
+Each rank holds a part of every trained parameter's master and moments: at ZeRO 1 and 2 a piece of one flat partition,
+at ZeRO 3 a slice of each parameter. A rank writes the parts it holds, each with its parameter's name and its place in
+the flattened parameter; nothing is gathered and nothing is pickled. A run of the same ranks and stage reads back
+exactly what each rank wrote. Other ranks or stages read what overlaps with their own parts. The 16-bit weights are the
+masters, rounded, and need no room; parameters that do not train come from the model that the run began with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import Tensor
+
+from training.utils.errors import UserError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+MASTER = "master"
+_SEPARATOR = "|"  # occurs in no parameter name
+
+
+@dataclass(frozen=True)
+class Part:
+    """This rank's part of one parameter.
+
+    Attributes:
+        name: of the parameter in the engine's module.
+        start: of the part in the flattened parameter.
+        values: ``master`` and the moments, views ``[length]`` of what DeepSpeed trains with.
+    """
+
+    name: str
+    start: int
+    values: dict[str, Tensor]
+
+
+def _flat_partitions(zero: Any) -> list[Tensor]:
+    """This rank's flat fp32 masters, one for each parameter group (at ZeRO 3: sub-group)."""
+    if hasattr(zero, "fp32_partitioned_groups_flat"):
+        return list(zero.fp32_partitioned_groups_flat)
+    return [p for group in zero.optimizer.param_groups for p in group["params"]]
+
+
+def _make_moments(zero: Any) -> None:
+    """Give the optimizer the state that its first step would make."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    counts_in_python = isinstance(zero.optimizer, DeepSpeedCPUAdam)
+    for flat in _flat_partitions(zero):
+        state = zero.optimizer.state[flat]
+        if not state:
+            state["step"] = 0 if counts_in_python else torch.zeros((), dtype=torch.float32, device=flat.device)
+            state |= {key: torch.zeros_like(flat.data) for key in MOMENTS}
+
+
+def _link_moments(zero: Any) -> None:
+    """Let DeepSpeed find the moments by parameter.
+
+    At ZeRO 1 and 2 version 0.19 does so once, after the first group's first step, when the second group has none yet.
+    """
+    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
+
+
+def _has_moments(zero: Any) -> bool:
+    return all(zero.optimizer.state.get(flat) for flat in _flat_partitions(zero))
+
+
+def parts(engine: Any, *, moments: bool) -> Iterator[Part]:
+    """This rank's parts of every trained parameter.
+
+    Args:
+        engine: a trained role's engine.
+        moments: give the moments too; the optimizer must have made them.
+
+    Raises:
+        UserError: optimizer states lie on NVMe.
+    """
+    zero = engine.optimizer
+    if getattr(zero, "swap_optimizer", False):
+        raise UserError("optimizer states on NVMe can not be saved; offload them to CPU memory: --offload")
+    keys = (None, *MOMENTS) if moments else (None,)
+    if moments:
+        _link_moments(zero)
+    for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if hasattr(parameter, "ds_id"):
+            start = dist.get_rank(group=parameter.ds_process_group) * parameter.partition_numel()
+            length = max(0, min(parameter.partition_numel(), parameter.ds_numel - start))  # the rest is padding
+            views = [zero._get_fp32_opt_state_partition(parameter, True, key)[0][:length] for key in keys]
+        elif parameter._hp_mapping is not None:
+            start = parameter._hp_mapping.lp_fragment_address.start
+            views = [parameter._hp_mapping.get_hp_fragment(key) for key in keys]
+        else:
+            continue  # it lies in other ranks' partitions
+        if views[0].numel():
+            yield Part(name, start, {key or MASTER: view for key, view in zip(keys, views, strict=True)})
+
+
+def masters(engine: Any) -> Iterator[Part]:
+    """This rank's parts of the fp32 masters alone."""
+    return parts(engine, moments=False)
+
+
+def tensor_key(name: str, kind: str, start: int) -> str:
+    """A part's key in a checkpoint's files."""
+    return _SEPARATOR.join((name, kind, str(start)))
+
+
+@contextlib.contextmanager
+def _editing(zero: Any) -> Iterator[None]:
+    """Inside, masters may be written; the model's weights follow them at the end; a collective."""
+    if hasattr(zero, "checkpoint_event_prologue"):
+        zero.checkpoint_event_prologue()  # ZeRO 3: what is whole on every rank now would hide what is written
+    with torch.no_grad():
+        yield
+        _round_weights(zero)
+    if hasattr(zero, "checkpoint_event_epilogue"):
+        zero.checkpoint_event_epilogue()
+
+
+def replace_masters(engine: Any, values: Mapping[tuple[str, int], Tensor]) -> None:
+    """Write this rank's parts of the masters, by (name, start), and the weights that they round to; a collective."""
+    with _editing(engine.optimizer):
+        for part in masters(engine):
+            part.values[MASTER].copy_(values[part.name, part.start])
+
+
+def engine_tensors(engine: Any) -> Iterator[tuple[str, Tensor]]:
+    """What this rank writes to a checkpoint: (key, a copy in CPU memory), one after the other."""
+    for part in parts(engine, moments=_has_moments(engine.optimizer)):
+        for kind, view in part.values.items():
+            yield tensor_key(part.name, kind, part.start), view.detach().to("cpu", copy=True)
+
+
+def engine_counters(engine: Any) -> dict[str, Any]:
+    """Everything else of an engine, as JSON: counters, schedule, loss scale, Adam's step counts; equal on all ranks."""
+    zero = engine.optimizer
+    scaler = getattr(zero, "loss_scaler", None)
+    steps = [zero.optimizer.state[flat]["step"] for flat in _flat_partitions(zero)] if _has_moments(zero) else []
+    return {
+        "global_steps": engine.global_steps,
+        "global_samples": engine.global_samples,
+        "micro_steps": engine.micro_steps,
+        "skipped_steps": engine.skipped_steps,
+        "schedule": engine.lr_scheduler.state_dict(),
+        "learning_rates": [group["lr"] for group in zero.optimizer.param_groups],
+        "loss_scale": {k: v for k, v in vars(scaler).items() if isinstance(v, int | float)} if scaler else {},
+        "adam_step": max((int(s) for s in steps), default=0),
+    }
+
+
+class SavedParts:
+    """The parts in a checkpoint's files, found by parameter and kind."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self._places: dict[tuple[str, str], list[tuple[int, int, Path, str]]] = {}
+        for file in files:
+            with safe_open(file, framework="pt") as opened:
+                for key in opened.keys():  # noqa: SIM118  not a dictionary
+                    name, kind, start = key.split(_SEPARATOR)
+                    length = opened.get_slice(key).get_shape()[0]
+                    self._places.setdefault((name, kind), []).append((int(start), length, file, key))
+
+    def __contains__(self, name_and_kind: tuple[str, str]) -> bool:
+        return name_and_kind in self._places
+
+    def names(self) -> set[str]:
+        """Every parameter in the files."""
+        return {name for name, _ in self._places}
+
+    def read(self, name: str, kind: str, start: int, length: int) -> Tensor:
+        """Values ``[length]`` from ``start`` on, put together from the files.
+
+        Raises:
+            UserError: the files do not hold them all.
+        """
+        values = torch.empty(length, dtype=torch.float32)
+        found = 0
+        for at, count, file, key in self._places.get((name, kind), []):
+            low, high = max(start, at), min(start + length, at + count)
+            if low >= high:
+                continue
+            with safe_open(file, framework="pt") as opened:
+                values[low - start : high - start] = opened.get_slice(key)[low - at : high - at]
+            found += high - low
+        if found != length:
+            raise UserError(f"the checkpoint lacks values of {name} ({kind}); it is not of this model")
+        return values
+
+
+def load_engine(engine: Any, files: list[Path], counters: dict[str, Any]) -> None:
+    """Put a checkpoint into a new engine of the same model; a collective.
+
+    Args:
+        engine: fresh from `training.utils.engine.engine.initialize_engine`, on any number of ranks and any ZeRO stage.
+        files: every rank's safetensors files of this role.
+        counters: from `engine_counters`.
+
+    Raises:
+        UserError: the files are of another model.
+    """
+    zero, saved = engine.optimizer, SavedParts(files)
+    trained = {name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
+    if trained != saved.names():
+        name = min(trained ^ saved.names())
+        raise UserError(f"the checkpoint is of a model with other trained parameters: {name} is only in one of them")
+    moments = any((name, MOMENTS[0]) in saved for name in trained)
+    with _editing(zero):
+        if moments:
+            _make_moments(zero)
+        for part in parts(engine, moments=moments):
+            for kind, view in part.values.items():
+                view.copy_(saved.read(part.name, kind, part.start, view.numel()))
+    _load_counters(engine, counters, moments)
+
+
+def _round_weights(zero: Any) -> None:
+    """Make the model's weights from the masters, as an optimizer step does at its end."""
+    if not hasattr(zero, "fp32_partitioned_groups_flat"):
+        zero.update_lp_params()
+        return
+    for group in range(len(zero.fp32_partitioned_groups_flat)):
+        zero._reassign_or_swap_out_partitioned_parameters(group)
+
+
+def _load_counters(engine: Any, counters: dict[str, Any], moments: bool) -> None:
+    zero = engine.optimizer
+    for name in ("global_steps", "global_samples", "micro_steps", "skipped_steps"):
+        setattr(engine, name, counters[name])
+    engine.lr_scheduler.load_state_dict(dict(counters["schedule"]))
+    for group, rate in zip(zero.optimizer.param_groups, counters["learning_rates"], strict=True):
+        group["lr"] = rate
+    for name, value in counters["loss_scale"].items():
+        setattr(zero.loss_scaler, name, value)
+    for flat in _flat_partitions(zero) if moments else []:
+        state = zero.optimizer.state[flat]
+        if torch.is_tensor(state["step"]):
+            state["step"].fill_(counters["adam_step"])
+        else:
+            state["step"] = counters["adam_step"]

@@ -1,0 +1,240 @@
+"""What makes a run the same run: flags, inputs and versions, compared when a checkpoint is taken up."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import training
+from training.utils.checkpoint.digests import file_digest
+from training.utils.errors import UserError
+from training.utils.run.distributed import say, world_size
+
+# Flags that change where and how a run is watched, and nothing in its result
+FREE = frozenset({
+    "output_dir", "report_to", "data_output_path", "save_every", "keep_last", "resume",
+    "distributed_timeout", "hang_timeout", "max_shard_size", "plan", "trace",
+})  # fmt: skip
+# Flags under which the same mathematics is summed up in another order: a run goes on, not bit for bit
+ROUNDING = frozenset({
+    "zero_stage", "actor_zero_stage", "critic_zero_stage", "offload", "offload_reference_model", "offload_reward_model",
+    "gradient_checkpointing", "actor_gradient_checkpointing", "critic_gradient_checkpointing", "deepspeed_config",
+    "attn_implementation", "per_device_eval_batch_size",
+})  # fmt: skip
+# Compared by what they lead to: models and data by content, batches by the rows of an optimizer step
+BY_CONTENT = frozenset({
+    "model_name_or_path", "actor_model_name_or_path", "critic_model_name_or_path", "tokenizer_name_or_path",
+    "data_path", "eval_data_path", "sft_only_data_path", "unsupervised_data_path",
+})  # fmt: skip
+BATCH = frozenset({
+    "per_device_train_batch_size", "per_device_training_batch_size", "per_device_generation_batch_size",
+    "generation_batches", "gradient_accumulation_steps",
+})  # fmt: skip
+# Which flags rows come from: the first that is given
+ROWS_FROM = {
+    "training": ("data_path", "sft_only_data_path"),
+    "held-out": ("eval_data_path", "data_path"),
+    "pre-training": ("unsupervised_data_path",),
+}
+PACKAGES = ("torch", "deepspeed", "transformers", "peft", "tokenizers", "datasets")
+# What of a model's folder decides a run's result, besides its weights. generation_config.json does not: answers are
+# decoded by the run's own flags, and end where the tokenizer and the template say.
+MODEL_FILES = (
+    "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "reward_stats.json",
+)  # fmt: skip
+FINGERPRINTS = 2  # how models and rows are hashed; those of another number can not be compared
+_BATCH_ROWS = 1000
+
+
+def describe(
+    step: str, groups: Sequence[Any], models: Mapping[str, str], data: Mapping[str, Any], batches: Mapping[str, int]
+) -> dict[str, Any]:
+    """A run as JSON, to be compared by `refuse_other_run`, `refuse_other_ranks` and `inexact_because`.
+
+    Args:
+        step: ``step1``, ``step2`` or ``step3``.
+        groups: parsed groups of flags.
+        models: flag -> folder or hub name of what the run starts from.
+        data: name -> dataset.
+        batches: what an optimizer step (step 3: an iteration) consists of over all ranks.
+    """
+    fields = [(group, field) for group in groups for field in dataclasses.fields(group)]
+    return {
+        "step": step,
+        "flags": {field.name: getattr(group, field.name) for group, field in fields},
+        "defaults": {field.name: _default(field) for _, field in fields},
+        "fingerprints": FINGERPRINTS,
+        "models": {flag: model_fingerprint(path) for flag, path in models.items()},
+        "data": {name: data_fingerprint(rows) for name, rows in data.items()},
+        "batches": dict(batches),
+        "world_size": world_size(),
+        "threads": torch.get_num_threads(),
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def model_fingerprint(path: str) -> str:
+    """A hash over a model folder's configuration, tokenizer, weights and own code; or over a Python file.
+
+    Of a Python file the modules count too that it has imported from its own folder.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_file():
+        return _files_digest([folder, *_imported_from(folder.resolve().parent)])
+    if not folder.is_dir():
+        return path  # a hub name
+    named = [folder / name for name in MODEL_FILES if (folder / name).is_file()]
+    return _files_digest(
+        [*named, *(file for kind in ("safetensors", "bin", "py") for file in folder.glob(f"*.{kind}"))]
+    )
+
+
+def _imported_from(folder: Path) -> list[Path]:
+    """Files of the modules that are loaded from a folder, but for installed packages and this program's own."""
+    named = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
+    files = {Path(name).resolve() for name in named if isinstance(name, str) and Path(name).is_absolute()}
+    others = [Path(sys.prefix).resolve(), Path(training.__file__).resolve().parent]
+    return [f for f in files if f.is_relative_to(folder) and not any(f.is_relative_to(other) for other in others)]
+
+
+def _files_digest(files: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for name, file in sorted({(file.name, file.resolve()) for file in files}):
+        digest.update(f"{name}\0{file_digest(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def data_fingerprint(rows: Any) -> str:
+    """A hash over every value of a dataset, in order."""
+    digest = hashlib.sha256(f"{len(rows)}\n".encode())
+    for batch in rows.with_format("arrow").iter(_BATCH_ROWS):
+        for name in sorted(batch.column_names):
+            digest.update(f"{name}\n".encode())
+            for part in _plain(batch[name].combine_chunks()):
+                digest.update(part)
+    return digest.hexdigest()
+
+
+def _plain(column: Any) -> Iterator[bytes]:
+    """An Arrow column's values as bytes that do not hang on how it is stored."""
+    import pyarrow.compute as pc
+    from pyarrow import types
+
+    if types.is_list(column.type) or types.is_large_list(column.type):
+        yield from _plain(pc.list_value_length(column))
+        yield from _plain(pc.list_flatten(column))
+    elif types.is_integer(column.type) and not column.null_count:
+        yield column.to_numpy(zero_copy_only=False).astype("int64").tobytes()
+    else:
+        yield json.dumps(column.to_pylist(), sort_keys=True, default=str).encode()
+
+
+def refuse_other_run(before: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Path) -> None:
+    """Refuse a checkpoint of a run whose result would be another one.
+
+    Raises:
+        UserError: names the flag that has changed.
+    """
+    over = "or start over with --resume never"
+    if before["step"] != now["step"]:
+        raise UserError(f"{checkpoint} is a checkpoint of {before['step']}, this is {now['step']}")
+    for name in sorted(before["flags"].keys() | now["flags"].keys()):
+        if name in FREE | ROUNDING | BY_CONTENT | BATCH:
+            continue
+        if name not in now["flags"]:
+            say(f"{checkpoint} was written by a version that had --{name} ({_shown(before['flags'][name])}); this one "
+                "has not")  # fmt: skip
+            continue
+        # a flag that came later had its default's meaning before
+        old, new = before["flags"].get(name, now.get("defaults", {}).get(name)), now["flags"][name]
+        if old != new:
+            raise UserError(
+                f"--{name} was {_shown(old)} when {checkpoint} was written and is {_shown(new)} now, which changes the "
+                f"result; give --{name} {_shown(old)} again, {over}"
+            )
+    if before.get("fingerprints") != now.get("fingerprints"):
+        say(f"{checkpoint} was written by another version, which compared models and rows in another way: that they "
+            "are the same is not checked")  # fmt: skip
+        before = {**before, "models": now["models"], "data": now["data"]}
+    for flag in sorted(before["models"].keys() | now["models"].keys()):
+        if now["models"].get(flag) != before["models"].get(flag):
+            raise UserError(
+                f"{checkpoint} belongs to another model or file than {flag} names; give that one again, {over}"
+            )
+    for name in sorted(before["data"].keys() | now["data"].keys()):
+        if now["data"].get(name) != before["data"].get(name):
+            raise UserError(
+                f"{checkpoint} belongs to other {name} rows than {_rows_from(name, before, now)} gives; give those "
+                f"again, {over}"
+            )
+    same_flags = all(before["flags"].get(name) == now["flags"].get(name) for name in BATCH)
+    if before["batches"] != now["batches"] and not (same_flags and before["world_size"] != now["world_size"]):
+        name, old = next((n, v) for n, v in before["batches"].items() if now["batches"].get(n) != v)
+        changed = [f"--{n}" for n in sorted(BATCH) if before["flags"].get(n) != now["flags"].get(n)]
+        raise UserError(
+            f"{checkpoint} has {old} {name}, these flags ({', '.join(changed)}) and {now['world_size']} ranks make "
+            f"{now['batches'].get(name)}, which changes the result; keep the product, {over}"
+        )
+
+
+def refuse_other_ranks(descriptions: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse to train together what is not the same run on all ranks, such as hosts with other files or versions.
+
+    Args:
+        descriptions: of every rank, in order.
+
+    Raises:
+        UserError: names a rank and what differs.
+    """
+    for rank, description in enumerate(descriptions):
+        for part in ("flags", "models", "data", "versions"):
+            skipped = FREE | BY_CONTENT if part == "flags" else frozenset()
+            for name in sorted(descriptions[0][part].keys() - skipped):
+                if description[part].get(name) != descriptions[0][part][name]:
+                    raise UserError(
+                        f"rank {rank} differs from rank 0 in {part}: {name}; all hosts need the same command, files "
+                        f"and packages, see docs/several_machines.md"
+                    )
+
+
+def inexact_because(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Why a resumed run equals an uninterrupted one only up to rounding; empty if it does so bit for bit."""
+    reasons = []
+    for name in ("world_size", "device", "threads"):
+        if before.get(name, now[name]) != now[name]:
+            reasons.append(f"{name.replace('_', ' ')} {before[name]} -> {now[name]}")
+    for name in sorted(ROUNDING | BATCH):
+        new = now["flags"].get(name)
+        old = before["flags"].get(name, new)
+        if old != new:
+            reasons.append(f"--{name} {_shown(old)} -> {_shown(new)}")
+    for name, old in before.get("versions", {}).items():
+        if now["versions"].get(name) != old:
+            reasons.append(f"{name} {old} -> {now['versions'].get(name)}")
+    return reasons
+
+
+def _rows_from(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The flag to look at where rows differ: the one that has changed, else the one that they come from."""
+    flags = ROWS_FROM[name]
+    changed = [flag for flag in flags if before["flags"].get(flag) != now["flags"].get(flag)]
+    given = [flag for flag in flags if now["flags"].get(flag)]
+    return f"--{[*changed, *given, *flags][0]}"
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,1 @@
+"""From a raw row to conversations: its columns decide its shape."""

@@ -1,0 +1,101 @@
+"""Named adapters: datasets whose columns alone would mislead, chosen by the last part of the source's name.
+
+To add one, write a function as in formats.py, and give it a line in `ADAPTERS` and one in the second table of
+docs/data.md.
+"""
+
+from __future__ import annotations
+
+import re
+
+from training.utils.data.formats.conversations import (
+    Converter,
+    Example,
+    Row,
+    answered,
+    as_prompt,
+    assistant_turn,
+    conversation,
+    first_item,
+    plain_text,
+    preference,
+    text_of,
+)
+from training.utils.data.formats.shapes import prompt_chosen_rejected, webgpt
+from training.utils.data.template import RowError
+
+
+def _rlhf_reward_datasets(row: Row) -> list[Example]:
+    """yitingxie/rlhf-reward-datasets: the prompt lacks its last "Assistant:", the answers begin with it."""
+    prompt = as_prompt(text_of(row, "prompt"))
+    answers = [assistant_turn(text_of(row, name).split("Assistant:")[-1].strip()) for name in ("chosen", "rejected")]
+    return preference(prompt, answers[0], answers[1])
+
+
+def _multi_turn_alpaca(row: Row) -> list[Example]:
+    """MultiTurnAlpaca: the instruction holds the whole dialogue so far."""
+    dialogue = re.sub(r"(?:^|\n+)\s*(?:User|Human)\s*:", "\n\nHuman:", text_of(row, "instruction"))
+    dialogue = re.sub(r"\n+\s*Assistant\s*:", "\n\nAssistant:", dialogue)
+    return answered(dialogue, text_of(row, "output"))
+
+
+def _webgpt_comparisons(row: Row) -> list[Example]:
+    """WebGPT's answers cite pages as [1] or [2, 3] that a model without a browser can not know."""
+    clean = {name: re.sub(r"\s*\[[\d\s,]+\]", "", text_of(row, name)) for name in ("answer_0", "answer_1")}
+    return webgpt({**row, **clean})
+
+
+def _sharegpt_alpaca(row: Row) -> list[Example]:
+    """pvduy/sharegpt_alpaca_oa_vicuna_format: USER: and ASSISTANT: in one line."""
+    text = re.sub(r"\s*USER:", "\n\nHuman:", text_of(row, "prompt").replace("</s>", ""))
+    return answered(re.sub(r"\s*ASSISTANT:", "\n\nAssistant:", text), text_of(row, "label").replace("</s>", "").strip())
+
+
+def _guanaco(row: Row) -> list[Example]:
+    """openassistant-guanaco: a text with "### Human:" and "### Assistant:"."""
+    text = re.sub(r"\s*### (Human|Assistant):", r"\n\n\1:", text_of(row, "text"))
+    return [conversation(as_prompt(text))]
+
+
+def _comparisons(row: Row) -> list[Example]:
+    """CarperAI/openai_summarize_comparisons: summaries carry the end marker of another tokenizer."""
+    marker = re.compile(r"<\|(startoftext|endoftext)\|>")
+    clean = {name: marker.sub("", text_of(row, name)).strip() for name in ("prompt", "chosen", "rejected")}
+    return prompt_chosen_rejected(clean)
+
+
+def _mkqa(language: str) -> Converter:
+    def convert(row: Row) -> list[Example]:
+        """The question and its first answer in this language."""
+        queries, answers = row["queries"], row["answers"]
+        if not isinstance(queries, dict) or not isinstance(answers, dict):
+            raise RowError("queries and answers must hold a text for each language, such as zh_cn")
+        return answered(
+            plain_text(queries.get(language), f"queries.{language}"),
+            first_item(answers.get(language), "text", "answers"),
+        )
+
+    return convert
+
+
+def _qg_jaquad(row: Row) -> list[Example]:
+    return answered(text_of(row, "question"), text_of(row, "sentence"))
+
+
+def _qag_jaquad(row: Row) -> list[Example]:
+    """lmqg/qag_jaquad: the first of several questions, answered by the paragraph."""
+    return answered(first_item(row["questions"], "text", "questions"), text_of(row, "paragraph"))
+
+
+ADAPTERS: dict[str, tuple[frozenset[str], Converter]] = {
+    "rlhf-reward-datasets": (frozenset({"prompt", "chosen", "rejected"}), _rlhf_reward_datasets),
+    "multiturnalpaca": (frozenset({"instruction", "output"}), _multi_turn_alpaca),
+    "webgpt_comparisons": (frozenset({"question", "answer_0", "answer_1", "score_0", "score_1"}), _webgpt_comparisons),
+    "sharegpt_alpaca_oa_vicuna_format": (frozenset({"prompt", "label"}), _sharegpt_alpaca),
+    "openassistant-guanaco": (frozenset({"text"}), _guanaco),
+    "openai_summarize_comparisons": (frozenset({"prompt", "chosen", "rejected"}), _comparisons),
+    "mkqa-chinese": (frozenset({"queries", "answers"}), _mkqa("zh_cn")),
+    "mkqa-japanese": (frozenset({"queries", "answers"}), _mkqa("ja")),
+    "qg_jaquad": (frozenset({"question", "sentence"}), _qg_jaquad),
+    "qag_jaquad": (frozenset({"questions", "paragraph"}), _qag_jaquad),
+}

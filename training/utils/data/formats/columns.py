@@ -1,0 +1,219 @@
+"""Which format a row has: from its columns, renamed by ``--column_map``, or from its source's name."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from training.utils.data.formats.adapters import ADAPTERS
+from training.utils.data.formats.conversations import (
+    Dropped,
+    Example,
+    Row,
+    has_value,
+    text_of,
+    truth_of,
+    with_system,
+    with_tools,
+)
+from training.utils.data.formats.shapes import FORMATS, Format
+from training.utils.data.template import RowError
+from training.utils.errors import UserError
+
+
+class UnknownFormat(UserError):
+    """No format has these columns; ``short`` says it without the ways to go on."""
+
+    def __init__(self, columns: Sequence[str]) -> None:
+        self.short = f"no known format has the columns {', '.join(map(str, columns)) or '(none)'}"
+        super().__init__(
+            f"{self.short}; three ways to go on: "
+            "name them with --column_map prompt=COLUMN response=COLUMN (or chosen=, rejected=); "
+            'write the rows as {"messages": [{"role": "user", "content": "..."}, ...]}; '
+            "or add a format to training/utils/data/formats/shapes.py (docs/data.md shows how)"
+        )
+
+
+class ColumnMap:
+    """``--column_map``: names of ours for columns of theirs; a column may be a path like question.full_text.
+
+    A name may be given twice for sources that differ: the first column that a row has counts.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[str, str]]) -> None:
+        self.pairs = list(pairs)
+        self._unseen = {column for _, column in self.pairs}
+
+    def apply(self, row: Row) -> dict[str, tuple[str, Any]]:
+        """The mapped columns that the row has: our name -> (their name, value)."""
+        found: dict[str, tuple[str, Any]] = {}
+        for name, column in self.pairs:
+            value: Any = row
+            for part in [column] if column in row else column.split("."):
+                if not isinstance(value, Mapping) or part not in value:
+                    break
+                value = value[part]
+            else:
+                self._unseen.discard(column)
+                found.setdefault(name, (column, value))
+        return found
+
+    def check_all_found(self) -> None:
+        """Raise a `UserError` if a column was in no row."""
+        if self._unseen:
+            raise UserError(f"--column_map: no row has the column {', '.join(sorted(self._unseen))}")
+
+
+# Columns that a format reads where they are there, beside those that its name lists
+_OPTIONAL = frozenset({"system", "history", "input", "context", "response", "label"})
+
+
+def parse_column_map(items: Sequence[str]) -> ColumnMap:
+    """``prompt=instruction`` means: our prompt is in the column instruction.
+
+    Raises:
+        UserError: an item without "=", or a name that no format has.
+    """
+    known = sorted(_OPTIONAL.union(*(format_.columns for format_ in FORMATS)))
+    pairs = []
+    for item in items:
+        name, separator, column = item.partition("=")
+        if not separator or not name or not column:
+            raise UserError(f"--column_map {item}: write NAME=COLUMN, for example prompt=instruction")
+        if name.lower() not in known:
+            near = difflib.get_close_matches(name.lower(), known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "use prompt, response, chosen, rejected, messages or text"
+            raise UserError(f"--column_map {item}: no format has a column {name}; {hint}")
+        pairs.append((name.lower(), column))
+    return ColumnMap(pairs)
+
+
+def _adapter(source: str, columns: frozenset[str]) -> Format | None:
+    """The named adapter that the last part of a source's name chooses, if the columns are its own."""
+    name = source.rstrip("/").split("/")[-1]
+    needed, converter = ADAPTERS.get(re.sub(r"\.(jsonl?|csv|parquet)(\.gz)?$", "", name.lower()), (None, None))
+    return Format(name, needed, converter) if needed is not None and converter and needed <= columns else None
+
+
+def _find(columns: frozenset[str], mapped: Mapping[str, str]) -> Format | None:
+    """The format of these columns: the first that fits, with ``--column_map`` the fullest that reads what was mapped.
+
+    A mapped column may be read under its own name, too: prompt=question leaves question/answer what it is.
+
+    Args:
+        columns: lower case, ours and theirs.
+        mapped: our name -> their name.
+    """
+    fitting = (format_ for format_ in FORMATS if format_.columns <= columns)
+    if not mapped:
+        return next(fitting, None)
+
+    def reads(format_: Format, name: str) -> bool:
+        return name in format_.columns or name in _OPTIONAL
+
+    found = list(fitting)
+    using = [
+        format_
+        for format_ in found
+        if all(reads(format_, name) or column.lower() in format_.columns for name, column in mapped.items())
+    ]
+    # Sources that differ may have columns of several mappings, which no format reads together.
+    return max(
+        using or found[:1],
+        default=None,
+        key=lambda format_: (len(format_.columns), sum(reads(format_, name) for name in mapped)),
+    )
+
+
+def _check_readable(row: Row, columns: frozenset[str]) -> None:
+    """Raise the error of a cell that could not be read (readers leave it there) if a format reads it."""
+    for name in columns:
+        if isinstance(row.get(name), RowError):
+            raise row[name]
+
+
+_TOOLS = ("tools", "functions")
+# Columns without which a row means something else, and which no format reads
+_UNREAD = {
+    "tool_calls": "calls of tools",
+    **dict.fromkeys(("images", "image", "videos", "video", "audios", "audio"), "what is no text"),
+}
+
+
+def _check_meaning(row: Row) -> None:
+    """Refuse what a row would lose without a word; other columns that no format reads are metadata.
+
+    Raises:
+        RowError: a column with images or calls of tools has something in it.
+        Dropped: LLaMA-Factory's mark of a bad answer.
+    """
+    for name, kind in _UNREAD.items():
+        if has_value(row.get(name)):
+            raise RowError(f"column {name!r} holds {kind}, which can not be trained on, and without it the row means "
+                           "something else; remove the column, or the row", about=name)  # fmt: skip
+    if truth_of(row.get("kto_tag"), "kto_tag") is False:
+        raise Dropped("marked as a bad answer")
+
+
+class _Watched(Mapping[str, Any]):
+    """A row that keeps the names of the columns that were read."""
+
+    def __init__(self, row: Row, read: set[str]) -> None:
+        self._row, self._read = row, read
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self._row:
+            self._read.add(name)
+        return self._row[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._row
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._row)
+
+    def __len__(self) -> int:
+        return len(self._row)
+
+
+def convert(
+    row: Row, source: str = "", column_map: ColumnMap | None = None, read: set[str] | None = None
+) -> tuple[str, list[Example]]:
+    """The format's name and the examples of one raw row.
+
+    Args:
+        row: the columns as they were read.
+        source: the source's name; its last part may choose a named adapter.
+        column_map: from `parse_column_map`.
+        read: the names of the columns that were read, in lower case, are added here.
+
+    Raises:
+        RowError: the row breaks the rules of its format.
+        Dropped: the row is sound but useless.
+        UnknownFormat: no format has these columns.
+    """
+    mapped = column_map.apply(row) if column_map is not None else {}
+    columns = {key.lower(): value for key, value in row.items()}
+    format_ = None if mapped else _adapter(source, frozenset(columns))
+    columns.update({name: value for name, (_, value) in mapped.items()})
+    format_ = format_ or _find(frozenset(columns), {name: column for name, (column, _) in mapped.items()})
+    if format_ is None:
+        raise UnknownFormat(list(row))
+    _check_readable(columns, format_.columns | _OPTIONAL)
+    _check_meaning(columns)
+    used: set[str] = set()
+    watched = _Watched(columns, used)
+    system = text_of(watched, "system")
+    try:
+        examples = [with_system(example, system) for example in format_.convert(watched)]
+        for name in _TOOLS:
+            if has_value(columns.get(name)) and (tools := watched[name]):
+                examples = [with_tools(example, tools) for example in examples]
+        if read is not None:
+            read |= {mapped[name][0].split(".")[0].lower() if name in mapped else name for name in used}
+            read |= {"kto_tag"} & columns.keys()
+        return format_.name, examples
+    except (TypeError, ValueError, AttributeError, LookupError) as error:  # a shape that the format did not think of
+        raise RowError(f"the row does not fit the format {format_.name}: {error!r}") from error

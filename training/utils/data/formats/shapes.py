@@ -1,0 +1,281 @@
+"""Formats: a raw row of any known shape becomes conversations, and its columns decide which shape it is.
+
+A column `system` is put before what they return, for every format alike (columns.py).
+To add a format, write a function from a row to examples with the words of conversations.py, give it a line in
+`FORMATS` (tried from the top; the first whose columns are all there counts) and a line in the table of docs/data.md,
+which is its test. Datasets whose columns mislead are in adapters.py.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from training.utils.data.formats.conversations import (
+    Converter,
+    Dropped,
+    Example,
+    Row,
+    answered,
+    as_prompt,
+    assistant_turn,
+    continuation,
+    conversation,
+    first_item,
+    is_parts,
+    messages_of,
+    parse_transcript,
+    plain_text,
+    preference,
+    text_of,
+    truth_of,
+    unpacked,
+    user_turn,
+    with_system,
+)
+from training.utils.data.template import Message, RowError
+
+
+def prompt_chosen_rejected(row: Row, column: str = "prompt") -> list[Example]:
+    """A prompt (a text, a transcript or messages) with a chosen and a rejected answer, and a demonstration if given."""
+    asked = unpacked(row[column], column)
+    empty = asked is None or (isinstance(asked, str) and not asked.strip())
+    prompt = [] if empty else as_prompt(messages_of(asked, column))
+    if all(message["role"] == "system" for message in prompt):  # the answers are whole conversations
+        return [with_system(pair, prompt[0]["content"] if prompt else "") for pair in _transcript_pair(row)]
+    transcript = isinstance(asked, str) and bool(parse_transcript(asked))
+    chosen, rejected, response = (
+        continuation(prompt, row.get(name), name, transcript) for name in ("chosen", "rejected", "response")
+    )
+    if response and not (chosen and rejected):
+        return answered(prompt, response)
+    return preference(prompt, chosen, rejected, response)
+
+
+def _context_chosen_rejected(row: Row) -> list[Example]:
+    return prompt_chosen_rejected(row, "context")
+
+
+def _conversations_pair(row: Row) -> list[Example]:
+    return prompt_chosen_rejected(row, "conversations" if "conversations" in row else "messages")
+
+
+def _transcript_pair(row: Row) -> list[Example]:
+    """hh-rlhf: two transcripts; the common prefix ends at the last Assistant turn."""
+    if isinstance(unpacked(row["chosen"], "chosen"), list):
+        chosen, rejected = messages_of(row["chosen"], "chosen"), messages_of(row["rejected"], "rejected")
+    else:
+        chosen, rejected = parse_transcript(text_of(row, "chosen")), parse_transcript(text_of(row, "rejected"))
+    if not chosen or not rejected:
+        raise RowError(r"chosen and rejected have neither a prompt nor '\n\nHuman:' and '\n\nAssistant:' turns")
+    if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
+        raise Dropped("transcript that does not end with the assistant")
+    if chosen[:-1] != rejected[:-1]:
+        raise Dropped("differing prefixes")
+    return preference(chosen[:-1], chosen[-1:], rejected[-1:])
+
+
+def _check_not_bad(row: Row) -> None:
+    """KTO's rows have a label beside the answer: whether it is a good one."""
+    if truth_of(row.get("label"), "label") is False:
+        raise Dropped("marked as a bad answer")
+
+
+def _chat(row: Row) -> list[Example]:
+    name = "messages" if "messages" in row else "conversations"
+    _check_not_bad(row)
+    value = unpacked(row[name], name)
+    if isinstance(value, str) and not parse_transcript(value):
+        raise RowError(f"column {name!r} is a text, it must be a list of messages (in a CSV: as JSON)")
+    return [conversation(messages_of(value, name))]
+
+
+def _shp(row: Row) -> list[Example]:
+    a, b = text_of(row, "human_ref_a"), text_of(row, "human_ref_b")
+    a_is_better = truth_of(row["labels"], "labels")
+    if a_is_better is None:
+        raise RowError("labels is empty, it must be 1 (A is better) or 0")
+    chosen, rejected = (a, b) if a_is_better else (b, a)
+    return preference([user_turn(text_of(row, "history"))], assistant_turn(chosen), assistant_turn(rejected))
+
+
+def webgpt(row: Row) -> list[Example]:
+    """WebGPT's comparisons: the answer with the higher score is the chosen one, a tie teaches nothing."""
+    answers = [text_of(row, "answer_0"), text_of(row, "answer_1")]
+    try:
+        scores = [float(row["score_0"]), float(row["score_1"])]
+    except (TypeError, ValueError):
+        scores = [math.nan, math.nan]
+    if any(map(math.isnan, scores)):
+        raise RowError(f"the scores must be numbers, they are {row['score_0']!r}, {row['score_1']!r}")
+    if scores[0] == scores[1]:
+        raise Dropped("tie")
+    if scores[0] < scores[1]:
+        answers.reverse()
+    return preference([user_turn(text_of(row, "question"))], assistant_turn(answers[0]), assistant_turn(answers[1]))
+
+
+def _summaries(row: Row) -> list[Example]:
+    """openai/summarize_from_feedback: a post or an article, two summaries, and which one was chosen."""
+    info, summaries = row["info"], row["summaries"]
+    if not isinstance(info, dict):
+        raise RowError(f"column 'info' is a {type(info).__name__}, it must hold a post or an article")
+    if not isinstance(summaries, list) or len(summaries) != 2:
+        raise RowError("column 'summaries' must be a list of two summaries")
+    second = truth_of(row["choice"], "choice")
+    if second is None:
+        raise RowError("choice is empty, it must be 0 or 1")
+    texts = [plain_text(s.get("text") if isinstance(s, dict) else s, "a summary") for s in summaries]
+    post = plain_text(info.get("post") or info.get("article"), "column 'info'")
+    chosen, rejected = texts[second], texts[not second]
+    prompt = [user_turn(f"{post}\n\nTL;DR:")]
+    return preference(prompt, assistant_turn(chosen.strip()), assistant_turn(rejected.strip()))
+
+
+def _stack_exchange(row: Row) -> list[Example]:
+    return preference(
+        [user_turn(text_of(row, "question"))],
+        assistant_turn(text_of(row, "response_j")),
+        assistant_turn(text_of(row, "response_k")),
+    )
+
+
+def _marked_solutions(row: Row) -> list[Example]:
+    """Grade-school maths with solutions marked right or wrong: each right one is paired with a wrong one."""
+    found = [value for value in row.values() if isinstance(value, dict) and {"is_correct", "solution"} <= value.keys()]
+    marked = [(truth_of(m["is_correct"], "is_correct"), plain_text(m["solution"], "a solution")) for m in found]
+    right, wrong = ([text for mark, text in marked if mark is wanted] for wanted in (True, False))
+    prompt, truth = [user_turn(text_of(row, "question"))], assistant_turn(text_of(row, "ground_truth"))
+    pairs = [
+        pair
+        for good, bad in zip(right, wrong, strict=False)
+        if good.strip() and bad.strip()
+        for pair in preference(prompt, assistant_turn(good), assistant_turn(bad), truth)
+    ]
+    return pairs or [conversation([*prompt, *truth])]
+
+
+def _history(value: Any) -> list[Message]:
+    """Alpaca's earlier turns: pairs of a question and its answer, or messages."""
+    value = value or []
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        return messages_of(value, "history")
+    if not isinstance(value, list) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in value):
+        raise RowError("column 'history' must be a list of pairs, each a question and its answer")
+    turns = []
+    for question, answer in value:
+        turns += [user_turn(plain_text(question, "history")), *assistant_turn(plain_text(answer, "history"))]
+    return turns
+
+
+def _alpaca(row: Row) -> list[Example]:
+    """instruction with an optional input (dolly: context) and history; output, response or answer."""
+    instruction = text_of(row, "instruction")
+    extra = text_of(row, "input" if "input" in row else "context")
+    user = f"{instruction}\n\n{extra}" if extra.strip() and instruction.strip() else instruction or extra
+    history = _history(row.get("history"))
+    answer = next(name for name in ("output", "response", "answer") if name in row)
+    return answered([*history, user_turn(user)] if history else user, text_of(row, answer))
+
+
+def _pair_of(prompt: str, response: str) -> Converter:
+    """Two columns, one answering the other; each may also be a list of messages."""
+
+    def convert(row: Row) -> list[Example]:
+        """One conversation, its answer last."""
+        if response != "label":
+            _check_not_bad(row)
+        ask = unpacked(row[prompt], prompt)
+        listed = isinstance(ask, list) and not is_parts(ask)
+        asked = as_prompt(messages_of(ask, prompt) if listed else text_of(row, prompt))
+        transcript = isinstance(ask, str) and bool(parse_transcript(ask))
+        return answered(asked, continuation(asked, row[response], response, transcript) or assistant_turn(""))
+
+    return convert
+
+
+def _prompt_label(row: Row) -> list[Example]:
+    return _pair_of("prompt", "label")(row)
+
+
+def _source_target(row: Row) -> list[Example]:
+    """Seed pre-training rows: an empty source makes the target plain text."""
+    if text_of(row, "source").strip():
+        return _pair_of("source", "target")(row)
+    return _text_alone({"text": row["target"]})
+
+
+def _text_alone(row: Row) -> list[Example]:
+    text = text_of(row, "text")
+    if not text.strip():
+        raise Dropped("empty text")
+    return [Example(text=text)]
+
+
+def _prompt_only(row: Row) -> list[Example]:
+    prompt = unpacked(row["prompt"], "prompt")
+    messages = messages_of(prompt, "prompt") if isinstance(prompt, list) else as_prompt(text_of(row, "prompt"))
+    return [conversation(as_prompt(messages))]
+
+
+def _passages(row: Row) -> list[Example]:
+    """miracl: the first passage that answers the query, against the first that does not."""
+    found = [first_item(row[name], "text", name) for name in ("positive_passages", "negative_passages")]
+    return preference([user_turn(text_of(row, "query"))], assistant_turn(found[0]), assistant_turn(found[1]))
+
+
+def _squad(row: Row) -> list[Example]:
+    """Reading comprehension (squad, mlqa): a passage, a question about it, answers."""
+    answers = row["answers"]
+    texts = answers.get("text") if isinstance(answers, dict) else answers
+    return answered(f"{text_of(row, 'context')}\n\n{text_of(row, 'question')}", first_item(texts, "text", "answers"))
+
+
+def _hc3(row: Row) -> list[Example]:
+    return answered(text_of(row, "question"), first_item(row["human_answers"], "text", "human_answers"))
+
+
+@dataclass(frozen=True)
+class Format:
+    """A shape of rows: its name, the (lower-case) columns it must have, and what becomes of a row."""
+
+    name: str
+    columns: frozenset[str]
+    convert: Converter
+
+
+def _format(name: str, convert: Converter) -> Format:
+    return Format(name, frozenset(name.lower().split("/")), convert)
+
+
+FORMATS = (
+    _format("context/chosen/rejected", _context_chosen_rejected),
+    _format("conversations/chosen/rejected", _conversations_pair),
+    _format("prompt/chosen/rejected", prompt_chosen_rejected),
+    _format("messages/chosen/rejected", _conversations_pair),
+    _format("chosen/rejected", _transcript_pair),
+    _format("history/human_ref_A/human_ref_B/labels", _shp),
+    _format("question/answer_0/answer_1/score_0/score_1", webgpt),
+    _format("question/response_j/response_k", _stack_exchange),
+    _format("query/positive_passages/negative_passages", _passages),
+    _format("info/summaries/choice", _summaries),
+    _format("messages", _chat),
+    _format("conversations", _chat),
+    _format("instruction/output", _alpaca),
+    _format("instruction/response", _alpaca),
+    _format("instruction/answer", _alpaca),
+    _format("prompt/completion", _pair_of("prompt", "completion")),
+    _format("prompt/response", _pair_of("prompt", "response")),
+    _format("prompt/label", _prompt_label),
+    _format("context/question/answers", _squad),
+    _format("question/human_answers/chatgpt_answers", _hc3),
+    _format("question/ground_truth", _marked_solutions),
+    _format("question/answer", _pair_of("question", "answer")),
+    _format("query/response", _pair_of("query", "response")),
+    _format("input/output", _pair_of("input", "output")),
+    _format("input/target", _pair_of("input", "target")),
+    _format("source/target", _source_target),
+    _format("prompt", _prompt_only),
+    _format("text", _text_alone),
+)

@@ -1,0 +1,1 @@
+"""From a name to raw rows: sources, folders, files, tables."""

@@ -1,0 +1,173 @@
+"""Which files of a folder hold rows: what `datasets.load_dataset` and `load_from_disk` would read of it.
+
+A folder is a clone of a hub dataset (its README's YAML names the files of each split), a dataset saved by
+``save_to_disk``, or data files side by side, or in its subfolders if there are none at the top.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from training.utils.data.reading.readers import EVAL_WORDS, TYPES, type_of
+from training.utils.errors import UserError
+
+# What lies beside rows and is none, by name
+_BESIDE = {
+    *("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "croissant.json"),
+    *("config.json", "package.json", "package-lock.json", "generation_config.json", "tokenizer.json"),
+    *(f"{name}.txt" for name in ("license", "licence", "readme", "notice", "citation", "requirements", "changelog")),
+}
+_METADATA = re.compile(r"metadata\.(csv|jsonl|parquet)", re.IGNORECASE)  # of images or sounds, if other files are there
+
+
+@dataclass(frozen=True)
+class Files:
+    """The data files of a folder, and the names of files and splits in it that are not read."""
+
+    train: tuple[Path, ...]
+    held_out: tuple[Path, ...] = ()
+    unread: tuple[str, ...] = ()
+
+
+def files_of(name: str, folder: Path) -> Files:
+    """The data files of a folder.
+
+    Args:
+        name: as the user wrote it, for errors.
+        folder: an existing folder.
+
+    Raises:
+        UserError: no data file, a link to nothing, or a README whose YAML names files that are not there.
+    """
+    for found in (_saved(name, folder), _of_readme(name, folder)):
+        if found is not None:
+            return found
+    named = _data_files(folder.iterdir()) or _data_files(
+        path for path in folder.rglob("*") if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+    if (lost := next((p for p in named if p.is_symlink() and not p.exists()), None)) is not None:
+        raise UserError(f"--data_path {name}: {lost} is a link to a file that is not there")
+    files = [p for p in named if p.is_file() and p.name.lower() not in _BESIDE]
+    files = [p for p in files if not _METADATA.fullmatch(p.name)] or files
+    if not files:
+        raise UserError(f"--data_path {name}: the folder holds no data file ({', '.join(TYPES)}, each also .gz)")
+    held_out = tuple(p for p in files if is_eval(p, folder))
+    train = tuple(p for p in files if not is_eval(p, folder))
+    unread = tuple(p.name for p in named if p not in files)
+    return Files(train, held_out, unread) if train else Files(held_out, (), unread)
+
+
+def _data_files(paths: Iterable[Path]) -> list[Path]:
+    return sorted(p for p in paths if type_of(p) and not p.name.startswith((".", "_")))
+
+
+def is_eval(path: Path, folder: Path) -> bool:
+    """Whether a file's name says that it is to be judged by, or that of a folder between it and ``folder``."""
+    # test.jsonl, test-00000-of-00001.parquet, held_out.json, my_eval.csv, data.txt.test
+    return _names_eval(path.name) or any(_names_eval(part) for part in path.relative_to(folder).parts[:-1])
+
+
+def _names_eval(text: str) -> bool:
+    words = re.split(r"[^a-z]+", text.lower())
+    return bool(EVAL_WORDS.intersection(words)) and "train" not in words
+
+
+def split_names(names: Sequence[str]) -> tuple[str | None, str | None]:
+    """Of a dataset's splits the one to train on and the one to judge by."""
+    held_out = next((n for n in names if EVAL_WORDS.intersection(re.split(r"[^a-z]+", n.lower()))), None)
+    train = "train" if "train" in names else next((n for n in names if n != held_out), None)
+    return (held_out, None) if train is None else (train, held_out)
+
+
+def _chosen(splits: dict[str, tuple[Path, ...]], others: Iterable[str] = ()) -> Files:
+    train, held_out = split_names(list(splits))
+    assert train is not None
+    unread = [f"split {name}" for name in splits if name not in (train, held_out)]
+    return Files(splits[train], splits[held_out] if held_out else (), (*unread, *others))
+
+
+def _saved(name: str, folder: Path) -> Files | None:
+    """The files of ``Dataset.save_to_disk`` or ``DatasetDict.save_to_disk``; None if the folder is neither."""
+    if (folder / "dataset_dict.json").is_file():
+        splits = _json(name, folder / "dataset_dict.json").get("splits")
+        if not isinstance(splits, list) or not splits or not all(isinstance(split, str) for split in splits):
+            raise UserError(f"--data_path {name}: dataset_dict.json names no splits; save the dataset again")
+        return _chosen({split: _arrow_files(name, folder / split) for split in splits})
+    return Files(_arrow_files(name, folder)) if (folder / "state.json").is_file() else None
+
+
+def _arrow_files(name: str, folder: Path) -> tuple[Path, ...]:
+    listed = _json(name, folder / "state.json").get("_data_files")
+    names = [entry.get("filename") for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
+    files = tuple(folder / found for found in names if isinstance(found, str) and Path(found).name == found)
+    missing = next((path for path in files if not path.is_file()), None)
+    if not files or missing:
+        raise UserError(f"--data_path {name}: {missing or folder / 'state.json'} is not there or names no file; "
+                        "save the dataset again")  # fmt: skip
+    return files
+
+
+def _json(name: str, path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"--data_path {name}: {path} can not be read: {error}") from None
+    return value if isinstance(value, dict) else {}
+
+
+def _of_readme(name: str, folder: Path) -> Files | None:
+    """The files that a hub dataset's README names in its YAML; None if it names none."""
+    readme = folder / "README.md"
+    if not readme.is_file():
+        return None
+    text = readme.read_text(encoding="utf-8", errors="replace")
+    match = re.match(r"---\r?\n(.*?)\n---\s*\n", text, re.DOTALL)
+    if match is None or "configs:" not in match[1]:
+        return None
+    import yaml
+
+    try:
+        configs = yaml.safe_load(match[1]).get("configs")
+    except (yaml.YAMLError, AttributeError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"--data_path {name}: the YAML of {readme} can not be read: {reason}") from None
+    configs = [c for c in configs if isinstance(c, dict) and c.get("data_files")] if isinstance(configs, list) else []
+    if not configs:
+        return None
+    named = [str(config.get("config_name", "default")) for config in configs]
+    flagged = [config for config in configs if config.get("default") is True]
+    chosen = flagged or [config for config, of in zip(configs, named, strict=True) if of == "default"] or configs
+    if len(chosen) > 1:
+        raise UserError(f"--data_path {name}: the dataset has the configurations {', '.join(named)}; give the path of "
+                        "one's files or folder")  # fmt: skip
+    others = [f"configuration {of}" for config, of in zip(configs, named, strict=True) if config is not chosen[0]]
+    root = folder / str(chosen[0].get("data_dir") or "")
+    return _chosen({split: _matching(name, folder, root, patterns) for split, patterns in _splits(chosen[0])}, others)
+
+
+def _splits(config: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    files = config["data_files"]
+    if isinstance(files, dict):
+        files = [{"split": split, "path": path} for split, path in files.items()]
+    listed = files if isinstance(files, list) else [files]
+    if not all(isinstance(entry, dict) for entry in listed):
+        return [("train", [str(entry) for entry in listed])]
+    paths = ((str(entry.get("split", "train")), entry.get("path")) for entry in listed)
+    return [(split, [str(p) for p in (path if isinstance(path, list) else [path])]) for split, path in paths]
+
+
+def _matching(name: str, folder: Path, root: Path, patterns: Sequence[str]) -> tuple[Path, ...]:
+    found: list[Path] = []
+    for pattern in patterns:
+        outside = Path(pattern).is_absolute() or ".." in Path(pattern).parts or not root.is_relative_to(folder)
+        files = [] if outside or not pattern.strip("/.") else sorted(p for p in root.glob(pattern) if type_of(p))
+        if not files:
+            raise UserError(f"--data_path {name}: README.md names the files {pattern}, and no data file of that name "
+                            "is in the folder; is the clone complete?")  # fmt: skip
+        found += files
+    return tuple(found)

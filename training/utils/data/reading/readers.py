@@ -1,0 +1,313 @@
+"""Readers: one data file becomes a stream of raw rows with their places.
+
+A wrong row is an error of that row, which ``--on_bad_row skip`` counts; what leaves nothing to go on with (a JSON list
+that does not parse, a cut gzip) is an error of the file.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from training.utils.data.reading.rows import MAX_ROW_CHARACTERS, RawRow, too_big
+from training.utils.data.template import RowError
+from training.utils.errors import UserError
+
+TYPES = ("json", "jsonl", "ndjson", "csv", "tsv", "txt", "parquet", "arrow")
+EVAL_WORDS = {"eval", "evaluation", "test", "validation", "valid", "val", "dev", "held"}
+_FAR = 8 * MAX_ROW_CHARACTERS  # in a JSON list a row's end is sought so far: beyond it a quote or bracket is missing
+_CHUNK = 1 << 20
+_BLANKS = re.compile(r"[ \t\r\n]+")
+_MOST_EMPTY_LINES = 1_000_000  # one after the other: a damaged file, which would be read for hours without a word
+_LFS = b"version https://git-lfs"
+_MOST_DIGITS = 4000  # Python refuses to read longer numbers (a guard against its slow conversion)
+_ESCAPED = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of bytes that are no UTF-8
+
+
+def _integer(digits: str) -> int | str:
+    """A number of JSON; one that Python would refuse stays the text that it is."""
+    return int(digits) if len(digits) <= _MOST_DIGITS else digits
+
+
+_DECODER = json.JSONDecoder(parse_int=_integer)
+
+
+def type_of(path: Path) -> str:
+    """The data type that the name tells, '' if none; a trailing .gz, .train or .test is looked through."""
+    for suffix in reversed(path.suffixes):
+        suffix = suffix.lower().lstrip(".")
+        if suffix in TYPES:
+            return "jsonl" if suffix == "ndjson" else suffix
+        if suffix not in ("gz", "train", *EVAL_WORDS):
+            return ""
+    return ""
+
+
+def file_type(path: Path) -> str:
+    """json, jsonl, csv, tsv, txt, parquet or arrow.
+
+    Raises:
+        UserError: another kind of file.
+    """
+    found = type_of(path)
+    if not found:
+        raise UserError(f"--data_path {path}: not a data file; use one of {', '.join(TYPES)}, each also with .gz")
+    return found
+
+
+def _read_parquet(file: IO[bytes], path: Path) -> Iterator[RawRow]:
+    from training.utils.data.reading.tables import read_parquet  # pyarrow takes a moment
+
+    return read_parquet(file, path)
+
+
+def _read_arrow(file: IO[bytes], path: Path) -> Iterator[RawRow]:
+    from training.utils.data.reading.tables import read_arrow
+
+    return read_arrow(file, path)
+
+
+def read_file(path: Path) -> Iterator[RawRow]:
+    """Every row of one data file, read as a stream.
+
+    Raises:
+        UserError: the file as a whole can not be read (broken JSON array, cut gzip, wrong delimiter, not parquet).
+    """
+    readers: dict[str, Callable[[IO[bytes], Path], Iterator[RawRow]]] = {
+        "json": _read_json,
+        "jsonl": _read_jsonl,
+        "txt": _read_txt,
+        "csv": _read_csv,
+        "tsv": _read_csv,
+        "parquet": _read_parquet,
+        "arrow": _read_arrow,
+    }
+    number = 0
+    try:
+        with path.open("rb") as raw:
+            zipped = path.name.lower().endswith(".gz") or raw.peek(2)[:2] == b"\x1f\x8b"
+            file: Any = io.BufferedReader(gzip.GzipFile(fileobj=raw)) if zipped else raw
+            if file.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
+                raise UserError(f"{path}: the file is in UTF-16; save it as UTF-8")
+            if file.peek(len(_LFS))[: len(_LFS)] == _LFS:
+                raise UserError(f"{path}: a pointer of Git LFS, not the file itself; run git lfs pull in its folder")
+            for row in readers[file_type(path)](file, path):
+                number += 1
+                yield row
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: the gzip file is cut off or damaged after row {number} ({error})") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+
+
+def _decode(data: bytes, place: str) -> str | RowError:
+    try:
+        return data.decode("utf-8-sig" if data.startswith(b"\xef\xbb\xbf") else "utf-8")
+    except UnicodeDecodeError as error:
+        return RowError(f"invalid UTF-8: byte {error.start + 1} of the line is 0x{data[error.start]:02x}")
+
+
+def _lines(file: IO[bytes], path: Path) -> Iterator[tuple[str | RowError, str]]:
+    number = empty = 0
+    while line := file.readline(4 * MAX_ROW_CHARACTERS):
+        number += 1
+        empty = 0 if line.strip() else empty + 1
+        _check_not_empty(empty, path, number)
+        place = f"{path}:{number}"
+        size = len(line)
+        while not line.endswith(b"\n") and (more := file.readline(_CHUNK)):  # skip the rest of a huge line
+            size += len(more)
+            line = line[:1] if not more.endswith(b"\n") else b"\n"
+        yield (too_big(size) if size > MAX_ROW_CHARACTERS else _decode(line.rstrip(b"\r\n"), place)), place
+
+
+def _check_not_empty(lines: int, path: Path, number: int) -> None:
+    if lines > _MOST_EMPTY_LINES:
+        raise UserError(f"{path}:{number}: {lines} empty lines one after the other; is the file damaged?")
+
+
+def _read_jsonl(file: IO[bytes], path: Path) -> Iterator[RawRow]:
+    for line, place in _lines(file, path):
+        if isinstance(line, RowError):
+            yield RawRow(line, place)
+        elif line.strip():
+            yield RawRow(_parse_object(line), place, len(line))
+
+
+def _parse_object(line: str) -> dict[str, Any] | RowError:
+    try:
+        value = _DECODER.decode(line)
+    except json.JSONDecodeError as error:
+        return RowError(f"broken JSON at column {error.colno}: {error.msg}")
+    except RecursionError:
+        return RowError("broken JSON: nested too deeply")
+    return _object(value)
+
+
+def _object(value: Any) -> dict[str, Any] | RowError:
+    return value if isinstance(value, dict) else RowError(f"a row must be a JSON object, this is a {_json_type(value)}")
+
+
+def _json_type(value: Any) -> str:
+    names = {str: "text", list: "list", bool: "boolean", int: "number", float: "number", type(None): "null"}
+    return names.get(type(value), type(value).__name__)
+
+
+def _read_txt(file: IO[bytes], path: Path) -> Iterator[RawRow]:
+    """One document a line; or JSON lines, where the first line begins with a brace."""
+    json_lines: bool | None = None
+    for line, place in _lines(file, path):
+        if isinstance(line, RowError):
+            yield RawRow(line, place)
+        elif line.strip():
+            if json_lines is None:
+                json_lines = line.lstrip().startswith("{")
+            yield RawRow(_parse_object(line) if json_lines else {"text": line}, place, len(line))
+
+
+def _read_json(file: IO[bytes], path: Path) -> Iterator[RawRow]:
+    """A JSON array of objects, or objects one after the other, decoded one at a time."""
+    text = _Window(file, path)
+    text.skip_space()
+    array = text.peek() == "["
+    if array:
+        text.advance(1)
+        text.skip_space()
+    while text.peek() not in ("", "]" if array else ""):
+        line = text.line
+        value, size = text.decode_value()
+        yield RawRow(too_big(size) if size > MAX_ROW_CHARACTERS else _object(value), f"{path}:{line}", size)
+        text.skip_space()
+        if array and text.peek() == ",":
+            text.advance(1)
+            text.skip_space()
+            if text.peek() == "]":
+                text.fail("a comma before the end of the list")
+        elif array and text.peek() != "]":
+            text.fail("a comma is missing between two rows" if text.peek() else "the list does not end")
+    if array:
+        if text.peek() != "]":
+            text.fail("the list does not end")
+        text.advance(1)
+        text.skip_space()
+        if text.peek():
+            text.fail("something follows the list")
+
+
+class _Window:
+    """A sliding window over a UTF-8 JSON text, with the line and column of its start."""
+
+    def __init__(self, file: IO[bytes], path: Path) -> None:
+        self.reader = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+        self.path = path
+        self.buffer, self.at, self.end = "", 0, False
+        self.line, self.column = 1, 1
+
+    def _fill(self, size: int = _CHUNK) -> bool:
+        try:
+            more = self.reader.read(size)
+        except UnicodeDecodeError as error:
+            line = self.line + self.buffer.count("\n", self.at) + error.object[: error.start].count(b"\n")
+            raise UserError(f"{self.path}:{line}: invalid UTF-8: byte 0x{error.object[error.start]:02x}") from None
+        self.buffer, self.at = self.buffer[self.at :] + more, 0
+        self.end = not more
+        return bool(more)
+
+    def peek(self) -> str:
+        """The next character, '' at the end."""
+        if self.at >= len(self.buffer):
+            self._fill()
+        return self.buffer[self.at : self.at + 1]
+
+    def advance(self, count: int) -> None:
+        """Go on by ``count`` characters of the buffer."""
+        passed = self.buffer[self.at : self.at + count]
+        newlines = passed.count("\n")
+        self.line += newlines
+        self.column = len(passed) - passed.rfind("\n") if newlines else self.column + count
+        self.at += count
+
+    def skip_space(self) -> None:
+        """Go on to the next character that is no white space."""
+        while self.peek() and (blanks := _BLANKS.match(self.buffer, self.at)):
+            self.advance(len(blanks[0]))
+
+    def decode_value(self) -> tuple[Any, int]:
+        """The JSON value that starts here, and its length in characters."""
+        size = _CHUNK
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self.buffer, self.at)
+                # A number at the very end of the window may go on; objects and lists can not.
+                if end < len(self.buffer) or isinstance(value, (dict, list)) or not self._fill():
+                    length = end - self.at
+                    self.advance(length)
+                    return value, length
+            except json.JSONDecodeError as error:
+                where = error.pos - self.at  # reading on moves the window
+                too_far = len(self.buffer) - self.at > _FAR
+                if too_far or not self._fill(size):
+                    self.advance(where)
+                    self.fail(error.msg + (f", and no end of the row in {_FAR / 1e6:.0f} MB" if too_far else ""))
+                size *= 2
+            except RecursionError:
+                self.fail("nested too deeply")
+
+    def fail(self, reason: str) -> None:
+        """Raise the error for this place."""
+        raise UserError(f"{self.path}:{self.line}: broken JSON at column {self.column}: {reason}")
+
+
+def _read_csv(file: IO[bytes], path: Path) -> Iterator[RawRow]:
+    delimiter = "\t" if file_type(path) == "tsv" else ","
+    csv.field_size_limit(4 * MAX_ROW_CHARACTERS)
+    # A byte that is no UTF-8 becomes a surrogate, so that its row can be named, and left out
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    columns: list[str] = []
+    start, empty = 1, 0
+    while True:
+        start = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise UserError(f"{path}:{start}: broken CSV: {error}; is a quote missing?") from None
+        empty = 0 if cells else empty + 1
+        _check_not_empty(empty, path, start)
+        if not cells:
+            continue
+        if not columns:
+            columns = _header(cells, delimiter, path)
+            continue
+        values: dict[str, Any] | RowError = dict(zip(columns, cells, strict=False))
+        size = sum(map(len, cells))
+        if len(cells) != len(columns):
+            values = RowError(f"{len(cells)} cells where the header has {len(columns)}; is a quote missing?")
+        elif size > MAX_ROW_CHARACTERS:
+            values = too_big(size)
+        elif (wrong := next(filter(None, map(_ESCAPED.search, cells)), None)) is not None:
+            values = RowError(f"invalid UTF-8: byte 0x{ord(wrong[0]) - 0xDC00:02x}")
+        yield RawRow(values, f"{path}:{start}", size)
+
+
+def _header(cells: list[str], delimiter: str, path: Path) -> list[str]:
+    if len(cells) == 1:
+        for other, word in ((";", "semicolons"), ("\t", "tabs"), (",", "commas"), ("|", "bars")):
+            if other != delimiter and other in cells[0]:
+                wanted = "commas" if delimiter == "," else "tabs"
+                raise UserError(
+                    f"{path}:1: the header {cells[0][:60]!r} is one cell: it is separated by {word}, not {wanted}; "
+                    + ("name the file .tsv" if other == "\t" else f"save it with {wanted}")
+                )
+    if len(set(cells)) != len(cells):
+        raise UserError(f"{path}:1: a column name stands twice in the header: {', '.join(cells)}")
+    return [cell.strip() for cell in cells]

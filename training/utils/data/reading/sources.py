@@ -1,0 +1,167 @@
+"""Sources of rows: a local file or folder, a hub name, or a known name become raw rows with their place.
+
+Data is text, never code: only json, jsonl, csv, tsv, txt, parquet and arrow files (each also gzipped) are read, and of
+a hub dataset only such files; dataset scripts and pickles are refused.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import itertools
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from training.utils.data.reading.folders import files_of, split_names
+from training.utils.data.reading.readers import TYPES, file_type, read_file
+from training.utils.data.reading.rows import RawRow
+from training.utils.errors import UserError
+from training.utils.model import hub
+
+_DEMO = Path(__file__).resolve().parents[3] / "data" / "demo"
+_DEMO_FILES = {1: "sft.jsonl", 2: "preferences.jsonl", 3: "prompts.jsonl"}
+_HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
+# DeepSpeed-Chat's and alpaca-rlhf's names for files that the user brings
+_ELSEWHERE = {
+    "local/jsonfile": "give the folder of train.json and eval.json itself",
+    "multiturnalpaca": "give the path of the folder MultiTurnAlpaca with training_data.txt.train and .test",
+}
+_MOST_DIGITS = 15  # of a row limit
+_HUB_BUILDERS = ("arrow", "csv", "json", "parquet", "text")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where rows come from.
+
+    Attributes:
+        name: as the user wrote it, without the row limit.
+        train, held_out: data files; ``held_out`` is empty if the source has no eval split of its own.
+        limit: the most rows to take of each split, 0 for all.
+        hub: a hub dataset's splits (train, held out), instead of files.
+        unread: files of the folder, and splits, that are not read.
+    """
+
+    name: str
+    train: tuple[Path, ...] = ()
+    held_out: tuple[Path, ...] = ()
+    limit: int = 0
+    hub: tuple[Any, Any] | None = None
+    unread: tuple[str, ...] = ()
+
+    def rows(self, held_out: bool = False) -> Iterator[RawRow]:
+        """The rows of one split, in order, up to the limit."""
+        rows = self._all_rows(held_out)
+        yield from itertools.islice(rows, self.limit) if self.limit else rows
+
+    def _all_rows(self, held_out: bool) -> Iterator[RawRow]:
+        if self.hub is not None:
+            from training.utils.data.reading.tables import hub_rows  # pyarrow takes a moment
+
+            split = self.hub[1 if held_out else 0]
+            yield from hub_rows(split, self.name) if split is not None else ()
+            return
+        for path in self.held_out if held_out else self.train:
+            yield from read_file(path)
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether the source has an eval split of its own."""
+        return bool(self.held_out) or (self.hub is not None and self.hub[1] is not None)
+
+    def fingerprint(self) -> str:
+        """A hash of the content of every file, so that an edited file is another source.
+
+        Raises:
+            UserError: a file can not be read.
+        """
+        digest = hashlib.sha256(f"{self.name} {self.limit}".encode())
+        files = [("train", path) for path in self.train] + [("held_out", path) for path in self.held_out]
+        if self.hub is not None:
+            for part, split in zip(("train", "held_out"), self.hub, strict=True):
+                files += [(part, Path(f["filename"])) for f in (split.cache_files if split is not None else ())]
+        for part, path in files:
+            try:
+                digest.update(f"{part} {path.name} {path.stat().st_size} ".encode())
+                with path.open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+            except OSError as error:
+                raise UserError(f"{path}: {error.strerror or error}") from None
+        return digest.hexdigest()
+
+
+def resolve(text: str, step: int) -> Source:
+    """Find what ``text`` names: ``demo``, a local file or folder, else a hub dataset; ``:N`` limits its rows.
+
+    Raises:
+        UserError: nothing of that name, no data file in the folder, an unknown file type, or a limit of 0.
+    """
+    return local_source(text, step) or _hub(*_split_limit(text))
+
+
+def local_source(text: str, step: int) -> Source | None:
+    """`resolve` without the hub, and without its imports: None for a name that may be a hub dataset's.
+
+    Raises:
+        UserError: as `resolve`.
+    """
+    name, limit = _split_limit(text)
+    if name == "demo":
+        return Source(name, (_DEMO / _DEMO_FILES[step],), (_DEMO / "held_out.jsonl",), limit)
+    path = Path(name).expanduser()
+    if os.path.isdir(path):
+        files = files_of(name, path)
+        return Source(name, files.train, files.held_out, limit, unread=files.unread)
+    if os.path.isfile(path):
+        file_type(path)
+        return Source(name, (path,), (), limit)
+    looks_local = name.startswith(("/", "./", "../", "~")) or any(s.lstrip(".") in TYPES for s in path.suffixes[-2:])
+    if looks_local or not _HUB_NAME.match(name):
+        near = _nearest(path)
+        raise UserError(f"--data_path {name}: no such file or folder" + (f"; did you mean {near}?" if near else ""))
+    return None
+
+
+def _split_limit(text: str) -> tuple[str, int]:
+    match = re.fullmatch(r"(.+):(\d+)", text)
+    if match is None or os.path.exists(Path(text).expanduser()):  # Path.exists fails on a name that is too long
+        return text, 0
+    if not match[2].strip("0"):
+        raise UserError(f"--data_path {text}: a limit of 0 rows leaves nothing")
+    if len(match[2]) > _MOST_DIGITS:
+        raise UserError(f"--data_path {match[1]}: a limit of {len(match[2])} digits; without a limit all rows are read")
+    return match[1], int(match[2])
+
+
+def _nearest(path: Path) -> str:
+    names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, n=1)
+    return str(path.parent / near[0]) if near else ""
+
+
+def _hub(name: str, limit: int) -> Source:
+    import datasets
+
+    if name.lower() in _ELSEWHERE:
+        raise UserError(f"--data_path {name}: {_ELSEWHERE[name.lower()]}")
+    online = hub.is_reachable()
+    try:
+        builder = datasets.load_dataset_builder(name)
+        kind = type(builder).__module__.split(".")
+        if kind[:2] != ["datasets", "packaged_modules"] or kind[2] not in _HUB_BUILDERS:
+            raise UserError(f"--data_path {name}: not plain data files; save it as json or parquet and give the path")
+        splits = datasets.load_dataset(name)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise UserError(
+            f"--data_path {name}: no file or folder here, and not loaded from the hub "
+            f"({reason if online else 'this machine does not reach it, and its cache has no such dataset'}); "
+            f"give the path of a file, or of a folder with the dataset's files"
+        ) from None
+    train, held_out = split_names(list(splits))
+    unread = tuple(f"split {split}" for split in splits if split not in (train, held_out))
+    return Source(name, limit=limit, hub=(splits[train], splits[held_out] if held_out else None), unread=unread)

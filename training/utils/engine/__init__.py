@@ -1,0 +1,1 @@
+"""DeepSpeed: its configuration, the precision, one engine for one trained role."""

@@ -1,0 +1,211 @@
+"""One DeepSpeed engine for one trained role: optimizer, schedule, and a step normalised over all ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime import bf16_optimizer
+from torch import nn
+
+from training.utils.engine.zero_config import frozen_config
+from training.utils.model.classifiers import TokenScorer, load_classifier
+from training.utils.model.loading import load_causal_lm
+from training.utils.run.distributed import bound_waits, world_size
+from training.utils.run.watchdog import beat
+
+# The 16-bit optimizer prints eighteen lines about memory for every engine, whatever the log level
+bf16_optimizer.see_memory_usage = lambda *_args, **_kwargs: None
+
+ADAM_BETAS = (0.9, 0.95)  # DeepSpeed-Chat's and InstructGPT's
+MAX_SKIPPED = 10  # optimizer steps in a row; a single one is noise, ten are a run that learns nothing any more
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did.
+
+    Attributes:
+        grad_norm: global gradient norm before clipping; not finite if the step was skipped.
+        learning_rate: of the step that was just made.
+        skipped: the gradient was not finite on some rank, so no rank changed its weights.
+        failed: skipped, and not because fp16 looks for the largest loss scale that fits, which skipping is part of.
+    """
+
+    grad_norm: float
+    learning_rate: float
+    skipped: bool
+    failed: bool
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups: matrices with weight decay, biases and norms without."""
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty placeholder
+            groups[len(shape) > 1].append(parameter)
+    return [
+        {"params": params, "weight_decay": weight_decay if decays else 0.0}
+        for decays, params in groups.items()
+        if params
+    ]
+
+
+def initialize_engine(
+    model: nn.Module,
+    config: dict[str, Any],
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    num_warmup_steps: int,
+    total_steps: int,
+    lr_scheduler_type: str = "cosine",
+) -> Any:
+    """Wrap a model for training: AdamW, linear warm-up, then the schedule over ``total_steps``.
+
+    Args:
+        model: on any device; only parameters that require a gradient get optimizer states.
+        config: from `training.utils.engine.zero_config.deepspeed_config`.
+        learning_rate: the peak.
+        weight_decay: of matrices.
+        num_warmup_steps, total_steps: in optimizer steps.
+        lr_scheduler_type: one of `training.utils.arguments.SCHEDULES`, as transformers makes them.
+    """
+    from transformers import get_scheduler  # brings PEFT along: a second that evaluations and plans do without
+
+    groups = parameter_groups(model, weight_decay)
+    if "offload_optimizer" in config["zero_optimization"]:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, lr=learning_rate, betas=ADAM_BETAS)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=ADAM_BETAS, fused=True)
+    schedule = get_scheduler(lr_scheduler_type, optimizer, num_warmup_steps, max(total_steps, 1))
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)
+    bound_waits()
+    _restore_buffers(engine.module, buffers)
+    if engine.fp16_enabled():  # else it raises at the smallest scale; the programs count, and end with a checkpoint
+        engine.optimizer.loss_scaler.raise_error_at_min_scale = False
+    return engine
+
+
+def _restore_buffers(model: nn.Module, buffers: dict[str, torch.Tensor]) -> None:
+    """Undo DeepSpeed's cast of buffers to 16 bit: rotary frequencies in bf16 are another model than the saved one."""
+    for name, buffer in buffers.items():
+        owner, _, leaf = name.rpartition(".")
+        buffers_of_module = model.get_submodule(owner)._buffers
+        cast = buffers_of_module[leaf]
+        assert cast is not None
+        buffers_of_module[leaf] = buffer.to(cast.device)
+
+
+def dtype_name(engine: Any) -> str:
+    """The precision of an engine's weights: ``bf16``, ``fp16`` or ``fp32``."""
+    return "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
+
+
+def backward(engine: Any, loss_sum: torch.Tensor, global_count: float) -> None:
+    """Accumulate the gradient of ``loss_sum / global_count``, a mean over all ranks and micro-batches.
+
+    DeepSpeed averages gradients over ranks, hence the factor: 1 rank x batch 8, 2 ranks x batch 4 and
+    batch 1 x accumulation 8 then give the same step.
+
+    Args:
+        engine: the role's engine.
+        loss_sum: this micro-batch's sum over its tokens (step 2: pairs), a scalar.
+        global_count: tokens (pairs) of the whole optimizer step, over all ranks and micro-batches.
+    """
+    beat("training")
+    engine.backward(loss_sum * (world_size() / max(global_count, 1.0)), scale_wrt_gas=False)
+
+
+class SkipGuard:
+    """Counts optimizer steps in a row at which a trained role learned nothing, and says when it is time to stop.
+
+    Attributes:
+        in_a_row: steps skipped since the last that was not; a resumed run goes on counting.
+        reason: why the run must stop; empty while it may go on.
+    """
+
+    def __init__(self, in_a_row: int = 0) -> None:
+        self.reason = ""
+        self.in_a_row = in_a_row
+
+    def count(self, causes: Sequence[str]) -> None:
+        """Take in one step: why it was skipped, empty if it was not. All ranks must say the same."""
+        self.in_a_row = self.in_a_row + 1 if causes else 0
+        if self.in_a_row >= MAX_SKIPPED and not self.reason:
+            self.reason = (
+                f"{self.in_a_row} optimizer steps in a row were skipped, the last because of {' and '.join(causes)}"
+            )
+
+
+def optimizer_step(engine: Any) -> StepResult:
+    """Clip, step the optimizer and the schedule, and clear gradients."""
+    beat("training")
+    learning_rate = engine.get_lr()[0]
+    skipped_before = engine.skipped_steps
+    engine.step()
+    norm = engine.get_global_grad_norm()
+    grad_norm = math.nan if norm is None else float(norm)
+    skipped = engine.skipped_steps > skipped_before
+    scaled = engine.fp16_enabled() and engine.optimizer.dynamic_loss_scale
+    searching = scaled and engine.optimizer.cur_scale > 1  # DeepSpeed halves it down to 1
+    return StepResult(grad_norm, learning_rate, skipped, skipped and not searching)
+
+
+def frozen_role(model: nn.Module, *, zero_stage: int, dtype: str, offload: bool, device: torch.device) -> Any:
+    """A role that never trains: no gradients; at ZeRO-3 its parameters are sharded over the ranks.
+
+    Args:
+        model: loaded under ``sharded_loading(frozen_config(...))`` if ``zero_stage`` is 3.
+        zero_stage: the stage of the trained role that it accompanies.
+        dtype: see `training.utils.engine.zero_config.deepspeed_config`.
+        offload: at ZeRO-3 keep parameters in CPU memory.
+        device: where the model goes below ZeRO-3.
+
+    Returns:
+        A module (an engine at ZeRO-3) in evaluation mode.
+    """
+    model.requires_grad_(False)
+    if zero_stage < 3:
+        return model.to(device).eval()
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    engine, *_ = deepspeed.initialize(model=model, config=frozen_config(dtype=dtype, offload=offload))
+    bound_waits()
+    _restore_buffers(engine.module, buffers)
+    engine.eval()
+    return engine
+
+
+def load_frozen_scorer(
+    path: str,
+    *,
+    zero_stage: int,
+    dtype: str,
+    pad_token_id: int,
+    attn_implementation: str,
+    offload: bool,
+    device: torch.device,
+) -> Any:
+    """A frozen reward model that scores every token, see `TokenScorer` and `frozen_role`."""
+    sharded = frozen_config(dtype=dtype, offload=offload) if zero_stage == 3 else None
+    model = load_classifier(
+        path, dtype=dtype, pad_token_id=pad_token_id, attn_implementation=attn_implementation, ds_config=sharded
+    )
+    return frozen_role(TokenScorer(model), zero_stage=zero_stage, dtype=dtype, offload=offload, device=device)
+
+
+def load_frozen_causal_lm(
+    path: str, *, zero_stage: int, dtype: str, attn_implementation: str, offload: bool, device: torch.device
+) -> Any:
+    """A frozen causal LM, see `training.utils.model.loading.load_causal_lm` and `frozen_role`."""
+    sharded = frozen_config(dtype=dtype, offload=offload) if zero_stage == 3 else None
+    model = load_causal_lm(path, dtype=dtype, attn_implementation=attn_implementation, ds_config=sharded)
+    return frozen_role(model, zero_stage=zero_stage, dtype=dtype, offload=offload, device=device)

@@ -1,0 +1,95 @@
+"""What the steps' evaluate.py programs share: which model and rows, tables, evaluation.json."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from training.utils import arguments
+from training.utils.run.distributed import say
+from training.utils.run.folders import repository_root, shown
+from training.utils.run.manifest import read_manifest, write_json
+
+EVALUATION_FILE = "evaluation.json"
+
+
+def recorded_arguments(
+    folder: Path, groups: Sequence[type], aliases: Mapping[str, str] | None = None
+) -> dict[type, Any]:
+    """The flags that a step was run with, from its summary or train.py's manifest; defaults where neither has them.
+
+    A relative path among them is made absolute if it is found: in the folder that the step was started in, the
+    repository, the folders around the run, or here.
+
+    Args:
+        folder: the step's output.
+        groups, aliases: of the step's program.
+
+    Returns:
+        Group -> its flags.
+    """
+    found = read_manifest(folder / "summary.json").get("run_with")
+    if found is None:
+        found = read_manifest(folder.parent / "manifest.json").get("steps", {}).get(folder.name, {})
+    started = [Path(found["folder"])] if "folder" in found else []
+    folders = [*started, repository_root(), folder.parent, *folder.parent.parents, Path.cwd()]
+    argv = [_located(token, folders) for token in found.get("arguments", [])]
+    parsed = arguments.parse(groups, argv, prog=folder.name, description="", aliases=aliases)
+    return dict(zip(groups, parsed, strict=True))
+
+
+def _located(token: str, folders: Sequence[Path]) -> str:
+    """A recorded flag or value with its relative path, perhaps with ``:N`` or ``:name`` behind it, made absolute."""
+    flag, equals, value = token.partition("=") if token.startswith("--") else ("", "", token)
+    path, colon, suffix = value.partition(":")
+    if not ("/" in path or "." in path):
+        return token
+    found = next((folder / path for folder in folders if os.path.exists(folder / path)), None)
+    return token if found is None else f"{flag}{equals}{found}{colon}{suffix}"
+
+
+def data_arguments(given: arguments.DataArguments, recorded: arguments.DataArguments) -> arguments.DataArguments:
+    """The data flags given to the evaluation; without any, those that the step was run with.
+
+    The latter without template and system message: the saved tokenizer has them, and their file may be gone.
+    """
+    own = replace(recorded, chat_template="", system_message="")
+    chosen = own if given == arguments.DataArguments() else given
+    say(f"held-out rows of: {' '.join(chosen.eval_data_path or chosen.data_path)}")
+    return chosen
+
+
+def write_evaluation(folder: Path, content: Mapping[str, Any]) -> Path:
+    """Write ``evaluation.json`` whole or not at all; one that is there is kept under the next free number."""
+    path = folder / EVALUATION_FILE
+    if path.exists():
+        number = 1
+        while (earlier := folder / f"evaluation-{number}.json").exists():
+            number += 1
+        path.rename(earlier)
+        say(f"the earlier {EVALUATION_FILE} is kept as {shown(earlier)}")
+    write_json(path, content)
+    say(f"written to {shown(path)}")
+    return path
+
+
+def table(rows: Sequence[Sequence[Any]]) -> str:
+    """Rows of cells in columns, the first left-aligned; floats with three decimals, pairs of them as intervals."""
+    texts = [[cell_text(cell) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in texts) for i in range(len(texts[0]))]
+    return "\n".join(
+        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        for row in texts
+    )
+
+
+def cell_text(cell: Any) -> str:
+    """A cell of `table`."""
+    if isinstance(cell, float):
+        return f"{cell:.3f}"
+    if isinstance(cell, list):
+        return f"[{', '.join(cell_text(part) for part in cell)}]"
+    return "" if cell is None else str(cell)

@@ -1,0 +1,255 @@
+"""The loop of the `fast` backend: prompts in, one token per row and step, rows leave when they end.
+
+What makes it faster than ``generate`` on the same model: equal prompts are computed once, and so is a beginning that
+all prompts share (a chat template's system message); the other prompt tokens come in groups of similar length, so
+that a short prompt is not padded to a long one; rows that have ended leave the batch; keys and values are written
+into memory reserved once (`DecodeLayer`).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from training.utils.generation.decode_attention import DecodeLayer
+from training.utils.generation.requests import RolloutRequest
+from training.utils.generation.sampling import SamplingConfig, next_tokens, row_keys
+from training.utils.model.forward import without_adapters
+from training.utils.run.distributed import all_reduce_max
+from training.utils.run.watchdog import beat
+
+# A group of prompts this large keeps the matrix kernels busy; larger ones only bring more padding.
+PREFILL_TOKENS = 256
+# A shared beginning costs a forward of its own: it must save more than that.
+SHORTEST_PREFIX = 8
+
+
+@dataclass
+class Responses:
+    """What decoding fills in, rows in the request's order: ids and logprobs [B, max_new_tokens], lengths [B].
+
+    prefill_seconds: until the prompts were computed.
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+    lengths: Tensor
+    prefill_seconds: float = 0.0
+
+
+def seconds_since(start: float, device: torch.device) -> float:
+    """Seconds from ``start``, by `time.perf_counter`, until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+@functools.cache
+def _accepted_inputs(model_class: Any) -> frozenset[str]:
+    """The names of the arguments that the forward of a model's class takes."""
+    return frozenset(inspect.signature(model_class.forward).parameters)
+
+
+def _forward(model: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+    """Logits [B, V] of the last position of ids [B, T], given all columns' mask and these tokens' positions."""
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
+    model_class: Any = type(without_adapters(model))
+    accepted = _accepted_inputs(model_class)
+    if "position_ids" in accepted:  # BLOOM has none: its bias by distance is computed from the mask
+        inputs["position_ids"] = positions
+    if "logits_to_keep" in accepted:
+        inputs["logits_to_keep"] = 1
+    return model(**inputs).logits[:, -1]
+
+
+def _make_cache(model: Any, rows: int, prompt_columns: int, new_columns: int, transposed_keys: bool) -> Cache:
+    """A cache in reserved memory; transformers' own where some layer is not plain attention (sliding window, say)."""
+    cache = DynamicCache(config=without_adapters(model).config)
+    if not cache.layers or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return cache
+    capacity = prompt_columns + new_columns
+    return Cache(layers=[DecodeLayer(rows, prompt_columns, capacity, transposed_keys) for _ in cache.layers])
+
+
+def _decode_layers(cache: Cache) -> list[DecodeLayer]:
+    """All layers of a cache from `_make_cache` that are in reserved memory: every one or none."""
+    return [layer for layer in cache.layers if isinstance(layer, DecodeLayer)]
+
+
+def _prompt_groups(lengths: list[int]) -> list[list[int]]:
+    """Rows by length, cut into groups of about `PREFILL_TOKENS`: a short prompt is not padded to a long one."""
+    groups: list[list[int]] = [[]]
+    for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
+        if len(groups[-1]) * lengths[row] >= PREFILL_TOKENS:
+            groups.append([])
+        groups[-1].append(row)
+    return groups
+
+
+def _shared_prefix(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Move the beginning that all prompts share to the left edge, where one copy of it can serve all rows.
+
+    Args:
+        ids, mask: [B, P] left-padded prompts; some row fills the width.
+
+    Returns:
+        ids and mask in which columns 0 to L - 1 hold the shared beginning and the padding comes after it, and L: 0
+        if nothing worth sharing was found. Each row keeps a token after the beginning, as its logits are needed.
+    """
+    rows, width = ids.shape
+    lengths = mask.sum(1)
+    limit = int(lengths.min()) - 1
+    columns = torch.arange(max(limit, 0), device=ids.device)
+    starts = ids.gather(1, (width - lengths)[:, None] + columns)  # [B, limit], the prompts left-aligned
+    differs = (starts != starts[:1]).any(0).nonzero()[:, 0]
+    shared = int(differs[0]) if len(differs) else limit
+    if shared < SHORTEST_PREFIX or (rows - 1) * shared < PREFILL_TOKENS:
+        return ids, mask, 0
+    moved = ids.clone()
+    moved[:, :shared] = starts[0, :shared]
+    kept = torch.arange(width, device=ids.device) >= (width - lengths + shared)[:, None]
+    kept[:, :shared] = True
+    return moved, kept.to(mask.dtype), shared
+
+
+def _prefill(
+    model: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache, shared: int, one_forward: bool
+) -> Tensor:
+    """Run the prompts [B, P] through the model, equal prompts once, and return the last position's logits [B, V].
+
+    ``shared`` columns at the left edge are the same in all rows (`_shared_prefix`).
+    """
+    layers = _decode_layers(cache)
+    if not layers:
+        return _forward(model, ids, mask, positions, cache)
+    width, device = ids.shape[1], ids.device
+    everyone = torch.arange(len(ids), device=device)
+
+    def aim(column: int, past: int, target: Tensor, source: Tensor) -> None:
+        for layer in layers:
+            layer.aim(column, past, target, source)
+
+    if shared:
+        aim(0, 0, everyone, torch.zeros_like(everyone))
+        _forward(model, ids[:1, :shared], mask[:1, :shared], positions[:1, :shared], cache)
+    distinct, member = torch.unique(torch.stack([ids * mask, mask]), dim=1, return_inverse=True)
+    first = torch.full((distinct.shape[1],), len(ids), device=device).scatter_reduce_(0, member, everyone, "amin")
+    lengths = (distinct[1].sum(1) - shared).tolist()
+    logits: Tensor | None = None
+    for group in [list(range(len(lengths)))] if one_forward else _prompt_groups(lengths):
+        start = width - max(lengths[row] for row in group)
+        place = torch.full((len(lengths),), -1, device=device)
+        place[group] = torch.arange(len(group), device=device)
+        target = (place[member] >= 0).nonzero()[:, 0]
+        source = place[member[target]]
+        aim(start, shared, target, source)
+        rows = first[group]
+        seen = torch.cat([mask[rows, :shared], mask[rows, start:]], dim=1)
+        part = _forward(model, ids[rows, start:], seen, positions[rows, start:], cache)
+        if logits is None:
+            logits = part.new_empty(len(ids), part.shape[1])
+        logits[target] = part[source]
+    for layer in layers:
+        layer.one_token_each()
+    assert logits is not None
+    return logits
+
+
+def _survivors(going: Tensor) -> Tensor:
+    """Indices of the rows that go on, so ordered that as few as possible change place: the last ones fill the holes."""
+    kept = going.nonzero()[:, 0]
+    order = torch.arange(len(kept), device=going.device)
+    order[~going[: len(kept)]] = kept[kept >= len(kept)]
+    return order
+
+
+def _some_rank_goes_on(mine: bool, device: torch.device) -> bool:
+    """Whether any rank still has a row to decode; a collective."""
+    return all_reduce_max(torch.tensor(float(mine), device=device)).item() > 0
+
+
+def _keep_company(model: Any, device: torch.device) -> None:
+    """Make forwards of a single token until every rank has ended: a forward gathers layers from all ranks."""
+    token = torch.zeros(1, 1, dtype=torch.long, device=device)
+    while _some_rank_goes_on(False, device):
+        _forward(model, token, token + 1, token, DynamicCache(config=without_adapters(model).config))
+
+
+def decode(
+    model: Any,
+    request: RolloutRequest,
+    sampling: SamplingConfig,
+    out: Responses,
+    *,
+    transposed_keys: bool,
+    synced: bool,
+) -> None:
+    """Decode until every row has met a stop token or its limit, filling `out`.
+
+    Args:
+        model: a causal LM in eval mode.
+        request, sampling: see `training.utils.generation.engines`.
+        out: filled in; at entry every length is the limit.
+        transposed_keys: lay the key cache out for `decode_attention`.
+        synced: every forward is a collective: all ranks make the same number of them, prompts in one.
+    """
+    device = request.prompt_ids.device
+    if len(request.prompt_ids):
+        _decode_rows(model, request, sampling, out, transposed_keys, synced)
+    if synced:
+        _keep_company(model, device)
+
+
+def _decode_rows(
+    model: Any, request: RolloutRequest, sampling: SamplingConfig, out: Responses, transposed_keys: bool, synced: bool
+) -> None:
+    start = time.perf_counter()
+    width = int(request.prompt_mask.sum(1).max())
+    seen, mask, shared = request.prompt_ids[:, -width:], request.prompt_mask[:, -width:].long(), 0
+    device = mask.device
+    cache = _make_cache(model, len(mask), width, sampling.max_new_tokens, transposed_keys)
+    layers = _decode_layers(cache)
+    if layers and not synced:
+        seen, mask, shared = _shared_prefix(seen, mask)
+    keys = row_keys(request.seed, request.iteration, request.row_ids.to(device))
+    stop_ids = torch.tensor(request.stop_ids, device=device, dtype=torch.long)
+    alive = torch.arange(len(mask), device=device)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    if synced:
+        _some_rank_goes_on(True, device)
+    logits = _prefill(model, seen, mask, positions, cache, shared, one_forward=synced)
+    out.prefill_seconds = seconds_since(start, device)
+    for step in range(sampling.max_new_tokens):
+        beat()
+        tokens, logprobs = next_tokens(logits, keys, step, sampling, seen, mask)
+        out.ids[alive, step] = tokens
+        out.logprobs[alive, step] = logprobs
+        going = ~torch.isin(tokens, stop_ids)
+        out.lengths[alive[~going]] = step + 1
+        if step + 1 == sampling.max_new_tokens or not going.any():
+            return
+        if not going.all():
+            kept = _survivors(going)
+            cache.batch_select_indices(kept)
+            alive, keys, tokens, mask = alive[kept], keys[kept], tokens[kept], mask[kept]
+            positions, seen = positions[kept], seen[kept]
+            padding = int(mask.argmax(1).min())  # columns that only rows which have left were using
+            if padding and layers:
+                mask, seen = mask[:, padding:], seen[:, padding:]
+                for layer in layers:
+                    layer.drop_columns(padding)
+        positions = positions[:, -1:] + 1
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        if sampling.repetition_penalty != 1.0:
+            seen = torch.cat([seen, tokens[:, None]], dim=1)
+        if synced:
+            _some_rank_goes_on(True, device)
+        logits = _forward(model, tokens[:, None], mask, positions, cache)

@@ -1,0 +1,71 @@
+"""Means with their 95% intervals, correlations, histograms: what evaluations and reports say about rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+RESAMPLES = 2000  # of each bootstrap
+Z95 = 1.959964
+FEW_ROWS = 30  # fewer are too few for a bootstrap
+
+
+def mean(values: Sequence[float]) -> float:
+    """The arithmetic mean of at least one value."""
+    return sum(values) / len(values)
+
+
+def bootstrap_interval(values: Sequence[float], weights: Sequence[float] | None = None, *, seed: int) -> list[float]:
+    """95% percentile bootstrap interval of a mean over rows (Efron and Tibshirani 1993, chapter 13).
+
+    Args:
+        values: one for each row; with ``weights``, each row's sum.
+        weights: each row's count, for a mean over its parts, such as the tokens of a response.
+        seed: of the resamples.
+
+    Returns:
+        Lower and upper end.
+    """
+    import torch  # here, because train.py and the report need none of this and answer at once
+
+    value = torch.tensor(values, dtype=torch.float64)
+    weight = torch.ones_like(value) if weights is None else torch.tensor(weights, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.randint(len(value), (RESAMPLES, len(value)), generator=generator)
+    means = value[draws].sum(1) / weight[draws].sum(1).clamp(min=1e-12)
+    return torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+
+
+def wilson_interval(share: float, count: int) -> list[float]:
+    """95% interval of a share (Wilson 1927): unlike the bootstrap's it is not a point where every row is right."""
+    centre = share + Z95**2 / (2 * count)
+    half = Z95 * math.sqrt(share * (1 - share) / count + Z95**2 / (4 * count**2))
+    scale = 1 + Z95**2 / count
+    return [max((centre - half) / scale, 0.0), min((centre + half) / scale, 1.0)]
+
+
+def share_interval(values: Sequence[float], *, seed: int) -> list[float]:
+    """95% interval of a mean of shares, each 0 to 1: the bootstrap's, below `FEW_ROWS` rows Wilson's.
+
+    The bootstrap of a few rows is too narrow, and a point where they all agree. Wilson's takes each for a yes or a no,
+    which no share between them spreads more than.
+    """
+    if len(values) < FEW_ROWS:
+        return wilson_interval(mean(values), len(values))
+    return bootstrap_interval(values, seed=seed)
+
+
+def correlation(a: Sequence[float], b: Sequence[float]) -> float:
+    """Pearson's correlation; 0 where one of the two does not vary."""
+    x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    x, y = x - x.mean(), y - y.mean()
+    spread = float(np.linalg.norm(x) * np.linalg.norm(y))
+    return float(x @ y) / spread if spread > 0 else 0.0
+
+
+def histogram(values: Sequence[float], bins: int = 20) -> dict[str, list[float]]:
+    """``edges`` (one more than bins, from the least to the greatest value) and ``counts``."""
+    counts, edges = np.histogram(np.asarray(values, np.float64), bins=bins)
+    return {"edges": edges.tolist(), "counts": counts.tolist()}

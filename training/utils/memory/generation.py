@@ -1,0 +1,62 @@
+"""Whether a whole model fits beside everything else: the decision between the twin and the hooked engine at ZeRO-3."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import nn
+
+from training.utils.memory.plan import available_memory
+from training.utils.model.forward import without_adapters
+from training.utils.model.lora import is_lora, lora_layers
+from training.utils.run.distributed import all_reduce_max
+
+# The estimate leaves out what an allocator wastes and what kernels need for themselves.
+FREE_SHARE = 0.9
+
+
+def _bytes(parameter: nn.Parameter) -> int:
+    """Of the whole parameter, also where ZeRO-3 holds only a part of it."""
+    return int(getattr(parameter, "ds_numel", parameter.numel())) * parameter.element_size()
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Of all parameters of a model, whole also where ZeRO-3 shards them."""
+    return sum(map(_bytes, model.parameters()))
+
+
+def generation_bytes(model: nn.Module, *, rows: int, length: int, packed: bool, merged: bool) -> int:
+    """Memory that a rollout needs on each rank, in bytes: gathered weights, their copies, cache and logits.
+
+    Args:
+        model: the twin; its parameters may be sharded.
+        rows: decoded together. length: longest prompt plus response, in tokens.
+        packed: linear weights are copied in another layout (`packed_linear`).
+        merged: adapted weights are copied to be written back (`training.utils.model.lora.adapters_merged`).
+    """
+    config: Any = without_adapters(model).config.get_text_config()
+    weights = weight_bytes(model)
+    item = next(model.parameters()).element_size()
+    copies = weights if packed else 0
+    if merged and is_lora(model):
+        copies += sum(_bytes(layer.get_base_layer().weight) for layer in lora_layers(model).values())
+    heads = config.num_attention_heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    cache = 2 * rows * length * config.num_hidden_layers * key_heads * head_width * item
+    logits = 2 * rows * config.vocab_size * torch.float32.itemsize
+    return weights + copies + cache + logits
+
+
+def free_bytes() -> int:
+    """Memory that this rank may take on its device, in bytes; ranks on one host share the host's memory."""
+    get_accelerator().empty_cache()
+    return available_memory()
+
+
+def fits(needed: int, device: torch.device) -> bool:
+    """Whether every rank has `needed` bytes free; a collective, so that all ranks decide alike."""
+    short = torch.tensor(float(needed > FREE_SHARE * free_bytes()), device=device)
+    return all_reduce_max(short).item() == 0

@@ -1,0 +1,343 @@
+"""``--plan``: what a run will need of the device's memory, before a model is loaded.
+
+Each step program describes itself as roles (what is held all the time, per ZeRO stage: `training.utils.memory.zero`)
+and phases (what comes and goes: activations, logits, KV cache, found by `training.utils.memory.live`). The peak is that
+of the most demanding phase. Every row is taken to fill the longest length that the flags allow, all of it response.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from training.utils.engine.zero_config import DTYPES
+from training.utils.errors import UserError
+from training.utils.memory.live import FakeModel, PassMemory
+from training.utils.memory.zero import BYTES, RoleMemory, RoleSize
+from training.utils.model.classifiers import TokenScorer
+from training.utils.model.forward import without_adapters
+from training.utils.model.loading import config_without_dropout, no_dropout, remote_code, with_attention
+from training.utils.model.lora import inject_lora
+from training.utils.run.distributed import say, world_size
+from training.utils.run.runtime import local_ranks
+
+MIB, GIB = 2**20, 2**30
+DOES_NOT_FIT = 1  # exit code
+ALLOCATOR_SLACK = 1.45  # docs/results.md: resident memory of a CPU run with glibc's default settings, against tensors
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A time in the run, with what is allocated in it beyond the roles.
+
+    Attributes:
+        name: for the table.
+        parts: bytes by name, on the device.
+        host: bytes by name, in the host's memory.
+    """
+
+    name: str
+    parts: dict[str, int] = field(default_factory=dict)
+    host: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Memory of one rank.
+
+    Attributes:
+        roles: by name.
+        phases: in the order of the run.
+        on_cpu: device and host are the same memory.
+        notes: lines for the reader.
+    """
+
+    roles: dict[str, RoleMemory]
+    phases: Sequence[Phase]
+    on_cpu: bool
+    notes: Sequence[str] = ()
+
+    def resident(self) -> int:
+        """Bytes that the roles hold on the device all the time."""
+        return sum(
+            size
+            for role in self.roles.values()
+            for name, size in role.resident.items()
+            if self.on_cpu or name not in role.host
+        )
+
+    def need(self, phase: Phase) -> int:
+        """Bytes on the device in a phase."""
+        return self.resident() + sum(phase.parts.values()) + (sum(phase.host.values()) if self.on_cpu else 0)
+
+    def peak(self) -> int:
+        """Bytes on the device in the most demanding phase."""
+        return max(self.need(phase) for phase in self.phases)
+
+    def host_peak(self) -> int:
+        """Bytes in the host's memory beside an accelerator: what is offloaded, and copies while saving."""
+        offloaded = sum(size for r in self.roles.values() for name, size in r.resident.items() if name in r.host)
+        return 0 if self.on_cpu else offloaded + max(sum(phase.host.values()) for phase in self.phases)
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """A role's adapters; ``dim`` 0 for none."""
+
+    dim: int = 0
+    module_name: str = "all-linear"
+    only_optimize_lora: bool = False
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What may be changed to make a run fit, without changing what it computes.
+
+    Attributes:
+        zero_stage: of the trained roles.
+        offload: optimizer states in the host's memory.
+        checkpointing: recompute activations.
+        batch: rows per rank and micro-batch of training.
+        other_batch: rows per rank in evaluation (step 3: in generation).
+        accumulates: several micro-batches per step.
+    """
+
+    zero_stage: int
+    offload: bool
+    checkpointing: bool
+    batch: int
+    other_batch: int
+    accumulates: bool
+
+
+def device() -> torch.device:
+    """The device that this machine trains on, without touching it."""
+    return torch.device(get_accelerator().device_name())
+
+
+def available_memory() -> int:
+    """Bytes that one rank may take: free device memory; on a CPU the machine's or the container's, by local ranks."""
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        return int(accelerator.available_memory(int(os.environ.get("LOCAL_RANK", "0"))))
+    free = int(accelerator.available_memory())
+    group = Path("/sys/fs/cgroup")
+    if (group / "memory.max").is_file() and (limit := (group / "memory.max").read_text().strip()) != "max":
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used = int((group / "memory.current").read_text()) - int(statistics.get("inactive_file", 0))
+        free = min(free, int(limit) - used)
+    return max(free, 0) // local_ranks()
+
+
+def role_lines(plan: Plan) -> list[str]:
+    """What each role holds, in MiB."""
+    lines = []
+    for name, role in plan.roles.items():
+        parts = [f"{part} {_mib(size)}" for part, size in role.resident.items() if size]
+        lines.append(f"  {name:<12}{_mib(role.total):>8}   {', '.join(parts)}")
+        if role.host and not plan.on_cpu:
+            lines.append(f"  {'':<20}   in the host's memory: {', '.join(sorted(role.host))}")
+    return lines
+
+
+def phase_lines(plan: Plan) -> list[str]:
+    """What each phase adds and needs in all, in MiB."""
+    lines = []
+    for phase in plan.phases:
+        parts = phase.parts | (phase.host if plan.on_cpu else {})
+        shown = ", ".join(f"{part} {_mib(size)}" for part, size in parts.items() if size)
+        lines.append(f"  {phase.name:<20}{_mib(plan.need(phase)):>8}   {shown}")
+    return lines
+
+
+def _mib(size: int) -> str:
+    return f"{size / MIB:,.0f}"
+
+
+def show_plan(title: str, settings: Settings, plan_of: Callable[[Settings], Plan], flags: Mapping[str, str]) -> int:
+    """Print the plan; returns the exit code: 0 if it fits, `DOES_NOT_FIT` if not.
+
+    Args:
+        title: what is planned: step, model, precision, ranks.
+        settings: those of the command line.
+        plan_of: the plan with any settings.
+        flags: name in `Settings` -> the flags that set it, with ``{}`` for the value.
+    """
+    available, plan = available_memory(), plan_of(settings)
+    at = max(plan.phases, key=plan.need)
+    fits = plan.peak() <= available
+    by_stage = {stage: plan_of(replace(settings, zero_stage=stage)).peak() for stage in range(4)}
+    least = next((stage for stage, peak in by_stage.items() if peak <= available), None)
+    lines = [f"Memory plan of {title}; for each rank, in MiB", "", "  held all the time", *role_lines(plan), ""]
+    lines += ["  phase                 total   of it, for that time", *phase_lines(plan), ""]
+    lines += [f"  {note}" for note in plan.notes]
+    lines.append(
+        f"  peak {_mib(plan.peak())} in {at.name}; free for this rank ({device().type}): {_mib(available)}: "
+        + ("it fits" if fits else "it does NOT fit")
+    )
+    if plan.on_cpu:
+        lines.append(
+            "  that is tensors; the C library keeps freed memory too, up to "
+            f"{_mib(int(plan.peak() * ALLOCATOR_SLACK))} in all, unless MALLOC_MMAP_THRESHOLD_=65536 is set"
+        )
+    if host := plan.host_peak():
+        lines.append(f"  host memory beside it: {_mib(host)}")
+    lines.append("  peak by ZeRO stage: " + ", ".join(f"{stage}: {_mib(peak)}" for stage, peak in by_stage.items()))
+    lines.append(f"  least sharded ZeRO stage that fits: {'none' if least is None else least}")
+    if not fits:
+        lines += advice(settings, plan_of, flags, available)
+    say("\n".join(lines))
+    return 0 if fits else DOES_NOT_FIT
+
+
+def advice(
+    settings: Settings, plan_of: Callable[[Settings], Plan], flags: Mapping[str, str], available: int
+) -> list[str]:
+    """Which settings to change, the cheapest first, each on top of those before it, until the plan fits.
+
+    After each change the cheapest ones are tried again: a smaller batch of one phase may leave another the largest.
+    """
+    lines, plan = ["  what to change first, one after the other:"], plan_of(settings)
+    peak, on_cpu, found = plan.peak(), plan.on_cpu, True
+    while found:
+        found = False
+        for name, value in cheaper(settings, on_cpu=on_cpu):
+            changed = replace(settings, **{name: value}, accumulates=settings.accumulates or name == "batch")
+            lower = plan_of(changed).peak()
+            if lower < peak:
+                settings, peak, found = changed, lower, True
+                fits = ", fits" if peak <= available else ""
+                lines.append(f"    {flags[name].format(value):<48} peak {_mib(peak)}{fits}")
+                if fits:
+                    return lines
+                break
+    return [*lines, "    then LoRA with --only_optimize_lora, shorter sequences, more ranks or a smaller model"]
+
+
+def cheaper(settings: Settings, *, on_cpu: bool) -> Iterator[tuple[str, Any]]:
+    """Changes of settings in the order of what they cost in time: (name, value)."""
+    if not settings.checkpointing:
+        yield "checkpointing", True
+    if world_size() > 1:
+        yield from (("zero_stage", stage) for stage in range(max(settings.zero_stage, 1) + 1, 4))
+    for name in ("other_batch", "batch"):
+        size = getattr(settings, name)
+        yield from ((name, part) for part in range(size // 2, 0, -1) if size % part == 0)
+    if not settings.offload and not on_cpu:
+        yield "offload", True
+
+
+def fake_batch(rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask ``[rows, length]`` of rows without padding."""
+    ids = torch.zeros(rows, length, dtype=torch.long)
+    return ids, torch.ones_like(ids)
+
+
+def saving_phase(parameters: int, width: int) -> Phase:
+    """The export: weights are copied to the host on rank 0, written, loaded again and compared."""
+    return Phase("saving (rank 0)", host={"copy": parameters * width, "reloaded": parameters * width})
+
+
+def training_phases(
+    role: str,
+    memory: RoleMemory,
+    passes: PassMemory,
+    logits: int,
+    *,
+    accumulates: bool,
+    others: int = 0,
+    others_at_step: int = 0,
+) -> list[Phase]:
+    """Backward and step of one role.
+
+    Args:
+        role: its name.
+        memory: from `training.utils.memory.zero.trained_role`.
+        passes: of one micro-batch's forward and backward.
+        logits: bytes of its logits, 0 for a role without.
+        accumulates: several micro-batches per step: from the second on, gradients of those before are there.
+        others, others_at_step: gradients that another role keeps in the backward and in the step.
+    """
+    earlier = {"gradients of the other role": others}
+    backward = {
+        "gathered parameters": memory.gathered,
+        "logits": logits,
+        "activations and gradients": passes.peak - logits,
+        "gradients of earlier micro-batches": memory.pending if accumulates else 0,
+    }
+    return [
+        Phase(f"{role}: backward", backward | earlier),
+        Phase(f"{role}: reduction", {"gradients and buckets": memory.reduction} | earlier),
+        Phase(
+            f"{role}: step",
+            {"gradients and norms": memory.step, "gradients of the other role": others_at_step},
+        ),
+    ]
+
+
+def fake_role(path: str, dtype: str, attn_implementation: str, lora: LoraSettings, *, classifier: bool) -> FakeModel:
+    """A role's model without storage, adapters included.
+
+    Args:
+        path: a model folder or hub name; only its configuration is read.
+        dtype, attn_implementation: as for loading; FlashAttention is planned as PyTorch's own, which needs as much.
+        lora: its adapters.
+        classifier: a `TokenScorer` in place of a causal LM.
+
+    Raises:
+        UserError: the family can not be built.
+    """
+    attention = "sdpa" if attn_implementation == "flash_attention_2" else attn_implementation
+    factory: Any = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+
+    def build() -> Any:
+        config = config_without_dropout(path)
+        if classifier:
+            config.num_labels, config.pad_token_id = 1, 0
+        model = with_attention(
+            lambda kind: factory.from_config(config, dtype=DTYPES[dtype], attn_implementation=kind, **remote_code()),
+            attention,
+        )
+        no_dropout(model)
+        if lora.dim:
+            model = inject_lora(
+                model, dim=lora.dim, module_name=lora.module_name, only_optimize_lora=lora.only_optimize_lora
+            )
+        return TokenScorer(model) if classifier else model
+
+    try:
+        return FakeModel(build, device())
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
+
+
+def role_size(model: FakeModel) -> RoleSize:
+    """The numbers of elements of a role."""
+    trained = [p.numel() for p in model.module.parameters() if p.requires_grad]
+    return RoleSize(sum(p.numel() for p in model.module.parameters()), sum(trained), max(trained, default=0))
+
+
+def base_parameters(model: FakeModel) -> int:
+    """The number of parameters without adapters."""
+    return sum(p.numel() for name, p in model.module.named_parameters() if not _added(name))
+
+
+def _added(name: str) -> bool:
+    return ".lora_" in name or ".original_module." in name
+
+
+def vocabulary(model: FakeModel) -> int:
+    """The width of a causal LM's logits."""
+    return without_adapters(model.module).get_output_embeddings().weight.shape[0]
+
+
+def logits_bytes(model: FakeModel, rows: int, columns: int, dtype: str) -> int:
+    """Bytes of ``[rows, columns, vocabulary]`` logits."""
+    return rows * columns * vocabulary(model) * BYTES[dtype]

@@ -1,0 +1,129 @@
+"""The memory plans of steps 1 and 2: one model that trains, is evaluated and saved."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from training.utils.arguments import DeepSpeedArguments, LoraArguments, ModelArguments, TrainingArguments
+from training.utils.engine.zero_config import deepspeed_config, effective_stage
+from training.utils.memory import plan as plans
+from training.utils.memory.live import FakeModel, PassMemory
+from training.utils.memory.zero import BYTES, frozen_role, trained_role
+from training.utils.model.logprobs import response_log_probs
+from training.utils.run.distributed import world_size
+
+FLAGS = {
+    "zero_stage": "--zero_stage {}",
+    "offload": "--offload",
+    "checkpointing": "--gradient_checkpointing",
+    "batch": "--per_device_train_batch_size {} (accumulate more)",
+    "other_batch": "--per_device_eval_batch_size {}",
+}
+
+
+class SequenceCosts:
+    """Forward and backward of a model without storage, each counted once.
+
+    Args:
+        model: from `training.utils.memory.plan.fake_role`.
+        length: tokens of every row.
+        classifier: the model is a `TokenScorer`; else a causal LM, whose loss is on all tokens.
+    """
+
+    def __init__(self, model: FakeModel, length: int, *, classifier: bool) -> None:
+        self.model, self.length, self.classifier = model, length, classifier
+        self.training = functools.cache(self._training)
+        self.evaluation = functools.cache(self._evaluation)
+
+    def _outputs(self, model: Any, rows: int) -> Any:
+        ids, mask = plans.fake_batch(rows, self.length)
+        return model(ids, mask) if self.classifier else response_log_probs(model, ids, mask, mask)[0]
+
+    def _training(self, rows: int, checkpointing: bool) -> PassMemory:
+        self.model.gradient_checkpointing(checkpointing)
+        return self.model.training_pass(lambda m: self._outputs(m, rows).sum())
+
+    def _evaluation(self, rows: int) -> PassMemory:
+        return self.model.forward_pass(lambda m: self._outputs(m, rows))
+
+
+def sequence_plan(costs: SequenceCosts, settings: plans.Settings, dtype: str, overrides: dict[str, Any]) -> plans.Plan:
+    """The plan of step 1 (causal LM) or step 2 (`TokenScorer`, rows in pairs, reloaded at the end).
+
+    Args:
+        costs: of the step's model.
+        settings: what may change.
+        dtype: ``bf16``, ``fp16`` or ``fp32``.
+        overrides: the user's DeepSpeed configuration.
+    """
+    on_cpu, size, stage = plans.device().type == "cpu", plans.role_size(costs.model), settings.zero_stage
+    config = deepspeed_config(zero_stage=stage, dtype=dtype, offload=settings.offload, overrides=overrides)
+    role = trained_role(
+        size, config=config, dtype=dtype, ranks=world_size(), on_cpu=on_cpu, accumulates=settings.accumulates
+    )
+    per_row = 2 if costs.classifier else 1
+    rows, eval_rows = per_row * settings.batch, per_row * settings.other_batch
+    logits = {
+        n: 0 if costs.classifier else plans.logits_bytes(costs.model, n, costs.length - 1, dtype)
+        for n in (rows, eval_rows)
+    }
+    scored, passes = costs.evaluation(eval_rows), costs.training(rows, settings.checkpointing)
+    evaluation = {
+        "gathered parameters": role.gathered,
+        "logits": logits[eval_rows],
+        "activations": scored.peak - logits[eval_rows],
+    }
+    phases = [
+        plans.Phase("evaluation", evaluation),
+        *plans.training_phases("model", role, passes, logits[rows], accumulates=settings.accumulates),
+        plans.saving_phase(size.parameters, BYTES[dtype]),
+    ]
+    if costs.classifier:
+        again = frozen_role(
+            size.parameters, zero_stage=stage, dtype=dtype, ranks=world_size(), offload=settings.offload
+        )
+        reloaded = {"reloaded": again.total, "gathered parameters": again.gathered, "activations": scored.peak}
+        phases.append(plans.Phase("reward statistics", reloaded))
+    other = costs.training(rows, not settings.checkpointing)
+    note = "without" if settings.checkpointing else "with"
+    change = (other.peak - passes.peak) / plans.MIB
+    notes = [f"{note} --gradient_checkpointing the backward needs {change:+,.0f}"]
+    if stage != effective_stage(stage):
+        notes.append("ZeRO stage 0 runs as DeepSpeed's stage 1, see docs/memory.md")
+    return plans.Plan({"model": role}, phases, on_cpu, notes)
+
+
+def show_sequence_plan(
+    step: int,
+    path: str,
+    model: ModelArguments,
+    lora: LoraArguments,
+    train: TrainingArguments,
+    ds: DeepSpeedArguments,
+    overrides: dict[str, Any],
+) -> int:
+    """Print the plan of step 1 or 2; returns the exit code, see `training.utils.memory.plan.show_plan`.
+
+    Args:
+        step: 1 or 2.
+        path: the model that the step starts from.
+        model, lora, train, ds: the step's flags.
+        overrides: the user's DeepSpeed configuration.
+
+    Raises:
+        UserError: no model can be built from ``path``.
+    """
+    adapters = plans.LoraSettings(lora.lora_dim, lora.lora_module_name, lora.only_optimize_lora)
+    fake = plans.fake_role(path, model.dtype, model.attn_implementation, adapters, classifier=step == 2)
+    costs = SequenceCosts(fake, model.max_seq_len, classifier=step == 2)
+    settings = plans.Settings(
+        zero_stage=ds.zero_stage,
+        offload=ds.offload,
+        checkpointing=model.gradient_checkpointing,
+        batch=train.per_device_train_batch_size,
+        other_batch=train.per_device_eval_batch_size,
+        accumulates=train.gradient_accumulation_steps > 1,
+    )
+    title = f"step {step}: {path}, {model.dtype}, ZeRO {ds.zero_stage}, ranks: {world_size()}"
+    return plans.show_plan(title, settings, lambda s: sequence_plan(costs, s, model.dtype, overrides), FLAGS)

@@ -1,0 +1,130 @@
+"""What DeepSpeed's ZeRO optimizers hold and allocate, as formulas of the numbers of parameters and ranks.
+
+Read from DeepSpeed 0.19 and held against it, byte by byte, in tests/utils/memory/test_zero.py. DeepSpeed's own
+estimators (`estimate_zero2_model_states_mem_needs` and its like) know neither the precision nor the accumulator of
+gradients, nor what a step allocates for a moment, which is often where the peak lies.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from training.utils.engine.zero_config import effective_stage
+
+BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+BUCKET = 500_000_000  # DeepSpeed's default reduce_bucket_size, in elements
+LIVE = 1_000_000_000  # and its stage3_max_live_parameters
+MASTER, MOMENTS = "master weights", "Adam's moments"
+OFFLOADED, STAGING = "offloaded gradients", "offload staging"
+
+
+@dataclass(frozen=True)
+class RoleSize:
+    """The numbers of elements that decide a role's memory.
+
+    Attributes:
+        parameters: all, adapters included.
+        trained: those with a gradient.
+        largest: of the largest trained parameter.
+    """
+
+    parameters: int
+    trained: int
+    largest: int
+
+
+@dataclass(frozen=True)
+class RoleMemory:
+    """A role's memory on one rank, in bytes.
+
+    Attributes:
+        resident: what it always holds, by name.
+        host: the names that are in the host's memory on a machine with an accelerator.
+        gathered: whole parameters while a forward or a rollout runs at stage 3.
+        pending: gradients from a backward to the step, beyond what is resident.
+        reduction: the most at the end of a backward, ``pending`` included.
+        step: the most in the optimizer step, ``pending`` included.
+    """
+
+    resident: dict[str, int]
+    host: frozenset[str] = frozenset()
+    gathered: int = 0
+    pending: int = 0
+    reduction: int = 0
+    step: int = 0
+
+    @property
+    def total(self) -> int:
+        """The sum of what is always held."""
+        return sum(self.resident.values())
+
+
+def trained_role(
+    size: RoleSize, *, config: dict[str, Any], dtype: str, ranks: int, on_cpu: bool, accumulates: bool = False
+) -> RoleMemory:
+    """Memory of a role that trains with AdamW, after its first step.
+
+    Args:
+        size: of its model.
+        config: from `training.utils.engine.zero_config.deepspeed_config`.
+        dtype: ``bf16``, ``fp16`` or ``fp32``.
+        ranks: in the process group.
+        on_cpu: DeepSpeed's reduction bucket is reserved whole; on a CPU only what is used of it becomes resident.
+        accumulates: several micro-batches per step.
+    """
+    zero = config["zero_optimization"]
+    stage, offload = effective_stage(zero["stage"]), "offload_optimizer" in zero
+    width, trained, share = BYTES[dtype], size.trained, -(-size.trained // ranks)
+    elements = int(zero.get("reduce_bucket_size", BUCKET))
+    used = min(elements, trained)  # gradients are reduced, and let go, whenever the bucket is full
+    bucket = used if on_cpu else elements
+    held = {"parameters": size.parameters * width, MASTER: 4 * share, MOMENTS: 8 * share}
+    host = frozenset({MASTER, MOMENTS, OFFLOADED, STAGING} if offload else ())
+    norm = 8 * size.largest  # taken in fp64, parameter by parameter
+    if offload:
+        held[OFFLOADED] = 4 * share
+        if stage < 3:
+            held |= {STAGING: width * share, "copy buffers": 2 * width * size.largest}
+        else:
+            held[STAGING] = 4 * share
+    if stage == 1 and dtype == "bf16" and not offload:  # DeepSpeed's BF16_Optimizer: whole fp32 gradients on each rank
+        held["gradients"] = 4 * trained
+        # its norm is in fp64 for all parameters at once
+        return RoleMemory(held, pending=width * trained, reduction=width * trained, step=8 * trained)
+    if stage == 1:
+        pending = 4 * trained + 4 * bucket
+        copies = 4 * trained if offload else 0
+        return RoleMemory(held, host, 0, pending, pending + (2 * used if width == 2 else 0), pending + copies + norm)
+    if stage == 2:
+        pending = 4 * share
+        alias = width == 4 and ranks == 1 and not accumulates  # then the gradient itself is kept
+        reduction = width * (bucket + used) + (0 if alias else pending)
+        return RoleMemory(held, host, 0, pending, reduction, pending + max(norm, 4 * share if width == 4 else 0))
+    held["parameters"] = -(-size.parameters // ranks) * width
+    if not offload:
+        held["gradients"] = 4 * share
+    if not on_cpu:
+        held["reduction bucket"] = width * bucket
+    gathered = min(size.parameters, int(zero.get("stage3_max_live_parameters", LIVE))) * width if ranks > 1 else 0
+    cast = width * -(-used // ranks) if ranks > 1 else 4 * used
+    reduction = width * used * (1 + on_cpu) + cast + gathered
+    return RoleMemory(held, host, gathered, 0, reduction, norm if offload else 4 * share)
+
+
+def frozen_role(parameters: int, *, zero_stage: int, dtype: str, ranks: int, offload: bool = False) -> RoleMemory:
+    """Memory of a role that never trains: whole below stage 3, sharded and gathered for each forward at stage 3.
+
+    Args:
+        parameters: their number.
+        zero_stage: of the trained role that it accompanies.
+        dtype: see `trained_role`.
+        ranks: in the process group.
+        offload: at stage 3 its parameters are in the host's memory.
+    """
+    width = BYTES[dtype]
+    sharded = zero_stage == 3
+    held = {"parameters": width * (-(-parameters // ranks) if sharded else parameters)}
+    gathered = min(parameters, LIVE) * width if sharded and ranks > 1 else 0
+    host = frozenset({"parameters"} if sharded and offload else ())
+    return RoleMemory(held, host, gathered)

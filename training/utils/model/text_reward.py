@@ -1,0 +1,163 @@
+"""A frozen reward model that reads conversations as text, with a tokenizer and a chat template of its own.
+
+Where actor and reward model share a tokenizer, step 3 scores the sampled tokens themselves and needs none of this. It
+serves reward models of other families, judges, and the chat page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from training.utils.data import read_any
+from training.utils.engine import engine as engines
+from training.utils.engine.zero_config import frozen_config
+from training.utils.errors import UserError
+from training.utils.model import classifiers, loading
+from training.utils.model.tokenizer import check_vocabulary, load_tokenizer
+
+Messages = Sequence[dict[str, str]]
+
+
+class TextRewardModel:
+    """Scores the last message of a conversation, an assistant's.
+
+    Args:
+        model: a frozen `TokenScorer`, whose score at the last token is the reward; with ``own_forward`` any sequence
+            classifier with one output.
+        tokenizer: the reward model's own. Without a chat template the conversation and its answer are given as a pair
+            of texts, as reward models on BERT-like encoders are trained.
+        own_forward: the model serves through its own forward.
+    """
+
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, *, own_forward: bool = False) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.own_forward = own_forward
+        inner = model.module if hasattr(model, "module") else model
+        self.limit: int | None = getattr(inner.config.get_text_config(), "max_position_embeddings", None)
+
+    def encode(self, messages: Messages) -> list[int]:
+        """Token ids in the chat template; without room the oldest turns go first, then the left side."""
+        kept = list(messages)
+        start = 1 if kept[0]["role"] == "system" else 0
+        ids = read_any(self.tokenizer, kept)
+        while self.limit is not None and len(ids) > self.limit and len(kept) - start > 2:
+            del kept[start : start + 2]
+            ids = read_any(self.tokenizer, kept)
+        return ids if self.limit is None else ids[-self.limit :]
+
+    @torch.no_grad()
+    def rewards(self, conversations: Sequence[Messages], batch_size: int) -> torch.Tensor:
+        """Raw rewards ``[N]``, fp32 on the CPU; a collective if the model is sharded.
+
+        An answer that was cut is read as if it ended there.
+
+        Args:
+            conversations: each ends with the assistant's message that is scored.
+            batch_size: rows in one forward.
+        """
+        device = next(self.model.parameters()).device
+        if self.own_forward and self.tokenizer.pad_token_id is None:
+            batch_size = 1  # such a forward may look for its pad token, so without one there is no padding
+        parts = []
+        for start in range(0, len(conversations), batch_size):
+            piece = conversations[start : start + batch_size]
+            batch = self._right_padded(self._template(piece) if self.tokenizer.chat_template else self._pairs(piece))
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
+            if self.own_forward:
+                scores = self.model(**batch).logits[:, 0]
+            else:
+                last = batch["attention_mask"].sum(1, keepdim=True) - 1
+                scores = self.model(batch["input_ids"], batch["attention_mask"]).gather(1, last).squeeze(1)
+            parts.append(scores.float().cpu())
+        return torch.cat(parts)
+
+    def _template(self, conversations: Sequence[Messages]) -> dict[str, list[list[int]]]:
+        """Conversations in the chat template, as the tokenizer would return them."""
+        return {"input_ids": [self.encode(messages) for messages in conversations]}
+
+    def _pairs(self, conversations: Sequence[Messages]) -> dict[str, list[list[int]]]:
+        """(what was said before, answer) as the tokenizer's own pairs, with its token types if it has any."""
+        before = [
+            turns[0]["content"] if len(turns) == 2 else "\n".join(f"{m['role']}: {m['content']}" for m in turns[:-1])
+            for turns in conversations
+        ]
+        answers = [turns[-1]["content"] for turns in conversations]
+        cut: dict[str, Any] = {} if self.limit is None else {"truncation": "only_first", "max_length": self.limit}
+        found = self.tokenizer(before, answers, padding=False, return_attention_mask=False, **cut)
+        return {name: list(found[name]) for name in ("input_ids", "token_type_ids") if name in found}
+
+    def _right_padded(self, encoded: dict[str, list[list[int]]]) -> dict[str, torch.Tensor]:
+        """Rows of unequal lengths as tensors ``[N, T]``, with a mask.
+
+        Always on the right, whatever the tokenizer says: a family with absolute positions would give a row other
+        positions beside a longer one. Always with the pad token: some find positions or the last token by it.
+        """
+        pad = self.tokenizer.pad_token_id
+        fill = {"input_ids": pad if pad is not None else 0, "token_type_ids": self.tokenizer.pad_token_type_id}
+        lengths = [len(row) for row in encoded["input_ids"]]
+        batch = {
+            name: torch.tensor([row + [fill[name]] * (max(lengths) - len(row)) for row in rows])
+            for name, rows in encoded.items()
+        }
+        mask = [[1] * length + [0] * (max(lengths) - length) for length in lengths]
+        return batch | {"attention_mask": torch.tensor(mask)}
+
+
+def load_reward_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a reward model; without a chat template it is taken as it is.
+
+    Raises:
+        UserError: no tokenizer there, or its ids do not fit the model's embeddings.
+    """
+    try:
+        plain = AutoTokenizer.from_pretrained(path, **loading.remote_code())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no tokenizer can be loaded from it ({type(error).__name__})") from error
+    tokenizer = load_tokenizer(path) if plain.chat_template else plain
+    check_vocabulary(path, tokenizer)
+    return tokenizer
+
+
+def load_text_reward_model(
+    path: str,
+    *,
+    dtype: str,
+    device: torch.device,
+    zero_stage: int = 0,
+    offload: bool = False,
+    attn_implementation: str = "sdpa",
+) -> TextRewardModel:
+    """Load a frozen reward model of any family; a collective at ZeRO-3.
+
+    Args:
+        path: a folder or hub name.
+        dtype, device, zero_stage, offload, attn_implementation: see `training.utils.engine.engine.frozen_role`.
+
+    Raises:
+        UserError: no model or tokenizer there, no reward head, or more than one output.
+    """
+    classifiers.check_reward_head(path)
+    tokenizer = load_reward_tokenizer(path)
+    if classifiers.scores_tokens(path):
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        scorer = engines.load_frozen_scorer(
+            path,
+            zero_stage=zero_stage,
+            dtype=dtype,
+            pad_token_id=int(pad),
+            attn_implementation=attn_implementation,
+            offload=offload,
+            device=device,
+        )
+        return TextRewardModel(scorer, tokenizer)
+    sharded = frozen_config(dtype=dtype, offload=offload) if zero_stage == 3 else None
+    model = classifiers.load_text_classifier(
+        path, dtype=dtype, attn_implementation=attn_implementation, ds_config=sharded
+    )
+    role = engines.frozen_role(model, zero_stage=zero_stage, dtype=dtype, offload=offload, device=device)
+    return TextRewardModel(role, tokenizer, own_forward=True)

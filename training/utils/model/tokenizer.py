@@ -1,0 +1,86 @@
+"""Tokenizers: with a chat template, a pad token that no text contains, and ids that fit their model."""
+
+from __future__ import annotations
+
+from transformers import (
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
+
+from training.utils.errors import UserError
+from training.utils.model.loading import load_config, remote_code
+
+UNUSUAL_TEXT = "\u2603 \u0f3a \U0001f9ff \u4e2d \u0627 \x07"  # what only byte fallback knows
+
+
+def load_tokenizer(path: str, *, chat_template: str = "", system_message: str = "") -> PreTrainedTokenizerBase:
+    """Load a tokenizer with a chat template and a pad token, see `_choose_pad_token`.
+
+    Args:
+        path: from `resolve_model`.
+        chat_template: a Jinja file or a name; the tokenizer's own, or the project's default, when empty.
+        system_message: put before conversations that have none.
+
+    Raises:
+        UserError: no tokenizer there, no EOS token, or a template that can not be used.
+    """
+    from training.utils.data import configure_chat_template
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **remote_code())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no tokenizer can be loaded from it ({type(error).__name__})") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{path}: the tokenizer has no EOS token, so a model could never stop")
+    configure_chat_template(tokenizer, chat_template, system_message)
+    _choose_pad_token(tokenizer)
+    return tokenizer
+
+
+def _choose_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the tokenizer a pad token that is never part of a text, and if it can be had none that ends a row.
+
+    Training does not need it (padding is an explicit mask), but plain transformers finds the end of a
+    row of a reward model by looking for the last token that is not pad. A token that occurs in text must never become
+    special: texts would lose it when they are decoded. So: an added special token called padding; the unknown token
+    where no text gives it; an added special token that the template does not use; the beginning-of-sequence token,
+    which starts rows and so never ends one; else the end token itself.
+    """
+    from training.utils.data import stop_token_ids
+
+    ends = set(stop_token_ids(tokenizer))
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in ends:
+        return
+    template, named = str(tokenizer.chat_template or ""), {tokenizer.bos_token, tokenizer.unk_token}
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    free = [name for name in added if name not in template and name not in named]
+    padding = [name for name in free if "pad" in name.lower()]
+    unknown = [tokenizer.unk_token] if tokenizer.unk_token_id not in tokenizer(UNUSUAL_TEXT)["input_ids"] else []
+    for candidate in (*padding, *unknown, *free, tokenizer.bos_token):
+        if candidate is not None and tokenizer.convert_tokens_to_ids(candidate) not in ends:
+            tokenizer.pad_token = candidate
+            return
+    tokenizer.pad_token = tokenizer.eos_token
+
+
+def same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:
+    """Whether two tokenizers give every text the same ids under the same chat template."""
+    probe = "Hello, wörld! 12 345\n\tdef f(x): return x"
+    return (
+        a.get_vocab() == b.get_vocab()
+        and a(probe, add_special_tokens=False)["input_ids"] == b(probe, add_special_tokens=False)["input_ids"]
+        and a.chat_template == b.chat_template
+    )
+
+
+def check_vocabulary(model_path: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer with ids that the model has no embeddings for.
+
+    Raises:
+        UserError: names the model.
+    """
+    rows = getattr(load_config(model_path).get_text_config(), "vocab_size", None)
+    if rows is not None and max(tokenizer.get_vocab().values(), default=0) >= rows:
+        raise UserError(
+            f"{model_path}: the tokenizer has ids above the model's {rows} embeddings; they do not belong together"
+        )

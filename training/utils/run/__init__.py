@@ -1,0 +1,1 @@
+"""The life of a process: start, folders, ranks and hosts, signals, the watchdog."""

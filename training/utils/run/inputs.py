@@ -1,0 +1,76 @@
+"""The files and folders that flags name, looked for without torch: what is not there is said before it is imported."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from training.utils.errors import UserError
+
+MODELS = ("model_name_or_path", "tokenizer_name_or_path")  # ends of the names of flags
+DATA = ("data_path",)
+FUNCTIONS = ("reward_function", "eval_function")
+FILES = ("deepspeed_config",)
+
+
+def check_inputs(groups: Sequence[Any]) -> None:
+    """Refuse flags that name something on this machine that is not there; what they stand for is known by their names.
+
+    Args:
+        groups: instances of the argument groups.
+
+    Raises:
+        UserError: names the flag.
+    """
+    for group in groups:
+        for field in dataclasses.fields(group):
+            value = getattr(group, field.name)
+            check_flag(field.name, value if isinstance(value, list) else [value])
+
+
+def check_flag(name: str, values: Sequence[Any]) -> None:
+    """The same for the values of one flag, ``name`` without dashes.
+
+    Raises:
+        UserError: names the flag.
+    """
+    for text in filter(None, values):
+        if name.endswith(MODELS):
+            check_model_path(text, f"--{name}")
+        elif name.endswith(DATA):
+            _check_data_path(text)
+        elif name in FUNCTIONS:
+            _check_function(text, f"--{name}")
+        elif name in FILES and not Path(text).is_file():
+            raise UserError(f"--{name} {text}: no such file")
+
+
+def check_model_path(name_or_path: str, flag: str) -> None:
+    """Refuse a path that holds no model; a name without a path's look may be the hub's.
+
+    Raises:
+        UserError: names the flag.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"{flag} {name_or_path}: no such file")
+    elif path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"{flag} {name_or_path}: the folder holds no model (no config.json)")
+    elif name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1 or path.exists() or not name_or_path:
+        raise UserError(f"{flag} {name_or_path or '(empty)'}: no such folder")
+
+
+def _check_data_path(text: str) -> None:
+    from training.utils.data.reading.sources import local_source  # its imports take a moment
+
+    local_source(text, step=1)
+
+
+def _check_function(spec: str, flag: str) -> None:
+    file, colon, _ = spec.rpartition(":")
+    if colon and not Path(file).expanduser().is_file():
+        raise UserError(f"{flag} {spec}: no such file; write it as path/to/file.py:function")

@@ -1,0 +1,82 @@
+"""Recipes: one YAML file with the flags of the three steps as they are, in sections step1, step2 and step3."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from training.utils.errors import UserError
+from training.utils.run.folders import STEPS, repository_root, shown
+
+# What train.py itself gives each step; a recipe may name the models that steps 1 and 2 start from.
+GIVEN = {
+    "step1": ("output_dir", "model_name_or_path"),
+    "step2": ("output_dir", "model_name_or_path"),
+    "step3": ("output_dir", "actor_model_name_or_path", "critic_model_name_or_path"),
+}
+
+
+def read_recipe(name: str) -> tuple[str, dict[str, dict[str, Any]]]:
+    """The recipe's file and its sections, which may be absent or empty.
+
+    Raises:
+        UserError: there is no such file, or it is not made of sections of flags.
+    """
+    import yaml  # not there outside the environment, where --help is answered too
+
+    bundled = repository_root() / "training" / "recipes" / f"{name}.yaml"
+    path = bundled if bundled.is_file() else Path(name).expanduser()
+    if not path.is_file():
+        names = ", ".join(sorted(p.stem for p in bundled.parent.glob("*.yaml")))
+        raise UserError(f"--recipe {name}: no such file, and no recipe of that name; there are: {names}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--recipe {path}: not readable as YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"--recipe {path}: needs sections step1, step2, step3")
+    for section, flags in content.items():
+        if section not in STEPS:
+            near = difflib.get_close_matches(str(section), STEPS, n=1)
+            raise UserError(
+                f"--recipe {path}: unknown section {section}" + (f"; did you mean {near[0]}?" if near else "")
+            )
+        if not isinstance(flags, dict | None):
+            raise UserError(f"--recipe {path}: section {section} holds no flags, as in: learning_rate: 1e-5")
+        for flag, value in (flags or {}).items():
+            reserved = GIVEN[section] if section == "step3" else GIVEN[section][:1]
+            if flag in reserved:
+                raise UserError(f"--recipe {path}: {section} gets --{flag} from train.py")
+            if isinstance(value, dict):
+                raise UserError(f"--recipe {path}: {section}: {flag} can not hold a section")
+    return str(path), {section: flags or {} for section, flags in content.items()}
+
+
+def flags_of(section: Mapping[str, Any], folders: Sequence[Path]) -> list[str]:
+    """A recipe's section as command-line arguments: ``true`` is ``--name``, ``false`` ``--no-name``, null is left out.
+
+    Args:
+        section: flag without dashes -> value.
+        folders: where a relative path may lie that is not there from the current folder.
+    """
+    argv: list[str] = []
+    for name, value in section.items():
+        if value is None or value == []:
+            continue
+        if isinstance(value, bool):
+            argv.append(f"--{name}" if value else f"--no-{name}")
+            continue
+        values = [located(str(v), folders) for v in (value if isinstance(value, list) else [value])]
+        argv += [f"--{name}={values[0]}"] if len(values) == 1 and values[0].startswith("-") else [f"--{name}", *values]
+    return argv
+
+
+def located(value: str, folders: Sequence[Path]) -> str:
+    """A relative path in a recipe, perhaps with ``:name`` behind it, as seen from the current folder."""
+    path, colon, suffix = value.partition(":")
+    if "/" not in path or Path(path).is_absolute() or Path(path).exists():
+        return value
+    found = next((folder / path for folder in folders if (folder / path).exists()), None)
+    return f"{shown(found)}{colon}{suffix}" if found else value

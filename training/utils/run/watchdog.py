@@ -1,0 +1,363 @@
+"""What ends a run before its end, and how: signals, an error on one rank, a launcher that is gone, a standstill.
+
+`run_training` is the whole life of a rank. A signal asks the run to stop at its next step, together with all other
+ranks and with a checkpoint. An error is written to a note in the output folder, which a thread of every rank looks
+for: so no rank waits in a collective for one that has ended, and the log ends with the one traceback that matters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, TextIO
+
+from training.utils.errors import RunStopped, UserError, disk_failure, leave_process_group, print_last, run_program
+from training.utils.run.processes import STARTED_BY
+
+ECHO = 2.0  # seconds: one Ctrl-C reaches a rank as SIGINT from the terminal and as SIGTERM from DeepSpeed's launcher
+LOOK_EVERY = 1.0  # seconds between two looks of the watching thread
+COURTESY = 5.0  # seconds from another rank's note to the end of this one: enough to say the same error itself
+LOST_WAIT = 10.0  # seconds that a rank whose connection broke waits for the note of the one that broke it
+NOTE = ".failed-rank{}.json"
+FAILURE_FILE = "failure.txt"
+ORPHAN_LOG = "orphan.log"  # what a run says after the reader of its output has gone
+
+# What gloo and NCCL say when another rank has ended or does not answer
+_LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Connection refused",
+    "recvValue failed",
+    "Timed out waiting",
+    "timed out",
+    "Socket Timeout",
+    "NCCL",
+    "ProcessGroup",
+    "Gloo connect",
+)
+
+
+class _State:
+    """Of this process: what it was asked, what it is doing, where notes go."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self.signalled_at = 0.0
+        self.training = False
+        self.phase = "starting"
+        self.step = 0
+        self.moved_at = time.monotonic()
+        self.folder: Path | None = None
+        self.hang_timeout = 0.0
+        self.known: dict[str, int] = {}
+        self.ending = False
+
+
+_state = _State()
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def beat(phase: str | None = None, step: int | None = None) -> None:
+    """Say that something has moved, and what is done now, for the watchdog.
+
+    Args:
+        phase: what begins, such as "generating"; None goes on with the last.
+        step: the number of the step (iteration) that is done.
+    """
+    _state.moved_at = time.monotonic()
+    if phase is not None:
+        _state.phase = phase
+    if step is not None:
+        _state.step = step
+
+
+def asked_to_stop() -> int:
+    """The signal that asks this rank to stop, 0 for none."""
+    return _state.signal
+
+
+def loop_begins() -> None:
+    """From now on a signal waits for the next step; before, there was nothing to save, and it ended the process."""
+    _state.training = True
+
+
+def where() -> str:
+    """This rank, its step and what it is doing, in words."""
+    return f"rank {_rank()}, step {_state.step}, {_state.phase}"
+
+
+def watch(folder: Path, hang_timeout: float) -> None:
+    """Write and look for notes in ``folder``, and let the watchdog end a rank at which nothing moves.
+
+    Args:
+        folder: the output folder, the same on all ranks.
+        hang_timeout: in seconds; 0 for no watchdog.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        (folder / NOTE.format(_rank())).unlink()
+    if _rank() == 0:
+        (folder / FAILURE_FILE).unlink(missing_ok=True)
+    _state.known = {p.name: p.stat().st_mtime_ns for p in folder.glob(NOTE.format("*"))}
+    _state.hang_timeout = hang_timeout
+    _state.folder = folder
+    beat()
+
+
+def run_training(main: Callable[[Sequence[str]], int]) -> int:
+    """Run a step program as the whole life of this process; returns its exit code.
+
+    0 for success, 2 for bad input, 1 for an error or a run that can not go on, 128 + n if signal n ended it.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # a background job's SIGINT is ignored, so that Ctrl-C on what is in front does not end it: that stays so
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _on_signal)
+    sys.stdout, sys.stderr = _OutlivesReader(sys.stdout), _OutlivesReader(sys.stderr)
+    threading.Thread(target=_watch_for_ever, name="supervision", daemon=True).start()
+    try:
+        code = run_program(_noting_errors(main))
+    except RunStopped as stopped:
+        _state.ending = True
+        if _rank() == 0:
+            print_last(str(stopped))
+        leave_process_group()
+        code = stopped.code
+    except SystemExit as error:
+        if _state.folder is None:  # --help, or flags that were refused
+            raise
+        _fail(RuntimeError(f"something called sys.exit({error.code}) before the step was done"))
+        raise AssertionError("unreachable: _fail ends the process") from error
+    except Exception as error:
+        _fail(error)
+        raise AssertionError("unreachable: _fail ends the process") from error
+    _state.ending = True
+    return code
+
+
+class _OutlivesReader:
+    """A text stream that goes on in a file of the output folder when nobody reads it any more.
+
+    Where train.py or a terminal is killed, the next line of a progress bar would else end the run with a broken pipe,
+    before it has seen that its launcher is gone and saved.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """As of any stream."""
+        try:
+            return self._stream.write(text)
+        except OSError:
+            _write_to_file_instead()
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        """As of any stream."""
+        try:
+            self._stream.flush()
+        except OSError:
+            _write_to_file_instead()
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _write_to_file_instead() -> None:
+    """Let standard output and error be `ORPHAN_LOG`, or nothing where no folder is known yet."""
+    path = os.devnull if _state.folder is None else _state.folder / ORPHAN_LOG
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for descriptor in (1, 2):
+        os.dup2(file, descriptor)
+    os.close(file)
+
+
+def _noting_errors(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int]:
+    """``main``, with a note for the other ranks if it meets bad input: this rank may be the only one."""
+
+    def run(argv: Sequence[str]) -> int:
+        try:
+            return main(argv)
+        except UserError as error:
+            _state.ending = True
+            _leave_note("user error", str(error))
+            raise
+        except Exception as error:
+            if not (reason := disk_failure(error)):
+                raise
+            _state.ending = True
+            full = UserError(f"{where()}: {reason}; make room, and the same command goes on from the last checkpoint")
+            _leave_note("user error", str(full))
+            raise full from error
+
+    return run
+
+
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    now = time.monotonic()
+    name = signal.Signals(number).name
+    recent = _state.signal and now - _state.signalled_at < ECHO
+    if not _state.training:
+        _print(f"{name}: stopped before the first step, there is nothing to save")
+        _exit(128 + number)
+    if not _state.signal or (recent and number == signal.SIGINT and _state.signal == signal.SIGTERM):
+        first = not _state.signal
+        _state.signal, _state.signalled_at = number, now  # first of all: the echo may come while this prints
+        if first:
+            _print(f"{name}: stopping after this step, with a checkpoint (Ctrl-C again stops at once)")
+    elif number == signal.SIGINT and not (recent and now - _state.signalled_at < 0.2):
+        _print("Ctrl-C again: stopped at once, without a checkpoint")
+        _exit(128 + number)
+
+
+def _print(text: str) -> None:
+    """A line on rank 0's stderr, if anybody still reads it; usable in a signal handler."""
+    if _rank() == 0:
+        with contextlib.suppress(OSError):
+            os.write(2, f"\n{text}\n".encode())
+
+
+def _exit(code: int) -> None:
+    with contextlib.suppress(OSError, ValueError, RuntimeError):  # a handler may interrupt a print
+        sys.stdout.flush()
+    os._exit(code)
+
+
+def _fail(error: Exception) -> None:
+    """Tell why this rank ends, in the log and in a note, and end it; what another rank has caused is not told twice."""
+    _state.ending = True
+    if _is_lost_connection(error):
+        deadline = time.monotonic() + LOST_WAIT
+        while time.monotonic() < deadline:
+            if _other_notes():
+                os._exit(1)
+            time.sleep(0.2)
+        reason = str(error).strip().splitlines()[0]
+        text = f"{where()}: the connection to another rank is lost (killed? out of memory?): {reason}"
+        _leave_note("lost", text)
+        print_last(text)
+        os._exit(1)
+    text = f"{where()}:\n{''.join(traceback.format_exception(error))}"
+    _leave_note("error", text)
+    print_last(text)
+    os._exit(1)
+
+
+def _is_lost_connection(error: Exception) -> bool:
+    """Whether a collective failed because of another rank; torch raises RuntimeErrors, a hub's time-out is none."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return several and isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST)
+
+
+def _leave_note(kind: str, text: str) -> None:
+    if _state.folder is None:
+        return
+    try:
+        if kind != "user error":
+            (_state.folder / FAILURE_FILE).write_text(text, encoding="utf-8")
+        scratch = _state.folder / (NOTE.format(_rank()) + ".tmp")
+        scratch.write_text(json.dumps({"rank": _rank(), "kind": kind, "text": text}), encoding="utf-8")
+        scratch.replace(_state.folder / NOTE.format(_rank()))
+    except OSError as error:  # a full disk: the launcher ends the other ranks
+        print(f"rank {_rank()}: no note can be left in {_state.folder}: {error.strerror}", file=sys.stderr, flush=True)
+
+
+def _other_notes() -> list[dict[str, Any]]:
+    """What other ranks have left since this run began."""
+    found = []
+    if _state.folder is not None:
+        for path in _state.folder.glob(NOTE.format("*")):
+            with contextlib.suppress(OSError, ValueError):  # it is being replaced
+                if path.name != NOTE.format(_rank()) and _state.known.get(path.name) != path.stat().st_mtime_ns:
+                    found.append(json.loads(path.read_text(encoding="utf-8")))
+    return found
+
+
+def _watch_for_ever() -> None:
+    launchers = _launchers()
+    noted_at, looked = 0.0, time.monotonic()
+    if "CROSS_SIZE" in os.environ and _is_orphan():  # which DeepSpeed's launcher sets, and a container's start does not
+        _launcher_is_gone()  # while this rank was starting
+        launchers = []
+    while not _state.ending:
+        time.sleep(LOOK_EVERY)
+        now = time.monotonic()
+        if now - looked > 5 * LOOK_EVERY:
+            _state.moved_at += now - looked  # this process was suspended (Ctrl-Z, a laptop's lid), as all of it was
+        looked = now
+        if not noted_at and (notes := _other_notes()):
+            noted_at, note = now, notes[0]
+        if noted_at and now - noted_at > COURTESY and not _state.ending:
+            if note["kind"] == "user error" and _rank() == 0:
+                print_last(f"error: {note['text']} (rank {note['rank']})")
+            os._exit(2 if note["kind"] == "user error" else 1)
+        if any(os.getppid() != parent if child == os.getpid() else _parent(child) != parent
+               for child, parent in launchers):  # fmt: skip
+            _launcher_is_gone()
+            launchers = []
+        if _state.hang_timeout and now - _state.moved_at > _state.hang_timeout and not _state.ending:
+            _stand_still(now - _state.moved_at)
+
+
+def _launcher_is_gone() -> None:
+    """Stop as SIGTERM would: an orphan would go on for ever."""
+    _print("the launcher is gone")
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _stand_still(seconds: float) -> None:
+    text = f"{where()}: nothing has moved for {seconds:.0f} s (--hang_timeout)"
+    print_last(f"{text}; what each thread is doing:")
+    faulthandler.dump_traceback(all_threads=True)
+    _leave_note("standstill", text)
+    os._exit(1)
+
+
+def _launchers() -> list[tuple[int, int]]:
+    """(process, its parent) pairs that must stay as they are: this rank under its launcher, that under DeepSpeed's
+    runner, which SIGTERM ends without a word to anybody, and that under train.py if it has started this."""
+    if "LOCAL_RANK" not in os.environ:
+        return []  # plain python may well outlive its shell
+    parent = os.getppid()
+    pairs = [(os.getpid(), parent)]
+    runner = _parent(parent)
+    if "deepspeed.launcher.launch" in _command(parent) and "deepspeed" in _command(runner):
+        pairs.append((parent, runner))
+        if _parent(runner) == int(os.environ.get(STARTED_BY, "0")):
+            pairs.append((runner, _parent(runner)))
+    return pairs
+
+
+def _is_orphan() -> bool:
+    """Whether the process that started this one has ended: its children are the system's first process' then."""
+    parent = os.getppid()
+    return parent == 1 or "systemd" in _command(parent).split(" ")[0]
+
+
+def _parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""
