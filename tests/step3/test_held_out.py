@@ -186,7 +186,7 @@ def test_each_function_holds_base_sft_and_rlhf_against_each_other(monkeypatch, t
     assert (answers[1]["base"], answers[1]["sft"], answers[1]["rlhf"]) == ("xxx", "", "xxxxxx")
     assert answers[1]["scores"]["size"] == {"base": 3.0, "sft": 0.0, "rlhf": 6.0}
     assert answers[1]["reward"] == {"base": -1.0, "sft": 0, "rlhf": 1}
-    shown = json.loads((tmp_path / "outputs.json").read_text())
+    shown = json.loads((tmp_path / "samples.json").read_text())
     assert shown[0]["answers"]["rlhf"]["checks"] == {"size": 6.0, "one": 1.0}
 
 

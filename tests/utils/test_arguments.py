@@ -65,6 +65,17 @@ def test_alpaca_rlhf_command_lines_parse(step):
         assert (values["lora_dim"], values["zero_stage"]) == (8, 2)
 
 
+def test_a_name_that_means_something_else_in_another_step_is_told():
+    argv = ["--per_device_train_batch_size=4", "--ppo_epochs", "1"]
+    (line,) = arguments.tell_aliases(argv)
+    assert "--per_device_train_batch_size is --per_device_generation_batch_size in step 3" in line
+    assert not arguments.tell_aliases(["--per_device_generation_batch_size", "4"])
+
+
+def test_step_3_takes_the_reward_model_by_the_name_of_the_other_programs():
+    assert parse(3, "--reward_model_name_or_path none")["critic_model_name_or_path"] == "none"
+
+
 @pytest.mark.parametrize("step", [1, 2, 3])
 def test_help_is_grouped_and_not_endless(step, capsys):
     with pytest.raises(SystemExit) as stop:

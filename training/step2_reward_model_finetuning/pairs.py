@@ -10,7 +10,7 @@ import torch
 from training.utils.data import SIDES, collate_pairs, collate_sft, epoch_batches, rank_micro_batches, side_of_pair
 from training.utils.metrics import watched
 from training.utils.model.reward_model import last_token_scores
-from training.utils.run.distributed import gather_objects, rank, world_size
+from training.utils.run.distributed import data_rank, data_size, gather_objects
 
 # Held-out pairs that a model is judged by before it is trained: most have a fresh head, whose accuracy is a coin's
 PAIRS_BEFORE = 64
@@ -20,7 +20,7 @@ def micro_batches(
     dataset: Any, indices: Sequence[int], batch_size: int, pad_id: int, device: torch.device
 ) -> Iterator[tuple[dict[str, torch.Tensor], float]]:
     """This rank's micro-batches of pairs, with each pair's weight: 0 for a filler that keeps ranks in step."""
-    for rows in rank_micro_batches(indices, rank(), world_size(), batch_size):
+    for rows in rank_micro_batches(indices, data_rank(), data_size(), batch_size):
         batch = collate_pairs([dataset[i] for i in rows or indices[:1]], pad_id)
         yield {name: tensor.to(device) for name, tensor in batch.items()}, float(bool(rows))
 
@@ -44,9 +44,9 @@ def held_out_rewards(
     count = len(dataset)
     lengths = [len(row[f"{name}_ids"]) for name in SIDES for row in dataset]  # all chosen, then all rejected
     rewards: list[tuple[int, float]] = []
-    batches = epoch_batches(lengths, 2 * batch_size * world_size(), 0, 0)
+    batches = epoch_batches(lengths, 2 * batch_size * data_size(), 0, 0)
     for indices in watched(batches, "held out"):
-        for answers in rank_micro_batches(indices, rank(), world_size(), 2 * batch_size):
+        for answers in rank_micro_batches(indices, data_rank(), data_size(), 2 * batch_size):
             sides = [(dataset[i % count], SIDES[i // count]) for i in answers or indices[:1]]
             batch = collate_sft([side_of_pair(row, name) for row, name in sides], pad_id)
             ids, mask, response = (batch[k].to(device) for k in ("input_ids", "attention_mask", "response_mask"))

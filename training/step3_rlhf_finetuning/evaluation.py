@@ -30,7 +30,7 @@ from training.utils.errors import UserError
 from training.utils.generation.requests import RolloutBackend, RolloutBatch, has_ended, response_texts
 from training.utils.generation.sampling import SamplingConfig
 from training.utils.intervals import bootstrap_interval, mean
-from training.utils.run.distributed import gather_objects, rank, say, world_size
+from training.utils.run.distributed import data_rank, data_size, gather_objects, say
 from training.utils.run.watchdog import beat
 
 
@@ -170,9 +170,9 @@ def answer_held_out(
     """
     # Every rank makes the same number of forwards of a sharded model: the last rows may be done twice
     by_length = sorted(rows, key=lambda i: prompts.dataset[i]["length"])
-    while len(by_length) % world_size():
+    while len(by_length) % data_size():
         by_length.append(by_length[-1])
-    mine = by_length[rank() :: world_size()]
+    mine = by_length[data_rank() :: data_size()]
     batches = [mine[piece] for piece in in_pieces(sizes.decoded, len(mine))]
     beat("answering held-out prompts")
     with generation as model:

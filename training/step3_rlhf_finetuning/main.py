@@ -61,7 +61,7 @@ from training.utils.generation.sampling import SamplingConfig  # noqa: E402
 from training.utils.metrics import MetricsLogger, progress_bar  # noqa: E402
 from training.utils.model.export import save_model  # noqa: E402
 from training.utils.phases import Phases  # noqa: E402
-from training.utils.run.distributed import init_distributed, rank, say, world_size  # noqa: E402
+from training.utils.run.distributed import data_rank, data_size, init_distributed, say  # noqa: E402
 from training.utils.run.folders import prepare_output_dir  # noqa: E402
 
 
@@ -91,6 +91,8 @@ def main(argv: Sequence[str]) -> int:
     output_dir = prepare_output_dir(resume_output_dir(reliability.resume, output.output_dir), "step3")
     device = init_distributed(reliability.distributed_timeout)
     watchdog.watch(output_dir, reliability.hang_timeout)
+    for line in arguments.tell_aliases(argv):
+        say(line)
     settled = precision.settle(role_args, output_dir, reliability.resume)
     torch.manual_seed(train.seed)
 
@@ -120,13 +122,13 @@ def main(argv: Sequence[str]) -> int:
         groups,
         models=settings.origins(actor_path, reward_path, ppo.reward_function),
         data={"training": rows.train, "held-out": rows.held_out} | ({"pre-training": mix_rows} if mix_rows else {}),
-        batches=settings.batches_of_all_ranks(rollout, train, world_size()),
+        batches=settings.batches_of_all_ranks(rollout, train, data_size()),
     )
-    settings.divide_batches(rollout, train, run.batches, world_size())
+    settings.divide_batches(rollout, train, run.batches, data_size())
     per_rank = rollout.per_device_generation_batch_size // rollout.samples_per_prompt * rollout.generation_batches
-    lengths, per_step = rows.train["length"], settings.prompts_per_step(rollout, run.batches, world_size())
+    lengths, per_step = rows.train["length"], settings.prompts_per_step(rollout, run.batches, data_size())
     passes = {"epochs": train.num_train_epochs, "iterations": train.num_iterations}
-    schedule = prompts.prompt_schedule(lengths, per_rank * world_size(), **passes, seed=train.seed)
+    schedule = prompts.prompt_schedule(lengths, per_rank * data_size(), **passes, seed=train.seed)
     phases.end("data", "loading the models of all roles")
 
     # Roles
@@ -199,11 +201,11 @@ def main(argv: Sequence[str]) -> int:
     run.ready(evaluator.state_dict())
     bar = progress_bar(len(schedule), "step 3", run.step)
     for number, chosen in list(enumerate(schedule))[run.step :]:
-        dealt = prompts.deal(chosen, lengths, world_size(), rollout.generation_batches, per_step)
+        dealt = prompts.deal(chosen, lengths, data_size(), rollout.generation_batches, per_step)
         requests = prompts.iteration_requests(
             training,
             chosen,
-            [batch[rank()] for batch in dealt],
+            [batch[data_rank()] for batch in dealt],
             samples_per_prompt=rollout.samples_per_prompt,
             iteration=number,
             device=device,

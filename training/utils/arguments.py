@@ -29,10 +29,16 @@ from training.utils.run.runtime import local_ranks
 
 T = TypeVar("T")
 
-# Another system's name -> ours (alpaca-rlhf's step 3).
+# Another name -> ours, in step 3: alpaca-rlhf's, and what train.py and evaluate.py call the reward model.
 ALIASES = {
+    "--reward_model_name_or_path": "--critic_model_name_or_path",
     "--per_device_train_batch_size": "--per_device_generation_batch_size",
     "--per_device_mini_train_batch_size": "--per_device_training_batch_size",
+}
+
+# Of these the name says something else elsewhere, so that step 3 tells what it takes them for.
+MISLEADING = {
+    "--per_device_train_batch_size": "rollouts that are decoded together (in steps 1 and 2: rows of an optimizer step)",
 }
 
 AUTO = "auto"  # of --dtype: see training/utils/engine/precision.py
@@ -366,6 +372,14 @@ def answer_early(parse_flags: Callable[[Sequence[str]], Sequence[Any]]) -> None:
 
     if code := run_program(check, sys.argv[1:]):
         raise SystemExit(code)
+
+
+def tell_aliases(argv: Sequence[str]) -> list[str]:
+    """A line for each flag whose other name means something else in another program."""
+    given = {token.partition("=")[0] for token in argv}
+    return [
+        f"note: {name} is {ALIASES[name]} in step 3: {meaning}" for name, meaning in MISLEADING.items() if name in given
+    ]
 
 
 def _translate(argv: Sequence[str], aliases: Mapping[str, str], known: set[str]) -> list[str]:

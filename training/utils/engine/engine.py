@@ -15,7 +15,7 @@ from torch import nn
 from training.utils.engine.zero_config import frozen_config
 from training.utils.model.classifiers import TokenScorer, load_classifier
 from training.utils.model.loading import load_causal_lm
-from training.utils.run.distributed import bound_waits, world_size
+from training.utils.run.distributed import bound_waits, data_size
 from training.utils.run.watchdog import beat
 
 # The 16-bit optimizer prints eighteen lines about memory for every engine, whatever the log level
@@ -122,7 +122,7 @@ def backward(engine: Any, loss_sum: torch.Tensor, global_count: float) -> None:
         global_count: tokens (pairs) of the whole optimizer step, over all ranks and micro-batches.
     """
     beat("training")
-    engine.backward(loss_sum * (world_size() / max(global_count, 1.0)), scale_wrt_gas=False)
+    engine.backward(loss_sum * (data_size() / max(global_count, 1.0)), scale_wrt_gas=False)
 
 
 class SkipGuard:

@@ -9,7 +9,7 @@ import torch
 
 from training.utils.data import collate_sft, rank_micro_batches
 from training.utils.model.logprobs import response_log_probs
-from training.utils.run.distributed import rank, world_size
+from training.utils.run.distributed import data_rank, data_size
 
 Batch = dict[str, torch.Tensor]
 
@@ -25,7 +25,7 @@ def micro_batches(
         batch_size: rows in one micro-batch.
         pad_id, device: see `collate_sft`.
     """
-    for rows in rank_micro_batches(indices, rank(), world_size(), batch_size):
+    for rows in rank_micro_batches(indices, data_rank(), data_size(), batch_size):
         batch = collate_sft([dataset[i] for i in rows or indices[:1]], pad_id)
         if not rows:
             batch["response_mask"].zero_()

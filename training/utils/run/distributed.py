@@ -94,6 +94,19 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def data_rank() -> int:
+    """Which share of the rows this rank takes, from 0.
+
+    Ranks that hold one model together would take the same rows; as yet each rank holds a whole one (or ZeRO's shard).
+    """
+    return rank()
+
+
+def data_size() -> int:
+    """Into how many shares rows are divided, and by how many gradients are averaged."""
+    return world_size()
+
+
 def is_main() -> bool:
     """Whether this is rank 0."""
     return rank() == 0

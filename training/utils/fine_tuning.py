@@ -1,0 +1,241 @@
+"""What every step that fine-tunes one model on rows has in common: open the run, build the engine, count steps, end.
+
+Steps 1 and 2 read top to bottom as what they do themselves; here is what they would else both say. A step is opened
+once its flags are checked (`open_run`), its engine is built (`build_engine`), its loop goes over `FineTuning.steps`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.utils.arguments import (
+    DataArguments,
+    DeepSpeedArguments,
+    LoraArguments,
+    ModelArguments,
+    OutputArguments,
+    ReliabilityArguments,
+    TrainingArguments,
+)
+from training.utils.checkpoint.resume import Run, resume_output_dir
+from training.utils.data import StepData, batches_after, prepare_data, stop_token_ids
+from training.utils.engine import engine as engines, precision
+from training.utils.engine.zero_config import deepspeed_config
+from training.utils.metrics import MetricsLogger, progress_bar, write_summary
+from training.utils.model.card import write_model_card
+from training.utils.model.export import save_model
+from training.utils.model.forward import enable_gradient_checkpointing
+from training.utils.model.lora import inject_lora
+from training.utils.model.tokenizer import check_vocabulary, load_tokenizer
+from training.utils.phases import Phases
+from training.utils.run import watchdog
+from training.utils.run.distributed import data_size, init_distributed, say
+from training.utils.run.folders import prepare_output_dir
+
+
+@dataclass(frozen=True)
+class Flags:
+    """The groups of flags that fine-tuning has in every step."""
+
+    data: DataArguments
+    model: ModelArguments
+    lora: LoraArguments
+    train: TrainingArguments
+    ds: DeepSpeedArguments
+    output: OutputArguments
+    reliability: ReliabilityArguments
+
+
+@dataclass
+class FineTuning:
+    """An open run of one step.
+
+    Attributes:
+        step: its number.
+        argv, flags: as it was started.
+        model_path: where the model starts from.
+        output_dir, device: of this run and this rank.
+        tokenizer, rows: with the chat template and the data of the flags.
+        run: checkpoints, resume and signals.
+        batch: rows of an optimizer step, over all ranks.
+        phases: time and memory of what the step does.
+        settled: the precision, for the summary.
+    """
+
+    step: int
+    argv: Sequence[str]
+    flags: Flags
+    model_path: str
+    output_dir: Path
+    device: torch.device
+    tokenizer: Any
+    rows: StepData
+    run: Run
+    batch: int
+    phases: Phases
+    settled: Mapping[str, Any]
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one pass over the rows."""
+        return math.ceil(len(self.rows.train) / self.batch)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.steps_per_epoch * self.flags.train.num_train_epochs
+
+    def logger(self) -> MetricsLogger:
+        """Where the metrics go, continued where a resumed run stood."""
+        name = f"{self.output_dir.parent.name}/step{self.step}"
+        report_to, run = self.flags.output.report_to, self.run
+        return MetricsLogger(self.output_dir, report_to, name, done=run.step, seconds=run.seconds)
+
+    def steps(self) -> Iterator[tuple[int, list[int], Any]]:
+        """(number, rows, progress bar) of every optimizer step that is left."""
+        train = self.flags.train
+        bar = progress_bar(self.total_steps, f"step {self.step}", self.run.step)
+        lengths = self.rows.train["length"]
+        for number, indices in batches_after(self.run.step, lengths, self.batch, train.seed, train.num_train_epochs):
+            yield number, indices, bar
+        bar.close()
+
+    def after_step(self, number: int, result: engines.StepResult, progress: dict[str, Any]) -> None:
+        """Count failures, write a checkpoint where one is due, and stop where that is asked for or of use."""
+        self.run.guard.count(["gradients that are not finite"] if result.failed else [])
+        self.run.after_step(number, progress)
+        self.run.stop_if(self.run.guard.reason, "lower --learning_rate; with --dtype fp16 try bf16")
+
+    def save(self, engine: Any, folder: Path) -> None:
+        """Write the model, verified, with the tokenizer and the tokens that end a response; a collective."""
+        stops, shards = stop_token_ids(self.tokenizer), self.flags.reliability.max_shard_size
+        save_model(engine, self.tokenizer, folder, stop_ids=stops, max_shard_size=shards)
+
+    def finish(self, kind: str, base: str, results: Mapping[str, Any]) -> None:
+        """Write the model card and the summary, which says that the step is finished.
+
+        Args:
+            kind: of the card: ``sft`` or ``reward``.
+            base: the model as the user has named it.
+            results: what the step has to say.
+        """
+        summary = {
+            **results,
+            "steps": self.total_steps,
+            "seconds": time.monotonic() - self.started + self.run.seconds,
+            "phases": self.phases.summary(),
+            precision.SUMMARY_KEY: self.settled,
+        }
+        made: dict[str, Any] = {"argv": self.argv, "data": self.rows.report.lines(), "results": summary}
+        write_model_card(self.output_dir, kind, (base, self.model_path), tokenizer=self.tokenizer, **made)
+        write_summary(self.output_dir, summary)
+        say(f"step {self.step} saved to {self.output_dir}")
+
+
+def step_metrics(result: engines.StepResult) -> dict[str, float]:
+    """What every optimizer step logs."""
+    return {
+        "train/grad_norm": result.grad_norm,
+        "train/learning_rate": result.learning_rate,
+        "train/skipped": float(result.failed),
+    }
+
+
+def open_run(
+    step: int, argv: Sequence[str], groups: Sequence[Any], model_path: str, *, counted: str, **data_options: Any
+) -> FineTuning:
+    """Join the ranks, read the data, and open the run or take it up.
+
+    Args:
+        step: its number.
+        argv, groups: the flags as given and as parsed; the first seven groups are those of `Flags`.
+        model_path: where the model starts from.
+        counted: what an optimizer step takes, such as ``rows``.
+        data_options: further arguments of `prepare_data`.
+
+    Raises:
+        UserError: data or flags are wrong, the folder is in use, or its run is another one.
+    """
+    started, phases = time.monotonic(), Phases()
+    flags = Flags(*groups[:7])
+    reliability, train = flags.reliability, flags.train
+    output_dir = prepare_output_dir(resume_output_dir(reliability.resume, flags.output.output_dir), f"step{step}")
+    device = init_distributed(reliability.distributed_timeout)
+    watchdog.watch(output_dir, reliability.hang_timeout)
+    settled = precision.settle(flags.model, output_dir, reliability.resume)
+    torch.manual_seed(train.seed)
+    data = flags.data
+    tokenizer = load_tokenizer(model_path, chat_template=data.chat_template, system_message=data.system_message)
+    check_vocabulary(model_path, tokenizer)
+    options: dict[str, Any] = {"max_length": flags.model.max_seq_len, "seed": train.seed, "run_dir": output_dir}
+    rows = prepare_data(step, data, tokenizer, **options, **data_options)
+    rows.announce()
+    per_rank = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    run = Run.open(
+        f"step{step}",
+        output_dir,
+        reliability,
+        list(groups),
+        models={"--model_name_or_path": model_path},
+        data={"training": rows.train, "held-out": rows.held_out},
+        batches={f"{counted} per step": per_rank * data_size()},
+    )
+    batch = run.batches[f"{counted} per step"]
+    phases.end("data", "loading the model")
+    return FineTuning(
+        step, argv, flags, model_path, output_dir, device, tokenizer, rows, run, batch, phases, settled, started
+    )
+
+
+def build_engine(
+    tuning: FineTuning,
+    load: Callable[[dict[str, Any]], Any],
+    overrides: dict[str, Any],
+    *,
+    rows: int = 1,
+    wrap: Callable[[Any], Any] = lambda model: model,
+) -> Any:
+    """The model with its adapters, as a DeepSpeed engine at the run's checkpoint if there is one.
+
+    Args:
+        tuning: the open run.
+        load: makes the model under a DeepSpeed configuration.
+        overrides: the user's own DeepSpeed configuration.
+        rows: of a micro-batch for each row of the flag (a pair has two).
+        wrap: what the engine calls instead of the model.
+    """
+    model_args, lora, train, ds = tuning.flags.model, tuning.flags.lora, tuning.flags.train, tuning.flags.ds
+    config = deepspeed_config(
+        zero_stage=ds.zero_stage,
+        dtype=model_args.dtype,
+        offload=ds.offload,
+        micro_batch_size=rows * train.per_device_train_batch_size,
+        overrides=overrides,
+    )
+    model = load(config)
+    if lora.lora_dim:
+        model = inject_lora(
+            model, dim=lora.lora_dim, module_name=lora.lora_module_name, only_optimize_lora=lora.only_optimize_lora
+        )
+    if model_args.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+    engine = engines.initialize_engine(
+        wrap(model).to(tuning.device),
+        config,
+        learning_rate=train.learning_rate,
+        weight_decay=train.weight_decay,
+        num_warmup_steps=train.num_warmup_steps,
+        total_steps=tuning.total_steps,
+        lr_scheduler_type=train.lr_scheduler_type,
+    )
+    tuning.phases.end("load")
+    tuning.run.load({"model": engine})
+    return engine
