@@ -41,7 +41,7 @@ def make_batch(arguments: argparse.Namespace, vocabulary: int, device: Any) -> t
 
 def policies(arguments: argparse.Namespace, path: str, lora: bool) -> Callable[[], None]:
     """Build actor and reference, score with both, update the actor."""
-    from training.step3_rlhf_finetuning.experience import actor_log_probs
+    from training.step3_rlhf_finetuning.forward import actor_log_probs
     from training.step3_rlhf_finetuning.roles import RoleSettings, SharedSettings, build_actor
     from training.utils.engine import engine as engines
     from training.utils.run.distributed import init_distributed
@@ -80,7 +80,7 @@ def policies(arguments: argparse.Namespace, path: str, lora: bool) -> Callable[[
 
 def logits(arguments: argparse.Namespace, path: str, responses_only: bool) -> Callable[[], None]:
     """Log-probs of the responses of one batch and their gradient; the model is there before."""
-    from training.step3_rlhf_finetuning.experience import actor_log_probs
+    from training.step3_rlhf_finetuning.forward import actor_log_probs
     from training.utils.model.loading import load_causal_lm
     from training.utils.run.distributed import init_distributed
 

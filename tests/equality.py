@@ -24,7 +24,8 @@ from tests.tiny import save_tiny_model
 from tests.utils.engine.engine_checks import ROWS, TINY_SHARDS, collate, fixed_rows
 from training.step2_reward_model_finetuning.pairs import score_pairs
 from training.step2_reward_model_finetuning.preference import bradley_terry_loss
-from training.step3_rlhf_finetuning.experience import actor_log_probs
+from training.step3_rlhf_finetuning.experience import PPOSettings, Scoring
+from training.step3_rlhf_finetuning.forward import actor_log_probs
 from training.step3_rlhf_finetuning.ppo_trainer import PPOTrainer
 from training.step3_rlhf_finetuning.prompts import deal
 from training.step3_rlhf_finetuning.roles import (
@@ -35,7 +36,6 @@ from training.step3_rlhf_finetuning.roles import (
     build_critic,
     build_rewards,
 )
-from training.step3_rlhf_finetuning.scoring import PPOSettings, Scoring
 from training.utils.engine import engine as engines
 from training.utils.engine.zero_config import deepspeed_config
 from training.utils.generation.engines import rollout_backend

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.utils.engine.engine_checks import TINY_SHARDS, collate, fixed_rows
+from training.step3_rlhf_finetuning.experience import PPOSettings, Scoring
 from training.step3_rlhf_finetuning.hybrid_engine import HybridEngine
 from training.step3_rlhf_finetuning.ppo_trainer import PPOTrainer
 from training.step3_rlhf_finetuning.prompts import PromptSet, deal
@@ -22,7 +23,6 @@ from training.step3_rlhf_finetuning.roles import (
     build_critic,
     build_rewards,
 )
-from training.step3_rlhf_finetuning.scoring import PPOSettings, Scoring
 from training.utils.engine import engine as engines
 from training.utils.generation.engines import rollout_backend
 from training.utils.generation.requests import RolloutRequest

@@ -10,7 +10,7 @@ import torch
 
 from tests.step3.hybrid_checks import prompts, request, role, shared_settings, train_two_steps
 from training.step3_rlhf_finetuning import hybrid_engine
-from training.step3_rlhf_finetuning.experience import score_log_probs
+from training.step3_rlhf_finetuning.forward import score_log_probs
 from training.step3_rlhf_finetuning.hybrid_engine import HybridEngine
 from training.step3_rlhf_finetuning.roles import build_actor, generation_backend
 from training.utils.generation import decode_loop

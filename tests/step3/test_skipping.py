@@ -7,11 +7,11 @@ import torch
 
 from tests.glossary import glossary
 from tests.step3.hybrid_checks import NO_TEXTS, prompts, request, role, save_tiny_reward_model, shared_settings
-from training.step3_rlhf_finetuning import main as step3, ppo, ppo_trainer, scoring
+from training.step3_rlhf_finetuning import experience, main as step3, ppo, ppo_trainer
+from training.step3_rlhf_finetuning.experience import PPOSettings, Scoring
 from training.step3_rlhf_finetuning.ppo_trainer import PPOTrainer
 from training.step3_rlhf_finetuning.reward_sources import RewardMix, TokenReward
 from training.step3_rlhf_finetuning.roles import Roles, build_actor, build_critic
-from training.step3_rlhf_finetuning.scoring import PPOSettings, Scoring
 from training.utils.engine.engine import MAX_SKIPPED, SkipGuard
 from training.utils.errors import RunStopped
 from training.utils.generation.engines import rollout_backend
@@ -100,7 +100,7 @@ def test_a_bad_reward_costs_its_minibatch_alone(tiny_model, reward):
 @pytest.mark.parametrize("whiten", [True, False])
 def test_a_bad_value_or_log_prob_costs_its_minibatch_alone(tiny_model, reward, monkeypatch, scored, whiten):
     """Whitening sums over all rows, so one NaN must not get into it."""
-    whole = getattr(scoring, scored)
+    whole = getattr(experience, scored)
 
     def spoilt(*args, **kwargs):
         found = whole(*args, **kwargs)
@@ -108,7 +108,7 @@ def test_a_bad_value_or_log_prob_costs_its_minibatch_alone(tiny_model, reward, m
         first[3, 0] = float("nan")
         return found
 
-    monkeypatch.setattr(scoring, scored, spoilt)
+    monkeypatch.setattr(experience, scored, spoilt)
     result = one_iteration(str(tiny_model), reward, whiten_advantages=whiten)
     metrics = result["metrics"]
     assert result["shown"] == 1, "--trace shows what was not finite"

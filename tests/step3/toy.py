@@ -10,10 +10,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
 from tests.step3.hybrid_checks import NO_TEXTS, PAD, request, role, shared_settings
+from training.step3_rlhf_finetuning.experience import PPOSettings, Scoring
 from training.step3_rlhf_finetuning.ppo_trainer import PPOTrainer
 from training.step3_rlhf_finetuning.reward_sources import RewardMix, TokenReward
 from training.step3_rlhf_finetuning.roles import Roles, build_actor, build_critic
-from training.step3_rlhf_finetuning.scoring import PPOSettings, Scoring
 from training.utils.generation.engines import rollout_backend
 from training.utils.generation.sampling import SamplingConfig
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.step3.hybrid_checks import trajectory
-from training.step3_rlhf_finetuning import ppo_trainer, roles, scoring
+from training.step3_rlhf_finetuning import experience, ppo_trainer, roles
 from training.utils.engine import engine as engines
 from training.utils.generation.engines import rollout_backend
 from training.utils.generation.requests import RolloutBatch, RolloutRequest
@@ -83,7 +83,7 @@ def _own_weights(model: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(model.config._name_or_path, dtype=torch.float32).eval()
 
 
-_backward, _initialize, _values = engines.backward, engines.initialize_engine, scoring.score_values
+_backward, _initialize, _values = engines.backward, engines.initialize_engine, experience.score_values
 
 # name -> (where, attribute, what stands there instead): one classic mistake for each kind of test
 FAULTS: dict[str, tuple[Any, str, Any]] = {
@@ -91,7 +91,7 @@ FAULTS: dict[str, tuple[Any, str, Any]] = {
     "a step at every micro-batch": (engines, "backward", _step_at_every_micro_batch),
     "a phantom optimizer step": (engines, "initialize_engine", _phantom_step),
     "a twin with weights of its own": (roles, "make_twin", _own_weights),
-    "rows in another order": (scoring, "score_values", lambda *args: _values(*args).flip(0)),
+    "rows in another order": (experience, "score_values", lambda *args: _values(*args).flip(0)),
 }
 
 

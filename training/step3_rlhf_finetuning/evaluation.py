@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from training.step3_rlhf_finetuning.experience import in_pieces, score_log_probs
+from training.step3_rlhf_finetuning.forward import in_pieces, score_log_probs
 from training.step3_rlhf_finetuning.prompts import PromptSet
 from training.step3_rlhf_finetuning.reward_sources import RewardMix
 from training.step3_rlhf_finetuning.rewards import (

@@ -1,19 +1,25 @@
-"""Rollouts -> experience: log-probs, values and rewards of what the actor just did."""
+"""Rollouts -> experience, once per iteration: every role scores them, rewards become advantages.
+
+One pass serves three advantages. ``gae`` needs a critic; ``rloo`` and ``grpo`` compare the answers to one prompt with
+each other and have none.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from training.step3_rlhf_finetuning import ppo
+from training.step3_rlhf_finetuning.forward import score_log_probs, score_values
 from training.step3_rlhf_finetuning.ppo import token_rewards
-from training.utils.generation.requests import RolloutBatch
-from training.utils.model.logprobs import response_log_probs
-from training.utils.model.reward_model import last_token_scores
-from training.utils.run.watchdog import beat
+from training.step3_rlhf_finetuning.prompts import PromptSet
+from training.step3_rlhf_finetuning.rewards import clipped, sequence_scores
+from training.step3_rlhf_finetuning.roles import Roles
+from training.utils.generation.requests import RolloutBatch, RolloutRequest, has_ended
+from training.utils.run.distributed import all_reduce_sum, reduce_sums
 
 
 @dataclass(frozen=True)
@@ -61,96 +67,6 @@ class Experience:
         return replace(self, **{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
 
-def full_response_mask(mask: Tensor, total_length: int) -> Tensor:
-    """``[B, R]`` -> ``[B, T]``: false on the prompt's columns."""
-    blank = torch.zeros(mask.shape[0], total_length - mask.shape[1], dtype=torch.bool, device=mask.device)
-    return torch.cat([blank, mask.bool()], dim=1)
-
-
-def actor_log_probs(
-    model: Any, input_ids: Tensor, attention_mask: Tensor, mask: Tensor, temperature: float, entropy: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probs (and entropies) of the response tokens, ``[B, R]`` fp32, by any causal LM or its engine."""
-    total = input_ids.shape[1]
-    log_probs, entropies = response_log_probs(
-        model,
-        input_ids,
-        attention_mask,
-        full_response_mask(mask, total),
-        temperature=temperature,
-        entropy=entropy,
-    )
-    start = total - mask.shape[1]
-    return log_probs[:, start:], entropies[:, start:] if entropies is not None else None
-
-
-def state_values(critic: Any, input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> Tensor:
-    """The critic's value of the state before each response token, ``[B, R]`` fp32, 0 outside the mask.
-
-    The state before token t ends with token t - 1, so its value is the score one column to the left.
-    """
-    start = input_ids.shape[1] - mask.shape[1]
-    return critic(input_ids, attention_mask)[:, start - 1 : -1] * mask
-
-
-def in_pieces(batch_size: int, total: int) -> list[slice]:
-    """Row slices of at most ``batch_size``."""
-    return [slice(i, min(i + batch_size, total)) for i in range(0, total, batch_size)]
-
-
-def scored_pieces(batch_size: int, total: int) -> Iterator[slice]:
-    """`in_pieces`, each a sign of life for the watchdog."""
-    for piece in in_pieces(batch_size, total):
-        beat()
-        yield piece
-
-
-@torch.no_grad()
-def score_log_probs(
-    model: nn.Module, rollout: RolloutBatch, batch_size: int, temperature: float, entropy: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """`actor_log_probs` of a rollout, ``batch_size`` rows at a time."""
-    parts = [
-        actor_log_probs(
-            model,
-            rollout.input_ids[piece],
-            rollout.attention_mask[piece],
-            rollout.response_mask[piece],
-            temperature,
-            entropy,
-        )
-        for piece in scored_pieces(batch_size, rollout.input_ids.shape[0])
-    ]
-    log_probs = torch.cat([p[0] for p in parts])
-    return log_probs, torch.cat([p[1] for p in parts if p[1] is not None]) if entropy else None
-
-
-@torch.no_grad()
-def score_values(critic: Any, rollout: RolloutBatch, batch_size: int) -> Tensor:
-    """`state_values` of a rollout, ``batch_size`` rows at a time."""
-    return torch.cat(
-        [
-            state_values(critic, rollout.input_ids[piece], rollout.attention_mask[piece], rollout.response_mask[piece])
-            for piece in scored_pieces(batch_size, rollout.input_ids.shape[0])
-        ]
-    )
-
-
-@torch.no_grad()
-def score_rewards(reward: Any, rollout: RolloutBatch, batch_size: int) -> Tensor:
-    """Raw reward of each response, ``[B]`` fp32: the reward model's score at its last token."""
-    total = rollout.input_ids.shape[1]
-    return torch.cat(
-        [
-            last_token_scores(
-                reward(rollout.input_ids[piece], rollout.attention_mask[piece]),
-                full_response_mask(rollout.response_mask[piece], total),
-            )
-            for piece in scored_pieces(batch_size, rollout.input_ids.shape[0])
-        ]
-    )
-
-
 def make_experience(
     rollout: RolloutBatch,
     *,
@@ -177,3 +93,197 @@ def make_experience(
         blank,
         valid,
     )
+
+
+@dataclass(frozen=True)
+class PPOSettings:
+    """Constants of scoring and update; the names are the flags'."""
+
+    advantage: str
+    samples_per_prompt: int
+    ppo_epochs: int
+    per_device_training_batch_size: int
+    gradient_accumulation_steps: int
+    temperature: float
+    kl_coef: float
+    clip_ratio: float
+    clip_value: float
+    clip_reward: float
+    gamma: float
+    gae_lambda: float
+    entropy_coef: float
+    target_kl: float
+    missing_eos_penalty: float
+    whiten_advantages: bool
+    seed: int
+
+
+@dataclass(frozen=True)
+class ScoredBatch:
+    """One generation batch and everything that was found out about it.
+
+    Attributes:
+        request, rollout: prompts and responses.
+        experience: what the update needs.
+        rewards: ``[B]`` by source, raw.
+        scores: ``[B]``, what PPO maximises before the KL penalty; 0 where a number of the row is not finite.
+    """
+
+    request: RolloutRequest
+    rollout: RolloutBatch
+    experience: Experience
+    rewards: dict[str, Tensor]
+    scores: Tensor
+
+
+class Scoring:
+    """Scores the rollouts of an iteration.
+
+    Args:
+        roles: see `training.step3_rlhf_finetuning.roles.build_roles`.
+        prompts: what the requests' rows refer to.
+        settings: constants.
+    """
+
+    def __init__(self, roles: Roles, prompts: PromptSet, settings: PPOSettings) -> None:
+        self.roles = roles
+        self.prompts = prompts
+        self.settings = settings
+
+    def score(
+        self, rollouts: Sequence[RolloutBatch], requests: Sequence[RolloutRequest]
+    ) -> tuple[list[ScoredBatch], dict[str, float]]:
+        """One scoring pass per role, advantages included; metrics over all ranks; a collective.
+
+        Args:
+            rollouts: this rank's generation batches.
+            requests: what each of them answers.
+        """
+        batches: list[ScoredBatch] = []
+        sums: dict[str, float] = {}
+        for rollout, request in zip(rollouts, requests, strict=True):
+            batch, part = self._score_one(rollout, request)
+            batches.append(batch)
+            sums = {name: sums.get(name, 0.0) + value for name, value in part.items()}
+        total = reduce_sums(sums, rollouts[0].input_ids.device)
+        batches, metrics = self._with_advantages(batches)
+        rows, tokens, finite = total["rows"], max(total["tokens"], 1.0), max(total["finite"], 1.0)
+
+        def moments(name: str) -> tuple[float, float]:
+            """Mean and standard deviation over responses."""
+            mean = total[name] / finite
+            return mean, max(total[f"{name}_squared"] / finite - mean * mean, 0.0) ** 0.5
+
+        score, score_std = moments("scores")
+        return batches, metrics | {
+            **{name: value / finite for name, value in total.items() if name.startswith("source/")},
+            "reward/mean": total["reward"] / finite,
+            "reward/std": moments("clipped")[1],
+            "reward/clipped_share": total["beyond_clip"] / finite,
+            **({"reward/rms": (total["normalised_squared"] / finite) ** 0.5} if "normalised_squared" in total else {}),
+            "reward/score": score,
+            "reward/score_std": score_std,
+            "reward/not_finite": rows - total["finite"],
+            "kl/per_token": total["kl"] / tokens,
+            "kl/per_sequence": total["kl"] / finite,
+            "policy/entropy": total["entropy"] / tokens,
+            "rollout/length": total["tokens"] / rows,
+            "rollout/eos_rate": total["ended"] / rows,
+            "rollout/tokens": total["tokens"],
+            "rollout/sampler_difference": total["difference"] / tokens,
+        }
+
+    def _score_one(self, rollout: RolloutBatch, request: RolloutRequest) -> tuple[ScoredBatch, dict[str, float]]:
+        settings, mask, critic = self.settings, rollout.response_mask, self.roles.critic
+        size, temperature = settings.per_device_training_batch_size, settings.temperature
+        with self.roles.actor.scoring_mode() as engine:
+            log_probs, entropy = score_log_probs(engine, rollout, size, temperature, entropy=True)
+            assert entropy is not None
+        with self.roles.actor.reference_mode() as reference:
+            reference_log_probs, _ = score_log_probs(reference, rollout, size, temperature)
+        reward, raw = self.roles.rewards.score(rollout, request.rows, self.prompts, size)
+        values = torch.zeros_like(log_probs) if critic is None else score_values(critic, rollout, size)
+        finite = reward.isfinite()
+        for by_token in (log_probs, reference_log_probs, values):
+            finite = finite & (by_token.isfinite() | ~mask).all(1)
+        reward = reward.masked_fill(~finite, 0.0)
+        found = {"log_probs": log_probs, "reference_log_probs": reference_log_probs, "values": values}
+        # a row that is left out must not reach the sums over all rows through 0 * NaN
+        log_probs, reference_log_probs, values, entropy, sampled = (
+            part.masked_fill(~finite.unsqueeze(1), 0.0)
+            for part in (log_probs, reference_log_probs, values, entropy, rollout.logprobs)
+        )
+        ended = has_ended(rollout, request.stop_ids)
+        held = clipped(reward, settings.clip_reward)
+        scores = sequence_scores(held, ended, missing_eos_penalty=settings.missing_eos_penalty).masked_fill(
+            ~finite, 0.0
+        )
+        experience = make_experience(
+            rollout,
+            log_probs=log_probs,
+            reference_log_probs=reference_log_probs,
+            values=values,
+            scores=scores,
+            valid=finite,
+            kl_coef=0.0 if settings.advantage == "grpo" else settings.kl_coef,
+        )
+        experience = replace(experience, **found)  # as they are, for the trace: no update uses a row that is left out
+        sums = {
+            **{f"source/{name}": values.masked_fill(~finite, 0.0).sum().item() for name, values in raw.items()},
+            "rows": float(len(reward)),
+            "finite": finite.sum().item(),
+            "tokens": mask.sum().item(),
+            "reward": reward.sum().item(),
+            "clipped": held.double().sum().item(),
+            "clipped_squared": held.double().square().sum().item(),
+            "beyond_clip": (held != reward).sum().item(),
+            "scores": scores.double().sum().item(),
+            "scores_squared": scores.double().square().sum().item(),
+            "kl": ((log_probs - reference_log_probs) * mask).sum().item(),
+            "entropy": (entropy * mask).sum().item(),
+            "ended": ended.sum().item(),
+            "difference": ((sampled - log_probs).abs() * mask).sum().item(),
+        }
+        for source in self.roles.rewards.sources:
+            if source.stats is not None:  # the reward model: the one source with statistics
+                normalised = source.stats.normalise(raw[source.name]).masked_fill(~finite, 0.0)
+                sums["normalised_squared"] = normalised.double().square().sum().item()
+        return ScoredBatch(request, rollout, experience, raw, scores), sums
+
+    def _with_advantages(self, batches: Sequence[ScoredBatch]) -> tuple[list[ScoredBatch], dict[str, float]]:
+        """Advantages once per iteration: gae's by token and whitened over all ranks, the others' by response.
+
+        Answers to one prompt are all in one batch. Rows with a number that is not finite take no part.
+        """
+        settings, filled = self.settings, []
+        device = batches[0].rollout.input_ids.device
+        moments = torch.zeros(3, dtype=torch.float64, device=device)
+        variance = torch.zeros(5, dtype=torch.float64, device=device)
+        for batch in batches:
+            e = batch.experience
+            if settings.advantage == "gae":
+                values = e.values.masked_fill(~e.valid.unsqueeze(1), 0.0)
+                advantages, returns = ppo.generalised_advantages(
+                    e.rewards, values, e.mask, gamma=settings.gamma, gae_lambda=settings.gae_lambda
+                )
+                variance += ppo.explained_variance(values, returns, e.mask & e.valid.unsqueeze(1))
+            else:
+                group = batch.request.row_ids // settings.samples_per_prompt
+                rloo = settings.advantage == "rloo"
+                by_group = ppo.leave_one_out_advantages if rloo else ppo.group_relative_advantages
+                advantages = by_group(e.rewards.sum(1), group).unsqueeze(1) * e.mask
+                returns = torch.zeros_like(advantages)
+                e = replace(e, valid=ppo.whole_groups(e.valid, group))
+            moments += ppo.masked_moments(advantages, e.mask & e.valid.unsqueeze(1))
+            filled.append(replace(batch, experience=replace(e, advantages=advantages, returns=returns)))
+        moments, variance = all_reduce_sum(moments), all_reduce_sum(variance)
+        if settings.whiten_advantages and settings.advantage == "gae":
+            filled = [
+                replace(b, experience=replace(e, advantages=ppo.whiten(e.advantages, e.mask, moments)))
+                for b, e in ((b, b.experience) for b in filled)
+            ]
+        mean, spread = ppo.mean_and_variance(moments)
+        metrics = {"advantage/mean": mean, "advantage/std": spread**0.5}
+        if self.roles.critic is not None:
+            metrics["critic/explained_variance"] = ppo.explained_variance_from(variance)
+        return filled, metrics

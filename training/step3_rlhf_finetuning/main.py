@@ -44,6 +44,7 @@ import torch  # noqa: E402  threads and PATH must be set before
 
 from training.step3_rlhf_finetuning import outputs, prompts, settings  # noqa: E402
 from training.step3_rlhf_finetuning.evaluation import BatchSizes, load_eval_functions  # noqa: E402
+from training.step3_rlhf_finetuning.experience import Scoring  # noqa: E402
 from training.step3_rlhf_finetuning.health import HealthMonitor  # noqa: E402
 from training.step3_rlhf_finetuning.held_out import HeldOutEvaluation, base_model_of  # noqa: E402
 from training.step3_rlhf_finetuning.outputs import write_trace  # noqa: E402
@@ -52,7 +53,6 @@ from training.step3_rlhf_finetuning.ppo_trainer import PPOTrainer, check_first_r
 from training.step3_rlhf_finetuning.pretraining_mix import PretrainingMix  # noqa: E402
 from training.step3_rlhf_finetuning.rewards import parse_reward_functions  # noqa: E402
 from training.step3_rlhf_finetuning.roles import build_roles, generation_backend  # noqa: E402
-from training.step3_rlhf_finetuning.scoring import Scoring  # noqa: E402
 from training.utils.checkpoint.resume import BEST, METRICS, Run, resume_output_dir  # noqa: E402
 from training.utils.data import prepare_data, prepare_pretraining, stop_token_ids  # noqa: E402
 from training.utils.engine import precision  # noqa: E402

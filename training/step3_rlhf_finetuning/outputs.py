@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from training.step3_rlhf_finetuning.evaluation import Answer, Values
+from training.step3_rlhf_finetuning.experience import ScoredBatch
 from training.step3_rlhf_finetuning.held_out import HeldOutEvaluation
 from training.step3_rlhf_finetuning.hybrid_engine import HybridEngine
 from training.step3_rlhf_finetuning.prompts import PromptSet, sample_rows
 from training.step3_rlhf_finetuning.roles import Roles, RoleSettings
-from training.step3_rlhf_finetuning.scoring import ScoredBatch
 from training.utils.checkpoint.resume import BEST
 from training.utils.data import StepData
 from training.utils.generation.requests import RolloutBackend, has_ended, response_texts

@@ -13,7 +13,7 @@ from training.step3_rlhf_finetuning.arguments import (
     RoleZeroArguments,
     RolloutArguments,
 )
-from training.step3_rlhf_finetuning.experience import actor_log_probs, state_values
+from training.step3_rlhf_finetuning.forward import actor_log_probs, state_values
 from training.step3_rlhf_finetuning.roles import RewardModelSettings, RoleSettings
 from training.utils.engine.zero_config import deepspeed_config
 from training.utils.generation.decode_loop import PREFILL_TOKENS

@@ -1,7 +1,7 @@
 """The PPO loop: collect rollouts, score them once, update actor and critic for a few epochs.
 
-One loop serves the three advantages of `training.step3_rlhf_finetuning.scoring`. With ``rloo`` and ``grpo`` there is no
-critic: none is built, scored or trained; GRPO's KL term is in `PPOTrainer._policy_objective`.
+One loop serves the three advantages of `training.step3_rlhf_finetuning.experience`. With ``rloo`` and ``grpo`` there is
+no critic: none is built, scored or trained; GRPO's KL term is in `PPOTrainer._policy_objective`.
 
 Is the sampler the policy? Its log-probs of the sampled tokens are held against the training forward's. Decoding one
 token at a time with a cache and scoring a whole row at once are two computations of the same number. They differ by
@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from training.step3_rlhf_finetuning import ppo
-from training.step3_rlhf_finetuning.experience import Experience, actor_log_probs, in_pieces, state_values
+from training.step3_rlhf_finetuning.experience import Experience, PPOSettings, ScoredBatch, Scoring
+from training.step3_rlhf_finetuning.forward import actor_log_probs, in_pieces, state_values
 from training.step3_rlhf_finetuning.pretraining_mix import PretrainingMix
 from training.step3_rlhf_finetuning.roles import Roles
-from training.step3_rlhf_finetuning.scoring import PPOSettings, ScoredBatch, Scoring
 from training.utils.engine import engine as engines
 from training.utils.errors import UserError
 from training.utils.generation.requests import RolloutBackend, RolloutRequest

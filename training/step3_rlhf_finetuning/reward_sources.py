@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from training.step3_rlhf_finetuning.experience import score_rewards
+from training.step3_rlhf_finetuning.forward import score_rewards
 from training.step3_rlhf_finetuning.prompts import PromptSet
 from training.step3_rlhf_finetuning.rewards import TextFunction, call_text_function
 from training.utils.generation.requests import RolloutBatch, response_texts

@@ -18,9 +18,9 @@ from training.step3_rlhf_finetuning.arguments import (
     check_batches,
     for_each_role,
 )
+from training.step3_rlhf_finetuning.experience import PPOSettings
 from training.step3_rlhf_finetuning.rewards import NONE, check_without_model, split_weight
 from training.step3_rlhf_finetuning.roles import RewardModelSettings, RoleSettings, SharedSettings
-from training.step3_rlhf_finetuning.scoring import PPOSettings
 from training.utils.arguments import DataArguments
 from training.utils.errors import UserError
 from training.utils.model import classifiers, loading
