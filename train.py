@@ -317,6 +317,15 @@ def run_step(step: Step, command: list[str], run: Path, manifest: dict[str, Any]
     return ended
 
 
+def record_end(step: Step, run: Path, manifest: dict[str, Any]) -> None:
+    """Note how a step ended that went on without train.py, which was killed; nothing if that is known."""
+    entry = manifest.setdefault("steps", {}).setdefault(step.name, {"arguments": step.argv})
+    if "exit_code" not in entry:
+        entry["exit_code"] = 0
+        entry["metrics"] = json.loads((step.directory / "summary.json").read_text(encoding="utf-8"))
+        write_json(run / "manifest.json", manifest)
+
+
 def tell_failure(step: Step, command: list[str], ended: Ended, run: Path, again: str) -> None:
     """Say on stderr which step failed, what it said last, and how to go on."""
     log = run / f"{step.name}.log"
@@ -427,6 +436,7 @@ def main(
                     "" if before == step.argv else f" with other flags; to repeat it, remove {shown(step.directory)}"
                 )
                 print(f"step {step.name[4:]} is finished{changed}", flush=True)
+                record_end(step, run, manifest)
                 continue
             (step.directory / "summary.json").unlink(missing_ok=True)  # made from the output that has changed
             command = step.command(launcher, options.num_gpus, options.hostfile)

@@ -1,10 +1,12 @@
 """Killed at any moment and taken up again, a run ends with the same weights and metrics, bit for bit.
 
-As a program it prints the table of docs/reliability.md: ``python -m tests.reliability.test_kills 45``.
+As a program it prints the table of docs/reliability.md: ``python -m tests.reliability.test_kills 45``. With ``--calls``
+it kills one run before every call that renames, links, removes, makes or flushes a file of it, in its whole life.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import shutil
@@ -12,6 +14,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -78,23 +81,33 @@ def test_a_kill_while_saving_changes_nothing(launcher, inputs, tmp_path, step):
     assert_same(step, whole, resumed)
 
 
-def file_calls(launcher: Launcher, inputs: Path, step: int, folder: Path) -> tuple[Path, list[str]]:
+SELDOM = ("--save_every", "3")  # checkpoints of a run that is killed once before each of its file calls
+
+
+def file_calls(
+    launcher: Launcher, inputs: Path, step: int, folder: Path, ranks: int = 1, more: Sequence[str] = ()
+) -> tuple[Path, list[str]]:
     """An uninterrupted run, and its calls that rename, link, remove, make or flush something in its folder."""
     output, calls = folder / "counted", folder / "calls"
     fault = {"kind": "kill", "step": 0, "folder": str(output), "calls_file": str(calls)}
-    run = launcher.start(step, step_arguments(step, inputs, output), folder / "counted.log", fault)
-    assert run.wait() == 0, run.text()[-3000:]
+    arguments = step_arguments(step, inputs, output, *more)
+    runs = launcher.start_ranks(step, arguments, folder / "counted.log", ranks, fault)
+    assert [run.wait() for run in runs] == [0] * ranks, runs[0].text()[-3000:]
     return output, calls.read_text().splitlines()
 
 
-def killed_at_file_call(launcher: Launcher, inputs: Path, step: int, output: Path, number: int) -> Path:
-    """Kill a run just before its file call of that number, and resume it."""
-    arguments, log = step_arguments(step, inputs, output), output.with_suffix(".log")
+def killed_at_file_call(
+    launcher: Launcher, inputs: Path, step: int, output: Path, number: int, ranks: int = 1, more: Sequence[str] = ()
+) -> Path:
+    """Kill rank 0 just before its file call of that number, and the others with it; resume the run."""
+    arguments, log = step_arguments(step, inputs, output, *more), output.with_suffix(".log")
     fault = {"kind": "kill", "folder": str(output), "calls_file": str(output.with_suffix(".calls"))}
-    run = launcher.start(step, arguments, log, fault | {"step": number})
-    assert run.wait() == -9, run.text()[-3000:]
-    run = launcher.start(step, arguments, log)
-    assert run.wait() == 0, run.text()[-3000:]
+    runs = launcher.start_ranks(step, arguments, log, ranks, fault | {"step": number})
+    assert runs[0].wait() == -9, runs[0].text()[-3000:]
+    for run in runs[1:]:
+        run.kill()
+    runs = launcher.start_ranks(step, arguments, log, ranks)
+    assert [run.wait() for run in runs] == [0] * ranks, runs[0].text()[-3000:]
     return output
 
 
@@ -105,7 +118,7 @@ def test_a_kill_while_finishing_changes_nothing(launcher, inputs, tmp_path, step
     last = max(i for i, call in enumerate(calls) if call.startswith("replace /checkpoints/.latest"))
     ending = list(range(last + 2, len(calls) + 1))  # numbers of calls, from 1
     assert len(ending) >= 5
-    for number in random.Random(step).sample(ending[:-1], 2) + [ending[-1]]:
+    for number in [random.Random(step).choice(ending[:-1]), *(ending[-1:] if step == 3 else [])]:
         output = killed_at_file_call(launcher, inputs, step, tmp_path / f"call-{number}", number)
         assert_same(step, whole, output)
 
@@ -126,19 +139,28 @@ def test_a_stop_in_the_last_phase_does_not_log_it_twice(launcher, inputs, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("step", [1, 2, 3])
-def test_a_kill_before_any_file_call_changes_nothing(launcher, inputs, tmp_path, step):
-    assert file_calls_survived(launcher, inputs, step, tmp_path) > 100
+def test_a_kill_before_any_file_call_changes_nothing(launcher, inputs, tmp_path, step, ranks):
+    assert file_calls_survived(launcher, inputs, step, tmp_path, ranks) > 50
 
 
-def file_calls_survived(launcher: Launcher, inputs: Path, step: int, folder: Path) -> int:
-    """Runs that are killed before each file call of a run's whole life, one each; returns how many."""
-    whole, calls = file_calls(launcher, inputs, step, folder)
-    for number in range(1, len(calls) + 1):
-        output = killed_at_file_call(launcher, inputs, step, folder / f"call-{number}", number)
+def file_calls_survived(
+    launcher: Launcher, inputs: Path, step: int, folder: Path, ranks: int = 1, every: int = 1
+) -> int:
+    """Runs that are killed before each file call of a run's whole life, one each; returns how many.
+
+    Args:
+        launcher, inputs, step, folder, ranks: of the runs.
+        every: take each second, third ... call only.
+    """
+    whole, calls = file_calls(launcher, inputs, step, folder, ranks, SELDOM)
+    numbers = range(1, len(calls) + 1, every)
+    for number in numbers:
+        output = killed_at_file_call(launcher, inputs, step, folder / f"call-{number}", number, ranks, SELDOM)
         assert_same(step, whole, output)
         shutil.rmtree(output)
-    return len(calls)
+    return len(numbers)
 
 
 @pytest.mark.slow
@@ -162,18 +184,27 @@ def kill_often(launcher: Launcher, inputs: Path, step: int, folder: Path, kills:
     return counts
 
 
-def main(kills: int) -> None:
-    """Kill each step ``kills`` / 3 times and print a table."""
+def main(argv: Sequence[str]) -> None:
+    """Print a table: ``KILLS`` kills while saving and at random, or ``--calls [EVERY]`` for those before file calls."""
     launcher = Launcher()
-    print(f"| step | kills {MOMENTS[0]} | kills {MOMENTS[1]} | same weights | same metrics |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         inputs = make_inputs(Path(folder) / "inputs")
-        for step in (1, 2, 3):
-            (base := Path(folder) / f"step{step}").mkdir()
-            counts = kill_often(launcher, inputs, step, base, -(-kills // 3), seed=step)
-            print(f"| {step} | {counts[MOMENTS[0]]} | {counts[MOMENTS[1]]} | all | all |", flush=True)
+        if argv[0] == "--calls":
+            every = int(argv[1]) if len(argv) > 1 else 1
+            print("| step | ranks | kills before a file call | stuck or unequal |\n|---|---|---|---|")
+            for ranks, step in itertools.product((1, 2), (1, 2, 3)):
+                (base := Path(folder) / f"step{step}-{ranks}").mkdir()
+                count = file_calls_survived(launcher, inputs, step, base, ranks, every)
+                print(f"| {step} | {ranks} | {count} | none |", flush=True)
+        else:
+            print(f"| step | kills {MOMENTS[0]} | kills {MOMENTS[1]} | same weights | same metrics |")
+            print("|---|---|---|---|---|")
+            for step in (1, 2, 3):
+                (base := Path(folder) / f"step{step}").mkdir()
+                counts = kill_often(launcher, inputs, step, base, -(-int(argv[0]) // 3), seed=step)
+                print(f"| {step} | {counts[MOMENTS[0]]} | {counts[MOMENTS[1]]} | all | all |", flush=True)
     launcher.close()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(sys.argv[1:])
