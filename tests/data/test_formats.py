@@ -360,7 +360,7 @@ def test_multi_part_text_is_joined():
 
 
 def test_unknown_columns_show_three_ways_to_go_on():
-    with pytest.raises(UserError, match=r"columns foo, bar; three ways.*--column_map.*messages.*formats\.py"):
+    with pytest.raises(UserError, match=r"columns foo, bar; three ways.*--column_map.*messages.*shapes\.py"):
         convert({"foo": 1, "bar": 2})
 
 

@@ -152,7 +152,7 @@ def test_a_file_system_that_is_really_full(launcher, inputs, tmp_path):
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])
-@pytest.mark.parametrize("kilobytes", [20, 250])
+@pytest.mark.parametrize("kilobytes", [20, 150])
 def test_a_disk_that_fills_while_models_and_metrics_are_written(launcher, inputs, tmp_path, step, kilobytes):
     """Without checkpoints: the model that is written at the end, or the first lines of the metrics, do not fit."""
     small = mounted(tmp_path / "small", "-o", f"size={kilobytes}k")

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from training.step3_rlhf_finetuning import evaluate, main as step3, settings
+from training.step3_rlhf_finetuning.arguments import parse_counts
 from training.step3_rlhf_finetuning.evaluate import StepArguments, assemble, judged_by, of_the_run, sources_of_the_run
-from training.step3_rlhf_finetuning.evaluation import Answer, best_of_kl, chosen_of, kl_to_reach, parse_counts
+from training.step3_rlhf_finetuning.evaluation import Answer, best_of_kl, chosen_of, kl_to_reach
 from training.utils import arguments, evaluation_programs, intervals
 from training.utils.errors import UserError
 

@@ -224,3 +224,23 @@ def check_advantage(ppo: PPOArguments, rollout: RolloutArguments) -> None:
         raise UserError(
             f"--advantage {ppo.advantage} compares answers to the same prompt: --samples_per_prompt must be at least 2"
         )
+
+
+def parse_counts(text: str, flag: str) -> list[int]:
+    """``1,4,16`` -> [1, 4, 16], in rising order and each once; empty text gives none.
+
+    Raises:
+        UserError: not whole numbers from 1 on, or the largest is no multiple of another.
+    """
+    try:
+        counts = sorted({int(part) for part in text.split(",")}) if text.strip() else []
+    except ValueError:
+        counts = [0]
+    if any(n < 1 for n in counts):
+        raise UserError(f"{flag} {text}: write whole numbers from 1 on with commas between them, such as 1,4,16")
+    for n in counts:
+        if counts[-1] % n:
+            raise UserError(
+                f"{flag} {text}: {n} does not divide {counts[-1]}; all share the same {counts[-1]} answers to a prompt"
+            )
+    return counts

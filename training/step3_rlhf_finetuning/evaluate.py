@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from training.step3_rlhf_finetuning import arguments as rlhf_arguments, evaluation
+from training.step3_rlhf_finetuning import arguments as rlhf_arguments
 from training.utils import arguments
 from training.utils.run.folders import is_finished, step_folder
 from training.utils.run.runtime import prepare_runtime
@@ -49,7 +49,7 @@ ARGUMENTS = [arguments.EvaluationArguments, StepArguments, arguments.DataArgumen
 def parse_flags(argv: Sequence[str]) -> list[Any]:
     """The flags, by `ARGUMENTS`; without torch, so that ``--help`` and mistakes answer at once."""
     groups = arguments.parse(ARGUMENTS, argv, prog="step3/evaluate.py", description=__doc__)
-    evaluation.parse_counts(groups[1].best_of, "--best_of")
+    rlhf_arguments.parse_counts(groups[1].best_of, "--best_of")
     step_folder(groups[0].path, "step3")
     return groups
 
@@ -66,7 +66,9 @@ from training.step3_rlhf_finetuning.evaluation import (  # noqa: E402
     BatchSizes,
     EvalFunction,
     answer_held_out,
+    best_of_kl,
     checks,
+    chosen_of,
     load_eval_functions,
 )
 from training.step3_rlhf_finetuning.prompts import PromptSet  # noqa: E402
@@ -338,7 +340,7 @@ def all_judges(
 def main(argv: Sequence[str]) -> int:
     """Evaluate; returns the exit code. See the module's docstring for what it writes."""
     args, step, data = parse_flags(argv)
-    counts = evaluation.parse_counts(step.best_of, "--best_of")
+    counts = rlhf_arguments.parse_counts(step.best_of, "--best_of")
     folder = step_folder(args.path, "step3")
     recorded = evaluation_programs.recorded_arguments(folder, step3.ARGUMENTS, arguments.ALIASES)
     rollout, ppo = recorded[rlhf_arguments.RolloutArguments], recorded[rlhf_arguments.PPOArguments]
@@ -422,8 +424,8 @@ def assemble(
     kls = [row[0].kl or 0.0 for row in drawn["rlhf"]]
     found = {"SFT": entry("sft", only, 0.0, {}), "RLHF": entry("rlhf", only, intervals.mean(kls), baseline)}
     for n in counts:
-        chosen = [evaluation.chosen_of(row, n) for row in judged["reward"]["best_of"]]
-        found[f"best of {n}"] = entry("best_of", chosen, evaluation.best_of_kl(n), baseline)
+        chosen = [chosen_of(row, n) for row in judged["reward"]["best_of"]]
+        found[f"best of {n}"] = entry("best_of", chosen, best_of_kl(n), baseline)
     return {"models": found}
 
 

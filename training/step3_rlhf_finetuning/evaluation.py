@@ -26,7 +26,6 @@ from training.step3_rlhf_finetuning.rewards import (
     unused_name,
     win_rate,
 )
-from training.utils.errors import UserError
 from training.utils.generation.requests import RolloutBackend, RolloutBatch, has_ended, response_texts
 from training.utils.generation.sampling import SamplingConfig
 from training.utils.intervals import bootstrap_interval, mean
@@ -301,26 +300,6 @@ def compare_by(function: EvalFunction, values: Mapping[str, Mapping[int, float]]
 def best_of_kl(n: int) -> float:
     """KL of best-of-n to the model that it draws from, in nats per answer."""
     return math.log(n) - (n - 1) / n
-
-
-def parse_counts(text: str, flag: str) -> list[int]:
-    """``1,4,16`` -> [1, 4, 16], in rising order and each once; empty text gives none.
-
-    Raises:
-        UserError: not whole numbers from 1 on, or the largest is no multiple of another.
-    """
-    try:
-        counts = sorted({int(part) for part in text.split(",")}) if text.strip() else []
-    except ValueError:
-        counts = [0]
-    if any(n < 1 for n in counts):
-        raise UserError(f"{flag} {text}: write whole numbers from 1 on with commas between them, such as 1,4,16")
-    for n in counts:
-        if counts[-1] % n:
-            raise UserError(
-                f"{flag} {text}: {n} does not divide {counts[-1]}; all share the same {counts[-1]} answers to a prompt"
-            )
-    return counts
 
 
 def chosen_of(rewards: Sequence[float], n: int) -> list[int]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
-
 RESAMPLES = 2000  # of each bootstrap
 Z95 = 1.959964
 FEW_ROWS = 30  # fewer are too few for a bootstrap
@@ -28,7 +26,7 @@ def bootstrap_interval(values: Sequence[float], weights: Sequence[float] | None 
     Returns:
         Lower and upper end.
     """
-    import torch  # here, because train.py and the report need none of this and answer at once
+    import torch  # here, because train.py and the report need none of it and answer without packages
 
     value = torch.tensor(values, dtype=torch.float64)
     weight = torch.ones_like(value) if weights is None else torch.tensor(weights, dtype=torch.float64)
@@ -59,6 +57,8 @@ def share_interval(values: Sequence[float], *, seed: int) -> list[float]:
 
 def correlation(a: Sequence[float], b: Sequence[float]) -> float:
     """Pearson's correlation; 0 where one of the two does not vary."""
+    import numpy as np
+
     x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
     x, y = x - x.mean(), y - y.mean()
     spread = float(np.linalg.norm(x) * np.linalg.norm(y))
@@ -67,5 +67,7 @@ def correlation(a: Sequence[float], b: Sequence[float]) -> float:
 
 def histogram(values: Sequence[float], bins: int = 20) -> dict[str, list[float]]:
     """``edges`` (one more than bins, from the least to the greatest value) and ``counts``."""
+    import numpy as np
+
     counts, edges = np.histogram(np.asarray(values, np.float64), bins=bins)
     return {"edges": edges.tolist(), "counts": counts.tolist()}

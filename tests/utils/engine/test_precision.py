@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.bad_inputs import STEPS
+from training.utils import fine_tuning
 from training.utils.checkpoint import store
 from training.utils.checkpoint.resume import Run
 from training.utils.engine import precision
@@ -267,7 +268,7 @@ def test_step_1_goes_on_in_its_precision_on_another_kind_of_cpu(
 @pytest.mark.parametrize("bf16", [False, True])
 def test_a_plan_is_made_for_what_auto_becomes(tiny_model, tiny_data, tmp_path, monkeypatch, cpu, capsys, bf16):
     program = importlib.import_module(STEPS[1])
-    monkeypatch.setattr(program, "init_distributed", lambda *_: pytest.fail("a plan needs no process group"))
+    monkeypatch.setattr(fine_tuning, "init_distributed", lambda *_: pytest.fail("a plan needs no process group"))
     cpu(bf16)
     program.main(step1_arguments(tiny_model, tiny_data, tmp_path / "run" / "step1", "--plan"))
     assert f", {'bf16' if bf16 else 'fp32'}, ZeRO 0, " in capsys.readouterr().out

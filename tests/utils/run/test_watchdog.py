@@ -32,7 +32,7 @@ def test_only_a_broken_collective_is_a_lost_rank(monkeypatch, error, ranks, lost
 def test_a_signal_counts_when_nobody_reads_stderr():
     """A closed terminal must not cost the checkpoint."""
     code = (
-        "import os, signal; from training.utils import supervision as s; s.loop_begins();"
+        "import os, signal; from training.utils.run import watchdog as s; s.loop_begins();"
         "read, write = os.pipe(); os.close(read); os.dup2(write, 2);"
         "signal.signal(signal.SIGPIPE, signal.SIG_IGN); s._on_signal(signal.SIGTERM, None);"
         "os._exit(s.asked_to_stop())"
