@@ -151,8 +151,15 @@ def test_a_file_system_that_is_really_full(launcher, inputs, tmp_path):
         subprocess.run(["umount", str(small)], check=True)
 
 
-@pytest.mark.parametrize("step", [1, 2, 3])
-@pytest.mark.parametrize("kilobytes", [20, 150])
+@pytest.mark.parametrize(
+    ("kilobytes", "step"),
+    [
+        (20, 1),
+        (150, 2),
+        (150, 3),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((20, 2), (20, 3), (150, 1))),
+    ],
+)
 def test_a_disk_that_fills_while_models_and_metrics_are_written(launcher, inputs, tmp_path, step, kilobytes):
     """Without checkpoints: the model that is written at the end, or the first lines of the metrics, do not fit."""
     small = mounted(tmp_path / "small", "-o", f"size={kilobytes}k")
@@ -244,8 +251,15 @@ def after_a_checkpoint(run, output):
     assert run.wait_for(lambda: bool(checkpoints(output)))
 
 
-@pytest.mark.parametrize("step", [1, 2, 3])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("number", "step"),
+    [
+        (signal.SIGTERM, 1),
+        (signal.SIGINT, 2),
+        (signal.SIGTERM, 3),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((signal.SIGINT, 1), (15, 2), (signal.SIGINT, 3))),
+    ],
+)
 def test_a_signal_stops_with_a_checkpoint_and_the_line_to_go_on(launcher, inputs, whole, tmp_path, step, number):
     output = tmp_path / "out"
     slow = {"kind": "sleep", "step": 2, "seconds": 0.7}
