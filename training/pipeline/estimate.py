@@ -31,8 +31,8 @@ if TYPE_CHECKING:  # train.py answers --help outside the environment, where thes
     from training.utils.data.reading.sources import Source
 
 # How much of the speed of bare products a step reaches: the rest is attention, norms, losses, padding and copies.
-# Calibrated with four runs on both threads of an AVX2 processor, docs/results.md "The demo": with 0.85 and 0.45 they took
-# 0.69 to 1.10 of what was said, in the mean 0.87.
+# Calibrated with four runs on both threads of an AVX2 processor, docs/results.md "The demo": with 0.85 and 0.45 they
+# took 0.69 to 1.10 of what was said, in the mean 0.87.
 TRAINING_EFFICIENCY = 0.98
 DECODING_EFFICIENCY = 0.52
 # DeepSpeed's optimizer step on one rank, which copies every trained parameter several times.
