@@ -142,7 +142,7 @@ def test_a_stop_in_the_last_phase_does_not_log_it_twice(launcher, inputs, tmp_pa
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("step", [1, 2, 3])
 def test_a_kill_before_any_file_call_changes_nothing(launcher, inputs, tmp_path, step, ranks):
-    assert file_calls_survived(launcher, inputs, step, tmp_path, ranks) > 50
+    assert file_calls_survived(launcher, inputs, step, tmp_path, ranks) > 20
 
 
 def file_calls_survived(
