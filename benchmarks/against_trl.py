@@ -267,6 +267,7 @@ def train_with_trl(settings: dict[str, Any]) -> None:
                 spent["started"] = time.perf_counter()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            """Count the time of the optimizer steps of an iteration."""
             if state.global_step % STEPS == 0:
                 seconds = time.perf_counter() - spent["started"]
                 generate, experience = spent["generate"], spent["experience"]

@@ -77,14 +77,25 @@ def test_one_configuration_is_chosen_or_asked_for(tmp_path):
         ([{"data_files": "../other/*.jsonl"}], "is the clone complete"),
         ([{"data_files": [{"split": "train", "path": "https://example.com/a.jsonl"}]}], "is the clone complete"),
         ([{"data_files": {"train": "."}}], "is the clone complete"),
+        ([{"data_files": "*.jsonl", "data_dir": "../other"}], "is the clone complete"),
     ],
 )
 def test_files_that_are_not_there_are_named(tmp_path, configs, reason):
     folder = tmp_path / "clone"
     readme(folder, configs)
     write(folder / "other.jsonl", sft(4))
+    (tmp_path / "other").mkdir()
+    write(tmp_path / "other" / "secret.jsonl", sft(4))
     with pytest.raises(UserError, match=reason):
         resolve(str(folder), 1)
+
+
+def test_a_clone_may_be_named_by_a_relative_path(tmp_path, monkeypatch):
+    train = parquet(tmp_path / "clone" / "data" / "train-0.parquet", sft(2))
+    readme(tmp_path / "clone", [{"data_files": "data/train-*"}])
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert rows_of(Path("../clone")) == train
 
 
 def test_yaml_that_is_none_is_one_line(tmp_path):

@@ -234,6 +234,7 @@ class Run:
         counters = {name: engine_counters(engine) for name, engine in self._engines.items()}
 
         def publish() -> None:
+            """Rank 0 writes what is not a tensor and makes the checkpoint the latest."""
             if not is_main():
                 return
             state = {

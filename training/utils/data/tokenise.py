@@ -181,6 +181,7 @@ def pair_rows(
     """Step 2's row of each example, or why it is left out; both answers keep the same prompt tokens."""
 
     def renderings(prompts: list[list[Message]], numbers: list[int]) -> list[list[Rendered]]:
+        """The prompt, the chosen and the rejected conversation of each row."""
         asked: list[tuple[list[Message], bool]] = []
         for prompt, n in zip(prompts, numbers, strict=True):
             example = examples[n]

@@ -164,7 +164,8 @@ def _splits(config: dict[str, Any]) -> list[tuple[str, list[str]]]:
 def _matching(name: str, folder: Path, root: Path, patterns: Sequence[str]) -> tuple[Path, ...]:
     found: list[Path] = []
     for pattern in patterns:
-        outside = Path(pattern).is_absolute() or ".." in Path(pattern).parts or not root.is_relative_to(folder)
+        asked = root / pattern
+        outside = not asked.is_relative_to(folder) or ".." in asked.relative_to(folder).parts
         files = [] if outside or not pattern.strip("/.") else sorted(p for p in root.glob(pattern) if type_of(p))
         if not files:
             raise UserError(f"--data_path {name}: README.md names the files {pattern}, and no data file of that name "
