@@ -66,7 +66,7 @@ def measure(path: Path, cache: Path, model: str, batch_size: int, results: Any) 
     arguments = DataArguments(data_path=[str(path)], data_output_path=str(cache))
     for name in ("first", "cached"):
         start = time.perf_counter()
-        data = prepare_data(1, arguments, tokenizer, max_length=512, seed=1)
+        data = prepare_data("demonstrations", arguments, tokenizer, max_length=512, seed=1)
         figures[f"{name}_seconds"] = time.perf_counter() - start
         figures[f"{name}_peak_mib"] = peak_mib()
     lengths = data.train["length"][:]

@@ -139,7 +139,7 @@ def check(tokenizer: Any, row: dict[str, Any]) -> None:
     """
     (example,) = convert(row)[1]
     turns = [*example.prompt, *example.response]
-    (rows,) = tokenise.sft_rows(tokenizer, [example], 10_000, DataReport(step=1))
+    (rows,) = tokenise.sft_rows(tokenizer, [example], 10_000, DataReport(kind="demonstrations"))
     assert isinstance(rows, list), rows
     found = []
     for made in rows:
@@ -166,7 +166,7 @@ def check(tokenizer: Any, row: dict[str, Any]) -> None:
         assert text == said, (text, said)
         for part in (turn["content"], turn.get("reasoning", "")):
             assert part in text, (part, text)
-    (asked,) = tokenise.prompt_rows(tokenizer, [example], 10_000, DataReport(step=3))
+    (asked,) = tokenise.prompt_rows(tokenizer, [example], 10_000, DataReport(kind="prompts"))
     assert isinstance(asked, list), asked
     assert asked[0]["prompt_ids"] == found[-1][0], "a rollout sees another prompt than was trained"
 

@@ -103,7 +103,7 @@ BAD_FILES = {
     "list.json": (b'[{"prompt": "a", "response": "b"},\n {"prompt",}]', "list.json:2: broken JSON at column 11"),
     "utf16.jsonl": ('{"prompt": "a", "response": "b"}\n'.encode("utf-16"), "the file is in UTF-16; save it as UTF-8"),
     "quote.csv": (b'prompt,response\na,"b\nc,d\n', "quote.csv:2: broken CSV: .*is a quote missing"),
-    "nothing.jsonl": (b"\n\n", "no row is left to train step 1 on: 0 rows read"),
+    "nothing.jsonl": (b"\n\n", "no demonstrations to train on are left: 0 rows read"),
     "all_dropped.jsonl": (b'{"prompt": "a", "response": ""}\n' * 3, "3 rows read; 3 empty response"),
 }
 

@@ -14,6 +14,7 @@ from tests.data import families
 from tests.data.real_data import path_of
 from tests.data.test_prepare import prepare, prompts_of, write
 from training.utils.data.division import duplicates, hash_of, hold_out, split_prompts
+from training.utils.data.kinds import KINDS
 from training.utils.run.distributed import rank
 
 
@@ -64,7 +65,7 @@ def test_shares_of_many_prompts(seed):
     count, shares = 20_000, (0.2, 0.4, 0.4)
     prompts = hashes(count, seed)
     (steps,), (held,) = split_prompts([prompts], shares), hold_out([prompts])
-    for step, share in enumerate(shares, 1):
+    for step, share in enumerate(shares):
         of_step = steps == step
         assert abs(of_step.mean() - share) < 4 * (share * (1 - share) / count) ** 0.5
         assert abs(held[of_step].mean() - 0.1) < 4 * (0.09 / of_step.sum()) ** 0.5
@@ -85,7 +86,7 @@ def test_a_handful_of_prompts_leaves_no_side_empty():
             assert len(set(steps.tolist())) >= min(count, 3)
             (held,) = hold_out([hashes(count, seed)])
             assert held.any() == (count > 1) and not held.all()
-    assert set(split_prompts([hashes(3)], (0.5, 0.0, 0.5))[0].tolist()) == {1, 3}
+    assert set(split_prompts([hashes(3)], (0.5, 0.0, 0.5))[0].tolist()) == {0, 2}
     assert [len(part) for part in split_prompts([hashes(0), hashes(2)], (1, 0, 0))] == [0, 2]
     assert [len(part) for part in hold_out([hashes(0)])] == [0] and hold_out([]) == []
 
@@ -133,9 +134,9 @@ def split_of(path: str, folder: str) -> dict:
 
 # Pinned: the same on every machine, Python and release. Ten of the prompts stand twice.
 PINNED_SPLIT = {
-    "step1": [2, 3, 4, 22, 23, 24],
-    "step2": [5, 6, 7, 8, 10, 11, 12, 13, 18, 19, 25, 26, 27, 28],
-    "step3": [0, 1, 9, 14, 15, 16, 17, 20, 21, 29],
+    "demonstrations": [2, 3, 4, 22, 23, 24],
+    "pairs": [5, 6, 7, 8, 10, 11, 12, 13, 18, 19, 25, 26, 27, 28],
+    "prompts": [0, 1, 9, 14, 15, 16, 17, 20, 21, 29],
 }
 
 
@@ -144,8 +145,8 @@ def test_data_split_is_the_same_on_every_rank_and_machine(tmp_path, rank_pair):
     path = write(tmp_path / "a.jsonl", rows)
     one, two = rank_pair.run(split_of, path, str(tmp_path))
     assert one == two == PINNED_SPLIT
-    assert sorted(one["step1"] + one["step2"] + one["step3"]) == list(range(30))
-    prompts = [{rows[n]["prompt"] for n in one[step]} for step in ("step1", "step2", "step3")]
+    assert sorted(sum(one.values(), [])) == list(range(30))
+    prompts = [{rows[n]["prompt"] for n in one[step]} for step in KINDS]
     assert not prompts[0] & prompts[1] and not prompts[1] & prompts[2] and not prompts[0] & prompts[2]
 
 

@@ -22,7 +22,7 @@ def readme(folder: Path, configs: object) -> None:
 
 
 def rows_of(folder: Path, held_out: bool = False) -> list[dict]:
-    return [row.values for row in resolve(str(folder), 1).rows(held_out)]
+    return [row.values for row in resolve(str(folder), "demonstrations").rows(held_out)]
 
 
 def parquet(path: Path, rows: list[dict]) -> list[dict]:
@@ -63,9 +63,9 @@ def test_one_configuration_is_chosen_or_asked_for(tmp_path):
     configs = [{"config_name": name, "data_files": f"{name}/*.parquet"} for name in ("main", "socratic")]
     readme(folder, configs)
     with pytest.raises(UserError, match="the configurations main, socratic; give the path"):
-        resolve(str(folder), 1)
+        resolve(str(folder), "demonstrations")
     readme(folder, [configs[0], configs[1] | {"default": True}])
-    source = resolve(str(folder), 1)
+    source = resolve(str(folder), "demonstrations")
     assert [row.values["prompt"] for row in source.rows()] == ["socratic"]
     assert source.unread == ("configuration main",)
 
@@ -87,7 +87,7 @@ def test_files_that_are_not_there_are_named(tmp_path, configs, reason):
     (tmp_path / "other").mkdir()
     write(tmp_path / "other" / "secret.jsonl", sft(4))
     with pytest.raises(UserError, match=reason):
-        resolve(str(folder), 1)
+        resolve(str(folder), "demonstrations")
 
 
 def test_a_clone_may_be_named_by_a_relative_path(tmp_path, monkeypatch):
@@ -102,7 +102,7 @@ def test_yaml_that_is_none_is_one_line(tmp_path):
     (tmp_path / "README.md").write_text("---\nconfigs: [\n  x: {\n---\n")
     write(tmp_path / "a.jsonl", sft(4))
     with pytest.raises(UserError, match="the YAML of .*README.md can not be read"):
-        resolve(str(tmp_path), 1)
+        resolve(str(tmp_path), "demonstrations")
 
 
 @pytest.mark.parametrize("splits", [False, True])
@@ -114,10 +114,10 @@ def test_a_saved_dataset_is_read_as_load_from_disk_reads_it(tmp_path, splits):
     saved.save_to_disk(folder, **({} if splits else {"num_shards": 2}))
     assert rows_of(folder) == list(data)
     assert rows_of(folder, held_out=True) == (list(test) if splits else [])
-    assert resolve(str(folder), 1).unread == (("split extra",) if splits else ())
+    assert resolve(str(folder), "demonstrations").unread == (("split extra",) if splits else ())
     next(folder.rglob("*.arrow")).unlink()
     with pytest.raises(UserError, match="save the dataset again"):
-        resolve(str(folder), 1)
+        resolve(str(folder), "demonstrations")
 
 
 def test_an_arrow_file_is_read_in_either_form_and_a_cut_one_is_named(tmp_path):
@@ -128,17 +128,17 @@ def test_an_arrow_file_is_read_in_either_form_and_a_cut_one_is_named(tmp_path):
         path = tmp_path / f"{name}.arrow"
         with pyarrow.OSFile(str(path), "wb") as sink, writer(sink, table.schema) as out:
             out.write_table(table)
-        assert [row.values for row in resolve(str(path), 1).rows()] == sft(4)
+        assert [row.values for row in resolve(str(path), "demonstrations").rows()] == sft(4)
         path.write_bytes(path.read_bytes()[:200])
         with pytest.raises(UserError, match="not a readable arrow file"):
-            list(resolve(str(path), 1).rows())
+            list(resolve(str(path), "demonstrations").rows())
 
 
 def test_what_lies_beside_the_rows_is_not_taken_for_them(tmp_path):
     write(tmp_path / "train.jsonl", sft(4))
     for name in ("dataset_info.json", "requirements.txt", "LICENSE.txt", "metadata.csv"):
         (tmp_path / name).write_text("{}\n")
-    source = resolve(str(tmp_path), 1)
+    source = resolve(str(tmp_path), "demonstrations")
     assert [path.name for path in source.train] == ["train.jsonl"]
     assert sorted(source.unread) == ["LICENSE.txt", "dataset_info.json", "metadata.csv", "requirements.txt"]
     data = prepare(1, families.smol_like(), str(tmp_path))
@@ -149,7 +149,7 @@ def test_a_pointer_of_git_lfs_is_named(tmp_path):
     path = tmp_path / "train.parquet"
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 3\n")
     with pytest.raises(UserError, match="git lfs pull"):
-        list(resolve(str(path), 1).rows())
+        list(resolve(str(path), "demonstrations").rows())
 
 
 def test_preview_says_which_columns_were_read_and_which_were_not(tmp_path):

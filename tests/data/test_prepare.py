@@ -20,6 +20,7 @@ from training.utils.data import (
     render,
     tokenise,
 )
+from training.utils.data.kinds import KINDS
 from training.utils.errors import UserError
 
 
@@ -44,7 +45,7 @@ def pairs(count: int) -> list[dict]:
 def prepare(step, tok, *paths, max_length=512, seed=1, **more):
     keywords = {k: more.pop(k) for k in list(more) if k not in DataArguments.__dataclass_fields__}
     arguments = DataArguments(data_path=list(paths), **more)
-    return prepare_data(step, arguments, tok, max_length=max_length, seed=seed, **keywords)
+    return prepare_data(KINDS[step - 1], arguments, tok, max_length=max_length, seed=seed, **keywords)
 
 
 def prompts_of(dataset) -> set[str]:
@@ -302,7 +303,7 @@ def test_data_split_is_disjoint_stable_and_recorded(tok, tmp_path):
     assert len(seen[1] | seen[2] | seen[3]) == 90, "no prompt twice, none lost"
     record = json.loads((tmp_path / "run" / "step1" / "data_split.json").read_text())["rows"][path]
     for step in (1, 2, 3):
-        assert {f"Question number {n}?" for n in record[f"step{step}"]} == seen[step]
+        assert {f"Question number {n}?" for n in record[KINDS[step - 1]]} == seen[step]
     with pytest.raises(UserError, match="divides the same data differently"):
         prepare(3, tok, path, data_split="3,3,3", run_dir=tmp_path / "run" / "step3", seed=2)
     assert 70 < prepare(1, tok, path, data_split="1,0,0").train.num_rows < 90
@@ -426,9 +427,7 @@ def test_a_template_that_refuses_a_row_names_it(tmp_path):
 
 def test_no_row_left_says_why(tok, tmp_path):
     path = write(tmp_path / "a.jsonl", sft(3))
-    with pytest.raises(
-        UserError, match="no row is left to train step 2 on: 3 rows read; 3 no chosen and rejected answer"
-    ):
+    with pytest.raises(UserError, match="no pairs to train on are left: 3 rows read; 3 no chosen and rejected answer"):
         prepare(2, tok, path)
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(UserError, match="0 rows read"):
@@ -483,7 +482,7 @@ def test_a_long_text_takes_a_few_bytes_a_token(tok, tmp_path):
 
 def test_rows_are_written_before_they_fill_the_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "_MOST_VALUES", 100)
-    writer = cache.ArrowWriter(tmp_path / "a.arrow", 3)
+    writer = cache.ArrowWriter(tmp_path / "a.arrow", "prompts")
     rows = [{"prompt_ids": [1] * 30, "messages": "m" * 20, "row": "r" * 10, "source": "s", "length": 30}] * 7
     waiting = []
     for row in rows:
@@ -532,7 +531,7 @@ def test_one_row_leaves_nothing_to_judge_by(tok, tmp_path):
     """A program that trains and one that evaluates both say so, in place of a perplexity of 1 over no row."""
     file = tmp_path / "one.jsonl"
     file.write_text(json.dumps({"prompt": "Hi", "response": "Hello"}) + "\n", encoding="utf-8")
-    rows = prepare_data(1, DataArguments(data_path=[str(file)]), tok, max_length=128, seed=0)
+    rows = prepare_data("demonstrations", DataArguments(data_path=[str(file)]), tok, max_length=128, seed=0)
     assert (len(rows.train), len(rows.held_out)) == (1, 0)
     for use in (rows.announce, rows.to_judge_by):
         with pytest.raises(UserError, match="no row is held out"):

@@ -11,6 +11,7 @@ from tests.data import families
 from tests.data.real_data import FED, FOLDER, path_of, raw
 from tests.data.test_prepare import prepare
 from tests.data.test_preview import table
+from training.utils.data.kinds import KINDS
 from training.utils.errors import UserError
 
 LONG = 100_000  # nothing is truncated, so that counts can be compared
@@ -28,7 +29,7 @@ def test_first_rows_of_every_file_feed_its_steps(name, step):
 
 @pytest.mark.parametrize(("name", "step"), [("alpaca_en_demo.json", 2), ("awesome_chatgpt_prompts.csv", 1)])
 def test_a_step_that_a_file_can_not_feed(name, step):
-    with pytest.raises(UserError, match=f"no row is left to train step {step} on: 64 rows read; 64"):
+    with pytest.raises(UserError, match=f"no {KINDS[step - 1]} to train on are left: 64 rows read; 64"):
         prepare(step, families.tokenizer("smollm2-like"), f"{path_of(name)}:64")
 
 

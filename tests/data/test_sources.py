@@ -48,7 +48,7 @@ def write(path: Path, rows=ROWS) -> Path:
 @pytest.mark.parametrize("zipped", ["", ".gz"])
 def test_every_type_gives_the_same_rows(tmp_path, name, zipped):
     path = write(tmp_path / (name + zipped))
-    found = list(resolve(str(path), 1).rows())
+    found = list(resolve(str(path), "demonstrations").rows())
     assert [row.values for row in found] == ROWS
     assert all(row.place.startswith(f"{path}:") for row in found)
 
@@ -143,10 +143,10 @@ def test_csv_row_with_too_few_cells(tmp_path):
 
 def test_row_limit(tmp_path):
     path = write(tmp_path / "a.jsonl")
-    assert len(list(resolve(f"{path}:3", 1).rows())) == 3
-    assert resolve(f"{path}:3", 1).fingerprint() != resolve(str(path), 1).fingerprint()
+    assert len(list(resolve(f"{path}:3", "demonstrations").rows())) == 3
+    assert resolve(f"{path}:3", "demonstrations").fingerprint() != resolve(str(path), "demonstrations").fingerprint()
     with pytest.raises(UserError, match="limit of 0"):
-        resolve(f"{path}:0", 1)
+        resolve(f"{path}:0", "demonstrations")
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.txt"])
@@ -159,17 +159,17 @@ def test_a_number_of_any_length_is_read(tmp_path, name):
 
 def test_a_limit_of_many_digits(tmp_path):
     path = write(tmp_path / "a.jsonl")
-    assert len(list(resolve(f"{path}:{10**14}", 1).rows())) == 5
+    assert len(list(resolve(f"{path}:{10**14}", "demonstrations").rows())) == 5
     for digits in (20, 200, 5000):
         with pytest.raises(UserError, match=f"a limit of {digits} digits; without a limit all rows are read"):
-            resolve(f"{path}:{'9' * digits}", 1)
+            resolve(f"{path}:{'9' * digits}", "demonstrations")
 
 
 def test_folder_with_an_eval_split(tmp_path):
     for name in ("train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl.gz", "test.json", "validation.csv"):
         write(tmp_path / name)
     (tmp_path / "README.md").write_text("not data")
-    source = resolve(str(tmp_path), 1)
+    source = resolve(str(tmp_path), "demonstrations")
     assert [p.name for p in source.train] == ["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl.gz"]
     assert [p.name for p in source.held_out] == ["test.json", "validation.csv"]
     assert len(list(source.rows())) == 10 and len(list(source.rows(held_out=True))) == 10
@@ -178,10 +178,10 @@ def test_folder_with_an_eval_split(tmp_path):
 def test_a_link_to_nothing_in_a_folder(tmp_path):
     write(tmp_path / "train.jsonl")
     (tmp_path / "notes.md").symlink_to(tmp_path / "gone.md")
-    assert len(resolve(str(tmp_path), 1).train) == 1
+    assert len(resolve(str(tmp_path), "demonstrations").train) == 1
     (tmp_path / "more.jsonl").symlink_to(tmp_path / "gone.jsonl")
     with pytest.raises(UserError, match=r"more\.jsonl is a link to a file that is not there"):
-        resolve(str(tmp_path), 1)
+        resolve(str(tmp_path), "demonstrations")
 
 
 def test_training_data_of_seed_004(tmp_path):
@@ -189,7 +189,7 @@ def test_training_data_of_seed_004(tmp_path):
     folder.mkdir()
     for name in ("training_data.txt.train", "training_data.txt.test"):
         (folder / name).write_text('{"instruction": "User: Hi", "output": "Hello"}\n')
-    source = resolve(str(folder), 1)
+    source = resolve(str(folder), "demonstrations")
     assert [p.name for p in source.train] == ["training_data.txt.train"] and source.has_held_out
     assert next(iter(source.rows())).values["output"] == "Hello"
 
@@ -197,15 +197,15 @@ def test_training_data_of_seed_004(tmp_path):
 def test_what_does_not_exist(tmp_path, monkeypatch):
     write(tmp_path / "sft.jsonl")
     with pytest.raises(UserError, match=r"no such file or folder; did you mean .*sft\.jsonl"):
-        resolve(str(tmp_path / "stf.jsonl"), 1)
+        resolve(str(tmp_path / "stf.jsonl"), "demonstrations")
     with pytest.raises(UserError, match="no such file or folder"):
-        resolve("a" * 300 + ".jsonl", 1)
+        resolve("a" * 300 + ".jsonl", "demonstrations")
     with pytest.raises(UserError, match="no data file"):
         (tmp_path / "empty").mkdir()
-        resolve(str(tmp_path / "empty"), 1)
+        resolve(str(tmp_path / "empty"), "demonstrations")
     (tmp_path / "a.pkl").write_bytes(b"x")
     with pytest.raises(UserError, match="not a data file"):
-        resolve(str(tmp_path / "a.pkl"), 1)
+        resolve(str(tmp_path / "a.pkl"), "demonstrations")
 
 
 @pytest.mark.parametrize("name", ["Dahoas/rm-static", "MultiTurnAlpaca", "local/jsonfile"])
@@ -220,14 +220,14 @@ def test_hub_names_without_a_network(monkeypatch, name):
     monkeypatch.setattr(hub.socket, "getaddrinfo", _raise(OSError("no name server")))
     monkeypatch.setattr(time, "sleep", _raise(AssertionError("it must not be tried again")))
     with pytest.raises(UserError, match=rf"--data_path {name}: .*give the (path of a f|folder|path of the f)"):
-        resolve(name, 1)
+        resolve(name, "demonstrations")
 
 
 def test_hub_that_fails_says_why(monkeypatch):
     monkeypatch.setattr(hub, "is_reachable", lambda: True)
     monkeypatch.setattr(datasets, "load_dataset_builder", _raise(ConnectionError("503 try later")))
     with pytest.raises(UserError, match=r"someone/thing: no file or folder here.*\(503 try later\)"):
-        resolve("someone/thing", 1)
+        resolve("someone/thing", "demonstrations")
 
 
 def _raise(error):
@@ -248,10 +248,10 @@ def test_hub_dataset(tmp_path, monkeypatch):
     cache = str(tmp_path / "cache")
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda name: real_builder(str(folder), cache_dir=cache))
     monkeypatch.setattr(datasets, "load_dataset", lambda name: real_load(str(folder), cache_dir=cache))
-    source = resolve("someone/thing:4", 1)
+    source = resolve("someone/thing:4", "demonstrations")
     assert [row.values for row in source.rows()] == ROWS[:4]
     assert [row.values for row in source.rows(held_out=True)] == ROWS[:2]
-    assert source.fingerprint() == resolve("someone/thing:4", 1).fingerprint()
+    assert source.fingerprint() == resolve("someone/thing:4", "demonstrations").fingerprint()
     assert next(iter(source.rows())).place == "someone/thing:1"
 
 
@@ -263,15 +263,15 @@ def test_hub_dataset_that_is_code_is_refused(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda name: Script())
     monkeypatch.setattr(datasets, "load_dataset", _raise(AssertionError("it must not be loaded")))
     with pytest.raises(UserError, match="not plain data files"):
-        resolve("someone/thing", 1)
+        resolve("someone/thing", "demonstrations")
 
 
 def test_an_edited_file_is_another_source(tmp_path):
     path = write(tmp_path / "a.jsonl")
-    before = resolve(str(path), 1).fingerprint()
+    before = resolve(str(path), "demonstrations").fingerprint()
     text = path.read_text()
     path.write_text(text.replace("Hi 3", "Hi 9"))
-    assert resolve(str(path), 1).fingerprint() != before
+    assert resolve(str(path), "demonstrations").fingerprint() != before
 
 
 @pytest.mark.parametrize("name", ["a.json.gz", "a.jsonl.gz", "a.csv.gz", "a.txt"])

@@ -38,7 +38,7 @@ def test_an_untrained_answer_stays_so_where_each_answer_has_a_row():
     turns[1]["weight"] = 0
     (example,) = convert({"messages": turns})[1]
     for train_on_prompts in (False, True):
-        (rows,) = tokenise.sft_rows(tokenizer, [example], 1000, DataReport(step=1), train_on_prompts)
+        (rows,) = tokenise.sft_rows(tokenizer, [example], 1000, DataReport(kind="demonstrations"), train_on_prompts)
         (row,) = rows
         trained = tokenizer.decode([i for i, bit in zip(row["input_ids"], row["response_mask"], strict=True) if bit])
         assert "Thrice three is nine." in trained and "Three again." in trained
@@ -50,8 +50,8 @@ def test_tools_and_the_system_turn_survive_truncation():
     row = templates.ROWS["tools"]
     long = [row["messages"][0], templates.SEVERAL[0], templates.SEVERAL[1], *row["messages"][1:]]
     (example,) = convert({**row, "messages": long})[1]
-    report = DataReport(step=1)
-    (whole,) = tokenise.sft_rows(tokenizer, [example], 10_000, DataReport(step=1))
+    report = DataReport(kind="demonstrations")
+    (whole,) = tokenise.sft_rows(tokenizer, [example], 10_000, DataReport(kind="demonstrations"))
     (rows,) = tokenise.sft_rows(tokenizer, [example], whole[0]["length"] - 5, report)
     text = tokenizer.decode(rows[0]["input_ids"])
     assert "Answer in one line." in text and '"description": "The weather of a city"' in text
@@ -95,7 +95,7 @@ def test_calls_in_every_usual_form_are_one(call):
     tokenizer = templates.tokenizer_of("qwen2.5")
     turns = [{"from": "human", "value": "Weather?"}, {"from": "gpt", "value": "", **call}]
     (example,) = convert({"conversations": turns, "tools": [templates.TOOL["function"]]})[1]
-    (rows,) = tokenise.sft_rows(tokenizer, [example], 1000, DataReport(step=1))
+    (rows,) = tokenise.sft_rows(tokenizer, [example], 1000, DataReport(kind="demonstrations"))
     text = tokenizer.decode(rows[0]["input_ids"])
     assert '{"name": "get_weather", "arguments": {"city": "Oslo"}}' in text
 
@@ -109,7 +109,7 @@ def test_sharegpt_turns_of_tools_are_read():
     ]
     (example,) = convert({"conversations": turns, "tools": "[]"})[1]
     assert [turn["role"] for turn in example.prompt] == ["user", "assistant", "tool"]
-    (rows,) = tokenise.sft_rows(templates.tokenizer_of("granite"), [example], 1000, DataReport(step=1))
+    (rows,) = tokenise.sft_rows(templates.tokenizer_of("granite"), [example], 1000, DataReport(kind="demonstrations"))
     assert sum(rows[0]["response_mask"]) and rows[0]["length"]
 
 
@@ -117,7 +117,7 @@ def test_pairs_that_differ_in_reasoning_alone_are_no_identical_pair():
     turns = {"role": "assistant", "content": "Three."}
     row = {"prompt": "Six by two?", "chosen": [turns | {"reasoning": "Halves."}], "rejected": [turns]}
     (example,) = convert(row)[1]
-    (rows,) = tokenise.pair_rows(templates.tokenizer_of("qwen3, thinking"), [example], 1000, DataReport(step=2))
+    (rows,) = tokenise.pair_rows(templates.tokenizer_of("qwen3, thinking"), [example], 1000, DataReport(kind="pairs"))
     assert rows[0]["chosen_ids"] != rows[0]["rejected_ids"]
     with pytest.raises(RowError, match="loses the reasoning"):
-        tokenise.pair_rows(smol_like(), [example], 1000, DataReport(step=2))
+        tokenise.pair_rows(smol_like(), [example], 1000, DataReport(kind="pairs"))

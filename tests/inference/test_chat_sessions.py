@@ -264,7 +264,7 @@ def test_the_data_layer_reads_votes_of_both_forms(votes_file, tokenizer):
     from training.utils.data import prepare_data
 
     arguments = DataArguments(data_path=[str(votes_file)])
-    data = prepare_data(2, arguments, tokenizer, max_length=256, seed=1)
+    data = prepare_data("pairs", arguments, tokenizer, max_length=256, seed=1)
     rows = [*data.train, *data.held_out]
     assert len(rows) == 20
     texts = [tokenizer.decode(row["chosen_ids"]) for row in rows]

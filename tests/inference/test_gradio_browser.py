@@ -205,7 +205,7 @@ def test_votes_of_the_page_train_step_2(serve, visit, chat_folders, tmp_path):
     command = [sys.executable, str(script), *(str(part) for pair in flags.items() for part in pair)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
-    assert "step 2: 3 rows to train on" in done.stdout, done.stdout
+    assert "pairs: 3 rows to train on" in done.stdout, done.stdout
     assert json.loads((tmp_path / "step2" / "summary.json").read_text())["steps"] >= 1
 
 

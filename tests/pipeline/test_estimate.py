@@ -101,9 +101,9 @@ def test_rows_are_counted_from_the_data(tmp_path: Path) -> None:
     row = {"messages": [{"role": "user", "content": "a" * 40}, {"role": "assistant", "content": "b" * 20}]}
     path.write_text((json.dumps(row) + "\n") * 20)
     (data,) = arguments.parse([arguments.DataArguments], ["--data_path", str(path)], prog="test", description="")
-    assert estimate.rows_of(1, data, [], 7) == (Rows(18, 22, 10), Rows(2, 22, 10)), "a tenth is held out"
+    assert estimate.rows_of("demonstrations", data, [], 7) == (Rows(18, 22, 10), Rows(2, 22, 10)), "a tenth is held out"
     data.data_path = [f"{path}:10"]
-    assert estimate.rows_of(1, data, [str(path)], 0) == (Rows(27, 15, 10), Rows(3, 15, 10))
+    assert estimate.rows_of("demonstrations", data, [str(path)], 0) == (Rows(27, 15, 10), Rows(3, 15, 10))
 
 
 def test_the_demo_is_the_embedded_model_from_start_to_end() -> None:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from training.step3_rlhf_finetuning import arguments as rlhf_arguments
 from training.utils import arguments
 from training.utils.arguments import AUTO, DataArguments
+from training.utils.data.kinds import KINDS, Kind
 from training.utils.errors import UserError
 from training.utils.run.folders import cache_dir, repository_root
 from training.utils.run.runtime import has_accelerator
@@ -263,7 +264,7 @@ def works(argvs: Mapping[str, Sequence[str]], shape: Shape, ranks: int) -> dict[
         system = len(data.system_message) / CHARACTERS_PER_TOKEN + TURN_TOKENS if data.system_message else 0.0
         system = system or (0.0 if template else SYSTEM_TOKENS)
         only = by_group[arguments.SupervisedArguments].sft_only_data_path if step == 1 else []
-        rows, held_out = rows_of(step, data, only, system)
+        rows, held_out = rows_of(KINDS[step - 1], data, only, system)
         if step == 3:
             found[name] = flags[0].dtype, rlhf_work(flags, shape, rows, held_out, answer, ranks)
         else:
@@ -272,11 +273,11 @@ def works(argvs: Mapping[str, Sequence[str]], shape: Shape, ranks: int) -> dict[
     return found
 
 
-def rows_of(step: int, data: DataArguments, whole: Sequence[str], system: float) -> tuple[Rows, Rows]:
+def rows_of(kind: Kind, data: DataArguments, whole: Sequence[str], system: float) -> tuple[Rows, Rows]:
     """Training and held-out rows of a step, counted without a tokenizer.
 
     Args:
-        step: which.
+        kind: of the rows.
         data: the flags.
         whole: sources that are not divided among the steps.
         system: tokens of the system message that conversations get.
@@ -285,15 +286,15 @@ def rows_of(step: int, data: DataArguments, whole: Sequence[str], system: float)
         UserError: a source is not usable, or not on this machine.
     """
     shares = [float(part) for part in data.data_split.split(",")] if data.data_split else [1.0]
-    share = shares[step - 1] / sum(shares) if data.data_split else 1.0
+    share = shares[KINDS.index(kind)] / sum(shares) if data.data_split else 1.0
     train: list[tuple[float, float]] = []
     held_out: list[tuple[float, float]] = []
 
     def lengths(source: Source, split: bool) -> list[tuple[float, float]]:
-        return list(_lengths(step, source, split, data, system))
+        return list(_lengths(kind, source, split, data, system))
 
     for path in [*data.data_path, *whole]:
-        source, part = _source(path, step), 1.0 if path in whole else share
+        source, part = _source(path, kind), 1.0 if path in whole else share
         rows = lengths(source, False)
         if not data.eval_data_path and not source.has_held_out:
             held_out += rows[: len(rows) // 10]
@@ -302,21 +303,21 @@ def rows_of(step: int, data: DataArguments, whole: Sequence[str], system: float)
             held_out += lengths(source, True)
         train += rows[: round(part * len(rows))]
     for path in data.eval_data_path:
-        source = _source(path, step)
+        source = _source(path, kind)
         held_out += lengths(source, source.has_held_out)
     return Rows.of(train), Rows.of(held_out)
 
 
-def _source(path: str, step: int) -> Source:
+def _source(path: str, kind: Kind) -> Source:
     from training.utils.data.reading.sources import local_source
 
-    source = local_source(path, step)
+    source = local_source(path, kind)
     if source is None:
         raise UserError(f"{path} is not on this machine")
     return source
 
 
-def _lengths(step: int, source: Source, split: bool, data: DataArguments, system: float) -> Any:
+def _lengths(kind: Kind, source: Source, split: bool, data: DataArguments, system: float) -> Any:
     """Tokens of prompt and answer of each usable row of a source."""
     from training.utils.data.formats.columns import convert, parse_column_map
     from training.utils.data.formats.conversations import Dropped
@@ -327,25 +328,25 @@ def _lengths(step: int, source: Source, split: bool, data: DataArguments, system
         try:
             if not isinstance(row.values, RowError):
                 for example in convert(row.values, source.name, columns)[1]:
-                    if found := _tokens(step, example, system):
+                    if found := _tokens(kind, example, system):
                         yield found
         except (Dropped, RowError):
             continue
 
 
-def _tokens(step: int, example: Example, system: float) -> tuple[float, float] | None:
+def _tokens(kind: Kind, example: Example, system: float) -> tuple[float, float] | None:
     from training.utils.data.formats.conversations import demonstration
 
     def tokens(turns: Sequence[Mapping[str, Any]]) -> float:
         return sum(len(turn["content"]) / CHARACTERS_PER_TOKEN + TURN_TOKENS for turn in turns)
 
-    prompt, response = (example.prompt, []) if step > 1 else demonstration(example)
+    prompt, response = demonstration(example) if kind == "demonstrations" else (example.prompt, [])
     before = tokens(prompt) + (0 if prompt and prompt[0]["role"] == "system" else system)
-    if step == 1:
+    if kind == "demonstrations":
         if example.text:
             return 0.0, len(example.text) / CHARACTERS_PER_TOKEN
         return (before, tokens(response)) if response else None
-    if step == 2:
+    if kind == "pairs":
         return (before, (tokens(example.chosen) + tokens(example.rejected)) / 2) if example.chosen else None
     return (before, 0.0) if prompt else None
 

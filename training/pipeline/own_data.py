@@ -112,7 +112,7 @@ def check_pairs(argv: Sequence[str]) -> None:
     enough = 1 if flags.get("eval_data_path") else 2
     count = 0
     for path in paths:
-        source = local_source(path, step=2)
+        source = local_source(path, "pairs")
         if source is None:
             return
         for row in itertools.islice(source.rows(), MOST_ROWS):

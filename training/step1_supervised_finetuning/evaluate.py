@@ -143,7 +143,7 @@ def main(argv: Sequence[str]) -> int:
         check_length(path, step.max_answer_seq_len, "--max_answer_seq_len")
     tokenizer = load_tokenizer(str(folder))
     chosen = evaluation_programs.data_arguments(data, recorded[arguments.DataArguments])
-    rows = prepare_data(1, chosen, tokenizer, max_length=max_seq_len, seed=seed).to_judge_by()
+    rows = prepare_data("demonstrations", chosen, tokenizer, max_length=max_seq_len, seed=seed).to_judge_by()
     device = init_distributed()
     settled = precision.settle(args)
     limit = (max_positions(base_path) or sys.maxsize) - step.max_answer_seq_len

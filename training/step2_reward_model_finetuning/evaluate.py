@@ -147,7 +147,7 @@ def main(argv: Sequence[str]) -> int:
     check_length(str(folder), max_seq_len, "--max_seq_len of step 2")
     tokenizer = load_tokenizer(str(folder))
     chosen = evaluation_programs.data_arguments(data, recorded[arguments.DataArguments])
-    rows = prepare_data(2, chosen, tokenizer, max_length=max_seq_len, seed=seed).to_judge_by()
+    rows = prepare_data("pairs", chosen, tokenizer, max_length=max_seq_len, seed=seed).to_judge_by()
     device = init_distributed()
     settled = precision.settle(args)
     pad_id = tokenizer.pad_token_id

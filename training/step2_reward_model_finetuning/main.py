@@ -80,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
     if output.plan:
         precision.settle(model_args, resume_output_dir(reliability.resume, output.output_dir), reliability.resume)
         return show_sequence_plan(2, model_path, model_args, lora, train, ds, overrides)
-    tuning = open_run(2, argv, groups, model_path, counted="pairs")
+    tuning = open_run("step2", "pairs", argv, groups, model_path, counted="pairs")
     rows, run, phases, device = tuning.rows, tuning.run, tuning.phases, tuning.device
     if warning := few_held_out(len(rows.held_out)):
         say(warning)

@@ -366,7 +366,7 @@ def main(argv: Sequence[str]) -> int:
         say("warning: the only judge is the reward model that training has learned to please; give --eval_function or "
             "--judge_model_name_or_path")  # fmt: skip
     rows = prepare_data(
-        3,
+        "prompts",
         chosen_data,
         tokenizer,
         max_length=rollout.max_prompt_seq_len + longest,

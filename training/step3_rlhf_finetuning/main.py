@@ -98,7 +98,7 @@ def main(argv: Sequence[str]) -> int:
 
     # Data
     rows = prepare_data(
-        3,
+        "prompts",
         data,
         tokenizer,
         max_length=length,

@@ -101,7 +101,7 @@ class DataArguments:
         "one or more sources: a json, jsonl, csv or parquet file, a folder, a hub name; PATH:N takes N rows",
     )
     data_split: str = flag(
-        "", "share of each source for steps 1,2,3, for example 2,4,4 (default: every row in each step)"
+        "", "share of each source for SFT, preferences and prompts, such as 2,4,4 (default: every row in each step)"
     )
     eval_data_path: list[str] = flag(
         [], "held-out sources (default: each source's own eval split, or 10%% of its rows)"

@@ -26,6 +26,7 @@ from training.utils.arguments import (
 )
 from training.utils.checkpoint.resume import Run, resume_output_dir
 from training.utils.data import StepData, batches_after, prepare_data, stop_token_ids
+from training.utils.data.kinds import Kind
 from training.utils.engine import engine as engines, precision
 from training.utils.engine.zero_config import deepspeed_config
 from training.utils.metrics import MetricsLogger, progress_bar, write_summary
@@ -37,7 +38,7 @@ from training.utils.model.tokenizer import check_vocabulary, load_tokenizer
 from training.utils.phases import Phases
 from training.utils.run import watchdog
 from training.utils.run.distributed import data_size, init_distributed, say
-from training.utils.run.folders import prepare_output_dir
+from training.utils.run.folders import prepare_output_dir, title
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class FineTuning:
     """An open run of one step.
 
     Attributes:
-        step: its number.
+        step: its name, one of `STEPS`.
         argv, flags: as it was started.
         model_path: where the model starts from.
         output_dir, device: of this run and this rank.
@@ -69,7 +70,7 @@ class FineTuning:
         settled: the precision, for the summary.
     """
 
-    step: int
+    step: str
     argv: Sequence[str]
     flags: Flags
     model_path: str
@@ -95,14 +96,14 @@ class FineTuning:
 
     def logger(self) -> MetricsLogger:
         """Where the metrics go, continued where a resumed run stood."""
-        name = f"{self.output_dir.parent.name}/step{self.step}"
+        name = f"{self.output_dir.parent.name}/{self.step}"
         report_to, run = self.flags.output.report_to, self.run
         return MetricsLogger(self.output_dir, report_to, name, done=run.step, seconds=run.seconds)
 
     def steps(self) -> Iterator[tuple[int, list[int], Any]]:
         """(number, rows, progress bar) of every optimizer step that is left."""
         train = self.flags.train
-        bar = progress_bar(self.total_steps, f"step {self.step}", self.run.step)
+        bar = progress_bar(self.total_steps, title(self.step), self.run.step)
         lengths = self.rows.train["length"]
         for number, indices in batches_after(self.run.step, lengths, self.batch, train.seed, train.num_train_epochs):
             yield number, indices, bar
@@ -137,7 +138,7 @@ class FineTuning:
         made: dict[str, Any] = {"argv": self.argv, "data": self.rows.report.lines(), "results": summary}
         write_model_card(self.output_dir, kind, (base, self.model_path), tokenizer=self.tokenizer, **made)
         write_summary(self.output_dir, summary)
-        say(f"step {self.step} saved to {self.output_dir}")
+        say(f"{title(self.step)} saved to {self.output_dir}")
 
 
 def step_metrics(result: engines.StepResult) -> dict[str, float]:
@@ -150,12 +151,20 @@ def step_metrics(result: engines.StepResult) -> dict[str, float]:
 
 
 def open_run(
-    step: int, argv: Sequence[str], groups: Sequence[Any], model_path: str, *, counted: str, **data_options: Any
+    step: str,
+    kind: Kind,
+    argv: Sequence[str],
+    groups: Sequence[Any],
+    model_path: str,
+    *,
+    counted: str,
+    **data_options: Any,
 ) -> FineTuning:
     """Join the ranks, read the data, and open the run or take it up.
 
     Args:
-        step: its number.
+        step: its name, one of `STEPS`.
+        kind: of the rows that it trains on.
         argv, groups: the flags as given and as parsed; the first seven groups are those of `Flags`.
         model_path: where the model starts from.
         counted: what an optimizer step takes, such as ``rows``.
@@ -167,7 +176,7 @@ def open_run(
     started, phases = time.monotonic(), Phases()
     flags = Flags(*groups[:7])
     reliability, train = flags.reliability, flags.train
-    output_dir = prepare_output_dir(resume_output_dir(reliability.resume, flags.output.output_dir), f"step{step}")
+    output_dir = prepare_output_dir(resume_output_dir(reliability.resume, flags.output.output_dir), step)
     device = init_distributed(reliability.distributed_timeout)
     watchdog.watch(output_dir, reliability.hang_timeout)
     settled = precision.settle(flags.model, output_dir, reliability.resume)
@@ -176,11 +185,11 @@ def open_run(
     tokenizer = load_tokenizer(model_path, chat_template=data.chat_template, system_message=data.system_message)
     check_vocabulary(model_path, tokenizer)
     options: dict[str, Any] = {"max_length": flags.model.max_seq_len, "seed": train.seed, "run_dir": output_dir}
-    rows = prepare_data(step, data, tokenizer, **options, **data_options)
+    rows = prepare_data(kind, data, tokenizer, **options, **data_options)
     rows.announce()
     per_rank = train.per_device_train_batch_size * train.gradient_accumulation_steps
     run = Run.open(
-        f"step{step}",
+        step,
         output_dir,
         reliability,
         list(groups),

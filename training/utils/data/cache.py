@@ -18,6 +18,7 @@ from typing import Any
 import filelock
 import pyarrow
 
+from training.utils.data.kinds import Kind
 from training.utils.errors import UserError
 
 _NOT_CODE = ("__init__.py", "preview.py", "preview_page.py", "batches.py")  # they change no token
@@ -108,21 +109,21 @@ def _whole(folder: Path) -> bool:
 _INTS, _BITS, _WORDS = pyarrow.list_(pyarrow.int32()), pyarrow.list_(pyarrow.int8()), pyarrow.string()
 _COMMON = [("length", pyarrow.int32()), ("source", _WORDS)]
 SCHEMAS = {
-    1: pyarrow.schema([("input_ids", _INTS), ("response_mask", _BITS), *_COMMON]),
-    2: pyarrow.schema(
+    "demonstrations": pyarrow.schema([("input_ids", _INTS), ("response_mask", _BITS), *_COMMON]),
+    "pairs": pyarrow.schema(
         [("chosen_ids", _INTS), ("chosen_mask", _BITS), ("rejected_ids", _INTS), ("rejected_mask", _BITS)]
         + [*_COMMON, ("rejected_kind", pyarrow.string())]
     ),
-    # The row as it stood in its file goes with a prompt alone: only the rewards of step 3 read further columns.
-    3: pyarrow.schema([("prompt_ids", _INTS), ("messages", _WORDS), *_COMMON, ("row", _WORDS)]),
+    # The row as it stood in its file goes with a prompt alone: only the rewards of PPO read further columns.
+    "prompts": pyarrow.schema([("prompt_ids", _INTS), ("messages", _WORDS), *_COMMON, ("row", _WORDS)]),
 }
 
 
 class ArrowWriter:
-    """Writes rows of one step to an Arrow stream file, a batch at a time."""
+    """Writes rows of one kind to an Arrow stream file, a batch at a time."""
 
-    def __init__(self, path: Path, step: int) -> None:
-        self.schema = SCHEMAS[step]
+    def __init__(self, path: Path, kind: Kind) -> None:
+        self.schema = SCHEMAS[kind]
         self.file = pyarrow.OSFile(str(path), "wb")
         self.stream = pyarrow.ipc.new_stream(self.file, self.schema)
         self.rows: list[Mapping[str, Any]] = []

@@ -25,25 +25,25 @@ def hash_of(value: Any, salt: str = "") -> int:
 
 
 def split_prompts(prompts: Sequence[np.ndarray], shares: Sequence[float]) -> list[np.ndarray]:
-    """The step (1, 2, 3) of every example.
+    """Whom every example is for, as its place in `KINDS`: 0 SFT, 1 preferences (reward model, DPO), 2 prompts.
 
-    A step that has a share but no prompt at all takes one of the step with the most prompts, that with the lowest hash.
+    One that has a share but no prompt at all takes one of that with the most prompts, the one with the lowest hash.
 
     Args:
         prompts: the hashes of every example's prompt, one array for each source.
-        shares: of the three steps, together 1.
+        shares: of the three, together 1.
 
     Returns:
         Arrays as those in ``prompts``.
     """
     known = np.unique(np.concatenate([*prompts, np.zeros(0, np.uint64)]))
-    steps = 1 + np.searchsorted(np.cumsum(shares)[:2], _unit(known >> np.uint64(_HALF)), side="right")
-    for step in (1, 2, 3):
-        counts = np.bincount(steps, minlength=4)
+    places = np.searchsorted(np.cumsum(shares)[:2], _unit(known >> np.uint64(_HALF)), side="right")
+    for place, share in enumerate(shares):
+        counts = np.bincount(places, minlength=len(shares))
         richest = int(counts.argmax())
-        if shares[step - 1] and not counts[step] and counts[richest] > 1:
-            steps[np.flatnonzero(steps == richest)[0]] = step
-    return [steps[np.searchsorted(known, of_source)].astype(np.uint8) for of_source in prompts]
+        if share and not counts[place] and counts[richest] > 1:
+            places[np.flatnonzero(places == richest)[0]] = place
+    return [places[np.searchsorted(known, of_source)].astype(np.uint8) for of_source in prompts]
 
 
 def hold_out(prompts: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -21,6 +21,7 @@ import numpy as np
 from training.utils.arguments import DataArguments
 from training.utils.data import cache, tokenise
 from training.utils.data.formats.conversations import Example, has_half_character
+from training.utils.data.kinds import KINDS, Kind
 from training.utils.data.reading.rows import RawRow
 from training.utils.data.report import DataReport
 from training.utils.data.selection import (
@@ -44,6 +45,7 @@ from training.utils.run.distributed import say
 
 _BATCH = 512  # rows that are tokenised at once, and
 _MOST_CHARACTERS = 4 << 20  # characters: the tokens of long rows take many times their size
+_EARLIER_NAMES = {f"step{n}": kind for n, kind in enumerate(KINDS, 1)}  # in a data_split.json
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class StepData:
 
 
 def prepare_data(
-    step: int,
+    kind: Kind,
     arguments: DataArguments,
     tokenizer: Any,
     *,
@@ -87,17 +89,17 @@ def prepare_data(
     hold_out: bool = True,
     run_dir: Path | None = None,
 ) -> StepData:
-    """The rows of step 1, 2 or 3, tokenised once and memory-mapped.
+    """The rows of one kind for one step, tokenised once and memory-mapped.
 
     Args:
-        step: 1 demonstrations, 2 preference pairs, 3 prompts.
+        kind: of the rows.
         arguments: the data flags. The tokenizer's chat template is set from them, in place.
         tokenizer: makes the ids.
-        max_length: the most tokens of a row (steps 1 and 2).
-        max_prompt_length: the most tokens of a prompt in step 3; default ``max_length``.
+        max_length: the most tokens of a row.
+        max_prompt_length: the most tokens of a row of prompts; default ``max_length``.
         seed: decides ``--data_split`` and which rows are held out.
-        sft_only_data_path: further sources for step 1 only, never divided.
-        train_on_prompts: step 1's mask is 1 everywhere.
+        sft_only_data_path: further sources of demonstrations only, never divided.
+        train_on_prompts: the mask of demonstrations is 1 everywhere.
         hold_out: without ``--eval_data_path`` keep a source's eval split, or a tenth of its prompts, from training.
         run_dir: where ``--data_split`` records its row numbers.
 
@@ -105,8 +107,8 @@ def prepare_data(
         UserError: a source, a row (with file:line) or a flag is wrong, or no row is left.
     """
     configure_chat_template(tokenizer, arguments.chat_template, arguments.system_message)
-    length = (max_prompt_length or max_length) if step == 3 else max_length
-    request = make_request(step, arguments, sft_only_data_path, seed, length, train_on_prompts, hold_out)
+    length = (max_prompt_length or max_length) if kind == "prompts" else max_length
+    request = make_request(kind, arguments, sft_only_data_path, seed, length, train_on_prompts, hold_out)
     fingerprints = [stream.source.fingerprint() for stream in request.streams]
     folder, ready = cache.cached(
         cache.cache_root(arguments.data_output_path),
@@ -139,7 +141,8 @@ def prepare_pretraining(
         All rows in ``train``; a source's own eval split is left alone.
     """
     whole = dataclasses.replace(arguments, data_path=list(paths), eval_data_path=[], data_split="", column_map=[])
-    return prepare_data(1, whole, tokenizer, max_length=max_length, seed=seed, train_on_prompts=True, hold_out=False)
+    options: dict[str, Any] = {"max_length": max_length, "seed": seed, "train_on_prompts": True, "hold_out": False}
+    return prepare_data("demonstrations", whole, tokenizer, **options)
 
 
 def _key(request: Request, tokenizer: Any, fingerprints: Sequence[str]) -> dict[str, Any]:
@@ -148,7 +151,7 @@ def _key(request: Request, tokenizer: Any, fingerprints: Sequence[str]) -> dict[
         "code": cache.code_version(),
         "tokenizer": cache.tokenizer_version(tokenizer),
         "rendering": render_text(tokenizer, probe),  # some templates write today's date
-        "step": request.step,
+        "kind": request.kind,
         "sources": [
             (s.name, fingerprint, s.eval_split, s.use, s.divided)
             for s, fingerprint in zip(request.streams, fingerprints, strict=True)
@@ -179,7 +182,7 @@ def _check_unchanged(request: Request, fingerprints: Sequence[str]) -> None:
 
 def _build(request: Request, tokenizer: Any, folder: Path) -> None:
     """Fill a cache folder: train.arrow, held_out.arrow, report.json, and data_split.json where rows are divided."""
-    report = DataReport(step=request.step)
+    report = DataReport(kind=request.kind)
     recorded = decide(request, tokenizer, report)
     if request.shares:
         record = {"seed": request.seed, "shares": request.shares, "rows": recorded}
@@ -198,15 +201,15 @@ def _build(request: Request, tokenizer: Any, folder: Path) -> None:
         why += [f"--data_split leaves {others} to the other steps"] if others else []
         names = ", ".join(report.sources)
         because = f"; {'; '.join(why)}" if why else ""
-        raise UserError(f"{names}: no row is left to train step {request.step} on: {read} rows read{because}")
+        raise UserError(f"{names}: no {request.kind} to train on are left: {read} rows read{because}")
     (folder / "report.json").write_text(json.dumps(report.to_dict()), encoding="utf-8")
 
 
 def _write(request: Request, tokenizer: Any, folder: Path, report: DataReport) -> list[np.ndarray]:
     """Tokenise all rows into train.arrow and held_out.arrow; for every example of each stream whether it became one."""
     writers = {
-        TRAIN: cache.ArrowWriter(folder / "train.arrow", request.step),
-        HELD_OUT: cache.ArrowWriter(folder / "held_out.arrow", request.step),
+        TRAIN: cache.ArrowWriter(folder / "train.arrow", request.kind),
+        HELD_OUT: cache.ArrowWriter(folder / "held_out.arrow", request.kind),
     }
     counts = {TRAIN: 0, HELD_OUT: 0}
     fitting = [np.zeros(len(stream.decisions), bool) for stream in request.streams]
@@ -256,12 +259,12 @@ def _tokenise(
         elif isinstance(result, str):
             report.drop(result, candidate.row.place)
         else:
-            if request.step == 2:
+            if request.kind == "pairs":
                 _compare_lengths(candidate.example, report)
             more = {"source": stream.source.name}
-            if request.step == 2:
+            if request.kind == "pairs":
                 more["rejected_kind"] = _rejected_kind(candidate.row)
-            if request.step == 3:
+            if request.kind == "prompts":
                 more["row"] = _original(candidate.row)
             yield number, [{**row, **more} for row in result]
 
@@ -296,9 +299,9 @@ Tokeniser = Callable[[Sequence[Example]], list[Result]]
 
 def _tokeniser(request: Request, tokenizer: Any, report: DataReport) -> Tokeniser:
     def run(examples: Sequence[Example]) -> list[Result]:
-        if request.step == 1:
+        if request.kind == "demonstrations":
             return tokenise.sft_rows(tokenizer, examples, request.max_length, report, request.train_on_prompts)
-        rows = tokenise.pair_rows if request.step == 2 else tokenise.prompt_rows
+        rows = tokenise.pair_rows if request.kind == "pairs" else tokenise.prompt_rows
         return rows(tokenizer, examples, request.max_length, report)
 
     return run
@@ -317,7 +320,7 @@ def _robustly(run: Tokeniser, examples: Sequence[Example]) -> list[Result | RowE
 def _record_split(made: Path, run_dir: Path) -> None:
     """Keep the row numbers of ``--data_split`` in the step's directory; the steps of one run must agree on them."""
     text = made.read_text(encoding="utf-8")
-    for other in [run_dir / "data_split.json", *sorted(run_dir.parent.glob("step*/data_split.json"))]:
+    for other in [run_dir / "data_split.json", *sorted(run_dir.parent.glob("*/data_split.json"))]:
         if other.is_file() and not _agree(json.loads(text), json.loads(other.read_text(encoding="utf-8"))):
             raise UserError(
                 f"{other} divides the same data differently, so the steps of this run would share rows; "
@@ -330,11 +333,11 @@ def _record_split(made: Path, run_dir: Path) -> None:
 
 
 def _agree(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether no row is in one step by one record and in another step by the other."""
+    """Whether no row is of one kind by one record and of another kind by the other."""
     return not any(
         set(rows) & set(theirs)
-        for source, steps in one["rows"].items()
-        for step, rows in steps.items()
-        for other_step, theirs in other["rows"].get(source, {}).items()
-        if other_step != step
+        for source, kinds in one["rows"].items()
+        for kind, rows in kinds.items()
+        for other_kind, theirs in other["rows"].get(source, {}).items()
+        if _EARLIER_NAMES.get(other_kind, other_kind) != kind
     )

@@ -25,7 +25,7 @@ from training.utils.arguments import DataArguments, flag
 class PreviewArguments:
     """Preview"""
 
-    step: int = flag(1, "the step that the rows are for", choices=(1, 2, 3))
+    step: int = flag(1, "the step that the rows are for; pairs, of DPO too, are those of 2", choices=(1, 2, 3))
     model_name_or_path: str = flag("embedded", "the model whose tokenizer is used")
     max_seq_len: int = flag(512, "longest prompt plus response in tokens (steps 1 and 2)", minimum=8)
     max_prompt_seq_len: int = flag(256, "longest prompt in tokens (step 3)", minimum=4)
@@ -50,6 +50,7 @@ if __name__ == "__main__":
 import numpy as np  # noqa: E402  what follows takes seconds
 
 from training.utils.data.batches import epoch_batches, padding_share  # noqa: E402
+from training.utils.data.kinds import KINDS  # noqa: E402
 from training.utils.data.prepare import StepData, prepare_data  # noqa: E402
 from training.utils.data.preview_page import Piece, page  # noqa: E402
 from training.utils.data.report import IGNORED, READ, REFUSED, DataReport  # noqa: E402
@@ -72,16 +73,16 @@ def pieces(tokenizer: Any, ids: Sequence[int], mask: Sequence[int]) -> list[Piec
     return found
 
 
-def shown_rows(data: StepData, tokenizer: Any, step: int, count: int) -> Iterator[tuple[str, list[Piece]]]:
+def shown_rows(data: StepData, tokenizer: Any, count: int) -> Iterator[tuple[str, list[Piece]]]:
     """(title, pieces) of ``count`` rows spread over the training rows; a pair gives two."""
     total = len(data.train)
     for n in range(min(count, total)):
         number = n * total // min(count, total)
         row = data.train[number]
         title = f"row {number + 1} of {total}, {row['source']}, {row['length']} tokens"
-        if step == 1:
+        if data.report.kind == "demonstrations":
             yield title, pieces(tokenizer, row["input_ids"], row["response_mask"])
-        elif step == 2:
+        elif data.report.kind == "pairs":
             for name in ("chosen", "rejected"):
                 yield f"{title}, {name}", pieces(tokenizer, row[f"{name}_ids"], row[f"{name}_mask"])
         else:
@@ -116,7 +117,7 @@ def counts(data: StepData, batch_size: int, seed: int) -> list[tuple[str, str]]:
     lines += [("rows to train on", str(report.train_rows)), ("rows held out", str(report.held_out_rows))]
     for reason, entry in report.dropped.items():
         lines.append((f"dropped: {reason}", f"{entry.count} ({entry.where()})"))
-    for reason in ("exact duplicate", *(("identical pair",) if report.step == 2 else ())):
+    for reason in ("exact duplicate", *(("identical pair",) if report.kind == "pairs" else ())):
         if reason not in report.dropped:
             lines.append((f"dropped: {reason}", "0"))
     rows = report.train_rows + report.held_out_rows
@@ -125,7 +126,7 @@ def counts(data: StepData, batch_size: int, seed: int) -> list[tuple[str, str]]:
     if report.open_turns:
         lines.append(("last user turns without an answer, left out", str(report.open_turns)))
     lines.append(("held-out rows whose prompt is trained on", str(report.shared_prompts)))
-    if report.step == 2:
+    if report.kind == "pairs":
         share = report.longer_chosen / max(1, report.unequal_pairs)
         lines.append(("pairs whose longer answer is the chosen one", f"{share:.1%} of {report.unequal_pairs}"))
     lengths = data.train["length"][:]
@@ -163,7 +164,7 @@ def problems(report: DataReport) -> list[str]:
 
 def _prepare(preview: PreviewArguments, data: DataArguments, tokenizer: Any) -> StepData:
     return prepare_data(
-        preview.step,
+        KINDS[preview.step - 1],
         data,
         tokenizer,
         max_length=preview.max_seq_len,
@@ -195,7 +196,7 @@ def main(argv: Sequence[str]) -> int:
         found = problems(prepared.report)
         print(printable("\n".join(found)), end="\n" if found else "")
         return 1 if found else 0
-    rows = list(shown_rows(prepared, tokenizer, preview.step, preview.rows))
+    rows = list(shown_rows(prepared, tokenizer, preview.rows))
     table = counts(prepared, preview.per_device_train_batch_size, preview.seed)
     colour = "NO_COLOR" not in os.environ and (sys.stdout.isatty() or "FORCE_COLOR" in os.environ)
     for title, parts in rows:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 
+from training.utils.data.kinds import Kind
+
 _SHOWN = 5
 READ, IGNORED, REFUSED = range(3)
 
@@ -69,7 +71,7 @@ class DataReport:
         from_cache: whether the tokens were found ready.
     """
 
-    step: int
+    kind: Kind
     sources: dict[str, SourceReport] = field(default_factory=dict)
     dropped: dict[str, Drop] = field(default_factory=dict)
     train_rows: int = 0
@@ -111,7 +113,7 @@ class DataReport:
         if self.shared_prompts:
             lines.append(f"{self.shared_prompts} held-out rows have a prompt that is also trained on")
         counts = f"{self.train_rows} rows to train on, {self.held_out_rows} held out, {self.tokens} tokens"
-        lines.append(f"step {self.step}: {counts}{' from the cache' if self.from_cache else ''}")
+        lines.append(f"{self.kind}: {counts}{' from the cache' if self.from_cache else ''}")
         return lines
 
     def text(self) -> str:

@@ -20,6 +20,7 @@ from training.utils.arguments import DataArguments
 from training.utils.data.division import duplicates, hash_of, hold_out, split_prompts
 from training.utils.data.formats.columns import ColumnMap, UnknownFormat, convert, parse_column_map
 from training.utils.data.formats.conversations import Dropped, Example, demonstration
+from training.utils.data.kinds import KINDS, Kind
 from training.utils.data.reading.rows import RawRow
 from training.utils.data.reading.sources import Source, resolve
 from training.utils.data.report import IGNORED, READ, REFUSED, DataReport, SourceReport
@@ -57,9 +58,9 @@ class Stream:
 
 @dataclass
 class Request:
-    """What decides the rows, resolved and checked; ``max_length`` is the step's own (step 3: of a prompt)."""
+    """What decides the rows, resolved and checked; ``max_length`` is the step's own (of prompts: of a prompt)."""
 
-    step: int
+    kind: Kind
     streams: list[Stream]
     column_map: ColumnMap
     shares: list[float]
@@ -79,7 +80,7 @@ class Candidate:
 
 
 def make_request(
-    step: int,
+    kind: Kind,
     arguments: DataArguments,
     sft_only_data_path: Sequence[str],
     seed: int,
@@ -93,23 +94,23 @@ def make_request(
         UserError: a source does not exist or a flag's value is wrong.
     """
     return Request(
-        step=step,
-        streams=_streams(step, arguments, sft_only_data_path, hold_out),
+        kind=kind,
+        streams=_streams(kind, arguments, sft_only_data_path, hold_out),
         column_map=parse_column_map(arguments.column_map),
         shares=_shares(arguments.data_split),
         skip_bad_rows=arguments.on_bad_row == "skip",
         seed=seed,
         max_length=max_length,
-        train_on_prompts=train_on_prompts and step == 1,
+        train_on_prompts=train_on_prompts and kind == "demonstrations",
     )
 
 
-def _streams(step: int, arguments: DataArguments, sft_only: Sequence[str], hold_out: bool) -> list[Stream]:
+def _streams(kind: Kind, arguments: DataArguments, sft_only: Sequence[str], hold_out: bool) -> list[Stream]:
     found = []
     paths = [(path, True) for path in arguments.data_path]
-    paths += [(path, False) for path in (sft_only if step == 1 else ())]
+    paths += [(path, False) for path in (sft_only if kind == "demonstrations" else ())]
     for path, divided in paths:
-        source = resolve(path, step)
+        source = resolve(path, kind)
         if arguments.eval_data_path or not hold_out:
             found.append(Stream(source, False, "train", divided))
         elif source.has_held_out:
@@ -117,7 +118,7 @@ def _streams(step: int, arguments: DataArguments, sft_only: Sequence[str], hold_
         else:
             found.append(Stream(source, False, "both", divided))
     for path in arguments.eval_data_path:
-        source = resolve(path, step)
+        source = resolve(path, kind)
         found.append(Stream(source, source.has_held_out, "held_out"))
     return found
 
@@ -130,7 +131,9 @@ def _shares(data_split: str) -> list[float]:
     except ValueError:
         shares = []
     if len(shares) != 3 or not all(0 <= share < float("inf") for share in shares) or sum(shares) == 0:
-        raise UserError(f"--data_split {data_split}: give three shares for the steps 1,2,3, for example 2,4,4")
+        raise UserError(
+            f"--data_split {data_split}: give the shares of SFT, preferences and prompts, for example 2,4,4"
+        )
     return [share / sum(shares) for share in shares]
 
 
@@ -182,15 +185,15 @@ def bad_row(
         counts.count_column(error.about, REFUSED)
 
 
-def _check_use(example: Example, step: int) -> None:
-    """Raise `Dropped` if the step can not use the example."""
-    if step == 1 and not (example.text or demonstration(example)[1]):
+def _check_use(example: Example, kind: Kind) -> None:
+    """Raise `Dropped` if the example is not of the kind."""
+    if kind == "demonstrations" and not (example.text or demonstration(example)[1]):
         raise Dropped("no response to learn from")
-    if step == 2 and not example.chosen:
+    if kind == "pairs" and not example.chosen:
         raise Dropped("no chosen and rejected answer")
-    if step == 2 and example.chosen == example.rejected:
+    if kind == "pairs" and example.chosen == example.rejected:
         raise Dropped("identical pair")
-    if step == 3 and not example.prompt:
+    if kind == "prompts" and not example.prompt:
         raise Dropped("plain text, no prompt")
 
 
@@ -206,11 +209,11 @@ def _check_no_special_token(example: Example, forbidden: re.Pattern[str]) -> Non
 # --- which rows go where -----------------------------------------------------------------------------------------
 
 
-def _identity(example: Example, step: int) -> Any:
-    """What makes two examples the same row in this step."""
-    if step == 1:
+def _identity(example: Example, kind: Kind) -> Any:
+    """What makes two examples the same row of a kind."""
+    if kind == "demonstrations":
         return [example.text, *demonstration(example)]
-    return [example.prompt, example.chosen, example.rejected] if step == 2 else example.prompt
+    return [example.prompt, example.chosen, example.rejected] if kind == "pairs" else example.prompt
 
 
 @dataclass(frozen=True)
@@ -234,12 +237,12 @@ def _scan(stream: Stream, request: Request, forbidden: re.Pattern[str], report: 
             first_of_row = len(rows)
         rows.append(candidate.row_number)
         groups.append(hash_of(example.text or example.prompt, str(request.seed)))
-        identities.append(hash_of(_identity(example, request.step)))
+        identities.append(hash_of(_identity(example, request.kind)))
         usable.append(0)
         if identities[-1] in identities[first_of_row:-1]:
             continue  # several pairs of one row are one prompt and one demonstration
         try:
-            _check_use(example, request.step)
+            _check_use(example, request.kind)
             _check_no_special_token(example, forbidden)
             usable[-1] = 1
         except Dropped as dropped:
@@ -259,7 +262,7 @@ def decide(request: Request, tokenizer: Any, report: DataReport) -> dict[str, di
     """Fill every stream's ``decisions``, and count in ``report`` what is left out.
 
     Returns:
-        The row numbers (from 0) that ``--data_split`` gives to each step, by source; empty without it.
+        The row numbers (from 0) that ``--data_split`` gives to each kind, by source; empty without it.
 
     Raises:
         UserError: a row is wrong (with file:line), or a mapped column is nowhere.
@@ -268,15 +271,15 @@ def decide(request: Request, tokenizer: Any, report: DataReport) -> dict[str, di
     recorded: dict[str, dict[str, list[int]]] = {}
     seen = {"train": np.zeros(0, np.uint64), "held_out": np.zeros(0, np.uint64)}
     scans = [_scan(stream, request, forbidden, report) for stream in request.streams]
-    steps = _steps(request, scans)
-    for stream, scan, step in zip(request.streams, scans, steps, strict=True):
+    for stream, scan, place in zip(request.streams, scans, _places(request, scans), strict=True):
         chosen = scan.usable
-        if step is not None:
-            rows = recorded.setdefault(stream.name, {f"step{s}": [] for s in (1, 2, 3)})
-            for s in (1, 2, 3):  # a file that is given twice, with two row limits, has one name
-                rows[f"step{s}"] = np.union1d(rows[f"step{s}"], scan.rows[step == s]).astype(int).tolist()
-            report.sources[stream.name].other_steps += len(np.unique(scan.rows[step != request.step]))
-            chosen = chosen & (step == request.step)
+        if place is not None:
+            rows = recorded.setdefault(stream.name, {kind: [] for kind in KINDS})
+            for i, kind in enumerate(KINDS):  # a file that is given twice, with two row limits, has one name
+                rows[kind] = np.union1d(rows[kind], scan.rows[place == i]).astype(int).tolist()
+            mine = place == KINDS.index(request.kind)
+            report.sources[stream.name].other_steps += len(np.unique(scan.rows[~mine]))
+            chosen = chosen & mine
         use = "held_out" if stream.use == "held_out" else "train"
         again, seen[use] = duplicates(scan.identities, chosen, seen[use])
         stream.decisions = np.where(chosen, HELD_OUT if use == "held_out" else TRAIN, SKIP).astype(np.uint8)
@@ -292,8 +295,8 @@ def decide(request: Request, tokenizer: Any, report: DataReport) -> dict[str, di
     return recorded
 
 
-def _steps(request: Request, scans: Sequence[_Scan]) -> list[np.ndarray | None]:
-    """The step of every example of a stream; None for a stream that ``--data_split`` does not divide."""
+def _places(request: Request, scans: Sequence[_Scan]) -> list[np.ndarray | None]:
+    """The place in `KINDS` of every example of a stream; None for a stream that ``--data_split`` does not divide."""
     divided = [stream.divided and bool(request.shares) for stream in request.streams]
     shared = [scan.groups for scan, whether in zip(scans, divided, strict=True) if whether]
     found = iter(split_prompts(shared, request.shares) if shared else ())

@@ -23,7 +23,7 @@ from training.utils.checkpoint import store
 from training.utils.engine.zero_config import DTYPES
 from training.utils.errors import UserError
 from training.utils.run.distributed import gather_objects, say
-from training.utils.run.folders import STEPS
+from training.utils.run.folders import STEPS, title
 
 CPU = "this CPU"
 SUMMARY_KEY = "precision"  # in summary.json and evaluation.json
@@ -231,7 +231,7 @@ def _kept(output_dir: Path, resume: str) -> tuple[str, str] | None:
         try:
             found = json.loads((output_dir.parent / step / "summary.json").read_text(encoding="utf-8"))[SUMMARY_KEY]
             if found["asked"] == AUTO and found["dtype"] in DTYPES:
-                return found["dtype"], f"as in step {step[-1]} of this run"
+                return found["dtype"], f"as in {title(step)} of this run"
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return None

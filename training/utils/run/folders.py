@@ -24,6 +24,8 @@ STEPS = {
     "step2": "training/step2_reward_model_finetuning/main.py",
     "step3": "training/step3_rlhf_finetuning/main.py",
 }
+# What is made from a step's output, directly or not: a new output of the step belongs into another run then
+LATER = {"step1": ("step2", "step3"), "step2": ("step3",), "step3": ()}
 LATEST = "latest"
 RANK_TIMEOUT = 120.0  # seconds that a rank waits for rank 0 to choose the run's folder
 
@@ -31,6 +33,11 @@ LOCK = ".lock"
 
 _calls = itertools.count()
 _held: dict[Path, contextlib.ExitStack] = {}  # locks on folders, which end with the process
+
+
+def title(step: str) -> str:
+    """A step's name in a sentence."""
+    return f"step {step.removeprefix('step')}" if step.startswith("step") else step.upper()
 
 
 def repository_root() -> Path:
@@ -172,7 +179,7 @@ def latest_output(step: str) -> Path:
         if is_finished(run / step):
             return run / step
     command = f"deepspeed --num_gpus 1 {shown(repository_root() / STEPS[step])}"
-    raise UserError(f"no run in {shown(output_root())} has finished step {step[-1]}; make it with: {command}")
+    raise UserError(f"no run in {shown(output_root())} has finished {title(step)}; make it with: {command}")
 
 
 def step_folder(path: str, step: str) -> Path:
@@ -245,8 +252,9 @@ def _output_dir(output_dir: str, step: str) -> Path:
 
 def _choose_output_dir(step: str) -> Path:
     latest = output_root() / LATEST
-    later = [name for name in STEPS if name > step]
-    free = latest.is_dir() and not is_finished(latest / step) and not any((latest / name).exists() for name in later)
+    free = (
+        latest.is_dir() and not is_finished(latest / step) and not any((latest / name).exists() for name in LATER[step])
+    )
     run = output_root() / os.readlink(latest) if free else new_run_dir("run")
     path = make_dir(run / step, "the output folder")
     point_latest(run)

@@ -67,7 +67,7 @@ def check_model_path(name_or_path: str, flag: str) -> None:
 def _check_data_path(text: str) -> None:
     from training.utils.data.reading.sources import local_source  # its imports take a moment
 
-    local_source(text, step=1)
+    local_source(text, "demonstrations")
 
 
 def _check_function(spec: str, flag: str) -> None:

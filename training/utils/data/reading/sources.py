@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from training.utils.data.kinds import Kind
 from training.utils.data.reading.folders import files_of, split_names
 from training.utils.data.reading.readers import TYPES, file_type, read_file
 from training.utils.data.reading.rows import RawRow
@@ -23,7 +24,7 @@ from training.utils.errors import UserError
 from training.utils.model import hub
 
 _DEMO = Path(__file__).resolve().parents[3] / "data" / "demo"
-_DEMO_FILES = {1: "sft.jsonl", 2: "preferences.jsonl", 3: "prompts.jsonl"}
+_DEMO_FILES = {"demonstrations": "sft.jsonl", "pairs": "preferences.jsonl", "prompts": "prompts.jsonl"}
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 # DeepSpeed-Chat's and alpaca-rlhf's names for files that the user brings
 _ELSEWHERE = {
@@ -94,16 +95,16 @@ class Source:
         return digest.hexdigest()
 
 
-def resolve(text: str, step: int) -> Source:
+def resolve(text: str, kind: Kind) -> Source:
     """Find what ``text`` names: ``demo``, a local file or folder, else a hub dataset; ``:N`` limits its rows.
 
     Raises:
         UserError: nothing of that name, no data file in the folder, an unknown file type, or a limit of 0.
     """
-    return local_source(text, step) or _hub(*_split_limit(text))
+    return local_source(text, kind) or _hub(*_split_limit(text))
 
 
-def local_source(text: str, step: int) -> Source | None:
+def local_source(text: str, kind: Kind) -> Source | None:
     """`resolve` without the hub, and without its imports: None for a name that may be a hub dataset's.
 
     Raises:
@@ -111,7 +112,7 @@ def local_source(text: str, step: int) -> Source | None:
     """
     name, limit = _split_limit(text)
     if name == "demo":
-        return Source(name, (_DEMO / _DEMO_FILES[step],), (_DEMO / "held_out.jsonl",), limit)
+        return Source(name, (_DEMO / _DEMO_FILES[kind],), (_DEMO / "held_out.jsonl",), limit)
     path = Path(name).expanduser()
     if os.path.isdir(path):
         files = files_of(name, path)
