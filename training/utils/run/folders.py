@@ -252,9 +252,8 @@ def _output_dir(output_dir: str, step: str) -> Path:
 
 def _choose_output_dir(step: str) -> Path:
     latest = output_root() / LATEST
-    free = (
-        latest.is_dir() and not is_finished(latest / step) and not any((latest / name).exists() for name in LATER[step])
-    )
+    later = any((latest / name).exists() for name in LATER[step])
+    free = latest.is_dir() and not is_finished(latest / step) and not later
     run = output_root() / os.readlink(latest) if free else new_run_dir("run")
     path = make_dir(run / step, "the output folder")
     point_latest(run)
