@@ -374,10 +374,11 @@ def parse_flags(argv: Sequence[str]) -> list[Any]:
     Raises:
         UserError: a flag that is not known, not of every step, or has a value that it can not have.
     """
-    groups, aliases = [RunArguments, InputArguments, SharedArguments], {"--model_name_or_path": ACTOR}
+    groups = [RunArguments, InputArguments, SharedArguments]
+    others = {"--model_name_or_path": arguments.OtherFlag(str, ours=ACTOR)}
     tokens = _joined(argv)
     refuse_flags_of_some_steps(tokens, groups)
-    return arguments.parse(groups, tokens, prog="train.py", description=__doc__, aliases=aliases)
+    return arguments.parse(groups, tokens, prog="train.py", description=__doc__, others=others)
 
 
 def main(

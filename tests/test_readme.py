@@ -59,7 +59,7 @@ def flags_of(file):
     module = importlib.import_module(name)
     if not hasattr(module, "ARGUMENTS"):
         return module.parse_flags
-    names = {"prog": name, "description": "", "aliases": arguments.ALIASES}
+    names = {"prog": name, "description": "", "others": getattr(module, "OTHERS", {})}
     return lambda words: arguments.parse(module.ARGUMENTS, words, **names)  # what they name is the reader's
 
 

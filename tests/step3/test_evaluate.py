@@ -135,7 +135,7 @@ SIZE = "def size(prompts, responses, rows):\n    return [float(len(r)) for r in 
 
 def recorded_in(run, *argv):
     (run / "manifest.json").write_text(json.dumps({"steps": {"step3": {"arguments": argv}}}))
-    return evaluation_programs.recorded_arguments(run / "step3", step3.ARGUMENTS, arguments.ALIASES)
+    return evaluation_programs.recorded_arguments(run / "step3", step3.ARGUMENTS, step3.OTHERS | step3.ALIASES)
 
 
 def test_relative_paths_of_a_run_are_found_from_another_folder(tmp_path, monkeypatch):

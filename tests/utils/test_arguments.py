@@ -6,6 +6,8 @@ import importlib
 import pytest
 
 from tests.bad_inputs import STEPS
+from training.migrate.predecessors import others_of
+from training.step3_rlhf_finetuning import arguments as rlhf_arguments
 from training.utils import arguments
 from training.utils.engine.zero_config import deepspeed_config, merge
 from training.utils.errors import UserError
@@ -40,8 +42,8 @@ MOST_FLAGS = {1: 40, 2: 39, 3: 76}
 
 def parse(step, line):
     groups = importlib.import_module(STEPS[step]).ARGUMENTS
-    aliases = arguments.ALIASES if step == 3 else {}
-    parsed = arguments.parse(groups, line.split(), prog="main.py", description="d", aliases=aliases)
+    others = others_of(f"step{step}") | (rlhf_arguments.ALIASES if step == 3 else {})
+    parsed = arguments.parse(groups, line.split(), prog="main.py", description="d", others=others)
     return {f.name: getattr(g, f.name) for g in parsed for f in dataclasses.fields(g)}
 
 
@@ -67,9 +69,10 @@ def test_alpaca_rlhf_command_lines_parse(step):
 
 def test_a_name_that_means_something_else_in_another_step_is_told():
     argv = ["--per_device_train_batch_size=4", "--ppo_epochs", "1"]
-    (line,) = arguments.tell_aliases(argv)
-    assert "--per_device_train_batch_size is --per_device_generation_batch_size in step 3" in line
-    assert not arguments.tell_aliases(["--per_device_generation_batch_size", "4"])
+    line, defaults = arguments.told_others(argv, others_of("step3"))
+    assert "--per_device_train_batch_size is --per_device_generation_batch_size here: rollouts" in line
+    assert "training.migrate" in defaults
+    assert not arguments.told_others(["--per_device_generation_batch_size", "4"], others_of("step3"))
 
 
 def test_step_3_takes_the_reward_model_by_the_name_of_the_other_programs():

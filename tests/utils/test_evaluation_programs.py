@@ -21,7 +21,7 @@ def test_an_earlier_evaluation_is_kept(tmp_path, capsys):
 def test_the_runs_own_flags_come_from_its_manifest(tmp_path):
     argv = ["--data_path", "x.jsonl", "--temperature", "0.7", "--per_device_train_batch_size", "4"]
     (tmp_path / "manifest.json").write_text(json.dumps({"steps": {"step3": {"arguments": argv}}}))
-    found = evaluation_programs.recorded_arguments(tmp_path / "step3", step3.ARGUMENTS, arguments.ALIASES)
+    found = evaluation_programs.recorded_arguments(tmp_path / "step3", step3.ARGUMENTS, step3.OTHERS)
     assert found[settings.RolloutArguments].temperature == 0.7
     assert evaluation_programs.data_arguments(arguments.DataArguments(), found[arguments.DataArguments]).data_path == [
         "x.jsonl"

@@ -19,6 +19,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from training.migrate.predecessors import others_of
 from training.step3_rlhf_finetuning import arguments as rlhf_arguments
 from training.utils import arguments
 from training.utils.arguments import AUTO, DataArguments
@@ -257,7 +258,9 @@ def works(argvs: Mapping[str, Sequence[str]], shape: Shape, ranks: int) -> dict[
     for name, argv in argvs.items():
         step = int(name[4:])
         groups = (arguments.STEP1, arguments.STEP2, rlhf_arguments.ARGUMENTS)[step - 1]
-        flags = arguments.parse(groups, argv, prog=name, description="", aliases=arguments.ALIASES if step == 3 else {})
+        flags = arguments.parse(
+            groups, argv, prog=name, description="", others=others_of(name) | rlhf_arguments.ALIASES
+        )
         by_group = {type(group): group for group in flags}
         data: DataArguments = by_group[DataArguments]
         template = data.chat_template or template  # the saved tokenizer carries it on

@@ -136,7 +136,7 @@ def main(argv: Sequence[str]) -> int:
     args, step, data = parse_flags(argv)
     folder = step_folder(args.path, "step1")
     base_path = base_model(folder, step.base_model_name_or_path)
-    recorded = evaluation_programs.recorded_arguments(folder, step1.ARGUMENTS)
+    recorded = evaluation_programs.recorded_arguments(folder, step1.ARGUMENTS, step1.OTHERS)
     max_seq_len, seed = recorded[arguments.ModelArguments].max_seq_len, recorded[arguments.TrainingArguments].seed
     for path in (str(folder), base_path):
         check_length(path, max_seq_len, "--max_seq_len of step 1")

@@ -22,19 +22,23 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # outside the environment, to say so
 
+from training.migrate.predecessors import others_of
 from training.utils import arguments
 from training.utils.run.runtime import prepare_runtime
 
 ARGUMENTS = arguments.STEP1
+OTHERS = others_of("step1")
 
 
 def parse_flags(argv: Sequence[str]) -> list[Any]:
     """The flags, by `ARGUMENTS`; without torch, so that ``--help`` and mistakes answer at once."""
-    return arguments.parse(ARGUMENTS, argv, prog="step1_supervised_finetuning/main.py", description=__doc__)
+    return arguments.parse(
+        ARGUMENTS, argv, prog="step1_supervised_finetuning/main.py", description=__doc__, others=OTHERS
+    )
 
 
 if __name__ == "__main__":
-    arguments.answer_early(parse_flags)
+    arguments.answer_early(parse_flags, OTHERS)
 prepare_runtime()
 
 import torch  # noqa: E402  threads and PATH must be set before

@@ -142,7 +142,7 @@ def main(argv: Sequence[str]) -> int:
     """Evaluate; returns the exit code. See the module's docstring for what it writes."""
     args, data = parse_flags(argv)
     folder = step_folder(args.path, "step2")
-    recorded = evaluation_programs.recorded_arguments(folder, step2.ARGUMENTS)
+    recorded = evaluation_programs.recorded_arguments(folder, step2.ARGUMENTS, step2.OTHERS)
     max_seq_len, seed = recorded[arguments.ModelArguments].max_seq_len, recorded[arguments.TrainingArguments].seed
     check_length(str(folder), max_seq_len, "--max_seq_len of step 2")
     tokenizer = load_tokenizer(str(folder))

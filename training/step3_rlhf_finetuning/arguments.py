@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -149,6 +150,10 @@ ARGUMENTS = [
 ]
 
 
+# What train.py and evaluate.py call the reward model
+ALIASES = {"--reward_model_name_or_path": arguments.OtherFlag(str, ours="--critic_model_name_or_path")}
+
+
 def check(groups: list[Any]) -> list[Any]:
     """Refuse flags that contradict each other.
 
@@ -208,9 +213,10 @@ def check_batches(rollout: RolloutArguments, train: OptimizationArguments) -> No
         )
     pieces = generation * rollout.generation_batches // training
     if pieces % train.gradient_accumulation_steps:
+        times = train.gradient_accumulation_steps // math.gcd(pieces, train.gradient_accumulation_steps)
         raise UserError(
-            f"an iteration has {pieces} micro-batches per rank, not a multiple of "
-            f"--gradient_accumulation_steps {train.gradient_accumulation_steps}"
+            f"an iteration has {pieces} micro-batches per rank, not a multiple of --gradient_accumulation_steps "
+            f"{train.gradient_accumulation_steps}; --generation_batches {rollout.generation_batches * times} makes one"
         )
 
 

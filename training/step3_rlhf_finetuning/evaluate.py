@@ -342,7 +342,7 @@ def main(argv: Sequence[str]) -> int:
     args, step, data = parse_flags(argv)
     counts = rlhf_arguments.parse_counts(step.best_of, "--best_of")
     folder = step_folder(args.path, "step3")
-    recorded = evaluation_programs.recorded_arguments(folder, step3.ARGUMENTS, arguments.ALIASES)
+    recorded = evaluation_programs.recorded_arguments(folder, step3.ARGUMENTS, step3.OTHERS | step3.ALIASES)
     rollout, ppo = recorded[rlhf_arguments.RolloutArguments], recorded[rlhf_arguments.PPOArguments]
     seed = recorded[rlhf_arguments.OptimizationArguments].seed
     specs = step.eval_function or recorded[rlhf_arguments.EvaluationArguments].eval_function

@@ -25,19 +25,23 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # outside the environment, to say so
 
-from training.step3_rlhf_finetuning.arguments import ARGUMENTS, check
+from training.migrate.predecessors import others_of
+from training.step3_rlhf_finetuning.arguments import ALIASES, ARGUMENTS, check
 from training.utils import arguments
 from training.utils.run import watchdog
 from training.utils.run.runtime import prepare_runtime
 
+OTHERS = others_of("step3")
+
 
 def parse_flags(argv: Sequence[str]) -> list[Any]:
     """The flags, by `ARGUMENTS`; without torch, so that ``--help`` and mistakes answer at once."""
-    return check(arguments.parse(ARGUMENTS, argv, prog="step3/main.py", description=__doc__, aliases=arguments.ALIASES))
+    others = OTHERS | ALIASES
+    return check(arguments.parse(ARGUMENTS, argv, prog="step3/main.py", description=__doc__, others=others))
 
 
 if __name__ == "__main__":
-    arguments.answer_early(parse_flags)
+    arguments.answer_early(parse_flags, OTHERS)
 prepare_runtime()
 
 import torch  # noqa: E402  threads and PATH must be set before
@@ -91,8 +95,6 @@ def main(argv: Sequence[str]) -> int:
     output_dir = prepare_output_dir(resume_output_dir(reliability.resume, output.output_dir), "step3")
     device = init_distributed(reliability.distributed_timeout)
     watchdog.watch(output_dir, reliability.hang_timeout)
-    for line in arguments.tell_aliases(argv):
-        say(line)
     settled = precision.settle(role_args, output_dir, reliability.resume)
     torch.manual_seed(train.seed)
 

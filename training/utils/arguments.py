@@ -2,8 +2,8 @@
 
 A group of flags is a dataclass; its fields are made with `flag`, which carries the help text and the
 allowed range. `parse` turns any list of groups into one `argparse` parser with grouped ``--help``, checks
-every range, and answers an unknown flag with the nearest known one. Names are DeepSpeed-Chat's where it
-has one; `ALIASES` and `ACCEPTED` are the only two places where another name is understood.
+every range, and answers unknown flags with the nearest known ones. Names are DeepSpeed-Chat's where it
+has one; names of other programs are `OtherFlag`s, which a program hands to `parse` from its table in training/migrate/.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -29,40 +29,70 @@ from training.utils.run.runtime import local_ranks
 
 T = TypeVar("T")
 
-# Another name -> ours, in step 3: alpaca-rlhf's, and what train.py and evaluate.py call the reward model.
-ALIASES = {
-    "--reward_model_name_or_path": "--critic_model_name_or_path",
-    "--per_device_train_batch_size": "--per_device_generation_batch_size",
-    "--per_device_mini_train_batch_size": "--per_device_training_batch_size",
-}
-
-# Of these the name says something else elsewhere, so that step 3 tells what it takes them for.
-MISLEADING = {
-    "--per_device_train_batch_size": "rollouts that are decoded together (in steps 1 and 2: rows of an optimizer step)",
-}
-
 AUTO = "auto"  # of --dtype: see training/utils/engine/precision.py
 PRECISIONS = (AUTO, "bf16", "fp16", "fp32")
 DTYPE_HELP = "precision of weights and activations (masters stay fp32); auto: bf16 where the hardware computes in it"
+
+LAUNCHERS = ("--local_rank", "--deepspeed")  # what launchers, and everybody's habit, add to a command
+CLOSE = 0.8  # likeness of a flag to one that may be meant
 
 MAX_SEED = 2**32 - 1  # what every library that is seeded takes
 
 # transformers' names of learning rate schedules, as DeepSpeed-Chat offers them
 SCHEDULES = ("cosine", "linear", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
-# Flags of DeepSpeed-Chat that have nothing left to do here, and why; they are accepted and ignored.
-ACCEPTED = {
-    "--num_padding_at_beginning": "padding is known from explicit masks",
-    "--deepspeed": "DeepSpeed is always used",
-    "--local_rank": "launchers say it in the environment too",
-    "--enable_hybrid_engine": "step 3 always uses the hybrid engine",
-    "--enable_tensorboard": "TensorBoard is on by default, see --report_to",
-    "--add_eot_token": "every response ends with the template's own end token",
-    "--eot_token": "every response ends with the template's own end token",
-    "--compute_fp32_loss": "losses and log-probs are always computed in fp32",
-    "--print_loss": "the progress bar and metrics.jsonl show it",
-    "--tensorboard_path": "TensorBoard's files lie in the output folder",
-}
+
+@dataclass(frozen=True)
+class OtherFlag:
+    """A flag of another project's program, and what it is here; the tables of them are in training/migrate/.
+
+    Attributes:
+        kind: of its value: bool for a switch, which takes none, int, float or str.
+        default: what their program takes where it is not given.
+        ours: the flag here that has the same values, with its dashes; empty: there is none.
+        said: one line: what it is taken for, why nothing is left to do, or what to give instead.
+        many: it takes several values.
+        choices: what its value may be there; any where empty.
+        minimum, maximum: inclusive bounds of its value there.
+        only: values that change nothing here; others are refused with ``said``. None: all values are taken.
+    """
+
+    kind: type
+    default: Any = None
+    ours: str = ""
+    said: str = ""
+    many: bool = False
+    choices: tuple[Any, ...] = ()
+    minimum: float | None = None
+    maximum: float | None = None
+    only: tuple[Any, ...] | None = None
+
+    def value(self, text: str) -> Any:
+        """Its value from the command line.
+
+        Raises:
+            argparse.ArgumentTypeError: their program would not take it, or it can not be had here; says why.
+        """
+        try:
+            found = self.kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no {_KINDS[self.kind]}") from None
+        low, high = self.minimum, self.maximum
+        if isinstance(found, float) and not math.isfinite(found):
+            raise argparse.ArgumentTypeError(f"{text} is not finite")
+        if self.choices and found not in self.choices:
+            raise argparse.ArgumentTypeError(f"{text} is none of {', '.join(map(str, self.choices))}")
+        if (low is not None and found < low) or (high is not None and found > high):
+            bounds = [
+                f"{word} {bound:.10g}" for word, bound in (("at least", low), ("at most", high)) if bound is not None
+            ]
+            raise argparse.ArgumentTypeError(f"{text} must be {' and '.join(bounds)}")
+        if self.only is not None and found not in self.only:
+            raise argparse.ArgumentTypeError(f"{text} can not be had here: {self.said}")
+        return found
+
+
+_KINDS = {int: "whole number", float: "number", str: "text"}
 
 
 def flag(
@@ -263,7 +293,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field, hint: Any) -> None:
-    name, default = f"--{field.name}", _default(field)
+    name, default = f"--{field.name}", default_of(field)
     if hint is bool:
         group.add_argument(name, action=argparse.BooleanOptionalAction, default=default, help=field.metadata["help"])
         return
@@ -282,7 +312,8 @@ def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field, hint: An
     group.add_argument(name, **kwargs)
 
 
-def _default(field: dataclasses.Field) -> Any:
+def default_of(field: dataclasses.Field) -> Any:
+    """The value of a flag that is not given."""
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return field.default
@@ -313,19 +344,19 @@ def parse(
     *,
     prog: str,
     description: str,
-    aliases: Mapping[str, str] | None = None,
+    others: Mapping[str, OtherFlag] | None = None,
 ) -> list[Any]:
     """Parse ``argv`` into one instance of each dataclass in ``groups``, in order.
 
     Args:
         groups: dataclasses whose fields were made with `flag`; the docstring's first line titles the group.
-        argv: the arguments after the program's name.
+        argv: the arguments after the program's name. Of a flag that is given twice, the last one counts.
         prog: the program's name in ``--help`` and in messages.
         description: what ``--help`` says first.
-        aliases: names understood as another flag, for this program.
+        others: flags of other programs that are understood, too; `told_others` says what they are taken for.
 
     Raises:
-        UserError: an unknown flag (the nearest known one is named), a value of the wrong type or out of range.
+        UserError: unknown flags (all of them, with the nearest known ones), a value of the wrong type or out of range.
     """
     parser = Parser(
         prog=prog,
@@ -338,10 +369,14 @@ def parse(
         hints = typing.get_type_hints(group)
         for field in dataclasses.fields(group):
             _add_flag(section, field, hints[field.name])
+    own = {name: action for action in parser._actions for name in action.option_strings}
+    for name, other in (others or {}).items():
+        if name not in own:
+            _add_other(parser, name, other, own.get(other.ours))
     known = {name for action in parser._actions for name in action.option_strings}
-    values, unknown = parser.parse_known_args(_translate(argv, aliases or {}, known))
+    values, unknown = parser.parse_known_args([with_underscores(token, known) for token in argv])
     if unknown:
-        _reject_unknown(unknown[0], sorted(known | set(aliases or {})), prog)
+        _reject_unknown(unknown, sorted(known), prog, bool(others))
     instances = []
     for group in groups:
         fields = dataclasses.fields(group)
@@ -352,7 +387,33 @@ def parse(
     return instances
 
 
-def answer_early(parse_flags: Callable[[Sequence[str]], Sequence[Any]]) -> None:
+def _add_other(parser: Parser, name: str, other: OtherFlag, ours: argparse.Action | None) -> None:
+    """Let ``name`` set our flag, or nothing; ``--help`` keeps silent about it."""
+    hidden: dict[str, Any] = {"help": argparse.SUPPRESS, "default": argparse.SUPPRESS}
+    if ours is not None:
+        hidden["dest"] = ours.dest
+        if isinstance(ours, argparse.BooleanOptionalAction):
+            parser.add_argument(name, action="store_true", **hidden)
+        else:
+            parser.add_argument(name, type=ours.type or str, nargs=ours.nargs, choices=ours.choices, **hidden)
+        return
+    hidden["dest"] = f"other {name}"
+    if other.kind is bool:
+        parser.add_argument(name, action="store_true", **hidden)
+    else:
+        parser.add_argument(name, type=other.value, nargs="*" if other.many else None, **hidden)
+
+
+def with_underscores(token: str, known: Container[str]) -> str:
+    """A flag in which dashes stand for underscores, as it is known; any other token as it is."""
+    name, equals, value = token.partition("=")
+    written = "--" + name[2:].replace("-", "_")
+    return written + equals + value if name.startswith("--") and name not in known and written in known else token
+
+
+def answer_early(
+    parse_flags: Callable[[Sequence[str]], Sequence[Any]], others: Mapping[str, OtherFlag] | None = None
+) -> None:
     """Answer ``--help`` and bad flags of this process before its program imports torch, which takes seconds.
 
     A program calls it above those imports, and only when it is run. It returns if there is nothing to say, and
@@ -361,6 +422,7 @@ def answer_early(parse_flags: Callable[[Sequence[str]], Sequence[Any]]) -> None:
 
     Args:
         parse_flags: the program's own: argv -> argument groups. What they name is looked for too, see `check_inputs`.
+        others: those of its flags that are other programs'; rank 0 says what it takes them for.
     """
     check_environment()
 
@@ -368,41 +430,43 @@ def answer_early(parse_flags: Callable[[Sequence[str]], Sequence[Any]]) -> None:
         groups = parse_flags(argv)
         if int(os.environ.get("WORLD_SIZE", "1")) <= local_ranks():
             check_inputs(groups)  # on several hosts one may lack a file: then the run says on which
+        if os.environ.get("RANK", "0") == "0":
+            for line in told_others(argv, others or {}):
+                print(line, flush=True)
         return 0
 
     if code := run_program(check, sys.argv[1:]):
         raise SystemExit(code)
 
 
-def tell_aliases(argv: Sequence[str]) -> list[str]:
-    """A line for each flag whose other name means something else in another program."""
-    given = {token.partition("=")[0] for token in argv}
-    return [
-        f"note: {name} is {ALIASES[name]} in step 3: {meaning}" for name, meaning in MISLEADING.items() if name in given
-    ]
+def told_others(argv: Sequence[str], others: Mapping[str, OtherFlag]) -> list[str]:
+    """A line for each flag of another program, what it is taken for, and one about defaults if there are any."""
+    names = [with_underscores(token, others).partition("=")[0] for token in argv if token.startswith("--")]
+    given = [name for name in dict.fromkeys(names) if name in others and others[name].ours != name]
+    lines = []
+    for name in (name for name in given if name not in LAUNCHERS):
+        other = others[name]
+        what = f"is {other.ours} here" if other.ours else "has nothing to do here"
+        lines.append(f"note: {name} {what}" + (f": {other.said}" if other.said else ""))
+    if set(given) - {"--local_rank"}:
+        lines.append(
+            "note: defaults are this program's own; python -m training.migrate makes a command with those of the "
+            "program that these flags come from"
+        )
+    return lines
 
 
-def _translate(argv: Sequence[str], aliases: Mapping[str, str], known: set[str]) -> list[str]:
-    """Replace aliases by our names, and drop accepted flags together with their value."""
-    result: list[str] = []
-    dropping = False
-    for token in argv:
-        name, _, value = token.partition("=")
-        if token.startswith("--"):
-            dropping = name in ACCEPTED and name not in known
-            if dropping:
-                continue
-            token = aliases.get(name, name) + ("=" + value if value else "")
-        elif dropping:
-            dropping = False
-            continue
-        result.append(token)
-    return result
-
-
-def _reject_unknown(token: str, known: Sequence[str], prog: str) -> typing.NoReturn:
-    if not token.startswith("-"):
-        raise UserError(f"unexpected argument {token!r}; flags start with --, see {prog} --help")
-    name = token.split("=")[0]
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    raise UserError(f"unknown flag {name}" + (f"; did you mean {near[0]}?" if near else f"; see {prog} --help"))
+def _reject_unknown(tokens: Sequence[str], known: Sequence[str], prog: str, followed: bool) -> typing.NoReturn:
+    names = list(dict.fromkeys(token.split("=")[0] for token in tokens if token.startswith("-")))
+    if not names:
+        raise UserError(f"unexpected argument {tokens[0]!r}; flags start with --, see {prog} --help")
+    near = {name: difflib.get_close_matches(name, known, n=1, cutoff=CLOSE) for name in names}
+    listed = [name + (f" (did you mean {near[name][0]}?)" if near[name] else "") for name in names]
+    if len(names) == 1:
+        listed = [names[0] + (f"; did you mean {near[names[0]][0]}?" if near[names[0]] else "")]
+    foreign = followed and not all(near.values())
+    see = (
+        f"; see {prog} --help" * (not all(near.values()))
+        + "; other projects' commands: python -m training.migrate" * foreign
+    )
+    raise UserError(f"unknown flag{'s' if len(names) > 1 else ''} {', '.join(listed)}{see}")

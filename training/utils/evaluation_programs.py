@@ -17,7 +17,7 @@ EVALUATION_FILE = "evaluation.json"
 
 
 def recorded_arguments(
-    folder: Path, groups: Sequence[type], aliases: Mapping[str, str] | None = None
+    folder: Path, groups: Sequence[type], others: Mapping[str, arguments.OtherFlag] | None = None
 ) -> dict[type, Any]:
     """The flags that a step was run with, from its summary or train.py's manifest; defaults where neither has them.
 
@@ -26,7 +26,7 @@ def recorded_arguments(
 
     Args:
         folder: the step's output.
-        groups, aliases: of the step's program.
+        groups, others: of the step's program.
 
     Returns:
         Group -> its flags.
@@ -37,7 +37,7 @@ def recorded_arguments(
     started = [Path(found["folder"])] if "folder" in found else []
     folders = [*started, repository_root(), folder.parent, *folder.parent.parents, Path.cwd()]
     argv = [_located(token, folders) for token in found.get("arguments", [])]
-    parsed = arguments.parse(groups, argv, prog=folder.name, description="", aliases=aliases)
+    parsed = arguments.parse(groups, argv, prog=folder.name, description="", others=others)
     return dict(zip(groups, parsed, strict=True))
 
 

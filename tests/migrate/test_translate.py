@@ -1,0 +1,170 @@
+"""Commands of other projects become commands here with the same values; what can not be had is one line."""
+
+import dataclasses
+
+import pytest
+
+from training.migrate.deepspeed_chat import DEEPSPEED_CHAT
+from training.migrate.program import as_text
+from training.migrate.shell import quoted, read_command
+from training.migrate.translate import OURS, translate
+from training.utils import arguments
+from training.utils.errors import UserError
+
+STEP1, STEP2, STEP3 = (
+    f"training/{name}/main.py"
+    for name in ("step1_supervised_finetuning", "step2_reward_model_finetuning", "step3_rlhf_finetuning")
+)
+ROLES = "--actor_model_name_or_path A --critic_model_name_or_path C"
+
+
+def values_of(text, source=""):
+    """Our flag -> its value in the translated command."""
+    made = translate(text, source)
+    groups = arguments.parse(made.ours.groups, made.arguments, prog="", description="")
+    return {f"--{f.name}": getattr(group, f.name) for group in groups for f in dataclasses.fields(group)}
+
+
+def test_given_values_their_defaults_and_their_constants():
+    values = values_of(f"deepspeed {STEP3} {ROLES} --generation_batches 2 --critic_learning_rate 1e-5 --deepspeed")
+    assert values["--critic_learning_rate"] == 1e-5
+    assert values["--generation_batches"] == 2
+    assert (values["--data_path"], values["--data_split"]) == (["Dahoas/rm-static"], "2,4,4")
+    assert values["--num_warmup_steps"] == [100]
+    assert values["--per_device_training_batch_size"] == 16
+    assert (values["--kl_coef"], values["--whiten_advantages"], values["--normalize_reward"]) == (0.1, False, False)
+    assert (values["--missing_eos_penalty"], values["--dtype"]) == (0.0, "fp16")
+
+
+def test_alpaca_rlhf_has_names_defaults_and_constants_of_its_own():
+    text = f"deepspeed --num_gpus 2 /x/alpaca_rlhf/{STEP3} {ROLES} --per_device_mini_train_batch_size 4"
+    values = values_of(text)
+    assert values["--per_device_generation_batch_size"] == 16 and values["--per_device_training_batch_size"] == 4
+    assert (values["--kl_coef"], values["--data_split"], values["--normalize_reward"]) == (0.02, "4,4,2", True)
+    assert translate(text).launcher == ["--num_gpus", "2"]
+
+
+@pytest.mark.parametrize(
+    ("given", "generation", "accumulation", "passes"),
+    [
+        ("--gradient_accumulation_steps 16", 16, 16, 1),
+        ("--gradient_accumulation_steps 4 --ppo_epochs 2", 2, 2, 1),
+        ("--gradient_accumulation_steps 2 --per_device_training_batch_size 4", 1, 2, 1),
+        ("--gradient_accumulation_steps 4 --ppo_epochs 2 --generation_batches 2", 2, 2, 1),
+        ("--gradient_accumulation_steps 1 --ppo_epochs 3", 1, 1, 3),
+    ],
+)
+def test_accumulation_over_iterations_becomes_larger_iterations(given, generation, accumulation, passes):
+    values = values_of(
+        f"deepspeed {STEP3} {ROLES} --per_device_generation_batch_size 8 --per_device_training_batch_size 8 {given}"
+    )
+    names = ("--generation_batches", "--gradient_accumulation_steps", "--ppo_epochs")
+    assert tuple(values[name] for name in names) == (generation, accumulation, passes)
+
+
+def test_a_step_that_would_end_within_an_iteration_is_refused_with_the_nearest():
+    with pytest.raises(UserError, match="--gradient_accumulation_steps 3: an iteration has 1 .* nearest is 2"):
+        translate(f"deepspeed {STEP3} {ROLES} --gradient_accumulation_steps 3 --ppo_epochs 2")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            f"deepspeed {STEP3} {ROLES} --actor_dropout 0.1",
+            ["--actor_dropout", "0.1 can not be had", "dropout is always off"],
+        ),
+        (f"deepspeed {STEP3} {ROLES} --actor_zero_stage 4", ["--actor_zero_stage", "4 is none of 0, 1, 2, 3"]),
+        (f"deepspeed {STEP3} {ROLES} --inference_tp_size 0", ["--inference_tp_size", "at least 1"]),
+        (f"deepspeed {STEP3} {ROLES} --print_answers_interval --seed 1", ["--print_answers_interval", "expected 1"]),
+        (
+            f"deepspeed {STEP1} --foo --learning_rates 1 --bar 2",
+            ["no flag --foo, --learning_rates (did you mean", "--bar"],
+        ),
+        (f"deepspeed {STEP1} --learning_rate nan", ["--learning_rate", "not finite"]),
+        (f"deepspeed {STEP1} --model_name_or_path a b", ["unexpected argument 'b'"]),
+        ("deepspeed main.py --model_name_or_path a", ["may be several steps' program"]),
+        ("python other.py", ["other.py", "no program of DeepSpeed-Chat"]),
+        ("ls -l", ["starts no Python program"]),
+        ("python a.py; python b.py", ["starts 2 programs"]),
+        (f"deepspeed {STEP1} --eot_token 'a", ["No closing quotation"]),
+        ("bash nowhere.sh out", ["nowhere.sh: no such file"]),
+    ],
+)
+def test_what_can_not_be_had_is_one_line(text, words):
+    with pytest.raises(UserError) as raised:
+        translate(text)
+    for word in words:
+        assert word in str(raised.value)
+
+
+def test_a_shells_line():
+    command = read_command(
+        "cd training/step1_supervised_finetuning && CUDA_VISIBLE_DEVICES=0 nohup deepspeed --master_port=1 "
+        "--no_local_rank main.py --a 1 \\\n  --b=$HERE --c 'x y'  > log.txt 2>&1 &"
+    )
+    assert command.script == "training/step1_supervised_finetuning/main.py"
+    assert command.environment == ["CUDA_VISIBLE_DEVICES=0"]
+    assert command.launcher == ["--master_port=1", "--no_local_rank"]
+    assert command.arguments == ["--a", "1", "--b=$HERE", "--c", "x y"]
+    assert any("log.txt" in note for note in command.notes) and any("$HERE" in note for note in command.notes)
+
+
+@pytest.mark.parametrize(
+    ("text", "launcher", "environment"),
+    [
+        ("--num_gpus 2 x/main.py --a", ["--num_gpus", "2"], []),
+        ("nohup sh run.sh --num_gpus 2 x/main.py --a > 1.log 2>&1 &", ["--num_gpus", "2"], []),
+        ("sh run_inference.sh 1 x/main.py --a", [], ["CUDA_VISIBLE_DEVICES=1"]),
+        ("python alpaca_rlhf/my_deepspeed.py --num_gpus 2 x/main.py --a", ["--num_gpus", "2"], []),
+        ("torchrun --standalone --nproc_per_node=4 x/main.py --a", ["--num_gpus", "4"], []),
+        ("python -m torch.distributed.run --nproc-per-node 4 x/main.py --a", ["--num_gpus", "4"], []),
+        ("colossalai run --nproc_per_node 4 --hostfile h --master_port 9 x/main.py --a",
+         ["--num_gpus", "4", "--hostfile", "h", "--master_port", "9"], []),
+        ("deepspeed --include localhost:0,1 --bind_cores_to_rank x/main.py --a",
+         ["--include", "localhost:0,1", "--bind_cores_to_rank"], []),
+    ],
+)  # fmt: skip
+def test_launchers(text, launcher, environment):
+    command = read_command(text)
+    assert (command.launcher, command.environment) == (launcher, environment)
+    assert (command.script, command.arguments) == ("x/main.py", ["--a"])
+
+
+def test_a_script_with_variables(tmp_path):
+    (tmp_path / "run.sh").write_text(
+        "#!/bin/bash\n# it isn't much\nOUTPUT=$1\nZERO_STAGE=$2\n"
+        'if [ "$OUTPUT" == "" ]; then\n    OUTPUT=./output\nfi\n'
+        'if [ "$ZERO_STAGE" == "" ]; then\n    ZERO_STAGE=3\nfi\nmkdir -p $OUTPUT\nLr=5e-4\n'
+        "deepspeed --num_gpus 1 main.py --actor_model_name_or_path A --critic_model_name_or_path C \\\n"
+        "   --actor_learning_rate ${Lr} --actor_zero_stage $ZERO_STAGE --output_dir $OUTPUT &> $OUTPUT/training.log\n"
+    )
+    values = values_of(f"bash {tmp_path}/run.sh")
+    assert (values["--actor_learning_rate"], values["--actor_zero_stage"]) == (5e-4, 3)
+    assert values["--output_dir"] == "./output"
+
+
+def test_words_for_the_shell():
+    assert [quoted(word) for word in ("a", "$X/y", "a b", "$X y", "<|e|>", "~/x")] == [
+        "a", "$X/y", "'a b'", '"$X y"', "'<|e|>'", "~/x"
+    ]  # fmt: skip
+
+
+def test_a_flag_twice_dashes_and_our_own_flags():
+    values = values_of(
+        f"deepspeed {STEP1} --seed 1 --learning-rate=2e-5 --eval_data_path x.jsonl y.jsonl --seed 2 --no-offload"
+    )
+    assert (values["--seed"], values["--learning_rate"]) == (2, 2e-5)
+    assert values["--eval_data_path"] == ["x.jsonl", "y.jsonl"]
+
+
+def test_every_flag_that_is_mapped_is_one_of_ours():
+    for program in DEEPSPEED_CHAT.programs:
+        ours = OURS.get(program.ours)
+        own = {f"--{f.name}" for group in (ours.groups if ours else ()) for f in dataclasses.fields(group)}
+        for flag in [*(other.ours for other in program.flags.values()), *program.constants]:
+            assert not own or not flag or flag in own, (program.title, flag)
+
+
+def test_numbers_are_not_rounded():
+    assert as_text([9.65e-6, 1, "a", 0.1 + 0.2]) == ["9.65e-06", "1", "a", "0.3"]

@@ -1,0 +1,286 @@
+"""DeepSpeed-Chat (microsoft/DeepSpeedExamples, applications/DeepSpeed-Chat, of February 2025): flags and defaults."""
+
+from __future__ import annotations
+
+from training.migrate.program import Constant, Predecessor, Program, Translation
+from training.utils.arguments import SCHEDULES, OtherFlag
+
+ALWAYS_FP32 = "losses and log-probs are always computed in fp32"
+TEMPLATE_END = "every response ends with the template's own end token"
+NO_DROPOUT = "dropout is always off, 0.0 is the one value there is: with it the first PPO ratio would not be 1"
+TENSORBOARD = "TensorBoard is on by default, see --report_to"
+SPEED_ONLY = "it changed the speed alone"
+
+
+def same(flag: str, kind: type, default: object = None, **more: object) -> dict[str, OtherFlag]:
+    """A flag that has the same name and meaning here."""
+    return {f"--{flag}": OtherFlag(kind, default, f"--{flag}", **more)}  # type: ignore[arg-type]
+
+
+# What all of its training programs take
+COMMON: dict[str, OtherFlag] = {
+    **same("data_path", str, ["Dahoas/rm-static"], many=True),
+    **same("data_split", str, "2,4,4"),
+    **same("data_output_path", str),
+    **same("num_train_epochs", int, 1, minimum=1),
+    **same("gradient_accumulation_steps", int, 1, minimum=1),
+    **same("lr_scheduler_type", str, "cosine", choices=SCHEDULES),
+    **same("output_dir", str),
+    **same("seed", int, 1234, minimum=0),
+    **same("offload", bool),
+    **same("dtype", str, "fp16", choices=("fp16", "bf16", "fp32", "auto")),
+    **same("only_optimize_lora", bool),
+    "--local_rank": OtherFlag(int, -1, said="launchers say it in the environment too"),
+    "--deepspeed": OtherFlag(bool, said="DeepSpeed is always used"),
+    "--compute_fp32_loss": OtherFlag(bool, said=ALWAYS_FP32),
+    "--enable_tensorboard": OtherFlag(bool, said=TENSORBOARD),
+    "--tensorboard_path": OtherFlag(str, said="TensorBoard's files lie in the output folder"),
+    "--add_eot_token": OtherFlag(bool, said=TEMPLATE_END),
+    "--num_padding_at_beginning": OtherFlag(int, 1, said="padding is known from explicit masks", minimum=0),
+}
+
+# Steps 1 and 2, and DPO
+FINE_TUNING = {
+    **COMMON,
+    **same("model_name_or_path", str),
+    **same("per_device_train_batch_size", int, 16, minimum=1),
+    **same("per_device_eval_batch_size", int, 16, minimum=1),
+    **same("max_seq_len", int, 512, minimum=8),
+    **same("weight_decay", float, 0.0, minimum=0),
+    **same("num_warmup_steps", int, 0, minimum=0),
+    **same("gradient_checkpointing", bool),
+    **same("zero_stage", int, 0, choices=(0, 1, 2, 3)),
+    **same("lora_dim", int, 0, minimum=0),
+    **same("lora_module_name", str, "decoder.layers."),
+    "--dropout": OtherFlag(float, said=NO_DROPOUT, minimum=0, maximum=1, only=(0.0,)),
+}
+
+STEP1 = {
+    **FINE_TUNING,
+    **same("learning_rate", float, 1e-3, minimum=0),
+    **same("sft_only_data_path", str, many=True),
+    "--eot_token": OtherFlag(str, said=TEMPLATE_END),
+    "--print_loss": OtherFlag(bool, said="the progress bar and metrics.jsonl show it"),
+}
+
+STEP2 = {
+    **FINE_TUNING,
+    **same("learning_rate", float, 5e-5, minimum=0),
+    **same("eval_interval", int, 0, minimum=0),
+    "--eval_iters": OtherFlag(int, 100, said="every held-out pair counts; --eval_data_path NAME:N takes N", minimum=1),
+}
+
+DPO = {
+    **FINE_TUNING,
+    **same("learning_rate", float, 1e-3, minimum=0),
+    **same("beta", float, 0.1, minimum=0),
+    **same("label_smoothing", float, 0.0, minimum=0, maximum=0.5),
+    **same("offload_reference_model", bool),
+    "--print_loss": STEP1["--print_loss"],
+}
+
+# What the step-3 programs of DeepSpeed-Chat and of those that go on from it have in common
+RLHF = {
+    **COMMON,
+    **same("seed", int, minimum=0),
+    **same("actor_model_name_or_path", str),
+    **same("critic_model_name_or_path", str),
+    **same("ppo_epochs", int, 1, minimum=1),
+    **same("max_prompt_seq_len", int, 256, minimum=4),
+    **same("max_answer_seq_len", int, 256, minimum=1),
+    **same("actor_learning_rate", float, 9.65e-6, minimum=0),
+    **same("critic_learning_rate", float, 5e-6, minimum=0),
+    **same("actor_weight_decay", float, 0.0, minimum=0),
+    **same("critic_weight_decay", float, 0.0, minimum=0),
+    **same("num_warmup_steps", int, 100, minimum=0),
+    **same("offload_reference_model", bool),
+    **same("actor_zero_stage", int, 0, choices=(0, 1, 2, 3)),
+    **same("critic_zero_stage", int, 0, choices=(0, 1, 2, 3)),
+    **same("actor_gradient_checkpointing", bool),
+    **same("critic_gradient_checkpointing", bool),
+    **same("actor_lora_dim", int, 0, minimum=0),
+    **same("actor_lora_module_name", str, "decoder.layers."),
+    **same("critic_lora_dim", int, 0, minimum=0),
+    **same("critic_lora_module_name", str, "decoder.layers."),
+    **same("enable_ema", bool),
+    **same("unsup_coef", float, 27.8, minimum=0),
+    "--unsupervised_dataset_name": OtherFlag(str, ours="--unsupervised_data_path", said="a name, file or folder"),
+    "--unsupervised_dataset_config_name": OtherFlag(
+        str, only=(), said="save that configuration as a parquet file and give its path to --unsupervised_data_path"
+    ),
+    "--preprocessing_num_workers": OtherFlag(int, said="rows are tokenised once and kept in a cache", minimum=0),
+    "--enable_hybrid_engine": OtherFlag(bool, said="step 3 always has one engine that trains and generates"),
+    "--unpin_actor_parameters": OtherFlag(bool, said="generation takes the parameters of training, no copy"),
+    "--release_inference_cache": OtherFlag(bool, said="the cache of keys and values is freed after every rollout"),
+    "--inference_tp_size": OtherFlag(
+        int, 1, said=f"{SPEED_ONLY}; each rank answers its own prompts with the whole actor, --plan says if it fits",
+        minimum=1,
+    ),
+    "--tp_gather_partition_size": OtherFlag(int, 8, said=f"{SPEED_ONLY}, of --inference_tp_size", minimum=1),
+}  # fmt: skip
+
+STEP3 = {
+    **RLHF,
+    **same("per_device_generation_batch_size", int, 16, minimum=1),
+    **same("per_device_training_batch_size", int, 16, minimum=1),
+    **same("generation_batches", int, 1, minimum=1),
+    **same("offload_reward_model", bool),
+    "--actor_dropout": FINE_TUNING["--dropout"],
+    "--critic_dropout": FINE_TUNING["--dropout"],
+    "--enable_mixed_precision_lora": OtherFlag(
+        bool, said="frozen weights are gathered in --dtype, not quantised: more traffic, no rounding"
+    ),
+    "--align_overflow": OtherFlag(
+        bool, said="with --dtype bf16 there is no loss scale; in fp16 each role skips its own overflowing steps"
+    ),
+    "--print_answers": OtherFlag(bool, said="samples go to samples.json and the log, --trace writes all rollouts"),
+    "--print_answers_interval": OtherFlag(int, 1, said="samples go to samples.json and the log", minimum=1),
+    "--enable_test_mode": OtherFlag(bool, said="--test_stop_step alone ends the run"),
+    "--test_stop_step": OtherFlag(
+        int, ours="--num_iterations", said="the run ends after so many iterations", minimum=0
+    ),
+}
+
+PPO_CONSTANTS = {
+    "--clip_reward": Constant(5.0, "clip_reward_value"),
+    "--clip_ratio": Constant(0.2, "cliprange"),
+    "--clip_value": Constant(0.2, "cliprange_value"),
+    "--gamma": Constant(1.0, "gamma"),
+    "--gae_lambda": Constant(0.95, "lam"),
+    "--missing_eos_penalty": Constant(0.0, "a response without an end costs nothing there"),
+    "--whiten_advantages": Constant(False, "advantages are not whitened there"),
+}
+
+GREEDY = "answers are sampled at temperature 1, to the end token; there decoded greedily to the full length"
+LAST_TOKEN = "the loss takes the reward at the last token of each answer; there all tokens after the answers part"
+KEPT = "the model of the lowest held-out loss is kept; there the last one"
+
+
+def settle_lora(t: Translation, role: str = "") -> None:
+    """What the LoRA flags mean there: without a rank none of them counts."""
+    if not t.theirs(f"--{role}lora_dim"):
+        t.leave(f"--{role}lora_module_name", "there are no adapters" if f"--{role}lora_module_name" in t.given else "")
+
+
+def settle_only_lora(t: Translation, *roles: str) -> None:
+    """``--only_optimize_lora`` without any adapter does nothing there, and is refused here."""
+    if not any(t.theirs(f"--{role}lora_dim") for role in roles):
+        t.leave("--only_optimize_lora", "there are no adapters")
+
+
+def settle_fine_tuning(t: Translation) -> None:
+    """Steps 1 and 2, and DPO."""
+    settle_lora(t)
+    settle_only_lora(t, "")
+
+
+def settle_accumulation(t: Translation, generation: str, training: str, batches: str) -> None:
+    """Accumulation beyond the micro-batches of an iteration, as the equal number of generation batches.
+
+    There a step of k iterations sums the gradients of their micro-batches and passes at weights that have not moved
+    meanwhile; passes repeat them. One iteration of k times the responses and one pass has the same mean gradient.
+    """
+    steps = "--gradient_accumulation_steps"
+    rows, step_rows = t.theirs(generation), t.theirs(training)
+    if step_rows > rows:
+        t.set("--per_device_training_batch_size", rows, f"{training} {step_rows} cut to the responses there are")
+        step_rows = rows
+    if rows % step_rows:
+        t.refused.append(
+            f"{generation} {rows} is no multiple of {training} {step_rows}: give {training} {_divisor(rows, step_rows)}"
+        )
+        return
+    pieces, passes = rows // step_rows * t.theirs(batches), t.theirs("--ppo_epochs")
+    accumulation = t.theirs(steps)
+    if pieces % accumulation == 0:
+        return
+    iterations, rest = divmod(accumulation, pieces * passes)
+    if rest:
+        t.refused.append(
+            f"{steps} {accumulation}: an iteration has {pieces} micro-batches in each of {passes} "
+            f"passes, and a step would end within one; the nearest is {pieces * passes * max(iterations, 1)}"
+        )
+        return
+    why = f"{steps} {accumulation}, a step over {iterations} iterations"
+    if iterations > 1:
+        t.set("--generation_batches", t.theirs(batches) * iterations, why)
+    t.set(steps, pieces * iterations, why)
+    if passes > 1:
+        t.set("--ppo_epochs", 1, f"{why}: passes without a step between them repeat one gradient")
+
+
+def _divisor(rows: int, most: int) -> int:
+    return next(n for n in range(min(rows, most), 0, -1) if rows % n == 0)
+
+
+def settle_rlhf(t: Translation) -> None:
+    """What every step-3 program has."""
+    for role in ("actor_", "critic_"):
+        settle_lora(t, role)
+    settle_only_lora(t, "actor_", "critic_")
+    if "--unsupervised_dataset_name" not in t.given:
+        t.leave("--unsup_coef", "there is no pre-training mix" if "--unsup_coef" in t.given else "")
+    for model, role in (("reference", "actor"), ("reward", "critic")):
+        if t.values.get(f"--offload_{model}_model") is not None and t.theirs(f"--{role}_zero_stage") < 3:
+            t.leave(f"--offload_{model}_model", f"it moves the parameters of --{role}_zero_stage 3")
+
+
+def settle_step3(t: Translation) -> None:
+    """DeepSpeed-Chat's step 3."""
+    settle_rlhf(t)
+    settle_accumulation(
+        t, "--per_device_generation_batch_size", "--per_device_training_batch_size", "--generation_batches"
+    )
+    if not t.theirs("--enable_test_mode"):
+        t.leave("--num_iterations", "--test_stop_step counts with --enable_test_mode")
+
+
+CHAT = {
+    "--path": OtherFlag(str, ours="--path"),
+    "--max_new_tokens": OtherFlag(int, 128, ours="--max_new_tokens", minimum=1),
+}
+PROMPT_EVAL = {
+    "--model_name_or_path_baseline": OtherFlag(str, ours="--base_model_name_or_path"),
+    "--model_name_or_path_finetune": OtherFlag(str, ours="--path", said="the output folder of a step 1"),
+}
+REWARD_EVAL = {
+    "--model_name_or_path": OtherFlag(str, ours="--path", said="the output folder of a step 2"),
+}
+
+DEEPSPEED_CHAT = Predecessor(
+    "DeepSpeed-Chat",
+    (
+        Program(
+            "step 1, supervised fine-tuning",
+            ("step1_supervised_finetuning/main.py",),
+            "step1",
+            STEP1,
+            {"--train_on_prompts": Constant(True, "prompt tokens train there, too")},
+            (KEPT,),
+            settle_fine_tuning,
+        ),
+        Program(
+            "step 2, the reward model",
+            ("step2_reward_model_finetuning/main.py",),
+            "step2",
+            STEP2,
+            different=(LAST_TOKEN,),
+            settle=settle_fine_tuning,
+        ),
+        Program("step 2, DPO", ("step2_dpo_finetuning/main.py",), "dpo", DPO, settle=settle_fine_tuning),
+        Program(
+            "step 3, RLHF",
+            ("step3_rlhf_finetuning/main.py",),
+            "step3",
+            STEP3,
+            {
+                **PPO_CONSTANTS,
+                "--kl_coef": Constant(0.1, "kl_ctl"),
+                "--normalize_reward": Constant(False, "rewards are clipped as they are there"),
+            },
+            (GREEDY,),
+            settle_step3,
+        ),
+    ),
+    ("deepspeed-chat", "deepspeedexamples"),
+)

@@ -1,0 +1,25 @@
+"""All tables, and the flags of them that the step programs take as they are."""
+
+from __future__ import annotations
+
+from training.migrate.alpaca_rlhf import ALPACA_RLHF
+from training.migrate.deepspeed_chat import DEEPSPEED_CHAT
+from training.migrate.program import Predecessor
+from training.utils.arguments import OtherFlag
+
+PREDECESSORS: tuple[Predecessor, ...] = (DEEPSPEED_CHAT, ALPACA_RLHF)
+DIRECT = (DEEPSPEED_CHAT, ALPACA_RLHF)  # whose programs have the same names and flags as ours
+
+
+def others_of(program: str) -> dict[str, OtherFlag]:
+    """The flags of predecessors that one of our programs takes; those of the first that has a name count.
+
+    Args:
+        program: ``step1``, ``step2``, ``dpo`` or ``step3``.
+    """
+    found: dict[str, OtherFlag] = {}
+    for predecessor in DIRECT:
+        for theirs in predecessor.programs:
+            if theirs.ours == program:
+                found = {**theirs.flags, **found}
+    return found

@@ -1,0 +1,128 @@
+"""What a table is made of: a predecessor, its programs, and what becomes of one of their commands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from training.utils.arguments import OtherFlag
+
+
+@dataclass(frozen=True)
+class Constant:
+    """What a predecessor has in its code where this project has a flag.
+
+    Attributes:
+        value: theirs.
+        said: where it stands there, or what it is, in a few words.
+    """
+
+    value: Any
+    said: str
+
+
+THEIR_DEFAULT = "their default"
+
+
+@dataclass
+class Translation:
+    """A command on its way: what was given there, and what it becomes.
+
+    Attributes:
+        flags: their program's.
+        given: their flags as they were given -> values as text, none for a switch.
+        defaults: our flag, with dashes -> its default here.
+        values: our flag -> values as text, none for a switch.
+        lines: what has changed, a line each.
+        refused: what can not be had, a line each.
+    """
+
+    flags: Mapping[str, OtherFlag]
+    given: Mapping[str, list[str]]
+    defaults: Mapping[str, Any]
+    values: dict[str, list[str]] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+
+    def theirs(self, name: str) -> Any:
+        """The value that a flag has there: as given, else their default. A switch is True or False."""
+        other = self.flags[name]
+        if name not in self.given:
+            return bool(other.default) if other.kind is bool else other.default
+        if other.kind is bool:
+            return True
+        values = [other.kind(text) for text in self.given[name]]
+        return values if other.many else values[-1]
+
+    def set(self, flag: str, value: Any, why: str) -> None:
+        """Give one of our flags a value, and say why, unless it has it."""
+        if self.values.get(flag) == as_text(value):
+            return
+        self.values[flag] = as_text(value)
+        if value is False:
+            self.leave(flag)
+            self.values[f"--no-{flag[2:]}"] = []
+        self.lines.append(f"{why} -> {shown(flag, value)}")
+
+    def leave(self, flag: str, why: str = "") -> None:
+        """Do without one of our flags, and say why where that is of interest."""
+        self.lines = [line for line in self.lines if not line.startswith(f"{THEIR_DEFAULT} -> {flag} ")]
+        if self.values.pop(flag, None) is not None and why:
+            self.lines.append(f"{flag} is left out: {why}")
+
+
+def as_text(value: Any) -> list[str]:
+    """A value as the command line has it: numbers without rounding, a switch without any."""
+    if isinstance(value, bool):
+        return []
+    if isinstance(value, (list, tuple)):
+        return [text for one in value for text in as_text(one)]
+    return [f"{value:.10g}" if isinstance(value, float) else str(value)]
+
+
+def shown(flag: str, value: Any) -> str:
+    """A flag with its value as the command line has it."""
+    return f"--no-{flag[2:]}" if value is False else " ".join([flag, *as_text(value)])
+
+
+def nothing(translation: Translation) -> None:
+    """The `Program.settle` of a program whose flags do not depend on each other."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """One program of a predecessor.
+
+    Attributes:
+        title: what it does there, in words.
+        paths: ends of its path, by which a command is known.
+        ours: the name of the program here, see `training.migrate.translate.OURS`.
+        flags: all that it takes, with their defaults.
+        constants: our flag -> the value that their code has for it.
+        different: what is not the same and no flag makes the same, a line each.
+        settle: what depends on several flags at once.
+    """
+
+    title: str
+    paths: tuple[str, ...]
+    ours: str
+    flags: Mapping[str, OtherFlag]
+    constants: Mapping[str, Constant] = field(default_factory=dict)
+    different: Sequence[str] = ()
+    settle: Callable[[Translation], None] = nothing
+
+
+@dataclass(frozen=True)
+class Predecessor:
+    """A project whose commands are translated.
+
+    Attributes:
+        name: as it calls itself.
+        programs: its programs.
+        marks: parts of a path that only it has, for programs that have the same name in several projects.
+    """
+
+    name: str
+    programs: tuple[Program, ...]
+    marks: tuple[str, ...] = ()

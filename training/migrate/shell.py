@@ -1,0 +1,188 @@
+"""A command line as a shell reads it: environment, launcher, program and its arguments; nothing is run for that."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from training.utils.errors import UserError
+
+_SEPARATORS = (";", "&&", "||", "|", "&")
+_ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=")
+_VARIABLE = re.compile(r"\$\{?(\w+)\}?")
+_BEFORE = ("nohup", "time", "exec", "env", "then", "do", "else", "export")  # of a command's own words
+_BOOTSTRAPS = ("my_deepspeed.py",)  # start deepspeed's launcher and take its flags
+# Launchers other than deepspeed: their flag -> deepspeed's; None: it has nothing to say to deepspeed
+_RANKS = {
+    "--nproc_per_node": "--num_gpus",
+    "--hostfile": "--hostfile",
+    "--include": "--include",
+    "--exclude": "--exclude",
+    "--master_port": "--master_port",
+    "--master_addr": "--master_addr",
+    "--num_nodes": "--num_nodes",
+    "--host": "--include",
+    "--rdzv_backend": None,
+    "--rdzv_id": None,
+    "--standalone": None,
+}
+
+
+@dataclass
+class Command:
+    """One command that starts a program.
+
+    Attributes:
+        environment: ``NAME=value`` before it.
+        launcher: flags for deepspeed's launcher.
+        script: the program's path, below the folder that ``cd`` went to.
+        arguments: what follows it.
+        notes: what was read over, a line each.
+    """
+
+    environment: list[str] = field(default_factory=list)
+    launcher: list[str] = field(default_factory=list)
+    script: str = ""
+    arguments: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def read_command(text: str) -> Command:
+    """The command in a text: one line, or a whole script of which one command starts a Python program.
+
+    Lines may be continued by backslashes; variables that the text sets are filled in, others stay for the shell.
+
+    Raises:
+        UserError: there is no such command or several, or a quote is open.
+    """
+    simple, notes = _simple_commands(text, {})
+    found: list[Command] = []
+    folder = ""
+    for words in simple:
+        if words[0] == "cd" and len(words) == 2:
+            folder = str(PurePosixPath(folder) / words[1])
+        elif (command := _started(words)) is not None:
+            command.script = str(PurePosixPath(folder) / command.script)
+            found.append(command)
+    if len(found) != 1:
+        problem = "starts no Python program" if not found else f"starts {len(found)} programs: give one at a time"
+        raise UserError(f"this command {problem}" + ("" if found else ', as in "deepspeed --num_gpus 2 main.py ..."'))
+    [command] = found
+    left = sorted({m[0] for word in command.arguments for m in _VARIABLE.finditer(word)})
+    command.notes += notes + [f"{name} stays as it is, for the shell to fill in" for name in left]
+    return command
+
+
+def _simple_commands(text: str, known: Mapping[str, str]) -> tuple[list[list[str]], list[str]]:
+    """The commands of a text as words, with the variables that it sets filled in, and what was read over."""
+    variables, commands = dict(known), list[list[str]]()
+    notes: list[str] = []
+    for line in text.replace("\\\n", " ").splitlines():
+        for words in _split(line, notes):
+            words = [_filled(word, variables) for word in words]
+            while words and words[0] in _BEFORE:
+                words = words[1:]
+            if words and all(_ASSIGNMENT.match(word) for word in words):
+                for name, _, value in (word.partition("=") for word in words):
+                    if not _VARIABLE.search(value):
+                        variables[name] = value
+            elif words:
+                inside, more = _script(words, variables)
+                commands += inside or [words]
+                notes += more
+    return commands, notes
+
+
+def _split(line: str, notes: list[str]) -> list[list[str]]:
+    """A line's commands as words; redirections are taken out and noted."""
+    for comment in re.finditer(r"(?<!\S)#", line):
+        before = line[: comment.start()]
+        if before.count('"') % 2 == before.count("'") % 2 == 0:
+            line = before
+            break
+    line = re.sub(r"(?<=\s)[012](?=>)", "", line)  # of 2>&1
+    lexer = shlex.shlex(line, posix=True, punctuation_chars=";<>|&")
+    lexer.whitespace_split, lexer.commenters = True, ""
+    try:
+        tokens = list(lexer)
+    except ValueError as error:
+        raise UserError(f"{line.strip()[:60]}: {error}") from None
+    commands: list[list[str]] = [[]]
+    while tokens:
+        token = tokens.pop(0)
+        if token in _SEPARATORS:
+            commands.append([])
+        elif set(token) <= set("<>&|;") and set(token) & set("<>"):
+            target = tokens.pop(0) if tokens else ""
+            if token in (">", ">>", "&>", "&>>"):
+                notes.append(f"{token} {target} is left out: send the output of this command where you want it")
+        else:
+            commands[-1].append(token)
+    return [words for words in commands if words]
+
+
+def _filled(word: str, variables: Mapping[str, str]) -> str:
+    return _VARIABLE.sub(lambda match: variables.get(match[1], match[0]), word)
+
+
+def _script(words: Sequence[str], variables: Mapping[str, str]) -> tuple[list[list[str]], list[str]]:
+    """The commands of ``bash FILE ARGUMENTS``; none where a word is a Python program, which a wrapper starts."""
+    if words[0] not in ("bash", "sh") or len(words) < 2 or any(word.endswith(".py") for word in words):
+        return [], []
+    path = Path(words[1])
+    if not path.is_file():
+        raise UserError(f'{words[0]} {words[1]}: no such file here; give the command in it: "$(cat {words[1]})"')
+    arguments = {str(n): word for n, word in enumerate(words[2:], 1)}
+    return _simple_commands(path.read_text(encoding="utf-8", errors="replace"), {**variables, **arguments})
+
+
+def _started(words: Sequence[str]) -> Command | None:
+    """What a command starts, if it starts a Python program."""
+    command, rest = Command(), list(words)
+    while rest and (_ASSIGNMENT.match(rest[0]) or rest[0] in _BEFORE):
+        if (word := rest.pop(0)) not in _BEFORE:
+            command.environment.append(word)
+    at = next((i for i, word in enumerate(rest) if word.endswith(".py") and not word.endswith(_BOOTSTRAPS)), None)
+    if at is None:
+        return None
+    before, command.script, command.arguments = rest[:at], rest[at], rest[at + 1 :]
+    name = PurePosixPath(before[0]).name if before else ""
+    between = before if name.startswith("-") else before[1:]
+    if name in ("bash", "sh"):
+        between = before[2:]  # a wrapper that hands its arguments on
+        if between and between[0].isdigit():
+            command.environment.append(f"CUDA_VISIBLE_DEVICES={between.pop(0)}")
+    if between and between[0].endswith(_BOOTSTRAPS):
+        between = between[1:]
+    if name == "deepspeed" or name.startswith("--") or not any(word in ("-m", "run") for word in between[:1]):
+        command.launcher = between if name not in ("torchrun", "colossalai", "accelerate") else []
+        if command.launcher == between:
+            return command
+    _other_launcher(command, between)
+    return command
+
+
+def _other_launcher(command: Command, flags: Sequence[str]) -> None:
+    """The flags of torchrun and ``colossalai run`` as deepspeed's."""
+    words = [part for word in flags for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    words = words[1:] if words[:1] == ["run"] else words[2:] if words[:1] == ["-m"] else words
+    while words:
+        name = words.pop(0).replace("-", "_").replace("__", "--", 1)
+        value = words.pop(0) if words and not words[0].startswith("-") else ""
+        ours = _RANKS.get(name)
+        if ours:
+            command.launcher += [ours, value]
+        elif name == "--nnodes" and value not in ("1", "1:1"):
+            raise UserError(f"{name} {value}: on several hosts give deepspeed a hostfile: --hostfile HOSTS")
+        elif name not in _RANKS and name != "--nnodes":
+            command.notes.append(f"{name} {value}".strip() + " of the launcher is left out: deepspeed starts the ranks")
+
+
+def quoted(word: str) -> str:
+    """A word for the shell; its variables and its home folder stay for the shell to fill in."""
+    if re.fullmatch(r"~?[\w@%+=:,./$\{\}-]+", word):
+        return word
+    return '"' + re.sub(r'(["\\`])', r"\\\1", word) + '"' if _VARIABLE.search(word) else shlex.quote(word)

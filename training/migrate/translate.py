@@ -1,0 +1,230 @@
+"""A predecessor's command -> the command here, with a line for everything that has changed. Needs no torch."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+from training.migrate.predecessors import PREDECESSORS
+from training.migrate.program import THEIR_DEFAULT, Predecessor, Program, Translation, as_text
+from training.migrate.shell import Command, quoted, read_command
+from training.step3_rlhf_finetuning import arguments as step3
+from training.utils import arguments
+from training.utils.arguments import OtherFlag
+from training.utils.errors import UserError
+from training.utils.run.folders import STEPS, repository_root, shown
+
+SINGLE = ("--num_gpus", "1")  # without launcher flags deepspeed would take all GPUs, and python starts one process
+
+
+@dataclass(frozen=True)
+class Ours:
+    """A program of this project.
+
+    Attributes:
+        script: its path in the repository.
+        groups: its flags; none where they are not known without its imports.
+        check: what they must satisfy together.
+        launched: deepspeed starts it.
+    """
+
+    script: str
+    groups: Sequence[type] = ()
+    check: Callable[[list[Any]], Any] = list
+    launched: bool = True
+
+
+OURS: Mapping[str, Ours] = {
+    "step1": Ours(STEPS["step1"], arguments.STEP1),
+    "step2": Ours(STEPS["step2"], arguments.STEP2),
+    "step3": Ours(STEPS["step3"], step3.ARGUMENTS, step3.check),
+    "evaluate1": Ours("training/step1_supervised_finetuning/evaluate.py", launched=False),
+    "evaluate2": Ours("training/step2_reward_model_finetuning/evaluate.py", launched=False),
+    "chat": Ours("inference/chatbot.py", launched=False),
+    "page": Ours("inference/gradio_chatbot.py", launched=False),
+}
+
+
+@dataclass(frozen=True)
+class Translated:
+    """A command of this project.
+
+    Attributes:
+        predecessor, theirs: where it comes from.
+        environment, launcher, arguments: its parts; the launcher's are deepspeed's flags.
+        ours: its program.
+        lines: what has changed.
+    """
+
+    predecessor: Predecessor
+    theirs: Program
+    environment: list[str]
+    launcher: list[str]
+    ours: Ours
+    arguments: list[str]
+    lines: list[str]
+
+    def start(self) -> list[str]:
+        """The words before the arguments."""
+        starter = ["deepspeed", *(self.launcher or SINGLE)] if self.ours.launched else ["python"]
+        return [*self.environment, *starter, shown(repository_root() / self.ours.script)]
+
+    def text(self) -> str:
+        """For a terminal or a script: what has changed as comments, then the command, a flag a line."""
+        rows: list[list[str]] = [self.start()]
+        for word in self.arguments:
+            if word.startswith("--"):
+                rows.append([])
+            rows[-1].append(word)
+        head = [f"# {self.predecessor.name}, {self.theirs.title}", *(f"#   {line}" for line in self.lines)]
+        return "\n".join(head) + "\n" + " \\\n    ".join(" ".join(map(quoted, row)) for row in rows)
+
+
+def translate(text: str, source: str = "") -> Translated:
+    """The command here for a command of a predecessor.
+
+    Args:
+        text: as a shell takes it.
+        source: the predecessor's name, where the command does not show it.
+
+    Raises:
+        UserError: no predecessor has such a program, or the command can not be had here: all reasons, in one line.
+    """
+    command = read_command(text)
+    predecessor, program, told = choose(command, source)
+    ours = OURS.get(program.ours)
+    if ours is None:
+        raise UserError(f"{predecessor.name}, {program.title}: there is no such program here")
+    found = Translation(program.flags, given_flags(program.flags, ours, command), defaults_of(ours))
+    fill(found, program)
+    if found.refused:
+        raise UserError("; ".join(found.refused))
+    argv = [word for name, values in found.values.items() for word in (name, *values)]
+    if ours.groups:
+        ours.check(arguments.parse(ours.groups, argv, prog=ours.script, description=""))
+    lines = [*told, *found.lines, *command.notes, *(f"not the same: {line}" for line in program.different)]
+    return Translated(predecessor, program, command.environment, command.launcher, ours, argv, lines)
+
+
+def choose(command: Command, source: str = "") -> tuple[Predecessor, Program, list[str]]:
+    """Whose program a command starts: by its path, then by its flags; and a line where two may be meant.
+
+    Raises:
+        UserError: nobody has it, or it may be several steps'.
+    """
+    script, name = command.script.lower(), PurePosixPath(command.script).name
+    pairs = [(p, program) for p in PREDECESSORS for program in p.programs if source in ("", p.name)]
+    ends = [(p, program) for p, program in pairs if script.endswith(program.paths)]
+    found = ends or [
+        (p, program) for p, program in pairs if any(PurePosixPath(path).name == name for path in program.paths)
+    ]
+    if not found:
+        names = ", ".join(p.name for p in PREDECESSORS)
+        raise UserError(f"{command.script}: no program of {source or names} has this name")
+    found = [(p, program) for p, program in found if any(mark in script for mark in p.marks)] or found
+    given = {word.partition("=")[0] for word in command.arguments if word.startswith("--")}
+    missing = [_unknown(given, program) for _, program in found]
+    found = [pair for pair, count in zip(found, missing, strict=True) if count == min(missing)]
+    if len({program.ours for _, program in found}) > 1:
+        paths = " or ".join(dict.fromkeys(program.paths[0] for _, program in found))
+        raise UserError(f"{command.script} may be several steps' program: write its path, {paths}")
+    predecessor, program = found[0]
+    others = [p.name for p, _ in found[1:]]
+    told = [f"taken for {predecessor.name}'s; --from {others[0]} takes it for that one's"] if others else []
+    return predecessor, program, told
+
+
+def _unknown(given: set[str], program: Program) -> int:
+    known = (
+        {*program.flags, *(f"--{name}" for name in _own(OURS[program.ours]))} if program.ours in OURS else program.flags
+    )
+    return sum(arguments.with_underscores(name, known) not in known for name in given)
+
+
+def _own(ours: Ours) -> dict[str, tuple[dataclasses.Field, Any]]:
+    """Our program's flags, without dashes -> field and type."""
+    return {
+        field.name: (field, typing.get_type_hints(group)[field.name])
+        for group in ours.groups
+        for field in dataclasses.fields(group)
+    }
+
+
+def defaults_of(ours: Ours) -> dict[str, Any]:
+    """Our flag, with dashes -> its default."""
+    return {f"--{name}": arguments.default_of(field) for name, (field, _) in _own(ours).items()}
+
+
+def given_flags(flags: Mapping[str, OtherFlag], ours: Ours, command: Command) -> dict[str, list[str]]:
+    """The flags of a command, with dashes -> values as text; a flag of ours among theirs is taken as it is.
+
+    Raises:
+        UserError: flags that nobody knows, a value that their program would not take or that can not be had here.
+    """
+    parser = arguments.Parser(prog=command.script, allow_abbrev=False, add_help=False)
+    hidden: dict[str, Any] = {"default": argparse.SUPPRESS}
+    for name, other in flags.items():
+        if other.kind is bool:
+            parser.add_argument(name, dest=name, action="store_const", const=[], **hidden)
+        else:
+            parser.add_argument(name, dest=name, type=_checked(other), nargs="*" if other.many else 1, **hidden)
+    for name, (_, hint) in _own(ours).items():
+        switch: dict[str, Any] = {"action": "store_const", "const": []} if hint is bool else {"nargs": "*"}
+        for written in (f"--{name}", f"--no-{name}")[: 2 if hint is bool else 1]:
+            if written not in flags:
+                parser.add_argument(written, dest=written, **switch, **hidden)
+    known = {name for action in parser._actions for name in action.option_strings}
+    words = [arguments.with_underscores(word, known) for word in command.arguments]
+    values, unknown = parser.parse_known_args(words)
+    if names := list(dict.fromkeys(word.partition("=")[0] for word in unknown if word.startswith("-"))):
+        near = {name: difflib.get_close_matches(name, known, n=1, cutoff=arguments.CLOSE) for name in names}
+        listed = [name + (f" (did you mean {near[name][0]}?)" if near[name] else "") for name in names]
+        raise UserError(f"{command.script} has no flag {', '.join(listed)}")
+    if unknown:
+        raise UserError(f"{command.script}: unexpected argument {unknown[0]!r}")
+    order = {arguments.with_underscores(word, known).partition("=")[0]: i for i, word in enumerate(words)}
+    return dict(sorted(vars(values).items(), key=lambda item: order.get(item[0], 0)))
+
+
+def _checked(other: OtherFlag) -> Callable[[str], str]:
+    def check(text: str) -> str:
+        if "$" not in text:  # else the shell's to say
+            other.value(text)
+        return text
+
+    return check
+
+
+def fill(t: Translation, program: Program) -> None:
+    """What was given, then their defaults and constants where ours differ, then what several flags decide."""
+    for name, values in t.given.items():
+        other = t.flags.get(name)
+        if other is None:
+            t.values[name] = values
+        elif other.ours:
+            t.values[other.ours] = values
+            if other.ours != name:
+                said = f" ({other.said})" if other.said else ""
+                t.lines.append(f"{' '.join([name, *values])} -> {' '.join([other.ours, *values])}{said}")
+        elif name not in arguments.LAUNCHERS:
+            t.lines.append(f"{' '.join([name, *values])}: nothing to do here, {other.said}")
+    for name, other in t.flags.items():
+        left = other.ours and name not in t.given and other.ours not in t.values and other.default is not None
+        if left and not _equal(other.default, t.defaults.get(other.ours)):
+            t.set(other.ours, other.default, THEIR_DEFAULT)
+    for flag, constant in program.constants.items():
+        if not {flag, f"--no-{flag[2:]}"} & t.values.keys() and not _equal(constant.value, t.defaults.get(flag)):
+            t.set(flag, constant.value, f"their constant, {constant.said}")
+    program.settle(t)
+
+
+def _equal(theirs: Any, ours: Any) -> bool:
+    if isinstance(theirs, bool) or isinstance(ours, bool):
+        return theirs is ours
+    return as_text(theirs) == as_text(ours)
