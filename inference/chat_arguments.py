@@ -15,6 +15,7 @@ class LoadArguments:
         AUTO, "precision of the weights; auto: bf16 where the hardware computes in it", choices=PRECISIONS
     )
     quantize: str = flag("none", "8 or 4 bits per weight through bitsandbytes", choices=("none", "int8", "int4"))
+    chat_template: str = flag("", "a name, a Jinja file, or a conversation template in JSON (default: the saved one)")
     device_map: str = flag("", "auto spreads a model over all devices; cpu or cuda:0 name one (default: the first GPU)")
 
 

@@ -152,7 +152,7 @@ def load_chat_models(paths: dict[str, str], arguments: LoadArguments, report: Ca
         if not known:
             shared[base] = Weights(_load_weights(base, replace(arguments, dtype=dtype)))
         adapter = _attach(shared[base], adapter_dir) if adapter_dir else None
-        models.append(_chat_model(name, base, adapter_dir, shared[base], adapter))
+        models.append(_chat_model(name, base, adapter_dir, shared[base], adapter, arguments.chat_template))
         size = models[-1].weights.model.get_memory_footprint() / 2**20
         with_whom = "weights shared" if known else f"{size:,.1f} MiB on {models[-1].device}"
         report(f"[{number}/{len(resolved)}] {name}: {with_whom}, {time.monotonic() - started:.1f} s")
@@ -252,15 +252,19 @@ def _attach(weights: Weights, folder: str) -> str:
     return name
 
 
-def _chat_model(name: str, base: str, adapter_dir: str | None, weights: Weights, adapter: str | None) -> ChatModel:
+def _chat_model(
+    name: str, base: str, adapter_dir: str | None, weights: Weights, adapter: str | None, chat_template: str
+) -> ChatModel:
     own = Path(adapter_dir) if adapter_dir else None
     has_tokenizer = own is not None and (own / "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(str(own) if has_tokenizer else base)
+    tokenizer = load_tokenizer(str(own) if has_tokenizer else base, chat_template=chat_template)
     generation = weights.model.generation_config
     if own is not None and (own / "generation_config.json").is_file():
         generation = GenerationConfig.from_pretrained(str(own))
     eos = generation.eos_token_id if generation is not None else None
-    stops = stop_token_ids(tokenizer) if eos is None else [eos] if isinstance(eos, int) else eos
+    stops = [] if eos is None else [eos] if isinstance(eos, int) else eos
+    if eos is None or chat_template:
+        stops = [*stops, *stop_token_ids(tokenizer)]
     config = weights.model.config.get_text_config()
     rows = weights.model.get_input_embeddings().weight.shape[0]
     if max(tokenizer.get_vocab().values(), default=0) >= rows:

@@ -373,6 +373,18 @@ CASES = [
         ["loses the user turn"],
     ),
     Case(
+        "a conversation template that is cut off",
+        1,
+        lambda w: _sft(w, "--chat_template", _write(w.tmp / "a.json", '{"chat_template": "x", ')),
+        ["--chat_template", "a.json", "broken JSON in line 1"],
+    ),
+    Case(
+        "a stop id that stands inside texts",
+        1,
+        lambda w: _sft(w, "--stop_ids", "70"),
+        ["stop id 70", "inside texts"],
+    ),
+    Case(
         "a name for the user's own files",
         1,
         lambda w: _sft(w, "--sft_only_data_path", "MultiTurnAlpaca"),

@@ -11,6 +11,7 @@ from tests.data import families
 from training.utils.data import template
 from training.utils.data.chat import read_any, render
 from training.utils.data.template import RowError, configure_chat_template, stop_token_ids
+from training.utils.data.template_file import template_names
 from training.utils.errors import UserError
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
@@ -132,7 +133,7 @@ def test_stop_tokens_are_eos_and_the_turn_end():
     assert stop_token_ids(tok) == ids
 
 
-@pytest.mark.parametrize("template", template.template_names())
+@pytest.mark.parametrize("template", template_names())
 def test_every_named_template(template):
     marks = {"llama3": ["<|eot_id|>"], "gemma": ["<end_of_turn>"], "chatml": []}.get(template, [])
     raw = families.byte_bpe()

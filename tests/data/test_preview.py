@@ -138,3 +138,30 @@ def test_no_escape_sequence_reaches_the_terminal(run, tmp_path):
     for more in ((), ("--validate",), ("--on_bad_row", "skip")):
         _, out, err = run("--data_path", path, "--step", "1", *more)
         assert "\x1b" not in out + err and "\x07" not in out + err and "red" in out + err
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_prepared_rows_can_be_written_to_look_at(run, tmp_path, step):
+    rows = pairs(10) if step == 2 else sft(9) + [{"messages": [
+        {"role": role, "content": text}
+        for role, text in (("user", "A?"), ("assistant", "B."), ("user", "C?"), ("assistant", "D."))
+    ]}]  # fmt: skip
+    path, target = write(tmp_path / "a.jsonl", rows), tmp_path / "prepared.jsonl"
+    code, *_ = run("--data_path", path, "--step", str(step), "--rows", "0", "--write", str(target))
+    written = [json.loads(line) for line in target.read_text().splitlines()]
+    assert code == 0 and len(written) == 10 and {row["source"] for row in written} == {path}
+    assert [row["split"] for row in written] == ["train"] * 9 + ["held_out"]
+    tok = families.smol_like()
+    data = prepare(step, tok, path, seed=1234, **({"max_prompt_length": 256} if step == 3 else {}))
+    stored = [*data.train, *data.held_out]
+    if step == 1:
+        assert [row["text"] for row in written] == [tok.decode(row["input_ids"]) for row in stored]
+        several = next(row for row in written if "A?" in row["text"])
+        assert several["trained"] == ["B.<|im_end|>", "D.<|im_end|>"]
+    elif step == 2:
+        assert [row["rejected_text"] for row in written] == [tok.decode(row["rejected_ids"]) for row in stored]
+        assert all(re.fullmatch(r"Good \d+\.<\|im_end\|>", row["chosen_trained"][0]) for row in written)
+    else:
+        assert [row["text"] for row in written] == [tok.decode(row["prompt_ids"]) for row in stored]
+    code, _, err = run("--data_path", path, "--write", str(target))
+    assert code == 2 and "there is such a file" in err and len(target.read_text().splitlines()) == 10

@@ -273,3 +273,14 @@ def test_the_latest_run_is_the_default(tmp_path, monkeypatch):
     assert judge == str(run / "step2")
     (run / "step2" / "summary.json").unlink()
     assert latest_models()[1] == ""
+
+
+def test_another_template_brings_its_own_stop_set(chat_folders, tmp_path):
+    path = tmp_path / "conversation.json"
+    path.write_text(json.dumps({"chat_template": "alpaca", "system_message": "Be brief.", "stop_ids": [0]}))
+    paths = {"A": str(chat_folders["sft"])}
+    [saved] = load_chat_models(paths, LoadArguments(), lambda line: None)
+    [model] = load_chat_models(paths, LoadArguments(chat_template=str(path)), lambda line: None)
+    assert 0 not in saved.stop_ids and model.stop_ids == saved.stop_ids | {0}
+    text = model.tokenizer.apply_chat_template(HELLO, tokenize=False)
+    assert "### Instruction:" in text and "Be brief." in text

@@ -178,9 +178,12 @@ def shared_tokenizer(actor_path: str, sft_path: str, *flags: arguments.DataArgum
     Raises:
         UserError: the models have different ones.
     """
-    tokenizer = load_tokenizer(actor_path, chat_template=flags[0].chat_template, system_message=flags[0].system_message)
+    data = flags[0]
+    tokenizer = load_tokenizer(
+        actor_path, chat_template=data.chat_template, system_message=data.system_message, stop_ids=data.stop_ids
+    )
     other = load_tokenizer(sft_path)
-    if any(data.chat_template or data.system_message for data in flags):
+    if any(data.chat_template or data.system_message or data.stop_ids for data in flags):
         other.chat_template = tokenizer.chat_template
     if not same_tokenizer(tokenizer, other):
         raise UserError(f"--sft_model_name_or_path {sft_path} has another tokenizer or chat template than {actor_path}")

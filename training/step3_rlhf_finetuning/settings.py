@@ -121,7 +121,9 @@ def model_paths(args: RoleArguments, functions: Sequence[str]) -> tuple[str, str
 def actor_tokenizer(args: RoleArguments, data: DataArguments, actor_path: str) -> Any:
     """The tokenizer of actor and critic, with the chat template that will be in force: the actor's, or the flags'."""
     source = loading.resolve_model(args.tokenizer_name_or_path or actor_path, "--tokenizer_name_or_path")
-    return load_tokenizer(source, chat_template=data.chat_template, system_message=data.system_message)
+    return load_tokenizer(
+        source, chat_template=data.chat_template, system_message=data.system_message, stop_ids=data.stop_ids
+    )
 
 
 def origins(actor_path: str, reward_path: str, functions: Sequence[str]) -> dict[str, str]:

@@ -138,8 +138,9 @@ class DataArguments:
     )
     column_map: list[str] = flag([], "names of columns where they differ: prompt=instruction response=answer")
     on_bad_row: str = flag("error", "what to do with a row that can not be used", choices=("error", "skip"))
-    chat_template: str = flag("", "a Jinja file or a name (default: the tokenizer's own)")
+    chat_template: str = flag("", "a name, a Jinja file, or a conversation template in JSON (default: the tokenizer's)")
     system_message: str = flag("", "a system message put before every conversation that has none")
+    stop_ids: list[int] = flag([], "ids of further tokens that end a response", minimum=0)
     data_output_path: str = flag("", "folder for tokenised data (default: the user's cache folder)")
 
 

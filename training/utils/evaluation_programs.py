@@ -54,9 +54,9 @@ def _located(token: str, folders: Sequence[Path]) -> str:
 def data_arguments(given: arguments.DataArguments, recorded: arguments.DataArguments) -> arguments.DataArguments:
     """The data flags given to the evaluation; without any, those that the step was run with.
 
-    The latter without template and system message: the saved tokenizer has them, and their file may be gone.
+    The latter without what the saved tokenizer has (template, system message, stop ids): the files may be gone.
     """
-    own = replace(recorded, chat_template="", system_message="")
+    own = replace(recorded, chat_template="", system_message="", stop_ids=[])
     chosen = own if given == arguments.DataArguments() else given
     say(f"held-out rows of: {' '.join(chosen.eval_data_path or chosen.data_path)}")
     return chosen

@@ -182,7 +182,9 @@ def open_run(
     settled = precision.settle(flags.model, output_dir, reliability.resume)
     torch.manual_seed(train.seed)
     data = flags.data
-    tokenizer = load_tokenizer(model_path, chat_template=data.chat_template, system_message=data.system_message)
+    tokenizer = load_tokenizer(
+        model_path, chat_template=data.chat_template, system_message=data.system_message, stop_ids=data.stop_ids
+    )
     check_vocabulary(model_path, tokenizer)
     options: dict[str, Any] = {"max_length": flags.model.max_seq_len, "seed": train.seed, "run_dir": output_dir}
     rows = prepare_data(kind, data, tokenizer, **options, **data_options)

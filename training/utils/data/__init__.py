@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from training.utils.data.chat import Rendered, read_any, render
     from training.utils.data.prepare import StepData, prepare_data, prepare_pretraining
     from training.utils.data.report import DataReport
-    from training.utils.data.template import RowError, configure_chat_template, stop_token_ids, template_names
+    from training.utils.data.template import RowError, configure_chat_template, stop_token_ids
+    from training.utils.data.template_file import template_names
 
 __all__ = [
     "SIDES",
@@ -51,7 +52,7 @@ __all__ = [
     "template_names",
 ]
 
-_MODULES = ("template", "chat", "report", "batches", "prepare")  # where they are, the light ones first
+_MODULES = ("template", "template_file", "chat", "report", "batches", "prepare")  # where they are, the light ones first
 
 
 def __getattr__(name: str) -> Any:

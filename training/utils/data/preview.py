@@ -2,6 +2,7 @@
 
     python -m training.utils.data.preview --data_path FILE --step 1
     python -m training.utils.data.preview --data_path FILE --step 2 --html preview.html
+    python -m training.utils.data.preview --data_path FILE --step 1 --write prepared.jsonl
     python -m training.utils.data.preview --data_path FILE --step 2 --validate
 
 It runs the same preparation as training, so what it tokenises, training finds in the cache.
@@ -10,6 +11,7 @@ It runs the same preparation as training, so what it tokenises, training finds i
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,6 +21,7 @@ from typing import Any
 
 from training.utils import arguments
 from training.utils.arguments import DataArguments, flag
+from training.utils.errors import UserError, printable, run_program
 
 
 @dataclass
@@ -35,7 +38,12 @@ class PreviewArguments:
     seed: int = flag(1234, "decides which rows are held out", minimum=0)
     rows: int = flag(5, "how many rows to show", minimum=0)
     html: str = flag("", "write the same as a page to this file")
+    write: str = flag("", "write every prepared row, decoded, to this JSON lines file")
     validate: bool = flag(False, "print problems only, and exit 1 if there are any")
+
+    def __post_init__(self) -> None:
+        if self.write and Path(self.write).exists():
+            raise UserError(f"--write {self.write}: there is such a file; name another one")
 
 
 def parse_flags(argv: Sequence[str]) -> list[Any]:
@@ -54,7 +62,6 @@ from training.utils.data.kinds import KINDS  # noqa: E402
 from training.utils.data.prepare import StepData, prepare_data  # noqa: E402
 from training.utils.data.preview_page import Piece, page  # noqa: E402
 from training.utils.data.report import IGNORED, READ, REFUSED, DataReport  # noqa: E402
-from training.utils.errors import UserError, printable, run_program  # noqa: E402
 
 NOTHING_HELD_OUT = "no row is held out, so training refuses this: give more prompts, or --eval_data_path"
 _PERCENTILES = (5, 25, 50, 75, 95, 99, 100)
@@ -87,6 +94,44 @@ def shown_rows(data: StepData, tokenizer: Any, count: int) -> Iterator[tuple[str
                 yield f"{title}, {name}", pieces(tokenizer, row[f"{name}_ids"], row[f"{name}_mask"])
         else:
             yield title, pieces(tokenizer, row["prompt_ids"], [0] * len(row["prompt_ids"]))
+
+
+# What a row of each kind reads and what of it trains: name -> columns of token ids and of the mask
+_READ = {
+    "demonstrations": {"": ("input_ids", "response_mask")},
+    "pairs": {"chosen_": ("chosen_ids", "chosen_mask"), "rejected_": ("rejected_ids", "rejected_mask")},
+    "prompts": {"": ("prompt_ids", "")},
+}
+
+
+def decoded_rows(data: StepData, tokenizer: Any) -> Iterator[dict[str, Any]]:
+    """Every prepared row as texts, special tokens included.
+
+    Yields:
+        split, source, length (tokens), and once, or for each side of a pair: text, all that the model reads; trained,
+        the parts of it that are trained on (of pairs: that make an answer).
+    """
+    options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+    for split, rows in (("train", data.train), ("held_out", data.held_out)):
+        for row in rows:
+            found: dict[str, Any] = {"split": split, "source": row["source"], "length": row["length"]}
+            for name, (ids, mask) in _READ[data.report.kind].items():
+                found[f"{name}text"] = tokenizer.decode(row[ids], **options)
+                if mask:
+                    spans = itertools.groupby(zip(row[mask], row[ids], strict=True), key=lambda pair: bool(pair[0]))
+                    found[f"{name}trained"] = [
+                        tokenizer.decode([token for _, token in span], **options) for trained, span in spans if trained
+                    ]
+            yield found
+
+
+def _write(path: str, rows: Iterator[dict[str, Any]]) -> None:
+    try:
+        with Path(path).open("x", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise UserError(f"--write {path}: {error.strerror}") from None
 
 
 def coloured(parts: Sequence[Piece], colour: bool) -> str:
@@ -185,7 +230,9 @@ def main(argv: Sequence[str]) -> int:
         data.on_bad_row = "skip"  # to tell of all of them, not of the first alone
     try:
         path = resolve_model(preview.model_name_or_path)
-        tokenizer = load_tokenizer(path, chat_template=data.chat_template, system_message=data.system_message)
+        tokenizer = load_tokenizer(
+            path, chat_template=data.chat_template, system_message=data.system_message, stop_ids=data.stop_ids
+        )
         prepared = _prepare(preview, data, tokenizer)
     except UserError as error:
         if not preview.validate:
@@ -205,6 +252,8 @@ def main(argv: Sequence[str]) -> int:
     print(printable("\n".join(f"{what:<{width}}  {how}" for what, how in table)))
     if not prepared.report.held_out_rows:
         print(NOTHING_HELD_OUT)
+    if preview.write:
+        _write(preview.write, decoded_rows(prepared, tokenizer))
     if preview.html:
         try:
             Path(preview.html).write_text(page(preview.step, rows, table, prepared.train["length"][:]), "utf-8")

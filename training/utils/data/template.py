@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError
 
+from training.utils.data.template_file import TemplateFile, read_template_file
 from training.utils.errors import UserError
 
 # A turn: role (system, user, assistant, tool) and content, and where a row has it: reasoning, tool_calls and, in the
@@ -24,9 +27,9 @@ from training.utils.errors import UserError
 # "elsewhere": another row does)
 Message = dict[str, str]
 
-TEMPLATES = Path(__file__).parent / "templates"
 DEFAULT_TEMPLATE = "human_assistant"
 _SYSTEM_START, _SYSTEM_END = "{#- system message -#}", "{#- end of system message -#}"
+_STOP_IDS = re.compile(r"\{# stop ids: ([\d ]+) #\}\n?")
 _END_OF_THOUGHT = "</think>"
 _PROBES = ("Kwzhia", "Mvtrqe", "Zplodu", "Gnybis")
 
@@ -50,7 +53,8 @@ class Structure:
 
     Attributes:
         end_token, end_id: what ends the last answer.
-        stop_ids: what ends a response: EOS, the end token, and the token that ends a call of a tool.
+        stop_ids: what ends a response: EOS, the end token, the token that ends a call of a tool, and further ones
+            that ``--stop_ids`` or a conversation template named.
         leads: texts between the generation prompt and the answer.
         tails: texts between the answer and the end token.
         closes, closes_call: what is put behind a last answer, or a last call of a tool, that the template leaves
@@ -73,65 +77,154 @@ class Structure:
 _structures: weakref.WeakKeyDictionary[Any, tuple[str, Structure]] = weakref.WeakKeyDictionary()
 
 
-def template_names() -> list[str]:
-    """The names that ``--chat_template`` understands."""
-    return sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
-
-
-def _read_template(name: str) -> str:
-    bundled = TEMPLATES / f"{name}.jinja"
-    path = Path(name).expanduser()
-    if bundled.is_file() and bundled.parent == TEMPLATES:
-        return bundled.read_text(encoding="utf-8")
-    if not path.is_file():
-        raise UserError(f"--chat_template {name}: no such file, and not one of the names {', '.join(template_names())}")
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--chat_template {name}: {error}") from None
+def _split_system(template: str) -> tuple[str, str]:
+    """The block that `_with_system_message` put before a template, empty if none, and the template."""
+    end = template.find(_SYSTEM_END)
+    cut = end + len(_SYSTEM_END) if template.startswith(_SYSTEM_START) and end > 0 else 0
+    return template[:cut], template[cut:]
 
 
 def _with_system_message(template: str, system_message: str) -> str:
     """Put a default system message into the template itself, so that it travels with every saved tokenizer."""
-    start, end = template.find(_SYSTEM_START), template.find(_SYSTEM_END)
-    if start == 0 and end > 0:  # one that an earlier step put there
-        template = template[end + len(_SYSTEM_END) :]
     # A JSON string is a Jinja string, if it has no escaped surrogates.
     literal = json.dumps(system_message, ensure_ascii=False)
     return (
         f"{_SYSTEM_START}{{%- if not messages or messages[0]['role'] != 'system' -%}}"
         f"{{%- set messages = [{{'role': 'system', 'content': {literal}}}] + messages -%}}"
-        f"{{%- endif -%}}{_SYSTEM_END}{template}"
+        f"{{%- endif -%}}{_SYSTEM_END}{_split_system(template)[1]}"  # without one that an earlier step put there
     )
 
 
-def configure_chat_template(tokenizer: Any, chat_template: str = "", system_message: str = "") -> None:
-    """Set ``tokenizer.chat_template``: what it has, a named or given Jinja file, or the project's default.
+def _with_stop_ids(template: str, stop_ids: Sequence[int]) -> str:
+    """Put further stop ids into the template as a comment, so that they travel with every saved tokenizer."""
+    system, own = _split_system(template)
+    ids = " ".join(map(str, dict.fromkeys([*_further_stop_ids(own), *stop_ids])))
+    return f"{system}{{# stop ids: {ids} #}}\n{_STOP_IDS.sub('', own)}"  # transformers leaves the newline out
+
+
+def _further_stop_ids(template: str) -> list[int]:
+    found = _STOP_IDS.search(template)
+    return [int(number) for number in found[1].split()] if found else []
+
+
+def configure_chat_template(
+    tokenizer: Any, chat_template: str = "", system_message: str = "", stop_ids: Sequence[int] = ()
+) -> None:
+    """Set ``tokenizer.chat_template``: what it has, a named or given file, or the project's default.
 
     Args:
         tokenizer: a transformers tokenizer; it is changed in place, so saving it saves the template.
-        chat_template: a name (see `template_names`) or a path; empty keeps the tokenizer's own.
-        system_message: put before every conversation that has no system turn.
+        chat_template: a name or a path, see `read_template_file`; empty keeps the tokenizer's own.
+        system_message: put before every conversation that has no system turn; default: the file's.
+        stop_ids: tokens that end a response, beside those of the template and of its file.
 
     Raises:
-        UserError: no such template, it is not valid Jinja, it loses a turn or the system message, or it can not be
-            masked exactly.
+        UserError: no such template, it is not valid Jinja, it loses a turn or the system message, it can not be
+            masked exactly, or a stop id is no token or one that stands inside texts.
     """
+    file = read_template_file(chat_template) if chat_template else TemplateFile()
     current = tokenizer.chat_template
     if isinstance(current, dict):  # some tokenizers carry one template for chat and one for tools
         current = current.get("default")
-    own = current or _read_template(DEFAULT_TEMPLATE)
-    template = _read_template(chat_template) if chat_template else own
-    if system_message:
-        template = _with_system_message(template, system_message)
-    tokenizer.chat_template = template
+    template = file.template or _template_of(chat_template, file.model) or current
+    template = template or read_template_file(DEFAULT_TEMPLATE).template
+    further = [*file.stop_ids, *stop_ids]
+    if file.end_of_assistant not in ("", *added_texts(tokenizer)):
+        template, further = _ended_by_eos(tokenizer, template, file.end_of_assistant, chat_template, further)
+    if further:
+        _check_stop_ids(tokenizer, further)
+        template = _with_stop_ids(template, further)
+    message = system_message or file.system_message
+    tokenizer.chat_template = _with_system_message(template, message) if message else template
     _check_it_ends(tokenizer)
     structure_of(tokenizer)
-    if system_message.strip() not in render_text(tokenizer, [{"role": "user", "content": _PROBES[0]}]):
+    _check_end_of_assistant(tokenizer, file.end_of_assistant, chat_template)
+    for key in file.unread:
+        _tell(f"note: {chat_template}: {key} is for ColossalChat's own reward functions and is not read here")
+    if message.strip() not in render_text(tokenizer, [{"role": "user", "content": _PROBES[0]}]):
+        whose = "--system_message" if system_message else f"--chat_template {chat_template}"
         raise UserError(
-            "--system_message: the chat template writes no system turn, so the message would be lost; "
+            f"{whose}: the chat template writes no system turn, so the message would be lost; "
             "choose another --chat_template"
         )
+
+
+@cache
+def _tell(line: str) -> None:
+    """Say a line once: programs configure a tokenizer where they load it, and again where they prepare data."""
+    from training.utils.run.distributed import say
+
+    say(line)
+
+
+def _template_of(file: str, model: str) -> str:
+    """The chat template of the model that a conversation template names."""
+    if not model:
+        return ""
+    from transformers import AutoTokenizer
+
+    from training.utils.model.loading import remote_code, resolve_model
+
+    where = f"--chat_template {file}: chat_template"
+    path = resolve_model(model, where)
+    try:
+        found = AutoTokenizer.from_pretrained(path, **remote_code()).chat_template
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where} {model}: no tokenizer can be loaded from it ({type(error).__name__})") from error
+    template = found.get("default") if isinstance(found, dict) else found
+    if not template:
+        raise UserError(f"{where} {model}: its tokenizer has no chat template")
+    return str(template)
+
+
+def _ended_by_eos(tokenizer: Any, template: str, end: str, file: str, stop_ids: list[int]) -> tuple[str, list[int]]:
+    """A template whose turns end with EOS instead of a text of several tokens, by which no model could be stopped.
+
+    Returns:
+        The template, and the stop ids without those of the text's own tokens.
+    """
+    tokens, eos = _ids_of(tokenizer, end), tokenizer.eos_token
+    if not any(character in eos for character in "'\"\\"):  # it may stand in a string of the template
+        template = template.replace(end, eos)
+    return template, [] if stop_ids == tokens else stop_ids
+
+
+def _check_stop_ids(tokenizer: Any, stop_ids: Sequence[int]) -> None:
+    names = {number: text for text, number in tokenizer.get_vocab().items()}
+    for number in stop_ids:
+        if number not in names:
+            raise UserError(f"stop id {number}: the tokenizer has no such token, its ids end at {max(names)}")
+        if number in tokenizer.added_tokens_decoder or number in tokenizer.all_special_ids:
+            continue
+        text = tokenizer.decode([number])
+        if number in _ids_of(tokenizer, text):
+            raise UserError(
+                f"stop id {number} is {text!r}, which stands inside texts, so answers would end in the middle; "
+                "a response ends with a special token"
+            )
+
+
+def _check_end_of_assistant(tokenizer: Any, end: str, file: str) -> None:
+    """A conversation template must claim the end that its template writes, or one that ends responses all the same."""
+    written, tokens = structure_of(tokenizer).end_token, _ids_of(tokenizer, end)
+    if end in ("", written):
+        return
+    if end not in added_texts(tokenizer):
+        what = f"{len(tokens)} tokens of this tokenizer, and one must end a response"
+        if written != tokenizer.eos_token:
+            raise UserError(f"--chat_template {file}: end_of_assistant {end!r} is {what}; chat_template ends an answer "
+                            f"with {written!r}, so name that")  # fmt: skip
+        _tell(f"note: {file}: end_of_assistant {end!r} is {what}: every answer ends with {written!r} in its place")
+    elif tokens[-1] not in stop_token_ids(tokenizer):
+        raise UserError(f"--chat_template {file}: end_of_assistant is {end!r}, and chat_template ends an answer with "
+                        f"{written!r}; write the same in both")  # fmt: skip
+    else:
+        _tell(f"note: {file}: chat_template ends an answer with {written!r}; {end!r} ends a response, too")
+
+
+def _ids_of(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text, nothing added."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 _MOST_SECONDS, _MOST_BYTES = 20, 1 << 30  # that a template may take for a plain question
@@ -172,7 +265,7 @@ def _check_it_ends(tokenizer: Any) -> None:
 
 
 def stop_token_ids(tokenizer: Any) -> list[int]:
-    """The tokens that end a response: EOS first, then those that end a turn and a call of a tool, where they differ."""
+    """The tokens that end a response: EOS first, then those that end a turn and a call of a tool, and further ones."""
     return list(structure_of(tokenizer).stop_ids)
 
 
@@ -230,8 +323,10 @@ def special_texts(tokenizer: Any) -> list[str]:
 
 
 def forbidden_texts(tokenizer: Any) -> list[str]:
-    """What no text of a row may contain: special tokens, and the token that ends a turn, special or not."""
-    return sorted({*special_texts(tokenizer), structure_of(tokenizer).end_token}, key=lambda text: (-len(text), text))
+    """What no text of a row may contain: special tokens, and those that end a response, special or not."""
+    added, structure = tokenizer.added_tokens_decoder, structure_of(tokenizer)
+    ends = {added[number].content for number in structure.stop_ids if number in added}
+    return sorted({*special_texts(tokenizer), structure.end_token, *ends}, key=lambda text: (-len(text), text))
 
 
 def added_texts(tokenizer: Any) -> list[str]:
@@ -289,7 +384,8 @@ def structure_of(tokenizer: Any) -> Structure:
     (end_token,) = ends
     call = _end_of_call(tokenizer, added, open_=bool(closes))
     stops = [tokenizer.eos_token, end_token, call.end]
-    ids = (int(tokenizer.convert_tokens_to_ids(token)) for token in stops if token)
+    ids = [int(tokenizer.convert_tokens_to_ids(token)) for token in stops if token]
+    ids += _further_stop_ids(tokenizer.chat_template)
     found = Structure(
         end_token=end_token,
         end_id=int(tokenizer.convert_tokens_to_ids(end_token)),

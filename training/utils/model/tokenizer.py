@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerBase,
@@ -13,13 +15,16 @@ from training.utils.model.loading import load_config, remote_code
 UNUSUAL_TEXT = "\u2603 \u0f3a \U0001f9ff \u4e2d \u0627 \x07"  # what only byte fallback knows
 
 
-def load_tokenizer(path: str, *, chat_template: str = "", system_message: str = "") -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    path: str, *, chat_template: str = "", system_message: str = "", stop_ids: Sequence[int] = ()
+) -> PreTrainedTokenizerBase:
     """Load a tokenizer with a chat template and a pad token, see `_choose_pad_token`.
 
     Args:
         path: from `resolve_model`.
-        chat_template: a Jinja file or a name; the tokenizer's own, or the project's default, when empty.
+        chat_template: a file or a name; the tokenizer's own, or the project's default, when empty.
         system_message: put before conversations that have none.
+        stop_ids: further tokens that end a response.
 
     Raises:
         UserError: no tokenizer there, no EOS token, or a template that can not be used.
@@ -32,7 +37,7 @@ def load_tokenizer(path: str, *, chat_template: str = "", system_message: str = 
         raise UserError(f"{path}: no tokenizer can be loaded from it ({type(error).__name__})") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path}: the tokenizer has no EOS token, so a model could never stop")
-    configure_chat_template(tokenizer, chat_template, system_message)
+    configure_chat_template(tokenizer, chat_template, system_message, stop_ids)
     _choose_pad_token(tokenizer)
     return tokenizer
 

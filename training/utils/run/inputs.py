@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from training.utils.data.template_file import read_template_file
 from training.utils.errors import UserError
 
 MODELS = ("model_name_or_path", "tokenizer_name_or_path")  # ends of the names of flags
@@ -43,6 +44,8 @@ def check_flag(name: str, values: Sequence[Any]) -> None:
             _check_data_path(text)
         elif name in FUNCTIONS:
             _check_function(text, f"--{name}")
+        elif name == "chat_template":
+            read_template_file(text)
         elif name in FILES and not Path(text).is_file():
             raise UserError(f"--{name} {text}: no such file")
 

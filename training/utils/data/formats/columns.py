@@ -22,11 +22,19 @@ from training.utils.data.formats.shapes import FORMATS, Format
 from training.utils.data.template import RowError
 from training.utils.errors import UserError
 
+# Columns of rows that another program has tokenised (ColossalChat's prepare_dataset.py, for one)
+_TOKENISED = ("input_ids", "chosen_input_ids", "input_id_decode")
+
 
 class UnknownFormat(UserError):
     """No format has these columns; ``short`` says it without the ways to go on."""
 
     def __init__(self, columns: Sequence[str]) -> None:
+        if found := next((name for name in _TOKENISED if name in columns), None):
+            self.short = f"the row holds tokens ({found}) of a tokenizer and a template that it does not name"
+            super().__init__(f"{self.short}; give the conversations that it was prepared from (what ColossalChat's "
+                             "prepare_dataset.py read from --data_input_dirs)")  # fmt: skip
+            return
         self.short = f"no known format has the columns {', '.join(map(str, columns)) or '(none)'}"
         super().__init__(
             f"{self.short}; three ways to go on: "
@@ -127,6 +135,10 @@ def _find(columns: frozenset[str], mapped: Mapping[str, str]) -> Format | None:
     )
 
 
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, int) for item in value)
+
+
 def _check_readable(row: Row, columns: frozenset[str]) -> None:
     """Raise the error of a cell that could not be read (readers leave it there) if a format reads it."""
     for name in columns:
@@ -199,7 +211,7 @@ def convert(
     format_ = None if mapped else _adapter(source, frozenset(columns))
     columns.update({name: value for name, (_, value) in mapped.items()})
     format_ = format_ or _find(frozenset(columns), {name: column for name, (column, _) in mapped.items()})
-    if format_ is None:
+    if format_ is None or _is_ids(columns.get("prompt")):
         raise UnknownFormat(list(row))
     _check_readable(columns, format_.columns | _OPTIONAL)
     _check_meaning(columns)
