@@ -63,11 +63,12 @@ class RoleCosts:
         self.scoring = functools.cache(self._scoring)
         self.prefill = functools.cache(self._prefill)
 
-    def _outputs(self, role: str, model: Any, rows: int) -> torch.Tensor:
+    def _outputs(self, role: str, model: FakeModel, rows: int) -> torch.Tensor:
         ids, mask = plans.fake_batch(rows, self.prompt + self.response)
         response = torch.ones(rows, self.response, dtype=torch.bool)
         if role != "actor":
-            return state_values(model, ids, mask, response.to(plans.device()))
+            return state_values(model, ids, mask, model.on_device(response))
+        ids = model.on_device(ids)
         return actor_log_probs(model, ids, mask, response, 1.0, entropy=not torch.is_grad_enabled())[0]
 
     def _training(self, role: str, rows: int, checkpointing: bool) -> PassMemory:
@@ -77,7 +78,7 @@ class RoleCosts:
 
     def _pretraining(self, rows: int, checkpointing: bool) -> PassMemory:
         ids, mask = plans.fake_batch(rows, self.prompt + self.response)
-        batch = {"input_ids": ids, "attention_mask": mask, "response_mask": mask}
+        batch = {"input_ids": self.actor.on_device(ids), "attention_mask": mask, "response_mask": mask}
         self.actor.gradient_checkpointing(checkpointing)
         return self.actor.training_pass(lambda m: negative_log_likelihood(m, batch))
 
@@ -87,7 +88,7 @@ class RoleCosts:
     def _prefill(self, rows: int, length: int) -> PassMemory:
         ids, mask = plans.fake_batch(rows, length)
         last = torch.zeros(rows, 1, dtype=torch.bool).logical_not()
-        return self.actor.forward_pass(lambda m: actor_log_probs(m, ids, mask, last, 1.0)[0])
+        return self.actor.forward_pass(lambda m: actor_log_probs(m, m.on_device(ids), mask, last, 1.0)[0])
 
     @functools.cached_property
     def cache_bytes_per_token(self) -> int:

@@ -202,3 +202,13 @@ def test_the_plan_is_within_15_percent_of_what_the_embedded_model_takes(step):
     assert [stage for _, stage, _ in rows] == ["0", "2", "3"], done.stdout + done.stderr[-3000:]
     for _, stage, ratio in rows:
         assert float(ratio) == pytest.approx(1.0, abs=0.15), f"ZeRO {stage}"
+
+
+def test_plans_pass_rows_through_a_device_that_is_not_the_cpu(tiny_model):
+    if not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"):
+        pytest.skip("this PyTorch has no stand-in device")
+    command = [sys.executable, str(Path(__file__).parent / "stand_in.py"), str(tiny_model)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = ["sequence", "sequence", "actor", "critic", "prefill"]
+    assert done.stdout.split("\n")[:-1] == [f"{name} standin:0 True" for name in expected]

@@ -117,7 +117,13 @@ class FakeModel:
             return self.module(*map(self._fake, args), **{name: self._fake(value) for name, value in kwargs.items()})
 
     def _fake(self, value: Any) -> Any:
-        return self._mode.from_tensor(value).to(self._device) if isinstance(value, torch.Tensor) else value
+        return self.on_device(value) if isinstance(value, torch.Tensor) else value
+
+    def on_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A fake tensor of the same shape on the model's device, such as targets that meet the model's outputs there."""
+        with self._mode:
+            fake = tensor if isinstance(tensor, FakeTensor) else self._mode.from_tensor(tensor)
+            return fake.to(self._device)
 
     def gradient_checkpointing(self, enabled: bool) -> None:
         """Switch the recomputation of activations on or off."""

@@ -124,9 +124,11 @@ def device() -> torch.device:
 
 def available_memory() -> int:
     """Bytes that one rank may take: free device memory; on a CPU the machine's or the container's, by local ranks."""
-    accelerator = get_accelerator()
+    accelerator, local = get_accelerator(), int(os.environ.get("LOCAL_RANK", "0"))
+    if accelerator.device_name() == "cuda":
+        return int(torch.cuda.mem_get_info(local)[0])  # DeepSpeed's own reads no UUID in CUDA_VISIBLE_DEVICES
     if accelerator.device_name() != "cpu":
-        return int(accelerator.available_memory(int(os.environ.get("LOCAL_RANK", "0"))))
+        return int(accelerator.available_memory(local))
     free = int(accelerator.available_memory())
     group = Path("/sys/fs/cgroup")
     if (group / "memory.max").is_file() and (limit := (group / "memory.max").read_text().strip()) != "max":

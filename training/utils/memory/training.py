@@ -36,9 +36,9 @@ class SequenceCosts:
         self.training = functools.cache(self._training)
         self.evaluation = functools.cache(self._evaluation)
 
-    def _outputs(self, model: Any, rows: int) -> Any:
+    def _outputs(self, model: FakeModel, rows: int) -> Any:
         ids, mask = plans.fake_batch(rows, self.length)
-        return model(ids, mask) if self.classifier else response_log_probs(model, ids, mask, mask)[0]
+        return model(ids, mask) if self.classifier else response_log_probs(model, model.on_device(ids), mask, mask)[0]
 
     def _training(self, rows: int, checkpointing: bool) -> PassMemory:
         self.model.gradient_checkpointing(checkpointing)

@@ -47,7 +47,7 @@ def response_log_probs(
     rows, cols = kept.nonzero(as_tuple=True)
     if rows.numel() == 0:
         zero = logits.flatten()[:1].float().sum() * 0.0
-        empty = torch.zeros(input_ids.shape, dtype=torch.float32, device=logits.device) + zero
+        empty = logits.new_zeros(input_ids.shape, dtype=torch.float32) + zero
         return empty, empty.detach() if entropy else None
     targets = input_ids[:, columns][rows, cols]
     parts, entropies = [], []
@@ -62,7 +62,7 @@ def response_log_probs(
         parts.append(log_probs)
         entropies.append(chunk_entropy)
     where = (rows, columns[cols])
-    blank = torch.zeros(input_ids.shape, dtype=torch.float32, device=logits.device)
+    blank = logits.new_zeros(input_ids.shape, dtype=torch.float32)
     result = blank.index_put(where, torch.cat(parts))
     return result, blank.index_put(where, torch.cat(entropies)) if entropy else None
 
