@@ -65,11 +65,11 @@ from training.utils.run.folders import (
     repository_root,
     shown,
 )
-from training.utils.run.hosts import check_hosts, read_hostfile
+from training.utils.run.hosts import check_hosts, read_hostfile, with_ranks
 from training.utils.run.manifest import describe_environment, hash_inputs, read_manifest, write_json
 from training.utils.run.processes import Ended, last_lines, run_logged
 from training.utils.run.recipes import GIVEN, flags_of, located, read_recipe
-from training.utils.run.runtime import prepare_runtime
+from training.utils.run.runtime import has_accelerator, prepare_runtime
 
 ROOT = repository_root()
 ACTOR = "--actor_model_name_or_path"
@@ -130,14 +130,12 @@ class Step:
     directory: Path
     once: Sequence[str] = ()  # flags of this start alone
 
-    def command(self, launcher: Sequence[str], num_gpus: int | None, hostfile: str = "") -> list[str]:
-        """The process to start; a free port lets runs share a machine."""
+    def command(self, launcher: Sequence[str]) -> list[str]:
+        """The process to start, by `with_ranks`; a free port lets runs share a machine."""
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
-        ranks = [] if hostfile and not num_gpus else ["--num_gpus", str(num_gpus or 1)]
-        options = [*(["--hostfile", hostfile] if hostfile else []), *ranks, "--master_port", str(port), "--quiet"]
-        return [*launcher, *options, self.script, *self.once, *self.argv]
+        return [*launcher, "--master_port", str(port), self.script, *self.once, *self.argv]
 
 
 def own_args(name: str, text: str) -> list[str]:
@@ -397,7 +395,8 @@ def main(
     options, inputs, every = parse_flags(argv)
     shared = given_flags(every)
     scripts = scripts or STEPS
-    launcher = launcher or deepspeed_launcher()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") if has_accelerator() else None
+    launcher = with_ranks(launcher or deepspeed_launcher(), options.num_gpus, options.hostfile, visible)
     if options.hostfile and not options.plan:
         check_hosts(options.hostfile)
     if options.resume == "auto" and not options.output_dir:
@@ -440,7 +439,7 @@ def main(
                 record_end(step, run, manifest)
                 continue
             (step.directory / "summary.json").unlink(missing_ok=True)  # made from the output that has changed
-            command = step.command(launcher, options.num_gpus, options.hostfile)
+            command = step.command(launcher)
             ended = run_step(step, command, run, manifest)
             ran = True
             if ended.code:

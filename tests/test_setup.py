@@ -404,3 +404,50 @@ def test_freed_memory_is_kept() -> None:
         return int(done.stdout)
 
     assert page_faults("keep") < 0.9 * page_faults()
+
+
+@pytest.mark.parametrize(
+    ("driver", "says"),
+    [
+        (
+            "| Driver Version: 550.54   CUDA Version: 12.4 |",
+            r"CUDA 12\.4; .*==2\.13\.0 .*whl/cu126",
+        ),
+        ("| Driver Version: 580.65   CUDA Version: 13.0 |", r"CUDA 13\.0; .*whl/cu130"),
+        ("| Driver Version: 470.1   CUDA Version: 11.4 |", r"CUDA 11\.4, .* update the driver"),
+        ("NVIDIA-SMI has failed because it could not communicate with the driver", "does not answer"),
+    ],
+)
+def test_a_gpu_that_torch_does_not_use_stops_the_set_up(tmp_path, monkeypatch, driver, says):
+    _program(tmp_path / "nvidia-smi", f"echo '{driver}'")
+    python = _program(tmp_path / "python", "echo False 2.13.0")
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(setup.SetupError, match=says):
+        setup.check_gpu(python)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    setup.check_gpu(python)  # the CPU is meant
+
+
+def test_a_gpu_that_torch_uses(tmp_path, monkeypatch):
+    _program(tmp_path / "nvidia-smi", "exit 1")
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    setup.check_gpu(_program(tmp_path / "python", "echo True 2.13.0"))
+
+
+def test_the_allocator_of_a_gpu_grows_its_segments_unless_the_environment_says_how(monkeypatch):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(runtime, "has_nvidia", lambda: False)
+    runtime.let_segments_grow()
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
+    monkeypatch.setattr(runtime, "has_nvidia", lambda: True)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:cudaMallocAsync")
+    runtime.let_segments_grow()
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")  # so that what is set is taken back
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    runtime.let_segments_grow()
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"

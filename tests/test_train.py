@@ -30,10 +30,11 @@ from training.utils.run.processes import LineLog, last_lines, run_logged
 # Takes DeepSpeed's options, starts the program as a child like DeepSpeed's runner, and like it passes no signal on.
 LAUNCHER = """
 import os, subprocess, sys
-at = sys.argv.index("--quiet")
-options = dict(zip(sys.argv[1:at:2], sys.argv[2:at:2], strict=True))
+at = sys.argv.index("--master_port") + 2
+given = [token for token in sys.argv[1:at] if token != "--quiet"]
+options = dict(zip(given[::2], given[1::2], strict=True))
 assert options.keys() <= {"--hostfile", "--num_gpus", "--master_port"} and int(options["--master_port"]) > 0
-code = subprocess.Popen([sys.executable, *sys.argv[at + 1 :]], env=os.environ | {"LOCAL_RANK": "0"}).wait()
+code = subprocess.Popen([sys.executable, *sys.argv[at:]], env=os.environ | {"LOCAL_RANK": "0"}).wait()
 sys.exit(max(code, 0))
 """
 
@@ -134,6 +135,17 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     monkeypatch.setattr(estimate, "embedded_shape", lambda: None)  # else each run measures
     monkeypatch.setattr(hub, "is_reachable", lambda: True)
     return Bench(tmp_path)
+
+
+def test_a_device_with_a_uuid_is_left_to_torchrun(bench: Bench, monkeypatch, capfd: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(train, "has_accelerator", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8a1b")
+    assert bench.train("--step", "1") == 0
+    assert "torch.distributed.run --nproc_per_node 1" in capfd.readouterr().out
+    assert bench.manifest()["steps"]["step1"]["exit_code"] == 0
+    with pytest.raises(UserError, match="names 1"):
+        bench.train("--step", "1", "--num_gpus", "2", "--output_dir", "output/other")
+    assert not (bench.output / "other").exists()
 
 
 def test_each_step_feeds_the_next(bench: Bench, capfd: pytest.CaptureFixture) -> None:

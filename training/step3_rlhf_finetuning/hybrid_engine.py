@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from training.utils.memory.generation import fits, free_bytes, generation_bytes, weight_bytes
@@ -108,15 +109,15 @@ class HybridEngine:
 
     @contextlib.contextmanager
     def generation_mode(self) -> Iterator[Any]:
-        """Inside, a module that can generate; leaving frees gathered parameters. A collective at ZeRO-3."""
-        if self.hooked:
-            with self._hooked_module() as module:
-                yield module
-            return
+        """Inside, a module that can generate; leaving frees gathered parameters and caches. A collective at ZeRO-3."""
         start = time.perf_counter()
-        with self._gathered_twin() as twin, adapters_merged(twin) if self._merge_lora else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            module = stack.enter_context(self._hooked_module() if self.hooked else self._gathered_twin())
+            if self._merge_lora and not self.hooked:
+                stack.enter_context(adapters_merged(module))
             self.gather_seconds += time.perf_counter() - start
-            yield twin
+            yield module
+        get_accelerator().empty_cache()  # blocks of the KV cache's sizes, which training can not use
 
     @contextlib.contextmanager
     def training_mode(self) -> Iterator[Any]:

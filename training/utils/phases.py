@@ -23,6 +23,7 @@ class Phases:
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
         self._peaks: dict[str, float] = {}
+        self._reserved: dict[str, float] = {}
         self._last = time.perf_counter()
         _reset_peak()
 
@@ -39,6 +40,9 @@ class Phases:
         peak = _peak_bytes()
         if peak is not None:
             self._peaks[name] = max(self._peaks.get(name, 0.0), peak / _GIB)
+        if torch.cuda.is_available():
+            reserved = torch.cuda.max_memory_reserved() / _GIB
+            self._reserved[name] = max(self._reserved.get(name, 0.0), reserved)
         if then:
             say(f"{then} ...")
         _reset_peak()
@@ -48,10 +52,14 @@ class Phases:
         return self._seconds.get(name, 0.0)
 
     def summary(self) -> dict[str, dict[str, float]]:
-        """Phase -> ``seconds``, and ``peak_gib`` where it is known, in the order of their first end."""
+        """Phase -> ``seconds``, and ``peak_gib`` where it is known, in the order of their first end.
+
+        On a GPU also ``reserved_gib``, the most that the allocator held: what it is above the peak lies in fragments.
+        """
         return {
             name: {"seconds": round(seconds, 3)}
             | ({"peak_gib": round(self._peaks[name], 3)} if name in self._peaks else {})
+            | ({"reserved_gib": round(self._reserved[name], 3)} if name in self._reserved else {})
             for name, seconds in self._seconds.items()
         }
 

@@ -48,3 +48,20 @@ def test_further_groups_wait_no_longer_than_the_first(monkeypatch):
     dist.destroy_process_group(further)
     bound_waits()
     assert limit(first) == before
+
+
+@pytest.mark.parametrize(("cuda", "says"), [(None, "is a build for CPUs"), ("13.0", "is built for CUDA 13.0")])
+def test_a_gpu_that_is_not_used_is_told(monkeypatch, cuda, says):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert distributed.unused_gpu() == ""
+    monkeypatch.setattr(distributed, "has_nvidia", lambda: True)
+    assert says in distributed.unused_gpu()
+    for name, value in (("CUDA_VISIBLE_DEVICES", ""), ("DS_ACCELERATOR", "cpu")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            assert distributed.unused_gpu() == "", "the CPU is meant"

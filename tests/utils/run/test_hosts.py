@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
 from training.utils.errors import UserError
-from training.utils.run.hosts import check_hosts, read_hostfile
+from training.utils.run.hosts import check_hosts, read_hostfile, with_ranks
 
 
 def stand_in(program: Path, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,3 +72,25 @@ def test_a_missing_program_is_named(tmp_path, monkeypatch):
     (tmp_path / "hosts").write_text("a slots=1\nb slots=1\n")
     with pytest.raises(UserError, match="ssh is missing.*openssh-client"):
         check_hosts(str(tmp_path / "hosts"))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "hostfile", "visible", "options"),
+    [
+        (None, "", None, ["deepspeed", "--num_gpus", "1", "--quiet"]),
+        (2, "", "", ["deepspeed", "--num_gpus", "2", "--quiet"]),
+        (None, "", "3", ["deepspeed", "--include", "localhost:3", "--quiet"]),
+        (2, "", "5, 1,2", ["deepspeed", "--include", "localhost:5,1", "--quiet"]),
+        (1, "", "GPU-8a1b", [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "1"]),
+        (2, "", "MIG-1,MIG-2", [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]),
+        (None, "hosts", "3", ["deepspeed", "--hostfile", "hosts", "--quiet"]),
+        (4, "hosts", None, ["deepspeed", "--hostfile", "hosts", "--num_gpus", "4", "--quiet"]),
+    ],
+)
+def test_the_devices_that_are_visible_are_those_that_are_taken(ranks, hostfile, visible, options):
+    assert with_ranks(["deepspeed"], ranks, hostfile, visible) == options
+
+
+def test_more_ranks_than_visible_devices():
+    with pytest.raises(UserError, match=r"--num_gpus 3: CUDA_VISIBLE_DEVICES=0,1 names 2"):
+        with_ranks(["deepspeed"], 3, "", "0,1")

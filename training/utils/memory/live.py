@@ -120,7 +120,7 @@ class FakeModel:
         return self.on_device(value) if isinstance(value, torch.Tensor) else value
 
     def on_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A fake tensor of the same shape on the model's device, such as targets that meet the model's outputs there."""
+        """A fake tensor of the same shape on the model's device, such as targets that meet its outputs there."""
         with self._mode:
             fake = tensor if isinstance(tensor, FakeTensor) else self._mode.from_tensor(tensor)
             return fake.to(self._device)

@@ -36,7 +36,7 @@ class SequenceCosts:
         self.training = functools.cache(self._training)
         self.evaluation = functools.cache(self._evaluation)
 
-    def _outputs(self, model: FakeModel, rows: int) -> Any:
+    def _outputs(self, model: Any, rows: int) -> Any:
         ids, mask = plans.fake_batch(rows, self.length)
         return model(ids, mask) if self.classifier else response_log_probs(model, model.on_device(ids), mask, mask)[0]
 

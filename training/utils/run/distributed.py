@@ -14,6 +14,7 @@ import torch.distributed.distributed_c10d as c10d
 from deepspeed.accelerator import get_accelerator
 
 from training.utils.errors import UserError, printable
+from training.utils.run.runtime import has_nvidia
 
 DEFAULT_TIMEOUT = 1800.0
 # Set by launchers that say ranks in their own words (a shell within a Slurm job has only SLURM_NTASKS)
@@ -51,6 +52,9 @@ def init_distributed(timeout: float = DEFAULT_TIMEOUT) -> torch.device:
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.set_float32_matmul_precision("highest")  # fp32 is fp32; some images of GPU machines switch TF32 on
+    elif line := unused_gpu():
+        say(line)
     if not dist.is_initialized():
         _limit = limit
         # gloo on CPU: DeepSpeed's own default there would look for Intel's oneCCL first
@@ -60,6 +64,21 @@ def init_distributed(timeout: float = DEFAULT_TIMEOUT) -> torch.device:
         deepspeed.init_distributed(dist_backend=backend, timeout=limit, verbose=False)
         release_shared_buffer()
     return torch.device(accelerator.current_device_name())
+
+
+def unused_gpu() -> str:
+    """A warning for a machine whose NVIDIA GPU PyTorch can not use, so that training is left to the CPU; else empty.
+
+    It is meant where the user says so: ``CUDA_VISIBLE_DEVICES`` is empty, or ``DS_ACCELERATOR`` is ``cpu``.
+    """
+    meant = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or os.environ.get("DS_ACCELERATOR") == "cpu"
+    if meant or not has_nvidia() or torch.cuda.is_available():
+        return ""
+    if torch.version.cuda is None:
+        why = f"torch {torch.__version__} is a build for CPUs"
+    else:
+        why = f"torch {torch.__version__} is built for CUDA {torch.version.cuda}, which the driver may be too old for"
+    return f"warning: there is an NVIDIA GPU that is not used, training runs on the CPU: {why}; see docs/faq.md"
 
 
 def bound_waits() -> None:

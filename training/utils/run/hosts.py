@@ -1,10 +1,12 @@
-"""Several hosts: DeepSpeed's hostfile, and whether its hosts answer before anything is started on them."""
+"""Where ranks run: DeepSpeed's hostfile, whether its hosts answer, and which devices of this one are meant."""
 
 from __future__ import annotations
 
 import re
 import shutil
 import subprocess
+import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -71,3 +73,30 @@ def _unreachable(host: str) -> str:
         return f"nothing within {2 * SSH_SECONDS} s"
     said = done.stderr.strip().splitlines()
     return "" if done.returncode == 0 else (said[-1] if said else f"exit code {done.returncode}")
+
+
+def with_ranks(launcher: Sequence[str], ranks: int | None, hostfile: str, visible: str | None) -> list[str]:
+    """The launcher that starts a program on its ranks, and its options.
+
+    The launcher of DeepSpeed ignores ``CUDA_VISIBLE_DEVICES`` where ``--num_gpus`` is given, and takes the first
+    devices: then they are named. It reads numbers alone, so that UUIDs and MIG slices go to ``torchrun``.
+
+    Args:
+        launcher: of DeepSpeed.
+        ranks: of this host, or of each host; None for one, or for all slots of a hostfile.
+        hostfile: its path, empty for this host.
+        visible: ``CUDA_VISIBLE_DEVICES`` on a machine with an accelerator, None where it says nothing.
+
+    Raises:
+        UserError: fewer devices are visible than ranks are asked for.
+    """
+    if hostfile:
+        return [*launcher, "--hostfile", hostfile, *(["--num_gpus", str(ranks)] if ranks else []), "--quiet"]
+    count, devices = ranks or 1, [name.strip() for name in (visible or "").split(",") if name.strip()]
+    if not devices:
+        return [*launcher, "--num_gpus", str(count), "--quiet"]
+    if count > len(devices):
+        raise UserError(f"--num_gpus {count}: CUDA_VISIBLE_DEVICES={visible} names {len(devices)}")
+    if all(name.isdigit() for name in devices):
+        return [*launcher, "--include", f"localhost:{','.join(devices[:count])}", "--quiet"]
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count)]

@@ -61,6 +61,7 @@ def prepare_runtime() -> None:
     remove_abandoned_buffers()
     set_threads()
     keep_freed_memory()
+    let_segments_grow()
     quiet_libraries()
 
 
@@ -212,6 +213,22 @@ def keep_freed_memory() -> None:
     libc = ctypes.CDLL(None)
     libc.mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)
     libc.mallopt(M_TRIM_THRESHOLD, MOST_KEPT)
+
+
+def let_segments_grow() -> None:
+    """Let the CUDA allocator grow its segments, on a machine with NVIDIA's devices, unless the environment says how.
+
+    Generation and training ask for blocks of other sizes by turns, and between fixed segments more and more memory
+    lies idle until there is none: https://docs.pytorch.org/docs/stable/notes/cuda.html, "expandable_segments".
+    """
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # of torch from 2.9 on, and its older name
+    if has_nvidia() and not any(name in os.environ for name in names):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
+def has_nvidia() -> bool:
+    """Whether a device file of NVIDIA is there, or of a GPU that Windows lends to Linux."""
+    return any(next(Path("/dev").glob(pattern), None) for pattern in ("nvidia[0-9]*", "dxg"))
 
 
 def has_accelerator() -> bool:
