@@ -24,6 +24,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
+from training.utils.engine.reference import reference_policy
 from training.utils.memory.generation import fits, free_bytes, generation_bytes, weight_bytes
 from training.utils.model.export import gathered
 from training.utils.model.lora import adapters_merged
@@ -139,8 +140,8 @@ class HybridEngine:
     def reference_mode(self) -> Iterator[nn.Module]:
         """Inside, a module that gives the reference policy's log-probs. A collective at ZeRO-3."""
         if self.reference is not None:
-            with torch.no_grad():
-                yield self.reference
-            return
-        with self._hooked_module() if self.hooked else self._gathered_twin() as module, module.disable_adapter():
-            yield module
+            whole: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        else:
+            whole = self._hooked_module() if self.hooked else self._gathered_twin()
+        with whole as module, reference_policy(module, self.reference) as reference:
+            yield reference

@@ -19,6 +19,7 @@ from training.step3_rlhf_finetuning.reward_sources import (
 from training.step3_rlhf_finetuning.rewards import TextFunction
 from training.utils.checkpoint.ema import MovingAverage
 from training.utils.engine import engine as engines
+from training.utils.engine.reference import load_reference
 from training.utils.engine.zero_config import deepspeed_config
 from training.utils.generation.engines import rollout_backend
 from training.utils.generation.requests import RolloutBackend
@@ -128,13 +129,9 @@ def _initialize(model: Any, role: RoleSettings, shared: SharedSettings, config: 
 
 
 def build_actor(role: RoleSettings, shared: SharedSettings) -> HybridEngine:
-    """The actor and its reference policy.
-
-    With LoRA and `only_optimize_lora` the reference is the actor without its adapter, and costs nothing; in every
-    other case it is a second, frozen copy of the SFT model, and the log says so.
-    """
+    """The actor and its reference policy, see `training.utils.engine.reference`."""
     config = _ds_config(role, shared)
-    load = {"dtype": shared.dtype, "attn_implementation": shared.attn_implementation}
+    load: dict[str, Any] = {"dtype": shared.dtype, "attn_implementation": shared.attn_implementation}
     model: Any = loading.load_causal_lm(role.path, ds_config=config, **load)
     if role.lora_dim:
         model = inject_lora(
@@ -147,14 +144,14 @@ def build_actor(role: RoleSettings, shared: SharedSettings) -> HybridEngine:
     if role.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     engine = _initialize(model, role, shared, config)
-    reference = None
-    if role.lora_dim and shared.only_optimize_lora:
-        say("reference policy: the actor with its adapter disabled, no second model")
-    else:
-        say("reference policy: a second, frozen copy of the SFT model")
-        reference = engines.load_frozen_causal_lm(
-            role.path, zero_stage=role.zero_stage, offload=shared.offload_reference_model, device=shared.device, **load
-        )
+    reference = load_reference(
+        role.path,
+        adapters_only=bool(role.lora_dim and shared.only_optimize_lora),
+        zero_stage=role.zero_stage,
+        offload=shared.offload_reference_model,
+        device=shared.device,
+        **load,
+    )
     merge = shared.merge_lora_for_generation and role.lora_dim > 0
     return HybridEngine(engine, twin, reference, merge_lora=merge)
 
