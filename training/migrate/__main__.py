@@ -1,7 +1,8 @@
-"""Translate a command of DeepSpeed-Chat or alpaca-rlhf into the command here, line by line with what has changed.
+"""Translate the command of a project that this one follows into the command here, line by line with what has changed.
 
     python -m training.migrate "deepspeed --num_gpus 1 main.py --actor_model_name_or_path A --actor_dropout 0.0 ..."
     python -m training.migrate "$(cat run_1.3b.sh)"        a script whose variables are filled in
+    python -m training.migrate "colossalai run --nproc_per_node 4 train_ppo.py --pretrain A --plugin zero2 ..."
     python -m training.migrate --run "..."                 starts it, too
 
 Flags of this project may be added to their command; they are taken as they are. docs/migration.md has all tables.

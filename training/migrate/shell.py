@@ -12,7 +12,9 @@ from training.utils.errors import UserError
 
 _SEPARATORS = (";", "&&", "||", "|", "&")
 _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=")
-_VARIABLE = re.compile(r"\$\{?(\w+)\}?")
+_VARIABLE = re.compile(r"\$\{?(\w+)(?:\[@\])?\}?")
+_ARRAY = re.compile(r"^\s*(?:declare -a )?(\w+)=\(([^()]*)\)", re.MULTILINE)  # dataset=(a b c), over several lines
+_REMARK = re.compile(r"\\[ \t]+#[^\n]*$", re.MULTILINE)  # behind a line that goes on, as their pages have it
 _BEFORE = ("nohup", "time", "exec", "env", "then", "do", "else", "export")  # of a command's own words
 _BOOTSTRAPS = ("my_deepspeed.py",)  # start deepspeed's launcher and take its flags
 # Launchers other than deepspeed: their flag -> deepspeed's; None: it has nothing to say to deepspeed
@@ -78,11 +80,12 @@ def read_command(text: str) -> Command:
 
 def _simple_commands(text: str, known: Mapping[str, str]) -> tuple[list[list[str]], list[str]]:
     """The commands of a text as words, with the variables that it sets filled in, and what was read over."""
-    variables, commands = dict(known), list[list[str]]()
+    arrays = {match[1]: " ".join(shlex.split(match[2], comments=True)) for match in _ARRAY.finditer(text)}
+    variables, commands = {**known, **arrays}, list[list[str]]()
     notes: list[str] = []
-    for line in text.replace("\\\n", " ").splitlines():
+    for line in _REMARK.sub(r"\\", _ARRAY.sub("", text)).replace("\\\n", " ").splitlines():
         for words in _split(line, notes):
-            words = [_filled(word, variables) for word in words]
+            words = [part for word in words for part in _filled(word, variables)]
             while words and words[0] in _BEFORE:
                 words = words[1:]
             if words and all(_ASSIGNMENT.match(word) for word in words):
@@ -124,8 +127,10 @@ def _split(line: str, notes: list[str]) -> list[list[str]]:
     return [words for words in commands if words]
 
 
-def _filled(word: str, variables: Mapping[str, str]) -> str:
-    return _VARIABLE.sub(lambda match: variables.get(match[1], match[0]), word)
+def _filled(word: str, variables: Mapping[str, str]) -> list[str]:
+    """A word with the variables that are known; a list of several words where it is all of an array."""
+    filled = _VARIABLE.sub(lambda match: variables.get(match[1], match[0]), word)
+    return filled.split() if word.endswith("[@]}") and filled != word else [filled]
 
 
 def _script(words: Sequence[str], variables: Mapping[str, str]) -> tuple[list[list[str]], list[str]]:
@@ -175,6 +180,8 @@ def _other_launcher(command: Command, flags: Sequence[str]) -> None:
         ours = _RANKS.get(name)
         if ours:
             command.launcher += [ours, value]
+            if name == "--hostfile":
+                command.notes.append(f"--hostfile {value}: each line as NAME slots=N, N the ranks of that host")
         elif name == "--nnodes" and value not in ("1", "1:1"):
             raise UserError(f"{name} {value}: on several hosts give deepspeed a hostfile: --hostfile HOSTS")
         elif name not in _RANKS and name != "--nnodes":
@@ -183,6 +190,6 @@ def _other_launcher(command: Command, flags: Sequence[str]) -> None:
 
 def quoted(word: str) -> str:
     """A word for the shell; its variables and its home folder stay for the shell to fill in."""
-    if re.fullmatch(r"~?[\w@%+=:,./$\{\}-]+", word):
+    if re.fullmatch(r"~?[\w@%+=:,./$\{\}\[\]-]+", word):
         return word
     return '"' + re.sub(r'(["\\`])', r"\\\1", word) + '"' if _VARIABLE.search(word) else shlex.quote(word)

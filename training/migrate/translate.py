@@ -170,7 +170,9 @@ def given_flags(flags: Mapping[str, OtherFlag], ours: Ours, command: Command) ->
     parser = arguments.Parser(prog=command.script, allow_abbrev=False, add_help=False)
     hidden: dict[str, Any] = {"default": argparse.SUPPRESS}
     for name, other in flags.items():
-        if other.kind is bool:
+        if not name.startswith("-"):
+            parser.add_argument(name, type=_one(other), nargs="?", **hidden)
+        elif other.kind is bool:
             parser.add_argument(name, dest=name, action="store_const", const=[], **hidden)
         else:
             parser.add_argument(name, dest=name, type=_checked(other), nargs="*" if other.many else 1, **hidden)
@@ -190,6 +192,10 @@ def given_flags(flags: Mapping[str, OtherFlag], ours: Ours, command: Command) ->
         raise UserError(f"{command.script}: unexpected argument {unknown[0]!r}")
     order = {arguments.with_underscores(word, known).partition("=")[0]: i for i, word in enumerate(words)}
     return dict(sorted(vars(values).items(), key=lambda item: order.get(item[0], 0)))
+
+
+def _one(other: OtherFlag) -> Callable[[str], list[str]]:
+    return lambda text: [_checked(other)(text)]
 
 
 def _checked(other: OtherFlag) -> Callable[[str], str]:
@@ -212,7 +218,7 @@ def fill(t: Translation, program: Program) -> None:
             if other.ours != name:
                 said = f" ({other.said})" if other.said else ""
                 t.lines.append(f"{' '.join([name, *values])} -> {' '.join([other.ours, *values])}{said}")
-        elif name not in arguments.LAUNCHERS:
+        elif not other.settled and name not in arguments.LAUNCHERS:
             t.lines.append(f"{' '.join([name, *values])}: nothing to do here, {other.said}")
     for name, other in t.flags.items():
         left = other.ours and name not in t.given and other.ours not in t.values and other.default is not None

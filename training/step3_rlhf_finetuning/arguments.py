@@ -111,7 +111,7 @@ class RoleZeroArguments:
     offload: bool = flag(False, "keep optimizer states (and at stage 3 parameters) in CPU memory")
     offload_reference_model: bool = flag(False, "at stage 3 keep the reference's parameters in CPU memory")
     offload_reward_model: bool = flag(False, "at stage 3 keep the reward model's parameters in CPU memory")
-    deepspeed_config: str = flag("", "a JSON file merged over the configuration that these flags make")
+    deepspeed_config: str = flag("", "a JSON file, or JSON, merged over the configuration that these flags make")
     actor_lora_dim: int = flag(0, "rank of the actor's adapters, 0 for none", minimum=0)
     actor_lora_module_name: str = flag("all-linear", "comma-separated parts of module names, or all-linear")
     critic_lora_dim: int = flag(0, "rank of the critic's adapters, 0 for none", minimum=0)

@@ -55,6 +55,7 @@ class OtherFlag:
         choices: what its value may be there; any where empty.
         minimum, maximum: inclusive bounds of its value there.
         only: values that change nothing here; others are refused with ``said``. None: all values are taken.
+        settled: what becomes of it depends on other flags, its `Program.settle` says it; ``said`` is where to look.
     """
 
     kind: type
@@ -66,6 +67,7 @@ class OtherFlag:
     minimum: float | None = None
     maximum: float | None = None
     only: tuple[Any, ...] | None = None
+    settled: bool = False
 
     def value(self, text: str) -> Any:
         """Its value from the command line.
@@ -195,7 +197,7 @@ class DeepSpeedArguments:
 
     zero_stage: int = flag(0, "ZeRO stage", choices=(0, 1, 2, 3))
     offload: bool = flag(False, "keep optimizer states (and at stage 3 parameters) in CPU memory")
-    deepspeed_config: str = flag("", "a JSON file merged over the configuration that these flags make")
+    deepspeed_config: str = flag("", "a JSON file, or JSON, merged over the configuration that these flags make")
 
 
 @dataclass
