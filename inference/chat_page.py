@@ -222,7 +222,7 @@ class Page:
             yield self._chats(session)
             for column in range(len(session.order)):
                 with self.judging:
-                    turn.rewards[column] = self.judge.score(session.history(column))
+                    turn.rewards[column] = self.judge.score(session.history(column, reasoning=False))
 
     def stop(self, session: Session | None) -> None:
         """Ask growing answers to end; the loop in `_answer` sees it at the next token."""
@@ -257,7 +257,8 @@ class Page:
         Raises:
             UserError: names the text.
         """
-        texts = [session.system, *(m["content"] for c in range(len(self.models)) for m in session.history(c))]
+        said = [message for column in range(len(self.models)) for message in session.history(column)]
+        texts = [session.system, *(m["content"] for m in said), *(m.get("reasoning", "") for m in said)]
         for model in self.models:
             tokenizer = model.tokenizer
             for token in forbidden_texts(tokenizer) if tokenizer.chat_template else special_texts(tokenizer):
@@ -291,10 +292,13 @@ def _bubbles(session: Session, column: int, normalised: bool) -> list[dict[str, 
     bubbles = []
     for turn in session.turns:
         answer = turn.answers[column]
-        text = "" if answer is None else answer.text
+        reasoning, text = ("", "") if answer is None else answer.parts
         if answer is not None and answer.ended and not text.strip():
             text = "*(an empty answer)*"
         bubbles.append(_bubble("user", {"type": "text", "text": turn.prompt}))
+        if reasoning:  # gradio draws a bubble with a title as one that opens and closes
+            title = {"title": "Reasoning", "status": "done" if text else "pending"}
+            bubbles.append(_bubble("assistant", {"type": "text", "text": reasoning}) | {"metadata": title})
         bubbles.append(_bubble("assistant", {"type": "text", "text": text or "…"}))
         note = session.note(turn, column, normalised)
         if note:  # a bubble of its own (drawn without one), since gradio can only copy a bubble of plain text

@@ -88,14 +88,20 @@ class Session:
             return self.names[0]
         return f"{letter} · {self.names[self.order[column]]}" if self.revealed else letter
 
-    def history(self, column: int, turns: int | None = None) -> list[Message]:
-        """The conversation of one column as messages: its own answers only, up to ``turns`` turns."""
+    def history(self, column: int, turns: int | None = None, reasoning: bool = True) -> list[Message]:
+        """The conversation of one column as messages: its own answers only, up to ``turns`` turns.
+
+        Args:
+            column, turns: of the page.
+            reasoning: with what a model has written before an answer, else answers alone.
+        """
         messages: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
         for turn in self.turns[:turns]:
             messages.append({"role": "user", "content": turn.prompt})
             answer = turn.answers[column]
             if answer is not None:
-                messages.append({"role": "assistant", "content": answer.text})
+                said = {"role": "assistant", "content": answer.parts[1]}
+                messages.append(answer.message if reasoning else said)
         return messages
 
     def ask(self, prompt: str, system: str) -> Turn:
@@ -207,6 +213,8 @@ class Session:
                 if answer is None:
                     continue
                 entry: dict[str, Any] = {"ended": answer.ended, "tokens": len(answer.token_ids)}
+                if answer.reasoning_tokens:
+                    entry["reasoning_tokens"] = answer.reasoning_tokens
                 if self.revealed:
                     entry |= {"reward": turn.rewards[column], "tokens_per_second": round(answer.tokens_per_second, 2)}
                 answers.append(entry)
@@ -225,7 +233,9 @@ class Session:
         if self.revealed:
             if reward is not None:
                 parts.append(f"reward {reward:+.2f}" + ("" if normalised else " (raw)"))
-            parts.append(f"{len(answer.token_ids)} tokens")
+            thought = answer.reasoning_tokens
+            after = f" after {thought} of reasoning" if thought else ""
+            parts.append(f"{len(answer.token_ids) - thought} tokens{after}")
             if answer.tokens_per_second:
                 parts.append(f"{answer.tokens_per_second:.1f} tokens/s")
         endings = {"length": "cut at the limit", "cancelled": "stopped"}
@@ -240,8 +250,9 @@ _voting = threading.Lock()
 
 
 def _continuation(messages: Sequence[Message]) -> str | list[Message]:
-    """A plain string for one answer; after the columns' histories have parted, the messages since then."""
-    return messages[0]["content"] if len(messages) == 1 else list(messages)
+    """A plain string for one answer; with a reasoning, or after the columns' histories have parted, the messages."""
+    plain = len(messages) == 1 and "reasoning" not in messages[0]
+    return messages[0]["content"] if plain else list(messages)
 
 
 def _now() -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import time
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from chat_arguments import SamplingArguments
 from chat_models import ChatModel
+from chat_reasoning import Marks, is_opened, marks_of
 from transformers import (
     LogitsProcessorList,
     PreTrainedTokenizerBase,
@@ -63,6 +65,8 @@ class Answer:
         ended: "" while it grows; "stop" (the model ended it), "length" (the limit did) or "cancelled".
         seconds: time spent in the model after the prompt was read.
         dropped: messages of the conversation that no longer fit and were left out, the oldest ones.
+        marks: what stands around a reasoning; without them the whole text is the answer.
+        opened: the generation prompt has begun the reasoning.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -70,15 +74,47 @@ class Answer:
     ended: str = ""
     seconds: float = 0.0
     dropped: int = 0
+    marks: Marks | None = None
+    opened: bool = False
     _decoded: tuple[int, str] = field(default=(0, ""), init=False, repr=False)
 
     @property
     def text(self) -> str:
-        """The answer so far; half a character at its end is held back until it is whole."""
+        """What was written so far; half a character at its end is held back until it is whole."""
         if self._decoded[0] != len(self.token_ids):
-            self._decoded = (len(self.token_ids), str(self.tokenizer.decode(self.token_ids, skip_special_tokens=True)))
+            plain = not (self.marks and self.marks.special)
+            text = str(self.tokenizer.decode(self.token_ids, skip_special_tokens=plain))
+            self._decoded = (len(self.token_ids), text)
         text = self._decoded[1]
         return text if self.ended else text.rstrip(INCOMPLETE)
+
+    @property
+    def parts(self) -> tuple[str, str]:
+        """The reasoning, empty where there is none, and the answer proper."""
+        if self.marks is None:
+            return "", self.text
+        return self.marks.split(self.text, self.opened, bool(self.ended))
+
+    @property
+    def reasoning_tokens(self) -> int:
+        """How many of the tokens are reasoning, its closing mark included."""
+        if not self.parts[0]:
+            return 0
+        assert self.marks is not None
+        close, plain = self.marks.close, not self.marks.special
+        return bisect_left(
+            range(len(self.token_ids)),
+            True,
+            key=lambda n: close in str(self.tokenizer.decode(self.token_ids[:n], skip_special_tokens=plain)),
+        )
+
+    @property
+    def message(self) -> Message:
+        """For the conversation that goes on: the reasoning beside the answer where the template has a place for it."""
+        reasoning, said = self.parts
+        if self.marks is None or not (reasoning and self.marks.place):
+            return {"role": "assistant", "content": self.text if reasoning else said}
+        return {"role": "assistant", "content": said, "reasoning": reasoning}
 
     @property
     def tokens_per_second(self) -> float:
@@ -125,7 +161,9 @@ def stream_answer(model: ChatModel, messages: Sequence[Message], sampling: Sampl
     """
     ids, dropped = prompt_ids(model, messages, sampling.max_new_tokens)
     limit = sampling.max_new_tokens if model.context is None else min(sampling.max_new_tokens, model.context - len(ids))
-    answer = Answer(model.tokenizer, dropped=dropped)
+    marks = marks_of(model.tokenizer)
+    opened = is_opened(model.tokenizer, marks, messages)
+    answer = Answer(model.tokenizer, dropped=dropped, marks=marks, opened=opened)
     generator = torch.Generator(model.device).manual_seed(sampling.seed)
     sequence = torch.tensor([ids], device=model.device)
     fed, cache, processors = sequence, None, _processors(sampling)

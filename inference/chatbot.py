@@ -130,7 +130,8 @@ def answer(chat: Conversation, prompt: str, model: ChatModel, sampling: Sampling
     shown, last, started = "", None, time.monotonic()
     try:
         for last in stream_answer(model, messages, sampling):
-            text = printable(last.text)
+            reasoning, said = last.parts
+            text = printable(f"(reasoning) {reasoning}" + (f"\n\n{said}" if said else "") if reasoning else said)
             if text.startswith(shown):  # a tokenizer may change its mind about the last character
                 sys.stdout.write(text[len(shown) :])
                 sys.stdout.flush()
@@ -147,7 +148,7 @@ def answer(chat: Conversation, prompt: str, model: ChatModel, sampling: Sampling
     parts += [notes[last.ended]] if last.ended in notes else []
     parts += [f"the oldest {last.dropped} messages no longer fit"] if last.dropped else []
     print(f"({', '.join(parts)})")
-    chat.messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": last.text}]
+    chat.messages += [{"role": "user", "content": prompt}, last.message]
 
 
 def chat_loop(model: ChatModel, sampling: SamplingArguments, system: str) -> None:

@@ -9,6 +9,7 @@ import time
 import chat_stream
 import chatbot
 import pytest
+from chat_reasoning import marks_of
 
 from tests.inference.conftest import INFERENCE
 from tests.inference.tiny_chat import save_parrot
@@ -168,3 +169,15 @@ def test_arrow_keys_bring_earlier_prompts_back_in_a_real_terminal(chat_folders):
         program.kill()
         os.close(terminal)
         os.close(inner)
+
+
+def test_reasoning_comes_first_and_is_said(type_in, chat_folders, monkeypatch):
+    def thinking(model, messages, sampling):
+        ids = model.tokenizer.encode("<think>\nSmall or red?\n</think>\n\nRed.", add_special_tokens=False)
+        for count in range(len(ids)):
+            yield chat_stream.Answer(model.tokenizer, ids[: count + 1], "", marks=marks_of(model.tokenizer))
+        yield chat_stream.Answer(model.tokenizer, ids, "stop", marks=marks_of(model.tokenizer))
+
+    monkeypatch.setattr(chat_stream, "stream_answer", thinking)
+    code, out, _ = type_in(["which?"], "--path", str(chat_folders["fox"]))
+    assert code == 0 and "fox> (reasoning) Small or red?\n\nRed.\n" in out

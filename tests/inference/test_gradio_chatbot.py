@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import chat_page
 import gradio as gr
@@ -14,9 +15,10 @@ import gradio_chatbot
 import httpx
 import pytest
 from chat_models import LoadArguments
+from chat_reasoning import marks_of
 from chat_reward import load_reward_model
 from chat_sessions import SAME
-from chat_stream import SamplingArguments
+from chat_stream import Answer, SamplingArguments
 from gradio_chatbot import PageArguments, ServerArguments, credentials, free_port
 
 from tests.inference.conftest import INFERENCE
@@ -48,6 +50,12 @@ def text_of(update, page, column):
     last = max(i for i, bubble in enumerate(bubbles) if bubble["role"] == "user")
     parts = [bubble["content"][0] for bubble in bubbles[last + 1 :]]
     return [part["text"] if isinstance(part, dict) else part.value for part in parts]
+
+
+def thinking(model, text):
+    """A whole answer of a model, as `stream_answer` ends with it."""
+    ids = model.tokenizer.encode(text, add_special_tokens=False)
+    return Answer(model.tokenizer, ids, "stop", marks=marks_of(model.tokenizer))
 
 
 def notice_of(update, page):
@@ -413,3 +421,19 @@ def test_the_program_starts_says_where_and_ends_on_ctrl_c(chat_folders, tmp_path
         finally:
             program.kill()
             program.stdout.close()
+
+
+def test_reasoning_is_a_bubble_of_its_own_and_no_part_of_what_is_judged(page, monkeypatch):
+    """The answer's bubble, with its copy button, holds the answer alone; so does what the reward model reads."""
+    p, session = page("fox", "house")
+    judged = []
+    p.judge = SimpleNamespace(score=lambda messages: judged.append(messages) or 0.5, std=1.0)
+    written = "<think>\nSmall or red?\n</think>\n\nRed."
+    monkeypatch.setattr(chat_page, "stream_answer", lambda model, *_: iter([thinking(model, written)]))
+    *_, last = p.send(session, "which?", "", *OPTIONS)
+    reasoning, answer, _ = (b["content"][0] for b in last[p.widgets.chats[0]] if b["role"] == "assistant")
+    assert (reasoning["text"], answer["text"]) == ("Small or red?", "Red.")
+    titles = [bubble.get("metadata", {}).get("title") for bubble in last[p.widgets.chats[0]]]
+    assert titles == [None, "Reasoning", None, None]
+    assert [m["content"] for m in judged[0]] == ["which?", "Red."] and len(judged) == 2
+    assert session.history(0)[-1] == {"role": "assistant", "content": written}, "this template knows no reasoning"
