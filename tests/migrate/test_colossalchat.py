@@ -284,3 +284,12 @@ def test_gradient_clipping_reaches_the_configuration():
     assert config["gradient_clipping"] == 0.1
     with pytest.raises(UserError, match="line 1 column 2"):
         read_user_config("{gradient_clipping: 1}")
+
+
+@pytest.mark.parametrize("rows", [100, 1001])
+def test_the_default_warm_up_is_a_share_of_the_steps(tmp_path, rows):
+    data = tmp_path / "a.jsonl"
+    data.write_text('{"prompt": "a", "response": "b"}\n' * rows)
+    text = f"colossalai run --nproc_per_node 2 train_sft.py --pretrain A --dataset {data} --batch_size 1"
+    found = values_of(f"{text} --accumulation_steps 4")
+    assert found["--num_warmup_steps"] == int(3 * 0.025 * (rows // 2 // 4))

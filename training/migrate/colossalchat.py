@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from training.migrate.program import Constant, Predecessor, Program, Translation
+from training.migrate.warm_up import settle_warm_up
 from training.utils.arguments import OtherFlag
 
 # --plugin -> ZeRO stage, and whether optimizer states (at stage 3 parameters) are in CPU memory
@@ -262,10 +263,8 @@ def settle_data(t: Translation) -> None:
     if "--chat_template" not in t.values:
         t.lines.append("rows are rendered here: what prepare_dataset.py had as --conversation_template_config "
                        "is --chat_template")  # fmt: skip
-    if "--warmup_steps" not in t.given and "--num_warmup_steps" not in t.values:
-        epochs, rows = t.theirs("--max_epochs"), t.theirs("--batch_size") * t.theirs("--accumulation_steps")
-        t.lines.append(f"no warm-up; there 2.5% of all steps: for it add --num_warmup_steps N, with N = 0.025 x "
-                       f"{epochs} x rows of data / ({rows} x ranks)")  # fmt: skip
+    batch, accumulation = t.theirs("--batch_size"), t.theirs("--accumulation_steps")
+    settle_warm_up(t, 0.025, batch, accumulation, "their default of --warmup_steps", whole=True)
 
 
 def settle_dpo(t: Translation) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from training.migrate.alpaca_rlhf import ALPACA_RLHF
 from training.migrate.colossalchat import COLOSSALCHAT
 from training.migrate.deepspeed_chat import DEEPSPEED_CHAT
+from training.migrate.open_chatgpt import OPEN_CHATGPT
 from training.migrate.program import Predecessor
 from training.utils.arguments import OtherFlag
 
-PREDECESSORS: tuple[Predecessor, ...] = (DEEPSPEED_CHAT, ALPACA_RLHF, COLOSSALCHAT)
+PREDECESSORS: tuple[Predecessor, ...] = (DEEPSPEED_CHAT, ALPACA_RLHF, COLOSSALCHAT, OPEN_CHATGPT)
 DIRECT = (DEEPSPEED_CHAT, ALPACA_RLHF)  # whose programs have the same names and flags as ours
 
 

@@ -33,6 +33,7 @@ class Translation:
         flags: their program's.
         given: their flags as they were given -> values as text, none for a switch.
         defaults: our flag, with dashes -> its default here.
+        ranks: the processes that it starts on one host.
         values: our flag -> values as text, none for a switch.
         lines: what has changed, a line each.
         refused: what can not be had, a line each.
@@ -41,6 +42,7 @@ class Translation:
     flags: Mapping[str, OtherFlag]
     given: Mapping[str, list[str]]
     defaults: Mapping[str, Any]
+    ranks: int = 1
     values: dict[str, list[str]] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)

@@ -101,7 +101,8 @@ def translate(text: str, source: str = "") -> Translated:
     ours = OURS.get(program.ours)
     if ours is None:
         raise UserError(f"{predecessor.name}, {program.title}: there is no such program here")
-    found = Translation(program.flags, given_flags(program.flags, ours, command), defaults_of(ours))
+    given = given_flags(program.flags, ours, command)
+    found = Translation(program.flags, given, defaults_of(ours), ranks_of(command))
     fill(found, program)
     if found.refused:
         raise UserError("; ".join(found.refused))
@@ -138,6 +139,13 @@ def choose(command: Command, source: str = "") -> tuple[Predecessor, Program, li
     others = [p.name for p, _ in found[1:]]
     told = [f"taken for {predecessor.name}'s; --from {others[0]} takes it for that one's"] if others else []
     return predecessor, program, told
+
+
+def ranks_of(command: Command) -> int:
+    """The processes that a launcher's flags name, 1 where they name none."""
+    flags = [part for word in command.launcher for part in word.split("=", 1)]
+    named = [flags[i + 1] for i, word in enumerate(flags[:-1]) if word == "--num_gpus"]
+    return int(named[-1]) if named and named[-1].isdigit() else 1
 
 
 def _unknown(given: set[str], program: Program) -> int:
