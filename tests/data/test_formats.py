@@ -34,7 +34,11 @@ def summary(result: list[Example] | Dropped) -> str:
         parts = [f"text: {example.text}"] if example.text else [turns(example.prompt)]
         if example.response:
             parts.append(f"response: {turns(example.response).removeprefix('assistant: ')}")
-        if example.chosen:
+        if example.answers:
+            numbered = zip(example.ranks, example.answers, strict=True)
+            told_answers = (f"{rank}. {turns(answer).removeprefix('assistant: ')}" for rank, answer in numbered)
+            parts.append(f"ranking: {' '.join(told_answers)}")
+        elif example.chosen:
             parts += [
                 f"{name}: {turns(answer).removeprefix('assistant: ')}"
                 for name, answer in (("chosen", example.chosen), ("rejected", example.rejected))
@@ -103,6 +107,9 @@ DROPPED = {
     "marked as a bad answer": {"prompt": "q", "completion": "a", "label": False},
     "image's address": {"instruction": "What is this?", "input": "https://a.example/b/c.png", "output": "a cat"},
     "empty text": {"text": " "},
+    "^tie": {"prompt": "q", "responses": ["a", "b", "c"], "scores": [1, 1.0, "1"]},
+    "^empty response": {"prompt": "q", "ranking": ["a", "", "b"]},
+    "^no answers": {"prompt": "q", "ranking": []},
     "no answers": {"context": "c", "question": "q", "answers": {"text": []}},
 }
 
@@ -231,6 +238,21 @@ def test_marks_of_bad_answers_in_every_form(good, mark):
 
 
 BAD = {
+    "3 answers and 2 values in scores": {"prompt": "q", "responses": ["a", "b", "c"], "scores": [1, 2]},
+    "scores of answer 2 is nan, it must": {"prompt": "q", "responses": ["a", "b"], "scores": [1, float("nan")]},
+    "scores of answer 1 is None": {"prompt": "q", "responses": ["a", "b"], "scores": [None, 1]},
+    "ranks of answer 1 is True": {"prompt": "q", "responses": ["a", "b"], "ranks": [True, 2]},
+    "answers 1 and 3 are the same and have different": {"prompt": "q", "ranking": ["a", "b", "a"]},
+    "overall_score of answer 2 is None": {
+        "instruction": "q",
+        "completions": [{"response": "a", "overall_score": 1}, {"response": "b"}],
+    },
+    "nothing says which of the completions": {"instruction": "q", "completions": ["a", "b"]},
+    "33 answers to one prompt, at most 32": {"prompt": "q", "ranking": [str(i) for i in range(33)]},
+    "an answer in 'answers' has none of answer": {"prompt": "q", "answers": [{"rank": 1}, {"rank": 2}]},
+    "column 'ranking' is a int": {"prompt": "q", "ranking": 3},
+    "column 'ranking' should be JSON": {"prompt": "q", "ranking": "a > b"},
+    "must be a tree": {"message_tree_id": 1, "prompt": "q"},
     "column 'messages' is a text, it must be a list": {"messages": "What is it?"},
     "column 'messages' is a text that begins like a list of messages, but no JSON": {"messages": str([U, A])},
     "column 'prompt' is a text that begins like a list": {"prompt": str([U]), "response": "a"},
@@ -264,6 +286,30 @@ BAD = {
         "rejected": [{"role": "user", "content": "c"}],
     },
 }
+
+
+def test_a_ranking_in_every_form():
+    """A CSV's text, answers as messages, one answer twice, one answer alone."""
+    levels = [[A], [[{"role": "assistant", "content": "c"}], {"role": "assistant", "content": "d"}], "e"]
+    for row, becomes in (
+        ({"prompt": "q", "ranking": '["a", ["c", "d"], "e"]'}, "ranking: 1. a 2. c 2. d 3. e"),
+        ({"prompt": [U], "ranking": levels}, "ranking: 1. a 2. c 2. d 3. e"),
+        ({"prompt": "q", "responses": ["a", "b", "a"], "scores": [2, "1", 2.0]}, "chosen: a → rejected: b"),
+        ({"prompt": "q", "responses": ["a", "b", "c"], "ranks": "[2, 1, 1]"}, "ranking: 1. b 1. c 2. a"),
+        ({"prompt": "q", "ranking": ["a"]}, "response: a"),
+        ({"prompt": "q", "ranking": ["a", "b"], "response": "c"}, "response: c → chosen: a → rejected: b"),
+    ):
+        assert summary(outcome(row)[1]) == f"user: q → {becomes}"
+
+
+def test_all_pairs_of_a_ranking_but_the_ties():
+    row = {"prompt": "q", "responses": list("abcde"), "scores": [1, 3, 2, 3, 0]}
+    _, (example,) = convert(row)
+    order = dict(zip(row["responses"], row["scores"], strict=True))
+    texts = [answer[0]["content"] for answer in example.compared()]
+    found = [(texts[i], texts[j]) for i, j in example.pairs()]
+    assert sorted(found) == sorted((a, b) for a in order for b in order if order[a] > order[b])
+    assert found[0] == ("b", "e") and len(found) == 9
 
 
 @pytest.mark.parametrize("reason", BAD)

@@ -29,7 +29,9 @@ class Example:
     Attributes:
         prompt: the conversation up to the last user turn; empty for plain text.
         response: the demonstration that follows it, turns from the first assistant turn on; may be empty.
-        chosen, rejected: the preferred and the other continuation; both or neither.
+        chosen, rejected: the preferred and the other continuation, both or neither; of a ranking its best and its worst.
+        answers: of a ranking, which has three or more: all of them, best first; else empty.
+        ranks: of each of them its place, never falling; those with the same are tied.
         text: plain text for language modelling, instead of all the others.
     """
 
@@ -37,7 +39,23 @@ class Example:
     response: list[Message] = field(default_factory=list)
     chosen: list[Message] = field(default_factory=list)
     rejected: list[Message] = field(default_factory=list)
+    answers: list[list[Message]] = field(default_factory=list)
+    ranks: list[int] = field(default_factory=list)
     text: str = ""
+
+    def compared(self) -> list[list[Message]]:
+        """The answers that are compared with one another, best first; empty if there are none."""
+        return self.answers or ([self.chosen, self.rejected] if self.chosen else [])
+
+    def pairs(self) -> list[tuple[int, int]]:
+        """Which of `compared` is better than which; the best against the worst comes first."""
+        return pairs_of_ranks(self.ranks or [1, 2]) if self.chosen else []
+
+
+def pairs_of_ranks(ranks: Sequence[int]) -> list[tuple[int, int]]:
+    """All pairs (better, worse) of places that never fall, best against worst first; a tie gives none."""
+    count = len(ranks)
+    return [(i, j) for i in range(count) for j in reversed(range(i + 1, count)) if ranks[i] < ranks[j]]
 
 
 Converter = Callable[[Row], list[Example]]
@@ -268,6 +286,19 @@ def unpacked(value: Any, name: str) -> Any:
         raise RowError(f"column {name!r} is a text that begins like a list of messages, but no JSON: {error}") from None
 
 
+def listed(value: Any, name: str) -> list[Any]:
+    """A column that holds a list, in a text (a CSV can hold nothing else) as JSON.
+
+    Raises:
+        RowError: it is none.
+    """
+    if isinstance(value, str):
+        value = _json(value, f"column {name!r}")
+    if not isinstance(value, list):
+        raise RowError(f"column {name!r} is a {type(value).__name__}, it must be a list")
+    return value
+
+
 def messages_of(value: Any, name: str) -> list[Message]:
     """A column that holds a conversation: a list of messages, one message, or a text (a transcript or one turn).
 
@@ -356,6 +387,13 @@ def as_prompt(prompt: str | list[Message]) -> list[Message]:
     if prompt and prompt[-1]["role"] == "assistant" and says_nothing(prompt[-1]):
         prompt = prompt[:-1]  # "Assistant:" at the end of a transcript is its generation prompt
     return prompt
+
+
+def prompt_of(row: Row, name: str) -> list[Message]:
+    """A column that asks, a text, a transcript or messages, as messages."""
+    value = unpacked(row[name], name)
+    messages = isinstance(value, list) and not is_parts(value)
+    return as_prompt(messages_of(value, name) if messages else text_of(row, name))
 
 
 def continuation(prompt: list[Message], value: Any, name: str, transcript: bool = False) -> list[Message]:

@@ -23,17 +23,18 @@ from training.utils.data.formats.conversations import (
     continuation,
     conversation,
     first_item,
-    is_parts,
     messages_of,
     parse_transcript,
     plain_text,
     preference,
+    prompt_of,
     text_of,
     truth_of,
     unpacked,
     user_turn,
     with_system,
 )
+from training.utils.data.formats.rankings import prompt_answers, prompt_ranking, ranking, rated, tree
 from training.utils.data.template import Message, RowError
 
 
@@ -176,7 +177,11 @@ def _alpaca(row: Row) -> list[Example]:
     user = f"{instruction}\n\n{extra}" if extra.strip() and instruction.strip() else instruction or extra
     history = _history(row.get("history"))
     answer = next(name for name in ("output", "response", "answer") if name in row)
-    return answered([*history, user_turn(user)] if history else user, text_of(row, answer))
+    prompt = [*history, user_turn(user)] if history else as_prompt(user)
+    value = row[answer]
+    if isinstance(value, list) and len(value) > 1 and all(isinstance(text, str) for text in value):
+        return ranking(prompt, [assistant_turn(text) for text in value], range(len(value)))  # best first
+    return answered(prompt, text_of(row, answer))
 
 
 def _pair_of(prompt: str, response: str) -> Converter:
@@ -186,9 +191,7 @@ def _pair_of(prompt: str, response: str) -> Converter:
         """One conversation, its answer last."""
         if response != "label":
             _check_not_bad(row)
-        ask = unpacked(row[prompt], prompt)
-        listed = isinstance(ask, list) and not is_parts(ask)
-        asked = as_prompt(messages_of(ask, prompt) if listed else text_of(row, prompt))
+        ask, asked = unpacked(row[prompt], prompt), prompt_of(row, prompt)
         transcript = isinstance(ask, str) and bool(parse_transcript(ask))
         return answered(asked, continuation(asked, row[response], response, transcript) or assistant_turn(""))
 
@@ -214,9 +217,7 @@ def _text_alone(row: Row) -> list[Example]:
 
 
 def _prompt_only(row: Row) -> list[Example]:
-    prompt = unpacked(row["prompt"], "prompt")
-    messages = messages_of(prompt, "prompt") if isinstance(prompt, list) else as_prompt(text_of(row, "prompt"))
-    return [conversation(as_prompt(messages))]
+    return [conversation(prompt_of(row, "prompt"))]
 
 
 def _passages(row: Row) -> list[Example]:
@@ -260,6 +261,13 @@ FORMATS = (
     _format("question/response_j/response_k", _stack_exchange),
     _format("query/positive_passages/negative_passages", _passages),
     _format("info/summaries/choice", _summaries),
+    _format("prompt/ranking", prompt_ranking),
+    _format("prompt/responses/scores", rated("prompt", "responses")),
+    _format("prompt/responses/ranks", rated("prompt", "responses")),
+    _format("query/responses/scores", rated("query", "responses")),
+    _format("instruction/completions", rated("instruction", "completions")),
+    _format("message_tree_id/prompt", tree),
+    _format("prompt/answers", prompt_answers),
     _format("messages", _chat),
     _format("conversations", _chat),
     _format("instruction/output", _alpaca),
