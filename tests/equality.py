@@ -36,6 +36,7 @@ from training.step3_rlhf_finetuning.roles import (
     build_critic,
     build_rewards,
 )
+from training.utils.data import SIDES
 from training.utils.engine import engine as engines
 from training.utils.engine.zero_config import deepspeed_config
 from training.utils.generation.engines import rollout_backend
@@ -130,7 +131,9 @@ def train_sequences(case: Case, path: str, fault: bool = False) -> list[float]:
             else:  # the rejected answer of each row is its neighbour's
                 at = rank() * ROWS // world_size() + start
                 rejected = [rows[(at + i + 1) % ROWS] for i in range(len(piece))]
-                loss = bradley_terry_loss(*score_pairs(engine, collate(piece + rejected, width)), "log_sig").sum()
+                sides = torch.arange(2 * len(piece)).chunk(2)
+                batch = collate(piece + rejected, width) | dict(zip(SIDES, sides, strict=True))
+                loss = bradley_terry_loss(*score_pairs(engine, batch), "log_sig").sum()
             lost = fault and start + micro_batch < len(mine)
             engines.backward(engine, loss * (0.0 if lost else 1.0), count)
             total += loss.item()

@@ -1,5 +1,6 @@
 """Step 2's evaluation of rewards typed in by hand, and the order of scored pairs."""
 
+import datasets
 import pytest
 import torch
 from torch import nn
@@ -42,21 +43,20 @@ class LastToken(nn.Module):
         return input_ids.float()
 
 
-class Rows(list):
-    """A list with the column that scoring sorts by."""
-
-
 def test_pairs_come_back_in_the_order_of_the_dataset():
-    rows = Rows(
-        {
-            "chosen_ids": [1] * n + [50 + n],
-            "chosen_mask": [0] * n + [1],
-            "rejected_ids": [1, 1, 10 + n],
-            "rejected_mask": [0, 1, 1],
-            "length": n + 1,
-            "source": f"s{n}",
-        }
-        for n in (9, 2, 5, 7)
+    rows = datasets.Dataset.from_list(
+        [
+            {
+                "chosen_ids": [1] * n + [50 + n],
+                "chosen_mask": [0] * n + [1],
+                "rejected_ids": [1, 1, 10 + n],
+                "rejected_mask": [0, 1, 1],
+                "length": n + 1,
+                "source": f"s{n}",
+                "pairs": 1,
+            }
+            for n in (9, 2, 5, 7)
+        ]
     )
     pairs = judged_pairs(LastToken(), rows, 3, 0, torch.device("cpu"))
     assert [(p.row, p.source, p.chosen, p.rejected) for p in pairs] == [

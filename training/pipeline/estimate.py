@@ -349,8 +349,9 @@ def _tokens(kind: Kind, example: Example, system: float) -> tuple[float, float] 
         if example.text:
             return 0.0, len(example.text) / CHARACTERS_PER_TOKEN
         return (before, tokens(response)) if response else None
-    if kind == "pairs":
-        return (before, (tokens(example.chosen) + tokens(example.rejected)) / 2) if example.chosen else None
+    if kind == "pairs":  # as of two answers, however many a ranking has
+        answers = example.compared()
+        return (before * len(answers) / 2, sum(map(tokens, answers)) / 2) if answers else None
     return (before, 0.0) if prompt else None
 
 

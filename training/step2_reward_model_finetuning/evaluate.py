@@ -38,7 +38,7 @@ import torch  # noqa: E402  threads and PATH must be set before
 from training.step2_reward_model_finetuning import main as step2  # noqa: E402
 from training.step2_reward_model_finetuning.pairs import held_out_rewards  # noqa: E402
 from training.utils import evaluation_programs, intervals  # noqa: E402
-from training.utils.data import prepare_data  # noqa: E402
+from training.utils.data import prepare_data, rankings_of  # noqa: E402
 from training.utils.engine import engine as engines, precision  # noqa: E402
 from training.utils.errors import run_program  # noqa: E402
 from training.utils.model.limits import check_length  # noqa: E402
@@ -59,6 +59,7 @@ class Pair:
         source: the file or dataset that it comes from.
         chosen, rejected: rewards.
         chosen_length, rejected_length: of the answers in tokens.
+        weight: 1, of a ranking's pairs 1 / (their number): a prompt counts once.
     """
 
     row: int
@@ -67,6 +68,7 @@ class Pair:
     rejected: float
     chosen_length: int
     rejected_length: int
+    weight: float = 1.0
 
     @property
     def margin(self) -> float:
@@ -85,10 +87,11 @@ def half_ties(a: float, b: float) -> float:
 
 
 def share_right(pairs: Sequence[Pair]) -> dict[str, Any]:
-    """Pairs, accuracy and its 95% interval."""
-    accuracy = intervals.mean([pair.right for pair in pairs])
-    interval = intervals.wilson_interval(accuracy, len(pairs))
-    return {"pairs": len(pairs), "accuracy": accuracy, "accuracy_interval": interval}
+    """Pairs, prompts (a ranking has several pairs), accuracy and its 95% interval."""
+    weights = [pair.weight for pair in pairs]
+    accuracy, prompts = intervals.mean([pair.right for pair in pairs], weights), sum(weights)
+    interval = intervals.wilson_interval(accuracy, prompts)
+    return {"pairs": len(pairs), "prompts": prompts, "accuracy": accuracy, "accuracy_interval": interval}
 
 
 def grouped(pairs: Sequence[Pair], key: Callable[[Pair], str]) -> dict[str, dict[str, Any]]:
@@ -112,7 +115,8 @@ def length_bucket(pair: Pair) -> str:
 
 def judge(pairs: Sequence[Pair]) -> dict[str, Any]:
     """Everything that evaluation.json says about the rewards, from the rewards alone."""
-    longer = intervals.mean([half_ties(p.chosen_length, p.rejected_length) for p in pairs])
+    weights = [p.weight for p in pairs]
+    longer = intervals.mean([half_ties(p.chosen_length, p.rejected_length) for p in pairs], weights)
     rewards = [r for p in pairs for r in (p.chosen, p.rejected)]
     lengths = [float(n) for p in pairs for n in (p.chosen_length, p.rejected_length)]
     margins = [p.margin for p in pairs]
@@ -120,9 +124,9 @@ def judge(pairs: Sequence[Pair]) -> dict[str, Any]:
     return {
         **share_right(pairs),
         "baselines": {"a coin": 0.5, "always the longer": longer, "always the shorter": 1 - longer},
-        "margin_mean": intervals.mean(margins),
-        "correlation_reward_length": intervals.correlation(rewards, lengths),
-        "correlation_margin_length_difference": intervals.correlation(margins, differences),
+        "margin_mean": intervals.mean(margins, weights),
+        "correlation_reward_length": intervals.correlation(rewards, lengths, [w for w in weights for _ in range(2)]),
+        "correlation_margin_length_difference": intervals.correlation(margins, differences, weights),
         "by_source": grouped(pairs, lambda pair: pair.source),
         "by_length": grouped(pairs, length_bucket),
         "margins": intervals.histogram(margins),
@@ -133,7 +137,7 @@ def judged_pairs(scorer: Any, rows: Any, batch_size: int, pad_id: int, device: t
     """Score every held-out pair; in the order of the dataset."""
     rewards = held_out_rewards(scorer, rows, batch_size, pad_id, device)
     return [
-        Pair(i, row["source"], good, bad, sum(row["chosen_mask"]), sum(row["rejected_mask"]))
+        Pair(i, row["source"], good, bad, sum(row["chosen_mask"]), sum(row["rejected_mask"]), 1 / row["pairs"])
         for i, (row, (good, bad)) in enumerate(zip(rows, rewards, strict=True))
     ]
 
@@ -166,7 +170,8 @@ def main(argv: Sequence[str]) -> int:
     for pair in sorted(pairs, key=lambda pair: pair.margin)[:WORST]:
         texts = {side: tokenizer.decode(rows[pair.row][f"{side}_ids"]) for side in ("chosen", "rejected")}
         worst.append({"margin": pair.margin} | asdict(pair) | {f"{side}_text": text for side, text in texts.items()})
-    stats = RewardStats.of([(pair.chosen, pair.rejected) for pair in pairs], args.dtype)
+    extremes = [pairs[mine.start] for mine in rankings_of(rows)]  # of a ranking its best answer and its worst
+    stats = RewardStats.of([(pair.chosen, pair.rejected) for pair in extremes], args.dtype)
     content = found | {"reward_mean_chosen": stats.mean, "reward_std_chosen": stats.std_chosen, "worst_pairs": worst}
     content[precision.SUMMARY_KEY] = settled
     tell(found, worst)

@@ -45,8 +45,9 @@ prepare_runtime()
 from training.step2_reward_model_finetuning.pairs import (  # noqa: E402
     PAIRS_BEFORE,
     held_out_rewards,
-    micro_batches,
+    pair_weights,
     score_pairs,
+    some_rankings,
 )
 from training.step2_reward_model_finetuning.preference import (  # noqa: E402
     CENTER_COEFFICIENT,
@@ -57,7 +58,7 @@ from training.step2_reward_model_finetuning.preference import (  # noqa: E402
     told,
 )
 from training.utils.checkpoint.resume import resume_output_dir  # noqa: E402
-from training.utils.data import spread_rows  # noqa: E402
+from training.utils.data import pair_micro_batches, rankings_of  # noqa: E402
 from training.utils.engine import engine as engines, precision  # noqa: E402
 from training.utils.engine.zero_config import read_user_config  # noqa: E402
 from training.utils.fine_tuning import build_engine, open_run, step_metrics  # noqa: E402
@@ -86,7 +87,8 @@ def main(argv: Sequence[str]) -> int:
         return show_sequence_plan(2, model_path, model_args, lora, train, ds, overrides)
     tuning = open_run("step2", "pairs", argv, groups, model_path, counted="pairs")
     rows, run, phases, device = tuning.rows, tuning.run, tuning.phases, tuning.device
-    if warning := few_held_out(len(rows.held_out)):
+    rankings = rankings_of(rows.train)
+    if warning := few_held_out(rows.report.held_out_prompts):
         say(warning)
     pad_id, attention = tuning.tokenizer.pad_token_id, model_args.attn_implementation
     made: dict[str, Any] = {"dtype": model_args.dtype, "pad_token_id": pad_id, "attn_implementation": attention}
@@ -100,7 +102,8 @@ def main(argv: Sequence[str]) -> int:
 
     def evaluate(step_number: int, held_out: Any) -> dict[str, float]:
         """Some or all held-out pairs' metrics, logged."""
-        metrics = pair_metrics(held_out_rewards(engine, held_out, train.per_device_eval_batch_size, pad_id, device))
+        rewards = held_out_rewards(engine, held_out, train.per_device_eval_batch_size, pad_id, device)
+        metrics = pair_metrics(rewards, pair_weights(held_out))
         engine.train()
         phases.end("evaluate")
         logger.log(step_number, {f"eval/{name}": value for name, value in metrics.items()})
@@ -108,20 +111,22 @@ def main(argv: Sequence[str]) -> int:
         return metrics
 
     if not run.step:
-        progress["before"] = evaluate(0, rows.held_out.select(spread_rows(len(rows.held_out), PAIRS_BEFORE)))
+        progress["before"] = evaluate(0, some_rankings(rows.held_out, PAIRS_BEFORE))
     engine.train()
     run.ready(progress)
     for step_number, indices, bar in tuning.steps():
         sums = dict.fromkeys(("loss", "correct", "chosen", "rejected"), 0.0)
-        for batch, weight in micro_batches(rows.train, indices, train.per_device_train_batch_size, pad_id, device):
+        mine = [rankings[i] for i in indices]
+        for batch in pair_micro_batches(rows.train, mine, train.per_device_train_batch_size, pad_id, device):
             chosen, rejected = score_pairs(engine, batch)
+            weights = batch["weights"]
             loss = bradley_terry_loss(chosen, rejected, step.loss)
             centred = loss + CENTER_COEFFICIENT * (chosen + rejected).square()
-            engines.backward(engine, weight * centred.sum(), len(indices))
-            sums["loss"] += weight * loss.sum().item()
-            sums["correct"] += weight * (chosen > rejected).sum().item()
-            sums["chosen"] += weight * chosen.sum().item()
-            sums["rejected"] += weight * rejected.sum().item()
+            engines.backward(engine, (weights * centred).sum(), len(indices))
+            sums["loss"] += (weights * loss).sum().item()
+            sums["correct"] += (weights * (chosen > rejected)).sum().item()
+            sums["chosen"] += (weights * chosen).sum().item()
+            sums["rejected"] += (weights * rejected).sum().item()
         result = engines.optimizer_step(engine)
         phases.end("train")
         mean = {name: total / len(indices) for name, total in reduce_sums(sums, device).items()}
@@ -146,14 +151,17 @@ def main(argv: Sequence[str]) -> int:
         str(tuning.output_dir), zero_stage=ds.zero_stage, offload=ds.offload, device=device, **made
     )
     pairs = held_out_rewards(frozen, rows.held_out, train.per_device_eval_batch_size, pad_id, device)
-    after = pair_metrics(pairs)
+    weighed = pair_weights(rows.held_out)
+    after = pair_metrics(pairs, weighed)
     phases.end("evaluate")
     logger.log(tuning.total_steps, {f"eval/{name}": value for name, value in after.items()})
     logger.close()
-    stats = RewardStats.of(pairs, model_args.dtype)
+    # Of a ranking the first pair, which is its best answer against its worst
+    stats = RewardStats.of([pairs[mine.start] for mine in rankings_of(rows.held_out)], model_args.dtype)
     if line := stats.line():
         say(line)
-    judged = judgement(pairs, rows.held_out["rejected_kind"][:], length_accuracy(rows.held_out))
+    longer = length_accuracy(rows.held_out, weighed)
+    judged = judgement(pairs, rows.held_out["rejected_kind"][:], longer, weighed)
     say(told(judged))
     if is_main():
         stats.write(tuning.output_dir)

@@ -1,13 +1,22 @@
-"""Pairs of answers through a scorer: micro-batches of this rank, and the rewards of both sides."""
+"""Pairs of answers through a scorer: the rewards of both sides, and what each pair weighs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from array import array
 from typing import Any
 
 import torch
 
-from training.utils.data import SIDES, collate_pairs, collate_sft, epoch_batches, rank_micro_batches, side_of_pair
+from training.utils.data import (
+    SIDES,
+    collate_sft,
+    epoch_batches,
+    rank_micro_batches,
+    rankings_of,
+    side_of_pair,
+    spread_rows,
+)
 from training.utils.metrics import watched
 from training.utils.model.reward_model import last_token_scores
 from training.utils.run.distributed import data_rank, data_size, gather_objects
@@ -16,20 +25,21 @@ from training.utils.run.distributed import data_rank, data_size, gather_objects
 PAIRS_BEFORE = 64
 
 
-def micro_batches(
-    dataset: Any, indices: Sequence[int], batch_size: int, pad_id: int, device: torch.device
-) -> Iterator[tuple[dict[str, torch.Tensor], float]]:
-    """This rank's micro-batches of pairs, with each pair's weight: 0 for a filler that keeps ranks in step."""
-    for rows in rank_micro_batches(indices, data_rank(), data_size(), batch_size):
-        batch = collate_pairs([dataset[i] for i in rows or indices[:1]], pad_id)
-        yield {name: tensor.to(device) for name, tensor in batch.items()}, float(bool(rows))
-
-
 def score_pairs(scorer: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rewards of the chosen and of the rejected answers of a batch ``[2B, T]``: two tensors ``[B]``, fp32."""
-    scores = scorer(batch["input_ids"], batch["attention_mask"])
-    chosen, rejected = last_token_scores(scores, batch["response_mask"]).chunk(2)
-    return chosen, rejected
+    """Rewards of the chosen and of the rejected answers of a batch of `collate_pairs`: two tensors ``[B]``, fp32."""
+    scores = last_token_scores(scorer(batch["input_ids"], batch["attention_mask"]), batch["response_mask"])
+    return scores[batch["chosen"]], scores[batch["rejected"]]
+
+
+def some_rankings(dataset: Any, count: int) -> Any:
+    """At most ``count`` prompts' pairs, evenly spread over a dataset of pairs."""
+    rankings = rankings_of(dataset)
+    return dataset.select([row for i in spread_rows(len(rankings), count) for row in rankings[i]])
+
+
+def pair_weights(dataset: Any) -> list[float]:
+    """1 / (pairs of its ranking) of every row, so that a prompt counts once; 1 of an ordinary pair."""
+    return [1 / pairs for pairs in dataset["pairs"][:]]
 
 
 @torch.no_grad()
@@ -41,16 +51,38 @@ def held_out_rewards(
     The two sides of a pair need not meet here: answers of like length go together, so that little is padded.
     """
     scorer.eval()
-    count = len(dataset)
-    lengths = [len(row[f"{name}_ids"]) for name in SIDES for row in dataset]  # all chosen, then all rejected
+    answers, lengths, places = _distinct_answers(dataset)
     rewards: list[tuple[int, float]] = []
     batches = epoch_batches(lengths, 2 * batch_size * data_size(), 0, 0)
     for indices in watched(batches, "held out"):
-        for answers in rank_micro_batches(indices, data_rank(), data_size(), 2 * batch_size):
-            sides = [(dataset[i % count], SIDES[i // count]) for i in answers or indices[:1]]
-            batch = collate_sft([side_of_pair(row, name) for row, name in sides], pad_id)
+        for mine in rank_micro_batches(indices, data_rank(), data_size(), 2 * batch_size):
+            sides = [answers[i] for i in mine or indices[:1]]
+            batch = collate_sft([side_of_pair(dataset[row], name) for row, name in sides], pad_id)
             ids, mask, response = (batch[k].to(device) for k in ("input_ids", "attention_mask", "response_mask"))
             scores = last_token_scores(scorer(ids, mask), response)
-            rewards += zip(answers, scores.tolist(), strict=False)  # a filler's score belongs to no answer
+            rewards += zip(mine, scores.tolist(), strict=False)  # a filler's score belongs to no answer
     by_answer = dict(gather_objects(rewards))
-    return [(by_answer[i], by_answer[i + count]) for i in range(count)]
+    return [(by_answer[chosen], by_answer[rejected]) for chosen, rejected in places]
+
+
+def _distinct_answers(dataset: Any) -> tuple[list[tuple[int, str]], list[int], list[tuple[int, int]]]:
+    """Every answer once: an answer of a ranking stands in several rows.
+
+    Returns:
+        The answers as (row, side), what is chosen first; their lengths in tokens; where among them the chosen and the
+        rejected answer of each row are.
+    """
+    first_row = [rows.start for rows in rankings_of(dataset) for _ in rows]
+    known: dict[tuple[int, bytes], int] = {}
+    answers: list[tuple[int, str]] = []
+    lengths, places = [], []
+    for name in SIDES:
+        side = []
+        for row, ids in enumerate(dataset[f"{name}_ids"]):
+            digest = hashlib.blake2b(array("q", ids).tobytes(), digest_size=16).digest()
+            side.append(known.setdefault((first_row[row], digest), len(known)))
+            if side[-1] == len(answers):
+                answers.append((row, name))
+                lengths.append(len(ids))
+        places.append(side)
+    return answers, lengths, list(zip(*places, strict=True))

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from training.utils.intervals import wilson_interval
+from training.utils.intervals import mean, wilson_interval
 
 # Pulls the sum of a pair's two rewards towards 0, which the Bradley-Terry loss leaves free, so that chosen answers
 # tend to be positive and rejected ones negative (Eisenstein et al. 2023, arXiv 2312.09244, section 2).
@@ -25,44 +25,54 @@ def bradley_terry_loss(chosen: torch.Tensor, rejected: torch.Tensor, kind: str) 
     return torch.nn.functional.softplus(rejected - chosen)
 
 
-def pair_metrics(pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
-    """Accuracy (a tie counts half), mean rewards, margin and loss of (chosen, rejected) rewards."""
-    count = len(pairs)
-    chosen, rejected = (sum(side) / count for side in zip(*pairs, strict=True))
+def pair_metrics(pairs: Sequence[tuple[float, float]], weights: Sequence[float] = ()) -> dict[str, float]:
+    """Accuracy (a tie counts half), mean rewards, margin and loss of (chosen, rejected) rewards.
+
+    Args:
+        pairs: (chosen, rejected) rewards.
+        weights: of each pair, see `training.utils.data.collate_pairs`; empty where all have the same.
+    """
+    weights = weights or [1.0] * len(pairs)
+    chosen, rejected = (mean(side, weights) for side in zip(*pairs, strict=True))
     losses = bradley_terry_loss(torch.tensor([c for c, _ in pairs]), torch.tensor([r for _, r in pairs]), "log_sig")
+    weighed = losses * torch.tensor(weights)
     return {
-        "accuracy": sum((c > r) + 0.5 * (c == r) for c, r in pairs) / count,
+        "accuracy": mean([(c > r) + 0.5 * (c == r) for c, r in pairs], weights),
         "chosen_mean": chosen,
         "rejected_mean": rejected,
         "margin": chosen - rejected,
-        "loss": losses.mean().item(),
+        "loss": (weighed.sum() / sum(weights)).item(),
     }
 
 
-def accuracy_by_kind(pairs: Sequence[tuple[float, float]], kinds: Sequence[str]) -> dict[str, dict[str, float]]:
+def accuracy_by_kind(
+    pairs: Sequence[tuple[float, float]], kinds: Sequence[str], weights: Sequence[float] = ()
+) -> dict[str, dict[str, float]]:
     """How often the chosen answer wins against each kind of rejected answer, such as an answer to another prompt.
 
     Args:
         pairs: (chosen, rejected) rewards.
         kinds: each pair's ``rejected_kind``; empty for a pair without one, which is left out.
+        weights: see `pair_metrics`.
 
     Returns:
         By kind, in alphabetical order: ``accuracy`` (a tie counts half) and the number of ``pairs``.
     """
-    return {
-        kind: {"accuracy": pair_metrics(mine)["accuracy"], "pairs": len(mine)}
-        for kind in sorted(set(kinds) - {""})
-        if (mine := [pair for pair, other in zip(pairs, kinds, strict=True) if other == kind])
-    }
+    found = {}
+    for kind in sorted(set(kinds) - {""}):
+        rows = [i for i, other in enumerate(kinds) if other == kind]
+        metrics = pair_metrics([pairs[i] for i in rows], [weights[i] for i in rows if weights])
+        found[kind] = {"accuracy": metrics["accuracy"], "pairs": len(rows)}
+    return found
 
 
-def length_accuracy(dataset: Any) -> float:
+def length_accuracy(dataset: Any, weights: Sequence[float]) -> float:
     """Accuracy of always preferring the answer with more tokens; always the shorter one has 1 minus this."""
     wins = [
         (sum(c) > sum(r)) + 0.5 * (sum(c) == sum(r))
         for c, r in zip(dataset["chosen_mask"], dataset["rejected_mask"], strict=True)
     ]
-    return sum(wins) / len(wins)
+    return mean(wins, weights)
 
 
 def verdicts(metrics: dict[str, float]) -> dict[str, bool]:
@@ -74,23 +84,27 @@ def verdicts(metrics: dict[str, float]) -> dict[str, bool]:
     }
 
 
-def judgement(pairs: Sequence[tuple[float, float]], kinds: Sequence[str], longer: float) -> dict[str, Any]:
+def judgement(
+    pairs: Sequence[tuple[float, float]], kinds: Sequence[str], longer: float, weights: Sequence[float] = ()
+) -> dict[str, Any]:
     """What the summary says of a finished reward model.
 
     Args:
         pairs: (chosen, rejected) rewards of the held-out pairs.
         kinds: see `accuracy_by_kind`.
         longer: see `length_accuracy`.
+        weights: see `pair_metrics`; a ranking counts as one that is held out.
     """
-    metrics = pair_metrics(pairs)
-    low, high = wilson_interval(metrics["accuracy"], len(pairs))
+    metrics = pair_metrics(pairs, weights)
+    prompts = round(sum(weights)) if weights else len(pairs)
+    low, high = wilson_interval(metrics["accuracy"], prompts)
     return {
-        "held_out": len(pairs),
+        "held_out": prompts,
         "ties": sum(chosen == rejected for chosen, rejected in pairs),
         "accuracy_after": metrics["accuracy"],
         "accuracy_low": low,
         "accuracy_high": high,
-        "accuracy_by_kind": accuracy_by_kind(pairs, kinds),
+        "accuracy_by_kind": accuracy_by_kind(pairs, kinds, weights),
         "accuracy_longer": longer,
         "accuracy_shorter": 1 - longer,
         "chosen_mean": metrics["chosen_mean"],

@@ -6,6 +6,7 @@ once its flags are checked (`open_run`), its engine is built (`build_engine`), i
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ from training.utils.arguments import (
     TrainingArguments,
 )
 from training.utils.checkpoint.resume import Run, resume_output_dir
-from training.utils.data import StepData, batches_after, prepare_data, stop_token_ids
+from training.utils.data import StepData, batches_after, element_lengths, prepare_data, stop_token_ids
 from training.utils.data.kinds import Kind
 from training.utils.engine import engine as engines, precision
 from training.utils.engine.zero_config import deepspeed_config
@@ -87,7 +88,12 @@ class FineTuning:
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of one pass over the rows."""
-        return math.ceil(len(self.rows.train) / self.batch)
+        return math.ceil(len(self.lengths) / self.batch)
+
+    @functools.cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of everything that counts once: of each row, or of each ranking's longest pair."""
+        return element_lengths(self.rows.train)
 
     @property
     def total_steps(self) -> int:
@@ -101,11 +107,11 @@ class FineTuning:
         return MetricsLogger(self.output_dir, report_to, name, done=run.step, seconds=run.seconds)
 
     def steps(self) -> Iterator[tuple[int, list[int], Any]]:
-        """(number, rows, progress bar) of every optimizer step that is left."""
+        """(number, rows or rankings, progress bar) of every optimizer step that is left."""
         train = self.flags.train
         bar = progress_bar(self.total_steps, title(self.step), self.run.step)
-        lengths = self.rows.train["length"]
-        for number, indices in batches_after(self.run.step, lengths, self.batch, train.seed, train.num_train_epochs):
+        done, epochs = self.run.step, train.num_train_epochs
+        for number, indices in batches_after(done, self.lengths, self.batch, train.seed, epochs):
             yield number, indices, bar
         bar.close()
 

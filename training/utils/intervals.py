@@ -10,9 +10,11 @@ Z95 = 1.959964
 FEW_ROWS = 30  # fewer are too few for a bootstrap
 
 
-def mean(values: Sequence[float]) -> float:
-    """The arithmetic mean of at least one value."""
-    return sum(values) / len(values)
+def mean(values: Sequence[float], weights: Sequence[float] | None = None) -> float:
+    """The arithmetic mean of at least one value, each with its weight if there are weights."""
+    if weights is None:
+        return sum(values) / len(values)
+    return sum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)
 
 
 def bootstrap_interval(values: Sequence[float], weights: Sequence[float] | None = None, *, seed: int) -> list[float]:
@@ -36,7 +38,7 @@ def bootstrap_interval(values: Sequence[float], weights: Sequence[float] | None 
     return torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
 
 
-def wilson_interval(share: float, count: int) -> list[float]:
+def wilson_interval(share: float, count: float) -> list[float]:
     """95% interval of a share (Wilson 1927): unlike the bootstrap's it is not a point where every row is right."""
     centre = share + Z95**2 / (2 * count)
     half = Z95 * math.sqrt(share * (1 - share) / count + Z95**2 / (4 * count**2))
@@ -55,12 +57,13 @@ def share_interval(values: Sequence[float], *, seed: int) -> list[float]:
     return bootstrap_interval(values, seed=seed)
 
 
-def correlation(a: Sequence[float], b: Sequence[float]) -> float:
-    """Pearson's correlation; 0 where one of the two does not vary."""
+def correlation(a: Sequence[float], b: Sequence[float], weights: Sequence[float] | None = None) -> float:
+    """Pearson's correlation, each point with its weight if there are weights; 0 where one of the two does not vary."""
     import numpy as np
 
     x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    x, y = x - x.mean(), y - y.mean()
+    root = np.sqrt(np.ones_like(x) if weights is None else np.asarray(weights, np.float64))
+    x, y = (root * (values - np.average(values, weights=root**2)) for values in (x, y))
     spread = float(np.linalg.norm(x) * np.linalg.norm(y))
     return float(x @ y) / spread if spread > 0 else 0.0
 

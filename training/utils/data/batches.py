@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+from training.utils.run.distributed import data_rank, data_size
+
+Element = TypeVar("Element")
 
 _WINDOW = 50  # batches that are sorted by length together: little padding, and still another mix every epoch
 SIDES = ("chosen", "rejected")
@@ -62,7 +66,9 @@ def batches_after(
                 yield number, batch
 
 
-def rank_micro_batches(batch: Sequence[int], rank: int, world_size: int, micro_batch_size: int) -> list[list[int]]:
+def rank_micro_batches(
+    batch: Sequence[Element], rank: int, world_size: int, micro_batch_size: int
+) -> list[list[Element]]:
     """This rank's share of one batch, as micro-batches; neighbours in ``batch`` stay together.
 
     Every rank gets the same number of micro-batches; in a short batch they are short evenly, and some may be empty.
@@ -122,9 +128,75 @@ def collate_sft(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, tor
     }
 
 
+def _runs(counts: Sequence[int]) -> Iterator[range]:
+    """The rows of each ranking, from the number that each row has in its column ``pairs``."""
+    at = 0
+    while at < len(counts):
+        yield range(at, at + counts[at])
+        at += counts[at]
+
+
+def rankings_of(dataset: Any) -> list[range]:
+    """What counts once in a dataset of pairs: the rows of each ranking, which stand together, or one ordinary pair."""
+    return list(_runs(dataset["pairs"][:]))
+
+
+def element_lengths(dataset: Any) -> list[int]:
+    """Tokens of every element of a batch: of a row, or of the longest pair of a ranking."""
+    lengths = dataset["length"][:]
+    if "pairs" not in dataset.column_names:
+        return lengths
+    return [max(lengths[row] for row in rows) for rows in rankings_of(dataset)]
+
+
 def collate_pairs(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
-    """Step 2's rows as `collate_sft` gives them, [2B, T]: all chosen first, then all rejected."""
-    return collate_sft([side_of_pair(row, name) for name in SIDES for row in rows], pad_id)
+    """Whole rankings, or ordinary pairs, as batches of their answers.
+
+    An answer of a ranking stands there once, however many pairs it is in: K answers are K sequences, not K(K - 1).
+
+    Args:
+        rows: of a dataset of pairs; those of one ranking stand together.
+        pad_id: fills up what is shorter.
+
+    Returns:
+        What `collate_sft` gives, [S, T]: the answers that are chosen, then the others (of ordinary pairs all rejected
+        ones); ``chosen`` and ``rejected``, [B] long: the place of each pair's answers among them; ``weights``, [B]
+        fp32: 1 / (pairs of the ranking), so that a prompt counts once.
+    """
+    ranking = [n for n, run in enumerate(_runs([row.get("pairs", 1) for row in rows])) for _ in run]
+    places: dict[tuple[int, tuple[int, ...]], int] = {}
+    answers: list[dict[str, Any]] = []
+    sides = []
+    for name in SIDES:
+        side = []
+        for n, row in zip(ranking, rows, strict=True):
+            answer = side_of_pair(row, name)
+            side.append(places.setdefault((n, tuple(answer["input_ids"])), len(places)))
+            if side[-1] == len(answers):
+                answers.append(answer)
+        sides.append(torch.tensor(side))
+    weights = torch.tensor([1 / row.get("pairs", 1) for row in rows])
+    return {**collate_sft(answers, pad_id), **dict(zip(SIDES, sides, strict=True)), "weights": weights}
+
+
+def pair_micro_batches(
+    dataset: Any, rankings: Sequence[range], batch_size: int, pad_id: int, device: torch.device
+) -> Iterator[dict[str, torch.Tensor]]:
+    """This rank's micro-batches of an optimizer step, see `collate_pairs`.
+
+    A rank that has no ranking left gets a filler of weight 0, so that all make the same number of backward passes.
+
+    Args:
+        dataset: pairs.
+        rankings: of the step, over all ranks; of those of `rankings_of`.
+        batch_size: rankings of a micro-batch.
+        pad_id: fills up what is shorter.
+        device: where the tensors go.
+    """
+    for mine in rank_micro_batches(rankings, data_rank(), data_size(), batch_size):
+        batch = collate_pairs([dataset[row] for rows in mine or rankings[:1] for row in rows], pad_id)
+        batch["weights"] *= bool(mine)
+        yield {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def side_of_pair(row: Mapping[str, Any], name: str) -> dict[str, Any]:

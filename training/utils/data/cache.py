@@ -112,7 +112,8 @@ SCHEMAS = {
     "demonstrations": pyarrow.schema([("input_ids", _INTS), ("response_mask", _BITS), *_COMMON]),
     "pairs": pyarrow.schema(
         [("chosen_ids", _INTS), ("chosen_mask", _BITS), ("rejected_ids", _INTS), ("rejected_mask", _BITS)]
-        + [*_COMMON, ("rejected_kind", pyarrow.string())]
+        # How many rows, this one among them, are the pairs of one ranking; they stand together
+        + [*_COMMON, ("rejected_kind", pyarrow.string()), ("pairs", pyarrow.int32())]
     ),
     # The row as it stood in its file goes with a prompt alone: only the rewards of PPO read further columns.
     "prompts": pyarrow.schema([("prompt_ids", _INTS), ("messages", _WORDS), *_COMMON, ("row", _WORDS)]),

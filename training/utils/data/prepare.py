@@ -211,7 +211,7 @@ def _write(request: Request, tokenizer: Any, folder: Path, report: DataReport) -
         TRAIN: cache.ArrowWriter(folder / "train.arrow", request.kind),
         HELD_OUT: cache.ArrowWriter(folder / "held_out.arrow", request.kind),
     }
-    counts = {TRAIN: 0, HELD_OUT: 0}
+    counts, prompts = {TRAIN: 0, HELD_OUT: 0}, {TRAIN: 0, HELD_OUT: 0}
     fitting = [np.zeros(len(stream.decisions), bool) for stream in request.streams]
     bar = progress(sum(len(stream.decisions) for stream in request.streams), "tokenising")
     for stream, fits in zip(request.streams, fitting, strict=True):
@@ -220,6 +220,7 @@ def _write(request: Request, tokenizer: Any, folder: Path, report: DataReport) -
                 decision = stream.decisions[number]
                 writers[decision].write(rows)
                 counts[decision] += len(rows)
+                prompts[decision] += "pairs" in rows[0]
                 fits[number] = True
                 report.tokens += sum(row["length"] for row in rows)
             bar.update(len(batch))
@@ -227,6 +228,7 @@ def _write(request: Request, tokenizer: Any, folder: Path, report: DataReport) -
     for writer in writers.values():
         writer.close()
     report.train_rows, report.held_out_rows = counts[TRAIN], counts[HELD_OUT]
+    report.train_prompts, report.held_out_prompts = prompts[TRAIN], prompts[HELD_OUT]
     return fitting
 
 
@@ -288,9 +290,11 @@ def _original(row: RawRow) -> str:
 
 
 def _compare_lengths(example: Example, report: DataReport) -> None:
-    chosen, rejected = (sum(len(turn["content"]) for turn in turns) for turns in (example.chosen, example.rejected))
-    report.unequal_pairs += chosen != rejected
-    report.longer_chosen += chosen > rejected
+    lengths = [sum(len(turn["content"]) for turn in turns) for turns in example.compared()]
+    report.most_answers = max(report.most_answers, len(lengths))
+    for chosen, rejected in example.pairs():
+        report.unequal_pairs += lengths[chosen] != lengths[rejected]
+        report.longer_chosen += lengths[chosen] > lengths[rejected]
 
 
 Result = list[dict[str, Any]] | str

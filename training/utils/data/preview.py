@@ -57,7 +57,7 @@ if __name__ == "__main__":
 
 import numpy as np  # noqa: E402  what follows takes seconds
 
-from training.utils.data.batches import epoch_batches, padding_share  # noqa: E402
+from training.utils.data.batches import element_lengths, epoch_batches, padding_share  # noqa: E402
 from training.utils.data.kinds import KINDS  # noqa: E402
 from training.utils.data.prepare import StepData, prepare_data  # noqa: E402
 from training.utils.data.preview_page import Piece, page  # noqa: E402
@@ -90,6 +90,7 @@ def shown_rows(data: StepData, tokenizer: Any, count: int) -> Iterator[tuple[str
         if data.report.kind == "demonstrations":
             yield title, pieces(tokenizer, row["input_ids"], row["response_mask"])
         elif data.report.kind == "pairs":
+            title += f", one of {row['pairs']} pairs of its prompt" if row["pairs"] > 1 else ""
             for name in ("chosen", "rejected"):
                 yield f"{title}, {name}", pieces(tokenizer, row[f"{name}_ids"], row[f"{name}_mask"])
         else:
@@ -160,6 +161,11 @@ def counts(data: StepData, batch_size: int, seed: int) -> list[tuple[str, str]]:
         if source.other_steps:
             lines.append(("  for the other steps", str(source.other_steps)))
     lines += [("rows to train on", str(report.train_rows)), ("rows held out", str(report.held_out_rows))]
+    if report.has_rankings:
+        told = f"{report.train_prompts}, and {report.held_out_prompts} held out"
+        lines += [("  pairs of so many prompts, which count once", told)]
+        lines += [("  answers to a prompt", f"up to {report.most_answers}")]
+        lines += [("  answers left out, too long", str(report.answers_too_long))]
     for reason, entry in report.dropped.items():
         lines.append((f"dropped: {reason}", f"{entry.count} ({entry.where()})"))
     for reason in ("exact duplicate", *(("identical pair",) if report.kind == "pairs" else ())):
@@ -174,7 +180,7 @@ def counts(data: StepData, batch_size: int, seed: int) -> list[tuple[str, str]]:
     if report.kind == "pairs":
         share = report.longer_chosen / max(1, report.unequal_pairs)
         lines.append(("pairs whose longer answer is the chosen one", f"{share:.1%} of {report.unequal_pairs}"))
-    lengths = data.train["length"][:]
+    lengths = element_lengths(data.train)
     values = np.percentile(lengths, _PERCENTILES)
     told = ", ".join(
         f"p{p} {v:.0f}" if p < 100 else f"longest {v:.0f}" for p, v in zip(_PERCENTILES, values, strict=True)

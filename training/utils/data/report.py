@@ -68,6 +68,9 @@ class DataReport:
         open_turns: conversations whose last user turn has no answer, which step 1 leaves out.
         shared_prompts: held-out rows whose prompt is also trained on.
         longer_chosen: pairs whose chosen answer has more characters, of ``unequal_pairs``.
+        train_prompts, held_out_prompts: of pairs, what counts once: ordinary pairs, and rankings, which have several.
+        most_answers: to one prompt.
+        answers_too_long: of rankings; they are left out, with their pairs.
         from_cache: whether the tokens were found ready.
     """
 
@@ -84,6 +87,10 @@ class DataReport:
     shared_prompts: int = 0
     longer_chosen: int = 0
     unequal_pairs: int = 0
+    train_prompts: int = 0
+    held_out_prompts: int = 0
+    most_answers: int = 0
+    answers_too_long: int = 0
     from_cache: bool = False
 
     def drop(self, reason: str, place: str) -> None:
@@ -92,6 +99,11 @@ class DataReport:
         entry.count += 1
         if len(entry.places) < _SHOWN:
             entry.places.append(place)
+
+    @property
+    def has_rankings(self) -> bool:
+        """Whether some prompts have more than two answers, and so more than one pair."""
+        return 0 < self.train_prompts + self.held_out_prompts < self.train_rows + self.held_out_rows
 
     def lines(self) -> list[str]:
         """A few lines of text for the log."""
@@ -112,7 +124,17 @@ class DataReport:
             lines.append(f"{self.open_turns} lost their last user turn, which has no answer")
         if self.shared_prompts:
             lines.append(f"{self.shared_prompts} held-out rows have a prompt that is also trained on")
-        counts = f"{self.train_rows} rows to train on, {self.held_out_rows} held out, {self.tokens} tokens"
+        if self.answers_too_long:
+            lines.append(f"{self.answers_too_long} answers of rankings are too long; their pairs are left out")
+        train, held_out = f"{self.train_rows} rows", f"{self.held_out_rows}"
+        if self.has_rankings:
+            lines.append(
+                f"rankings: up to {self.most_answers} answers to a prompt, so up to {self.most_answers} sequences for "
+                "each of --per_device_train_batch_size; all pairs of a prompt count as one"
+            )
+            train = f"{self.train_prompts} prompts ({self.train_rows} pairs)"
+            held_out = f"{self.held_out_prompts} ({self.held_out_rows} pairs)"
+        counts = f"{train} to train on, {held_out} held out, {self.tokens} tokens"
         lines.append(f"{self.kind}: {counts}{' from the cache' if self.from_cache else ''}")
         return lines
 

@@ -6,6 +6,7 @@ a seeded hash of each prompt, so every rank and every machine decides alike with
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from array import array
@@ -199,7 +200,7 @@ def _check_use(example: Example, kind: Kind) -> None:
 
 def _check_no_special_token(example: Example, forbidden: re.Pattern[str]) -> None:
     """A text must not be able to end its own turn or to write another speaker's."""
-    turns = [*example.prompt, *example.response, *example.chosen, *example.rejected]
+    turns = [*example.prompt, *example.response, *itertools.chain(*example.compared())]
     said = (turn.get(name, "") for turn in turns for name in ("content", "reasoning", "tool_calls", "tools"))
     for text in (example.text, *said):
         if found := forbidden.search(text):
@@ -213,7 +214,8 @@ def _identity(example: Example, kind: Kind) -> Any:
     """What makes two examples the same row of a kind."""
     if kind == "demonstrations":
         return [example.text, *demonstration(example)]
-    return [example.prompt, example.chosen, example.rejected] if kind == "pairs" else example.prompt
+    pair = [example.prompt, example.chosen, example.rejected, *([example.answers, example.ranks] * bool(example.ranks))]
+    return pair if kind == "pairs" else example.prompt
 
 
 @dataclass(frozen=True)

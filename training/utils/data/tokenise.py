@@ -7,6 +7,8 @@ any of that has no room and is left out.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -178,37 +180,54 @@ def _without_marks(messages: Sequence[Message]) -> list[Message]:
 def pair_rows(
     tokenizer: Any, examples: Sequence[Example], max_length: int, report: DataReport
 ) -> list[list[Row] | str]:
-    """Step 2's row of each example, or why it is left out; both answers keep the same prompt tokens."""
+    """The pairs of each example, or why it is left out; all its answers keep the same prompt tokens.
+
+    An answer of a ranking that alone is too long is left out, and its pairs with it.
+    """
+    answers = [example.compared() for example in examples]
 
     def renderings(prompts: list[list[Message]], numbers: list[int]) -> list[list[Rendered]]:
-        """The prompt, the chosen and the rejected conversation of each row."""
+        """The prompt of each row, and the conversation with each of its answers."""
         asked: list[tuple[list[Message], bool]] = []
         for prompt, n in zip(prompts, numbers, strict=True):
-            example = examples[n]
-            answers = ([*prompt, *whole] for whole in (example.chosen, example.rejected))
-            asked += [(prompt, True), *((_without_marks(messages), False) for messages in answers)]
-        flat = render_many(tokenizer, asked)
-        return [flat[i : i + 3] for i in range(0, len(flat), 3)]
+            asked += [(prompt, True), *((_without_marks([*prompt, *whole]), False) for whole in answers[n])]
+        flat = iter(render_many(tokenizer, asked))
+        return [list(itertools.islice(flat, 1 + len(answers[n]))) for n in numbers]
 
     fitted = _fit(tokenizer, [example.prompt for example in examples], renderings, max_length)
     results: list[list[Row] | str] = []
-    for n, (prompt, chosen, rejected) in enumerate(fitted.rendered):
-        start = len(prompt.input_ids)
+    for n, (prompt, *whole) in enumerate(fitted.rendered):
         if n in fitted.without_room:
-            results.append(NO_ROOM)
+            fewer = _without_longest(examples[n], whole)
+            result = pair_rows(tokenizer, [fewer], max_length, report)[0] if fewer else NO_ROOM
+            report.answers_too_long += not isinstance(result, str)
+            results.append(result)
             continue
-        if chosen.input_ids == rejected.input_ids:
+        start, pairs = len(prompt.input_ids), examples[n].pairs()
+        pairs = [(i, j) for i, j in pairs if whole[i].input_ids != whole[j].input_ids]
+        if not pairs:
             results.append(SAME_TOKENS)
             continue
         fitted.count(n, report)
-        row: Row = {}
-        for name, answer in (("chosen", chosen), ("rejected", rejected)):
-            row[f"{name}_ids"] = answer.input_ids
-            # Only the compared answer is marked, not the assistant's earlier turns.
-            row[f"{name}_mask"] = [0] * start + answer.response_mask[start:]
-        row["length"] = max(len(row["chosen_ids"]), len(row["rejected_ids"]))
-        results.append([row])
+        rows: list[Row] = []
+        for pair in pairs:
+            row: Row = {"pairs": len(pairs)}
+            for name, answer in zip(("chosen", "rejected"), (whole[i] for i in pair), strict=True):
+                row[f"{name}_ids"] = answer.input_ids
+                # Only the compared answer is marked, not the assistant's earlier turns.
+                row[f"{name}_mask"] = [0] * start + answer.response_mask[start:]
+            rows.append(row | {"length": max(len(row["chosen_ids"]), len(row["rejected_ids"]))})
+        results.append(rows)
     return results
+
+
+def _without_longest(example: Example, whole: Sequence[Rendered]) -> Example | None:
+    """A ranking without its longest answer; None if that leaves nothing to compare."""
+    kept = list(range(len(whole)))
+    kept.remove(max(kept, key=lambda i: len(whole[i].input_ids)))
+    answers, ranks = [example.compared()[i] for i in kept], [example.ranks[i] for i in kept if example.ranks]
+    fewer = dataclasses.replace(example, answers=answers, ranks=ranks, chosen=answers[0], rejected=answers[-1])
+    return fewer if ranks and fewer.pairs() else None
 
 
 def prompt_rows(

@@ -29,7 +29,7 @@ class Example:
     Attributes:
         prompt: the conversation up to the last user turn; empty for plain text.
         response: the demonstration that follows it, turns from the first assistant turn on; may be empty.
-        chosen, rejected: the preferred and the other continuation, both or neither; of a ranking its best and its worst.
+        chosen, rejected: the preferred and the other continuation; both or neither. Of a ranking best and worst.
         answers: of a ranking, which has three or more: all of them, best first; else empty.
         ranks: of each of them its place, never falling; those with the same are tied.
         text: plain text for language modelling, instead of all the others.

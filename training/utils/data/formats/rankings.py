@@ -63,7 +63,7 @@ def ranking(
             raise RowError(f"answers {before + 1} and {i + 1} are the same and have different places in the ranking")
     best_first = sorted(kept.values(), key=lambda i: order[i])
     if len(best_first) == 1:
-        return answered(prompt, response or list(answers[0]))
+        return answered(prompt, list(response or answers[0]))
     if not best_first:
         raise Dropped("no answers")
     if order[best_first[0]] == order[best_first[-1]]:
