@@ -43,6 +43,7 @@ def policies(arguments: argparse.Namespace, path: str, lora: bool) -> Callable[[
     """Build actor and reference, score with both, update the actor."""
     from training.step3_rlhf_finetuning.forward import actor_log_probs
     from training.step3_rlhf_finetuning.roles import RoleSettings, SharedSettings, build_actor
+    from training.utils.arguments import LoraArguments
     from training.utils.engine import engine as engines
     from training.utils.run.distributed import init_distributed
 
@@ -56,14 +57,14 @@ def policies(arguments: argparse.Namespace, path: str, lora: bool) -> Callable[[
             offload=False,
             offload_reference_model=False,
             offload_reward_model=False,
-            only_optimize_lora=lora,
             overrides={},
             micro_batch_size=arguments.rows,
             total_steps=10,
             pad_token_id=0,
             device=device,
         )
-        actor = build_actor(RoleSettings(path, 0, 1e-5, 0.0, False, LORA_DIM if lora else 0, "all-linear"), shared)
+        adapters = LoraArguments(LORA_DIM, "all-linear", True) if lora else LoraArguments()
+        actor = build_actor(RoleSettings(path, 0, 1e-5, 0.0, False, adapters), shared)
         batch = make_batch(arguments, actor.engine.module.config.vocab_size, device)
         with actor.scoring_mode() as engine:
             actor_log_probs(engine, *batch, 1.0)

@@ -261,6 +261,19 @@ CASES = [
     Case(
         "LoRA alone without LoRA", 1, lambda w: _sft(w, "--only_optimize_lora"), ["--only_optimize_lora", "--lora_dim"]
     ),
+    Case("a scale without adapters", 2, lambda w: _sft(w, "--lora_alpha", "4"), ["--lora_alpha", "--lora_dim"]),
+    Case(
+        "a learning rate of no adapters",
+        3,
+        lambda w: _rl(w, "--actor_lora_dim", "4", "--critic_lora_learning_rate", "1e-3"),
+        ["--critic_lora_learning_rate", "--critic_lora_dim"],
+    ),
+    Case(
+        "dropout in PPO",
+        3,
+        lambda w: _rl(w, "--actor_lora_dim", "4", "--lora_dropout", "0.1"),
+        ["--lora_dropout", "ratio would not be 1"],
+    ),
     Case(
         "adapters alone without adapters",
         3,

@@ -36,6 +36,7 @@ from training.step3_rlhf_finetuning.roles import (
     build_critic,
     build_rewards,
 )
+from training.utils.arguments import LoraArguments
 from training.utils.data import SIDES
 from training.utils.engine import engine as engines
 from training.utils.engine.zero_config import deepspeed_config
@@ -44,7 +45,7 @@ from training.utils.generation.requests import RolloutBatch, RolloutRequest
 from training.utils.generation.sampling import SamplingConfig
 from training.utils.model import classifiers, loading
 from training.utils.model.language_modelling import negative_log_likelihood
-from training.utils.model.lora import inject_lora
+from training.utils.model.lora import with_adapters
 from training.utils.model.reward_model import RewardStats
 from training.utils.run.distributed import init_distributed, rank, reduce_sums, world_size
 from training.utils.run.runtime import prepare_runtime
@@ -113,7 +114,7 @@ def train_sequences(case: Case, path: str, fault: bool = False) -> list[float]:
         model = classifiers.load_classifier(path, dtype=case.dtype, pad_token_id=PAD, ds_config=config)
     if case.lora:
         torch.manual_seed(0)
-        model = inject_lora(model, dim=4, module_name="q_proj,down_proj", only_optimize_lora=True)
+        model = with_adapters(model, LoraArguments(4, "q_proj,down_proj", True))
     wrapped = model if case.step == 1 else classifiers.TokenScorer(model)
     engine = engines.initialize_engine(
         wrapped.to(device), config, learning_rate=3e-3, weight_decay=0.1, num_warmup_steps=0, total_steps=100
@@ -168,8 +169,8 @@ def train_ppo(case: Case, path: str, reward_path: str, fault: bool = False) -> l
     reward = RewardModelSettings(reward_path, STATS, 1.0, reads_text=False)
     load: dict[str, Any] = {"pad_token_id": PAD, "dtype": case.dtype, "device": settings.device}
     rewards = build_rewards(reward, {}, zero_stage=case.zero_stage, **load)
-    lora = 4 if case.lora else 0
-    role = [RoleSettings(p, case.zero_stage, 1e-3, 0.0, False, lora, "all-linear") for p in (path, reward_path)]
+    lora = LoraArguments(4, "all-linear", True) if case.lora else LoraArguments()
+    role = [RoleSettings(p, case.zero_stage, 1e-3, 0.0, False, lora) for p in (path, reward_path)]
     torch.manual_seed(0)
     roles = Roles(build_actor(role[0], settings), build_critic(role[1], settings, reward), rewards)
     constants = PPOSettings(

@@ -18,13 +18,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.tiny import tiny_tokenizer
+from training.utils.arguments import LoraArguments
 from training.utils.errors import UserError
 from training.utils.generation.engines import rollout_backend
 from training.utils.generation.requests import RolloutRequest
 from training.utils.generation.sampling import SamplingConfig
 from training.utils.model import classifiers, export, loading
 from training.utils.model.logprobs import response_log_probs
-from training.utils.model.lora import check_lora, inject_lora
+from training.utils.model.lora import check_lora, with_adapters
 
 VOCABULARY, PAD = 512, 0
 SIZES: dict[str, Any] = {
@@ -162,8 +163,8 @@ def trains(lora: bool) -> Callable[[str, Path], str]:
     def check(folder: str, scratch: Path) -> str:
         model = loading.load_causal_lm(folder, dtype="fp32")
         if lora:
-            check_lora(folder, 2, "all-linear")
-            model = inject_lora(model, dim=2, module_name="all-linear", only_optimize_lora=True)  # type: ignore[assignment]
+            check_lora(folder, LoraArguments(2))
+            model = with_adapters(model, LoraArguments(2, "all-linear", True))  # type: ignore[assignment]
         asked = prompts((9, 5))
         rows = [ids[mask.bool()] for ids, mask in zip(asked.prompt_ids, asked.prompt_mask, strict=True)]
         width = max(map(len, rows))

@@ -24,24 +24,38 @@ from tests.reliability.tiny_runs import Launcher, make_inputs, metrics, step_arg
 MOMENTS = ("while saving", "at random")
 
 
-def uninterrupted(launcher: Launcher, inputs: Path, step: int, folder: Path) -> tuple[Path, float]:
+# Dropout draws random numbers at every step, and adapters with their own learning rate are a third group of parameters
+ADAPTERS = ("--lora_dim", "4", "--lora_dropout", "0.3", "--lora_learning_rate", "2e-2", "--lora_alpha", "4")
+
+
+def uninterrupted(
+    launcher: Launcher, inputs: Path, step: int, folder: Path, more: Sequence[str] = ()
+) -> tuple[Path, float]:
     """A run without a kill; its folder and its seconds."""
     start = time.monotonic()
-    run = launcher.start(step, step_arguments(step, inputs, folder / "whole"), folder / "whole.log")
+    run = launcher.start(step, step_arguments(step, inputs, folder / "whole", *more), folder / "whole.log")
     assert run.wait() == 0, run.text()[-3000:]
     return folder / "whole", time.monotonic() - start
 
 
 def killed_and_resumed(
-    launcher: Launcher, inputs: Path, step: int, output: Path, moments: list[str], seconds: float, rng: random.Random
+    launcher: Launcher,
+    inputs: Path,
+    step: int,
+    output: Path,
+    moments: list[str],
+    seconds: float,
+    rng: random.Random,
+    more: Sequence[str] = (),
 ) -> int:
     """Start a step, kill it at each of these moments, resume it after each; returns how many kills hit.
 
     Args:
         moments: of `MOMENTS`; "while saving" waits for a half-written checkpoint.
         seconds: that an uninterrupted run takes; a random kill comes within them.
+        more: flags.
     """
-    arguments, log = step_arguments(step, inputs, output), output.with_suffix(".log")
+    arguments, log = step_arguments(step, inputs, output, *more), output.with_suffix(".log")
     hits = 0
     for moment in moments:
         run = launcher.start(step, arguments, log)
@@ -72,11 +86,11 @@ def assert_same(step: int, whole: Path, resumed: Path) -> None:
     assert metrics(resumed) == metrics(whole)
 
 
-@pytest.mark.parametrize("step", [1, 2, 3])
-def test_a_kill_while_saving_changes_nothing(launcher, inputs, tmp_path, step):
-    whole, seconds = uninterrupted(launcher, inputs, step, tmp_path)
-    resumed = tmp_path / "killed"
-    assert killed_and_resumed(launcher, inputs, step, resumed, ["while saving"], seconds, random.Random(step)) == 1
+@pytest.mark.parametrize(("step", "more"), [(1, ADAPTERS), (2, ()), (3, ())])
+def test_a_kill_while_saving_changes_nothing(launcher, inputs, tmp_path, step, more):
+    whole, seconds = uninterrupted(launcher, inputs, step, tmp_path, more)
+    resumed, rng = tmp_path / "killed", random.Random(step)
+    assert killed_and_resumed(launcher, inputs, step, resumed, ["while saving"], seconds, rng, more) == 1
     assert "going on from" in resumed.with_suffix(".log").read_text()
     assert_same(step, whole, resumed)
 

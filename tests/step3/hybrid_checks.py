@@ -23,6 +23,7 @@ from training.step3_rlhf_finetuning.roles import (
     build_critic,
     build_rewards,
 )
+from training.utils.arguments import LoraArguments
 from training.utils.engine import engine as engines
 from training.utils.generation.engines import rollout_backend
 from training.utils.generation.requests import RolloutRequest
@@ -43,7 +44,6 @@ def shared_settings(dtype: str = "fp32", **changes: Any) -> SharedSettings:
         "offload": False,
         "offload_reference_model": False,
         "offload_reward_model": False,
-        "only_optimize_lora": True,
         "overrides": TINY_SHARDS,
         "micro_batch_size": 2,
         "total_steps": 1000,
@@ -54,7 +54,7 @@ def shared_settings(dtype: str = "fp32", **changes: Any) -> SharedSettings:
 
 
 def role(path: str, stage: int, rate: float, lora: int = 0, checkpointing: bool = False) -> RoleSettings:
-    return RoleSettings(path, stage, rate, 0.0, checkpointing, lora, "all-linear")
+    return RoleSettings(path, stage, rate, 0.0, checkpointing, LoraArguments(lora, "all-linear", lora > 0))
 
 
 def prompts(count: int) -> list[list[int]]:

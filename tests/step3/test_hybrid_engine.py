@@ -8,10 +8,11 @@ from transformers import AutoModelForCausalLM
 from tests.step3.hybrid_checks import save_tiny_reward_model, trajectory, twin_equals_engine
 from tests.step3.mode_checks import decision, hooked_and_twin, merge_and_restore, modes
 from tests.utils.engine.engine_checks import collate, fixed_rows
+from training.utils.arguments import LoraArguments
 from training.utils.generation.engines import rollout_backend
 from training.utils.memory.generation import free_bytes, generation_bytes
 from training.utils.model.logprobs import response_log_probs
-from training.utils.model.lora import inject_lora
+from training.utils.model.lora import with_adapters
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +87,7 @@ def test_the_memory_estimate_counts_weights_copies_and_cache(tiny_model):
     plain = generation_bytes(model, rows=4, length=32, packed=False, merged=False)
     assert plain == weights + 2 * 4 * 32 * 2 * 2 * 8 * 4 + 2 * 4 * 400 * 4  # 2 layers of 2 heads 8 wide, 400 tokens
     assert generation_bytes(model, rows=4, length=32, packed=True, merged=False) == plain + weights
-    adapted = inject_lora(model, dim=4, module_name="q_proj", only_optimize_lora=True)
+    adapted = with_adapters(model, LoraArguments(4, "q_proj", True))
     more = generation_bytes(adapted, rows=4, length=32, packed=False, merged=True) - plain
     assert more == 2 * (32 * 32 + 4 * (32 + 32)) * 4  # in two layers: the saved q_proj, and the adapter itself
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from training.migrate.predecessors import others_of
 from training.step3_rlhf_finetuning import arguments as rlhf_arguments
 from training.utils import arguments
-from training.utils.arguments import AUTO, DataArguments
+from training.utils.arguments import AUTO, DataArguments, LoraArguments
 from training.utils.data.kinds import KINDS, Kind
 from training.utils.errors import UserError
 from training.utils.run.folders import cache_dir, repository_root
@@ -134,9 +134,14 @@ def forward(shape: Shape, tokens: float, logits: float) -> float:
     return 2.0 * (tokens * shape.body + logits * shape.head)
 
 
-def passes(adapters_only: bool, checkpointing: bool) -> int:
-    """Forward and backward, in forwards: gradients of the weights are left out where adapters alone train."""
-    return (2 if adapters_only else 3) + checkpointing
+def passes(adapters: bool, checkpointing: bool) -> int:
+    """Forward and backward, in forwards: gradients of the weights that have adapters are left out."""
+    return (2 if adapters else 3) + checkpointing
+
+
+def updated_parameters(lora: LoraArguments, body: int, head: int) -> int:
+    """Of an optimizer step, but for the adapters' own; these are taken to be everywhere in the body."""
+    return 0 if lora.only_optimize_lora else head if lora.lora_dim else body + head
 
 
 def fine_tuning_work(step: int, groups: Sequence[Any], shape: Shape, rows: Rows, held_out: Rows, ranks: int) -> Work:
@@ -165,10 +170,10 @@ def fine_tuning_work(step: int, groups: Sequence[Any], shape: Shape, rows: Rows,
     held_out_rows = held_out.count * (1 + len(due | ends))
     if step == 2:
         held_out_rows -= max(held_out.count - PAIRS_BEFORE, 0)
-    trained = passes(lora.only_optimize_lora, model.gradient_checkpointing)
+    trained = passes(lora.lora_dim > 0, model.gradient_checkpointing)
     return Work(
         trained * train.num_train_epochs * rows.count * one(rows) + held_out_rows * one(held_out),
-        updated=0 if lora.only_optimize_lora else steps * (shape.body + shape.head),
+        updated=steps * updated_parameters(lora, shape.body, shape.head),
     )
 
 
@@ -199,11 +204,10 @@ def rlhf_work(groups: Sequence[Any], shape: Shape, prompts: Rows, held_out: Rows
     def answered(length: float) -> Work:
         return Work(forward(shape, held_out.prompt, 0) + rewards(held_out, length), length * token)
 
-    actor_only = bool(zero.only_optimize_lora and zero.actor_lora_dim)
-    critic_only = bool(zero.only_optimize_lora and zero.critic_lora_dim)
+    adapters = zero.lora("actor"), zero.lora("critic")
     scored = 2 * log_probs(prompts) + (1 + critic) * rewards(prompts, answer)  # log-probs: actor, reference
-    trained = passes(actor_only, roles.actor_gradient_checkpointing) * log_probs(prompts)
-    trained += critic * passes(critic_only, roles.critic_gradient_checkpointing) * rewards(prompts, answer)
+    trained = passes(adapters[0].lora_dim > 0, roles.actor_gradient_checkpointing) * log_probs(prompts)
+    trained += critic * passes(adapters[1].lora_dim > 0, roles.critic_gradient_checkpointing) * rewards(prompts, answer)
     prefill = forward(shape, prompts.prompt, 0) / rollout.samples_per_prompt  # once for all answers to a prompt
     training = iterations * rows * (prefill + scored + ppo.ppo_epochs * trained)
     decoding = iterations * rows * answer * token
@@ -219,7 +223,8 @@ def rlhf_work(groups: Sequence[Any], shape: Shape, prompts: Rows, held_out: Rows
 
     batch = train.per_device_training_batch_size * train.gradient_accumulation_steps * ranks
     updates = iterations * ppo.ppo_epochs * rows / batch
-    full = (not actor_only) * (shape.body + shape.head) + (critic and not critic_only) * shape.body
+    full = updated_parameters(adapters[0], shape.body, shape.head)
+    full += critic * updated_parameters(adapters[1], shape.body, 0)
     return Work(training, decoding, updates * full)
 
 

@@ -82,7 +82,7 @@ def main(argv: Sequence[str]) -> int:
     named = model_args.model_name_or_path or loading.EMBEDDED
     model_path = loading.resolve_model(named)
     check_length(model_path, model_args.max_seq_len, "--max_seq_len")
-    check_lora(model_path, lora.lora_dim, lora.lora_module_name)
+    check_lora(model_path, lora)
     if output.plan:
         precision.settle(model_args, resume_output_dir(reliability.resume, output.output_dir), reliability.resume)
         return show_sequence_plan(1, model_path, model_args, lora, train, ds, overrides)

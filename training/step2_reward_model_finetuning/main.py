@@ -81,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
     model_path = loading.resolve_model(model_args.model_name_or_path or str(latest_output("step1")))
     check_length(model_path, model_args.max_seq_len, "--max_seq_len")
     classifiers.check_reward_family(model_path)
-    check_lora(model_path, lora.lora_dim, lora.lora_module_name)
+    check_lora(model_path, lora)
     if output.plan:
         precision.settle(model_args, resume_output_dir(reliability.resume, output.output_dir), reliability.resume)
         return show_sequence_plan(2, model_path, model_args, lora, train, ds, overrides)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from training.utils import arguments
-from training.utils.arguments import AUTO, DTYPE_HELP, MAX_SEED, PRECISIONS, SCHEDULES, flag
+from training.utils.arguments import AUTO, DTYPE_HELP, MAX_SEED, PRECISIONS, SCHEDULES, LoraArguments, flag
 from training.utils.errors import UserError
 
 ADVANTAGES = ("gae", "rloo", "grpo")
@@ -116,12 +116,30 @@ class RoleZeroArguments:
     actor_lora_module_name: str = flag("all-linear", "comma-separated parts of module names, or all-linear")
     critic_lora_dim: int = flag(0, "rank of the critic's adapters, 0 for none", minimum=0)
     critic_lora_module_name: str = flag("all-linear", "comma-separated parts of module names, or all-linear")
+    actor_lora_learning_rate: float = flag(0.0, "of the actor's adapters; 0: --actor_learning_rate", minimum=0)
+    critic_lora_learning_rate: float = flag(0.0, "of the critic's adapters; 0: --critic_learning_rate", minimum=0)
+    lora_alpha: int = flag(0, "adapters count with alpha / rank; 0: alpha is twice the rank", minimum=0)
     only_optimize_lora: bool = flag(False, "freeze everything but the adapters (and the critic's head)")
     merge_lora_for_generation: bool = flag(False, "add the actor's adapters to its weights while it generates")
 
     def __post_init__(self) -> None:
-        if self.only_optimize_lora and not (self.actor_lora_dim or self.critic_lora_dim):
-            raise UserError("--only_optimize_lora needs adapters: set --actor_lora_dim or --critic_lora_dim")
+        for name, dims in (
+            ("only_optimize_lora", ("actor_lora_dim", "critic_lora_dim")),
+            ("lora_alpha", ("actor_lora_dim", "critic_lora_dim")),
+            ("actor_lora_learning_rate", ("actor_lora_dim",)),
+            ("critic_lora_learning_rate", ("critic_lora_dim",)),
+            ("merge_lora_for_generation", ("actor_lora_dim",)),
+        ):
+            if getattr(self, name) and not any(getattr(self, dim) for dim in dims):
+                raise UserError(f"--{name} needs adapters: set {' or '.join(f'--{dim}' for dim in dims)}")
+
+    def lora(self, role: str) -> LoraArguments:
+        """The adapters of ``actor`` or ``critic``; without dropout, with which PPO's first ratio would not be 1."""
+        dim: int = getattr(self, f"{role}_lora_dim")
+        if not dim:
+            return LoraArguments()
+        name, rate = getattr(self, f"{role}_lora_module_name"), getattr(self, f"{role}_lora_learning_rate")
+        return LoraArguments(dim, name, self.only_optimize_lora, self.lora_alpha, rate)
 
 
 @dataclass
@@ -150,8 +168,13 @@ ARGUMENTS = [
 ]
 
 
-# What train.py and evaluate.py call the reward model
-ALIASES = {"--reward_model_name_or_path": arguments.OtherFlag(str, ours="--critic_model_name_or_path")}
+# What train.py and evaluate.py call the reward model, and a flag of steps 1 and 2 that can not be had here
+ALIASES = {
+    "--reward_model_name_or_path": arguments.OtherFlag(str, ours="--critic_model_name_or_path"),
+    "--lora_dropout": arguments.OtherFlag(
+        float, 0.0, said="with dropout PPO's first ratio would not be 1", only=(0.0,)
+    ),
+}
 
 
 def check(groups: list[Any]) -> list[Any]:
@@ -171,8 +194,6 @@ def check(groups: list[Any]) -> list[Any]:
     check_advantage(ppo, rollout)
     for_each_role(train.lr_scheduler_type, "--lr_scheduler_type")
     for_each_role(train.num_warmup_steps, "--num_warmup_steps")
-    if zero.merge_lora_for_generation and not zero.actor_lora_dim:
-        raise UserError("--merge_lora_for_generation needs adapters: set --actor_lora_dim")
     for name, wanted, stage in (
         ("--offload_reference_model", zero.offload_reference_model, zero.actor_zero_stage),
         ("--offload_reward_model", zero.offload_reward_model, zero.critic_zero_stage),

@@ -15,6 +15,7 @@ from training.step3_rlhf_finetuning.arguments import (
 )
 from training.step3_rlhf_finetuning.forward import actor_log_probs, state_values
 from training.step3_rlhf_finetuning.roles import RewardModelSettings, RoleSettings
+from training.utils.arguments import LoraArguments
 from training.utils.engine.zero_config import deepspeed_config
 from training.utils.generation.decode_loop import PREFILL_TOKENS
 from training.utils.generation.engines import MIN_STEPS_TO_PACK
@@ -243,12 +244,11 @@ def show_rlhf_plan(
     build = functools.partial(plans.fake_role, dtype=roles.dtype, attn_implementation=roles.attn_implementation)
 
     def trained(role: RoleSettings, classifier: bool) -> FakeModel:
-        lora = plans.LoraSettings(role.lora_dim, role.lora_module_name, zero.only_optimize_lora)
-        return build(role.path, lora=lora, classifier=classifier)
+        return build(role.path, lora=role.lora, classifier=classifier)
 
     scorer = None
     if reward is not None and classifiers.scores_tokens(reward.path):
-        scorer = build(reward.path, lora=plans.LoraSettings(), classifier=True)
+        scorer = build(reward.path, lora=LoraArguments(), classifier=True)
     costs = RoleCosts(
         trained(actor, False),
         None if critic is None else trained(critic, True),

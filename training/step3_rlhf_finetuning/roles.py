@@ -17,6 +17,7 @@ from training.step3_rlhf_finetuning.reward_sources import (
     TokenReward,
 )
 from training.step3_rlhf_finetuning.rewards import TextFunction
+from training.utils.arguments import LoraArguments
 from training.utils.checkpoint.ema import MovingAverage
 from training.utils.engine import engine as engines
 from training.utils.engine.reference import load_reference
@@ -25,7 +26,7 @@ from training.utils.generation.engines import rollout_backend
 from training.utils.generation.requests import RolloutBackend
 from training.utils.model import classifiers, loading
 from training.utils.model.forward import enable_gradient_checkpointing
-from training.utils.model.lora import inject_lora
+from training.utils.model.lora import with_adapters
 from training.utils.model.reward_model import RewardStats
 from training.utils.model.text_reward import load_text_reward_model
 from training.utils.run.distributed import say
@@ -40,8 +41,7 @@ class RoleSettings:
     learning_rate: float
     weight_decay: float
     gradient_checkpointing: bool
-    lora_dim: int
-    lora_module_name: str
+    lora: LoraArguments
     lr_scheduler_type: str = "cosine"
     num_warmup_steps: int = 0
     fresh_head_seed: int | None = None  # of a critic that does not start from a reward model
@@ -74,7 +74,6 @@ class SharedSettings:
     offload: bool
     offload_reference_model: bool
     offload_reward_model: bool
-    only_optimize_lora: bool
     overrides: dict[str, Any]
     micro_batch_size: int
     total_steps: int
@@ -121,6 +120,7 @@ def _initialize(model: Any, role: RoleSettings, shared: SharedSettings, config: 
         model.to(shared.device),
         config,
         learning_rate=role.learning_rate,
+        lora_learning_rate=role.lora.lora_learning_rate,
         weight_decay=role.weight_decay,
         num_warmup_steps=role.num_warmup_steps,
         total_steps=shared.total_steps,
@@ -132,27 +132,20 @@ def build_actor(role: RoleSettings, shared: SharedSettings) -> HybridEngine:
     """The actor and its reference policy, see `training.utils.engine.reference`."""
     config = _ds_config(role, shared)
     load: dict[str, Any] = {"dtype": shared.dtype, "attn_implementation": shared.attn_implementation}
-    model: Any = loading.load_causal_lm(role.path, ds_config=config, **load)
-    if role.lora_dim:
-        model = inject_lora(
-            model,
-            dim=role.lora_dim,
-            module_name=role.lora_module_name,
-            only_optimize_lora=shared.only_optimize_lora,
-        )
+    model = with_adapters(loading.load_causal_lm(role.path, ds_config=config, **load), role.lora)
     twin = make_twin(model)
     if role.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     engine = _initialize(model, role, shared, config)
     reference = load_reference(
         role.path,
-        adapters_only=bool(role.lora_dim and shared.only_optimize_lora),
+        adapters_only=role.lora.only_optimize_lora,
         zero_stage=role.zero_stage,
         offload=shared.offload_reference_model,
         device=shared.device,
         **load,
     )
-    merge = shared.merge_lora_for_generation and role.lora_dim > 0
+    merge = shared.merge_lora_for_generation and role.lora.lora_dim > 0
     return HybridEngine(engine, twin, reference, merge_lora=merge)
 
 
@@ -162,7 +155,7 @@ def build_critic(role: RoleSettings, shared: SharedSettings, reward: RewardModel
     From another model it starts with a fresh head, which gives nearly 0 everywhere.
     """
     config = _ds_config(role, shared)
-    model: Any = classifiers.load_classifier(
+    bare = classifiers.load_classifier(
         role.path,
         dtype=shared.dtype,
         pad_token_id=shared.pad_token_id,
@@ -170,13 +163,7 @@ def build_critic(role: RoleSettings, shared: SharedSettings, reward: RewardModel
         ds_config=config,
         fresh_head_seed=role.fresh_head_seed,
     )
-    if role.lora_dim:
-        model = inject_lora(
-            model,
-            dim=role.lora_dim,
-            module_name=role.lora_module_name,
-            only_optimize_lora=shared.only_optimize_lora,
-        )
+    model = with_adapters(bare, role.lora)
     if role.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     mean, std = 0.0, 1.0

@@ -191,7 +191,7 @@ def check_models(
         UserError: too few positions or embeddings, or a LoRA name without a match.
     """
     for role in filter(None, (actor, critic)):
-        check_lora(role.path, role.lora_dim, role.lora_module_name)
+        check_lora(role.path, role.lora)
     readers = [actor.path, critic.path if critic else "", reward.path if reward and not reward.reads_text else ""]
     for path in dict.fromkeys(filter(None, readers)):
         check_length(path, length, "--max_prompt_seq_len + --max_answer_seq_len")
@@ -208,8 +208,7 @@ def actor_settings(
         train.actor_learning_rate,
         train.actor_weight_decay,
         args.actor_gradient_checkpointing,
-        zero.actor_lora_dim,
-        zero.actor_lora_module_name,
+        zero.lora("actor"),
         for_each_role(train.lr_scheduler_type, "--lr_scheduler_type")[0],
         for_each_role(train.num_warmup_steps, "--num_warmup_steps")[0],
     )
@@ -230,8 +229,7 @@ def critic_settings(
         train.critic_learning_rate,
         train.critic_weight_decay,
         args.critic_gradient_checkpointing,
-        zero.critic_lora_dim,
-        zero.critic_lora_module_name,
+        zero.lora("critic"),
         for_each_role(train.lr_scheduler_type, "--lr_scheduler_type")[1],
         for_each_role(train.num_warmup_steps, "--num_warmup_steps")[1],
         fresh_head_seed=None if from_reward else train.seed,
@@ -255,7 +253,6 @@ def shared_settings(
         offload=zero.offload,
         offload_reference_model=zero.offload_reference_model,
         offload_reward_model=zero.offload_reward_model,
-        only_optimize_lora=zero.only_optimize_lora,
         overrides=overrides,
         micro_batch_size=train.per_device_training_batch_size,
         total_steps=total_steps,

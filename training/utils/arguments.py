@@ -164,13 +164,17 @@ class ModelArguments:
 class LoraArguments:
     """LoRA"""
 
-    lora_dim: int = flag(0, "rank of the adapters; 0 trains without LoRA", minimum=0)
+    lora_dim: int = flag(0, "rank of the adapters, whose layers' own weights are frozen; 0 for none", minimum=0)
     lora_module_name: str = flag("all-linear", "comma-separated parts of module names, or all-linear")
     only_optimize_lora: bool = flag(False, "freeze everything but the adapters (and the reward head)")
+    lora_alpha: int = flag(0, "adapters count with alpha / rank; 0: alpha is twice the rank", minimum=0)
+    lora_learning_rate: float = flag(0.0, "peak learning rate of the adapters; 0: that of the rest", minimum=0)
+    lora_dropout: float = flag(0.0, "share of an adapter's inputs that training drops", minimum=0, maximum=0.9)
 
     def __post_init__(self) -> None:
-        if self.only_optimize_lora and not self.lora_dim:
-            raise UserError("--only_optimize_lora needs adapters: set --lora_dim")
+        for name in ("only_optimize_lora", "lora_alpha", "lora_learning_rate", "lora_dropout"):
+            if getattr(self, name) and not self.lora_dim:
+                raise UserError(f"--{name} needs adapters: set --lora_dim")
 
 
 @dataclass

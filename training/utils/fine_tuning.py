@@ -34,7 +34,7 @@ from training.utils.metrics import MetricsLogger, progress_bar, write_summary
 from training.utils.model.card import write_model_card
 from training.utils.model.export import save_model
 from training.utils.model.forward import enable_gradient_checkpointing
-from training.utils.model.lora import inject_lora
+from training.utils.model.lora import with_adapters
 from training.utils.model.tokenizer import check_vocabulary, load_tokenizer
 from training.utils.phases import Phases
 from training.utils.run import watchdog
@@ -237,17 +237,14 @@ def build_engine(
         micro_batch_size=rows * train.per_device_train_batch_size,
         overrides=overrides,
     )
-    model = load(config)
-    if lora.lora_dim:
-        model = inject_lora(
-            model, dim=lora.lora_dim, module_name=lora.lora_module_name, only_optimize_lora=lora.only_optimize_lora
-        )
+    model = with_adapters(load(config), lora)
     if model_args.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     engine = engines.initialize_engine(
         wrap(model).to(tuning.device),
         config,
         learning_rate=train.learning_rate,
+        lora_learning_rate=lora.lora_learning_rate,
         weight_decay=train.weight_decay,
         num_warmup_steps=train.num_warmup_steps,
         total_steps=tuning.total_steps,

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.utils.checkpoint.resume_checks import make_engine, take_steps
+from training.utils.arguments import LoraArguments
 from training.utils.checkpoint.ema import MovingAverage
 from training.utils.checkpoint.engine_state import MASTER, masters
 from training.utils.model.export import full_state_dict
@@ -17,7 +18,9 @@ from training.utils.run.distributed import barrier, rank
 DECAY = 0.75  # far from 1, so that a forgotten or doubled update shows
 
 
-def averaged(model_path: str, folder: str, *, stage: int, dtype: str, lora: bool = False) -> dict[str, Any]:
+def averaged(
+    model_path: str, folder: str, *, stage: int, dtype: str, lora: LoraArguments | None = None
+) -> dict[str, Any]:
     """Three steps with an update after each: the average, the engine around it, and a checkpoint read back."""
     engine = make_engine(model_path, stage=stage, dtype=dtype, lora=lora)
     average = MovingAverage(engine, DECAY)

@@ -9,17 +9,23 @@ import torch
 from safetensors.torch import save_file
 
 from tests.utils.engine.engine_checks import ROWS, TINY_SHARDS, collate, fixed_rows
+from training.utils.arguments import LoraArguments
 from training.utils.checkpoint.engine_state import engine_counters, engine_tensors, load_engine
 from training.utils.engine import engine as engines
 from training.utils.engine.zero_config import deepspeed_config
 from training.utils.model import loading
 from training.utils.model.export import full_state_dict
 from training.utils.model.logprobs import response_log_probs
-from training.utils.model.lora import inject_lora
+from training.utils.model.lora import with_adapters
 from training.utils.run.distributed import barrier, init_distributed, rank, world_size
 
+ADAPTERS = LoraArguments(4, "q_proj,down_proj", True)
+MIXED = LoraArguments(4, "q_proj,down_proj", lora_learning_rate=3e-2)  # the rest trains too, at another rate
 
-def make_engine(model_path: str, *, stage: int, dtype: str, lora: bool = False, offload: bool = False) -> Any:
+
+def make_engine(
+    model_path: str, *, stage: int, dtype: str, lora: LoraArguments | None = None, offload: bool = False
+) -> Any:
     """A new engine on the tiny model; at ZeRO 3 the smallest parameters stay whole, as they do by default."""
     shards = {"zero_optimization": {"stage3_param_persistence_threshold": 40}}
     config = deepspeed_config(
@@ -28,9 +34,15 @@ def make_engine(model_path: str, *, stage: int, dtype: str, lora: bool = False, 
     model: Any = loading.load_causal_lm(model_path, dtype=dtype, ds_config=config)
     if lora:
         torch.manual_seed(0)
-        model = inject_lora(model, dim=4, module_name="q_proj,down_proj", only_optimize_lora=True)
+        model = with_adapters(model, lora)
     return engines.initialize_engine(
-        model.to(init_distributed()), config, learning_rate=1e-2, weight_decay=0.1, num_warmup_steps=2, total_steps=10
+        model.to(init_distributed()),
+        config,
+        learning_rate=1e-2,
+        weight_decay=0.1,
+        num_warmup_steps=2,
+        total_steps=10,
+        lora_learning_rate=lora.lora_learning_rate if lora else 0.0,
     )
 
 
@@ -58,7 +70,7 @@ def save(engine: Any, folder: Path) -> dict[str, Any]:
 
 
 def interrupted(
-    model_path: str, folder: str, *, stage: int, dtype: str, lora: bool = False, offload: bool = False
+    model_path: str, folder: str, *, stage: int, dtype: str, lora: LoraArguments | None = None, offload: bool = False
 ) -> dict[str, Any]:
     """Four steps in one go, and two steps, a checkpoint, two steps in a new engine."""
     kind = {"stage": stage, "dtype": dtype, "lora": lora, "offload": offload}

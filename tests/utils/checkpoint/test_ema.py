@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.utils.checkpoint.ema_checks import DECAY, averaged
+from tests.utils.checkpoint.resume_checks import ADAPTERS, MIXED
 
 
 def expected(result):
@@ -32,7 +33,7 @@ def test_two_ranks(tiny_model, rank_pair, tmp_path, stage):
         check(result, 1e-6)
 
 
-@pytest.mark.parametrize(("stage", "lora"), [(1, False), (3, True)])
+@pytest.mark.parametrize(("stage", "lora"), [(1, None), (3, ADAPTERS), (2, MIXED)])
 def test_in_bf16_and_with_adapters(tiny_model, tmp_path, stage, lora):
     """Masters stay fp32: averaged in bf16 a decay of 0.992 would round most updates away."""
     result = averaged(str(tiny_model), str(tmp_path / "c"), stage=stage, dtype="bf16", lora=lora)

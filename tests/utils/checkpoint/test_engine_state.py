@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.utils.checkpoint.resume_checks import interrupted, resumed_elsewhere
+from tests.utils.checkpoint.resume_checks import ADAPTERS, MIXED, interrupted, resumed_elsewhere
 from training.utils.errors import UserError
 
 
@@ -24,7 +24,14 @@ def test_two_ranks_go_on_bit_for_bit(tiny_model, rank_pair, tmp_path, stage, dty
 
 
 @pytest.mark.parametrize(
-    ("stage", "options"), [(1, {"lora": True}), (3, {"lora": True}), (2, {"offload": True}), (3, {"offload": True})]
+    ("stage", "options"),
+    [
+        (1, {"lora": ADAPTERS}),
+        (2, {"lora": MIXED}),
+        (3, {"lora": MIXED}),
+        (2, {"offload": True}),
+        (3, {"offload": True, "lora": ADAPTERS}),
+    ],
 )
 def test_lora_and_offload_go_on_bit_for_bit(tiny_model, rank_pair, tmp_path, stage, options):
     for result in rank_pair.run(
@@ -51,7 +58,7 @@ def test_forgotten_moments_would_show(tiny_model, rank_pair, tmp_path):
 
 
 def test_another_models_checkpoint_is_refused(tiny_model, rank_pair, tmp_path):
-    first, _ = rank_pair.run(interrupted, str(tiny_model), str(tmp_path / "c"), stage=2, dtype="bf16", lora=True)
+    first, _ = rank_pair.run(interrupted, str(tiny_model), str(tmp_path / "c"), stage=2, dtype="bf16", lora=ADAPTERS)
     with pytest.raises(UserError, match="other trained parameters"):
         resumed_elsewhere(str(tiny_model), str(tmp_path / "c"), first["counters"], stage=2, dtype="bf16")
 

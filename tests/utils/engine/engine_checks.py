@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
+from training.utils.arguments import LoraArguments
 from training.utils.engine import engine as engines
 from training.utils.engine.zero_config import deepspeed_config
 from training.utils.model import loading
-from training.utils.model.export import full_state_dict, save_model
+from training.utils.model.export import full_state_dict, gathered, save_model
 from training.utils.model.forward import enable_gradient_checkpointing
 from training.utils.model.logprobs import response_log_probs
-from training.utils.model.lora import inject_lora
+from training.utils.model.lora import with_adapters
 from training.utils.run.distributed import init_distributed, rank, reduce_sums, world_size
 
 TINY_SHARDS = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
@@ -51,11 +52,14 @@ def train(
     dtype: str = "fp32",
     micro_batch: int = ROWS,
     steps: int = 3,
-    lora: bool = False,
-    only_lora: bool = True,
+    lora: LoraArguments | None = None,
     checkpointing: bool = False,
     per_micro_batch_mean: bool = False,
     poison: int | Collection[int] | None = None,
+    learning_rate: float = 1e-2,
+    weight_decay: float = 0.1,
+    warmup: int = 1,
+    named: bool = False,
     save_to: str | None = None,
 ) -> dict[str, Any]:
     """Train on the eight rows as one optimizer step each time; returns losses, norms, skips and final weights.
@@ -63,24 +67,32 @@ def train(
     Args:
         per_micro_batch_mean: plants the fault that the global normalisation avoids.
         poison: the step, or the steps, at which rank 0's loss is NaN.
+        named: return every parameter as it was and is, by name.
     """
     device = init_distributed()
     config = deepspeed_config(zero_stage=stage, dtype=dtype, micro_batch_size=micro_batch, overrides=TINY_SHARDS)
     model: Any = loading.load_causal_lm(model_path, dtype=dtype, ds_config=config)
     if lora:
         torch.manual_seed(0)
-        model = inject_lora(model, dim=4, module_name="q_proj,down_proj", only_optimize_lora=only_lora)
+        model = with_adapters(model, lora)
     if checkpointing:
         enable_gradient_checkpointing(model)
     engine = engines.initialize_engine(
-        model.to(device), config, learning_rate=1e-2, weight_decay=0.1, num_warmup_steps=1, total_steps=10
+        model.to(device),
+        config,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        num_warmup_steps=warmup,
+        total_steps=10,
+        lora_learning_rate=lora.lora_learning_rate if lora else 0.0,
     )
+    before = named_parameters(engine) if named else {}
     poisoned = poison if isinstance(poison, Collection) else [poison]
     rows = fixed_rows()
     count = sum(sum(mask) for _, mask in rows)
     mine = rows[rank() * ROWS // world_size() : (rank() + 1) * ROWS // world_size()]
     width = max(len(ids) for ids, _ in rows)
-    losses, norms, skips, failures = [], [], [], []
+    losses, norms, skips, failures, rates = [], [], [], [], []
     for step in range(steps):
         total = 0.0
         for start in range(0, len(mine), micro_batch):
@@ -100,6 +112,7 @@ def train(
         norms.append(result.grad_norm)
         skips.append(result.skipped)
         failures.append(result.failed)
+        rates.append(result.learning_rate)
     if save_to:
         from tests.tiny import tiny_tokenizer
 
@@ -108,4 +121,12 @@ def train(
     with torch.no_grad():
         after = response_log_probs(engine, **collate(rows, width))[0]
     state = {name: tensor.float() for name, tensor in full_state_dict(engine).items()}
-    return {"losses": losses, "norms": norms, "skips": skips, "failures": failures, "state": state, "log_probs": after}
+    parameters = {name: (before[name], value) for name, value in named_parameters(engine).items()} if named else {}
+    steps_taken = {"losses": losses, "norms": norms, "skips": skips, "failures": failures, "rates": rates}
+    return steps_taken | {"state": state, "log_probs": after, "parameters": parameters}
+
+
+def named_parameters(engine: Any) -> dict[str, torch.Tensor]:
+    """Every whole parameter of an engine, by name; a collective at ZeRO-3."""
+    with gathered(list(engine.module.parameters())):
+        return {name: p.detach().float().clone() for name, p in engine.module.named_parameters()}

@@ -8,8 +8,10 @@ from transformers import AutoModelForCausalLM
 
 from tests.hardware import need_fp16
 from tests.utils.engine.engine_checks import collate, fixed_rows, train
+from training.utils.arguments import LoraArguments
 from training.utils.engine.engine import ADAM_BETAS
 from training.utils.model.logprobs import response_log_probs
+from training.utils.model.lora import merged_state_dict, with_adapters
 
 FP32 = {"rtol": 0, "atol": 1e-5}
 
@@ -21,22 +23,18 @@ def assert_same(a, b, *, atol=2e-5):
         torch.testing.assert_close(tensor, b["state"][name], rtol=0, atol=10 * atol)
 
 
-@pytest.fixture(scope="module")
-def plain(tiny_model):
-    """The same three steps in plain PyTorch: no DeepSpeed, full-sequence cross-entropy."""
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    groups = [
-        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
-        {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
-    ]
+def three_plain_steps(model, groups):
+    """Losses and gradient norms of the same three steps in plain PyTorch: no DeepSpeed, full-sequence cross-entropy."""
     optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=ADAM_BETAS)
+    peaks = [group["lr"] for group in optimizer.param_groups]
     rows = fixed_rows()
     batch = collate(rows, max(len(ids) for ids, _ in rows))
     labels = batch["input_ids"].masked_fill(batch["response_mask"] == 0, -100)
     losses, norms = [], []
     for step in range(3):
-        for group in optimizer.param_groups:  # one warm-up step, then a cosine over the nine that are left
-            group["lr"] = 1e-2 * (step if step < 1 else 0.5 * (1 + math.cos(math.pi * (step - 1) / 9)))
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            # one warm-up step, then a cosine over the nine that are left
+            group["lr"] = peak * (step if step < 1 else 0.5 * (1 + math.cos(math.pi * (step - 1) / 9)))
         logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         optimizer.zero_grad()
@@ -44,7 +42,37 @@ def plain(tiny_model):
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
         optimizer.step()
         losses.append(loss.item())
-    return {"losses": losses, "norms": norms, "state": {n: p.detach() for n, p in model.named_parameters()}}
+    return {"losses": losses, "norms": norms}
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_model):
+    """Every parameter trained: matrices with weight decay, norms without."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    steps = three_plain_steps(model, groups)
+    return steps | {"state": {n: p.detach() for n, p in model.named_parameters()}}
+
+
+MIXED = LoraArguments(4, "q_proj,down_proj", lora_alpha=2, lora_learning_rate=3e-2)  # the rest trains too
+
+
+@pytest.fixture(scope="module")
+def plain_lora(tiny_model):
+    """Adapters at three times the learning rate, beside embeddings, norms and the layers without an adapter."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    torch.manual_seed(0)
+    model = with_adapters(model, MIXED)
+    free = {name: p for name, p in model.named_parameters() if ".base_layer." not in name}
+    groups = [
+        {"params": [p for n, p in free.items() if "lora_" in n], "weight_decay": 0.1, "lr": 3e-2},
+        {"params": [p for n, p in free.items() if "lora_" not in n and "norm" not in n], "weight_decay": 0.1},
+        {"params": [p for n, p in free.items() if "norm" in n], "weight_decay": 0.0},
+    ]
+    return three_plain_steps(model, groups) | {"state": merged_state_dict(model)}
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -59,6 +87,15 @@ def test_two_ranks_equal_plain_pytorch(plain, tiny_model, rank_pair, stage):
     assert first["losses"] == second["losses"]
     torch.testing.assert_close(first["log_probs"], second["log_probs"])
     assert_same({**plain, "state": {n: t for n, t in plain["state"].items() if n in first["state"]}}, first)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_adapters_beside_the_rest_equal_plain_pytorch(plain_lora, tiny_model, rank_pair, stage):
+    for ours, _ in (
+        (train(str(tiny_model), stage=stage, lora=MIXED), None),
+        rank_pair.run(train, str(tiny_model), stage=stage, lora=MIXED, micro_batch=2),
+    ):
+        assert_same({**plain_lora, "state": {n: t for n, t in plain_lora["state"].items() if n in ours["state"]}}, ours)
 
 
 def test_a_mean_per_micro_batch_would_not_pass(plain, tiny_model):
@@ -111,9 +148,10 @@ def test_saved_model_is_the_engine(tiny_model, rank_pair, tmp_path, stage, dtype
     assert loaded.generation_config.eos_token_id == [2]
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_merged_lora_is_the_adapted_engine(tiny_model, rank_pair, tmp_path, stage):
-    first, _ = rank_pair.run(train, str(tiny_model), stage=stage, lora=True, save_to=str(tmp_path / "m"))
+@pytest.mark.parametrize(("stage", "alpha"), [(1, 0), (3, 3)])
+def test_merged_lora_is_the_adapted_engine(tiny_model, rank_pair, tmp_path, stage, alpha):
+    lora = LoraArguments(4, "q_proj,down_proj", True, alpha)
+    first, _ = rank_pair.run(train, str(tiny_model), stage=stage, lora=lora, save_to=str(tmp_path / "m"))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype="auto")
     rows = fixed_rows()
     batch = collate(rows, max(len(ids) for ids, _ in rows))
@@ -129,9 +167,9 @@ def test_merged_lora_is_the_adapted_engine(tiny_model, rank_pair, tmp_path, stag
     assert (untrained - merged).abs().max() > 0.1
 
 
-def test_only_optimize_lora_decides_whether_the_base_trains(tiny_model):
-    frozen = train(str(tiny_model), stage=1, lora=True, only_lora=True)
-    free = train(str(tiny_model), stage=1, lora=True, only_lora=False)
+def test_only_optimize_lora_decides_whether_the_rest_trains(tiny_model):
+    frozen = train(str(tiny_model), stage=1, lora=LoraArguments(4, "q_proj,down_proj", True))
+    free = train(str(tiny_model), stage=1, lora=MIXED)
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).state_dict()
     name = "model.layers.0.self_attn.k_proj.weight"
     torch.testing.assert_close(frozen["state"][name], base[name], rtol=0, atol=0)

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from training.utils.arguments import LoraArguments
 from training.utils.engine import engine as engines
 from training.utils.engine.zero_config import deepspeed_config
 from training.utils.memory.live import LiveMemory
 from training.utils.memory.zero import RoleSize
 from training.utils.model import loading
 from training.utils.model.logprobs import response_log_probs
-from training.utils.model.lora import inject_lora
+from training.utils.model.lora import with_adapters
 from training.utils.run.distributed import init_distributed
 
 BUCKET = 50_000_000  # elements; far more than the model has
@@ -37,7 +38,13 @@ def save_wide_model(folder: Path) -> Path:
 
 
 def deepspeed_memory(
-    path: str, *, stage: int, dtype: str, offload: bool = False, lora: int = 0, accumulation: int = 1
+    path: str,
+    *,
+    stage: int,
+    dtype: str,
+    offload: bool = False,
+    lora: LoraArguments | None = None,
+    accumulation: int = 1,
 ) -> dict[str, Any]:
     """Bytes alive after the second step, and the peaks of its backward and its step; and the model's size."""
     device = init_distributed()
@@ -51,7 +58,7 @@ def deepspeed_memory(
             if parameter.numel():
                 memory.add(parameter.data)
         if lora:
-            model = inject_lora(model, dim=lora, module_name="all-linear", only_optimize_lora=True)
+            model = with_adapters(model, lora)
         counts = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
         engine = engines.initialize_engine(
             model.to(device), config, learning_rate=1e-3, weight_decay=0.0, num_warmup_steps=0, total_steps=9

@@ -21,6 +21,7 @@ from transformers import (
 from tests.bad_inputs import STEPS
 from training.step3_rlhf_finetuning import arguments as rlhf_arguments
 from training.step3_rlhf_finetuning.plan import RoleCosts, rlhf_plan
+from training.utils.arguments import LoraArguments
 from training.utils.errors import run_program
 from training.utils.memory import plan as plans
 from training.utils.memory.live import LiveMemory
@@ -43,7 +44,7 @@ SETTINGS = plans.Settings(0, False, False, batch=4, other_batch=4, accumulates=F
 
 def fake(path, *, classifier=False, dtype="fp32", lora=0, attention="sdpa"):
     return plans.fake_role(
-        str(path), dtype, attention, plans.LoraSettings(lora, "all-linear", True), classifier=classifier
+        str(path), dtype, attention, LoraArguments(lora, "all-linear", lora > 0), classifier=classifier
     )
 
 

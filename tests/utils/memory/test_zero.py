@@ -3,6 +3,7 @@
 import pytest
 
 from tests.utils.memory.memory_checks import BUCKET, deepspeed_memory, save_wide_model
+from training.utils.arguments import LoraArguments
 from training.utils.engine.zero_config import deepspeed_config
 from training.utils.memory.zero import RoleSize, frozen_role, trained_role
 
@@ -91,7 +92,12 @@ def test_two_ranks_as_deepspeed_allocates(wide_model, rank_pair, stage, dtype):
 @pytest.mark.parametrize("stage", [2, 3])
 def test_offload_and_adapters_as_deepspeed_allocates(wide_model, stage):
     check(deepspeed_memory(str(wide_model), stage=stage, dtype="bf16", offload=True), "bf16", 1)
-    check(deepspeed_memory(str(wide_model), stage=stage, dtype="bf16", lora=8), "bf16", 1)
+    check(
+        deepspeed_memory(str(wide_model), stage=stage, dtype="bf16", lora=LoraArguments(8, only_optimize_lora=True)),
+        "bf16",
+        1,
+    )
+    check(deepspeed_memory(str(wide_model), stage=stage, dtype="bf16", lora=LoraArguments(8)), "bf16", 1)
 
 
 def test_a_formula_without_the_moments_is_caught(wide_model):

@@ -9,8 +9,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from tests.tiny import save_tiny_model, tiny_tokenizer
+from training.utils.arguments import LoraArguments
 from training.utils.model import export
-from training.utils.model.lora import inject_lora
+from training.utils.model.lora import with_adapters
 
 
 def save(model, folder, size="5GB"):
@@ -70,7 +71,7 @@ def test_a_folder_that_was_moved_in_part_is_moved_again(model, tmp_path):
 @pytest.mark.parametrize("only_adapters", [True, False])
 def test_an_adapter_folder_and_its_base_are_the_model_or_it_is_not_written(tiny_model, tmp_path, capsys, only_adapters):
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    trained = inject_lora(base, dim=2, module_name="q_proj,v_proj", only_optimize_lora=only_adapters)
+    trained = with_adapters(base, LoraArguments(2, "q_proj,v_proj", only_adapters))
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in trained.parameters():

@@ -15,6 +15,7 @@ from torch import nn
 from training.utils.engine.zero_config import frozen_config
 from training.utils.model.classifiers import TokenScorer, load_classifier
 from training.utils.model.loading import load_causal_lm
+from training.utils.model.lora import is_adapter
 from training.utils.run.distributed import bound_waits, data_size
 from training.utils.run.watchdog import beat
 
@@ -31,7 +32,7 @@ class StepResult:
 
     Attributes:
         grad_norm: global gradient norm before clipping; not finite if the step was skipped.
-        learning_rate: of the step that was just made.
+        learning_rate: of the step that was just made; of the adapters only where nothing else trains.
         skipped: the gradient was not finite on some rank, so no rank changed its weights.
         failed: skipped, and not because fp16 looks for the largest loss scale that fits, which skipping is part of.
     """
@@ -42,18 +43,19 @@ class StepResult:
     failed: bool
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: matrices with weight decay, biases and norms without."""
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for parameter in model.parameters():
+def parameter_groups(model: nn.Module, weight_decay: float, lora_learning_rate: float = 0.0) -> list[dict[str, Any]]:
+    """Trainable parameters in groups: matrices with weight decay, biases and norms without.
+
+    Adapters with a learning rate of their own are a third group, after the others; without one they are matrices.
+    """
+    matrices = {"weight_decay": weight_decay}
+    settings = (matrices, {"weight_decay": 0.0}, matrices | {"lr": lora_learning_rate})
+    groups: tuple[list[nn.Parameter], ...] = ([], [], [])
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty placeholder
-            groups[len(shape) > 1].append(parameter)
-    return [
-        {"params": params, "weight_decay": weight_decay if decays else 0.0}
-        for decays, params in groups.items()
-        if params
-    ]
+            groups[2 if lora_learning_rate and is_adapter(name) else len(shape) < 2].append(parameter)
+    return [{"params": params} | of_group for params, of_group in zip(groups, settings, strict=True) if params]
 
 
 def initialize_engine(
@@ -65,6 +67,7 @@ def initialize_engine(
     num_warmup_steps: int,
     total_steps: int,
     lr_scheduler_type: str = "cosine",
+    lora_learning_rate: float = 0.0,
 ) -> Any:
     """Wrap a model for training: AdamW, linear warm-up, then the schedule over ``total_steps``.
 
@@ -75,10 +78,11 @@ def initialize_engine(
         weight_decay: of matrices.
         num_warmup_steps, total_steps: in optimizer steps.
         lr_scheduler_type: one of `training.utils.arguments.SCHEDULES`, as transformers makes them.
+        lora_learning_rate: the adapters' peak; 0 for ``learning_rate``.
     """
     from transformers import get_scheduler  # brings PEFT along: a second that evaluations and plans do without
 
-    groups = parameter_groups(model, weight_decay)
+    groups = parameter_groups(model, weight_decay, lora_learning_rate)
     if "offload_optimizer" in config["zero_optimization"]:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 

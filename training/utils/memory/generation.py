@@ -10,7 +10,7 @@ from torch import nn
 
 from training.utils.memory.plan import available_memory
 from training.utils.model.forward import without_adapters
-from training.utils.model.lora import is_lora, lora_layers
+from training.utils.model.lora import adapted_parameter, is_lora, lora_layers
 from training.utils.run.distributed import all_reduce_max
 
 # The estimate leaves out what an allocator wastes and what kernels need for themselves.
@@ -41,7 +41,7 @@ def generation_bytes(model: nn.Module, *, rows: int, length: int, packed: bool, 
     item = next(model.parameters()).element_size()
     copies = weights if packed else 0
     if merged and is_lora(model):
-        copies += sum(_bytes(layer.get_base_layer().weight) for layer in lora_layers(model).values())
+        copies += sum(_bytes(adapted_parameter(layer)) for layer in lora_layers(model).values())
     heads = config.num_attention_heads
     key_heads = getattr(config, "num_key_value_heads", None) or heads
     head_width = getattr(config, "head_dim", None) or config.hidden_size // heads

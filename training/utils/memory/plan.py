@@ -17,6 +17,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from training.utils.arguments import LoraArguments
 from training.utils.engine.zero_config import DTYPES
 from training.utils.errors import UserError
 from training.utils.memory.live import FakeModel, PassMemory
@@ -24,7 +25,7 @@ from training.utils.memory.zero import BYTES, RoleMemory, RoleSize
 from training.utils.model.classifiers import TokenScorer
 from training.utils.model.forward import without_adapters
 from training.utils.model.loading import config_without_dropout, no_dropout, remote_code, with_attention
-from training.utils.model.lora import inject_lora
+from training.utils.model.lora import is_adapter, with_adapters
 from training.utils.run.distributed import say, world_size
 from training.utils.run.runtime import local_ranks
 
@@ -85,15 +86,6 @@ class Plan:
         """Bytes in the host's memory beside an accelerator: what is offloaded, and copies while saving."""
         offloaded = sum(size for r in self.roles.values() for name, size in r.resident.items() if name in r.host)
         return 0 if self.on_cpu else offloaded + max(sum(phase.host.values()) for phase in self.phases)
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """A role's adapters; ``dim`` 0 for none."""
-
-    dim: int = 0
-    module_name: str = "all-linear"
-    only_optimize_lora: bool = False
 
 
 @dataclass(frozen=True)
@@ -284,7 +276,7 @@ def training_phases(
     ]
 
 
-def fake_role(path: str, dtype: str, attn_implementation: str, lora: LoraSettings, *, classifier: bool) -> FakeModel:
+def fake_role(path: str, dtype: str, attn_implementation: str, lora: LoraArguments, *, classifier: bool) -> FakeModel:
     """A role's model without storage, adapters included.
 
     Args:
@@ -309,10 +301,7 @@ def fake_role(path: str, dtype: str, attn_implementation: str, lora: LoraSetting
             attention,
         )
         no_dropout(model)
-        if lora.dim:
-            model = inject_lora(
-                model, dim=lora.dim, module_name=lora.module_name, only_optimize_lora=lora.only_optimize_lora
-            )
+        model = with_adapters(model, lora)
         return TokenScorer(model) if classifier else model
 
     try:
@@ -328,12 +317,8 @@ def role_size(model: FakeModel) -> RoleSize:
 
 
 def base_parameters(model: FakeModel) -> int:
-    """The number of parameters without adapters."""
-    return sum(p.numel() for name, p in model.module.named_parameters() if not _added(name))
-
-
-def _added(name: str) -> bool:
-    return ".lora_" in name or ".original_module." in name
+    """The number of a causal LM's parameters without adapters."""
+    return sum(p.numel() for name, p in model.module.named_parameters() if not is_adapter(name))
 
 
 def vocabulary(model: FakeModel) -> int:

@@ -114,8 +114,7 @@ def show_sequence_plan(
     Raises:
         UserError: no model can be built from ``path``.
     """
-    adapters = plans.LoraSettings(lora.lora_dim, lora.lora_module_name, lora.only_optimize_lora)
-    fake = plans.fake_role(path, model.dtype, model.attn_implementation, adapters, classifier=step == 2)
+    fake = plans.fake_role(path, model.dtype, model.attn_implementation, lora, classifier=step == 2)
     costs = SequenceCosts(fake, model.max_seq_len, classifier=step == 2)
     settings = plans.Settings(
         zero_stage=ds.zero_stage,

@@ -105,7 +105,7 @@ def save_model(
                 model.save_pretrained(scratch / "adapter")
                 _verify_adapter(scratch / "adapter", model)
     elif is_lora(model):
-        say("no adapter folder: the base weights train too, so an adapter alone would be another model")
+        say("no adapter folder: not only the adapters train, so an adapter alone would be another model")
         if is_main():
             shutil.rmtree(directory / "adapter", ignore_errors=True)  # of an earlier run with other flags
     if is_main():

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from training.utils.arguments import LoraArguments
 from training.utils.errors import UserError
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-LORA_ALPHA_OVER_RANK = 2.0  # alpha = 2 r, the usual choice in PEFT's examples
-LORA_DROPOUT = 0.0  # dropout would make the PPO ratio differ from 1 before the first update
+LORA_ALPHA_OVER_RANK = 2  # the usual choice in PEFT's examples
 
 
 def target_modules(model: nn.Module, names: str) -> list[str] | str:
@@ -54,13 +54,13 @@ def _routers(model: nn.Module) -> list[str]:
     ]
 
 
-def check_lora(model_path: str, dim: int, module_name: str) -> None:
+def check_lora(model_path: str, lora: LoraArguments) -> None:
     """Check ``--lora_module_name`` on a model without weights, before the real one is loaded.
 
     Raises:
-        UserError: as `target_modules`.
+        UserError: as `with_adapters`.
     """
-    if not dim:
+    if not lora.lora_dim:
         return
     from transformers import AutoModelForCausalLM
 
@@ -68,42 +68,50 @@ def check_lora(model_path: str, dim: int, module_name: str) -> None:
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(load_config(model_path), **remote_code())
-        inject_lora(model, dim=dim, module_name=module_name, only_optimize_lora=True)
+        with_adapters(model, lora)
 
 
-def inject_lora(model: PreTrainedModel, *, dim: int, module_name: str, only_optimize_lora: bool) -> PeftModel:
-    """Add adapters to a causal LM or a sequence-classification model.
+def with_adapters(model: PreTrainedModel, lora: LoraArguments) -> Any:
+    """Add adapters to a causal LM or a sequence-classification model, and freeze what they stand for.
+
+    The adapted layers' own weights are frozen, their biases and everything else (embeddings, norms, the layers without
+    an adapter) train, as in DeepSpeed-Chat; with ``only_optimize_lora`` nothing trains but the adapters and the reward
+    head of a sequence classifier.
 
     Args:
         model: the model; its modules are changed in place.
-        dim: rank of the adapters.
-        module_name: see `target_modules`.
-        only_optimize_lora: freeze all but the adapters; the reward head of a sequence classifier trains
-            in either case.
+        lora: the flags.
+
+    Returns:
+        A `PeftModel`; the model itself if ``lora_dim`` is 0.
 
     Raises:
-        UserError: ``module_name`` matches nothing, or what can have no adapter.
+        UserError: ``lora_module_name`` matches nothing, or what can have no adapter.
     """
+    if not lora.lora_dim:
+        return model
     from peft import LoraConfig, TaskType, get_peft_model
 
     is_classifier = type(model).__name__.endswith("ForSequenceClassification")
     config = LoraConfig(
-        r=dim,
-        lora_alpha=round(LORA_ALPHA_OVER_RANK * dim),
-        lora_dropout=LORA_DROPOUT,
-        target_modules=target_modules(model, module_name),
+        r=lora.lora_dim,
+        lora_alpha=lora.lora_alpha or LORA_ALPHA_OVER_RANK * lora.lora_dim,
+        lora_dropout=lora.lora_dropout,
+        target_modules=target_modules(model, lora.lora_module_name),
         exclude_modules=_routers(model),
         task_type=TaskType.SEQ_CLS if is_classifier else TaskType.CAUSAL_LM,
         modules_to_save=["score"] if is_classifier else None,
     )
-    trainable_before = {name for name, p in model.named_parameters() if p.requires_grad}
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     try:
         peft_model = get_peft_model(model, config, autocast_adapter_dtype=False)
     except ValueError as error:  # such as Mamba's projections, which its kernels read without the adapter
-        raise UserError(f"--lora_module_name {module_name}: {str(error).splitlines()[0]}") from error
-    if not only_optimize_lora and trainable_before:
-        for parameter in peft_model.parameters():
-            parameter.requires_grad_(True)
+        raise UserError(f"--lora_module_name {lora.lora_module_name}: {str(error).splitlines()[0]}") from error
+    if not lora.only_optimize_lora:
+        adapted = {id(adapted_parameter(layer)) for layer in lora_layers(peft_model).values()}
+        for name, parameter in trained:  # of the reward head a copy trains
+            head = is_classifier and name.startswith("score.")
+            parameter.requires_grad_(not head and id(parameter) not in adapted)
     return peft_model
 
 
@@ -117,9 +125,14 @@ def is_lora(model: nn.Module) -> bool:
 def only_adapters_train(peft_model: nn.Module) -> bool:
     """Whether the base weights stay what they were, so that base and adapter together are the model."""
     return not any(
-        parameter.requires_grad and ".lora_" not in name and ".modules_to_save." not in name
+        parameter.requires_grad and not is_adapter(name) and ".modules_to_save." not in name
         for name, parameter in peft_model.named_parameters()
     )
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of this name in a `PeftModel` belongs to an adapter."""
+    return ".lora_" in name
 
 
 def lora_layers(peft_model: nn.Module) -> dict[str, Any]:
@@ -181,7 +194,7 @@ def merged_state_dict(peft_model: PeftModel) -> dict[str, torch.Tensor]:
     layers = {name: adapted[id(p)] for name, p in base.named_parameters() if id(p) in adapted}
     state: dict[str, torch.Tensor] = {}
     for name, tensor in base.state_dict().items():
-        if ".lora_" in name or ".original_module." in name:
+        if is_adapter(name) or ".original_module." in name:
             continue
         if name in layers:
             tensor = merged_weight(layers[name], adapter)
