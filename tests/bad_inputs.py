@@ -57,6 +57,14 @@ def _rl(w: World, *more: str) -> list[str]:
     return [*roles, "--output_dir", str(w.tmp / "out"), *more]
 
 
+def _their_reward_model(w: World) -> str:
+    """As DeepSpeed-Chat saves one: it is known by its names, which lie in the pickle's text."""
+    folder = Path(shutil.copytree(w.model, w.tmp / "theirs"))
+    (folder / "model.safetensors").unlink()
+    _bytes(folder / "pytorch_model.bin", b"\x80\x02}X rwtransformer.embed_tokens.weight")
+    return str(folder)
+
+
 def _without_statistics(w: World) -> str:
     return str(shutil.copytree(w.reward, w.tmp / "reward", ignore=shutil.ignore_patterns("reward_stats.json")))
 
@@ -260,6 +268,12 @@ CASES = [
     ),  # fmt: skip
     Case(
         "LoRA alone without LoRA", 1, lambda w: _sft(w, "--only_optimize_lora"), ["--only_optimize_lora", "--lora_dim"]
+    ),
+    Case(
+        "a reward model of DeepSpeed-Chat",
+        3,
+        lambda w: _rl(w)[:2] + ["--critic_model_name_or_path", _their_reward_model(w)],
+        ["--critic_model_name_or_path", "python -m training.migrate.reward_model --path"],
     ),
     Case("a scale without adapters", 2, lambda w: _sft(w, "--lora_alpha", "4"), ["--lora_alpha", "--lora_dim"]),
     Case(

@@ -14,6 +14,7 @@ from transformers import (
     BertConfig,
     BertTokenizerFast,
     DebertaV2Config,
+    ElectraConfig,
     RobertaConfig,
 )
 
@@ -66,7 +67,8 @@ def save_encoder_reward(family: str, folder: Path) -> Path:
     (folder / "vocab.txt").write_text("\n".join(words))
     sizes = {"vocab_size": len(words), "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     sizes |= {"intermediate_size": 16, "max_position_embeddings": 64, "num_labels": 1, "pad_token_id": 1}
-    config = {"bert": BertConfig, "roberta": RobertaConfig, "deberta": DebertaV2Config}[family]
+    kinds = {"bert": BertConfig, "roberta": RobertaConfig, "deberta": DebertaV2Config, "electra": ElectraConfig}
+    config = kinds[family]
     torch.manual_seed(0)
     AutoModelForSequenceClassification.from_config(config(**sizes, initializer_range=0.5)).save_pretrained(folder)
     BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
@@ -244,7 +246,7 @@ def test_a_causal_model_without_a_template_scores_the_last_token_of_a_pair(tiny_
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("template", [True, False], ids=["a template", "pairs"])
-@pytest.mark.parametrize("family", ["bert", "roberta", "deberta"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "deberta", "electra"])
 def test_a_text_is_worth_the_same_alone_and_beside_a_longer_one(family, template, side, tmp_path):
     """Absolute positions, positions from the pad token, relative positions; whatever side the tokenizer pads."""
     folder = save_encoder_reward(family, tmp_path / family)

@@ -5,4 +5,5 @@ program.py                               what such a table is made of
 predecessors.py                          all tables; the flags that the step programs take as they are
 shell.py                                 a command line as a shell reads it
 translate.py, __main__.py                python -m training.migrate "deepspeed ... main.py ..."
+reward_model.py      python -m training.migrate.reward_model: their reward models -> a folder of step 2
 """

@@ -85,11 +85,20 @@ def test_rotary_frequencies_stay_in_fp32(family, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["bloom", "gptj", "gpt_neo", "gemma2"])
-def test_a_family_without_sdpa_takes_eager_by_itself(family, tmp_path):
+def test_a_family_without_sdpa_takes_eager_by_itself(family, tmp_path, capsys):
     """Everywhere: samples, held-out answers and the evaluate programs load models too, and ask for nothing."""
     (tmp_path / "model").mkdir()
-    model = loading.load_causal_lm(save_family(family, tmp_path / "model"), dtype="fp32")
-    assert model.config._attn_implementation in ("eager", "sdpa")
+    path = save_family(family, tmp_path / "model")
+    loading._tell_eager.cache_clear()
+    made = [
+        loading.load_causal_lm(path, dtype="fp32"),
+        classifiers.load_classifier(path, dtype="fp32", pad_token_id=0, fresh_head_seed=1),
+    ]
+    if family == "gemma2":  # transformers chooses for it
+        return
+    assert {model.config._attn_implementation for model in made} == {"eager"}
+    said = capsys.readouterr().out.count("has no sdpa attention in transformers")
+    assert said == 1, "once for all roles"
 
 
 def test_a_family_without_an_attention_names_the_flag(tmp_path):

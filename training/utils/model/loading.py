@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import re
@@ -209,7 +210,15 @@ def with_attention(build: Callable[[str], T], attention: str) -> T:
     except ValueError as error:
         if attention != "sdpa" or NO_ATTENTION not in str(error):
             raise
+        _tell_eager(re.split(r"For[A-Z]|LMHead", str(error).split()[0])[0])
         return build("eager")
+
+
+@functools.cache  # once for all roles of a family
+def _tell_eager(family: str) -> None:
+    from training.utils.run.distributed import say  # brings DeepSpeed along, which inference does without
+
+    say(f"{family} has no sdpa attention in transformers: it runs with --attn_implementation eager")
 
 
 def _check_unexpected(path: str, info: Mapping[str, Any], scores: bool, head: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,27 @@ def check_model_path(name_or_path: str, flag: str) -> None:
     elif path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"{flag} {name_or_path}: the folder holds no model (no config.json)")
+        if _of_another_project(path):
+            raise UserError(
+                f"{flag} {name_or_path}: a reward model as DeepSpeed-Chat or OpenAssistant save it; convert it once: "
+                f"python -m training.migrate.reward_model --path {name_or_path} --data_path PAIRS --output_dir FOLDER"
+            )
     elif name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1 or path.exists() or not name_or_path:
         raise UserError(f"{flag} {name_or_path or '(empty)'}: no such folder")
+
+
+def _of_another_project(folder: Path) -> bool:
+    """Whether a reward model lies there that training/migrate/reward_model.py converts; its tensors are not read."""
+    if b'"gpt_neox_reward_model"' in (folder / "config.json").read_bytes():
+        return True
+    file = folder / "pytorch_model.bin"
+    if not file.is_file():
+        return False
+    if not zipfile.is_zipfile(file):
+        with file.open("rb") as opened:
+            return b"rwtransformer." in opened.read(1 << 20)  # where older files have their names
+    with zipfile.ZipFile(file) as opened:
+        return any(b"rwtransformer." in opened.read(name) for name in opened.namelist() if name.endswith("data.pkl"))
 
 
 def _check_data_path(text: str) -> None:
