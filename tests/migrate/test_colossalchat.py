@@ -12,9 +12,6 @@ from training.utils import arguments
 from training.utils.errors import UserError
 
 DPO = pytest.mark.skipif("dpo" not in OURS, reason="there is no DPO program")
-LORA = pytest.mark.skipif(
-    "lora_alpha" not in {f.name for f in dataclasses.fields(arguments.LoraArguments)}, reason="alpha can not be set"
-)
 
 
 def values_of(text):
@@ -88,7 +85,6 @@ def test_supervised_fine_tuning(plugin, more, means):
     assert translate(text).launcher == ["--num_gpus", "4", "--master_port", "28534", "--hostfile", "./hostfile"]
 
 
-@LORA
 def test_lora_by_its_rank_and_by_its_file(tmp_path):
     wanted = {"--lora_dim": 32, "--lora_alpha": 1, "--only_optimize_lora": True, "--lora_module_name": "all-linear"}
     text = "train_sft.py --pretrain A --dataset d.jsonl --plugin zero2"
