@@ -44,6 +44,18 @@ def test_alpaca_rlhf_has_names_defaults_and_constants_of_its_own():
     assert translate(text).launcher == ["--num_gpus", "2"]
 
 
+def test_adapters_have_their_scale_and_their_learning_rate():
+    names = ("--actor_lora_learning_rate", "--critic_lora_learning_rate", "--lora_alpha")
+    line = f"deepspeed {STEP3} {ROLES} --actor_lora_dim 128 --critic_lora_learning_rate 1e-3"
+    values = values_of(line)
+    assert tuple(values[name] for name in names) == (5e-4, 0.0, 1), "no adapters of the critic: no rate of theirs"
+    one = values_of(f"deepspeed {STEP1} --model_name_or_path A --lora_dim 8 --lora_learning_rate 3e-4")
+    assert (one["--lora_learning_rate"], one["--lora_alpha"], one["--only_optimize_lora"]) == (3e-4, 1, False)
+    before = values_of(f"deepspeed /x/alpaca_rlhf/{STEP1} --model_name_or_path A --lora_dim 8 --learning_rate 3e-4")
+    assert (before["--lora_learning_rate"], before["--lora_alpha"]) == (0.0, 1), "one rate for all in May 2023"
+    assert values_of(f"deepspeed {STEP1} --model_name_or_path A")["--lora_alpha"] == 0
+
+
 @pytest.mark.parametrize(
     ("given", "generation", "accumulation", "passes"),
     [

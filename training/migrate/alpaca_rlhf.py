@@ -11,7 +11,8 @@ DROPOUT_OFF = OtherFlag(bool, said="dropout is always off")
 LATER = ("--dtype", "--dropout", "--actor_dropout", "--critic_dropout", "--compute_fp32_loss", "--enable_tensorboard",
          "--tensorboard_path", "--add_eot_token", "--eot_token", "--print_loss", "--eval_interval", "--eval_iters",
          "--offload_reward_model", "--enable_mixed_precision_lora", "--align_overflow", "--print_answers",
-         "--print_answers_interval", "--enable_test_mode", "--test_stop_step")  # fmt: skip  # flags that came after it
+         "--print_answers_interval", "--enable_test_mode", "--test_stop_step", "--lora_learning_rate",
+         "--actor_lora_learning_rate", "--critic_lora_learning_rate")  # fmt: skip  # flags that came after it
 
 
 def before(flags: dict[str, OtherFlag]) -> dict[str, OtherFlag]:

@@ -52,6 +52,7 @@ FINE_TUNING = {
     **same("zero_stage", int, 0, choices=(0, 1, 2, 3)),
     **same("lora_dim", int, 0, minimum=0),
     **same("lora_module_name", str, "decoder.layers."),
+    **same("lora_learning_rate", float, 5e-4, minimum=0),
     "--dropout": OtherFlag(float, said=NO_DROPOUT, minimum=0, maximum=1, only=(0.0,)),
 }
 
@@ -100,8 +101,10 @@ RLHF = {
     **same("critic_gradient_checkpointing", bool),
     **same("actor_lora_dim", int, 0, minimum=0),
     **same("actor_lora_module_name", str, "decoder.layers."),
+    **same("actor_lora_learning_rate", float, 5e-4, minimum=0),
     **same("critic_lora_dim", int, 0, minimum=0),
     **same("critic_lora_module_name", str, "decoder.layers."),
+    **same("critic_lora_learning_rate", float, 5e-4, minimum=0),
     **same("enable_ema", bool),
     **same("unsup_coef", float, 27.8, minimum=0),
     "--unsupervised_dataset_name": OtherFlag(str, ours="--unsupervised_data_path", said="a name, file or folder"),
@@ -158,8 +161,11 @@ KEPT = "the model of the lowest held-out loss is kept; there the last one"
 
 def settle_lora(t: Translation, role: str = "") -> None:
     """What the LoRA flags mean there: without a rank none of them counts."""
-    if not t.theirs(f"--{role}lora_dim"):
-        t.leave(f"--{role}lora_module_name", "there are no adapters" if f"--{role}lora_module_name" in t.given else "")
+    if t.theirs(f"--{role}lora_dim"):
+        t.set("--lora_alpha", 1, "adapters count with 1 / rank there")
+        return
+    for flag in (f"--{role}lora_module_name", f"--{role}lora_learning_rate"):
+        t.leave(flag, "there are no adapters" if flag in t.given else "")
 
 
 def settle_only_lora(t: Translation, *roles: str) -> None:
