@@ -218,6 +218,19 @@ def test_chat_programs():
     assert made.arguments == ["--path", "M", "--port", "80", "--quantize", "int8"]
 
 
+def test_preparing_data_is_looking_at_it(tmp_path):
+    (tmp_path / "c.json").write_text("{}")
+    text = "python prepare_dataset.py --type prompt --data_input_dirs a,b --tokenizer_dir T --max_length 300 "
+    made = translate(f"{text} --conversation_template_config {tmp_path}/c.json --data_jsonl_output_dir o/jsonl")
+    assert made.ours is OURS["preview"] and made.arguments == [
+        "--model_name_or_path", "T", "--data_path", "a", "b", "--step", "3", "--max_prompt_seq_len", "300",
+        "--chat_template", f"{tmp_path}/c.json", "--write", "o/jsonl.jsonl",
+    ]  # fmt: skip
+    assert "is not there" in translate(f"{text} --conversation_template_config gone.json").text()
+    with pytest.raises(UserError, match="--type kto"):
+        translate(text.replace("prompt", "kto"))
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

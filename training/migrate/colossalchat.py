@@ -433,6 +433,46 @@ SERVER = {
     "--profanity_file": OtherFlag(str, only=(), said="answers are shown as they are"),
 }
 
+# prepare_dataset.py's --type -> the step whose rows are shown, and the flag of their length
+KINDS = {"sft": (1, "--max_seq_len"), "preference": (2, "--max_seq_len"), "prompt": (3, "--max_prompt_seq_len")}
+PREPARATION = {
+    "--type": OtherFlag(str, said="--step says it", choices=(*KINDS, "kto"), settled=True),
+    "--data_input_dirs": OtherFlag(str, said="--data_path, without commas", settled=True),
+    "--tokenizer_dir": OtherFlag(str, ours="--model_name_or_path"),
+    "--conversation_template_config": OtherFlag(
+        str, said="--chat_template; there it was written where it was missing", settled=True
+    ),
+    "--data_cache_dir": OtherFlag(str, "cache", said="--data_output_path says where tokens are kept"),
+    "--data_jsonl_output_dir": OtherFlag(str, said="--write, one file", settled=True),
+    "--data_arrow_output_dir": OtherFlag(str, said="training finds the tokens in the cache"),
+    "--max_length": OtherFlag(int, 4096, said="--max_seq_len, --max_prompt_seq_len", minimum=8, settled=True),
+    "--num_spliced_dataset_bins": OtherFlag(int, 10, said="data stay in one piece", minimum=1),
+    "--num_samples_per_datafile": OtherFlag(int, -1, only=(-1,), said="--data_path FILE:N takes N rows"),
+}  # fmt: skip
+
+
+def settle_preparation(t: Translation) -> None:
+    """What it prepares, to look at: training prepares the same by itself."""
+    kind, folders = t.theirs("--type"), t.theirs("--data_input_dirs")
+    if kind is None or folders is None:
+        t.refused.append("--type and --data_input_dirs are missing")
+        return
+    if kind == "kto":
+        t.refused.append("--type kto: its rows have one answer each, and --loss kto takes pairs here")
+        return
+    t.set("--data_path", folders.split(","), "--data_input_dirs")
+    step, length = KINDS[kind]
+    t.set("--step", step, f"--type {kind}")
+    t.set(length, t.theirs("--max_length"), "--max_length")
+    template = t.theirs("--conversation_template_config")
+    if template and ("$" in template or Path(template).is_file()):
+        t.set("--chat_template", template, "--conversation_template_config")
+    elif template:
+        t.lines.append(f"--conversation_template_config {template} is not there: the tokenizer's own template is taken")
+    if written := t.theirs("--data_jsonl_output_dir"):
+        t.set("--write", f"{written.rstrip('/')}.jsonl", "--data_jsonl_output_dir")
+
+
 OVER_DATA_DIFFERENT = (SCHEDULE, ADAM, KEPT)
 OVER_PAIRS_DIFFERENT = (*OVER_DATA_DIFFERENT, "too long pairs lose their oldest turns; there they are left out")
 MEAN_ODDS = "the odds are of a response's mean log-prob; there means of each token's odds"
@@ -476,6 +516,8 @@ COLOSSALCHAT = Predecessor(
              "the temperature stays as it is; there it falls to --final_temperature", SCHEDULE, ADAM),
             settle_grpo,
         ),
+        Program("data preparation", ("prepare_dataset.py",), "preview", PREPARATION, settle=settle_preparation,
+                different=("training prepares data itself: --data_path and --chat_template are enough",)),
         Program("the chat in a terminal", ("inference/inference.py", "inference.py"), "chat", CHAT,
                 {"--temperature": Constant(0.7, "temperature of its generation"), "--top_p": Constant(1.0, "top_p")},
                 settle=settle_chat),

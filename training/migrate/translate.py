@@ -46,6 +46,7 @@ OURS: Mapping[str, Ours] = {
     "step3": Ours(STEPS["step3"], step3.ARGUMENTS, step3.check),
     "evaluate1": Ours("training/step1_supervised_finetuning/evaluate.py", launched=False),
     "evaluate2": Ours("training/step2_reward_model_finetuning/evaluate.py", launched=False),
+    "preview": Ours("training/utils/data/preview.py", launched=False),
     "chat": Ours("inference/chatbot.py", launched=False),
     "page": Ours("inference/gradio_chatbot.py", launched=False),
 }

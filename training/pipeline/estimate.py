@@ -24,6 +24,7 @@ from training.step3_rlhf_finetuning import arguments as rlhf_arguments
 from training.utils import arguments
 from training.utils.arguments import AUTO, DataArguments, LoraArguments
 from training.utils.data.kinds import KINDS, Kind
+from training.utils.data.template_file import read_template_file
 from training.utils.errors import UserError
 from training.utils.run.folders import cache_dir, repository_root
 from training.utils.run.runtime import has_accelerator
@@ -269,7 +270,8 @@ def works(argvs: Mapping[str, Sequence[str]], shape: Shape, ranks: int) -> dict[
         by_group = {type(group): group for group in flags}
         data: DataArguments = by_group[DataArguments]
         template = data.chat_template or template  # the saved tokenizer carries it on
-        system = len(data.system_message) / CHARACTERS_PER_TOKEN + TURN_TOKENS if data.system_message else 0.0
+        message = data.system_message or (data.chat_template and read_template_file(data.chat_template).system_message)
+        system = len(message) / CHARACTERS_PER_TOKEN + TURN_TOKENS if message else 0.0
         system = system or (0.0 if template else SYSTEM_TOKENS)
         only = by_group[arguments.SupervisedArguments].sft_only_data_path if step == 1 else []
         rows, held_out = rows_of(KINDS[step - 1], data, only, system)
