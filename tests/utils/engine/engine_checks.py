@@ -12,7 +12,7 @@ from training.utils.arguments import LoraArguments
 from training.utils.engine import engine as engines
 from training.utils.engine.zero_config import deepspeed_config
 from training.utils.model import loading
-from training.utils.model.export import full_state_dict, gathered, save_model
+from training.utils.model.export import full_state_dict, gathered, plain_weights, save_model
 from training.utils.model.forward import enable_gradient_checkpointing
 from training.utils.model.logprobs import response_log_probs
 from training.utils.model.lora import with_adapters
@@ -123,7 +123,14 @@ def train(
     state = {name: tensor.float() for name, tensor in full_state_dict(engine).items()}
     parameters = {name: (before[name], value) for name, value in named_parameters(engine).items()} if named else {}
     steps_taken = {"losses": losses, "norms": norms, "skips": skips, "failures": failures, "rates": rates}
-    return steps_taken | {"state": state, "log_probs": after, "parameters": parameters}
+    found = {"state": state, "log_probs": after, "parameters": parameters, "gathered": most_gathered(engine)}
+    return steps_taken | found
+
+
+def most_gathered(engine: Any) -> int:
+    """The most elements of ZeRO-3's parameters that are whole at once while the weights are read; a collective."""
+    sharded = [p for p in engine.module.parameters() if hasattr(p, "ds_id")]
+    return max(sum(p.ds_numel for p in sharded if p.ds_status.name == "AVAILABLE") for _ in plain_weights(engine))
 
 
 def named_parameters(engine: Any) -> dict[str, torch.Tensor]:

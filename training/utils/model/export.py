@@ -23,7 +23,16 @@ from transformers import (
 
 from training.utils.model.classifiers import TokenScorer
 from training.utils.model.loading import remote_code
-from training.utils.model.lora import is_lora, merged_state_dict, only_adapters_train
+from training.utils.model.lora import (
+    adapted_parameter,
+    adapter_parameters,
+    is_adapter,
+    is_lora,
+    lora_layers,
+    merged_weight,
+    only_adapters_train,
+    plain_name,
+)
 from training.utils.run.distributed import barrier, is_main, say
 from training.utils.run.watchdog import beat
 
@@ -45,26 +54,31 @@ def gathered(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
         yield
 
 
-def full_state_dict(engine: Any) -> dict[str, torch.Tensor]:
-    """The weights of a role under plain transformers names, adapters merged in, on CPU.
+def plain_weights(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """A role's weights under plain transformers names, one tensor after the other, adapters merged in.
 
-    A collective at ZeRO-3, where parameters are gathered one by one (with LoRA: all at once, as a layer and
-    its adapter are needed together). Only rank 0 keeps the result; the others get an empty dictionary.
+    A collective at ZeRO-3: each parameter is gathered (with the adapters of its layer) when its turn comes and freed
+    before the next, so no rank ever holds more than one whole layer. A tensor is on the engine's device, and whole only
+    until the next one is asked for. A tied parameter comes once, under its first name.
     """
     model = unwrap(engine)
-    if is_lora(model):
-        with gathered(list(model.parameters())):
-            state = merged_state_dict(model) if is_main() else {}
-            return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
-    state = {}
-    for name, parameter in model.named_parameters():
-        with gathered([parameter]):
-            if is_main():
-                state[name] = parameter.detach().cpu().clone()
-    if is_main():
-        names = set(model.state_dict().keys())
-        state |= {n: b.detach().cpu().clone() for n, b in model.named_buffers() if n in names}
-    return state
+    base, adapter = (model.get_base_model(), model.active_adapter) if is_lora(model) else (model, "")
+    layers = {id(adapted_parameter(layer)): layer for layer in lora_layers(model).values()} if adapter else {}
+    for name, parameter in base.named_parameters():
+        if is_adapter(name) or ".original_module." in name:
+            continue
+        layer = layers.get(id(parameter))
+        with gathered([parameter] if layer is None else [parameter, *adapter_parameters(layer)]):
+            tensor = parameter.detach() if layer is None else merged_weight(layer, adapter)
+            yield plain_name(name, adapter), tensor
+    saved = base.state_dict().keys()  # others are computed anew by every model
+    yield from ((plain_name(name, adapter), buffer) for name, buffer in base.named_buffers() if name in saved)
+
+
+def full_state_dict(engine: Any) -> dict[str, torch.Tensor]:
+    """All of `plain_weights` in the host's memory of rank 0; the others get an empty dictionary; a collective."""
+    weights = ((name, tensor.cpu().clone() if is_main() else tensor) for name, tensor in plain_weights(engine))
+    return {name: tensor for name, tensor in weights if is_main()}
 
 
 def save_model(
@@ -100,7 +114,8 @@ def save_model(
     if is_main():
         shutil.rmtree(scratch, ignore_errors=True)  # left by a run that was killed
     if is_lora(model) and only_adapters_train(model):
-        with gathered(list(model.parameters())):
+        adapters = [p for name, p in model.named_parameters() if is_adapter(name) or ".modules_to_save." in name]
+        with gathered(adapters):
             if is_main():
                 model.save_pretrained(scratch / "adapter")
                 _verify_adapter(scratch / "adapter", model)

@@ -148,6 +148,16 @@ def adapted_parameter(layer: Any) -> nn.Parameter:
     return getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"))
 
 
+def adapter_parameters(layer: Any) -> list[nn.Parameter]:
+    """The parameters that an adapter layer adds to its base layer."""
+    return [parameter for name, parameter in layer.named_parameters() if name.startswith("lora_")]
+
+
+def plain_name(name: str, adapter: str) -> str:
+    """A base model's name for a parameter, from that within PEFT."""
+    return name.replace(".base_layer", "").replace(f".modules_to_save.{adapter}.", ".")
+
+
 @torch.no_grad()
 def merged_weight(layer: Any, adapter: str) -> torch.Tensor:
     """The base weight of one adapter layer with its adapter added; a new tensor, summed in fp32 and rounded once."""
@@ -179,25 +189,3 @@ def adapters_merged(peft_model: PeftModel) -> Iterator[None]:
         for layer, original in saved:
             adapted_parameter(layer).data.copy_(original)
             layer.merged_adapters.clear()
-
-
-@torch.no_grad()
-def merged_state_dict(peft_model: PeftModel) -> dict[str, torch.Tensor]:
-    """Base weights with the adapters added, under the base model's own parameter names.
-
-    The sum is made in fp32 and rounded once. Shapes and dtypes are the base model's. Parameters must be whole
-    (at ZeRO-3 inside a gather).
-    """
-    base = peft_model.get_base_model()
-    adapter = peft_model.active_adapter
-    adapted = {id(adapted_parameter(layer)): layer for layer in lora_layers(peft_model).values()}
-    layers = {name: adapted[id(p)] for name, p in base.named_parameters() if id(p) in adapted}
-    state: dict[str, torch.Tensor] = {}
-    for name, tensor in base.state_dict().items():
-        if is_adapter(name) or ".original_module." in name:
-            continue
-        if name in layers:
-            tensor = merged_weight(layers[name], adapter)
-        clean = name.replace(".base_layer", "").replace(f".modules_to_save.{adapter}.", ".")  # experts: once each
-        state[clean] = tensor
-    return state
