@@ -34,21 +34,14 @@ if __name__ == "__main__":
     check_environment()
 
 from training.pipeline import estimate
-from training.pipeline.own_data import (
-    DEMO,
-    START,
-    check_pairs,
-    check_paths,
-    check_sources,
-    is_own,
-    trained_on_demo,
-    without_demo,
-)
-from training.pipeline.shared_flags import SharedArguments, flags_in, given_flags, refuse_flags_of_some_steps
+from training.pipeline.own_data import START, check_pairs, check_paths, check_sources, without_demo
+from training.pipeline.shared_flags import SharedArguments, given_flags, refuse_flags_of_some_steps
 from training.pipeline.showcase import answers_text, summary_table
 from training.report.page import write_report
 from training.utils import arguments
+from training.utils.arguments import DEMO, flags_in
 from training.utils.errors import UserError, run_program
+from training.utils.run.demo import MODEL, check_sources_named, is_own, named_sources, trained_on_demo
 from training.utils.run.folders import (
     LATEST,
     STEPS,
@@ -160,9 +153,7 @@ def own_args(name: str, text: str) -> list[str]:
 def own_data(inputs: InputArguments, shared: Mapping[str, Any]) -> bool:
     """Whether the command line gives a step data that are not the demo's."""
     argvs = [own_args(name, getattr(inputs, f"{name}_args")) for name in STEPS]
-    return any(
-        is_own(paths) for paths in (shared.get("data_path", []), *(flags_in(a).get("data_path", []) for a in argvs))
-    )
+    return any(is_own(paths) for paths in (shared.get("data_path", []), *map(named_sources, argvs)))
 
 
 def _unless_given(flags: Sequence[str], given: Sequence[str]) -> list[str]:
@@ -185,7 +176,7 @@ def check_steps(steps: Sequence[Step], run: Path, recorded: Mapping[str, Any]) -
         UserError: a path is not there, a step would train on the demo unasked, or there are no pairs for step 2.
     """
     done = {name: entry["arguments"] for name, entry in recorded.items() if is_finished(run / name)}
-    with_own = {name: argv for name, argv in done.items() if is_own(flags_in(argv).get("data_path", []))}
+    with_own = {name: argv for name, argv in done.items() if is_own(named_sources(argv))}
     check_sources({step.name: step.argv for step in steps} | with_own)
     made = [shown(run / name) for name in STEPS]
     for step in steps:
@@ -193,6 +184,24 @@ def check_steps(steps: Sequence[Step], run: Path, recorded: Mapping[str, Any]) -
             check_paths(step.argv, made)
             if step.name == "step2":
                 check_pairs(step.argv)
+
+
+def check_data_named(steps: Sequence[Step], run: Path, models: Mapping[str, str]) -> None:
+    """Refuse to train models of the user's on the demo unasked.
+
+    Args:
+        steps: those to run, in ``run``.
+        models: flag -> the model, where nobody has chosen the recipe, which is the demo's then.
+
+    Raises:
+        UserError: names the flag.
+    """
+    check_sources_named([], models)
+    made = [shown(run / name) for name in STEPS]
+    for step in steps:
+        named = {f"--{name}": value[0] for name, value in flags_in(step.argv).items() if name.endswith(MODEL)}
+        if not is_finished(step.directory):
+            check_sources_named(named_sources(step.argv), {f: model for f, model in named.items() if model not in made})
 
 
 def tell_dropped(recipe_name: str) -> None:
@@ -294,7 +303,7 @@ def run_step(step: Step, command: list[str], run: Path, manifest: dict[str, Any]
     """Run one step; its command, inputs, time, exit code and metrics are in manifest.json when this returns."""
     print(f"\n== {step.name[:4]} {step.name[4:]}\n{shlex.join(command)}\n", flush=True)
     named = {"demo": ROOT / "training" / "data" / "demo"}
-    data = [] if "--data_path" in step.argv else ["--data_path", "demo"]  # the steps' default
+    data = [] if named_sources(step.argv) else ["--data_path", DEMO]  # the steps' default
     entry: dict[str, Any] = {
         "command": command,
         "arguments": step.argv,
@@ -410,6 +419,10 @@ def main(
     recipe = options.recipe or manifest.get("recipe", {}).get("name", START if own else DEMO)
     planned = plan_steps(options, inputs, shared, recipe, run, scripts)  # bad flags end here, before a folder is made
     check_steps(planned, run, manifest.get("steps", {}))
+    if not options.plan:
+        chosen = options.recipe or "recipe" in manifest or own or shared.get("data_path")
+        models = {ACTOR: inputs.actor_model_name_or_path, REWARD: inputs.reward_model_name_or_path}
+        check_data_named(planned, run, {} if chosen else models)
     if own:
         tell_dropped(recipe)
     if options.plan:

@@ -49,12 +49,12 @@ def _bytes(path: Path, data: bytes) -> str:
 
 
 def _sft(w: World, *more: str) -> list[str]:
-    return ["--model_name_or_path", str(w.model), "--output_dir", str(w.tmp / "out"), *more]
+    return ["--model_name_or_path", str(w.model), "--output_dir", str(w.tmp / "out"), "--data_path", "demo", *more]
 
 
 def _rl(w: World, *more: str) -> list[str]:
     roles = ["--actor_model_name_or_path", str(w.model), "--critic_model_name_or_path", str(w.reward)]
-    return [*roles, "--output_dir", str(w.tmp / "out"), *more]
+    return [*roles, "--output_dir", str(w.tmp / "out"), "--data_path", "demo", *more]
 
 
 def _their_reward_model(w: World) -> str:

@@ -183,7 +183,7 @@ def test_says_once_how_long_it_will_take(
     assert bench.train("--output_dir", "output/tiny") == 0
     assert "minutes (step 3: " in capfd.readouterr().out, "finished steps take no time"
     assert bench.train("--output_dir", "output/tiny") == 0
-    assert bench.train("--actor_model_name_or_path", "my/model") == 0
+    assert bench.train("--actor_model_name_or_path", "my/model", "--data_path", "demo") == 0
     assert "this machine" not in capfd.readouterr().out
 
 
@@ -356,18 +356,24 @@ def test_starts_in_the_middle(bench: Bench) -> None:
     with pytest.raises(UserError, match=r"finished step 1; make it with: deepspeed --num_gpus 1 .*step1"):
         bench.train("--step", "2")
     assert not (bench.output / "tiny").exists()
-    assert bench.train("--step", "2", "--actor_model_name_or_path", "my/sft") == 0
+    named = ["--actor_model_name_or_path", "my/sft", "--data_path", "demo"]
+    with pytest.raises(UserError, match="--model_name_or_path my/sft: name the data too, --data_path FILE"):
+        bench.train("--step", "2", *named[:2])
+    assert not (bench.output / "tiny").exists()
+    assert bench.train("--step", "2", *named) == 0
     assert bench.arguments("step2").startswith("--model_name_or_path my/sft ")
-    assert (
-        bench.train("--step", "3", "--actor_model_name_or_path", "my/sft", "--reward_model_name_or_path", "my/rm") == 0
-    )
+    assert bench.train("--step", "3", *named, "--reward_model_name_or_path", "my/rm") == 0
     assert "--critic_model_name_or_path my/rm " in bench.arguments("step3", "tiny-2")
-    assert bench.train("--step", "3", "--actor_model_name_or_path", "my/sft") == 0  # the newest run's reward model
+    assert bench.train("--step", "3", *named) == 0  # the newest run's reward model
     assert "--critic_model_name_or_path output/tiny/step2 " in bench.arguments("step3", "tiny-3")
 
 
 def test_models_by_flag_and_by_recipe(bench: Bench) -> None:
-    bench.recipe.write_text("step1: {model_name_or_path: a/b}\nstep2: {model_name_or_path: c/d}\n")
+    recipe = "step1: {model_name_or_path: a/b%s}\nstep2: {model_name_or_path: c/d%s}\nstep3: {gamma: 1%s}\n"
+    bench.recipe.write_text(recipe % ("", "", ""))
+    with pytest.raises(UserError, match="--model_name_or_path a/b: name the data too"):
+        bench.train()
+    bench.recipe.write_text(recipe % ((", data_path: demo",) * 3))
     assert bench.train() == 0
     assert bench.arguments("step1").startswith("--model_name_or_path a/b ")
     assert bench.arguments("step2").startswith("--model_name_or_path c/d ")
@@ -587,6 +593,15 @@ def test_a_model_of_a_hub_out_of_reach_is_said_before_anything_is_made(
     with pytest.raises(UserError, match="no-one/no-model: no folder here, .*give the folder of a model, or embedded"):
         own_run(bench, "--data_path", "mine.jsonl", "--model_name_or_path", "no-one/no-model")
     assert not bench.output.exists()
+
+
+def test_the_demos_recipe_is_not_taken_for_a_named_model(bench: Bench) -> None:
+    for flag in ("--actor_model_name_or_path", "--reward_model_name_or_path"):
+        with pytest.raises(UserError, match=f"{flag} my/model: name the data too, --data_path FILE"):
+            own_run(bench, flag, "my/model")
+    assert not bench.output.exists()
+    assert own_run(bench, "--actor_model_name_or_path", "my/model", "--recipe", "demo") == 0, "it was asked for"
+    assert "--data_path demo " in bench.arguments("step1", "demo")
 
 
 def test_own_data_given_to_each_step_are_asked_for_again(bench: Bench) -> None:

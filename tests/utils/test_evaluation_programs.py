@@ -23,16 +23,15 @@ def test_the_runs_own_flags_come_from_its_manifest(tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps({"steps": {"step3": {"arguments": argv}}}))
     found = evaluation_programs.recorded_arguments(tmp_path / "step3", step3.ARGUMENTS, step3.OTHERS)
     assert found[settings.RolloutArguments].temperature == 0.7
-    assert evaluation_programs.data_arguments(arguments.DataArguments(), found[arguments.DataArguments]).data_path == [
-        "x.jsonl"
-    ]
+    none, recorded = arguments.DataArguments(), found[arguments.DataArguments]
+    assert evaluation_programs.data_arguments(none, recorded, tmp_path / "step3").data_path == ["x.jsonl"]
     templated = arguments.DataArguments(data_path=["x.jsonl"], chat_template="gone.jinja", system_message="Be brief.")
-    own = evaluation_programs.data_arguments(
-        arguments.DataArguments(), templated
-    )  # the saved tokenizer carries the template
-    assert own == arguments.DataArguments(data_path=["x.jsonl"])
+    own = evaluation_programs.data_arguments(none, templated, tmp_path / "step3")
+    assert own == arguments.DataArguments(data_path=["x.jsonl"]), "the saved tokenizer carries the template"
     given = arguments.DataArguments(data_path=["y.jsonl"])
-    assert evaluation_programs.data_arguments(given, found[arguments.DataArguments]) is given
+    assert evaluation_programs.data_arguments(given, recorded, tmp_path / "step1") is given
+    with pytest.raises(UserError, match="step1 does not record its data: give --eval_data_path"):
+        evaluation_programs.data_arguments(none, none, tmp_path / "step1")
     assert (
         evaluation_programs.recorded_arguments(tmp_path / "step1", step3.ARGUMENTS)[settings.RolloutArguments].top_p
         == 1

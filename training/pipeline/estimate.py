@@ -303,7 +303,7 @@ def rows_of(kind: Kind, data: DataArguments, whole: Sequence[str], system: float
     def lengths(source: Source, split: bool) -> list[tuple[float, float]]:
         return list(_lengths(kind, source, split, data, system))
 
-    for path in [*data.data_path, *whole]:
+    for path in [*data.sources(whole), *whole]:
         source, part = _source(path, kind), 1.0 if path in whole else share
         rows = lengths(source, False)
         if not data.eval_data_path and not source.has_held_out:

@@ -7,28 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from training.pipeline.shared_flags import flags_in
+from training.utils.arguments import flags_in
 from training.utils.errors import UserError
 from training.utils.model import hub
-from training.utils.run.folders import is_finished, repository_root
+from training.utils.run.demo import is_own, named_sources, names_demo
+from training.utils.run.folders import is_finished
 from training.utils.run.inputs import MODELS, check_flag
-from training.utils.run.manifest import read_manifest
 
-DEMO, START = "demo", "start"  # recipes; the first is also the name of a source
+START = "start"  # the recipe of own data; the demo's has the name of its source
 MOST_ROWS = 10_000  # of a source, in which a pair is looked for
-
-
-def names_demo(value: str) -> bool:
-    """Whether a flag's value is the demo's data (perhaps ``:N`` rows of it), or a file of it (``:name`` a function)."""
-    root, name = repository_root(), value.partition(":")[0]
-    demo = root / "training" / "data" / DEMO
-    path = Path(name).expanduser()
-    return name == DEMO or path.absolute().is_relative_to(demo) or (root / path).is_relative_to(demo)
-
-
-def is_own(paths: Sequence[str]) -> bool:
-    """Whether some of the sources are not the demo's."""
-    return any(not names_demo(path) for path in paths)
 
 
 def without_demo(section: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -44,14 +31,6 @@ def without_demo(section: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]
     return kept, dropped
 
 
-def trained_on_demo(step_dir: Path) -> bool:
-    """Whether a run's manifest says that a finished step has trained on the demo."""
-    steps = read_manifest(step_dir.parent / "manifest.json").get("steps", {})
-    if step_dir.name not in steps:
-        return False  # run by itself, or copied: not known
-    return not is_own(flags_in(steps[step_dir.name].get("arguments", [])).get("data_path", [DEMO]))
-
-
 def check_sources(argvs: Mapping[str, Sequence[str]]) -> None:
     """Refuse a run of which some steps have data of their own, while others would train on the demo by default.
 
@@ -61,9 +40,9 @@ def check_sources(argvs: Mapping[str, Sequence[str]]) -> None:
     Raises:
         UserError: names the steps.
     """
-    flags = {name: flags_in(argv) for name, argv in argvs.items()}
-    own = [name for name in flags if is_own(flags[name].get("data_path", []))]
-    quiet = [name for name in flags if "data_path" not in flags[name]]
+    sources = {name: named_sources(argv) for name, argv in argvs.items()}
+    own = [name for name, named in sources.items() if is_own(named)]
+    quiet = [name for name, named in sources.items() if not named]
     if own and quiet:
         steps = " and ".join(f"step {name[4:]}" for name in quiet)
         raise UserError(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from training.step3_rlhf_finetuning.arguments import ARGUMENTS as STEP3
-from training.utils.arguments import STEP1, STEP2
+from training.utils.arguments import STEP1, STEP2, flags_in
 from training.utils.errors import UserError
 
 GROUPS: Mapping[str, Sequence[type]] = {"step1": STEP1, "step2": STEP2, "step3": STEP3}
@@ -71,16 +70,3 @@ def refuse_flags_of_some_steps(argv: Sequence[str], known: Sequence[type]) -> No
                 f"--{name} is a flag of step{'s' if len(steps) > 1 else ''} {numbers} alone: "
                 f'give it there, {where} "--{name} ..."'
             )
-
-
-def flags_in(argv: Sequence[str]) -> dict[str, list[str]]:
-    """Flag without dashes (and without ``no-``) -> its values, of the last time that it is given."""
-    found: dict[str, list[str]] = {}
-    values: list[str] = []
-    for token in argv:
-        if re.match(r"--[a-zA-Z]", token):
-            name, equals, value = token[2:].partition("=")
-            values = found[name.removeprefix("no-")] = [value] if equals else []
-        else:
-            values.append(token)
-    return found

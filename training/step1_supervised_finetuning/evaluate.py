@@ -142,8 +142,10 @@ def main(argv: Sequence[str]) -> int:
         check_length(path, max_seq_len, "--max_seq_len of step 1")
         check_length(path, step.max_answer_seq_len, "--max_answer_seq_len")
     tokenizer = load_tokenizer(str(folder))
-    chosen = evaluation_programs.data_arguments(data, recorded[arguments.DataArguments])
-    rows = prepare_data("demonstrations", chosen, tokenizer, max_length=max_seq_len, seed=seed).to_judge_by()
+    own = [] if data != arguments.DataArguments() else recorded[arguments.SupervisedArguments].sft_only_data_path
+    chosen = evaluation_programs.data_arguments(data, recorded[arguments.DataArguments], folder, own)
+    length: dict[str, Any] = {"max_length": max_seq_len, "seed": seed, "sft_only_data_path": own}
+    rows = prepare_data("demonstrations", chosen, tokenizer, **length).to_judge_by()
     device = init_distributed()
     settled = precision.settle(args)
     limit = (max_positions(base_path) or sys.maxsize) - step.max_answer_seq_len

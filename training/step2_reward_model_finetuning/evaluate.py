@@ -150,7 +150,7 @@ def main(argv: Sequence[str]) -> int:
     max_seq_len, seed = recorded[arguments.ModelArguments].max_seq_len, recorded[arguments.TrainingArguments].seed
     check_length(str(folder), max_seq_len, "--max_seq_len of step 2")
     tokenizer = load_tokenizer(str(folder))
-    chosen = evaluation_programs.data_arguments(data, recorded[arguments.DataArguments])
+    chosen = evaluation_programs.data_arguments(data, recorded[arguments.DataArguments], folder)
     rows = prepare_data("pairs", chosen, tokenizer, max_length=max_seq_len, seed=seed).to_judge_by()
     device = init_distributed()
     settled = precision.settle(args)

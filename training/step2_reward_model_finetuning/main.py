@@ -24,6 +24,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))  # outside the environ
 
 from training.migrate.predecessors import others_of
 from training.utils import arguments
+from training.utils.run.demo import check_training_data
 from training.utils.run.runtime import prepare_runtime
 
 ARGUMENTS = arguments.STEP2
@@ -32,13 +33,12 @@ OTHERS = others_of("step2")
 
 def parse_flags(argv: Sequence[str]) -> list[Any]:
     """The flags, by `ARGUMENTS`; without torch, so that ``--help`` and mistakes answer at once."""
-    return arguments.parse(
-        ARGUMENTS, argv, prog="step2_reward_model_finetuning/main.py", description=__doc__, others=OTHERS
-    )
+    prog = "step2_reward_model_finetuning/main.py"
+    return arguments.parse(ARGUMENTS, argv, prog=prog, description=__doc__, others=OTHERS)
 
 
 if __name__ == "__main__":
-    arguments.answer_early(parse_flags, OTHERS)
+    arguments.answer_early(parse_flags, OTHERS, check_training_data)
 prepare_runtime()
 
 

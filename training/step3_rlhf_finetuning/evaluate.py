@@ -357,7 +357,7 @@ def main(argv: Sequence[str]) -> int:
         judge_path = loading.resolve_model(step.judge_model_name_or_path, "--judge_model_name_or_path")
         classifiers.check_reward_head(judge_path)
     longest = step.max_answer_seq_len or rollout.max_answer_seq_len
-    chosen_data = evaluation_programs.data_arguments(data, recorded[arguments.DataArguments])
+    chosen_data = evaluation_programs.data_arguments(data, recorded[arguments.DataArguments], folder)
     tokenizer = shared_tokenizer(actor_path, sources.sft, chosen_data, recorded[arguments.DataArguments])
     normalize = ppo.normalize_reward and (Path(sources.reward_model) / STATS_FILE).is_file()
     reward = settings.reward_model_settings(

@@ -29,6 +29,7 @@ from training.migrate.predecessors import others_of
 from training.step3_rlhf_finetuning.arguments import ALIASES, ARGUMENTS, check
 from training.utils import arguments
 from training.utils.run import watchdog
+from training.utils.run.demo import check_training_data
 from training.utils.run.runtime import prepare_runtime
 
 OTHERS = others_of("step3")
@@ -41,7 +42,7 @@ def parse_flags(argv: Sequence[str]) -> list[Any]:
 
 
 if __name__ == "__main__":
-    arguments.answer_early(parse_flags, OTHERS)
+    arguments.answer_early(parse_flags, OTHERS, check_training_data)
 prepare_runtime()
 
 import torch  # noqa: E402  threads and PATH must be set before
@@ -92,6 +93,7 @@ def main(argv: Sequence[str]) -> int:
     if output.plan:
         precision.settle(role_args, resume_output_dir(reliability.resume, output.output_dir), reliability.resume)
         return show_rlhf_plan(actor, critic, reward_model, role_args, rollout, train, zero, overrides)
+    check_training_data(groups)
     output_dir = prepare_output_dir(resume_output_dir(reliability.resume, output.output_dir), "step3")
     device = init_distributed(reliability.distributed_timeout)
     watchdog.watch(output_dir, reliability.hang_timeout)

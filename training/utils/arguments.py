@@ -34,6 +34,7 @@ PRECISIONS = (AUTO, "bf16", "fp16", "fp32")
 DTYPE_HELP = "precision of weights and activations (masters stay fp32); auto: bf16 where the hardware computes in it"
 
 LAUNCHERS = ("--local_rank", "--deepspeed")  # what launchers, and everybody's habit, add to a command
+DEMO = "demo"  # the bundled rows, as a source
 CLOSE = 0.8  # likeness of a flag to one that may be meant
 
 MAX_SEED = 2**32 - 1  # what every library that is seeded takes
@@ -129,8 +130,9 @@ class DataArguments:
     """Data"""
 
     data_path: list[str] = flag(
-        ["demo"],
-        "one or more sources: a json, jsonl, csv or parquet file, a folder, a hub name; PATH:N takes N rows",
+        [],
+        "sources: a json, jsonl, csv or parquet file, a folder, a hub name; PATH:N takes N rows (default: the bundled "
+        "demo, for the embedded model and what has learned from it)",
     )
     data_split: str = flag(
         "", "share of each source for SFT, preferences and prompts, such as 2,4,4 (default: every row in each step)"
@@ -144,6 +146,10 @@ class DataArguments:
     system_message: str = flag("", "a system message put before every conversation that has none")
     stop_ids: list[int] = flag([], "ids of further tokens that end a response", minimum=0)
     data_output_path: str = flag("", "folder for tokenised data (default: the user's cache folder)")
+
+    def sources(self, more: Sequence[str] = ()) -> list[str]:
+        """``--data_path``; without it the demo, unless there are ``more`` sources that it need not join."""
+        return self.data_path or ([] if more else [DEMO])
 
 
 @dataclass
@@ -261,7 +267,7 @@ FINE_TUNING = (
 class SupervisedArguments:
     """Step 1"""
 
-    sft_only_data_path: list[str] = flag([], "sources used by this step alone, whole")
+    sft_only_data_path: list[str] = flag([], "sources used by this step alone, whole; without --data_path only these")
     train_on_prompts: bool = flag(False, "train on prompt tokens too")
 
 
@@ -419,7 +425,9 @@ def with_underscores(token: str, known: Container[str]) -> str:
 
 
 def answer_early(
-    parse_flags: Callable[[Sequence[str]], Sequence[Any]], others: Mapping[str, OtherFlag] | None = None
+    parse_flags: Callable[[Sequence[str]], Sequence[Any]],
+    others: Mapping[str, OtherFlag] | None = None,
+    check_more: Callable[[Sequence[Any]], None] = lambda groups: None,
 ) -> None:
     """Answer ``--help`` and bad flags of this process before its program imports torch, which takes seconds.
 
@@ -430,6 +438,7 @@ def answer_early(
     Args:
         parse_flags: the program's own: argv -> argument groups. What they name is looked for too, see `check_inputs`.
         others: those of its flags that are other programs'; rank 0 says what it takes them for.
+        check_more: what else can be said of the groups without torch.
     """
     check_environment()
 
@@ -437,6 +446,7 @@ def answer_early(
         groups = parse_flags(argv)
         if int(os.environ.get("WORLD_SIZE", "1")) <= local_ranks():
             check_inputs(groups)  # on several hosts one may lack a file: then the run says on which
+            check_more(groups)
         if os.environ.get("RANK", "0") == "0":
             for line in told_others(argv, others or {}):
                 print(line, flush=True)
@@ -461,6 +471,19 @@ def told_others(argv: Sequence[str], others: Mapping[str, OtherFlag]) -> list[st
             "program that these flags come from"
         )
     return lines
+
+
+def flags_in(argv: Sequence[str]) -> dict[str, list[str]]:
+    """Flag without dashes (and without ``no-``) -> its values, of the last time that it is given."""
+    found: dict[str, list[str]] = {}
+    values: list[str] = []
+    for token in argv:
+        if re.match(r"--[a-zA-Z]", token):
+            name, equals, value = token[2:].partition("=")
+            values = found[name.removeprefix("no-")] = [value] if equals else []
+        else:
+            values.append(token)
+    return found
 
 
 def _reject_unknown(tokens: Sequence[str], known: Sequence[str], prog: str, followed: bool) -> typing.NoReturn:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from training.utils import arguments
+from training.utils.errors import UserError
+from training.utils.run.demo import recorded_argv
 from training.utils.run.distributed import say
 from training.utils.run.folders import repository_root, shown
 from training.utils.run.manifest import read_manifest, write_json
@@ -51,14 +53,22 @@ def _located(token: str, folders: Sequence[Path]) -> str:
     return token if found is None else f"{flag}{equals}{found}{colon}{suffix}"
 
 
-def data_arguments(given: arguments.DataArguments, recorded: arguments.DataArguments) -> arguments.DataArguments:
-    """The data flags given to the evaluation; without any, those that the step was run with.
+def data_arguments(
+    given: arguments.DataArguments, recorded: arguments.DataArguments, folder: Path, more: Sequence[str] = ()
+) -> arguments.DataArguments:
+    """The data flags given to the evaluation; without any, those that the step was run with, where ``more`` is, too.
 
     The latter without what the saved tokenizer has (template, system message, stop ids): the files may be gone.
+
+    Raises:
+        UserError: no data are given, and ``folder``, the step's output, does not say what it was run with.
     """
     own = replace(recorded, chat_template="", system_message="", stop_ids=[])
     chosen = own if given == arguments.DataArguments() else given
-    say(f"held-out rows of: {' '.join(chosen.eval_data_path or chosen.data_path)}")
+    if chosen is own and recorded_argv(folder) is None:
+        raise UserError(f"{shown(folder)} does not record its data: give --eval_data_path, or --data_path")
+    sources = chosen.eval_data_path or [*chosen.sources(more), *more]
+    say(f"held-out rows of: {' '.join(sources)}")
     return chosen
 
 

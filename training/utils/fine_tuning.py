@@ -38,6 +38,7 @@ from training.utils.model.lora import with_adapters
 from training.utils.model.tokenizer import check_vocabulary, load_tokenizer
 from training.utils.phases import Phases
 from training.utils.run import watchdog
+from training.utils.run.demo import check_training_data
 from training.utils.run.distributed import data_size, init_distributed, say
 from training.utils.run.folders import prepare_output_dir, title
 
@@ -140,6 +141,7 @@ class FineTuning:
             "seconds": time.monotonic() - self.started + self.run.seconds,
             "phases": self.phases.summary(),
             precision.SUMMARY_KEY: self.settled,
+            "run_with": {"arguments": list(self.argv), "folder": str(Path.cwd())},
         }
         made: dict[str, Any] = {"argv": self.argv, "data": self.rows.report.lines(), "results": summary}
         write_model_card(self.output_dir, kind, (base, self.model_path), tokenizer=self.tokenizer, **made)
@@ -182,6 +184,7 @@ def open_run(
     started, phases = time.monotonic(), Phases()
     flags = Flags(*groups[:7])
     reliability, train = flags.reliability, flags.train
+    check_training_data(groups)
     output_dir = prepare_output_dir(resume_output_dir(reliability.resume, flags.output.output_dir), step)
     device = init_distributed(reliability.distributed_timeout)
     watchdog.watch(output_dir, reliability.hang_timeout)

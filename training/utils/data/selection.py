@@ -108,8 +108,8 @@ def make_request(
 
 def _streams(kind: Kind, arguments: DataArguments, sft_only: Sequence[str], hold_out: bool) -> list[Stream]:
     found = []
-    paths = [(path, True) for path in arguments.data_path]
-    paths += [(path, False) for path in (sft_only if kind == "demonstrations" else ())]
+    whole = sft_only if kind == "demonstrations" else ()
+    paths = [(path, True) for path in arguments.sources(whole)] + [(path, False) for path in whole]
     for path, divided in paths:
         source = resolve(path, kind)
         if arguments.eval_data_path or not hold_out:
