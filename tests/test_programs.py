@@ -140,7 +140,7 @@ def test_step_3_starts_at_the_reference(trained):
     assert first["policy/first_ratio"] == 1.0
     assert first["kl/per_sequence"] == 0.0
     assert first["ppo/optimizer_steps"] == 2  # 8 rows x 2 epochs in minibatches of 2 rows x 2 ranks x 2
-    assert "adapter disabled" in logs[3]
+    assert "adapters off" in logs[3]
 
 
 def test_every_output_loads_with_plain_transformers(trained):
