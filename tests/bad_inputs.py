@@ -95,16 +95,22 @@ def _finished(w: World, step: str, model: str = "") -> str:
     """A finished step's folder in a run of its own; its model lies in ``model``, or in the folder itself."""
     folder = w.tmp / "run" / step
     shutil.copytree(w.model, folder / model)
-    _write(folder / "summary.json", "{}")
+    _write(folder / "summary.json", json.dumps({"run_with": {"arguments": [], "folder": "."}}))
     return str(folder)
 
 
 GOOD = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}
 
 CASES = [
+    Case(
+        "a named model without data",
+        2,
+        lambda w: ["--model_name_or_path", str(w.model), "--output_dir", str(w.tmp / "out")],
+        ["--model_name_or_path", "name the data too, --data_path FILE"],
+    ),
     Case("missing data", 1, lambda w: _sft(w, "--data_path", str(w.tmp / "no.jsonl")), ["no.jsonl"]),
     Case(
-        "empty data", 1, lambda w: _sft(w, "--data_path", _write(w.tmp / "empty.jsonl", "")), ["empty.jsonl", "no row"]
+        "empty data", 1, lambda w: _sft(w, "--data_path", _write(w.tmp / "empty.jsonl", "")), ["empty.jsonl", "0 rows read"]
     ),
     Case(
         "a row without its fields",
