@@ -96,6 +96,22 @@ def test_openassistants_pythia_reward_models(tmp_path, tiny_data, capsys):
     assert text == "<|prompter|>Hi<|endoftext|><|assistant|>Hello.<|endoftext|>"
 
 
+def test_colossalchats_reward_models(tmp_path, tiny_data, capsys):
+    """As ``booster.save_model`` leaves them: no config.json, and files of several parts."""
+    base, head = save_theirs(tmp_path / "theirs", FAMILIES["llama"], "model.", "value_head", bias=True)
+    (tmp_path / "theirs" / "config.json").rename(tmp_path / "tokenizer" / "config.json")
+    (tmp_path / "theirs" / "pytorch_model.bin").rename(tmp_path / "theirs" / "pytorch_model-00001.bin")
+    assert convert(tmp_path / "theirs", tiny_data) == 2
+    assert "--chat_template FILE" in capsys.readouterr().err
+    template = {"system_message": "Be kind.", "end_of_assistant": "<|im_end|>", "stop_ids": [0]}
+    (tmp_path / "conversation.json").write_text(json.dumps(template))
+    assert convert(tmp_path / "theirs", tiny_data, "--chat_template", str(tmp_path / "conversation.json")) == 0
+    check_scores(base, head, tmp_path / "ours", offset=head.bias.item())
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ours")
+    turns = [{"role": "user", "content": "Hi"}]
+    assert tokenizer.apply_chat_template(turns, tokenize=False).startswith("<|im_start|>system\nBe kind.<|im_end|>")
+
+
 @pytest.mark.parametrize("legacy", [False, True])
 def test_such_a_folder_is_known_by_its_names_alone(tmp_path, legacy):
     save_theirs(tmp_path / "theirs", FAMILIES["llama"])

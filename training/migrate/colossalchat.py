@@ -385,7 +385,8 @@ def settle_rewards(t: Translation) -> None:
             "--reward_function FILE.py:NAME, such as training/step3_rlhf_finetuning/reward_examples.py:exact_answer"
         )
     if model in t.values and not none:
-        t.lines.append(f"{model}: a step 2's output here, or a sequence classifier of transformers")
+        t.lines.append(f"{model}: a step 2's output, or a sequence classifier of transformers; one of train_rm.py's is "
+                       "converted once by python -m training.migrate.reward_model")  # fmt: skip
     elif "--reward_function" in t.values or functions:
         t.set(model, "none", "there is no reward model")
         if "--num_generations" not in t.flags:

@@ -1,12 +1,14 @@
-"""Convert a reward model of DeepSpeed-Chat, alpaca-rlhf or OpenAssistant into a folder of step 2, statistics included.
+"""Convert a reward model of another project into a folder of step 2, statistics included.
 
     python -m training.migrate.reward_model --path THEIRS --data_path preferences.jsonl --output_dir output/converted \
         --tokenizer_name_or_path BASE
 
 Theirs are a backbone and a head of their own in PyTorch's files: `rwtransformer.*` and `v_head.weight` of
-DeepSpeed-Chat and alpaca-rlhf, `gpt_neox.*` and `out_proj` of OpenAssistant's Pythia models. What is written loads in
-plain transformers as a sequence classifier. The rewards of all pairs of --data_path give reward_stats.json. A bias of
-their head moves all rewards alike; it is left out, and the statistics are of the rewards without it.
+DeepSpeed-Chat and alpaca-rlhf, `gpt_neox.*` and `out_proj` of OpenAssistant's Pythia models, `model.*` and
+`value_head` of ColossalChat. The last have no config.json: that of --tokenizer_name_or_path is taken, and
+--chat_template is the conversation template that their data were prepared with. What is written loads in plain
+transformers as a sequence classifier. The rewards of all pairs of --data_path give reward_stats.json. A bias of their
+head moves all rewards alike; it is left out, and the statistics are of the rewards without it.
 """
 
 from __future__ import annotations
@@ -84,19 +86,21 @@ class Layout:
         backbone: what the names of the backbone's weights begin with.
         head: the module with one output.
         user, assistant: what stands before a turn; an answer ends with the end token, a question with ``after_user``.
+            Empty where only a template of its own says how conversations were written.
     """
 
     name: str
     backbone: str
     head: str
-    user: str
-    assistant: str
+    user: str = ""
+    assistant: str = ""
     after_user: str = ""
 
 
 LAYOUTS = (
     Layout("DeepSpeed-Chat", "rwtransformer.", "v_head", "\n\nHuman: ", "\n\nAssistant: "),
     Layout("OpenAssistant", "gpt_neox.", "out_proj", "<|prompter|>", "<|assistant|>", "<|endoftext|>"),
+    Layout("ColossalChat", "model.", "value_head"),
 )
 MODEL_TYPES = {"gpt_neox_reward_model": "gpt_neox"}  # OpenAssistant's own name for the family
 END_OF_TEXT = "<|endoftext|>"  # DeepSpeed-Chat's and OpenAssistant's
@@ -220,8 +224,11 @@ def load_their_tokenizer(path: str, folder: Path, layout: Layout, args: Conversi
     """The tokenizer, with their chat template unless another one is given.
 
     Raises:
-        UserError: the folder does not say which tokens are special.
+        UserError: the folder does not say which tokens are special, or nothing how conversations were written.
     """
+    if not (template or layout.user):
+        raise UserError(f"{folder}: a reward model of {layout.name}; give the template that its data were prepared "
+                        "with: --chat_template FILE")  # fmt: skip
     if not args.tokenizer_name_or_path and not (folder / "tokenizer_config.json").is_file():
         raise UserError(
             f"{folder}: no tokenizer_config.json, so its special tokens are not known; name the base model's tokenizer "
@@ -239,7 +246,9 @@ def main(argv: Sequence[str]) -> int:
     """Convert; returns the exit code."""
     args, data = parse_flags(argv)
     folder, output = Path(args.path).expanduser(), Path(args.output_dir).expanduser()
-    config, weights = read_config(folder), read_weights(folder)
+    base = Path(args.tokenizer_name_or_path).expanduser()
+    has_config = (folder / "config.json").is_file() or not (base / "config.json").is_file()
+    config, weights = read_config(folder if has_config else base), read_weights(folder)
     layout = layout_of(weights, folder)
     tokenizer = load_their_tokenizer(
         args.tokenizer_name_or_path or str(folder), folder, layout, args, data.chat_template
