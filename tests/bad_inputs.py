@@ -110,7 +110,10 @@ CASES = [
     ),
     Case("missing data", 1, lambda w: _sft(w, "--data_path", str(w.tmp / "no.jsonl")), ["no.jsonl"]),
     Case(
-        "empty data", 1, lambda w: _sft(w, "--data_path", _write(w.tmp / "empty.jsonl", "")), ["empty.jsonl", "0 rows read"]
+        "empty data",
+        1,
+        lambda w: _sft(w, "--data_path", _write(w.tmp / "empty.jsonl", "")),
+        ["empty.jsonl", "0 rows read"],
     ),
     Case(
         "a row without its fields",
@@ -354,13 +357,13 @@ CASES = [
     Case(
         "unwritable output",
         1,
-        lambda w: _sft(w)[:2] + ["--output_dir", _write(w.tmp / "file", "") + "/x"],
+        lambda w: _sft(w, "--output_dir", _write(w.tmp / "file", "") + "/x"),
         ["--output_dir", "file"],
     ),
     Case(
         "finished output",
         1,
-        lambda w: _sft(w)[:2] + ["--output_dir", str(Path(_write(w.tmp / "summary.json", "{}")).parent)],
+        lambda w: _sft(w, "--output_dir", str(Path(_write(w.tmp / "summary.json", "{}")).parent)),
         ["already holds a finished run"],
     ),
     Case(
