@@ -47,13 +47,13 @@ prepare_runtime()
 import torch  # noqa: E402  threads and PATH must be set before
 
 from training.step1_supervised_finetuning import main as step1  # noqa: E402
+from training.step1_supervised_finetuning.answers import decoded, last_turn  # noqa: E402
 from training.step1_supervised_finetuning.rouge import rouge_scores  # noqa: E402
 from training.utils import evaluation_programs, intervals  # noqa: E402
-from training.utils.data import collate_prompts, collate_sft, prepare_data, stop_token_ids  # noqa: E402
+from training.utils.data import collate_sft, prepare_data  # noqa: E402
 from training.utils.engine import precision  # noqa: E402
 from training.utils.errors import UserError, run_program  # noqa: E402
 from training.utils.generation.engines import rollout_backend  # noqa: E402
-from training.utils.generation.requests import RolloutRequest  # noqa: E402
 from training.utils.generation.sampling import SamplingConfig  # noqa: E402
 from training.utils.metrics import progress_bar  # noqa: E402
 from training.utils.model import loading  # noqa: E402
@@ -63,14 +63,6 @@ from training.utils.model.tokenizer import load_tokenizer  # noqa: E402
 from training.utils.run.distributed import init_distributed, say  # noqa: E402
 
 SHOWN = 3  # answers on the terminal; evaluation.json has all
-
-
-def last_turn(input_ids: Sequence[int], response_mask: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Split a rendered conversation before its last response: prompt ids, and response ids with the end token."""
-    start = len(response_mask)
-    while start and response_mask[start - 1]:
-        start -= 1
-    return list(input_ids[:start]), list(input_ids[start:])
 
 
 @torch.no_grad()
@@ -95,25 +87,12 @@ def greedy_answers(
 ) -> list[str]:
     """The likeliest continuation of each prompt as text, without special tokens."""
     backend, sampling = rollout_backend("fast"), SamplingConfig(longest, greedy=True)
-    stop_ids = tuple(stop_token_ids(tokenizer))
     answers: list[str] = []
     bar = progress_bar(len(prompts), f"answers of {title}")
     for start in range(0, len(prompts), batch_size):
-        ids = prompts[start : start + batch_size]
-        batch = collate_prompts([{"prompt_ids": p} for p in ids], tokenizer.pad_token_id)
-        request = RolloutRequest(
-            batch["input_ids"].to(model.device),
-            batch["attention_mask"].to(model.device),
-            torch.arange(start, start + len(ids), device=model.device),
-            seed=0,
-            iteration=0,
-            stop_ids=stop_ids,
-            pad_id=tokenizer.pad_token_id,
-        )
-        rollout = backend.generate(model, request, sampling)
-        for row, mask in zip(rollout.input_ids[:, rollout.response_start :], rollout.response_mask, strict=True):
-            answers.append(tokenizer.decode(row[mask], skip_special_tokens=True).strip())
-        bar.update(len(ids))
+        asked = prompts[start : start + batch_size]
+        answers += decoded(backend, model, asked, tokenizer, sampling, model.device)
+        bar.update(len(asked))
     bar.close()
     return answers
 

@@ -9,7 +9,7 @@ ranks and micro-batches together, so the result does not depend on how a batch i
     deepspeed --num_gpus 2 training/step1_supervised_finetuning/main.py --model_name_or_path DIR_OR_HUB_NAME \
         --data_path my_chats.jsonl --zero_stage 2 --lora_dim 8 --lora_module_name q_proj,k_proj --only_optimize_lora
 
-Writes a Hugging Face folder (the best checkpoint by held-out loss), metrics.jsonl and summary.json.
+Writes a Hugging Face folder (the best checkpoint by held-out loss, or by ROUGE), metrics.jsonl and summary.json.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ prepare_runtime()
 
 import torch  # noqa: E402  threads and PATH must be set before
 
+from training.step1_supervised_finetuning.answers import RougeJudge  # noqa: E402
 from training.utils.checkpoint.resume import BEST, resume_output_dir  # noqa: E402
 from training.utils.data import epoch_batches  # noqa: E402
 from training.utils.engine import engine as engines, precision  # noqa: E402
@@ -91,6 +92,8 @@ def main(argv: Sequence[str]) -> int:
     rows, run, phases, device = tuning.rows, tuning.run, tuning.phases, tuning.device
     pad_id, best = tuning.tokenizer.pad_token_id, tuning.output_dir / BEST
     response_tokens = predicted_tokens(rows.train)
+    asked = (rows.held_out, tuning.tokenizer, model_args.max_seq_len, train.per_device_eval_batch_size)
+    rouge = RougeJudge(*asked) if step.best_by == "rouge" else None
 
     def load(config: dict[str, Any]) -> Any:
         """The causal language model."""
@@ -104,17 +107,22 @@ def main(argv: Sequence[str]) -> int:
     logger = tuning.logger()
 
     def evaluate(step_number: int) -> float:
-        """The held-out loss, logged; the model with the lowest one is kept."""
+        """The held-out loss, and ROUGE if that is asked for, logged; the model with the best is kept."""
         loss = held_out_loss(engine, rows.held_out, train.per_device_eval_batch_size, pad_id)
-        logger.log(step_number, {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 50.0))})
-        say(f"step {step_number}: held-out loss {loss:.4f}, perplexity {math.exp(min(loss, 50.0)):.2f}")
+        found = {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 50.0))}
+        told, score = f"held-out loss {loss:.4f}, perplexity {found['eval/perplexity']:.2f}", loss
+        if rouge is not None:
+            found["eval/rouge"] = rouge.score(engine)
+            told, score = f"{told}, ROUGE {found['eval/rouge']:.3f}", -found["eval/rouge"]
+        logger.log(step_number, found)
+        say(f"step {step_number}: {told}")
         phases.end("evaluate")
         last = step_number == tuning.total_steps
-        if step_number and loss < progress["lowest_loss"] or last and not progress["best_step"]:
+        if step_number and score < progress["lowest_loss"] or last and not progress["best_step"]:
             tuning.save(engine, best)
             phases.end("save")
             progress.update(best_step=step_number, loss_after=loss)
-        progress["lowest_loss"] = min(progress["lowest_loss"], loss)
+        progress["lowest_loss"] = min(progress["lowest_loss"], score)  # by ROUGE: its negative
         return loss
 
     if not run.step:

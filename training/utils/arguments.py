@@ -269,6 +269,11 @@ class SupervisedArguments:
 
     sft_only_data_path: list[str] = flag([], "sources used by this step alone, whole; without --data_path only these")
     train_on_prompts: bool = flag(False, "train on prompt tokens too")
+    best_by: str = flag(
+        "loss",
+        "which model is kept: of the lowest held-out loss, or whose answers are nearest to the held-out ones by ROUGE",
+        choices=("loss", "rouge"),
+    )
 
 
 @dataclass
