@@ -114,6 +114,16 @@ class PPOTrainer:
             requests: this rank's generation batches; every rank has the same number, each of the same size.
             number: of the iteration, from 0.
         """
+        metrics = self.make_experience(requests, number)
+        self.before_update()
+        beat("training")
+        scored = time.perf_counter()
+        metrics |= self.update([batch.experience for batch in self.scored], number)
+        self.phases.end("train")
+        return metrics | self._timing(time.perf_counter() - scored, metrics)
+
+    def make_experience(self, requests: Sequence[RolloutRequest], number: int) -> dict[str, float]:
+        """Answer and score: `scored` is what the update needs; arguments and result as of `iteration`."""
         self.roles.actor.gather_seconds = 0.0
         started = time.perf_counter()
         beat("generating")
@@ -125,24 +135,18 @@ class PPOTrainer:
         beat("scoring")
         self.scored, metrics = self.scoring.score(rollouts, requests)
         self._check_sampler(self.scored, number)
-        scored = time.perf_counter()
         self.phases.end("score")
-        self.before_update()
-        beat("training")
-        metrics |= self.update([batch.experience for batch in self.scored], number)
-        self.phases.end("train")
-        trained = time.perf_counter()
-        return metrics | self._timing(generated - started, scored - generated, trained - scored, metrics)
+        return metrics | {"time/generate": generated - started, "time/score": time.perf_counter() - generated}
 
-    def _timing(self, generate: float, score: float, train: float, metrics: Mapping[str, float]) -> dict[str, float]:
+    def _timing(self, train: float, metrics: Mapping[str, float]) -> dict[str, float]:
         """Seconds of the phases, and the share of each in the time since the last record."""
-        gather = self.roles.actor.gather_seconds
+        gather, generate = self.roles.actor.gather_seconds, metrics["time/generate"]
         prefill = sum(batch.rollout.prefill_seconds for batch in self.scored)
         seconds = {
             "gather": gather,
             "prefill": prefill,
             "decode": max(generate - gather - prefill, 0.0),
-            "score": score,
+            "score": metrics["time/score"],
             "train": train,
         }
         for name in ("evaluate", "save"):  # after the last iteration
@@ -151,7 +155,6 @@ class PPOTrainer:
         total = max(sum(seconds.values()), 1e-9)
         return {
             **{f"time/{name}": value for name, value in seconds.items()},
-            "time/generate": generate,
             "time/tokens_per_second": metrics["rollout/tokens"] / max(generate, 1e-9),
             **{f"share/{name}": value / total for name, value in seconds.items()},
         }

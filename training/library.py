@@ -1,0 +1,261 @@
+"""PPO from Python: step 3's roles, experience, update and checkpoints, without its program.
+
+    from training import PPO
+
+    ppo = PPO(["prompts.jsonl"], strategy="zero2", actor_model_name_or_path="output/run/step1")
+    for number in range(ppo.iterations):
+        experience = ppo.make_experience(number)
+        print(ppo.update(experience, number)["reward/score"])
+    ppo.save_model("actor", "output/mine/actor")
+
+Keywords are the flags of step 3, with their meaning, ranges and defaults (docs/step3.md). The program does more: exact
+resume, held-out evaluation, the monitor, the report. docs/library.md says when which is of use.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from training.step3_rlhf_finetuning.arguments import ARGUMENTS, EvaluationArguments, check
+from training.utils import arguments
+from training.utils.errors import UserError
+from training.utils.run.recipes import flags_of
+from training.utils.run.runtime import prepare_runtime
+
+prepare_runtime()
+
+import torch  # noqa: E402  threads and PATH must be set before
+from safetensors.torch import save_file  # noqa: E402
+
+from training.step3_rlhf_finetuning import prompts, settings  # noqa: E402
+from training.step3_rlhf_finetuning.experience import Experience, Scoring  # noqa: E402
+from training.step3_rlhf_finetuning.ppo_trainer import PPOTrainer  # noqa: E402
+from training.step3_rlhf_finetuning.rewards import parse_reward_functions  # noqa: E402
+from training.step3_rlhf_finetuning.roles import Roles, build_roles, generation_backend  # noqa: E402
+from training.utils.checkpoint import engine_state  # noqa: E402
+from training.utils.data import prepare_data, stop_token_ids  # noqa: E402
+from training.utils.engine import precision  # noqa: E402
+from training.utils.engine.zero_config import read_user_config  # noqa: E402
+from training.utils.generation.sampling import SamplingConfig  # noqa: E402
+from training.utils.model import classifiers, export, loading  # noqa: E402
+from training.utils.model.lora import is_lora  # noqa: E402
+from training.utils.run.distributed import (  # noqa: E402
+    barrier,
+    data_rank,
+    data_size,
+    init_distributed,
+    is_main,
+    rank,
+    world_size,
+)
+
+_SHARDED = {"actor_zero_stage": 3, "critic_zero_stage": 3}
+_ON_CPU = {"offload": True, "offload_reference_model": True, "offload_reward_model": True}
+# The strategies of ColossalAI's library, as flags of step 3
+STRATEGIES: Mapping[str, Mapping[str, Any]] = {
+    "naive": {"actor_zero_stage": 0, "critic_zero_stage": 0},  # one process
+    "ddp": {"actor_zero_stage": 0, "critic_zero_stage": 0},  # each rank holds everything, gradients are averaged
+    "zero2": {"actor_zero_stage": 2, "critic_zero_stage": 2},  # optimizer states and gradients are shared out
+    "zero2_cpu": {"actor_zero_stage": 2, "critic_zero_stage": 2, "offload": True},  # and lie in CPU memory
+    "gemini": _SHARDED,  # parameters are shared out as well
+    "gemini_auto": {**_SHARDED, **_ON_CPU},  # and lie in CPU memory
+}
+# What would have no effect here
+_OF_THE_PROGRAM = {
+    field.name
+    for group in (EvaluationArguments, arguments.OutputArguments, arguments.ReliabilityArguments)
+    for field in dataclasses.fields(group)
+} | {"unsupervised_data_path", "unsup_coef", "enable_ema"}
+
+
+class PPO:
+    """The roles of step 3 and what trains them; building it is a collective.
+
+    Args:
+        data_path: where the prompts are.
+        strategy: one of `STRATEGIES`; what it sets wins over the flags.
+        flags: step 3's, without their dashes; a list where a flag takes several values.
+
+    Attributes:
+        roles: actor, critic, rewards.
+        trainer: the update, and of the last iteration everything that was scored.
+        tokenizer: of actor and critic.
+        schedule: the prompts of each iteration.
+
+    Raises:
+        UserError: as the program: a flag, a model or the data is wrong.
+    """
+
+    def __init__(self, data_path: Sequence[str], *, strategy: str = "naive", **flags: Any) -> None:
+        if strategy not in STRATEGIES:
+            raise UserError(f"strategy {strategy!r}: there are {', '.join(STRATEGIES)}")
+        if only := sorted(_OF_THE_PROGRAM & flags.keys()):
+            raise UserError(f"{', '.join(only)}: what the program of step 3 does around its loop, not PPO")
+        argv = flags_of({**flags, "data_path": list(data_path), **STRATEGIES[strategy]}, [])
+        self._groups = check(arguments.parse(ARGUMENTS, argv, prog="PPO", description=__doc__))
+        self._device = init_distributed()
+        if strategy == "naive" and world_size() > 1:
+            raise UserError(f"strategy naive is for one process, not for {world_size()}: ddp is the same on several")
+        role_args, data, rollout, ppo, train, *_ = self._groups
+        precision.settle(role_args)
+        torch.manual_seed(train.seed)
+        actor_path, reward_path = settings.model_paths(role_args, ppo.reward_function)
+        self.tokenizer = settings.actor_tokenizer(role_args, data, actor_path)
+        length = rollout.max_prompt_seq_len + rollout.max_answer_seq_len
+        options: dict[str, Any] = {"max_length": length, "max_prompt_length": rollout.max_prompt_seq_len}
+        rows = prepare_data("prompts", data, self.tokenizer, seed=train.seed, **options).train
+        stop_ids = tuple(stop_token_ids(self.tokenizer))
+        self._prompts = prompts.PromptSet(rows, self.tokenizer, stop_ids, train.seed)
+        responses = rollout.per_device_generation_batch_size * rollout.generation_batches * data_size()
+        passes = {"epochs": train.num_train_epochs, "iterations": train.num_iterations, "seed": train.seed}
+        self.schedule = prompts.prompt_schedule(rows["length"], responses // rollout.samples_per_prompt, **passes)
+        self.roles = self._build_roles(actor_path, reward_path, length)
+        sampling = SamplingConfig(
+            rollout.max_answer_seq_len, temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k
+        )
+        constants = settings.ppo_settings(ppo, rollout, train)
+        backend = generation_backend(
+            self.roles.actor,
+            rollout.rollout_engine,
+            rows=rollout.per_device_generation_batch_size,
+            length=length,
+        )
+        scoring = Scoring(self.roles, self._prompts, constants)
+        self.trainer = PPOTrainer(self.roles, scoring, backend, sampling, constants, role_args.dtype)
+        self._found: dict[str, float] = {}
+
+    def _build_roles(self, actor_path: str, reward_path: str, length: int) -> Roles:
+        role_args, _, rollout, ppo, train, zero, *_ = self._groups
+        functions, weight = parse_reward_functions(ppo.reward_function, "--reward_function")
+        reward = settings.reward_model_settings(
+            reward_path, self.tokenizer, normalize=ppo.normalize_reward, weight=weight, plan=False
+        )
+        actor = settings.actor_settings(actor_path, role_args, train, zero)
+        critic = None
+        if ppo.advantage == "gae":
+            critic = settings.critic_settings(actor_path, reward, role_args, train, zero)
+        settings.check_models(actor, critic, reward, self.tokenizer, length)
+        shared = settings.shared_settings(
+            role_args,
+            train,
+            zero,
+            overrides=read_user_config(zero.deepspeed_config),
+            total_steps=self.iterations * settings.steps_per_iteration(ppo, rollout, train),
+            pad_token_id=self.tokenizer.pad_token_id,
+            device=self._device,
+        )
+        return build_roles(actor, critic, reward, functions, shared, reward_zero_stage=zero.critic_zero_stage)
+
+    @property
+    def iterations(self) -> int:
+        """How many the flags ask for."""
+        return len(self.schedule)
+
+    def make_experience(self, number: int) -> list[Experience]:
+        """Answer the prompts of an iteration and score the answers; a collective.
+
+        Args:
+            number: of the iteration, from 0.
+
+        Returns:
+            This rank's generation batches, advantages included.
+        """
+        _, _, rollout, _, train, *_ = self._groups
+        chosen, rows = self.schedule[number], self._prompts.dataset
+        batches = settings.batches_of_all_ranks(rollout, train, data_size())
+        per_step = settings.prompts_per_step(rollout, batches, data_size())
+        dealt = prompts.deal(chosen, rows["length"], data_size(), rollout.generation_batches, per_step)
+        requests = prompts.iteration_requests(
+            self._prompts,
+            chosen,
+            [batch[data_rank()] for batch in dealt],
+            samples_per_prompt=rollout.samples_per_prompt,
+            iteration=number,
+            device=self._device,
+        )
+        self._found = self.trainer.make_experience(requests, number)
+        return [batch.experience for batch in self.trainer.scored]
+
+    def update(self, experience: Sequence[Experience], number: int) -> dict[str, float]:
+        """PPO epochs over what `make_experience` gave; a collective.
+
+        Returns:
+            Metrics of the iteration, the same on all ranks: docs/metrics.md explains them.
+        """
+        return self._found | self.trainer.update(experience, number)
+
+    def _engine(self, role: str) -> Any:
+        trained = self.roles.trained()
+        if role not in trained:
+            raise UserError(f"no role {role!r} trains here: {', '.join(trained)}")
+        return trained[role]
+
+    def save_model(self, role: str, folder: str | Path) -> None:
+        """Write ``actor`` or ``critic`` as a Hugging Face folder, whole whatever the strategy; a collective."""
+        target = Path(folder)
+        if is_main():
+            target.parent.mkdir(parents=True, exist_ok=True)
+        barrier()
+        export.save_model(self._engine(role), self.tokenizer, target, stop_ids=self._prompts.stop_ids)
+
+    def load_model(self, role: str, folder: str | Path) -> None:
+        """Go on from the weights of a folder that `save_model` wrote, or any of the same architecture; a collective.
+
+        Raises:
+            UserError: the role has adapters, or the folder holds another model.
+        """
+        engine = self._engine(role)
+        if is_lora(export.unwrap(engine)):
+            raise UserError(f"load_model({role!r}): with LoRA start from the folder: {role}_model_name_or_path")
+        pad = self.tokenizer.pad_token_id
+        model: Any
+        if role == "actor":
+            model = loading.load_causal_lm(str(folder), dtype="fp32")
+        else:
+            model = classifiers.load_classifier(str(folder), dtype="fp32", pad_token_id=pad)
+        saved = dict(model.named_parameters())
+        values = {}
+        for part in engine_state.masters(engine):
+            name = part.name if role == "actor" else part.name.removeprefix("classifier.")
+            length = part.values[engine_state.MASTER].numel()
+            if name not in saved or saved[name].numel() < part.start + length:
+                raise UserError(f"{folder} is of another model: {name} does not fit")
+            values[part.name, part.start] = saved[name].detach().flatten()[part.start : part.start + length]
+        engine_state.replace_masters(engine, values)
+
+    def save_optimizer(self, role: str, folder: str | Path) -> None:
+        """Write what a role's next step depends on, fp32 weights included, a file for each rank; a collective.
+
+        `load_optimizer` reads it on any number of ranks and by any strategy.
+        """
+        engine, target = self._engine(role), Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        scratch = target / f".rank{rank()}.saving"
+        save_file(dict(engine_state.engine_tensors(engine)), scratch)
+        counters = json.dumps({"ranks": world_size(), **engine_state.engine_counters(engine)})
+        barrier()
+        os.replace(scratch, target / f"rank{rank()}.safetensors")
+        if is_main():
+            (target / "counters.json").write_text(counters, encoding="utf-8")
+        barrier()
+
+    def load_optimizer(self, role: str, folder: str | Path) -> None:
+        """Go on from what `save_optimizer` wrote, weights included; a collective.
+
+        Raises:
+            UserError: it is not there, not whole, or of another model.
+        """
+        source = Path(folder)
+        try:
+            counters = json.loads((source / "counters.json").read_text(encoding="utf-8"))
+            files = [source / f"rank{number}.safetensors" for number in range(counters.pop("ranks"))]
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{source}: no optimizer that save_optimizer wrote ({error})") from error
+        if missing := [file.name for file in files if not file.is_file()]:
+            raise UserError(f"{source}: {', '.join(missing)} is missing")
+        engine_state.load_engine(self._engine(role), files, counters)
