@@ -22,6 +22,7 @@ from tests.rank_pair import RankPair
 from tests.step3.hybrid_checks import NO_TEXTS, PAD, prompts, request, save_tiny_reward_model, shared_settings
 from tests.tiny import save_tiny_model
 from tests.utils.engine.engine_checks import ROWS, TINY_SHARDS, collate, fixed_rows
+from training.step2_dpo_finetuning.pairs import Preferences, answer_log_probs, answer_tokens
 from training.step2_reward_model_finetuning.pairs import score_pairs
 from training.step2_reward_model_finetuning.preference import bradley_terry_loss
 from training.step3_rlhf_finetuning.experience import PPOSettings, Scoring
@@ -36,9 +37,10 @@ from training.step3_rlhf_finetuning.roles import (
     build_critic,
     build_rewards,
 )
-from training.utils.arguments import LoraArguments
+from training.utils.arguments import DPOArguments, LoraArguments
 from training.utils.data import SIDES
 from training.utils.engine import engine as engines
+from training.utils.engine.reference import load_reference
 from training.utils.engine.zero_config import deepspeed_config
 from training.utils.generation.engines import rollout_backend
 from training.utils.generation.requests import RolloutBatch, RolloutRequest
@@ -60,7 +62,7 @@ STATS = RewardStats(0.1, 0.7, 10, "fp32")
 class Case:
     """One combination."""
 
-    step: int
+    step: int | str
     zero_stage: int
     ranks: int
     accumulation: int
@@ -75,7 +77,7 @@ class Case:
 
 
 FACTORS: dict[str, Sequence[Any]] = {
-    "step": (1, 2, 3),
+    "step": (1, 2, "dpo", 3),
     "zero_stage": (0, 1, 2, 3),
     "ranks": (1, 2),
     "accumulation": (1, 2),
@@ -103,38 +105,50 @@ def pairwise(cases: Sequence[Case]) -> list[Case]:
 
 
 def train_sequences(case: Case, path: str, fault: bool = False) -> list[float]:
-    """Losses of three optimizer steps of step 1 or 2; the fault: only the last micro-batch's gradient counts."""
+    """Losses of three optimizer steps of step 1, 2 or DPO; the fault: only the last micro-batch's gradient counts."""
     device = init_distributed()
     micro_batch = ROWS // world_size() // case.accumulation
     config = deepspeed_config(zero_stage=case.zero_stage, dtype=case.dtype, offload=case.offload, overrides=TINY_SHARDS)
     model: Any
-    if case.step == 1:
-        model = loading.load_causal_lm(path, dtype=case.dtype, ds_config=config)
-    else:
+    if case.step == 2:
         model = classifiers.load_classifier(path, dtype=case.dtype, pad_token_id=PAD, ds_config=config)
+    else:
+        model = loading.load_causal_lm(path, dtype=case.dtype, ds_config=config)
     if case.lora:
         torch.manual_seed(0)
         model = with_adapters(model, LoraArguments(4, "q_proj,down_proj", True))
-    wrapped = model if case.step == 1 else classifiers.TokenScorer(model)
+    wrapped = classifiers.TokenScorer(model) if case.step == 2 else model
     engine = engines.initialize_engine(
         wrapped.to(device), config, learning_rate=3e-3, weight_decay=0.1, num_warmup_steps=0, total_steps=100
     )
+    if case.step == "dpo":
+        copied: dict[str, Any] = {"dtype": case.dtype, "attn_implementation": "sdpa", "offload": case.offload}
+        frozen = load_reference(path, adapters_only=case.lora, zero_stage=case.zero_stage, device=device, **copied)
+        preferences = Preferences(engine, frozen, DPOArguments())
     rows = fixed_rows()
     width = max(len(ids) for ids, _ in rows)
     mine = rows[rank() * ROWS // world_size() : (rank() + 1) * ROWS // world_size()]
     losses = []
     for _ in range(3):
         count, total = (sum(sum(m) for _, m in rows) if case.step == 1 else ROWS), 0.0
-        for start in range(0, len(mine), micro_batch):
-            piece = mine[start : start + micro_batch]
+        batches, references = {}, {}
+        for start in range(0, len(mine), micro_batch):  # the rejected answer of a row is its neighbour's
+            at, piece = rank() * ROWS // world_size() + start, mine[start : start + micro_batch]
+            rejected = [rows[(at + i + 1) % ROWS] for i in range(len(piece))]
+            sides = torch.arange(2 * len(piece)).chunk(2)
+            batches[start] = collate(piece if case.step == 1 else piece + rejected, width)
+            batches[start] |= dict(zip(SIDES, sides, strict=True))
+            if case.step == "dpo":
+                references[start] = preferences.reference(batches[start])
+        engine.train()
+        for start, batch in batches.items():
             if case.step == 1:
-                loss = negative_log_likelihood(engine, collate(piece, width))
-            else:  # the rejected answer of each row is its neighbour's
-                at = rank() * ROWS // world_size() + start
-                rejected = [rows[(at + i + 1) % ROWS] for i in range(len(piece))]
-                sides = torch.arange(2 * len(piece)).chunk(2)
-                batch = collate(piece + rejected, width) | dict(zip(SIDES, sides, strict=True))
+                loss = negative_log_likelihood(engine, batch)
+            elif case.step == 2:
                 loss = bradley_terry_loss(*score_pairs(engine, batch), "log_sig").sum()
+            else:
+                log_probs, tokens = answer_log_probs(engine, batch), answer_tokens(batch)
+                loss = preferences.judge(log_probs, references[start], tokens, (0, 0))["loss"].sum()
             lost = fault and start + micro_batch < len(mine)
             engines.backward(engine, loss * (0.0 if lost else 1.0), count)
             total += loss.item()

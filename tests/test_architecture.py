@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def test_a_circle_would_be_seen():
 
 
 def test_imports_point_one_way():
-    step = re.compile(r"training\.(step\d)_")
+    step = re.compile(r"training\.(step\d_\w+?)_finetuning")
     for name, path in MODULES.items():
         for imported in imports_of(path, everywhere=True):
             above = step.match(imported) or imported.startswith(
@@ -67,7 +68,7 @@ def test_imports_point_one_way():
             assert not (own and other and own[1] != other[1]), (name, imported)
     assert not {"deepspeed", "transformers"} & {
         alias.name.split(".")[0]
-        for module in ("step3_rlhf_finetuning.ppo", "step3_rlhf_finetuning.rewards")
+        for module in ("step3_rlhf_finetuning.ppo", "step3_rlhf_finetuning.rewards", "step2_dpo_finetuning.dpo")
         for node in ast.walk(ast.parse(MODULES[f"training.{module}"].read_text()))
         if isinstance(node, (ast.Import, ast.ImportFrom))
         for alias in (node.names if isinstance(node, ast.Import) else [ast.alias(node.module or "")])
@@ -80,14 +81,14 @@ def test_rooms_stay_small():
         assert len(list(folder.glob("*.py"))) <= most, folder
 
 
-def test_steps_1_and_2_share_their_frame():
-    """No six lines in a row stand in both programs, but for their imports."""
+def test_steps_that_fine_tune_share_their_frame():
+    """No six lines in a row stand in two of the programs, but for their imports."""
     blocks = []
-    for step in ("step1_supervised_finetuning", "step2_reward_model_finetuning"):
+    for step in ("step1_supervised_finetuning", "step2_reward_model_finetuning", "step2_dpo_finetuning"):
         text = (ROOT / "training" / step / "main.py").read_text(encoding="utf-8")
         lines = [line.strip() for line in text[text.index("def main(") :].splitlines() if line.strip()]
         blocks.append({tuple(lines[i : i + 6]) for i in range(len(lines) - 5)})
-    assert not blocks[0] & blocks[1]
+    assert not [1 for one, other in itertools.combinations(blocks, 2) if one & other]
 
 
 @pytest.mark.parametrize("page", ["docs/architecture.md", "CONTRIBUTING.md"])

@@ -6,7 +6,7 @@ from tests.equality import ALL, TOLERANCE, Case, Matrix, pairs_of, pairwise
 from tests.hardware import computes_bf16
 from tests.step3.hybrid_checks import save_tiny_reward_model
 
-NAMES = [(step, lora, dtype) for step in (1, 2, 3) for lora in (False, True) for dtype in ("fp32", "bf16")]
+NAMES = [(step, lora, dtype) for step in (1, 2, "dpo", 3) for lora in (False, True) for dtype in ("fp32", "bf16")]
 
 
 def plain(step, dtype):
@@ -18,7 +18,7 @@ def sample(bf16):
     """Cases that hold every pair of settings; where bf16 is emulated, ten times slower, one of it for each step."""
     if bf16:
         return pairwise(ALL)
-    return pairwise([case for case in ALL if case.dtype == "fp32"]) + [plain(step, "bf16") for step in (1, 2, 3)]
+    return pairwise([case for case in ALL if case.dtype == "fp32"]) + [plain(step, "bf16") for step in (1, 2, "dpo", 3)]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def test_sample(matrix, case):
     assert matrix.difference(case) <= TOLERANCE[case.dtype]
 
 
-@pytest.mark.parametrize("step", [1, 2, 3])
+@pytest.mark.parametrize("step", [1, 2, "dpo", 3])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_planted_fault_is_caught(matrix, step, dtype):
     assert matrix.difference(plain(step, dtype), fault=True) > 2 * TOLERANCE[dtype]

@@ -28,7 +28,7 @@ SCRIPTS = {
     2: ROOT / "training" / "step2_reward_model_finetuning" / "main.py",
     3: ROOT / "training" / "step3_rlhf_finetuning" / "main.py",
 }
-WEIGHTS = {1: ["."], 2: ["."], 3: ["actor", "critic"]}
+WEIGHTS: dict[int | str, list[str]] = {1: ["."], 2: ["."], "dpo": ["."], 3: ["actor", "critic"]}
 NOT_REPEATABLE = ("time", "seconds", "memory", "peak", "share")  # names of metrics that are measured, not computed
 
 
@@ -43,11 +43,11 @@ def make_inputs(folder: Path) -> Path:
 
 
 def step_arguments(step: int, inputs: Path, output: Path, *more: str) -> list[str]:
-    """Arguments of a step on the tiny inputs: eight steps in steps 1 and 2, four iterations in step 3."""
-    data = {1: "sft", 2: "preferences", 3: "prompts"}[step]
+    """Arguments of a step on the tiny inputs: eight steps in steps 1, 2 and DPO, four iterations in step 3."""
+    data = {1: "sft", 2: "preferences", "dpo": "preferences", 3: "prompts"}[step]
     common = ["--output_dir", str(output), "--eval_data_path", str(inputs / "held_out.jsonl"), "--report_to", "none"]
     common += ["--data_path", str(inputs / f"{data}.jsonl"), "--dtype", "fp32", "--save_every", "1", "--keep_last", "2"]
-    if step < 3:
+    if step != 3:
         common += ["--model_name_or_path", str(inputs / "model"), "--per_device_train_batch_size", "2"]
         common += ["--learning_rate", "1e-2", "--max_seq_len", "480", "--eval_interval", "2"]
     else:

@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> int:
     check_lora(model_path, lora)
     if output.plan:
         precision.settle(model_args, resume_output_dir(reliability.resume, output.output_dir), reliability.resume)
-        return show_sequence_plan(1, model_path, model_args, lora, train, ds, overrides)
+        return show_sequence_plan("step1", model_path, model_args, lora, train, ds, overrides)
     more = {"sft_only_data_path": step.sft_only_data_path, "train_on_prompts": step.train_on_prompts}
     tuning = open_run("step1", "demonstrations", argv, groups, model_path, counted="rows", **more)
     rows, run, phases, device = tuning.rows, tuning.run, tuning.phases, tuning.device

@@ -84,7 +84,7 @@ def main(argv: Sequence[str]) -> int:
     check_lora(model_path, lora)
     if output.plan:
         precision.settle(model_args, resume_output_dir(reliability.resume, output.output_dir), reliability.resume)
-        return show_sequence_plan(2, model_path, model_args, lora, train, ds, overrides)
+        return show_sequence_plan("step2", model_path, model_args, lora, train, ds, overrides)
     tuning = open_run("step2", "pairs", argv, groups, model_path, counted="pairs")
     rows, run, phases, device = tuning.rows, tuning.run, tuning.phases, tuning.device
     rankings = rankings_of(rows.train)

@@ -50,7 +50,6 @@ import torch  # noqa: E402  threads and PATH must be set before
 from training.step3_rlhf_finetuning import outputs, prompts, settings  # noqa: E402
 from training.step3_rlhf_finetuning.evaluation import BatchSizes, load_eval_functions  # noqa: E402
 from training.step3_rlhf_finetuning.experience import Scoring  # noqa: E402
-from training.step3_rlhf_finetuning.health import HealthMonitor  # noqa: E402
 from training.step3_rlhf_finetuning.held_out import HeldOutEvaluation, base_model_of  # noqa: E402
 from training.step3_rlhf_finetuning.outputs import write_trace  # noqa: E402
 from training.step3_rlhf_finetuning.plan import show_rlhf_plan  # noqa: E402
@@ -63,6 +62,7 @@ from training.utils.data import prepare_data, prepare_pretraining, stop_token_id
 from training.utils.engine import precision  # noqa: E402
 from training.utils.engine.zero_config import read_user_config  # noqa: E402
 from training.utils.generation.sampling import SamplingConfig  # noqa: E402
+from training.utils.health import HealthMonitor  # noqa: E402
 from training.utils.metrics import MetricsLogger, progress_bar  # noqa: E402
 from training.utils.model.export import save_model  # noqa: E402
 from training.utils.phases import Phases  # noqa: E402

@@ -158,7 +158,7 @@ class ModelArguments:
 
     model_name_or_path: str = flag(
         "",
-        "a hub name, a folder, a .gguf file or 'embedded' (default: step 1 the embedded model, step 2 the last step 1)",
+        "a hub name, a folder, a .gguf file or 'embedded' (default: step 1 the embedded model, else the last step 1)",
     )
     dtype: str = flag(AUTO, DTYPE_HELP, choices=PRECISIONS)
     attn_implementation: str = flag("sdpa", "attention of transformers", choices=("sdpa", "eager", "flash_attention_2"))
@@ -187,8 +187,8 @@ class LoraArguments:
 class TrainingArguments:
     """Training"""
 
-    per_device_train_batch_size: int = flag(8, "rows (step 2: pairs) per rank and micro-batch", minimum=1)
-    per_device_eval_batch_size: int = flag(16, "rows (step 2: pairs) per rank in evaluation", minimum=1)
+    per_device_train_batch_size: int = flag(8, "rows (step 2, DPO: pairs) per rank and micro-batch", minimum=1)
+    per_device_eval_batch_size: int = flag(16, "rows (step 2, DPO: pairs) per rank in evaluation", minimum=1)
     gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step", minimum=1)
     learning_rate: float = flag(5e-5, "peak learning rate", above=0)
     weight_decay: float = flag(0.0, "AdamW weight decay, not applied to biases and norms", minimum=0)
@@ -287,9 +287,47 @@ class PreferenceArguments:
     )
 
 
-# The flags of step 1 and of step 2; those of step 3 are in its folder, rlhf_arguments.py
+WITHOUT_REFERENCE = ("simpo", "orpo")  # losses of DPO that look at the policy alone
+SMOOTHED = ("sigmoid", "simpo")  # those in which --label_smoothing has a meaning
+
+
+@dataclass
+class DPOArguments:
+    """DPO"""
+
+    loss: str = flag(
+        "sigmoid",
+        "sigmoid: DPO; ipo, hinge, kto: other losses against the reference; simpo, orpo: without one",
+        choices=("sigmoid", "ipo", "hinge", "kto", "simpo", "orpo"),
+    )
+    beta: float | None = flag(
+        None, "how closely the reference is kept to; orpo: weight of the odds (default: 0.1, simpo 2.0)", above=0
+    )
+    label_smoothing: float = flag(0.0, "share of pairs taken to be labelled wrong", minimum=0, maximum=0.5)
+    simpo_gamma: float | None = flag(None, "simpo's margin between the rewards (default: 0.5)", minimum=0)
+    offload_reference_model: bool = flag(False, "at stage 3 keep the reference's parameters in CPU memory")
+
+    def __post_init__(self) -> None:
+        if self.label_smoothing and self.loss not in SMOOTHED:
+            raise UserError(f"--label_smoothing has no meaning in --loss {self.loss}: sigmoid and simpo have it")
+        if self.simpo_gamma is not None and self.loss != "simpo":
+            raise UserError(f"--simpo_gamma has no meaning in --loss {self.loss}")
+
+    @property
+    def strength(self) -> float:
+        """beta, by the loss where it is not given."""
+        return self.beta if self.beta is not None else 2.0 if self.loss == "simpo" else 0.1
+
+    @property
+    def margin(self) -> float:
+        """simpo's gamma."""
+        return self.simpo_gamma if self.simpo_gamma is not None else 0.5
+
+
+# The flags of steps 1 and 2 and of DPO; those of step 3 are in its folder, arguments.py
 STEP1 = (*FINE_TUNING, SupervisedArguments)
 STEP2 = (*FINE_TUNING, PreferenceArguments)
+DPO = (*FINE_TUNING, DPOArguments)
 
 
 @dataclass

@@ -101,11 +101,11 @@ class FineTuning:
         """Optimizer steps of the whole run."""
         return self.steps_per_epoch * self.flags.train.num_train_epochs
 
-    def logger(self) -> MetricsLogger:
-        """Where the metrics go, continued where a resumed run stood."""
+    def logger(self, watch: Callable[[int, Mapping[str, float]], object] | None = None) -> MetricsLogger:
+        """Where the metrics go, continued where a resumed run stood; ``watch`` sees each record."""
         name = f"{self.output_dir.parent.name}/{self.step}"
         report_to, run = self.flags.output.report_to, self.run
-        return MetricsLogger(self.output_dir, report_to, name, done=run.step, seconds=run.seconds)
+        return MetricsLogger(self.output_dir, report_to, name, watch, done=run.step, seconds=run.seconds)
 
     def steps(self) -> Iterator[tuple[int, list[int], Any]]:
         """(number, rows or rankings, progress bar) of every optimizer step that is left."""

@@ -1,4 +1,4 @@
-"""What is healthy in step 3, and what to change when it is not: the rules of the health monitor.
+"""What is healthy in step 3 and in DPO, and what to change when it is not: the rules of the health monitor.
 
 docs/metrics.md shows the same ranges beside what each metric is; a test holds the two together.
 """
@@ -180,6 +180,33 @@ RULES = (
         1,
         "the actor loses to the SFT model on held-out prompts (the interval of its win rate ends at {value:.2f}): "
         "halve --actor_learning_rate and check the reward model",
+    ),
+)
+# DPO's known failure: it needs the margin alone, so it may lower both answers of a pair, the rejected one more (Pal et
+# al. 2024, arXiv 2402.13228; Razin et al. 2024, arXiv 2410.08847). Nats per token.
+LEAST_CHOSEN_CHANGE = -0.1
+FALLEN = (
+    "answers that people preferred have become less likely than before training ({value:+.2f} nats per token): the "
+    "margin grows because the rejected ones fall faster. Raise --beta, lower --learning_rate or --num_train_epochs; "
+    "--loss ipo bounds the margin, --loss orpo holds the preferred answers up"
+)
+DPO_RULES = (
+    Rule("train/chosen_change", LEAST_CHOSEN_CHANGE, INF, 3, FALLEN),
+    Rule("eval/chosen_change", LEAST_CHOSEN_CHANGE, INF, 1, "held out, " + FALLEN),
+    Rule(
+        "eval/kl",
+        0.0,
+        0.5,
+        1,
+        "the policy has moved {value:.2f} nats per token from the reference, where answers turn into garbage: raise "
+        "--beta, lower --learning_rate or --num_train_epochs",
+    ),
+    Rule(
+        "train/skipped",
+        0.0,
+        0.0,
+        1,
+        "a step had gradients that are not finite and changed nothing: halve --learning_rate; with fp16 try bf16",
     ),
 )
 HEALTHY = {rule.metric: (rule.low, rule.high) for rule in RULES}

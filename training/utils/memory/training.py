@@ -1,8 +1,9 @@
-"""The memory plans of steps 1 and 2: one model that trains, is evaluated and saved."""
+"""The memory plans of steps 1 and 2 and of DPO: one model that trains, is evaluated and saved."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 from training.utils.arguments import DeepSpeedArguments, LoraArguments, ModelArguments, TrainingArguments
@@ -12,6 +13,7 @@ from training.utils.memory.live import FakeModel, PassMemory
 from training.utils.memory.zero import BYTES, frozen_role, trained_role
 from training.utils.model.logprobs import response_log_probs
 from training.utils.run.distributed import world_size
+from training.utils.run.folders import title
 
 FLAGS = {
     "zero_stage": "--zero_stage {}",
@@ -48,21 +50,30 @@ class SequenceCosts:
         return self.model.forward_pass(lambda m: self._outputs(m, rows))
 
 
-def sequence_plan(costs: SequenceCosts, settings: plans.Settings, dtype: str, overrides: dict[str, Any]) -> plans.Plan:
-    """The plan of step 1 (causal LM) or step 2 (`TokenScorer`, rows in pairs, reloaded at the end).
+def sequence_plan(
+    costs: SequenceCosts,
+    settings: plans.Settings,
+    dtype: str,
+    overrides: dict[str, Any],
+    *,
+    per_row: int = 1,
+    reference: Mapping[str, Any] | None = None,
+) -> plans.Plan:
+    """The plan of step 1 (causal LM), of DPO, or of step 2 (`TokenScorer`, reloaded at the end).
 
     Args:
         costs: of the step's model.
         settings: what may change.
         dtype: ``bf16``, ``fp16`` or ``fp32``.
         overrides: the user's DeepSpeed configuration.
+        per_row: answers of a row, 2 of a pair.
+        reference: ``offload`` of DPO's frozen second model; None without one.
     """
     on_cpu, size, stage = plans.device().type == "cpu", plans.role_size(costs.model), settings.zero_stage
     config = deepspeed_config(zero_stage=stage, dtype=dtype, offload=settings.offload, overrides=overrides)
     role = trained_role(
         size, config=config, dtype=dtype, ranks=world_size(), on_cpu=on_cpu, accumulates=settings.accumulates
     )
-    per_row = 2 if costs.classifier else 1
     rows, eval_rows = per_row * settings.batch, per_row * settings.other_batch
     logits = {
         n: 0 if costs.classifier else plans.logits_bytes(costs.model, n, costs.length - 1, dtype)
@@ -74,6 +85,10 @@ def sequence_plan(costs: SequenceCosts, settings: plans.Settings, dtype: str, ov
         "logits": logits[eval_rows],
         "activations": scored.peak - logits[eval_rows],
     }
+    memory = {"model": role}
+    if reference is not None:
+        count = plans.base_parameters(costs.model)
+        memory["reference"] = frozen_role(count, zero_stage=stage, dtype=dtype, ranks=world_size(), **reference)
     phases = [
         plans.Phase("evaluation", evaluation),
         *plans.training_phases("model", role, passes, logits[rows], accumulates=settings.accumulates),
@@ -91,31 +106,34 @@ def sequence_plan(costs: SequenceCosts, settings: plans.Settings, dtype: str, ov
     notes = [f"{note} --gradient_checkpointing the backward needs {change:+,.0f}"]
     if stage != effective_stage(stage):
         notes.append("ZeRO stage 0 runs as DeepSpeed's stage 1, see docs/memory.md")
-    return plans.Plan({"model": role}, phases, on_cpu, notes)
+    return plans.Plan(memory, phases, on_cpu, notes)
 
 
 def show_sequence_plan(
-    step: int,
+    step: str,
     path: str,
     model: ModelArguments,
     lora: LoraArguments,
     train: TrainingArguments,
     ds: DeepSpeedArguments,
     overrides: dict[str, Any],
+    *,
+    reference: Mapping[str, Any] | None = None,
 ) -> int:
-    """Print the plan of step 1 or 2; returns the exit code, see `training.utils.memory.plan.show_plan`.
+    """Print the plan of step 1, step 2 or DPO; returns the exit code, see `training.utils.memory.plan.show_plan`.
 
     Args:
-        step: 1 or 2.
+        step: its name, one of `STEPS`.
         path: the model that the step starts from.
         model, lora, train, ds: the step's flags.
         overrides: the user's DeepSpeed configuration.
+        reference: see `sequence_plan`.
 
     Raises:
         UserError: no model can be built from ``path``.
     """
-    fake = plans.fake_role(path, model.dtype, model.attn_implementation, lora, classifier=step == 2)
-    costs = SequenceCosts(fake, model.max_seq_len, classifier=step == 2)
+    fake = plans.fake_role(path, model.dtype, model.attn_implementation, lora, classifier=step == "step2")
+    costs = SequenceCosts(fake, model.max_seq_len, classifier=step == "step2")
     settings = plans.Settings(
         zero_stage=ds.zero_stage,
         offload=ds.offload,
@@ -124,5 +142,6 @@ def show_sequence_plan(
         other_batch=train.per_device_eval_batch_size,
         accumulates=train.gradient_accumulation_steps > 1,
     )
-    title = f"step {step}: {path}, {model.dtype}, ZeRO {ds.zero_stage}, ranks: {world_size()}"
-    return plans.show_plan(title, settings, lambda s: sequence_plan(costs, s, model.dtype, overrides), FLAGS)
+    kind: dict[str, Any] = {"per_row": 1 if step == "step1" else 2, "reference": reference}
+    heading = f"{title(step)}: {path}, {model.dtype}, ZeRO {ds.zero_stage}, ranks: {world_size()}"
+    return plans.show_plan(heading, settings, lambda s: sequence_plan(costs, s, model.dtype, overrides, **kind), FLAGS)

@@ -36,6 +36,12 @@ KINDS = {
     "sft": Kind(
         "step1", "supervised fine-tuned model", "A chat model, taught to answer by example conversations.", False
     ),
+    "dpo": Kind(
+        "dpo",
+        "preference-tuned model",
+        "A chat model, fine-tuned on examples and then directly on pairs of a preferred and a rejected answer.",
+        False,
+    ),
     "reward": Kind(
         "step2",
         "reward model",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -37,13 +38,8 @@ def response_log_probs(
         Log-probs ``[B, T]`` in fp32, at the column of the token itself and 0 where ``response_mask`` is
         false; and the entropies in the same layout, or None.
     """
-    mask = response_mask.bool().clone()
-    mask[:, 0] = False
-    columns = mask.any(0).nonzero().squeeze(-1)
-    if columns.numel() == 0:  # a zero-weight filler: one column keeps the backward graph whole
-        columns = torch.tensor([input_ids.shape[1] - 1], device=input_ids.device)
+    kept, columns = _response_columns(response_mask)
     logits = _logits_at(model, input_ids, attention_mask, columns - 1)  # [B, C, V]
-    kept = mask[:, columns]
     rows, cols = kept.nonzero(as_tuple=True)
     if rows.numel() == 0:
         zero = logits.flatten()[:1].float().sum() * 0.0
@@ -65,6 +61,44 @@ def response_log_probs(
     blank = logits.new_zeros(input_ids.shape, dtype=torch.float32)
     result = blank.index_put(where, torch.cat(parts))
     return result, blank.index_put(where, torch.cat(entropies)) if entropy else None
+
+
+@torch.no_grad()
+def response_kl(
+    policy: nn.Module,
+    reference: AbstractContextManager[Any],
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    response_mask: torch.Tensor,
+) -> torch.Tensor:
+    """KL of the policy's next-token distribution from the reference's at each response token, nats, over all tokens.
+
+    Args:
+        policy: as ``model`` of `response_log_probs`, on which the rest is too.
+        reference: gives the reference once the policy has had its forward, as the two may share their weights.
+
+    Returns:
+        ``[N]`` fp32 of the N response tokens, row by row.
+    """
+    kept, columns = _response_columns(response_mask)
+    own = _logits_at(policy, input_ids, attention_mask, columns - 1)[kept]
+    with reference as model:
+        other = _logits_at(model, input_ids, attention_mask, columns - 1)[kept]
+    parts = []
+    for piece, base in zip(own.split(CHUNK_POSITIONS), other.split(CHUNK_POSITIONS), strict=True):
+        p, q = (torch.log_softmax(logits.to(torch.float32), dim=-1) for logits in (piece, base))
+        parts.append((p.exp() * (p - q)).sum(-1))
+    return torch.cat(parts)
+
+
+def _response_columns(response_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which of the columns with a response token ``[C]`` each row has one in ``[B, C]``, and those columns."""
+    mask = response_mask.bool().clone()
+    mask[:, 0] = False
+    columns = mask.any(0).nonzero().squeeze(-1)
+    if columns.numel() == 0:  # a zero-weight filler: one column keeps the backward graph whole
+        columns = torch.tensor([mask.shape[1] - 1], device=mask.device)
+    return mask[:, columns], columns
 
 
 def _chunk(

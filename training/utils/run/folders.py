@@ -1,4 +1,4 @@
-"""Where runs lie: ``output/NAME/step1``, ``step2``, ``step3``; ``output/latest`` links to the newest run.
+"""Where runs lie: ``output/NAME/step1``, ``step2``, ``dpo``, ``step3``; ``output/latest`` links to the newest run.
 
 A step is finished if its ``summary.json`` exists, which is written last.
 """
@@ -22,10 +22,11 @@ from training.utils.errors import UserError
 STEPS = {
     "step1": "training/step1_supervised_finetuning/main.py",
     "step2": "training/step2_reward_model_finetuning/main.py",
+    "dpo": "training/step2_dpo_finetuning/main.py",
     "step3": "training/step3_rlhf_finetuning/main.py",
 }
 # What is made from a step's output, directly or not: a new output of the step belongs into another run then
-LATER = {"step1": ("step2", "step3"), "step2": ("step3",), "step3": ()}
+LATER = {"step1": ("step2", "dpo", "step3"), "step2": ("step3",), "dpo": (), "step3": ()}
 LATEST = "latest"
 RANK_TIMEOUT = 120.0  # seconds that a rank waits for rank 0 to choose the run's folder
 

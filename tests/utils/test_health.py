@@ -8,8 +8,8 @@ import re
 import pytest
 
 from training.step3_rlhf_finetuning import main
-from training.step3_rlhf_finetuning.health import HealthMonitor, not_rising
 from training.utils import health_rules
+from training.utils.health import HealthMonitor, not_rising
 from training.utils.health_rules import MAX_KL
 
 # Of a demo run that went well (seed 1234, 18 iterations): metrics.jsonl, rounded

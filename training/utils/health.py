@@ -1,4 +1,4 @@
-"""A health monitor: turns step 3's metrics into one-line advice while it trains.
+"""A health monitor: turns the metrics of step 3 and of DPO into one-line advice while it trains.
 
 Two levels. A *warning* says what is wrong and which flag to change. A *note* explains what looks wrong and is not,
 such as a negative reward. A remark is made when a metric has been outside its healthy range for some iterations in a
@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from training.utils.health_rules import DRIFTS, HEALTHY, NOTE, RULES, WARNING
+from training.utils.health_rules import DRIFTS, HEALTHY, NOTE, RULES, WARNING, Rule
 from training.utils.run.distributed import is_main, say
 
 HEALTH_FILE = "health.jsonl"
@@ -29,7 +29,7 @@ class Remark:
     """One line of advice.
 
     Attributes:
-        step: the iteration.
+        step: the iteration, or the optimizer step.
         level: ``note`` or ``warning``.
         metric, value: what it is about.
         text: what is seen, then after a colon what to do.
@@ -67,12 +67,14 @@ class HealthMonitor:
 
     Args:
         folder: gets ``health.jsonl``; None writes nothing and prints nothing.
+        rules: ranges of metrics; step 3's by default.
 
     Attributes:
         remarks: all that were made.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: Path | None = None, rules: Sequence[Rule] = RULES) -> None:
+        self._rules = rules
         self.remarks: list[Remark] = []
         self._file = folder / HEALTH_FILE if folder is not None and is_main() else None
         self._history: dict[str, list[float]] = {}
@@ -125,7 +127,7 @@ class HealthMonitor:
 
     def _ranges(self, step: int, metrics: Mapping[str, float]) -> list[Remark]:
         found = []
-        for rule in RULES:
+        for rule in self._rules:
             value = metrics.get(rule.metric)
             if value is None:
                 continue

@@ -1,0 +1,165 @@
+"""Direct preference optimisation: learns from the pairs that a reward model would learn from, without one, and no PPO.
+
+The policy is the step-1 model, and so is the reference that it is held against. The reward of an answer is beta times
+the log of how much likelier the policy finds it than the reference does; the loss is -log sigmoid(reward of chosen -
+reward of rejected), the mean over all pairs of an optimizer step on all ranks (Rafailov et al. 2023, arXiv
+2305.18290). --loss has others of the same log-probs.
+
+    deepspeed --num_gpus 1 training/step2_dpo_finetuning/main.py
+    deepspeed --num_gpus 2 training/step2_dpo_finetuning/main.py --model_name_or_path output/run/step1 \
+        --data_path my_pairs.jsonl --zero_stage 2 --beta 0.1
+
+The reference is the model itself with its adapters off where they alone train (--lora_dim with --only_optimize_lora),
+else a second, frozen copy. Writes a Hugging Face folder, metrics.jsonl, health.jsonl and summary.json.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # outside the environment, to say so
+
+from training.utils import arguments
+from training.utils.errors import UserError
+from training.utils.run.runtime import prepare_runtime
+
+ARGUMENTS = arguments.DPO
+
+
+def parse_flags(argv: Sequence[str]) -> list[Any]:
+    """The flags, by `ARGUMENTS`; without torch, so that ``--help`` and mistakes answer at once.
+
+    Raises:
+        UserError: as `arguments.parse`, and a reference to offload where there is none, or none at ZeRO-3.
+    """
+    groups = arguments.parse(ARGUMENTS, argv, prog="step2_dpo_finetuning/main.py", description=__doc__)
+    _, _, lora, _, ds, _, _, step = groups
+    if step.offload_reference_model and ds.zero_stage < 3:
+        raise UserError("--offload_reference_model moves the parameters of ZeRO-3: it needs --zero_stage 3")
+    if step.offload_reference_model and (lora.only_optimize_lora or step.loss in arguments.WITHOUT_REFERENCE):
+        why = "--only_optimize_lora" if lora.only_optimize_lora else f"--loss {step.loss}"
+        raise UserError(f"--offload_reference_model has nothing to move: with {why} there is no second model")
+    return groups
+
+
+if __name__ == "__main__":
+    arguments.answer_early(parse_flags)
+prepare_runtime()
+
+
+from training.step2_dpo_finetuning.pairs import (  # noqa: E402
+    Preferences,
+    answer_log_probs,
+    answer_tokens,
+    means,
+    micro_batches,
+)
+from training.utils.checkpoint.resume import METRICS, resume_output_dir  # noqa: E402
+from training.utils.engine import engine as engines, precision  # noqa: E402
+from training.utils.engine.reference import load_reference  # noqa: E402
+from training.utils.engine.zero_config import read_user_config  # noqa: E402
+from training.utils.fine_tuning import build_engine, open_run, step_metrics  # noqa: E402
+from training.utils.health import HealthMonitor  # noqa: E402
+from training.utils.health_rules import DPO_RULES  # noqa: E402
+from training.utils.intervals import wilson_interval  # noqa: E402
+from training.utils.memory.training import show_sequence_plan  # noqa: E402
+from training.utils.model import loading  # noqa: E402
+from training.utils.model.limits import check_length  # noqa: E402
+from training.utils.model.lora import check_lora  # noqa: E402
+from training.utils.run import watchdog  # noqa: E402
+from training.utils.run.distributed import reduce_sums, say  # noqa: E402
+from training.utils.run.folders import latest_output  # noqa: E402
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run DPO; returns the exit code. See the module's docstring for what it writes."""
+    groups = parse_flags(argv)
+    _, model_args, lora, train, ds, output, reliability, step = groups
+    precision.check_dtype(model_args.dtype)
+    overrides = read_user_config(ds.deepspeed_config)
+    model_path = loading.resolve_model(model_args.model_name_or_path or str(latest_output("step1")))
+    check_length(model_path, model_args.max_seq_len, "--max_seq_len")
+    check_lora(model_path, lora.lora_dim, lora.lora_module_name)
+    adapters_only, needs_reference = lora.only_optimize_lora, step.loss not in arguments.WITHOUT_REFERENCE
+    if output.plan:
+        precision.settle(model_args, resume_output_dir(reliability.resume, output.output_dir), reliability.resume)
+        copy = {"offload": step.offload_reference_model} if needs_reference and not adapters_only else None
+        return show_sequence_plan("dpo", model_path, model_args, lora, train, ds, overrides, reference=copy)
+    tuning = open_run("dpo", "pairs", argv, groups, model_path, counted="pairs")
+    rows, run, phases, device = tuning.rows, tuning.run, tuning.phases, tuning.device
+    pad_id, total_steps = tuning.tokenizer.pad_token_id, tuning.total_steps
+    load: dict[str, Any] = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
+    copied = {"zero_stage": ds.zero_stage, "offload": step.offload_reference_model, "device": device} | load
+    frozen = load_reference(model_path, adapters_only=adapters_only, **copied) if needs_reference else None
+    engine = build_engine(
+        tuning, lambda config: loading.load_causal_lm(model_path, ds_config=config, **load), overrides, rows=2
+    )
+    preferences = Preferences(engine, frozen, step)
+    progress, monitor = run.progress, HealthMonitor(tuning.output_dir, DPO_RULES)
+    monitor.replay(tuning.output_dir / METRICS, until=run.step)
+    logger = tuning.logger(monitor.observe)
+
+    def evaluate(step_number: int) -> dict[str, float]:
+        """The held-out pairs' metrics, logged."""
+        found = means(preferences.held_out(rows.held_out, train.per_device_eval_batch_size, pad_id))
+        found["chosen_change"] = found["chosen_per_token"] - progress.get("before", found)["chosen_per_token"]
+        if frozen is not None or adapters_only:
+            found["kl"] = preferences.kl(rows.held_out, train.per_device_eval_batch_size, pad_id)
+        phases.end("evaluate")
+        logger.log(step_number, {f"eval/{name}": value for name, value in found.items()})
+        say(
+            f"step {step_number}: held-out loss {found['loss']:.4f}, accuracy {found['accuracy']:.3f}, "
+            f"margin {found['margin']:.3f}"
+        )
+        return found
+
+    if not run.step:
+        progress["before"] = evaluate(0)
+    run.ready(progress)
+    for step_number, indices, bar in tuning.steps():
+        batches = list(micro_batches(rows.train, indices, train.per_device_train_batch_size, pad_id, device))
+        references = [preferences.reference(batch) for batch, _ in batches]
+        drift = preferences.drift(batches, references, len(indices))
+        engine.train()
+        sums: dict[str, float] = {}
+        for (batch, weight), reference in zip(batches, references, strict=True):
+            judged = preferences.judge(answer_log_probs(engine, batch), reference, answer_tokens(batch), drift)
+            engines.backward(engine, weight * judged["loss"].sum(), len(indices))
+            for name, values in judged.items():
+                sums[name] = sums.get(name, 0.0) + weight * values.sum().item()
+        result = engines.optimizer_step(engine)
+        phases.end("train")
+        mean = {name: total / len(indices) for name, total in reduce_sums(sums, device).items()}
+        logger.log(step_number, {f"train/{name}": value for name, value in mean.items()} | step_metrics(result))
+        bar.update()
+        bar.set_postfix(loss=f"{mean['loss']:.3f}", accuracy=f"{mean['accuracy']:.2f}")
+        last = step_number == total_steps
+        if last or train.eval_interval and step_number % train.eval_interval == 0:
+            progress["after"] = evaluate(step_number)
+        tuning.after_step(step_number, result, progress)
+    logger.close()
+    tuning.save(engine, tuning.output_dir)
+    phases.end("save")
+    before, after = progress["before"], progress["after"]
+    low, high = wilson_interval(after["accuracy"], len(rows.held_out))
+    sides = ("loss", "margin", "chosen_log_prob", "rejected_log_prob")
+    results = {
+        "held_out": len(rows.held_out),
+        "loss_kind": step.loss,
+        "beta": step.strength,
+        "accuracy_after": after["accuracy"],
+        "accuracy_low": low,
+        "accuracy_high": high,
+        **{f"{name}_{when}": found[name] for name in sides for when, found in (("before", before), ("after", after))},
+        **{name: after[name] for name in ("chosen_reward", "rejected_reward", "chosen_change", "kl") if name in after},
+        "remarks": [remark.text for remark in monitor.remarks],
+    }
+    tuning.finish("dpo", model_args.model_name_or_path or model_path, results)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(watchdog.run_training(main))

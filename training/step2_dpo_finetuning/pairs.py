@@ -1,0 +1,168 @@
+"""Pairs of answers through policy and reference: their log-probs, their losses, and how far the two have parted.
+
+What is said of answers stands in tensors ``[2, P]``: the chosen ones, then the rejected ones of P pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from training.step2_dpo_finetuning import dpo
+from training.utils.arguments import WITHOUT_REFERENCE, DPOArguments
+from training.utils.data import collate_pairs, epoch_batches, rank_micro_batches, spread_rows
+from training.utils.engine.reference import reference_policy
+from training.utils.metrics import watched
+from training.utils.model.logprobs import response_kl, response_log_probs
+from training.utils.run.distributed import data_rank, data_size, gather_objects, reduce_sums
+
+Batch = dict[str, Tensor]
+KL_PAIRS = 64  # held-out pairs whose chosen answers tell the KL: it needs all logits of both models
+
+
+def micro_batches(
+    dataset: Any, indices: Sequence[int], batch_size: int, pad_id: int, device: torch.device
+) -> Iterator[tuple[Batch, float]]:
+    """This rank's micro-batches of pairs, with each pair's weight: 0 for a filler that keeps ranks in step."""
+    for rows in rank_micro_batches(indices, data_rank(), data_size(), batch_size):
+        batch = collate_pairs([dataset[i] for i in rows or indices[:1]], pad_id)
+        yield {name: tensor.to(device) for name, tensor in batch.items()}, float(bool(rows))
+
+
+def answer_log_probs(model: Any, batch: Batch) -> Tensor:
+    """Log-prob of each whole answer, ``[2, P]`` fp32."""
+    log_probs, _ = response_log_probs(model, batch["input_ids"], batch["attention_mask"], batch["response_mask"])
+    return torch.stack(log_probs.sum(1).chunk(2))
+
+
+def answer_tokens(batch: Batch) -> Tensor:
+    """Tokens of each answer, ``[2, P]``; nothing predicts a first token of a row, so it does not count."""
+    return torch.stack(batch["response_mask"][:, 1:].sum(1).chunk(2))
+
+
+class Preferences:
+    """A policy, its reference and a loss.
+
+    Args:
+        engine: the policy's.
+        frozen: see `training.utils.engine.reference.load_reference`.
+        settings: the loss and its constants.
+    """
+
+    def __init__(self, engine: Any, frozen: Any, settings: DPOArguments) -> None:
+        self.engine = engine
+        self.frozen = frozen
+        self.settings = settings
+
+    def reference(self, batch: Batch) -> Tensor | None:
+        """`answer_log_probs` of the reference, None for a loss without one.
+
+        In evaluation mode, and before the first backward of an optimizer step: DeepSpeed counts forwards in training.
+        """
+        if self.settings.loss in WITHOUT_REFERENCE:
+            return None
+        self.engine.eval()
+        with reference_policy(self.engine, self.frozen) as model:
+            return answer_log_probs(model, batch)
+
+    def judge(
+        self, policy: Tensor, reference: Tensor | None, tokens: Tensor, drift: Sequence[float]
+    ) -> dict[str, Tensor]:
+        """What is known of each pair.
+
+        Args:
+            policy, reference, tokens: ``[2, P]``.
+            drift: see `dpo.pair_loss`.
+
+        Returns:
+            Name of a metric -> ``[P]``; ``loss`` has the gradient.
+        """
+        settings, beta = self.settings, self.settings.strength
+        chosen, rejected = dpo.scores(settings.loss, policy, reference, tokens)
+        constants = {"beta": beta, "label_smoothing": settings.label_smoothing, "gamma": settings.margin}
+        losses = dpo.pair_loss(settings.loss, chosen, rejected, **constants, drift=drift)
+        found = {
+            "loss": losses,
+            "accuracy": (chosen > rejected).float() + 0.5 * (chosen == rejected).float(),
+            "margin": beta * (chosen - rejected),
+            "chosen_reward": beta * chosen,
+            "rejected_reward": beta * rejected,
+            "chosen_log_prob": policy[0],
+            "rejected_log_prob": policy[1],
+        }
+        found["chosen_per_token"] = policy[0] / tokens[0]
+        if reference is not None:
+            found["chosen_change"] = (policy[0] - reference[0]) / tokens[0]
+        return found
+
+    @torch.no_grad()
+    def drift(
+        self, batches: Sequence[tuple[Batch, float]], references: Sequence[Tensor | None], count: int
+    ) -> list[float]:
+        """kto's drift of an optimizer step: mean scores of all chosen and all rejected answers, at least 0; else zeros.
+
+        It must be known before the first backward, so kto takes one forward more than the other losses. A collective.
+
+        Args:
+            batches: this rank's micro-batches with their weights.
+            references: of each.
+            count: pairs of the step on all ranks.
+        """
+        if self.settings.loss != "kto":
+            return [0.0, 0.0]
+        self.engine.eval()
+        sums = torch.zeros(2, dtype=torch.float64)
+        for (batch, weight), reference in zip(batches, references, strict=True):
+            assert reference is not None
+            sums += weight * (answer_log_probs(self.engine, batch) - reference).sum(1).double().cpu()
+        chosen, rejected = sums.tolist()
+        total = reduce_sums({"chosen": chosen, "rejected": rejected}, self.engine.device)
+        return [max(total[side] / count, 0.0) for side in ("chosen", "rejected")]
+
+    @torch.no_grad()
+    def held_out(self, dataset: Any, batch_size: int, pad_id: int) -> dict[str, Tensor]:
+        """`judge` of all held-out pairs in the dataset's order, on all ranks, ``[N]`` on the CPU; a collective."""
+        self.engine.eval()
+        found: list[tuple[int, list[float]]] = []
+        for indices in watched(epoch_batches(dataset["length"], batch_size * data_size(), 0, 0), "held out"):
+            rows = rank_micro_batches(indices, data_rank(), data_size(), batch_size)
+            batches = micro_batches(dataset, indices, batch_size, pad_id, self.engine.device)
+            for mine, (batch, _) in zip(rows, batches, strict=True):
+                reference, policy = self.reference(batch), answer_log_probs(self.engine, batch)
+                parts = [policy, answer_tokens(batch), *([] if reference is None else [reference])]
+                columns = torch.cat([part.double().cpu() for part in parts])
+                found += zip(mine, columns.T.tolist(), strict=False)  # a filler's pair is nobody's
+        by_row = dict(gather_objects(found))
+        table = torch.tensor([by_row[i] for i in range(len(dataset))], dtype=torch.float64).T
+        policy, tokens, reference = table[:2], table[2:4], table[4:] if len(table) > 4 else None
+        drift = [0.0, 0.0] if reference is None else (policy - reference).mean(1).clamp(min=0).tolist()
+        return self.judge(policy, reference, tokens, drift)
+
+    @torch.no_grad()
+    def kl(self, dataset: Any, batch_size: int, pad_id: int) -> float:
+        """KL of the policy from the reference at chosen answers' tokens, nats per token, exact; a collective.
+
+        Args:
+            dataset: held-out pairs, of which `KL_PAIRS` are taken.
+            batch_size: pairs done together.
+            pad_id: of the tokenizer.
+        """
+        self.engine.eval()
+        sums = {"kl": 0.0, "tokens": 0.0}
+        some = dataset.select(spread_rows(len(dataset), KL_PAIRS))
+        for indices in epoch_batches(some["length"], batch_size * data_size(), 0, 0):
+            for batch, weight in micro_batches(some, indices, batch_size, pad_id, self.engine.device):
+                chosen = [batch[name].chunk(2)[0] for name in ("input_ids", "attention_mask", "response_mask")]
+                found = response_kl(self.engine, reference_policy(self.engine, self.frozen), *chosen)
+                sums["kl"] += weight * found.sum().item()
+                sums["tokens"] += weight * chosen[2][:, 1:].sum().item()
+        total = reduce_sums(sums, self.engine.device)
+        return total["kl"] / max(total["tokens"], 1.0)
+
+
+def means(columns: Mapping[str, Tensor]) -> dict[str, float]:
+    """The mean of each metric over pairs."""
+    return {name: values.mean().item() for name, values in columns.items()}
