@@ -1,15 +1,17 @@
-"""Run the three steps in one run directory, each as its own ``deepspeed`` process, each feeding the next.
+"""Run the steps of a pipeline in one run directory, each as its own ``deepspeed`` process, each feeding the next.
 
     python train.py                                    the demo: embedded model, bundled data, into output/demo
     python train.py --data_path mine.csv               your own data in every step, into output/start
     python train.py --recipe my.yaml --num_gpus 2      your own flags, a section for each step
     python train.py --resume auto                      goes on with the latest run: with its step, where it stopped
     python train.py --output_dir output/demo           goes on with that run; finished steps are skipped
+    python train.py --pipeline sft,dpo                 no reward model and no PPO: DPO on the pairs, in RUN/dpo
     python train.py --step 2 3 --actor_model_name_or_path SFT_MODEL    starts from a model you have
     python train.py --step3_args "--ppo_epochs 2"      anything else, as the step's own flags
 
 The exact command of each step is printed before it starts and can be run by itself. A run directory holds
-step1/, step2/, step3/, a log of each, and manifest.json: versions, commands, inputs with hashes, metrics, times.
+step1/, step2/, step3/ or dpo/, a log of each, and manifest.json: versions, commands, inputs with hashes, metrics,
+times.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ from training.utils.arguments import DEMO, flags_in
 from training.utils.errors import UserError, run_program
 from training.utils.run.demo import MODEL, check_sources_named, is_own, named_sources, trained_on_demo
 from training.utils.run.folders import (
+    LATER,
     LATEST,
+    PIPELINES,
     STEPS,
     continued,
     deepspeed_launcher,
@@ -57,6 +61,7 @@ from training.utils.run.folders import (
     point_latest,
     repository_root,
     shown,
+    title,
 )
 from training.utils.run.hosts import check_hosts, read_hostfile, with_ranks
 from training.utils.run.manifest import describe_environment, hash_inputs, read_manifest, write_json
@@ -68,6 +73,8 @@ ROOT = repository_root()
 ACTOR = "--actor_model_name_or_path"
 REWARD = "--reward_model_name_or_path"
 LOG_LINES = 20  # of a failed step's log
+DEFAULT_PIPELINE = "sft,rm,ppo"
+TUNED = {"SFT": "step1", "DPO": "dpo", "RLHF": "step3/actor"}  # models to talk to, and where a run has them
 
 
 @dataclass
@@ -76,9 +83,12 @@ class RunArguments:
 
     recipe: str = arguments.flag(
         "",
-        "a name in training/recipes, or a YAML file of sections step1 to step3 (default: demo; own data: start)",
+        "a name in training/recipes, or a YAML file of sections step1 to step3, dpo (default: demo; own data: start)",
     )
-    step: list[int] = arguments.flag([1, 2, 3], "which steps to run", choices=(1, 2, 3))
+    pipeline: str = arguments.flag(
+        "", f"what follows SFT (default: the run's own, or {DEFAULT_PIPELINE})", choices=("", *PIPELINES)
+    )
+    step: list[int] = arguments.flag([1, 2, 3], "which steps of it to run; DPO counts as 2", choices=(1, 2, 3))
     num_gpus: int | None = arguments.flag(
         None,
         "ranks, one per GPU; on a machine without one, processes (default: 1; with --hostfile all its slots)",
@@ -110,6 +120,7 @@ class InputArguments:
         "", 'flags of step 1 in one string, such as "--learning_rate 1e-5"; they win over the recipe'
     )
     step2_args: str = arguments.flag("", "the same for step 2")
+    dpo_args: str = arguments.flag("", "the same for DPO")
     step3_args: str = arguments.flag("", "the same for step 3")
 
 
@@ -117,7 +128,7 @@ class InputArguments:
 class Step:
     """One step of a run, ready to start."""
 
-    name: str  # step1, step2, step3
+    name: str  # one of STEPS
     script: str
     argv: list[str]  # what it computes; recorded, and compared when the run goes on
     directory: Path
@@ -132,7 +143,7 @@ class Step:
 
 
 def own_args(name: str, text: str) -> list[str]:
-    """The flags in ``--stepN_args``.
+    """The flags in ``--stepN_args`` or ``--dpo_args``.
 
     Raises:
         UserError: an open quote, or a flag that train.py gives itself.
@@ -182,8 +193,8 @@ def check_steps(steps: Sequence[Step], run: Path, recorded: Mapping[str, Any]) -
     for step in steps:
         if not is_finished(step.directory):
             check_paths(step.argv, made)
-            if step.name == "step2":
-                check_pairs(step.argv)
+            if step.name in ("step2", "dpo"):
+                check_pairs(step.name, step.argv)
 
 
 def check_data_named(steps: Sequence[Step], run: Path, models: Mapping[str, str]) -> None:
@@ -207,7 +218,7 @@ def check_data_named(steps: Sequence[Step], run: Path, models: Mapping[str, str]
 def tell_dropped(recipe_name: str) -> None:
     """Say which flags of a recipe are the demo's and left out, because the data are not."""
     _, recipe = read_recipe(recipe_name)
-    dropped = [f"{flag} of step {name[4:]}" for name, section in recipe.items() for flag in without_demo(section)[1]]
+    dropped = [f"{flag} of {title(name)}" for name, section in recipe.items() for flag in without_demo(section)[1]]
     if dropped:
         print(f"recipe {recipe_name}: the demo's {', '.join(dropped)} left out, the data are your own", flush=True)
 
@@ -232,8 +243,8 @@ def plan_steps(
     """
     recipe_path, recipe = read_recipe(recipe_name)
     folders = [Path(recipe_path).resolve().parent, ROOT]
-    wanted = [f"step{n}" for n in sorted(set(options.step))]
-
+    numbers = {"step1": 1, "step2": 2, "dpo": 2, "step3": 3}
+    wanted = [name for name in PIPELINES[options.pipeline] if numbers[name] in options.step]
     starts: dict[str, str] = {}
 
     def output_of(step: str, given: str) -> str:
@@ -247,7 +258,7 @@ def plan_steps(
         newest = latest_output(step)
         if own_data(inputs, shared) and trained_on_demo(newest):
             raise UserError(
-                f"the newest {step.replace('step', 'step ')}, {shown(newest)}, has trained on the demo: run that step "
+                f"the newest {title(step)}, {shown(newest)}, has trained on the demo: run that step "
                 f"on your own data too, or name a model: {ACTOR if step == 'step1' else REWARD}"
             )
         return shown(newest)
@@ -259,9 +270,9 @@ def plan_steps(
         if name == "step1":
             named = section.pop("model_name_or_path", "embedded")
             models = ["--model_name_or_path", inputs.actor_model_name_or_path or located(str(named), folders)]
-        elif name == "step2":
-            named = section.pop("model_name_or_path", "")
-            start = inputs.reward_model_name_or_path or located(str(named), folders)
+        elif name in ("step2", "dpo"):
+            named = located(str(section.pop("model_name_or_path", "")), folders)
+            start = (inputs.reward_model_name_or_path if name == "step2" else "") or named
             models = ["--model_name_or_path", start or output_of("step1", inputs.actor_model_name_or_path)]
         else:
             models = ["--actor_model_name_or_path", output_of("step1", inputs.actor_model_name_or_path)]
@@ -301,7 +312,7 @@ def say_time(steps: Sequence[Step], ranks: int) -> None:
 
 def run_step(step: Step, command: list[str], run: Path, manifest: dict[str, Any]) -> Ended:
     """Run one step; its command, inputs, time, exit code and metrics are in manifest.json when this returns."""
-    print(f"\n== {step.name[:4]} {step.name[4:]}\n{shlex.join(command)}\n", flush=True)
+    print(f"\n== {title(step.name)}\n{shlex.join(command)}\n", flush=True)
     named = {"demo": ROOT / "training" / "data" / "demo"}
     data = [] if named_sources(step.argv) else ["--data_path", DEMO]  # the steps' default
     entry: dict[str, Any] = {
@@ -336,7 +347,7 @@ def record_end(step: Step, run: Path, manifest: dict[str, Any]) -> None:
 def tell_failure(step: Step, command: list[str], ended: Ended, run: Path, again: str) -> None:
     """Say on stderr which step failed, what it said last, and how to go on."""
     log = run / f"{step.name}.log"
-    name = f"{step.name[:4]} {step.name[4:]}"
+    name = title(step.name)
     if ended.signal is not None:
         lines = [f"\n{name} was stopped by {signal.Signals(ended.signal).name}."]
     else:
@@ -354,15 +365,16 @@ def show_end(run: Path, manifest: Mapping[str, Any]) -> None:
     for text in (summary_table(run, seconds), answers_text(run)):
         if text:
             print(f"\n{text}")
-    sft, rlhf = run / "step1", run / "step3" / "actor"
+    models = {name: run / folder for name, folder in TUNED.items() if (run / folder).is_dir()}
     latest = output_root() / LATEST
     if latest.is_dir() and latest.resolve() == run.resolve():
         chat = "make chat"
     else:
         page = ROOT / "inference" / "gradio_chatbot.py"
-        chat = shlex.join([shown(sys.executable), shown(page), "--path", f"SFT={shown(sft)}", f"RLHF={shown(rlhf)}"])
+        named = [f"{name}={shown(folder)}" for name, folder in models.items()]
+        chat = shlex.join([shown(sys.executable), shown(page), "--path", *named])
     print(f"\nReport:           {report(run)}")
-    if rlhf.is_dir():
+    if len(models) > 1:
         print(f"Chat with it:     {chat}")
     print(f"Everything is in: {shown(run)}", flush=True)
 
@@ -396,7 +408,7 @@ def main(
     Args:
         argv: the flags.
         launcher: what starts a step instead of ``deepspeed``, for tests.
-        scripts: the steps' programs, relative to the repository, by step1, step2, step3.
+        scripts: the steps' programs, relative to the repository, by the names of `STEPS`.
 
     Raises:
         UserError: a flag or the recipe is not usable; nothing has run then.
@@ -415,6 +427,9 @@ def main(
     run = Path(options.output_dir).absolute() if options.output_dir else output_root() / "unmade"
     manifest = read_manifest(run / "manifest.json")
     shared = manifest.get("shared", {}) | shared  # a run goes on with its own data, and its own recipe
+    options.pipeline = options.pipeline or str(manifest.get("pipeline"))
+    if options.pipeline not in PIPELINES:  # of an earlier version's run
+        options.pipeline = DEFAULT_PIPELINE
     own = own_data(inputs, shared)
     recipe = options.recipe or manifest.get("recipe", {}).get("name", START if own else DEMO)
     planned = plan_steps(options, inputs, shared, recipe, run, scripts)  # bad flags end here, before a folder is made
@@ -437,24 +452,25 @@ def main(
         manifest |= describe_environment(ROOT)
         manifest["recipe"] = {"name": recipe, **hash_inputs([recipe_path], {})}
         manifest["shared"] = shared
+        manifest["pipeline"] = options.pipeline
         manifest.setdefault("started_as", []).append(["train.py", *argv])
         again = shlex.join([shown(sys.executable), shown(ROOT / "train.py"), *continued(argv, run)])
         if not options.hostfile:
             say_time(steps, options.num_gpus or 1)
-        ran = False
+        ran: list[str] = []
         for step in steps:
-            if is_finished(step.directory) and not ran:
+            if is_finished(step.directory) and not any(step.name in LATER[name] for name in ran):
                 before = manifest.get("steps", {}).get(step.name, {}).get("arguments", step.argv)
                 changed = (
                     "" if before == step.argv else f" with other flags; to repeat it, remove {shown(step.directory)}"
                 )
-                print(f"step {step.name[4:]} is finished{changed}", flush=True)
+                print(f"{title(step.name)} is finished{changed}", flush=True)
                 record_end(step, run, manifest)
                 continue
             (step.directory / "summary.json").unlink(missing_ok=True)  # made from the output that has changed
             command = step.command(launcher)
             ended = run_step(step, command, run, manifest)
-            ran = True
+            ran.append(step.name)
             if ended.code:
                 tell_failure(step, command, ended, run, again)
                 return ended.code
@@ -466,7 +482,7 @@ def _joined(argv: Sequence[str]) -> list[str]:
     """``--step1_args VALUE`` as one token, because a value that starts with a dash looks like a flag."""
     tokens = list(argv)
     for i in range(len(tokens) - 1, 0, -1):
-        if tokens[i - 1] in ("--step1_args", "--step2_args", "--step3_args"):
+        if tokens[i - 1] in {f"--{name}_args" for name in STEPS}:
             value = tokens.pop(i)
             tokens[i - 1 : i] = [f"{tokens[i - 1]}={value}"] if value else []
     return tokens

@@ -30,7 +30,7 @@ from training.utils.engine.zero_config import DTYPES
 from training.utils.errors import UserError
 from training.utils.model.loading import remote_code, resolve_model
 from training.utils.model.tokenizer import load_tokenizer
-from training.utils.run.folders import is_finished, latest_output
+from training.utils.run.folders import is_finished, latest_output, runs_newest_first
 
 ADAPTER_CONFIG = "adapter_config.json"
 # What a damaged or foreign folder makes transformers, PEFT and safetensors raise while they load.
@@ -91,19 +91,22 @@ class ChatModel:
 
 
 def latest_models() -> tuple[dict[str, str], str]:
-    """SFT and RLHF of the newest run whose step 3 is finished, and its reward model ("" if it has none).
+    """SFT, DPO and RLHF of the newest run that has one of the latter, and its reward model ("" if it has none).
 
     Raises:
         UserError: no run has got that far; names the ways on.
     """
     try:
-        step3 = latest_output("step3")
-        run = step3.parent
+        tuned = ({"DPO": run / "dpo", "RLHF": run / "step3"} for run in runs_newest_first())
+        finished = ({name: path for name, path in paths.items() if is_finished(path)} for paths in tuned)
+        found = next((paths for paths in finished if paths), None) or {"RLHF": latest_output("step3")}
+        run = next(iter(found.values())).parent
         sft = run / "step1" if is_finished(run / "step1") else latest_output("step1")
     except UserError as error:
         raise UserError(f"{error}; or name models with --path") from error
     judge = run / "step2"
-    return {"SFT": str(sft), "RLHF": str(step3 / "actor")}, str(judge) if is_finished(judge) else ""
+    models = {name: str(path / "actor" if name == "RLHF" else path) for name, path in found.items()}
+    return {"SFT": str(sft), **models}, str(judge) if is_finished(judge) else ""
 
 
 def named_paths(values: Sequence[str]) -> dict[str, str]:

@@ -193,7 +193,7 @@ def main(argv: Sequence[str]) -> int:
     print("starting ...", flush=True)
     from chat_models import latest_models, load_chat_models
 
-    path = chat.path or latest_models()[0]["RLHF"]
+    path = chat.path or list(latest_models()[0].values())[-1]
     [model] = load_chat_models({Path(path).name or path: path}, load, print)
     print("/help lists the commands")
     chat_loop(model, sampling, chat.system)

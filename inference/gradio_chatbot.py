@@ -1,6 +1,6 @@
 """Compare models in the browser: one prompt, their answers side by side, your vote.
 
-    python inference/gradio_chatbot.py                                          SFT beside RLHF of the latest run
+    python inference/gradio_chatbot.py                                          the latest run: SFT beside DPO, RLHF
     python inference/gradio_chatbot.py --path SFT=output/demo/step1 RLHF=output/demo/step3/actor
     python inference/gradio_chatbot.py --path output/demo/step1                 one model: a plain chat page
 
@@ -39,7 +39,7 @@ PORTS_TRIED = 100
 class PageArguments:
     """Page"""
 
-    path: list[str] = flag([], "NAME=DIR for each model (default: SFT and RLHF of the latest run)")
+    path: list[str] = flag([], "NAME=DIR for each model (default: SFT, DPO and RLHF of the latest run)")
     reward_model: str = flag("", "reward model for the line under each answer (default: step2 of the latest run)")
     votes_path: str = flag("", "file that votes are appended to (default: votes.jsonl in the output folder)")
     blind: bool = flag(False, "start in blind mode: names are hidden and shuffled until the vote")

@@ -123,6 +123,29 @@ CASES = [
         ["rows.jsonl", "2"],
     ),
     Case("no preference columns", 2, lambda w: _sft(w, "--data_path", _rows(w, GOOD)), ["rows.jsonl", "no chosen"]),
+    Case("a row without a pair, for DPO", "dpo", lambda w: _sft(w, "--data_path", _rows(w, GOOD)), ["no chosen"]),
+    Case(
+        "a prompt alone, for DPO",
+        "dpo",
+        lambda w: _sft(w, "--data_path", _rows(w, {"prompt": "Hi?"})),
+        ["rows.jsonl", "no pairs to train on", "no chosen and rejected"],
+    ),
+    Case(
+        "a reward model as DPO's policy and reference",
+        "dpo",
+        lambda w: ["--model_name_or_path", str(w.reward), "--output_dir", str(w.tmp / "out"), "--data_path", "demo:8"],
+        ["--model_name_or_path", "a reward model that writes no answers"],
+    ),
+    Case("DPO without any step 1", "dpo", lambda w: ["--output_dir", str(w.tmp / "out")], ["has finished step 1"]),
+    Case(
+        "a reference that is no second model",
+        "dpo",
+        lambda w: _sft(w, "--zero_stage", "3", "--offload_reference_model", "--lora_dim", "4", "--only_optimize_lora"),
+        ["--offload_reference_model", "no second model"],
+    ),
+    Case("a gamma for DPO", "dpo", lambda w: _sft(w, "--simpo_gamma", "1"), ["--simpo_gamma", "--loss sigmoid"]),
+    Case("smoothing half and more", "dpo", lambda w: _sft(w, "--label_smoothing", "0.6"), ["at most 0.5"]),
+    Case("beta 0", "dpo", lambda w: _sft(w, "--beta", "0"), ["--beta", "above 0"]),
     Case(
         "missing model", 1, lambda w: _sft(w)[2:] + ["--model_name_or_path", str(w.tmp / "none")], ["none", "no such"]
     ),

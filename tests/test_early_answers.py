@@ -12,14 +12,19 @@ ROOT = Path(__file__).resolve().parents[1]
 CPU_SECONDS = 2.0  # of a process; about 0.2 on a quiet machine, and 8 if it imports what it must not
 HEAVY = ("torch", "transformers", "deepspeed", "datasets", "gradio")
 
-STEP1, STEP2, STEP3 = (
+STEP1, STEP2, DPO, STEP3 = (
     f"training/{name}/main.py"
-    for name in ("step1_supervised_finetuning", "step2_reward_model_finetuning", "step3_rlhf_finetuning")
+    for name in (
+        "step1_supervised_finetuning",
+        "step2_reward_model_finetuning",
+        "step2_dpo_finetuning",
+        "step3_rlhf_finetuning",
+    )
 )
 EVALUATE1, EVALUATE2, EVALUATE3 = (step.replace("main", "evaluate") for step in (STEP1, STEP2, STEP3))
 PREVIEW, REPORT = "-m training.utils.data.preview", "-m training.report"
 PROGRAMS = [
-    *(STEP1, STEP2, STEP3, EVALUATE1, EVALUATE2, EVALUATE3, PREVIEW, REPORT, "train.py"),
+    *(STEP1, STEP2, DPO, STEP3, EVALUATE1, EVALUATE2, EVALUATE3, PREVIEW, REPORT, "train.py"),
     *("inference/chatbot.py", "inference/gradio_chatbot.py", "benchmarks/memory_plan.py"),
 ]
 
@@ -28,6 +33,8 @@ MISTAKES = [
     (STEP2, "--learning_rate fast", ["--learning_rate", "fast"]),
     (STEP1, "--learning_rate -1", ["--learning_rate", "above 0"]),
     (STEP2, "--only_optimize_lora", ["--only_optimize_lora", "--lora_dim"]),
+    (DPO, "--offload_reference_model", ["--offload_reference_model", "--zero_stage 3"]),
+    (DPO, "--loss orpo --label_smoothing 0.1", ["--label_smoothing", "--loss orpo"]),
     (STEP3, "--advantage rloo", ["rloo", "--samples_per_prompt"]),
     (STEP3, "--gradient_accumulation_steps 3", ["--gradient_accumulation_steps 3"]),
     (STEP3, "--offload_reward_model", ["--offload_reward_model", "--critic_zero_stage 3"]),

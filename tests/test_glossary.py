@@ -5,7 +5,7 @@ import math
 import pytest
 
 from tests.glossary import glossary, never_logged, unexplained
-from training.utils.health_rules import HEALTHY
+from training.utils.health_rules import DPO_RULES, HEALTHY
 
 
 def written(low, high):
@@ -18,6 +18,11 @@ def written(low, high):
 @pytest.mark.parametrize("metric", sorted(HEALTHY))
 def test_ranges_are_those_of_the_monitor(metric):
     assert glossary(3)[metric][1] == written(*HEALTHY[metric])
+
+
+@pytest.mark.parametrize("rule", DPO_RULES, ids=lambda rule: rule.metric)
+def test_ranges_of_dpo(rule):
+    assert glossary("dpo")[rule.metric][1] == written(rule.low, rule.high)
 
 
 def test_a_metric_without_explanation_and_one_that_nothing_logs_are_found():

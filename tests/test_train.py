@@ -79,6 +79,7 @@ SUMMARY = {
         "rejected_mean": -1.25,
         "verdicts": {"accuracy_above_0.6": True, "chosen_above_rejected": False},
     },
+    "dpo": {"loss_before": 0.693, "loss_after": 0.512, "accuracy_after": 0.75, "held_out": 80, "kl": 0.12},
     "step3": {
         "reward_before": 0.1,
         "reward_after": 1.1,
@@ -112,7 +113,7 @@ class Bench:
         launcher.write_text(LAUNCHER)
         step.write_text(STEP.replace("SAMPLES", repr(SAMPLES)).replace("SUMMARY", repr(SUMMARY)))
         self.launcher = [sys.executable, str(launcher)]
-        self.scripts = {name: str(step) for name in ("step1", "step2", "step3")}
+        self.scripts = {name: str(step) for name in folders.STEPS}
         self.recipe = folder / "tiny.yaml"
         self.recipe.write_text("step1: {num_train_epochs: 2}\nstep3: {ppo_epochs: 1}\n")
 
@@ -214,6 +215,35 @@ def test_a_report_that_can_not_be_written_costs_no_run(
     assert (
         "Report:           could not be written (No space left on device); later: python -m" in capfd.readouterr().out
     )
+
+
+def test_dpo_beside_reward_model_and_ppo(bench: Bench, capfd: pytest.CaptureFixture) -> None:
+    """Pipelines of one run share what is finished; a run goes on with its last one, and its page has all of them."""
+    assert bench.train("--pipeline", "sft,dpo", "--dpo_args", "--beta 0.2") == 0
+    run = bench.output / "tiny"
+    out = capfd.readouterr().out
+    assert [name for name in folders.STEPS if (run / name).is_dir()] == ["step1", "dpo"]
+    said = (run / "dpo.log").read_text()
+    assert "--model_name_or_path output/tiny/step1" in said and "--beta 0.2" in said
+    assert "== DPO\n" in out and "DPO=output/tiny/dpo" in out and "held-out accuracy" in out
+    page = (run / "report.html").read_text()
+    assert "DPO · Direct preference optimisation" in page and "Step 3 ·" not in page
+    assert bench.train("--output_dir", str(run), "--pipeline", "sft,rm,ppo") == 0
+    assert "step 1 is finished" in capfd.readouterr().out and (run / "step3").is_dir()
+    page = (run / "report.html").read_text()
+    assert "DPO · Direct" in page and "Step 3 ·" in page
+    (run / "step2" / "summary.json").unlink()
+    assert bench.train("--output_dir", str(run), "--pipeline", "sft,rm,dpo") == 0
+    assert "DPO is finished with other flags" in capfd.readouterr().out, "which does not follow from step 2"
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["pipeline"] == "sft,rm,dpo" and set(manifest["steps"]) == set(folders.STEPS)
+    assert bench.train("--output_dir", str(run), "--step", "1") == 0
+    assert json.loads((run / "manifest.json").read_text())["pipeline"] == "sft,rm,dpo"
+
+
+def test_an_unknown_pipeline(bench: Bench) -> None:
+    with pytest.raises(UserError, match="--pipeline.*sft,dpo"):
+        bench.train("--pipeline", "sft,ppo")
 
 
 def test_runs_stand_beside_each_other(bench: Bench) -> None:
@@ -566,9 +596,9 @@ REFUSED = [
     (["--data_path", "mine.jsonl", "--model_name_or_path", "./none"], "./none: no such folder"),
     (["--data_path", "mine.jsonl", "--step3_args", "--eval_function none.py:f"], "--eval_function none.py:f: no such"),
     (["--data_path"], "--data_path: give at least one value"),
-    (["--learning_rate", "1e-5"], "--learning_rate is a flag of steps 1 and 2 alone: .*--step1_args or --step2_args"),
+    (["--learning_rate", "1e-5"], "--learning_rate is a flag of step 1, step 2, DPO alone: .* or --dpo_args"),
     (["--kl_coef=1"], "--kl_coef is a flag of step 3 alone: .*--step3_args"),
-    (["--loss", "log_exp"], "--loss is a flag of step 2 alone: .*--step2_args"),
+    (["--loss", "log_exp"], "--loss is a flag of step 2, DPO alone: .*--step2_args or --dpo_args"),
     (["--seed", "-1"], "--seed is -1, it must be at least 0"),
 ]  # fmt: skip
 

@@ -11,6 +11,7 @@ from tests.dpo.test_pairs import Engine
 from training.step2_dpo_finetuning.dpo import pair_loss
 from training.step2_dpo_finetuning.pairs import Preferences, answer_log_probs, answer_tokens
 from training.utils.arguments import DPOArguments
+from training.utils.data import SIDES
 
 pytest.importorskip("trl")
 
@@ -47,6 +48,7 @@ def test_losses_and_gradients_of_dpo_trainer(tiny_model, tmp_path, loss, beta):
     policy.zero_grad()
 
     mine = {"response_mask": batch["completion_mask"]} | {k: batch[k] for k in ("input_ids", "attention_mask")}
+    mine |= dict(zip(SIDES, torch.arange(8).chunk(2), strict=True))
     preferences = Preferences(Engine(policy), reference, DPOArguments(loss=loss, beta=beta))
     before = preferences.reference(mine)
     ours = preferences.judge(answer_log_probs(policy, mine), before, answer_tokens(mine), (0.0, 0.0))["loss"].mean()

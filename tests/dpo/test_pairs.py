@@ -7,10 +7,11 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-from training.step2_dpo_finetuning.pairs import Preferences, answer_log_probs, answer_tokens, means, micro_batches
-from training.utils.arguments import DPOArguments
+from training.step2_dpo_finetuning.pairs import Preferences, answer_log_probs, answer_tokens, means
+from training.utils.arguments import DPOArguments, LoraArguments
+from training.utils.data import pair_micro_batches
 from training.utils.model.logprobs import response_kl
-from training.utils.model.lora import inject_lora
+from training.utils.model.lora import with_adapters
 
 PAD = 2
 
@@ -35,11 +36,16 @@ def rows():
     found = []
     for n in range(5):
         prompt, chosen, rejected = [10 + n, 11, 12], [50 + n] * (2 + n), [90 + n] * (6 - n)
-        row = {"length": 3 + max(2 + n, 6 - n)}
+        row = {"length": 3 + max(2 + n, 6 - n), "pairs": 1}
         for name, answer in (("chosen", chosen), ("rejected", rejected)):
             row |= {f"{name}_ids": [*prompt, *answer], f"{name}_mask": [0] * 3 + [1] * len(answer)}
         found.append(row)
     return Dataset.from_list(found)
+
+
+def micro_batches(data, size):
+    """All rows in one optimizer step of this one rank."""
+    return list(pair_micro_batches(data, [range(n, n + 1) for n in range(5)], size, PAD, torch.device("cpu")))
 
 
 @pytest.fixture
@@ -101,13 +107,13 @@ def test_the_kl_of_a_model_from_itself_is_zero_and_a_filler_adds_nothing(tiny_mo
 
 def test_adapters_off_are_the_reference_and_come_back(tiny_model):
     torch.manual_seed(0)
-    model = inject_lora(load(tiny_model), dim=4, module_name="q_proj", only_optimize_lora=True)
+    model = with_adapters(load(tiny_model), LoraArguments(4, "q_proj", True))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
     engine = Engine(model)
     data = rows()
-    batch = next(iter(micro_batches(data, range(5), 5, PAD, torch.device("cpu"))))[0]
+    (batch,) = micro_batches(data, 5)
     preferences = Preferences(engine, None, DPOArguments())
     before = answer_log_probs(engine, batch)
     reference = preferences.reference(batch)
@@ -132,14 +138,15 @@ def test_held_out_of_kto_does_not_depend_on_batches(tiny_model, changed):
 
 def test_kto_drift_is_a_mean_over_all_pairs_at_least_zero(tiny_model, changed):
     data, preferences = rows(), Preferences(Engine(changed), load(tiny_model), DPOArguments(loss="kto"))
-    batches = list(micro_batches(data, range(5), 2, PAD, torch.device("cpu")))
-    references = [preferences.reference(batch) for batch, _ in batches]
-    differences = [answer_log_probs(changed, batch) - r for (batch, _), r in zip(batches, references, strict=True)]
+    batches = micro_batches(data, 2)
+    references = [preferences.reference(batch) for batch in batches]
+    differences = [answer_log_probs(changed, batch) - r for batch, r in zip(batches, references, strict=True)]
     expected = torch.cat(differences, 1).mean(1).clamp(min=0)
     assert preferences.drift(batches, references, 5) == pytest.approx(expected.tolist(), abs=1e-5)
     assert Preferences(Engine(changed), None, DPOArguments()).drift(batches, references, 5) == [0.0, 0.0]
 
 
 def test_tokens_count_what_has_a_log_prob():
-    batch = {"response_mask": torch.tensor([[1, 1, 0], [0, 1, 1]])}
+    sides = {"chosen": torch.tensor([0]), "rejected": torch.tensor([1])}
+    batch = {"response_mask": torch.tensor([[1, 1, 0], [0, 1, 1]])} | sides
     assert answer_tokens(batch).tolist() == [[1], [2]]

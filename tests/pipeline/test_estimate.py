@@ -10,6 +10,7 @@ import pytest
 
 from training.pipeline import estimate
 from training.pipeline.estimate import Rows, Shape, Speeds, Work
+from training.pipeline.shared_flags import GROUPS
 from training.step3_rlhf_finetuning import arguments as rlhf_arguments
 from training.utils import arguments
 
@@ -18,8 +19,8 @@ SHAPE = Shape(layers=1, hidden=2, intermediate=3, queries=2, keys=1, vocabulary=
 BODY, HEAD = 30, 10
 
 
-def fine_tuning(step: int, *argv: str, ranks: int = 1, held_out: int = 5) -> Work:
-    groups = arguments.parse((arguments.STEP1, arguments.STEP2)[step - 1], argv, prog="test", description="")
+def fine_tuning(step: str, *argv: str, ranks: int = 1, held_out: int = 5) -> Work:
+    groups = arguments.parse(GROUPS[step], argv, prog="test", description="")
     return estimate.fine_tuning_work(step, groups, SHAPE, Rows(20, 6, 4), Rows(held_out, 6, 2), ranks)
 
 
@@ -38,23 +39,30 @@ def test_shape_is_that_of_the_configuration() -> None:
 def test_step_1() -> None:
     # 20 rows in batches of 8 are 3 steps an epoch; evaluations: 0, 2, 3, 4, 6
     row, held_out = 2 * (10 * BODY + 4 * HEAD), 2 * (8 * BODY + 2 * HEAD)
-    work = fine_tuning(1, "--num_train_epochs", "2", "--eval_interval", "2")
+    work = fine_tuning("step1", "--num_train_epochs", "2", "--eval_interval", "2")
     assert work == Work(2 * 20 * 3 * row + 5 * 5 * held_out, updated=6 * (BODY + HEAD))
     adapters = ("--lora_dim", "8", "--only_optimize_lora")
-    assert fine_tuning(1, *adapters) == Work(20 * 2 * row + 2 * 5 * held_out)
-    rest_too = fine_tuning(1, "--lora_dim", "8")
+    assert fine_tuning("step1", *adapters) == Work(20 * 2 * row + 2 * 5 * held_out)
+    rest_too = fine_tuning("step1", "--lora_dim", "8")
     assert rest_too == Work(20 * 2 * row + 2 * 5 * held_out, updated=3 * HEAD), "adapted weights are frozen"
-    again = fine_tuning(1, *adapters, "--gradient_checkpointing", "--train_on_prompts").training
+    again = fine_tuning("step1", *adapters, "--gradient_checkpointing", "--train_on_prompts").training
     assert again == 20 * 3 * 2 * 10 * (BODY + HEAD) + 2 * 5 * 2 * 8 * (BODY + HEAD)
-    assert fine_tuning(1, ranks=2).updated == 2 * (BODY + HEAD), "two ranks take 16 rows in a step"
+    assert fine_tuning("step1", ranks=2).updated == 2 * (BODY + HEAD), "two ranks take 16 rows in a step"
+
+
+def test_dpo_has_two_answers_with_logits_and_a_reference() -> None:
+    row, held_out = 2 * 2 * (10 * BODY + 4 * HEAD), 2 * 2 * (8 * BODY + 2 * HEAD)
+    assert fine_tuning("dpo").training == 20 * (3 + 1) * row + 2 * 2 * 5 * held_out
+    assert fine_tuning("dpo", "--loss", "kto").training == 20 * (3 + 2) * row + 2 * 2 * 5 * held_out
+    assert fine_tuning("dpo", "--loss", "orpo").training == 20 * 3 * row + 2 * 5 * held_out
 
 
 def test_step_2_has_two_answers_and_no_output_layer() -> None:
     row, held_out = 2 * 2 * 10 * BODY, 2 * 2 * 8 * BODY
     # steps 1, 2, 3; evaluations: 0, 1, 2, and the saved model after 3
-    assert fine_tuning(2, "--eval_interval", "1").training == 20 * 3 * row + 4 * 5 * held_out
-    assert fine_tuning(2).training == 20 * 3 * row + 2 * 5 * held_out
-    few, many = (fine_tuning(2, held_out=n).training for n in (64, 100))
+    assert fine_tuning("step2", "--eval_interval", "1").training == 20 * 3 * row + 4 * 5 * held_out
+    assert fine_tuning("step2").training == 20 * 3 * row + 2 * 5 * held_out
+    few, many = (fine_tuning("step2", held_out=n).training for n in (64, 100))
     assert many - few == 36 * held_out, "before training 64 are enough"
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.reliability.tiny_runs import Launcher, make_inputs, metrics, step_arguments, weights
+from tests.reliability.tiny_runs import Launcher, Step, make_inputs, metrics, step_arguments, weights
 
 MOMENTS = ("while saving", "at random")
 
@@ -29,7 +29,7 @@ ADAPTERS = ("--lora_dim", "4", "--lora_dropout", "0.3", "--lora_learning_rate", 
 
 
 def uninterrupted(
-    launcher: Launcher, inputs: Path, step: int, folder: Path, more: Sequence[str] = ()
+    launcher: Launcher, inputs: Path, step: Step, folder: Path, more: Sequence[str] = ()
 ) -> tuple[Path, float]:
     """A run without a kill; its folder and its seconds."""
     start = time.monotonic()
@@ -41,7 +41,7 @@ def uninterrupted(
 def killed_and_resumed(
     launcher: Launcher,
     inputs: Path,
-    step: int,
+    step: Step,
     output: Path,
     moments: list[str],
     seconds: float,
@@ -81,12 +81,12 @@ def killed_and_resumed(
     return hits
 
 
-def assert_same(step: int, whole: Path, resumed: Path) -> None:
+def assert_same(step: Step, whole: Path, resumed: Path) -> None:
     assert weights(step, resumed) == weights(step, whole)
     assert metrics(resumed) == metrics(whole)
 
 
-@pytest.mark.parametrize(("step", "more"), [(1, ADAPTERS), (2, ()), (3, ())])
+@pytest.mark.parametrize(("step", "more"), [(1, ADAPTERS), (2, ()), ("dpo", ADAPTERS), (3, ())])
 def test_a_kill_while_saving_changes_nothing(launcher, inputs, tmp_path, step, more):
     whole, seconds = uninterrupted(launcher, inputs, step, tmp_path, more)
     resumed, rng = tmp_path / "killed", random.Random(step)
@@ -99,7 +99,7 @@ SELDOM = ("--save_every", "3")  # checkpoints of a run that is killed once befor
 
 
 def file_calls(
-    launcher: Launcher, inputs: Path, step: int, folder: Path, ranks: int = 1, more: Sequence[str] = ()
+    launcher: Launcher, inputs: Path, step: Step, folder: Path, ranks: int = 1, more: Sequence[str] = ()
 ) -> tuple[Path, list[str]]:
     """An uninterrupted run, and its calls that rename, link, remove, make or flush something in its folder."""
     output, calls = folder / "counted", folder / "calls"
@@ -111,7 +111,13 @@ def file_calls(
 
 
 def killed_at_file_call(
-    launcher: Launcher, inputs: Path, step: int, output: Path, number: int, ranks: int = 1, more: Sequence[str] = ()
+    launcher: Launcher,
+    inputs: Path,
+    step: Step,
+    output: Path,
+    number: int,
+    ranks: int = 1,
+    more: Sequence[str] = (),
 ) -> Path:
     """Kill rank 0 just before its file call of that number, and the others with it; resume the run."""
     arguments, log = step_arguments(step, inputs, output, *more), output.with_suffix(".log")
@@ -125,7 +131,7 @@ def killed_at_file_call(
     return output
 
 
-@pytest.mark.parametrize("step", [1, 2, 3])
+@pytest.mark.parametrize("step", [1, 2, "dpo", 3])
 def test_a_kill_while_finishing_changes_nothing(launcher, inputs, tmp_path, step):
     """From the last checkpoint on, where files are moved to where they stay; `file_calls_survived` takes all calls."""
     whole, calls = file_calls(launcher, inputs, step, tmp_path)
@@ -154,13 +160,13 @@ def test_a_stop_in_the_last_phase_does_not_log_it_twice(launcher, inputs, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("step", [1, 2, 3])
+@pytest.mark.parametrize("step", [1, 2, "dpo", 3])
 def test_a_kill_before_any_file_call_changes_nothing(launcher, inputs, tmp_path, step, ranks):
     assert file_calls_survived(launcher, inputs, step, tmp_path, ranks) > 20
 
 
 def file_calls_survived(
-    launcher: Launcher, inputs: Path, step: int, folder: Path, ranks: int = 1, every: int = 1
+    launcher: Launcher, inputs: Path, step: Step, folder: Path, ranks: int = 1, every: int = 1
 ) -> int:
     """Runs that are killed before each file call of a run's whole life, one each; returns how many.
 
@@ -184,7 +190,7 @@ def test_many_kills_change_nothing(launcher, inputs, tmp_path, step):
     assert sum(table.values()) >= 15
 
 
-def kill_often(launcher: Launcher, inputs: Path, step: int, folder: Path, kills: int, seed: int) -> dict[str, int]:
+def kill_often(launcher: Launcher, inputs: Path, step: Step, folder: Path, kills: int, seed: int) -> dict[str, int]:
     """Runs with up to three kills each until there were ``kills`` of them; each is compared; moment -> kills."""
     whole, seconds = uninterrupted(launcher, inputs, step, folder)
     rng, counts, number = random.Random(seed), dict.fromkeys(MOMENTS, 0), 0

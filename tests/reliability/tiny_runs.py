@@ -23,12 +23,14 @@ from tests.step3.hybrid_checks import save_tiny_reward_model
 from tests.tiny import DEMO, save_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = {
+Step = int | str  # 1, 2, 3 or dpo
+SCRIPTS: dict[Step, Path] = {
     1: ROOT / "training" / "step1_supervised_finetuning" / "main.py",
     2: ROOT / "training" / "step2_reward_model_finetuning" / "main.py",
+    "dpo": ROOT / "training" / "step2_dpo_finetuning" / "main.py",
     3: ROOT / "training" / "step3_rlhf_finetuning" / "main.py",
 }
-WEIGHTS: dict[int | str, list[str]] = {1: ["."], 2: ["."], "dpo": ["."], 3: ["actor", "critic"]}
+WEIGHTS: dict[Step, list[str]] = {1: ["."], 2: ["."], "dpo": ["."], 3: ["actor", "critic"]}
 NOT_REPEATABLE = ("time", "seconds", "memory", "peak", "share")  # names of metrics that are measured, not computed
 
 
@@ -42,7 +44,7 @@ def make_inputs(folder: Path) -> Path:
     return folder
 
 
-def step_arguments(step: int, inputs: Path, output: Path, *more: str) -> list[str]:
+def step_arguments(step: Step, inputs: Path, output: Path, *more: str) -> list[str]:
     """Arguments of a step on the tiny inputs: eight steps in steps 1, 2 and DPO, four iterations in step 3."""
     data = {1: "sft", 2: "preferences", "dpo": "preferences", 3: "prompts"}[step]
     common = ["--output_dir", str(output), "--eval_data_path", str(inputs / "held_out.jsonl"), "--report_to", "none"]
@@ -58,7 +60,7 @@ def step_arguments(step: int, inputs: Path, output: Path, *more: str) -> list[st
     return [*common, *more]
 
 
-def deepspeed_command(step: int, arguments: list[str], ranks: int) -> list[str]:
+def deepspeed_command(step: Step, arguments: list[str], ranks: int) -> list[str]:
     """The command of a step under the deepspeed launcher."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -138,14 +140,14 @@ class Launcher:
         return json.loads(self._process.stdout.readline())
 
     def start(
-        self, step: int, arguments: list[str], log: Path, fault: dict[str, Any] | None = None, **environment: str
+        self, step: Step, arguments: list[str], log: Path, fault: dict[str, Any] | None = None, **environment: str
     ) -> Launched:
         """Start a step on one rank; ``fault`` are arguments of `tests.reliability.faults.plant`."""
         request = {"step": step, "argv": arguments, "log": str(log), "env": environment, "fault": fault}
         return Launched(self, self.ask(request)["pid"], log)
 
     def start_ranks(
-        self, step: int, arguments: list[str], log: Path, ranks: int, fault: dict[str, Any] | None = None
+        self, step: Step, arguments: list[str], log: Path, ranks: int, fault: dict[str, Any] | None = None
     ) -> list[Launched]:
         """Start a step on several ranks, each a process of its own, as a launcher would."""
         with socket.socket() as s:
@@ -166,7 +168,7 @@ class Launcher:
         self._process.wait(30)
 
 
-def weights(step: int, output: Path) -> str:
+def weights(step: Step, output: Path) -> str:
     """A hash over every tensor of the final models."""
     digest = hashlib.sha256()
     for folder in WEIGHTS[step]:

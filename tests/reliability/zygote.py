@@ -17,6 +17,7 @@ import sys
 MODULES = {
     1: "training.step1_supervised_finetuning.main",
     2: "training.step2_reward_model_finetuning.main",
+    "dpo": "training.step2_dpo_finetuning.main",
     3: "training.step3_rlhf_finetuning.main",
 }
 

@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.migrate.predecessors import others_of
+from training.pipeline.shared_flags import GROUPS
 from training.step3_rlhf_finetuning import arguments as rlhf_arguments
 from training.utils import arguments
 from training.utils.arguments import AUTO, DataArguments, LoraArguments
 from training.utils.data.kinds import KINDS, Kind
 from training.utils.data.template_file import read_template_file
 from training.utils.errors import UserError
-from training.utils.run.folders import cache_dir, repository_root
+from training.utils.run.folders import cache_dir, repository_root, title
 from training.utils.run.runtime import has_accelerator
 
 if TYPE_CHECKING:  # train.py answers --help outside the environment, where these can not be imported
@@ -49,6 +50,7 @@ SYSTEM_TOKENS = 22  # of the embedded model's own template
 PAIRS_BEFORE = 64  # that step 2 begins with: pairs.py, which imports torch
 RUNNING_PROMPTS = 32  # of step 3's evaluations during training: held_out.py, which imports torch
 KEPT_AGAIN = 0.5  # every second run keeps an actor that is not the last, and answers all prompts with it once more
+ROWS: Mapping[str, Kind] = {"step1": "demonstrations", "step2": "pairs", "dpo": "pairs", "step3": "prompts"}
 SHOWN_PROMPTS = 3  # that the base model answers where no function judges it
 
 MEASURED_LAYERS = 8  # with the output layer more than caches hold
@@ -145,12 +147,12 @@ def updated_parameters(lora: LoraArguments, body: int, head: int) -> int:
     return 0 if lora.only_optimize_lora else head if lora.lora_dim else body + head
 
 
-def fine_tuning_work(step: int, groups: Sequence[Any], shape: Shape, rows: Rows, held_out: Rows, ranks: int) -> Work:
-    """The work of step 1 or 2.
+def fine_tuning_work(step: str, groups: Sequence[Any], shape: Shape, rows: Rows, held_out: Rows, ranks: int) -> Work:
+    """The work of step 1, step 2 or DPO.
 
     Args:
-        step: 1 or 2.
-        groups: flags, instances of `arguments.STEP1` or `arguments.STEP2`.
+        step: its name.
+        groups: flags, instances of `arguments.STEP1`, `arguments.STEP2` or `arguments.DPO`.
         shape: of the model.
         rows, held_out: to train on and to evaluate with.
         ranks: how many.
@@ -158,20 +160,24 @@ def fine_tuning_work(step: int, groups: Sequence[Any], shape: Shape, rows: Rows,
     _, model, lora, train, *_, own = groups
 
     def one(row: Rows) -> float:
-        if step == 2:
-            return 2 * forward(shape, row.prompt + row.answer, 0)
         tokens = row.prompt + row.answer
+        if step == "step2":
+            return 2 * forward(shape, tokens, 0)
+        if step == "dpo":
+            return 2 * forward(shape, tokens, row.answer)
         return forward(shape, tokens, tokens if own.train_on_prompts else row.answer)
 
     batch = train.per_device_train_batch_size * train.gradient_accumulation_steps * ranks
     per_epoch = math.ceil(rows.count / batch)
     steps = per_epoch * train.num_train_epochs
     due = set(range(train.eval_interval, steps, train.eval_interval)) if train.eval_interval else set()
-    ends = set(range(per_epoch, steps + 1, per_epoch)) if step == 1 and per_epoch else {steps}
+    ends = set(range(per_epoch, steps + 1, per_epoch)) if step == "step1" and per_epoch else {steps}
     held_out_rows = held_out.count * (1 + len(due | ends))
-    if step == 2:
+    if step == "step2":
         held_out_rows -= max(held_out.count - PAIRS_BEFORE, 0)
     trained = passes(lora.lora_dim > 0, model.gradient_checkpointing)
+    if step == "dpo" and own.loss not in arguments.WITHOUT_REFERENCE:  # which sees every row, too
+        trained, held_out_rows = trained + 1 + (own.loss == "kto"), 2 * held_out_rows
     return Work(
         trained * train.num_train_epochs * rows.count * one(rows) + held_out_rows * one(held_out),
         updated=steps * updated_parameters(lora, shape.body, shape.head),
@@ -246,7 +252,7 @@ def sentence(seconds: Mapping[str, float]) -> str:
         return max(1, round(value / 60))
 
     total = minutes(sum(seconds.values()))
-    parts = ", ".join(f"step {name[4:]}: {minutes(value)}" for name, value in seconds.items())
+    parts = ", ".join(f"{title(name)}: {minutes(value)}" for name, value in seconds.items())
     return f"this machine will take about {total} minute{'s' if total > 1 else ''} ({parts})"
 
 
@@ -262,10 +268,8 @@ def works(argvs: Mapping[str, Sequence[str]], shape: Shape, ranks: int) -> dict[
     found: dict[str, tuple[str, Work]] = {}
     template, answer = "", 0.0
     for name, argv in argvs.items():
-        step = int(name[4:])
-        groups = (arguments.STEP1, arguments.STEP2, rlhf_arguments.ARGUMENTS)[step - 1]
         flags = arguments.parse(
-            groups, argv, prog=name, description="", others=others_of(name) | rlhf_arguments.ALIASES
+            GROUPS[name], argv, prog=name, description="", others=others_of(name) | rlhf_arguments.ALIASES
         )
         by_group = {type(group): group for group in flags}
         data: DataArguments = by_group[DataArguments]
@@ -273,13 +277,13 @@ def works(argvs: Mapping[str, Sequence[str]], shape: Shape, ranks: int) -> dict[
         message = data.system_message or (data.chat_template and read_template_file(data.chat_template).system_message)
         system = len(message) / CHARACTERS_PER_TOKEN + TURN_TOKENS if message else 0.0
         system = system or (0.0 if template else SYSTEM_TOKENS)
-        only = by_group[arguments.SupervisedArguments].sft_only_data_path if step == 1 else []
-        rows, held_out = rows_of(KINDS[step - 1], data, only, system)
-        if step == 3:
+        only = by_group[arguments.SupervisedArguments].sft_only_data_path if name == "step1" else []
+        rows, held_out = rows_of(ROWS[name], data, only, system)
+        if name == "step3":
             found[name] = flags[0].dtype, rlhf_work(flags, shape, rows, held_out, answer, ranks)
         else:
-            found[name] = flags[1].dtype, fine_tuning_work(step, flags, shape, rows, held_out, ranks)
-            answer = rows.answer if step == 1 else answer
+            found[name] = flags[1].dtype, fine_tuning_work(name, flags, shape, rows, held_out, ranks)
+            answer = rows.answer if name == "step1" else answer
     return found
 
 

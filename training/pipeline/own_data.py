@@ -11,7 +11,7 @@ from training.utils.arguments import flags_in
 from training.utils.errors import UserError
 from training.utils.model import hub
 from training.utils.run.demo import is_own, named_sources, names_demo
-from training.utils.run.folders import is_finished
+from training.utils.run.folders import is_finished, title
 from training.utils.run.inputs import MODELS, check_flag
 
 START = "start"  # the recipe of own data; the demo's has the name of its source
@@ -44,9 +44,9 @@ def check_sources(argvs: Mapping[str, Sequence[str]]) -> None:
     own = [name for name, named in sources.items() if is_own(named)]
     quiet = [name for name, named in sources.items() if not named]
     if own and quiet:
-        steps = " and ".join(f"step {name[4:]}" for name in quiet)
+        steps = " and ".join(map(title, quiet))
         raise UserError(
-            f"{own[0].replace('step', 'step ')} has data of its own, {steps} would train on the demo: "
+            f"{title(own[0])} has data of its own, {steps} would train on the demo: "
             f"give --data_path to train.py, for every step, or in {' and '.join(f'--{name}_args' for name in quiet)}"
         )
 
@@ -68,11 +68,12 @@ def check_paths(argv: Sequence[str], made: Sequence[str]) -> None:
             hub.check_model(value, f"--{name}")
 
 
-def check_pairs(argv: Sequence[str]) -> None:
-    """Refuse sources for step 2 without pairs of two prompts, to train on and to judge by; the hub's are left to it.
+def check_pairs(step: str, argv: Sequence[str]) -> None:
+    """Refuse sources for step 2 or DPO without pairs of two prompts, to train on and to judge by, but for the hub's.
 
     Args:
-        argv: step 2's arguments.
+        step: its name.
+        argv: its arguments.
 
     Raises:
         UserError: names the sources, and what to do.
@@ -112,10 +113,10 @@ def check_pairs(argv: Sequence[str]) -> None:
     named = f"--data_path {' '.join(paths)}"
     if prompts:
         raise UserError(
-            f"{named}: step 2 needs preference pairs of two prompts, one to train on and one to judge by, and of "
-            f"{count} rows only one prompt has any; give more data, or --eval_data_path"
+            f"{named}: {title(step)} needs preference pairs of two prompts, one to train on and one to judge by, and "
+            f"of {count} rows only one prompt has any; give more data, or --eval_data_path"
         )
     raise UserError(
-        f"{named}: step 2 learns from preference pairs, and none of {count} rows is one (two answers that differ); "
-        "give rows with columns prompt, chosen and rejected, or train step 1 alone: --step 1"
+        f"{named}: {title(step)} learns from preference pairs, and none of {count} rows is one (two answers that "
+        "differ); give rows with columns prompt, chosen and rejected, or train step 1 alone: --step 1"
     )

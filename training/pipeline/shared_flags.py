@@ -1,4 +1,4 @@
-"""The flags that train.py passes to every step: those that the dataclasses of all three steps have; without torch."""
+"""The flags that train.py passes to every step: those that the dataclasses of all steps have; without torch."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from training.step3_rlhf_finetuning.arguments import ARGUMENTS as STEP3
-from training.utils.arguments import STEP1, STEP2, flags_in
+from training.utils.arguments import DPO, STEP1, STEP2, flags_in
 from training.utils.errors import UserError
+from training.utils.run.folders import title
 
-GROUPS: Mapping[str, Sequence[type]] = {"step1": STEP1, "step2": STEP2, "step3": STEP3}
+GROUPS: Mapping[str, Sequence[type]] = {"step1": STEP1, "step2": STEP2, "dpo": DPO, "step3": STEP3}
 OWN = ("output_dir", "resume", "plan")  # of train.py itself, with a meaning for the whole run
 
 
@@ -32,7 +33,7 @@ SharedArguments: type = dataclasses.make_dataclass(
     [
         (name, hint, dataclasses.field(default=None, metadata=field.metadata))
         for name, (hint, field) in _FLAGS["step1"].items()
-        if name not in OWN and name in _FLAGS["step2"] and name in _FLAGS["step3"]
+        if name not in OWN and all(name in flags for flags in _FLAGS.values())
     ],
     namespace={"__doc__": "Flags of every step (defaults: see each step's --help)"},
 )
@@ -64,9 +65,6 @@ def refuse_flags_of_some_steps(argv: Sequence[str], known: Sequence[type]) -> No
     for name in flags_in(argv):
         steps = [step for step, flags in _FLAGS.items() if name in flags]
         if steps and name not in own and name != "model_name_or_path":
-            numbers = " and ".join(step[4:] for step in steps)
+            named = ", ".join(title(step) for step in steps)
             where = " or ".join(f"--{step}_args" for step in steps)
-            raise UserError(
-                f"--{name} is a flag of step{'s' if len(steps) > 1 else ''} {numbers} alone: "
-                f'give it there, {where} "--{name} ..."'
-            )
+            raise UserError(f'--{name} is a flag of {named} alone: give it there, {where} "--{name} ..."')

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from training.utils.run.folders import title
+
 MODELS = (("base", "base"), ("sft", "SFT"), ("rlhf", "RLHF"))
 WIDEST = 110
 
@@ -21,7 +23,7 @@ def summary_table(run: Path, seconds: Mapping[str, float]) -> str:
         seconds: wall time of each step, by ``"step1"`` and so on.
     """
     rows: list[tuple[str, str, str, str, str]] = []
-    for step, lines in (("step1", _step1), ("step2", _step2), ("step3", _step3)):
+    for step, lines in (("step1", _step1), ("step2", _step2), ("dpo", _dpo), ("step3", _step3)):
         path = run / step / "summary.json"
         if not path.is_file():
             continue
@@ -29,7 +31,7 @@ def summary_table(run: Path, seconds: Mapping[str, float]) -> str:
         time = seconds.get(step, summary.get("seconds"))
         found = lines(summary) or [("finished", "", "", "")]
         for i, line in enumerate(found):
-            rows.append((f"step {step[-1]}  {_duration(time):>9}" if i == 0 else "", *line))
+            rows.append((f"{title(step):<6}  {_duration(time):>9}" if i == 0 else "", *line))
     if not rows:
         return ""
     rows.insert(0, ("", "", "before", "after", ""))
@@ -65,13 +67,13 @@ def answers_text(run: Path, width: int = 0) -> str:
         lines = [f"-- prompt {number} ".ljust(width, "-")]
         for message in sample.get("prompt", []):
             lines += _wrapped(message.get("content", ""), width, f"{message.get('role', '')}: ", "    ")
-        for key, title in MODELS:
+        for key, name in MODELS:
             answer = sample.get("answers", {}).get(key)
             if answer is None:
                 continue
             known = {"reward": answer.get("reward"), "check": answer.get("check"), **answer.get("checks", {})}
             scores = [f"{name} {value:+.2f}" for name, value in known.items() if value is not None]
-            lines += ["", f"  {title:<5} {'   '.join(scores)}".rstrip()]
+            lines += ["", f"  {name:<5} {'   '.join(scores)}".rstrip()]
             lines += _wrapped(answer.get("text", "") or "(nothing)", width, "    ", "    ")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
@@ -104,6 +106,17 @@ def _step2(s: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
 
 
 _RULES = (("the longer", "accuracy_longer"), ("the shorter", "accuracy_shorter"))
+
+
+def _dpo(s: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    sure = _sureness(s, "accuracy_low", "accuracy_high", "held_out", "pairs")
+    kl = f"KL {s['kl']:.2f} nats per token" if s.get("kl") is not None else ""
+    return [
+        *_change("held-out loss", s, "loss_before", "loss_after", ".3f"),
+        *_change("held-out accuracy", s, "", "accuracy_after", ".3f", sure),
+        *_change("log-prob of chosen", s, "chosen_log_prob_before", "chosen_log_prob_after", ".1f", kl),
+        *_change("log-prob of rejected", s, "rejected_log_prob_before", "rejected_log_prob_after", ".1f"),
+    ]
 
 
 def _step3(s: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:

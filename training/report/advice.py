@@ -8,8 +8,8 @@ from typing import Any
 
 from training.pipeline.showcase import judges
 from training.report.run import RunRecord, StepRecord, number
-from training.utils.health_rules import LEAST_EOS_RATE, MAX_KL
-from training.utils.run.folders import STEPS
+from training.report.text import heading
+from training.utils.health_rules import LEAST_CHOSEN_CHANGE, LEAST_EOS_RATE, MAX_KL, MOST_KL_PER_TOKEN
 
 # Where a number stops being comfortable; docs/metrics.md and docs/evaluation.md say why.
 FEW_HELD_OUT = 100  # prompts below which an interval is wide
@@ -27,36 +27,38 @@ def next_steps(run: RunRecord) -> list[str]:
         return [f"{title(s)} is not finished ({s.state})." for s in broken] + [
             "Go on where it ended with the same command and --output_dir set to this run; finished steps are skipped."
         ]
-    lines = [*_step1(run.steps["step1"]), *_step2(run.steps["step2"]), *_step3(run.steps["step3"])]
-    asked = _asked(run.manifest)
+    steps = run.steps
+    lines = [*_step1(steps["step1"]), *_step2(steps["step2"]), *_dpo(steps["dpo"]), *_step3(steps["step3"])]
+    asked = _asked(run)
     missing = [s for name, s in run.steps.items() if s.state == "not run" and name in asked]
     if missing:
         lines.append(
             f"{title(missing[0])} has not run yet: the same command with --output_dir set to this run does it."
         )
-    if run.steps["step3"].summary:
+    if steps["step3"].summary or steps["dpo"].summary:
         lines.append(
-            "Talk to the models side by side (make chat) and vote: step 2 trains on your votes with "
+            "Talk to the models side by side (make chat) and vote: step 2 and DPO train on your votes with "
             "--data_path output/votes.jsonl, no conversion needed."
         )
         lines.append("One run is one throw of the dice: repeat with another --seed before you believe a difference.")
     return lines
 
 
-def _asked(manifest: Mapping[str, Any]) -> list[str]:
+def _asked(run: RunRecord) -> list[str]:
     """The steps that the last command of train.py was to run: those after its ``--step``, all without one."""
-    started = manifest.get("started_as")
+    started = run.manifest.get("started_as")
     last = started[-1] if isinstance(started, list) and started else []
     words = [part for word in last for part in str(word).split("=")] if isinstance(last, list) else []
     if "--step" not in words:
-        return list(STEPS)
+        return list(run.pipeline)
     after = words[words.index("--step") + 1 :]
-    return [f"step{word}" for word in itertools.takewhile(lambda word: not word.startswith("-"), after)]
+    numbers = list(itertools.takewhile(lambda word: not word.startswith("-"), after))
+    return [name for name in run.pipeline if ("2" if name == "dpo" else name[4:]) in numbers]
 
 
 def title(step: StepRecord) -> str:
     """``step1`` -> ``Step 1``."""
-    return f"Step {step.name[-1]}"
+    return heading(step.name)
 
 
 def _step1(step: StepRecord) -> list[str]:
@@ -101,6 +103,22 @@ def _step2(step: StepRecord) -> list[str]:
             f"The reward model is at its ceiling ({accuracy:.1%}): these pairs are easy. Harder pairs, such as votes "
             "between this run's own answers, would teach step 3 finer differences."
         )
+    return lines
+
+
+def _dpo(step: StepRecord) -> list[str]:
+    s = step.summary
+    accuracy, change, kl = (number(s.get(key)) for key in ("accuracy_after", "chosen_change", "kl"))
+    lines = []
+    if change is not None and change < LEAST_CHOSEN_CHANGE:
+        lines.append(
+            f"DPO made preferred answers less likely, too ({change:+.2f} nats per token): raise --beta, lower its "
+            "--learning_rate, or try --loss orpo."
+        )
+    if accuracy is not None and accuracy < 0.6:
+        lines.append(f"DPO tells only {accuracy:.1%} of held-out pairs apart: more pairs, a higher --learning_rate.")
+    if kl is not None and kl > MOST_KL_PER_TOKEN:
+        lines.append(f"DPO moved {kl:.2f} nats per token from the SFT model, which is far: raise --beta.")
     return lines
 
 

@@ -10,12 +10,13 @@ from training.pipeline.showcase import judges
 from training.report import advice
 from training.report.charts import figure
 from training.report.run import RunRecord, StepRecord, number
-from training.report.text import TITLES, duration, e, plural
+from training.report.text import TITLES, duration, e, heading, plural
 from training.utils.intervals import FEW_ROWS
 
 PURPOSE = {
     "step1": "learns to answer from examples",
     "step2": "learns which answers people prefer",
+    "dpo": "learns from the same pairs without a reward model",
     "step3": "learns to write answers that the reward model likes",
 }
 MOST_WARNINGS = 3  # of the health monitor on a card
@@ -51,7 +52,7 @@ def _command(run: RunRecord) -> str:
 
 def cards(run: RunRecord) -> str:
     """One card for each step: what it is for, its one most telling number, and what to beware of."""
-    body = "".join(_card(step) for step in run.steps.values())
+    body = "".join(_card(step) for step in run.steps.values() if step.state != "not run" or step.name in run.pipeline)
     return f'<div class="cards">{body}</div>'
 
 
@@ -59,7 +60,7 @@ def _card(step: StepRecord) -> str:
     state = f'<span class="state {step.state.replace(" ", "-")}">{step.state}</span>'
     warned = "".join(f'<p class="warning small">{e(text)}</p>' for text in warnings(step))
     return (
-        f'<div class="card"><div class="step"><span>Step {step.name[-1]} · {TITLES[step.name]}</span>{state}</div>'
+        f'<div class="card"><div class="step"><span>{heading(step.name)} · {TITLES[step.name]}</span>{state}</div>'
         f"{HEADLINES[step.name](step.summary)}{warned}"
         f'<p class="muted small">{PURPOSE[step.name]}{", " + duration(step.seconds) if step.seconds else ""}</p></div>'
     )
@@ -120,10 +121,25 @@ def judge_text(judge: Mapping[str, Any]) -> str:
     return f"{share} {interval} by {judge['name']}".replace("  ", " ") + (f"; {of}" if of else "") if share else ""
 
 
-HEADLINES = {"step1": _perplexity, "step2": _accuracy, "step3": _win_rate}
+def _implicit_accuracy(s: Mapping[str, Any]) -> str:
+    share, interval = share_text(s, "accuracy_after", "accuracy_low", "accuracy_high")
+    of, margin = counted(s, "held_out", "pair"), number(s.get("margin_after"))
+    text = "of held-out pairs have grown apart the right way" + (f"; {of}" if of else "")
+    change = number(s.get("chosen_change"))
+    more = f"preferred answers: {change:+.2f} nats per token since the start" if change is not None else ""
+    more += f", margin of rewards {margin:.2f}" if more and margin is not None else ""
+    return _big(share, text, interval=interval) + (f"<p>{e(more)}</p>" if more else "") if share else ""
 
 
-COUNTED = {"step1": ("held_out", "answer"), "step2": ("held_out", "pair"), "step3": ("prompts", "prompt")}
+HEADLINES = {"step1": _perplexity, "step2": _accuracy, "dpo": _implicit_accuracy, "step3": _win_rate}
+
+
+COUNTED = {
+    "step1": ("held_out", "answer"),
+    "step2": ("held_out", "pair"),
+    "dpo": ("held_out", "pair"),
+    "step3": ("prompts", "prompt"),
+}
 
 
 def warnings(step: StepRecord) -> list[str]:
@@ -147,13 +163,15 @@ def warnings(step: StepRecord) -> list[str]:
         if low is not None and high is not None and low <= 0.5 <= high:
             found.append("The interval includes 50%: no difference is shown.")
         found += remarks(step, ("reward/", "eval/"))
+    if step.name == "dpo":
+        found += remarks(step, ("eval/",))
     return found
 
 
 def remarks(step: StepRecord, metrics: tuple[str, ...]) -> list[str]:
     """The health monitor's last warning about each metric whose name begins with one of these."""
     last = {
-        str(r.get("metric")): f"Iteration {r.get('step')}: {r.get('text')}"
+        str(r.get("metric")): f"{'Step' if step.name == 'dpo' else 'Iteration'} {r.get('step')}: {r.get('text')}"
         for r in step.health or []
         if r.get("level") == "warning" and str(r.get("metric")).startswith(metrics)
     }

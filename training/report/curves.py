@@ -1,11 +1,11 @@
-"""The training curves of the three steps."""
+"""The training curves of the steps."""
 
 from __future__ import annotations
 
 from training.report import cards, charts
 from training.report.charts import Series
 from training.report.run import RunRecord, StepRecord
-from training.report.text import TITLES, e
+from training.report.text import TITLES, e, heading
 
 # What the figures of step 3 show, in their order; health remarks about it stand below them
 STEP3_METRICS = (
@@ -15,8 +15,8 @@ STEP3_METRICS = (
 
 
 def curves(run: RunRecord) -> str:
-    """The training curves of all three steps."""
-    one, two, three = (run.steps[name] for name in TITLES)
+    """The training curves of all steps."""
+    one, two, dpo, three = (run.steps[name] for name in TITLES)
     step, iteration = "optimizer step", "iteration"
     drawn = {
         "step1": [
@@ -31,6 +31,25 @@ def curves(run: RunRecord) -> str:
                 zero_one=True,
             ),
             charts.line_chart("Loss", step, "nats per pair", [_train(two, "train/loss"), _held_out(two, "eval/loss")]),
+        ],
+        "dpo": [
+            charts.line_chart(
+                "Pairs whose chosen answer has the higher reward", step, "share",
+                [_train(dpo, "train/accuracy"), _held_out(dpo, "eval/accuracy")], zero_one=True,
+            ),
+            charts.line_chart("Loss", step, "per pair", [_train(dpo, "train/loss"), _held_out(dpo, "eval/loss")]),
+            charts.line_chart(
+                "Held-out rewards", step, "beta x log-ratio to the reference",
+                [Series("chosen", dpo.curve("eval/chosen_reward"), 1, dots=True),
+                 Series("rejected", dpo.curve("eval/rejected_reward"), 2, dots=True)],
+            ),
+            _warned(
+                charts.line_chart(
+                    "How much likelier chosen answers are than before", step, "nats per token",
+                    [_train(dpo, "train/chosen_change"), _held_out(dpo, "eval/chosen_change")],
+                ),
+                dpo, ("train/chosen_change", "eval/chosen_change", "eval/kl"),
+            ),
         ],
         "step3": [
             charts.line_chart(
@@ -60,7 +79,7 @@ def curves(run: RunRecord) -> str:
         _warned(drawing, three, metrics) for drawing, metrics in zip(drawn["step3"], STEP3_METRICS, strict=True)
     ]
     parts = [
-        f'<h3>Step {name[-1]} · {TITLES[name]}</h3><div class="grid">{"".join(figures)}</div>'
+        f'<h3>{heading(name)} · {TITLES[name]}</h3><div class="grid">{"".join(figures)}</div>'
         for name, figures in drawn.items()
         if any(figures)
     ]

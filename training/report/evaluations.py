@@ -7,7 +7,7 @@ from typing import Any
 
 from training.report.charts import figure
 from training.report.run import RunRecord, number
-from training.report.text import TITLES, cut, e, words
+from training.report.text import TITLES, cut, e, heading, words
 
 MOST_ROWS = 12
 INTERVAL = "_interval"
@@ -19,7 +19,7 @@ def evaluations(run: RunRecord) -> str:
     for step in run.steps.values():
         if step.evaluation:
             body = _entries(step.evaluation)
-            parts.append(f"<h3>Step {step.name[-1]} · {TITLES[step.name]}</h3>{body}")
+            parts.append(f"<h3>{heading(step.name)} · {TITLES[step.name]}</h3>{body}")
     return "".join(parts)
 
 

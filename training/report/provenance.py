@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from training.report.run import RunRecord, StepRecord, mapping
-from training.report.text import TITLES, duration, e, hardware, shortened
+from training.report.text import TITLES, duration, e, hardware, heading, shortened
 from training.utils.arguments import TrainingArguments
 
 
@@ -23,7 +23,7 @@ def what_ran(run: RunRecord) -> str:
         if step.state == "not run":
             continue
         parts.append(
-            f'<h3>Step {step.name[-1]} · {TITLES[step.name]} <span class="muted small">{step.state}</span></h3>'
+            f'<h3>{heading(step.name)} · {TITLES[step.name]} <span class="muted small">{step.state}</span></h3>'
         )
         if step.entry.get("command"):
             parts.append(f"<pre>{e(shlex.join(str(t) for t in step.entry['command']))}</pre>")

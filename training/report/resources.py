@@ -5,7 +5,7 @@ from __future__ import annotations
 from training.report import charts
 from training.report.charts import figure
 from training.report.run import RunRecord, StepRecord, mapping, number
-from training.report.text import duration, e
+from training.report.text import duration, e, heading
 
 PHASE_NAMES = {"load": "load model", "data": "read data", "rest": "start, stop"}
 
@@ -24,12 +24,12 @@ def time_and_memory(run: RunRecord) -> str:
             memory = f"{peak:.2f} GiB" if peak is not None else ""
             rows.append((step.name, PHASE_NAMES.get(name, name), seconds, seconds / total if total else 0.0, memory))
         parts = [(PHASE_NAMES.get(n, n), seconds, duration(seconds)) for n, (seconds, _) in phases.items()]
-        drawn.append((f"Step {step.name[-1]}", parts))
+        drawn.append((heading(step.name), parts))
     if not rows:
         return ""
     has_memory = any(row[4] for row in rows)
     body = "".join(
-        f'<tr><td>Step {name[-1]}</td><td>{e(phase)}</td><td class="n">{duration(seconds)}</td>'
+        f'<tr><td>{heading(name)}</td><td>{e(phase)}</td><td class="n">{duration(seconds)}</td>'
         f'<td class="n">{share:.0%}</td><td class="b"><i style="width:{max(share, 0.005):.1%}"></i></td>'
         + (f'<td class="n">{memory}</td>' if has_memory else "")
         + "</tr>"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from training.utils.errors import UserError
-from training.utils.run.folders import STEPS
+from training.utils.run.folders import PIPELINES, STEPS
 from training.utils.run.manifest import read_manifest
 from training.utils.run.processes import last_lines
 
@@ -27,7 +27,7 @@ class StepRecord:
     """What one step left behind.
 
     Attributes:
-        name: ``step1``, ``step2`` or ``step3``.
+        name: one of `STEPS`.
         entry: its part of manifest.json; empty for a step that train.py did not start.
         summary: summary.json; empty unless the step is finished.
         metrics: records of metrics.jsonl in the order of their steps.
@@ -89,6 +89,11 @@ class RunRecord:
     samples: list[dict[str, Any]]
     notes: list[str]
 
+    @property
+    def pipeline(self) -> tuple[str, ...]:
+        """The steps that a run of its pipeline has."""
+        return PIPELINES.get(str(self.manifest.get("pipeline")), PIPELINES["sft,rm,ppo"])
+
 
 def number(value: Any) -> float | None:
     """A finite number, or None for anything else."""
@@ -112,7 +117,7 @@ def read_run(path: Path) -> RunRecord:
         raise UserError(f"{path}: no such run directory")
     manifest = read_manifest(path / "manifest.json")
     if not manifest and not any((path / name).is_dir() for name in STEPS):
-        raise UserError(f"{path} holds no run: neither manifest.json nor step1, step2 or step3")
+        raise UserError(f"{path} holds no run: neither manifest.json nor {', '.join(STEPS)}")
     notes: list[str] = []
     entries = manifest.get("steps") or {}
     steps = {name: _read_step(path, name, entries.get(name) or {}, notes) for name in STEPS}

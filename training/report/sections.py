@@ -9,7 +9,7 @@ from training.pipeline.showcase import judges
 from training.report import advice, cards, charts
 from training.report.charts import Series
 from training.report.run import RunRecord, mapping, number
-from training.report.text import cut, duration, e, hardware
+from training.report.text import cut, duration, e, hardware, heading
 from training.utils.intervals import FEW_ROWS
 
 MODELS = {"base": ("base model", 4), "sft": ("SFT (step 1)", 1), "rlhf": ("RLHF (step 3)", 2)}
@@ -250,7 +250,7 @@ def health(run: RunRecord) -> str:
     if not known:
         return '<p class="muted">This run has no remarks of a health monitor (health.jsonl).</p>'
     rows = [
-        f'<tr><td>Step {name[-1]}</td><td class="n">{e(r.get("step", ""))}</td>'
+        f'<tr><td>{heading(name)}</td><td class="n">{e(r.get("step", ""))}</td>'
         f'<td class="{"warning" if r.get("level") == "warning" else "muted"}">{e(r.get("level", ""))}</td>'
         f"<td>{e(r.get('text', ''))}</td></tr>"
         for name, remarks in known.items()

@@ -8,10 +8,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from training.utils.run.folders import repository_root
+from training.utils.run.folders import repository_root, title
 
-TITLES = {"step1": "Supervised fine-tuning", "step2": "Reward model", "step3": "RLHF with PPO"}
+TITLES = {
+    "step1": "Supervised fine-tuning",
+    "step2": "Reward model",
+    "dpo": "Direct preference optimisation",
+    "step3": "RLHF with PPO",
+}
 LONGEST_TEXT = 4000  # characters of one answer
+
+
+def heading(step: str) -> str:
+    """``step1`` -> ``Step 1``, at the beginning of a line."""
+    return title(step).replace("step", "Step")
 
 
 def shortened(text: str) -> str:

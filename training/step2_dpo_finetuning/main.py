@@ -22,11 +22,13 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # outside the environment, to say so
 
+from training.migrate.predecessors import others_of
 from training.utils import arguments
 from training.utils.errors import UserError
 from training.utils.run.runtime import prepare_runtime
 
 ARGUMENTS = arguments.DPO
+OTHERS = others_of("dpo")
 
 
 def parse_flags(argv: Sequence[str]) -> list[Any]:
@@ -35,7 +37,7 @@ def parse_flags(argv: Sequence[str]) -> list[Any]:
     Raises:
         UserError: as `arguments.parse`, and a reference to offload where there is none, or none at ZeRO-3.
     """
-    groups = arguments.parse(ARGUMENTS, argv, prog="step2_dpo_finetuning/main.py", description=__doc__)
+    groups = arguments.parse(ARGUMENTS, argv, prog="step2_dpo_finetuning/main.py", description=__doc__, others=OTHERS)
     _, _, lora, _, ds, _, _, step = groups
     if step.offload_reference_model and ds.zero_stage < 3:
         raise UserError("--offload_reference_model moves the parameters of ZeRO-3: it needs --zero_stage 3")
@@ -46,7 +48,7 @@ def parse_flags(argv: Sequence[str]) -> list[Any]:
 
 
 if __name__ == "__main__":
-    arguments.answer_early(parse_flags)
+    arguments.answer_early(parse_flags, OTHERS)
 prepare_runtime()
 
 
@@ -55,9 +57,9 @@ from training.step2_dpo_finetuning.pairs import (  # noqa: E402
     answer_log_probs,
     answer_tokens,
     means,
-    micro_batches,
 )
 from training.utils.checkpoint.resume import METRICS, resume_output_dir  # noqa: E402
+from training.utils.data import pair_micro_batches, rankings_of  # noqa: E402
 from training.utils.engine import engine as engines, precision  # noqa: E402
 from training.utils.engine.reference import load_reference  # noqa: E402
 from training.utils.engine.zero_config import read_user_config  # noqa: E402
@@ -81,8 +83,9 @@ def main(argv: Sequence[str]) -> int:
     precision.check_dtype(model_args.dtype)
     overrides = read_user_config(ds.deepspeed_config)
     model_path = loading.resolve_model(model_args.model_name_or_path or str(latest_output("step1")))
+    loading.check_writes(model_path, "--model_name_or_path")
     check_length(model_path, model_args.max_seq_len, "--max_seq_len")
-    check_lora(model_path, lora.lora_dim, lora.lora_module_name)
+    check_lora(model_path, lora)
     adapters_only, needs_reference = lora.only_optimize_lora, step.loss not in arguments.WITHOUT_REFERENCE
     if output.plan:
         precision.settle(model_args, resume_output_dir(reliability.resume, output.output_dir), reliability.resume)
@@ -97,7 +100,7 @@ def main(argv: Sequence[str]) -> int:
     engine = build_engine(
         tuning, lambda config: loading.load_causal_lm(model_path, ds_config=config, **load), overrides, rows=2
     )
-    preferences = Preferences(engine, frozen, step)
+    preferences, rankings = Preferences(engine, frozen, step), rankings_of(rows.train)
     progress, monitor = run.progress, HealthMonitor(tuning.output_dir, DPO_RULES)
     monitor.replay(tuning.output_dir / METRICS, until=run.step)
     logger = tuning.logger(monitor.observe)
@@ -120,16 +123,17 @@ def main(argv: Sequence[str]) -> int:
         progress["before"] = evaluate(0)
     run.ready(progress)
     for step_number, indices, bar in tuning.steps():
-        batches = list(micro_batches(rows.train, indices, train.per_device_train_batch_size, pad_id, device))
-        references = [preferences.reference(batch) for batch, _ in batches]
+        mine = [rankings[i] for i in indices]
+        batches = list(pair_micro_batches(rows.train, mine, train.per_device_train_batch_size, pad_id, device))
+        references = [preferences.reference(batch) for batch in batches]
         drift = preferences.drift(batches, references, len(indices))
         engine.train()
         sums: dict[str, float] = {}
-        for (batch, weight), reference in zip(batches, references, strict=True):
+        for batch, reference in zip(batches, references, strict=True):
             judged = preferences.judge(answer_log_probs(engine, batch), reference, answer_tokens(batch), drift)
-            engines.backward(engine, weight * judged["loss"].sum(), len(indices))
+            engines.backward(engine, (batch["weights"] * judged["loss"]).sum(), len(indices))
             for name, values in judged.items():
-                sums[name] = sums.get(name, 0.0) + weight * values.sum().item()
+                sums[name] = sums.get(name, 0.0) + (batch["weights"] * values).sum().item()
         result = engines.optimizer_step(engine)
         phases.end("train")
         mean = {name: total / len(indices) for name, total in reduce_sums(sums, device).items()}
@@ -144,10 +148,10 @@ def main(argv: Sequence[str]) -> int:
     tuning.save(engine, tuning.output_dir)
     phases.end("save")
     before, after = progress["before"], progress["after"]
-    low, high = wilson_interval(after["accuracy"], len(rows.held_out))
+    low, high = wilson_interval(after["accuracy"], rows.report.held_out_prompts)
     sides = ("loss", "margin", "chosen_log_prob", "rejected_log_prob")
     results = {
-        "held_out": len(rows.held_out),
+        "held_out": rows.report.held_out_prompts,
         "loss_kind": step.loss,
         "beta": step.strength,
         "accuracy_after": after["accuracy"],

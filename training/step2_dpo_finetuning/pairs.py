@@ -5,7 +5,7 @@ What is said of answers stands in tensors ``[2, P]``: the chosen ones, then the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,34 +13,33 @@ from torch import Tensor
 
 from training.step2_dpo_finetuning import dpo
 from training.utils.arguments import WITHOUT_REFERENCE, DPOArguments
-from training.utils.data import collate_pairs, epoch_batches, rank_micro_batches, spread_rows
+from training.utils.data import (
+    SIDES,
+    element_lengths,
+    epoch_batches,
+    pair_micro_batches,
+    rank_micro_batches,
+    rankings_of,
+    spread_rows,
+)
 from training.utils.engine.reference import reference_policy
 from training.utils.metrics import watched
 from training.utils.model.logprobs import response_kl, response_log_probs
 from training.utils.run.distributed import data_rank, data_size, gather_objects, reduce_sums
 
 Batch = dict[str, Tensor]
-KL_PAIRS = 64  # held-out pairs whose chosen answers tell the KL: it needs all logits of both models
-
-
-def micro_batches(
-    dataset: Any, indices: Sequence[int], batch_size: int, pad_id: int, device: torch.device
-) -> Iterator[tuple[Batch, float]]:
-    """This rank's micro-batches of pairs, with each pair's weight: 0 for a filler that keeps ranks in step."""
-    for rows in rank_micro_batches(indices, data_rank(), data_size(), batch_size):
-        batch = collate_pairs([dataset[i] for i in rows or indices[:1]], pad_id)
-        yield {name: tensor.to(device) for name, tensor in batch.items()}, float(bool(rows))
+KL_PROMPTS = 64  # held-out prompts whose chosen answers tell the KL: it needs all logits of both models
 
 
 def answer_log_probs(model: Any, batch: Batch) -> Tensor:
-    """Log-prob of each whole answer, ``[2, P]`` fp32."""
+    """Log-prob of each whole answer of the batch's pairs, ``[2, P]`` fp32."""
     log_probs, _ = response_log_probs(model, batch["input_ids"], batch["attention_mask"], batch["response_mask"])
-    return torch.stack(log_probs.sum(1).chunk(2))
+    return log_probs.sum(1)[torch.stack([batch[side] for side in SIDES])]
 
 
 def answer_tokens(batch: Batch) -> Tensor:
     """Tokens of each answer, ``[2, P]``; nothing predicts a first token of a row, so it does not count."""
-    return torch.stack(batch["response_mask"][:, 1:].sum(1).chunk(2))
+    return batch["response_mask"][:, 1:].sum(1)[torch.stack([batch[side] for side in SIDES])]
 
 
 class Preferences:
@@ -99,70 +98,89 @@ class Preferences:
         return found
 
     @torch.no_grad()
-    def drift(
-        self, batches: Sequence[tuple[Batch, float]], references: Sequence[Tensor | None], count: int
-    ) -> list[float]:
+    def drift(self, batches: Sequence[Batch], references: Sequence[Tensor | None], count: int) -> list[float]:
         """kto's drift of an optimizer step: mean scores of all chosen and all rejected answers, at least 0; else zeros.
 
         It must be known before the first backward, so kto takes one forward more than the other losses. A collective.
 
         Args:
-            batches: this rank's micro-batches with their weights.
+            batches: this rank's micro-batches.
             references: of each.
-            count: pairs of the step on all ranks.
+            count: pairs (rankings) of the step on all ranks.
         """
         if self.settings.loss != "kto":
             return [0.0, 0.0]
         self.engine.eval()
         sums = torch.zeros(2, dtype=torch.float64)
-        for (batch, weight), reference in zip(batches, references, strict=True):
+        for batch, reference in zip(batches, references, strict=True):
             assert reference is not None
-            sums += weight * (answer_log_probs(self.engine, batch) - reference).sum(1).double().cpu()
+            scores = answer_log_probs(self.engine, batch) - reference
+            sums += (batch["weights"] * scores).sum(1).double().cpu()
         chosen, rejected = sums.tolist()
         total = reduce_sums({"chosen": chosen, "rejected": rejected}, self.engine.device)
-        return [max(total[side] / count, 0.0) for side in ("chosen", "rejected")]
+        return [max(total[side] / count, 0.0) for side in SIDES]
 
     @torch.no_grad()
     def held_out(self, dataset: Any, batch_size: int, pad_id: int) -> dict[str, Tensor]:
-        """`judge` of all held-out pairs in the dataset's order, on all ranks, ``[N]`` on the CPU; a collective."""
+        """`judge` of all held-out pairs in the dataset's order, on all ranks, ``[N]`` on the CPU; a collective.
+
+        ``weights`` is what each pair counts in a mean.
+        """
         self.engine.eval()
+        rankings, lengths = rankings_of(dataset), element_lengths(dataset)
         found: list[tuple[int, list[float]]] = []
-        for indices in watched(epoch_batches(dataset["length"], batch_size * data_size(), 0, 0), "held out"):
-            rows = rank_micro_batches(indices, data_rank(), data_size(), batch_size)
-            batches = micro_batches(dataset, indices, batch_size, pad_id, self.engine.device)
-            for mine, (batch, _) in zip(rows, batches, strict=True):
+        for indices in watched(epoch_batches(lengths, batch_size * data_size(), 0, 0), "held out"):
+            step = [rankings[i] for i in indices]
+            places = rank_micro_batches(step, data_rank(), data_size(), batch_size)
+            batches = pair_micro_batches(dataset, step, batch_size, pad_id, self.engine.device)
+            for mine, batch in zip(places, batches, strict=True):
                 reference, policy = self.reference(batch), answer_log_probs(self.engine, batch)
-                parts = [policy, answer_tokens(batch), *([] if reference is None else [reference])]
+                parts = [
+                    batch["weights"][None],
+                    policy,
+                    answer_tokens(batch),
+                    *([] if reference is None else [reference]),
+                ]
                 columns = torch.cat([part.double().cpu() for part in parts])
-                found += zip(mine, columns.T.tolist(), strict=False)  # a filler's pair is nobody's
+                pairs = [row for rows in mine for row in rows]
+                found += zip(pairs, columns.T.tolist(), strict=False)  # a filler's pairs are nobody's
         by_row = dict(gather_objects(found))
         table = torch.tensor([by_row[i] for i in range(len(dataset))], dtype=torch.float64).T
-        policy, tokens, reference = table[:2], table[2:4], table[4:] if len(table) > 4 else None
-        drift = [0.0, 0.0] if reference is None else (policy - reference).mean(1).clamp(min=0).tolist()
-        return self.judge(policy, reference, tokens, drift)
+        weights, policy, tokens, reference = table[0], table[1:3], table[3:5], table[5:] if len(table) > 5 else None
+        drift = [0.0, 0.0]
+        if reference is not None:
+            drift = ((weights * (policy - reference)).sum(1) / weights.sum()).clamp(min=0).tolist()
+        return {"weights": weights, **self.judge(policy, reference, tokens, drift)}
 
     @torch.no_grad()
     def kl(self, dataset: Any, batch_size: int, pad_id: int) -> float:
         """KL of the policy from the reference at chosen answers' tokens, nats per token, exact; a collective.
 
         Args:
-            dataset: held-out pairs, of which `KL_PAIRS` are taken.
+            dataset: held-out pairs, of which those of `KL_PROMPTS` prompts are taken.
             batch_size: pairs done together.
             pad_id: of the tokenizer.
         """
         self.engine.eval()
         sums = {"kl": 0.0, "tokens": 0.0}
-        some = dataset.select(spread_rows(len(dataset), KL_PAIRS))
-        for indices in epoch_batches(some["length"], batch_size * data_size(), 0, 0):
-            for batch, weight in micro_batches(some, indices, batch_size, pad_id, self.engine.device):
-                chosen = [batch[name].chunk(2)[0] for name in ("input_ids", "attention_mask", "response_mask")]
+        rankings = rankings_of(dataset)
+        some = [rankings[i] for i in spread_rows(len(rankings), KL_PROMPTS)]
+        whole = batch_size * data_size()
+        for step in (some[at : at + whole] for at in range(0, len(some), whole)):
+            for batch in pair_micro_batches(dataset, step, batch_size, pad_id, self.engine.device):
+                rows = batch["chosen"].unique()
+                chosen = [batch[name][rows] for name in ("input_ids", "attention_mask", "response_mask")]
                 found = response_kl(self.engine, reference_policy(self.engine, self.frozen), *chosen)
-                sums["kl"] += weight * found.sum().item()
-                sums["tokens"] += weight * chosen[2][:, 1:].sum().item()
+                counts = bool(batch["weights"].any())  # a filler does not
+                sums["kl"] += counts * found.sum().item()
+                sums["tokens"] += counts * len(found)
         total = reduce_sums(sums, self.engine.device)
         return total["kl"] / max(total["tokens"], 1.0)
 
 
 def means(columns: Mapping[str, Tensor]) -> dict[str, float]:
-    """The mean of each metric over pairs."""
-    return {name: values.mean().item() for name, values in columns.items()}
+    """The mean of each metric of `Preferences.held_out`, in which a prompt counts once."""
+    weights = columns["weights"]
+    return {
+        name: ((weights * values).sum() / weights.sum()).item() for name, values in columns.items() if name != "weights"
+    }

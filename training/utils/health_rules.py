@@ -185,6 +185,7 @@ RULES = (
 # DPO's known failure: it needs the margin alone, so it may lower both answers of a pair, the rejected one more (Pal et
 # al. 2024, arXiv 2402.13228; Razin et al. 2024, arXiv 2410.08847). Nats per token.
 LEAST_CHOSEN_CHANGE = -0.1
+MOST_KL_PER_TOKEN = 0.5  # as MAX_KL, of answers of some 25 tokens
 FALLEN = (
     "answers that people preferred have become less likely than before training ({value:+.2f} nats per token): the "
     "margin grows because the rejected ones fall faster. Raise --beta, lower --learning_rate or --num_train_epochs; "
@@ -196,7 +197,7 @@ DPO_RULES = (
     Rule(
         "eval/kl",
         0.0,
-        0.5,
+        MOST_KL_PER_TOKEN,
         1,
         "the policy has moved {value:.2f} nats per token from the reference, where answers turn into garbage: raise "
         "--beta, lower --learning_rate or --num_train_epochs",

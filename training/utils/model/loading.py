@@ -269,6 +269,17 @@ def exact_buffers(model: nn.Module) -> None:
             module._buffers[name] = buffer.to(old.device)
 
 
+def check_writes(path: str, flag: str) -> None:
+    """Refuse a reward model where a policy is asked for: with tied embeddings it would load, and write nonsense.
+
+    Raises:
+        UserError: names the flag.
+    """
+    kinds = getattr(load_config(path), "architectures", None) or []
+    if kinds and all(kind.endswith("ForSequenceClassification") for kind in kinds):
+        raise UserError(f"{flag} {path} is a {kinds[0]}, a reward model that writes no answers: give a language model")
+
+
 def load_causal_lm(
     path: str, *, dtype: str, attn_implementation: str = "sdpa", ds_config: dict[str, Any] | None = None
 ) -> PreTrainedModel:

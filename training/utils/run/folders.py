@@ -27,6 +27,12 @@ STEPS = {
 }
 # What is made from a step's output, directly or not: a new output of the step belongs into another run then
 LATER = {"step1": ("step2", "dpo", "step3"), "step2": ("step3",), "dpo": (), "step3": ()}
+# What train.py runs one after the other: SFT, then reward model and PPO, or DPO
+PIPELINES = {
+    "sft,rm,ppo": ("step1", "step2", "step3"),
+    "sft,dpo": ("step1", "dpo"),
+    "sft,rm,dpo": ("step1", "step2", "dpo"),
+}
 LATEST = "latest"
 RANK_TIMEOUT = 120.0  # seconds that a rank waits for rank 0 to choose the run's folder
 

@@ -1,4 +1,4 @@
-"""Recipes: one YAML file with the flags of the three steps as they are, in sections step1, step2 and step3."""
+"""Recipes: one YAML file with the flags of the steps as they are, in sections step1, step2, step3 and dpo."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any
 from training.utils.errors import UserError
 from training.utils.run.folders import STEPS, repository_root, shown
 
-# What train.py itself gives each step; a recipe may name the models that steps 1 and 2 start from.
+# What train.py itself gives each step; a recipe may name the models that steps 1, 2 and DPO start from.
 GIVEN = {
     "step1": ("output_dir", "model_name_or_path"),
     "step2": ("output_dir", "model_name_or_path"),
+    "dpo": ("output_dir", "model_name_or_path"),
     "step3": ("output_dir", "actor_model_name_or_path", "critic_model_name_or_path"),
 }
 
@@ -36,7 +37,7 @@ def read_recipe(name: str) -> tuple[str, dict[str, dict[str, Any]]]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--recipe {path}: not readable as YAML: {error}") from error
     if not isinstance(content, dict):
-        raise UserError(f"--recipe {path}: needs sections step1, step2, step3")
+        raise UserError(f"--recipe {path}: needs sections step1, step2, step3 or dpo")
     for section, flags in content.items():
         if section not in STEPS:
             near = difflib.get_close_matches(str(section), STEPS, n=1)
