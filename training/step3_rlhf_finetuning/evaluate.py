@@ -1,4 +1,4 @@
-"""Evaluate step 3: the SFT model, the RLHF model and best-of-n of the SFT model on the same held-out prompts.
+"""Evaluate step 3: the SFT model, the RLHF model, best-of-n of the SFT model and DPO's on the same held-out prompts.
 
     python training/step3_rlhf_finetuning/evaluate.py
     python training/step3_rlhf_finetuning/evaluate.py --path output/run/step3 --best_of 1,4 --max_prompts 0 \
@@ -7,8 +7,8 @@
 The reward model that step 3 was trained with can not judge alone: training has learned to please it. Give a different
 judge: --eval_function (rules; the run's own if it had one) or another reward model. Answers are sampled as in training.
 Win rates are against one answer of the SFT model to each prompt, a tie half, with 95% intervals over prompts.
-KL to the SFT model is measured for the RLHF model and log n - (n - 1) / n for best-of-n. All models are loaded from
-disk. Writes evaluation.json into the step's folder; benchmarks/plot_reward_kl.py draws it.
+KL to the SFT model is measured for the RLHF and the DPO model and log n - (n - 1) / n for best-of-n. All models are
+loaded from disk. Writes evaluation.json into the step's folder; benchmarks/plot_reward_kl.py draws it.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class StepArguments:
     reward_function: list[str] = arguments.flag(
         [], "file.py:name=WEIGHT, the functions that step 3 was trained with (default: the run's own)"
     )
+    dpo_model_name_or_path: str = arguments.flag("", "a DPO model beside them (default: the run's, if it has one)")
     judge_model_name_or_path: str = arguments.flag("", "a different reward model to judge by")
     eval_function: list[str] = arguments.flag([], "file.py:name ..., rules to judge by (default: the run's own)")
     best_of: str = arguments.flag("1,4,16", "draw best-of-n from the SFT model for these n, empty for none")
@@ -96,6 +97,7 @@ from training.utils.model.text_reward import load_text_reward_model  # noqa: E40
 from training.utils.model.tokenizer import load_tokenizer, same_tokenizer  # noqa: E402
 from training.utils.run.distributed import init_distributed, say  # noqa: E402
 
+TITLES = {"sft": "SFT", "rlhf": "RLHF", "dpo": "DPO"}
 DRAW_SEED = 7_919  # best-of-n draws under other noise than the answers that it is held against
 
 
@@ -165,6 +167,13 @@ def sources_of_the_run(step: StepArguments, recorded: Mapping[type, Any], folder
         return Sources(sft, "", functions, weight)
     named = step.reward_model_name_or_path, roles.critic_model_name_or_path
     return Sources(sft, of_the_run(*named, trained_in, folder, "step2", flag), functions, weight)
+
+
+def dpo_of_the_run(given: str, folder: Path) -> dict[str, str]:
+    """``dpo`` and where the flag's DPO model lies, else that beside step 3's folder; empty where there is none."""
+    beside = folder.parent / "dpo"
+    path = given or (str(beside) if is_finished(beside) else "")
+    return {"dpo": loading.resolve_model(path, "--dpo_model_name_or_path")} if path else {}
 
 
 def shared_tokenizer(actor_path: str, sft_path: str, *flags: arguments.DataArguments) -> Any:
@@ -299,21 +308,26 @@ def described(
 
 
 def draw(
-    evaluator: Evaluator, rewards: RewardMix, sft_path: str, actor_path: str, draws_per_prompt: int, seed: int
+    evaluator: Evaluator,
+    rewards: RewardMix,
+    sft_path: str,
+    tuned: Mapping[str, str],
+    draws_per_prompt: int,
+    seed: int,
 ) -> dict[str, list[list[Answer]]]:
-    """Answers ``[model][prompt][draw]`` of ``sft``, of ``rlhf`` and, if there are draws, of ``best_of``."""
+    """Answers ``[model][prompt][draw]`` of ``sft``, of the ``tuned`` models and, if there are draws, of ``best_of``."""
     sft = evaluator.model(sft_path)
-    say(f"answering {len(evaluator.rows)} held-out prompts with the SFT model, "
-        f"{draws_per_prompt} times more for best-of-n, and with the RLHF model ...")  # fmt: skip
-    bar = progress_bar(draws_per_prompt + 2, "answers")
+    say(f"answering {len(evaluator.rows)} held-out prompts with the SFT model, {draws_per_prompt} times more for "
+        f"best-of-n, and with the {' and the '.join(TITLES[name] for name in tuned)} model ...")  # fmt: skip
+    bar = progress_bar(draws_per_prompt + 1 + len(tuned), "answers")
     rounds = []
     for number in range(draws_per_prompt + 1):  # round 0 is what everything is held against
         rounds.append(evaluator.answers(sft, rewards, seed + DRAW_SEED * number))
         bar.update()
-    actor = evaluator.model(actor_path)
     drawn = {"sft": [[a] for a in rounds[0]]}
-    drawn["rlhf"] = [[a] for a in evaluator.answers(actor, rewards, seed, reference=sft)]
-    bar.update()
+    for name, path in tuned.items():
+        drawn[name] = [[a] for a in evaluator.answers(evaluator.model(path), rewards, seed, reference=sft)]
+        bar.update()
     bar.close()
     return drawn | ({"best_of": [list(row) for row in zip(*rounds[1:], strict=True)]} if draws_per_prompt else {})
 
@@ -352,18 +366,20 @@ def main(argv: Sequence[str]) -> int:
     functions = load_eval_functions(specs)
     actor_path = loading.resolve_model(str(folder / "actor"), "--path")
     sources = sources_of_the_run(step, recorded, folder)
+    tuned = {"rlhf": actor_path} | dpo_of_the_run(step.dpo_model_name_or_path, folder)
     judge_path = ""
     if step.judge_model_name_or_path:
         judge_path = loading.resolve_model(step.judge_model_name_or_path, "--judge_model_name_or_path")
         classifiers.check_reward_head(judge_path)
     longest = step.max_answer_seq_len or rollout.max_answer_seq_len
     chosen_data = evaluation_programs.data_arguments(data, recorded[arguments.DataArguments], folder)
-    tokenizer = shared_tokenizer(actor_path, sources.sft, chosen_data, recorded[arguments.DataArguments])
+    flags = chosen_data, recorded[arguments.DataArguments]
+    *_, tokenizer = [shared_tokenizer(path, sources.sft, *flags) for path in reversed(tuned.values())]
     normalize = ppo.normalize_reward and (Path(sources.reward_model) / STATS_FILE).is_file()
     reward = settings.reward_model_settings(
         sources.reward_model, tokenizer, normalize=normalize, weight=sources.weight, plan=False
     )
-    for path in (actor_path, sources.sft, *([reward.path] if reward and not reward.reads_text else [])):
+    for path in (*tuned.values(), sources.sft, *([reward.path] if reward and not reward.reads_text else [])):
         check_length(path, rollout.max_prompt_seq_len + longest, "--max_prompt_seq_len + --max_answer_seq_len")
     if not functions and not judge_path:
         say("warning: the only judge is the reward model that training has learned to please; give --eval_function or "
@@ -386,13 +402,14 @@ def main(argv: Sequence[str]) -> int:
     rewards = build_rewards(
         reward, sources.functions, pad_token_id=tokenizer.pad_token_id, dtype=args.dtype, device=device
     )
-    drawn = draw(evaluator, rewards, sources.sft, actor_path, counts[-1] if counts else 0, seed)
+    drawn = draw(evaluator, rewards, sources.sft, tuned, counts[-1] if counts else 0, seed)
     judged = all_judges(evaluator, drawn, functions, judge_path)
     content = assemble(drawn, judged, counts, seed)
     say("\n" + result_table(content["models"]))
     say(f"in brackets: 95% intervals over {len(evaluator.rows)} prompts; win rates are against one SFT answer each")
     facts = {"prompts": len(evaluator.rows), "temperature": sampling.temperature, "max_answer_seq_len": longest,
-             "sft_model": sources.sft, "reward_model": sources.reward_model, "eval_function": ", ".join(specs),
+             "sft_model": sources.sft, "dpo_model": tuned.get("dpo", ""), "reward_model": sources.reward_model,
+             "eval_function": ", ".join(specs),
              "judge_model": judge_path, precision.SUMMARY_KEY: settled}  # fmt: skip
     evaluation_programs.write_evaluation(folder, facts | content | {"samples": samples_of(evaluator, drawn)})
     return 0
@@ -403,8 +420,8 @@ def samples_of(evaluator: Evaluator, drawn: Mapping[str, Sequence[Sequence[Answe
     return [
         {
             "prompt": evaluator.prompts.messages(row)[-1]["content"],
-            **{name: drawn[name][i][0].text for name in ("sft", "rlhf")},
-            **{f"{name}_reward": drawn[name][i][0].reward for name in ("sft", "rlhf")},
+            **{name: drawn[name][i][0].text for name in TITLES if name in drawn},
+            **{f"{name}_reward": drawn[name][i][0].reward for name in TITLES if name in drawn},
         }
         for i, row in enumerate(evaluator.rows)
     ]
@@ -424,8 +441,10 @@ def assemble(
         values = {judge: tables[name] for judge, tables in judged.items()}
         return described(drawn[name], values, chosen, against, kl, seed)
 
-    kls = [row[0].kl or 0.0 for row in drawn["rlhf"]]
-    found = {"SFT": entry("sft", only, 0.0, {}), "RLHF": entry("rlhf", only, intervals.mean(kls), baseline)}
+    found = {"SFT": entry("sft", only, 0.0, {})}
+    for name in ("rlhf", "dpo"):
+        if name in drawn:
+            found[TITLES[name]] = entry(name, only, intervals.mean([row[0].kl or 0.0 for row in drawn[name]]), baseline)
     for n in counts:
         chosen = [chosen_of(row, n) for row in judged["reward"]["best_of"]]
         found[f"best of {n}"] = entry("best_of", chosen, best_of_kl(n), baseline)
