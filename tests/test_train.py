@@ -225,7 +225,7 @@ def test_dpo_beside_reward_model_and_ppo(bench: Bench, capfd: pytest.CaptureFixt
     assert [name for name in folders.STEPS if (run / name).is_dir()] == ["step1", "dpo"]
     said = (run / "dpo.log").read_text()
     assert "--model_name_or_path output/tiny/step1" in said and "--beta 0.2" in said
-    assert "== DPO\n" in out and "DPO=output/tiny/dpo" in out and "held-out accuracy" in out
+    assert "== DPO\n" in out and "Chat with it:" in out and "held-out accuracy" in out
     page = (run / "report.html").read_text()
     assert "DPO · Direct preference optimisation" in page and "Step 3 ·" not in page
     assert bench.train("--output_dir", str(run), "--pipeline", "sft,rm,ppo") == 0
