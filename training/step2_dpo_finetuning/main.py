@@ -25,6 +25,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))  # outside the environ
 from training.migrate.predecessors import others_of
 from training.utils import arguments
 from training.utils.errors import UserError
+from training.utils.run.demo import check_training_data
 from training.utils.run.runtime import prepare_runtime
 
 ARGUMENTS = arguments.DPO
@@ -48,7 +49,7 @@ def parse_flags(argv: Sequence[str]) -> list[Any]:
 
 
 if __name__ == "__main__":
-    arguments.answer_early(parse_flags, OTHERS)
+    arguments.answer_early(parse_flags, OTHERS, check_training_data)
 prepare_runtime()
 
 
