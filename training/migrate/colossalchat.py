@@ -273,6 +273,8 @@ def settle_dpo(t: Translation) -> None:
     if t.theirs("--loss_type") == "simpo_loss":
         t.set("--loss", "simpo", "--loss_type simpo_loss")
         t.set("--simpo_gamma", t.theirs("--gamma") or 1.4, "--gamma" if t.theirs("--gamma") else "their default")
+        if not t.theirs("--disable_reference_model"):
+            t.lines.append("not the same: simpo has no reference; there it has one without --disable_reference_model")
         return
     t.set("--loss", "sigmoid", "--loss_type dpo_loss")
     for name in ("--length_normalization", "--disable_reference_model"):
