@@ -47,13 +47,14 @@ def test_a_warm_up_that_can_not_be_counted_is_said_with_its_arithmetic():
 
 
 def test_alpaca_with_the_trainer_s_defaults():
-    found = values_of("python train_alpaca.py --data_path tatsu-lab/alpaca --evaluation_strategy no --save_steps 2000")
+    found = values_of("python train_alpaca.py --data_path tatsu-lab/alpaca --evaluation_strategy no --save_steps 2000 "
+                      "--overwrite_output_dir")  # fmt: skip
     wanted = {
         "--model_name_or_path": "facebook/opt-125m", "--dtype": "fp32", "--num_train_epochs": 3, "--seed": 42,
         "--per_device_train_batch_size": 8, "--per_device_eval_batch_size": 8, "--gradient_accumulation_steps": 1,
         "--learning_rate": 5e-5, "--weight_decay": 0.0, "--lr_scheduler_type": "linear", "--num_warmup_steps": 0,
         "--max_seq_len": 512, "--save_every": 2000, "--eval_interval": 0, "--chat_template": "alpaca",
-        "--gradient_checkpointing": False, "--zero_stage": 0,
+        "--gradient_checkpointing": False, "--zero_stage": 0, "--resume": "never",
     }  # fmt: skip
     assert {name: found[name] for name in wanted} == wanted
 

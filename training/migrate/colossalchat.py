@@ -48,11 +48,13 @@ COMMON: dict[str, OtherFlag] = {
     ),
     "--config_file": OtherFlag(str, said="the output folder holds the configuration"),
     "--log_dir": OtherFlag(str, said="TensorBoard's files lie in the output folder"),
-    "--use_wandb": OtherFlag(bool, said="see --report_to", settled=True),
-    "--use_flash_attn": OtherFlag(bool, said="see --attn_implementation", settled=True),
-    "--lora_config": OtherFlag(str, said="see the flags with lora in them", settled=True),
+    "--use_wandb": OtherFlag(bool, said="--report_to wandb, if it is installed", settled=True),
+    "--use_flash_attn": OtherFlag(bool, said="--attn_implementation flash_attention_2", settled=True),
+    "--lora_config": OtherFlag(
+        str, said="--lora_dim, --lora_alpha, --lora_module_name, --only_optimize_lora", settled=True
+    ),
     "--lora_rank": OtherFlag(
-        int, 0, said="see the flags with lora in them", minimum=0, settled=True
+        int, 0, said="--lora_dim, --lora_alpha, --lora_module_name, --only_optimize_lora", minimum=0, settled=True
     ),  # of 2023 and 2024
     "--merge_lora_weights": OtherFlag(bool, said="a model is saved whole, its adapter beside it"),
 }
@@ -90,9 +92,11 @@ PREFERENCE = PAIRS | {
 }
 DPO = PREFERENCE | {
     "--accumulation_steps": OtherFlag(int, 1, "--gradient_accumulation_steps", minimum=1),
-    "--loss_type": OtherFlag(str, "dpo_loss", said="see --loss", choices=("dpo_loss", "simpo_loss"), settled=True),
+    "--loss_type": OtherFlag(
+        str, "dpo_loss", said="--loss sigmoid, or simpo", choices=("dpo_loss", "simpo_loss"), settled=True
+    ),
     "--beta": OtherFlag(float, 0.1, "--beta", minimum=0),
-    "--gamma": OtherFlag(float, 0.0, said="simpo's margin, see --simpo_gamma", minimum=0, settled=True),
+    "--gamma": OtherFlag(float, 0.0, said="--simpo_gamma; there 1.4 with simpo_loss", minimum=0, settled=True),
     "--length_normalization": OtherFlag(bool, said="--loss simpo has it", settled=True),
 }
 ORPO = PREFERENCE | {"--lam": OtherFlag(float, 0.1, "--beta", "the weight of the odds", minimum=0)}
@@ -113,18 +117,18 @@ ROLLOUTS = COMMON | {
     "--prompt_dataset": OtherFlag(str, ours="--data_path", many=True),
     "--ptx_dataset": OtherFlag(str, ours="--unsupervised_data_path", many=True),
     "--pretrain_dataset": OtherFlag(str, ours="--unsupervised_data_path", many=True),  # its name until 2024
-    "--ptx_coef": OtherFlag(float, 0.0, said="see --unsup_coef", minimum=0, maximum=1, settled=True),
+    "--ptx_coef": OtherFlag(float, 0.0, said="--unsup_coef c / (1 - c), see above", minimum=0, maximum=1, settled=True),
     "--ptx_batch_size": OtherFlag(int, 4, said="a step takes as many rows of the mix as it has responses", minimum=1),
-    "--reward_functions": OtherFlag(str, said="see --reward_function", many=True, settled=True),
+    "--reward_functions": OtherFlag(str, said="--reward_function FILE.py:NAME, of yours", many=True, settled=True),
     "--save_path": OtherFlag(str, "actor_checkpoint_prompts", "--output_dir"),
     "--num_episodes": OtherFlag(int, 1, "--num_iterations", minimum=1),
-    "--num_collect_steps": OtherFlag(int, 2, said="see the batch sizes", minimum=1, settled=True),
+    "--num_collect_steps": OtherFlag(int, 2, said="a part of the buffer, see above", minimum=1, settled=True),
     "--num_update_steps": OtherFlag(int, 5, "--ppo_epochs", "passes over the buffer", minimum=1),
-    "--experience_batch_size": OtherFlag(int, 16, said="see the batch sizes", minimum=1, settled=True),
+    "--experience_batch_size": OtherFlag(int, 16, said="a part of the buffer, see above", minimum=1, settled=True),
     "--train_batch_size": OtherFlag(int, 16, "--per_device_training_batch_size", minimum=1),
     "--lr": OtherFlag(float, 9e-6, "--actor_learning_rate", minimum=0),
     "--weight_decay": OtherFlag(float, 0.1, "--actor_weight_decay", minimum=0),
-    "--max_length": OtherFlag(int, 2048, said="less --max_seq_len: --max_prompt_seq_len", minimum=8, settled=True),
+    "--max_length": OtherFlag(int, 2048, said="--max_prompt_seq_len, less --max_seq_len", minimum=8, settled=True),
     "--max_seq_len": OtherFlag(int, 256, "--max_answer_seq_len", "new tokens", minimum=1),
     "--grad_checkpoint": OtherFlag(bool, ours="--actor_gradient_checkpointing"),
     "--disable_loss_mask": UNMASKED,
@@ -428,7 +432,7 @@ CHAT = {
 SERVER = {
     "pretrained": OtherFlag(str, ours="--path"),
     "--tokenizer_path": TOKENIZER,
-    "--quant": OtherFlag(str, said="see --quantize", choices=("8bit", "4bit"), settled=True),
+    "--quant": OtherFlag(str, said="--quantize int8 or int4", choices=("8bit", "4bit"), settled=True),
     "--gptq_checkpoint": OtherFlag(str, only=(), said="--quantize int4 needs none: it makes NF4 of any model"),
     "--gptq_group_size": OtherFlag(int, 128, said="of --gptq_checkpoint"),
     "--http_host": OtherFlag(str, ours="--host"),

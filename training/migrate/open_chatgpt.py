@@ -66,7 +66,7 @@ TRAINER: dict[str, OtherFlag] = {
     "--group_by_length": switch("rows of like length always go together"),
     "--dataloader_num_workers": OtherFlag(int, said="rows are tokenised beforehand"),
     "--ddp_find_unused_parameters": switch("there is no DDP here"),
-    "--overwrite_output_dir": switch("--resume never starts over"),
+    "--overwrite_output_dir": switch("--resume never"),
     "--do_train": switch(NONE_LEFT),
     "--do_eval": switch(NONE_LEFT),
 }  # fmt: skip
@@ -120,6 +120,8 @@ def settle_trainer(t: Translation) -> None:
     kind = next((name for name in ("bf16", "fp16") if true(t, f"--{name}")), "fp32")
     if "--dtype" not in t.values:
         t.set("--dtype", kind, f"--{kind} True" if kind != "fp32" else "neither bf16 nor fp16")
+    if true(t, "--overwrite_output_dir"):
+        t.set("--resume", "never", "--overwrite_output_dir")
     if true(t, "--gradient_checkpointing"):
         t.set("--gradient_checkpointing", True, "--gradient_checkpointing True")
     if t.theirs("--max_grad_norm") != 1.0 and "--deepspeed_config" not in t.values:
