@@ -41,9 +41,9 @@ def make_batch(arguments: argparse.Namespace, vocabulary: int, device: Any) -> t
 
 def policies(arguments: argparse.Namespace, path: str, lora: bool) -> Callable[[], None]:
     """Build actor and reference, score with both, update the actor."""
+    from training.step3_rlhf_finetuning.arguments import OptimizationArguments, RoleArguments, RoleZeroArguments
     from training.step3_rlhf_finetuning.forward import actor_log_probs
-    from training.step3_rlhf_finetuning.roles import RoleSettings, SharedSettings, build_actor
-    from training.utils.arguments import LoraArguments
+    from training.step3_rlhf_finetuning.roles import Build, build_actor
     from training.utils.engine import engine as engines
     from training.utils.run.distributed import init_distributed
 
@@ -51,20 +51,12 @@ def policies(arguments: argparse.Namespace, path: str, lora: bool) -> Callable[[
 
     def run() -> None:
         """Build both roles, score and train once."""
-        shared = SharedSettings(
-            dtype=arguments.dtype,
-            attn_implementation="sdpa",
-            offload=False,
-            offload_reference_model=False,
-            offload_reward_model=False,
-            overrides={},
-            micro_batch_size=arguments.rows,
-            total_steps=10,
-            pad_token_id=0,
-            device=device,
+        groups = (
+            RoleArguments(dtype=arguments.dtype),
+            OptimizationArguments(per_device_training_batch_size=arguments.rows, actor_learning_rate=1e-5),
+            RoleZeroArguments(actor_lora_dim=LORA_DIM if lora else 0, only_optimize_lora=lora),
         )
-        adapters = LoraArguments(LORA_DIM, "all-linear", True) if lora else LoraArguments()
-        actor = build_actor(RoleSettings(path, 0, 1e-5, 0.0, False, adapters), shared)
+        actor = build_actor(path, Build(*groups, overrides={}, total_steps=10, pad_token_id=0, device=device))
         batch = make_batch(arguments, actor.engine.module.config.vocab_size, device)
         with actor.scoring_mode() as engine:
             actor_log_probs(engine, *batch, 1.0)

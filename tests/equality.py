@@ -19,20 +19,17 @@ from typing import Any
 import torch
 
 from tests.rank_pair import RankPair
-from tests.step3.hybrid_checks import NO_TEXTS, PAD, prompts, request, save_tiny_reward_model, shared_settings
+from tests.step3.hybrid_checks import PAD, build, prompts, request, reward_settings, save_tiny_reward_model, scoring
 from tests.tiny import save_tiny_model
 from tests.utils.engine.engine_checks import ROWS, TINY_SHARDS, collate, fixed_rows
 from training.step2_dpo_finetuning.pairs import Preferences, answer_log_probs, answer_tokens
 from training.step2_reward_model_finetuning.pairs import score_pairs
 from training.step2_reward_model_finetuning.preference import bradley_terry_loss
-from training.step3_rlhf_finetuning.experience import PPOSettings, Scoring
 from training.step3_rlhf_finetuning.forward import actor_log_probs
 from training.step3_rlhf_finetuning.ppo_trainer import PPOTrainer
 from training.step3_rlhf_finetuning.prompts import deal
 from training.step3_rlhf_finetuning.roles import (
-    RewardModelSettings,
     Roles,
-    RoleSettings,
     build_actor,
     build_critic,
     build_rewards,
@@ -179,36 +176,28 @@ class Dictated:
 def train_ppo(case: Case, path: str, reward_path: str, fault: bool = False) -> list[float]:
     """Policy loss, value loss, reward and KL of three PPO iterations; the fault: advantages are not whitened."""
     micro_batch = ROWS // world_size() // case.accumulation
-    settings = shared_settings(case.dtype, micro_batch_size=micro_batch, offload=case.offload)
-    reward = RewardModelSettings(reward_path, STATS, 1.0, reads_text=False)
-    load: dict[str, Any] = {"pad_token_id": PAD, "dtype": case.dtype, "device": settings.device}
+    made = build(
+        case.zero_stage,
+        1e-3,
+        4 if case.lora else 0,
+        critic_lora_dim=4 if case.lora else 0,
+        dtype=case.dtype,
+        offload=case.offload,
+        per_device_training_batch_size=micro_batch,
+    )
+    reward = reward_settings(reward_path, STATS)
+    load: dict[str, Any] = {"pad_token_id": PAD, "dtype": case.dtype, "device": made.device}
     rewards = build_rewards(reward, {}, zero_stage=case.zero_stage, **load)
-    lora = LoraArguments(4, "all-linear", True) if case.lora else LoraArguments()
-    role = [RoleSettings(p, case.zero_stage, 1e-3, 0.0, False, lora) for p in (path, reward_path)]
     torch.manual_seed(0)
-    roles = Roles(build_actor(role[0], settings), build_critic(role[1], settings, reward), rewards)
-    constants = PPOSettings(
-        advantage="gae",
-        samples_per_prompt=1,
-        ppo_epochs=1,
-        temperature=1.0,
+    roles = Roles(build_actor(path, made), build_critic(path, reward, made), rewards)
+    scored = scoring(
+        roles,
         per_device_training_batch_size=micro_batch,
         gradient_accumulation_steps=case.accumulation,
-        kl_coef=0.05,
-        clip_ratio=0.2,
-        clip_value=0.2,
-        clip_reward=5.0,
-        gamma=1.0,
-        gae_lambda=0.95,
-        entropy_coef=0.0,
-        target_kl=0.0,
-        missing_eos_penalty=0.0,
         whiten_advantages=not fault,
-        seed=1,
     )
     backend = rollout_backend("fast") if case.dtype == "fp32" else Dictated()
-    scoring = Scoring(roles, NO_TEXTS, constants)
-    trainer = PPOTrainer(roles, scoring, backend, SamplingConfig(RESPONSE), constants, case.dtype)
+    trainer = PPOTrainer(roles, scored, backend, SamplingConfig(RESPONSE), case.dtype)
     everything = prompts(ROWS)
     losses = []
     for number in range(3):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from pathlib import Path
 from typing import Any
@@ -10,20 +11,25 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.utils.engine.engine_checks import TINY_SHARDS, collate, fixed_rows
-from training.step3_rlhf_finetuning.experience import PPOSettings, Scoring
+from training.step3_rlhf_finetuning.arguments import (
+    OptimizationArguments,
+    PPOArguments,
+    RoleArguments,
+    RoleZeroArguments,
+    RolloutArguments,
+)
+from training.step3_rlhf_finetuning.experience import Scoring
 from training.step3_rlhf_finetuning.hybrid_engine import HybridEngine
 from training.step3_rlhf_finetuning.ppo_trainer import PPOTrainer
 from training.step3_rlhf_finetuning.prompts import PromptSet, deal
 from training.step3_rlhf_finetuning.roles import (
+    Build,
     RewardModelSettings,
     Roles,
-    RoleSettings,
-    SharedSettings,
     build_actor,
     build_critic,
     build_rewards,
 )
-from training.utils.arguments import LoraArguments
 from training.utils.engine import engine as engines
 from training.utils.generation.engines import rollout_backend
 from training.utils.generation.requests import RolloutRequest
@@ -37,24 +43,31 @@ PAD, STOPS = 0, (2,)
 NO_TEXTS = PromptSet(None, None, STOPS, 0)  # for rewards that read tokens alone
 
 
-def shared_settings(dtype: str = "fp32", **changes: Any) -> SharedSettings:
-    values: dict[str, Any] = {
-        "dtype": dtype,
-        "attn_implementation": "sdpa",
-        "offload": False,
-        "offload_reference_model": False,
-        "offload_reward_model": False,
-        "overrides": TINY_SHARDS,
-        "micro_batch_size": 2,
-        "total_steps": 1000,
-        "pad_token_id": PAD,
-        "device": init_distributed(),
-    }
-    return SharedSettings(**(values | changes))
+def of(group: Any, values: dict[str, Any]) -> Any:
+    """The flags of a group among ``values``; its defaults for the rest."""
+    return group(**{f.name: values[f.name] for f in dataclasses.fields(group) if f.name in values})
 
 
-def role(path: str, stage: int, rate: float, lora: int = 0, checkpointing: bool = False) -> RoleSettings:
-    return RoleSettings(path, stage, rate, 0.0, checkpointing, LoraArguments(lora, "all-linear", lora > 0))
+def build(stage: int = 0, rate: float = 1e-2, lora: int = 0, *, total_steps: int = 1000, **flags: Any) -> Build:
+    """What roles are built with: adapters alone train where there are any, the critic's flags are the actor's."""
+    values = {"dtype": "fp32", "per_device_training_batch_size": 2, "only_optimize_lora": lora > 0} | flags
+    alike = {"zero_stage": stage, "learning_rate": rate}
+    values = {f"{role}_{name}": value for role in ("actor", "critic") for name, value in alike.items()} | values
+    groups = [
+        of(g, values | {"actor_lora_dim": lora}) for g in (RoleArguments, OptimizationArguments, RoleZeroArguments)
+    ]
+    return Build(*groups, TINY_SHARDS, total_steps, PAD, init_distributed())
+
+
+def scoring(roles: Roles, **flags: Any) -> Scoring:
+    """Scores rewards that read tokens alone."""
+    values = {"missing_eos_penalty": 0.0, "seed": 1, "per_device_training_batch_size": 2} | flags
+    return Scoring(roles, NO_TEXTS, *(of(g, values) for g in (PPOArguments, RolloutArguments, OptimizationArguments)))
+
+
+def reward_settings(path: str, stats: RewardStats | None = None) -> RewardModelSettings:
+    """A reward model that reads the actor's tokens."""
+    return RewardModelSettings(path, stats, 1.0, reads_text=False)
 
 
 def prompts(count: int) -> list[list[int]]:
@@ -93,9 +106,8 @@ def twin_equals_engine(
 
     Ranks stop at different lengths. ``unlink`` plants a fault: a twin with weights of its own.
     """
-    settings = shared_settings(dtype)
     torch.manual_seed(0)
-    actor = build_actor(role(path, stage, 1e-2, lora, checkpointing), settings)
+    actor = build_actor(path, build(stage, 1e-2, lora, dtype=dtype, actor_gradient_checkpointing=checkpointing))
     if unlink:
         own = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
         actor = HybridEngine(actor.engine, own, actor.reference)
@@ -148,41 +160,26 @@ def trajectory(
     ``backend`` replaces the ``engine`` of that name; ``order`` seeds a shuffle of the samples (0: as dealt);
     ``hooked`` generates through the ZeRO-3 hooks.
     """
-    settings = shared_settings(dtype, micro_batch_size=micro_batch)
     torch.manual_seed(0)
-    stats = RewardStats(0.1, 0.7, 10, dtype)
     of_critic = stage if critic_stage is None else critic_stage
-    reward = RewardModelSettings(reward_path, stats, 1.0, reads_text=False)
-    load: dict[str, Any] = {"pad_token_id": PAD, "dtype": dtype, "device": settings.device}
-    rewards = build_rewards(reward, {}, zero_stage=of_critic, **load)
-    roles = Roles(
-        build_actor(role(actor_path, stage, rate, lora), settings),
-        build_critic(role(reward_path, of_critic, rate), settings, reward),
-        rewards,
+    reward = reward_settings(reward_path, RewardStats(0.1, 0.7, 10, dtype))
+    made = build(
+        stage, rate, lora, dtype=dtype, critic_zero_stage=of_critic, per_device_training_batch_size=micro_batch
     )
-    constants = PPOSettings(
-        advantage="gae",
-        samples_per_prompt=1,
+    load: dict[str, Any] = {"pad_token_id": PAD, "dtype": dtype, "device": made.device}
+    rewards = build_rewards(reward, {}, zero_stage=of_critic, **load)
+    roles = Roles(build_actor(actor_path, made), build_critic(actor_path, reward, made), rewards)
+    scored = scoring(
+        roles,
         ppo_epochs=ppo_epochs,
-        temperature=1.0,
         per_device_training_batch_size=micro_batch,
         gradient_accumulation_steps=accumulation,
         kl_coef=kl_coef,
-        clip_ratio=0.2,
-        clip_value=0.2,
-        clip_reward=5.0,
-        gamma=1.0,
-        gae_lambda=0.95,
-        entropy_coef=0.0,
-        target_kl=0.0,
-        missing_eos_penalty=0.0,
-        whiten_advantages=True,
-        seed=1,
     )
     sampling = SamplingConfig(answer_length)
     roles.actor.hooked = hooked
     backend = backend or rollout_backend(engine, synced=hooked)
-    trainer = PPOTrainer(roles, Scoring(roles, NO_TEXTS, constants), backend, sampling, constants, dtype)
+    trainer = PPOTrainer(roles, scored, backend, sampling, dtype)
     all_prompts = prompts(rows)
     history = []
     for number in range(iterations):

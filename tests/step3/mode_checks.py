@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tests.step3.hybrid_checks import prompts, request, role, shared_settings, train_two_steps
+from tests.step3.hybrid_checks import build, prompts, request, train_two_steps
 from training.step3_rlhf_finetuning import hybrid_engine
 from training.step3_rlhf_finetuning.forward import score_log_probs
 from training.step3_rlhf_finetuning.hybrid_engine import HybridEngine
@@ -46,9 +46,8 @@ def merge_and_restore(
     path: str, *, stage: int, dtype: str, raises: bool = False, subtract: bool = False
 ) -> dict[str, Any]:
     """Generate from merged adapters after two training steps; what changed, and the tokens merged and unmerged."""
-    settings = shared_settings(dtype, merge_lora_for_generation=True)
     torch.manual_seed(0)
-    actor = build_actor(role(path, stage, 3e-2, 4), settings)
+    actor = build_actor(path, build(stage, 3e-2, 4, dtype=dtype, merge_lora_for_generation=True))
     train_two_steps(actor)
     before = _base_weights(actor)
     flags = {name: p.requires_grad for name, p in actor.engine.module.named_parameters()}
@@ -90,9 +89,8 @@ def hooked_and_twin(path: str, *, lora: int, backend: str, stale: bool = False) 
 
     ``stale`` plants a fault: the hooked round comes one training step later.
     """
-    settings = shared_settings("fp32")
     torch.manual_seed(0)
-    actor = build_actor(role(path, 3, 1e-2, lora), settings)
+    actor = build_actor(path, build(3, 1e-2, lora))
     train_two_steps(actor)
     asked = request(prompts(6)[rank() :: 2], [10 * rank() + i for i in range(3)])
     sampling = SamplingConfig(3 if rank() else 9)
@@ -123,7 +121,7 @@ def hooked_and_twin(path: str, *, lora: int, backend: str, stale: bool = False) 
 def modes(path: str, *, stage: int, lora: int = 0, checkpointing: bool = False) -> dict[str, Any]:
     """What generation and training leave behind: flags, gathered parameters, keys and values."""
     torch.manual_seed(0)
-    actor = build_actor(role(path, stage, 1e-2, lora, checkpointing), shared_settings())
+    actor = build_actor(path, build(stage, 1e-2, lora, actor_gradient_checkpointing=checkpointing))
     whole = sum(getattr(p, "ds_numel", p.numel()) for p in actor.engine.module.parameters())
     held = lambda: sum(p.numel() for p in actor.engine.module.parameters())  # noqa: E731
     gathers, caches = [], []
@@ -163,7 +161,7 @@ def modes(path: str, *, stage: int, lora: int = 0, checkpointing: bool = False) 
 
 def decision(path: str, *, stage: int, free: int | None) -> tuple[bool, bool]:
     """Whether the actor chose the hooks, and whether its backend decodes in step, if rank 1 had so much memory."""
-    actor = build_actor(role(path, stage, 1e-2), shared_settings())
+    actor = build_actor(path, build(stage))
     original = generation.free_bytes
     if free is not None and rank() == 1:
         generation.free_bytes = lambda: free

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from tests.glossary import glossary
-from tests.step3.hybrid_checks import NO_TEXTS, prompts, request, role, save_tiny_reward_model, shared_settings
+from tests.step3.hybrid_checks import build, prompts, request, reward_settings, save_tiny_reward_model, scoring
 from training.step3_rlhf_finetuning import experience, main as step3, ppo, ppo_trainer
-from training.step3_rlhf_finetuning.experience import PPOSettings, Scoring
 from training.step3_rlhf_finetuning.ppo_trainer import PPOTrainer
 from training.step3_rlhf_finetuning.reward_sources import RewardMix, TokenReward
 from training.step3_rlhf_finetuning.roles import Roles, build_actor, build_critic
@@ -33,33 +32,20 @@ class Faulty(torch.nn.Module):
         return scores.masked_fill(torch.isin(first, self.bad), float("nan"))
 
 
-def settings(**changes):
-    values = {
-        "advantage": "gae", "samples_per_prompt": 1, "ppo_epochs": 1, "per_device_training_batch_size": 2,
-        "gradient_accumulation_steps": 1, "temperature": 1.0, "kl_coef": 0.05, "clip_ratio": 0.2, "clip_value": 0.2,
-        "clip_reward": 5.0, "gamma": 1.0, "gae_lambda": 0.95, "entropy_coef": 0.0, "target_kl": 0.0,
-        "missing_eos_penalty": 0.0, "whiten_advantages": True, "seed": 1,
-    }  # fmt: skip
-    return PPOSettings(**(values | changes))
-
-
 def one_iteration(actor, reward, *, bad_prompts=(), nan_loss_on=None, of="policy", stage=2, **changes):
     """Eight rows, divided over the ranks; the prompts of that number get NaN, or rank ``nan_loss_on`` a NaN loss of
     the ``policy`` or of the ``value``."""
-    shared = shared_settings()
+    made = build(stage, 1e-3)
     torch.manual_seed(0)
     everything = prompts(8)
     scorer = Faulty(everything[i][0] for i in bad_prompts)
     gae = changes.get("advantage", "gae") == "gae"
     roles = Roles(
-        build_actor(role(actor, stage, 1e-3), shared),
-        build_critic(role(reward, stage, 1e-3), shared, None) if gae else None,
+        build_actor(actor, made),
+        build_critic(actor, reward_settings(reward), made) if gae else None,
         RewardMix([TokenReward(scorer)]),
     )
-    constants = settings(**changes)
-    trainer = PPOTrainer(
-        roles, Scoring(roles, NO_TEXTS, constants), rollout_backend("fast"), SamplingConfig(5), constants, "fp32"
-    )
+    trainer = PPOTrainer(roles, scoring(roles, **changes), rollout_backend("fast"), SamplingConfig(5), "fp32")
     before = {name: t.clone() for name, t in full_state_dict(roles.actor.engine).items()}
     mine = list(range(8))[rank() * 8 // world_size() : (rank() + 1) * 8 // world_size()]
     policy_loss, value_loss = ppo.policy_loss, ppo.value_loss

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
-from tests.step3.hybrid_checks import NO_TEXTS, PAD, request, role, shared_settings
-from training.step3_rlhf_finetuning.experience import PPOSettings, Scoring
+from tests.step3.hybrid_checks import PAD, build, request, reward_settings, scoring
 from training.step3_rlhf_finetuning.ppo_trainer import PPOTrainer
 from training.step3_rlhf_finetuning.reward_sources import RewardMix, TokenReward
 from training.step3_rlhf_finetuning.roles import Roles, build_actor, build_critic
@@ -91,37 +90,35 @@ def learn(
     Each iteration answers ``generation_batches * generation_batch_size / samples_per_prompt`` prompts.
     """
     updates = iterations * ppo_epochs * generation_batches * (generation_batch_size // training_batch_size)
-    shared = shared_settings(micro_batch_size=training_batch_size, total_steps=updates)
     noise = (training_batch_size / 64) ** 0.5  # the rates are for steps of 64 rows; smaller ones are noisier
     rate = LEARNING_RATE["lora" if lora else "full"] * noise
+    made = build(
+        stage,
+        rate,
+        lora,
+        critic_learning_rate=CRITIC_LEARNING_RATE * noise,
+        per_device_training_batch_size=training_batch_size,
+        total_steps=updates,
+    )
     torch.manual_seed(seed)
-    critic_role = role(models[1], stage, CRITIC_LEARNING_RATE * noise)
     roles = Roles(
-        build_actor(role(models[0], stage, rate, lora), shared),
-        build_critic(critic_role, shared, None) if advantage == "gae" else None,
+        build_actor(models[0], made),
+        build_critic(models[0], reward_settings(models[1]), made) if advantage == "gae" else None,
         RewardMix([TokenReward(CountOfFavourite())]),
     )
-    settings = PPOSettings(
+    scored = scoring(
+        roles,
         advantage=advantage,
         samples_per_prompt=samples_per_prompt,
         ppo_epochs=ppo_epochs,
-        temperature=1.0,
         per_device_training_batch_size=training_batch_size,
-        gradient_accumulation_steps=1,
         kl_coef=0.0,  # nothing but the reward has an optimum
-        clip_ratio=0.2,
         clip_value=1.0,  # values go up to 6
         clip_reward=clip_reward,  # above a clip the reward is flat and can not be climbed
-        gamma=1.0,
-        gae_lambda=0.95,
         entropy_coef=ENTROPY_COEF,
-        target_kl=0.0,
-        missing_eos_penalty=0.0,
-        whiten_advantages=True,
         seed=seed,
     )
-    scoring = Scoring(roles, NO_TEXTS, settings)
-    trainer = PPOTrainer(roles, scoring, rollout_backend("fast"), SamplingConfig(ANSWER_LENGTH), settings, "fp32")
+    trainer = PPOTrainer(roles, scored, rollout_backend("fast"), SamplingConfig(ANSWER_LENGTH), "fp32")
     prompts, history = toy_prompts(), []
     per_batch = generation_batch_size // samples_per_prompt
     for number in range(iterations):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from training.step3_rlhf_finetuning import ppo
+from training.step3_rlhf_finetuning.arguments import OptimizationArguments, PPOArguments, RolloutArguments
 from training.step3_rlhf_finetuning.forward import score_log_probs, score_values
 from training.step3_rlhf_finetuning.ppo import token_rewards
 from training.step3_rlhf_finetuning.prompts import PromptSet
@@ -96,29 +97,6 @@ def make_experience(
 
 
 @dataclass(frozen=True)
-class PPOSettings:
-    """Constants of scoring and update; the names are the flags'."""
-
-    advantage: str
-    samples_per_prompt: int
-    ppo_epochs: int
-    per_device_training_batch_size: int
-    gradient_accumulation_steps: int
-    temperature: float
-    kl_coef: float
-    clip_ratio: float
-    clip_value: float
-    clip_reward: float
-    gamma: float
-    gae_lambda: float
-    entropy_coef: float
-    target_kl: float
-    missing_eos_penalty: float
-    whiten_advantages: bool
-    seed: int
-
-
-@dataclass(frozen=True)
 class ScoredBatch:
     """One generation batch and everything that was found out about it.
 
@@ -142,13 +120,22 @@ class Scoring:
     Args:
         roles: see `training.step3_rlhf_finetuning.roles.build_roles`.
         prompts: what the requests' rows refer to.
-        settings: constants.
+        ppo, rollout, train: the flags.
     """
 
-    def __init__(self, roles: Roles, prompts: PromptSet, settings: PPOSettings) -> None:
+    def __init__(
+        self,
+        roles: Roles,
+        prompts: PromptSet,
+        ppo: PPOArguments,
+        rollout: RolloutArguments,
+        train: OptimizationArguments,
+    ) -> None:
         self.roles = roles
         self.prompts = prompts
-        self.settings = settings
+        self.ppo = ppo
+        self.rollout = rollout
+        self.train = train
 
     def score(
         self, rollouts: Sequence[RolloutBatch], requests: Sequence[RolloutRequest]
@@ -194,8 +181,8 @@ class Scoring:
         }
 
     def _score_one(self, rollout: RolloutBatch, request: RolloutRequest) -> tuple[ScoredBatch, dict[str, float]]:
-        settings, mask, critic = self.settings, rollout.response_mask, self.roles.critic
-        size, temperature = settings.per_device_training_batch_size, settings.temperature
+        flags, mask, critic = self.ppo, rollout.response_mask, self.roles.critic
+        size, temperature = self.train.per_device_training_batch_size, self.rollout.temperature
         with self.roles.actor.scoring_mode() as engine:
             log_probs, entropy = score_log_probs(engine, rollout, size, temperature, entropy=True)
             assert entropy is not None
@@ -214,10 +201,8 @@ class Scoring:
             for part in (log_probs, reference_log_probs, values, entropy, rollout.logprobs)
         )
         ended = has_ended(rollout, request.stop_ids)
-        held = clipped(reward, settings.clip_reward)
-        scores = sequence_scores(held, ended, missing_eos_penalty=settings.missing_eos_penalty).masked_fill(
-            ~finite, 0.0
-        )
+        held = clipped(reward, flags.clip_reward)
+        scores = sequence_scores(held, ended, missing_eos_penalty=flags.missing_eos_penalty).masked_fill(~finite, 0.0)
         experience = make_experience(
             rollout,
             log_probs=log_probs,
@@ -225,7 +210,7 @@ class Scoring:
             values=values,
             scores=scores,
             valid=finite,
-            kl_coef=0.0 if settings.advantage == "grpo" else settings.kl_coef,
+            kl_coef=0.0 if flags.advantage == "grpo" else flags.kl_coef,
         )
         experience = replace(experience, **found)  # as they are, for the trace: no update uses a row that is left out
         sums = {
@@ -255,21 +240,21 @@ class Scoring:
 
         Answers to one prompt are all in one batch. Rows with a number that is not finite take no part.
         """
-        settings, filled = self.settings, []
+        flags, filled = self.ppo, []
         device = batches[0].rollout.input_ids.device
         moments = torch.zeros(3, dtype=torch.float64, device=device)
         variance = torch.zeros(5, dtype=torch.float64, device=device)
         for batch in batches:
             e = batch.experience
-            if settings.advantage == "gae":
+            if flags.advantage == "gae":
                 values = e.values.masked_fill(~e.valid.unsqueeze(1), 0.0)
                 advantages, returns = ppo.generalised_advantages(
-                    e.rewards, values, e.mask, gamma=settings.gamma, gae_lambda=settings.gae_lambda
+                    e.rewards, values, e.mask, gamma=flags.gamma, gae_lambda=flags.gae_lambda
                 )
                 variance += ppo.explained_variance(values, returns, e.mask & e.valid.unsqueeze(1))
             else:
-                group = batch.request.row_ids // settings.samples_per_prompt
-                rloo = settings.advantage == "rloo"
+                group = batch.request.row_ids // self.rollout.samples_per_prompt
+                rloo = flags.advantage == "rloo"
                 by_group = ppo.leave_one_out_advantages if rloo else ppo.group_relative_advantages
                 advantages = by_group(e.rewards.sum(1), group).unsqueeze(1) * e.mask
                 returns = torch.zeros_like(advantages)
@@ -277,7 +262,7 @@ class Scoring:
             moments += ppo.masked_moments(advantages, e.mask & e.valid.unsqueeze(1))
             filled.append(replace(batch, experience=replace(e, advantages=advantages, returns=returns)))
         moments, variance = all_reduce_sum(moments), all_reduce_sum(variance)
-        if settings.whiten_advantages and settings.advantage == "gae":
+        if flags.whiten_advantages and flags.advantage == "gae":
             filled = [
                 replace(b, experience=replace(e, advantages=ppo.whiten(e.advantages, e.mask, moments)))
                 for b, e in ((b, b.experience) for b in filled)

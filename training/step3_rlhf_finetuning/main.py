@@ -56,7 +56,7 @@ from training.step3_rlhf_finetuning.plan import show_rlhf_plan  # noqa: E402
 from training.step3_rlhf_finetuning.ppo_trainer import PPOTrainer, check_first_ratio  # noqa: E402
 from training.step3_rlhf_finetuning.pretraining_mix import PretrainingMix  # noqa: E402
 from training.step3_rlhf_finetuning.rewards import parse_reward_functions  # noqa: E402
-from training.step3_rlhf_finetuning.roles import build_roles, generation_backend  # noqa: E402
+from training.step3_rlhf_finetuning.roles import Build, build_roles, generation_backend, starts_from  # noqa: E402
 from training.utils.checkpoint.resume import BEST, METRICS, Run, resume_output_dir  # noqa: E402
 from training.utils.data import prepare_data, prepare_pretraining, stop_token_ids  # noqa: E402
 from training.utils.engine import precision  # noqa: E402
@@ -85,14 +85,12 @@ def main(argv: Sequence[str]) -> int:
     reward_model = settings.reward_model_settings(
         reward_path, tokenizer, normalize=ppo.normalize_reward, weight=model_weight, plan=output.plan
     )
-    actor = settings.actor_settings(actor_path, role_args, train, zero)
-    with_critic = ppo.advantage == "gae"
-    critic = settings.critic_settings(actor_path, reward_model, role_args, train, zero) if with_critic else None
+    critic_path = starts_from(actor_path, reward_model) if ppo.advantage == "gae" else ""
     length = rollout.max_prompt_seq_len + rollout.max_answer_seq_len
-    settings.check_models(actor, critic, reward_model, tokenizer, length)
+    settings.check_models(actor_path, critic_path, reward_model, zero, tokenizer, length)
     if output.plan:
         precision.settle(role_args, resume_output_dir(reliability.resume, output.output_dir), reliability.resume)
-        return show_rlhf_plan(actor, critic, reward_model, role_args, rollout, train, zero, overrides)
+        return show_rlhf_plan(actor_path, critic_path, reward_model, role_args, rollout, train, zero, overrides)
     check_training_data(groups)
     output_dir = prepare_output_dir(resume_output_dir(reliability.resume, output.output_dir), "step3")
     device = init_distributed(reliability.distributed_timeout)
@@ -128,7 +126,7 @@ def main(argv: Sequence[str]) -> int:
         data={"training": rows.train, "held-out": rows.held_out} | ({"pre-training": mix_rows} if mix_rows else {}),
         batches=settings.batches_of_all_ranks(rollout, train, data_size()),
     )
-    settings.divide_batches(rollout, train, run.batches, data_size())
+    rollout, train = settings.divide_batches(rollout, train, run.batches, data_size())
     per_rank = rollout.per_device_generation_batch_size // rollout.samples_per_prompt * rollout.generation_batches
     lengths, per_step = rows.train["length"], settings.prompts_per_step(rollout, run.batches, data_size())
     passes = {"epochs": train.num_train_epochs, "iterations": train.num_iterations}
@@ -136,22 +134,14 @@ def main(argv: Sequence[str]) -> int:
     phases.end("data", "loading the models of all roles")
 
     # Roles
-    shared = settings.shared_settings(
-        role_args,
-        train,
-        zero,
-        overrides=overrides,
-        total_steps=len(schedule) * settings.steps_per_iteration(ppo, rollout, train),
-        pad_token_id=tokenizer.pad_token_id,
-        device=device,
-    )
-    roles = build_roles(actor, critic, reward_model, functions, shared, reward_zero_stage=zero.critic_zero_stage)
+    total_steps = len(schedule) * settings.steps_per_iteration(ppo, rollout, train)
+    build = Build(role_args, train, zero, overrides, total_steps, tokenizer.pad_token_id, device)
+    roles = build_roles(actor_path, reward_model, functions, build, critic=bool(critic_path))
     sizes = BatchSizes(rollout.per_device_generation_batch_size, train.per_device_training_batch_size)
     backend = generation_backend(roles.actor, rollout.rollout_engine, rows=sizes.decoded, length=length)
     sampling = SamplingConfig(
         rollout.max_answer_seq_len, temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k
     )
-    constants = settings.ppo_settings(ppo, rollout, train)
     pretraining = mix_rows and PretrainingMix(
         mix_rows,
         train.unsup_coef,
@@ -161,9 +151,9 @@ def main(argv: Sequence[str]) -> int:
         device=device,
         seed=train.seed,
     )
-    scoring = Scoring(roles, training, constants)
+    scoring = Scoring(roles, training, ppo, rollout, train)
     trainer = PPOTrainer(
-        roles, scoring, backend, sampling, constants, role_args.dtype, phases, pretraining, run.stop_if_asked, run.guard
+        roles, scoring, backend, sampling, role_args.dtype, phases, pretraining, run.stop_if_asked, run.guard
     )
     phases.end("load")
 
@@ -244,7 +234,7 @@ def main(argv: Sequence[str]) -> int:
         precision.SUMMARY_KEY: settled,
         "run_with": settings.run_with(argv, actor_path, reward_path, output_dir),
     }
-    starts = {"actor": actor, "critic": critic}
+    starts = {"actor": actor_path} | ({"critic": critic_path} if critic_path else {})
     outputs.write_cards_and_summary(output_dir, summary, roles, starts, argv, rows, tokenizer)
     return 0
 

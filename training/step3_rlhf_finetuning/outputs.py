@@ -18,7 +18,7 @@ from training.step3_rlhf_finetuning.experience import ScoredBatch
 from training.step3_rlhf_finetuning.held_out import HeldOutEvaluation
 from training.step3_rlhf_finetuning.hybrid_engine import HybridEngine
 from training.step3_rlhf_finetuning.prompts import PromptSet, sample_rows
-from training.step3_rlhf_finetuning.roles import Roles, RoleSettings
+from training.step3_rlhf_finetuning.roles import Roles
 from training.utils.checkpoint.resume import BEST
 from training.utils.data import StepData
 from training.utils.generation.requests import RolloutBackend, has_ended, response_texts
@@ -240,18 +240,19 @@ def write_cards_and_summary(
     output_dir: Path,
     summary: Mapping[str, Any],
     roles: Roles,
-    origins: Mapping[str, RoleSettings | None],
+    starts: Mapping[str, str],
     argv: Sequence[str],
     rows: StepData,
     tokenizer: Any,
 ) -> None:
-    """Write a card for each model and summary.json, which says that the step is finished."""
+    """Write a card for each model and summary.json, which says that the step is finished.
+
+    ``starts``: role -> the model that it started from.
+    """
     results = {**summary, **{f"check {found['name']}": found for found in summary.get("eval_functions", [])}}
     made: dict[str, Any] = {"argv": argv, "data": rows.report.lines(), "results": results}
-    starts = {role: origin.path for role, origin in origins.items() if origin is not None}
-    if roles.ema is not None:
-        starts["ema"] = starts["actor"]
-    for role, path in starts.items():
+    more = {"ema": starts["actor"]} if roles.ema is not None else {}
+    for role, path in {**starts, **more}.items():
         write_model_card(output_dir / role, role, (path, path), tokenizer=tokenizer, **made)
     say(f"held-out reward {summary['reward_before']:.3f} -> {summary['reward_after']:.3f}, win rate over SFT "
         f"{summary['win_rate']:.3f} [{summary['win_rate_low']:.3f}, {summary['win_rate_high']:.3f}]")  # fmt: skip

@@ -14,7 +14,7 @@ from training.step3_rlhf_finetuning.arguments import (
     RolloutArguments,
 )
 from training.step3_rlhf_finetuning.forward import actor_log_probs, state_values
-from training.step3_rlhf_finetuning.roles import RewardModelSettings, RoleSettings
+from training.step3_rlhf_finetuning.roles import RewardModelSettings
 from training.utils.arguments import LoraArguments
 from training.utils.engine.zero_config import deepspeed_config
 from training.utils.generation.decode_loop import PREFILL_TOKENS
@@ -222,8 +222,8 @@ def _notes(costs: RoleCosts, settings: plans.Settings) -> list[str]:
 
 
 def show_rlhf_plan(
-    actor: RoleSettings,
-    critic: RoleSettings | None,
+    actor: str,
+    critic: str,
     reward: RewardModelSettings | None,
     roles: RoleArguments,
     rollout: RolloutArguments,
@@ -234,7 +234,8 @@ def show_rlhf_plan(
     """Print the plan of step 3; returns the exit code, see `training.utils.memory.plan.show_plan`.
 
     Args:
-        actor, critic, reward: how the roles would be built, None for one that would not.
+        actor, critic: what they start from, the latter empty where there is no critic.
+        reward: None without one.
         roles, rollout, train, zero: the step's flags.
         overrides: the user's DeepSpeed configuration.
 
@@ -243,15 +244,12 @@ def show_rlhf_plan(
     """
     build = functools.partial(plans.fake_role, dtype=roles.dtype, attn_implementation=roles.attn_implementation)
 
-    def trained(role: RoleSettings, classifier: bool) -> FakeModel:
-        return build(role.path, lora=role.lora, classifier=classifier)
-
     scorer = None
     if reward is not None and classifiers.scores_tokens(reward.path):
         scorer = build(reward.path, lora=LoraArguments(), classifier=True)
     costs = RoleCosts(
-        trained(actor, False),
-        None if critic is None else trained(critic, True),
+        build(actor, lora=zero.lora("actor"), classifier=False),
+        build(critic, lora=zero.lora("critic"), classifier=True) if critic else None,
         scorer,
         rollout.max_prompt_seq_len,
         rollout.max_answer_seq_len,
@@ -260,7 +258,7 @@ def show_rlhf_plan(
     settings = plans.Settings(
         zero_stage=max(zero.actor_zero_stage, zero.critic_zero_stage),
         offload=zero.offload,
-        checkpointing=roles.actor_gradient_checkpointing and (critic is None or roles.critic_gradient_checkpointing),
+        checkpointing=roles.actor_gradient_checkpointing and (not critic or roles.critic_gradient_checkpointing),
         batch=train.per_device_training_batch_size,
         other_batch=rollout.per_device_generation_batch_size,
         accumulates=train.gradient_accumulation_steps > 1,
@@ -271,6 +269,6 @@ def show_rlhf_plan(
         stages = asked if s.zero_stage == settings.zero_stage else (s.zero_stage, s.zero_stage)
         return rlhf_plan(costs, s, roles, rollout, train, zero, overrides, stages)
 
-    paths = ", ".join([actor.path] if reward is None else [actor.path, reward.path])
+    paths = ", ".join([actor] if reward is None else [actor, reward.path])
     title = f"step 3: {paths}, {roles.dtype}, ZeRO {asked[0]} and {asked[1]}, ranks: {world_size()}"
     return plans.show_plan(title, settings, plan_of, FLAGS)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from training.step3_rlhf_finetuning import ppo
-from training.step3_rlhf_finetuning.experience import Experience, PPOSettings, ScoredBatch, Scoring
+from training.step3_rlhf_finetuning.experience import Experience, ScoredBatch, Scoring
 from training.step3_rlhf_finetuning.forward import actor_log_probs, in_pieces, state_values
 from training.step3_rlhf_finetuning.pretraining_mix import PretrainingMix
 from training.step3_rlhf_finetuning.roles import Roles
@@ -61,10 +61,9 @@ class PPOTrainer:
 
     Args:
         roles: from `training.step3_rlhf_finetuning.roles.build_roles`.
-        scoring: turns rollouts into experience.
+        scoring: turns rollouts into experience; its flags are those of the update.
         backend: decodes responses.
         sampling: how.
-        settings: constants of the update.
         dtype: the run's precision, which decides how far sampler and trainer may differ.
         phases: gets the time and memory of generating, scoring and training.
         pretraining: adds its loss to the actor's, None without one.
@@ -81,7 +80,6 @@ class PPOTrainer:
         scoring: Scoring,
         backend: RolloutBackend,
         sampling: SamplingConfig,
-        settings: PPOSettings,
         dtype: str,
         phases: Phases | None = None,
         pretraining: PretrainingMix | None = None,
@@ -93,7 +91,8 @@ class PPOTrainer:
         self.scoring = scoring
         self.backend = backend
         self.sampling = sampling
-        self.settings = settings
+        self.ppo = scoring.ppo
+        self.train = scoring.train
         self.dtype = dtype
         self.pretraining = pretraining
         self.before_update = before_update
@@ -187,11 +186,11 @@ class PPOTrainer:
             experiences: this rank's generation batches.
             number: of the iteration; seeds the shuffle.
         """
-        size, accumulation = self.settings.per_device_training_batch_size, self.settings.gradient_accumulation_steps
-        generator = torch.Generator().manual_seed(self.settings.seed + number)
+        size, accumulation = self.train.per_device_training_batch_size, self.train.gradient_accumulation_steps
+        generator = torch.Generator().manual_seed(self.train.seed + number)
         steps: list[OptimizerStep] = []
-        planned = self.settings.ppo_epochs * sum(-(-len(e) // size) for e in experiences) // accumulation
-        for epoch in range(self.settings.ppo_epochs):
+        planned = self.ppo.ppo_epochs * sum(-(-len(e) // size) for e in experiences) // accumulation
+        for epoch in range(self.ppo.ppo_epochs):
             pieces = [e.rows(rows) for e in experiences for rows in _minibatch_rows(len(e), size, epoch, generator)]
             if epoch:
                 pieces = [pieces[i] for i in torch.randperm(len(pieces), generator=generator).tolist()]
@@ -204,7 +203,7 @@ class PPOTrainer:
                     return _update_metrics(steps)
             epoch_sums = _added([step.sums for step in steps[first:]])
             moved = epoch_sums["approx_kl"] / max(epoch_sums["tokens"], 1.0)
-            if self.settings.target_kl and moved > self.settings.target_kl:
+            if self.ppo.target_kl and moved > self.ppo.target_kl:
                 break
         return _update_metrics(steps)
 
@@ -215,7 +214,7 @@ class PPOTrainer:
             pieces: of this rank.
             number: of the step since the run began, for the pre-training mix.
         """
-        settings, critic = self.settings, self.roles.critic
+        critic = self.roles.critic
         counts = torch.stack([torch.stack([p.mask.sum(), (~p.valid).sum()]) for p in pieces]).sum(0)
         tokens, invalid = all_reduce_sum(counts).tolist()
         sums = dict.fromkeys(("ratio", "clipped", "approx_kl", "policy_loss", "value_loss"), 0.0)
@@ -233,7 +232,7 @@ class PPOTrainer:
                 if critic is not None:
                     values = state_values(critic, piece.input_ids, piece.attention_mask, piece.mask)
                     error = ppo.value_loss(
-                        values, piece.values, piece.returns, piece.mask, clip_value=settings.clip_value
+                        values, piece.values, piece.returns, piece.mask, clip_value=self.ppo.clip_value
                     )
                     engines.backward(critic, error, tokens)
                     statistics["value_loss"] = error.detach()
@@ -253,22 +252,22 @@ class PPOTrainer:
 
     def _policy_objective(self, engine: Any, piece: Experience) -> tuple[Tensor, dict[str, Tensor]]:
         """What the actor's step minimises on a micro-batch, summed over tokens, and detached sums for the metrics."""
-        settings = self.settings
+        flags = self.ppo
         log_probs, entropy = actor_log_probs(
             engine,
             piece.input_ids,
             piece.attention_mask,
             piece.mask,
-            settings.temperature,
-            entropy=settings.entropy_coef > 0,
+            self.sampling.temperature,
+            entropy=flags.entropy_coef > 0,
         )
         loss, statistics = ppo.policy_loss(
-            log_probs, piece.log_probs, piece.advantages, piece.mask, clip_ratio=settings.clip_ratio
+            log_probs, piece.log_probs, piece.advantages, piece.mask, clip_ratio=flags.clip_ratio
         )
-        objective = loss if entropy is None else loss - settings.entropy_coef * (entropy * piece.mask).sum()
-        if settings.advantage == "grpo" and settings.kl_coef > 0:
+        objective = loss if entropy is None else loss - flags.entropy_coef * (entropy * piece.mask).sum()
+        if flags.advantage == "grpo" and flags.kl_coef > 0:
             kl = ppo.reference_kl(log_probs, piece.reference_log_probs, piece.mask)
-            objective = objective + settings.kl_coef * kl
+            objective = objective + flags.kl_coef * kl
         return objective, statistics | {"policy_loss": loss.detach()}
 
 

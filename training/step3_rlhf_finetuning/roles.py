@@ -8,6 +8,12 @@ from typing import Any
 
 import torch
 
+from training.step3_rlhf_finetuning.arguments import (
+    OptimizationArguments,
+    RoleArguments,
+    RoleZeroArguments,
+    for_each_role,
+)
 from training.step3_rlhf_finetuning.hybrid_engine import HybridEngine, make_twin
 from training.step3_rlhf_finetuning.reward_sources import (
     FunctionReward,
@@ -17,7 +23,6 @@ from training.step3_rlhf_finetuning.reward_sources import (
     TokenReward,
 )
 from training.step3_rlhf_finetuning.rewards import TextFunction
-from training.utils.arguments import LoraArguments
 from training.utils.checkpoint.ema import MovingAverage
 from training.utils.engine import engine as engines
 from training.utils.engine.reference import load_reference
@@ -30,21 +35,6 @@ from training.utils.model.lora import with_adapters
 from training.utils.model.reward_model import RewardStats
 from training.utils.model.text_reward import load_text_reward_model
 from training.utils.run.distributed import say
-
-
-@dataclass(frozen=True)
-class RoleSettings:
-    """How a trained role is built: its weights, ZeRO stage, LoRA and schedule."""
-
-    path: str
-    zero_stage: int
-    learning_rate: float
-    weight_decay: float
-    gradient_checkpointing: bool
-    lora: LoraArguments
-    lr_scheduler_type: str = "cosine"
-    num_warmup_steps: int = 0
-    fresh_head_seed: int | None = None  # of a critic that does not start from a reward model
 
 
 @dataclass(frozen=True)
@@ -66,21 +56,28 @@ class RewardModelSettings:
 
 
 @dataclass(frozen=True)
-class SharedSettings:
-    """What all roles have in common."""
+class Build:
+    """What roles are built with.
 
-    dtype: str
-    attn_implementation: str
-    offload: bool
-    offload_reference_model: bool
-    offload_reward_model: bool
+    Attributes:
+        args, train, zero: the flags.
+        overrides: the user's own DeepSpeed configuration.
+        total_steps: optimizer steps of the run.
+        pad_token_id: of the actor's tokenizer.
+        device: this rank's.
+    """
+
+    args: RoleArguments
+    train: OptimizationArguments
+    zero: RoleZeroArguments
     overrides: dict[str, Any]
-    micro_batch_size: int
     total_steps: int
     pad_token_id: int
     device: torch.device
-    merge_lora_for_generation: bool = False
-    ema: bool = False
+
+    def loading(self) -> dict[str, Any]:
+        """Precision and attention, which all models of a run have alike."""
+        return {"dtype": self.args.dtype, "attn_implementation": self.args.attn_implementation}
 
 
 @dataclass(frozen=True)
@@ -105,73 +102,77 @@ class Roles:
         return {"actor": self.actor.engine} | ({} if self.critic is None else {"critic": self.critic})
 
 
-def _ds_config(role: RoleSettings, shared: SharedSettings) -> dict[str, Any]:
+def _ds_config(role: str, build: Build) -> dict[str, Any]:
     return deepspeed_config(
-        zero_stage=role.zero_stage,
-        dtype=shared.dtype,
-        offload=shared.offload,
-        micro_batch_size=shared.micro_batch_size,
-        overrides=shared.overrides,
+        zero_stage=getattr(build.zero, f"{role}_zero_stage"),
+        dtype=build.args.dtype,
+        offload=build.zero.offload,
+        micro_batch_size=build.train.per_device_training_batch_size,
+        overrides=build.overrides,
     )
 
 
-def _initialize(model: Any, role: RoleSettings, shared: SharedSettings, config: dict[str, Any]) -> Any:
+def _initialize(role: str, model: Any, build: Build, config: dict[str, Any]) -> Any:
+    train, second = build.train, role == "critic"
     return engines.initialize_engine(
-        model.to(shared.device),
+        model.to(build.device),
         config,
-        learning_rate=role.learning_rate,
-        lora_learning_rate=role.lora.lora_learning_rate,
-        weight_decay=role.weight_decay,
-        num_warmup_steps=role.num_warmup_steps,
-        total_steps=shared.total_steps,
-        lr_scheduler_type=role.lr_scheduler_type,
+        learning_rate=getattr(train, f"{role}_learning_rate"),
+        lora_learning_rate=build.zero.lora(role).lora_learning_rate,
+        weight_decay=getattr(train, f"{role}_weight_decay"),
+        num_warmup_steps=for_each_role(train.num_warmup_steps, "--num_warmup_steps")[second],
+        total_steps=build.total_steps,
+        lr_scheduler_type=for_each_role(train.lr_scheduler_type, "--lr_scheduler_type")[second],
     )
 
 
-def build_actor(role: RoleSettings, shared: SharedSettings) -> HybridEngine:
+def build_actor(path: str, build: Build) -> HybridEngine:
     """The actor and its reference policy, see `training.utils.engine.reference`."""
-    config = _ds_config(role, shared)
-    load: dict[str, Any] = {"dtype": shared.dtype, "attn_implementation": shared.attn_implementation}
-    model = with_adapters(loading.load_causal_lm(role.path, ds_config=config, **load), role.lora)
+    config, zero = _ds_config("actor", build), build.zero
+    lora = zero.lora("actor")
+    model = with_adapters(loading.load_causal_lm(path, ds_config=config, **build.loading()), lora)
     twin = make_twin(model)
-    if role.gradient_checkpointing:
+    if build.args.actor_gradient_checkpointing:
         enable_gradient_checkpointing(model)
-    engine = _initialize(model, role, shared, config)
+    engine = _initialize("actor", model, build, config)
     reference = load_reference(
-        role.path,
-        adapters_only=role.lora.only_optimize_lora,
-        zero_stage=role.zero_stage,
-        offload=shared.offload_reference_model,
-        device=shared.device,
-        **load,
+        path,
+        adapters_only=lora.only_optimize_lora,
+        zero_stage=zero.actor_zero_stage,
+        offload=zero.offload_reference_model,
+        device=build.device,
+        **build.loading(),
     )
-    merge = shared.merge_lora_for_generation and role.lora.lora_dim > 0
-    return HybridEngine(engine, twin, reference, merge_lora=merge)
+    return HybridEngine(engine, twin, reference, merge_lora=zero.merge_lora_for_generation)
 
 
-def build_critic(role: RoleSettings, shared: SharedSettings, reward: RewardModelSettings | None) -> Any:
+def starts_from(sft: str, reward: RewardModelSettings | None) -> str:
+    """What the critic starts from: the reward model where it reads the actor's tokens, else the SFT model."""
+    return sft if reward is None or reward.reads_text else reward.path
+
+
+def build_critic(sft: str, reward: RewardModelSettings | None, build: Build) -> Any:
     """The critic: starts from the reward model and speaks in normalised rewards, ``weight x (score - mean) / std``.
 
-    From another model it starts with a fresh head, which gives nearly 0 everywhere.
+    Where it can not (`starts_from`) it is the SFT model with a fresh head, which gives nearly 0 everywhere.
     """
-    config = _ds_config(role, shared)
+    config, path = _ds_config("critic", build), starts_from(sft, reward)
+    from_reward = reward is not None and path == reward.path
     bare = classifiers.load_classifier(
-        role.path,
-        dtype=shared.dtype,
-        pad_token_id=shared.pad_token_id,
-        attn_implementation=shared.attn_implementation,
+        path,
+        pad_token_id=build.pad_token_id,
         ds_config=config,
-        fresh_head_seed=role.fresh_head_seed,
+        fresh_head_seed=None if from_reward else build.train.seed,
+        **build.loading(),
     )
-    model = with_adapters(bare, role.lora)
-    if role.gradient_checkpointing:
+    model = with_adapters(bare, build.zero.lora("critic"))
+    if build.args.critic_gradient_checkpointing:
         enable_gradient_checkpointing(model)
     mean, std = 0.0, 1.0
-    if reward is not None and role.fresh_head_seed is None:
-        stats = reward.stats
-        mean, std = (stats.mean, stats.std) if stats else (0.0, 1.0)
+    if reward is not None and from_reward:
+        mean, std = (reward.stats.mean, reward.stats.std) if reward.stats else (0.0, 1.0)
         std /= reward.weight
-    engine = _initialize(classifiers.TokenScorer(model, mean, std), role, shared, config)
+    engine = _initialize("critic", classifiers.TokenScorer(model, mean, std), build, config)
     engine.eval()
     return engine
 
@@ -215,36 +216,34 @@ def build_rewards(
 
 
 def build_roles(
-    actor: RoleSettings,
-    critic: RoleSettings | None,
+    sft: str,
     reward: RewardModelSettings | None,
     functions: Mapping[str, tuple[TextFunction, float]],
-    shared: SharedSettings,
+    build: Build,
     *,
-    reward_zero_stage: int,
+    critic: bool,
 ) -> Roles:
     """Load every model and wrap it; a collective.
 
     Args:
-        actor, critic: settings of the trained roles; no critic where advantages come from other answers to a prompt.
+        sft: the model that actor and reference start from.
         reward: of the reward model, None without one.
         functions: further rewards, with their weights, by name.
-        shared: what all roles have in common.
-        reward_zero_stage: of the reward model; at 3 it is sharded.
+        build: flags and what else the roles have in common.
+        critic: build one; not where advantages come from other answers to a prompt.
     """
     rewards = build_rewards(
         reward,
         functions,
-        pad_token_id=shared.pad_token_id,
-        dtype=shared.dtype,
-        device=shared.device,
-        attn_implementation=shared.attn_implementation,
-        zero_stage=reward_zero_stage,
-        offload=shared.offload_reward_model,
+        pad_token_id=build.pad_token_id,
+        device=build.device,
+        zero_stage=build.zero.critic_zero_stage,
+        offload=build.zero.offload_reward_model,
+        **build.loading(),
     )
-    policy = build_actor(actor, shared)
-    values = None if critic is None else build_critic(critic, shared, reward)
-    return Roles(policy, values, rewards, MovingAverage(policy.engine) if shared.ema else None)
+    policy = build_actor(sft, build)
+    values = build_critic(sft, reward, build) if critic else None
+    return Roles(policy, values, rewards, MovingAverage(policy.engine) if build.train.enable_ema else None)
 
 
 def generation_backend(actor: HybridEngine, name: str, *, rows: int, length: int) -> RolloutBackend:

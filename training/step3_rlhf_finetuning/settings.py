@@ -1,12 +1,11 @@
-"""What step 3's flags must satisfy together, and what they become."""
+"""The models and batches that step 3's flags stand for, and what they must satisfy together."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from training.step3_rlhf_finetuning.arguments import (
     EvaluationArguments,
@@ -16,11 +15,9 @@ from training.step3_rlhf_finetuning.arguments import (
     RoleZeroArguments,
     RolloutArguments,
     check_batches,
-    for_each_role,
 )
-from training.step3_rlhf_finetuning.experience import PPOSettings
 from training.step3_rlhf_finetuning.rewards import NONE, check_without_model, split_weight
-from training.step3_rlhf_finetuning.roles import RewardModelSettings, RoleSettings, SharedSettings
+from training.step3_rlhf_finetuning.roles import RewardModelSettings
 from training.utils.arguments import DataArguments
 from training.utils.errors import UserError
 from training.utils.model import classifiers, loading
@@ -43,16 +40,17 @@ def batches_of_all_ranks(rollout: RolloutArguments, train: OptimizationArguments
 
 def divide_batches(
     rollout: RolloutArguments, train: OptimizationArguments, batches: Mapping[str, int], ranks: int
-) -> None:
-    """Let each rank's batches make up ``batches`` again where a run goes on with another number of ranks, in place.
+) -> tuple[RolloutArguments, OptimizationArguments]:
+    """The flags with each rank's batches, so that they make up ``batches`` on this number of ranks.
 
-    The batch sizes of the flags are kept if they divide a rank's share, else the next smaller ones that do.
+    Where a run goes on with another number of ranks, the batch sizes of the flags are kept if they divide a rank's
+    share, else the next smaller ones that do.
 
     Raises:
         UserError: the ranks can not share the rows evenly.
     """
     if batches == batches_of_all_ranks(rollout, train, ranks):
-        return
+        return rollout, train
     responses, rows = batches["responses per iteration"], batches["rows per step"]
     if responses % (ranks * rollout.samples_per_prompt) or rows % ranks:
         raise UserError(
@@ -60,19 +58,21 @@ def divide_batches(
             f"can not share evenly; give it another number of ranks"
         )
     share, samples = responses // ranks, rollout.samples_per_prompt
-    rollout.per_device_generation_batch_size = max(
+    generation = max(
         size
         for size in range(1, min(rollout.per_device_generation_batch_size, share) + 1)
         if share % size == 0 and size % samples == 0
     )
-    rollout.generation_batches = share // rollout.per_device_generation_batch_size
-    train.per_device_training_batch_size = max(
+    training = max(
         size
         for size in range(1, min(train.per_device_training_batch_size, rows // ranks) + 1)
-        if rows // ranks % size == 0 and rollout.per_device_generation_batch_size % size == 0
+        if rows // ranks % size == 0 and generation % size == 0
     )
-    train.gradient_accumulation_steps = rows // ranks // train.per_device_training_batch_size
+    rollout = replace(rollout, per_device_generation_batch_size=generation, generation_batches=share // generation)
+    accumulation = rows // ranks // training
+    train = replace(train, per_device_training_batch_size=training, gradient_accumulation_steps=accumulation)
     check_batches(rollout, train)
+    return rollout, train
 
 
 def prompts_per_step(rollout: RolloutArguments, batches: Mapping[str, int], ranks: int) -> int:
@@ -174,119 +174,35 @@ def reward_model_settings(
 
 
 def check_models(
-    actor: RoleSettings,
-    critic: RoleSettings | None,
+    actor: str,
+    critic: str,
     reward: RewardModelSettings | None,
+    zero: RoleZeroArguments,
     tokenizer: Any,
     length: int,
 ) -> None:
     """Refuse models that can not read the actor's tokens, or whose adapters match nothing, before any is loaded.
 
     Args:
-        actor, critic, reward: the roles, None for one that there is not.
+        actor, critic: what they start from, the latter empty where there is no critic.
+        reward: None without one.
+        zero: the flags.
         tokenizer: of the prompts and answers.
         length: the longest sequence in tokens.
 
     Raises:
         UserError: too few positions or embeddings, or a LoRA name without a match.
     """
-    for role in filter(None, (actor, critic)):
-        check_lora(role.path, role.lora)
-    readers = [actor.path, critic.path if critic else "", reward.path if reward and not reward.reads_text else ""]
+    for role, path in (("actor", actor), ("critic", critic)):
+        if path:
+            check_lora(path, zero.lora(role))
+    readers = [actor, critic, reward.path if reward and not reward.reads_text else ""]
     for path in dict.fromkeys(filter(None, readers)):
         check_length(path, length, "--max_prompt_seq_len + --max_answer_seq_len")
         check_vocabulary(path, tokenizer)
-
-
-def actor_settings(
-    path: str, args: RoleArguments, train: OptimizationArguments, zero: RoleZeroArguments
-) -> RoleSettings:
-    """How the actor is built."""
-    return RoleSettings(
-        path,
-        zero.actor_zero_stage,
-        train.actor_learning_rate,
-        train.actor_weight_decay,
-        args.actor_gradient_checkpointing,
-        zero.lora("actor"),
-        for_each_role(train.lr_scheduler_type, "--lr_scheduler_type")[0],
-        for_each_role(train.num_warmup_steps, "--num_warmup_steps")[0],
-    )
-
-
-def critic_settings(
-    actor_path: str,
-    reward: RewardModelSettings | None,
-    args: RoleArguments,
-    train: OptimizationArguments,
-    zero: RoleZeroArguments,
-) -> RoleSettings:
-    """How the critic is built: from the reward model, or from the SFT model with a fresh head where that can not be."""
-    from_reward = reward is not None and not reward.reads_text
-    return RoleSettings(
-        reward.path if reward is not None and from_reward else actor_path,
-        zero.critic_zero_stage,
-        train.critic_learning_rate,
-        train.critic_weight_decay,
-        args.critic_gradient_checkpointing,
-        zero.lora("critic"),
-        for_each_role(train.lr_scheduler_type, "--lr_scheduler_type")[1],
-        for_each_role(train.num_warmup_steps, "--num_warmup_steps")[1],
-        fresh_head_seed=None if from_reward else train.seed,
-    )
-
-
-def shared_settings(
-    args: RoleArguments,
-    train: OptimizationArguments,
-    zero: RoleZeroArguments,
-    *,
-    overrides: dict[str, Any],
-    total_steps: int,
-    pad_token_id: int,
-    device: torch.device,
-) -> SharedSettings:
-    """What all roles have in common."""
-    return SharedSettings(
-        dtype=args.dtype,
-        attn_implementation=args.attn_implementation,
-        offload=zero.offload,
-        offload_reference_model=zero.offload_reference_model,
-        offload_reward_model=zero.offload_reward_model,
-        overrides=overrides,
-        micro_batch_size=train.per_device_training_batch_size,
-        total_steps=total_steps,
-        pad_token_id=pad_token_id,
-        device=device,
-        merge_lora_for_generation=zero.merge_lora_for_generation,
-        ema=train.enable_ema,
-    )
 
 
 def steps_per_iteration(ppo: PPOArguments, rollout: RolloutArguments, train: OptimizationArguments) -> int:
     """Optimizer steps that an iteration makes unless ``--target_kl`` ends it."""
     rows = rollout.per_device_generation_batch_size * rollout.generation_batches
     return ppo.ppo_epochs * rows // train.per_device_training_batch_size // train.gradient_accumulation_steps
-
-
-def ppo_settings(args: PPOArguments, rollout: RolloutArguments, train: OptimizationArguments) -> PPOSettings:
-    """The trainer's constants from the flags."""
-    return PPOSettings(
-        advantage=args.advantage,
-        samples_per_prompt=rollout.samples_per_prompt,
-        ppo_epochs=args.ppo_epochs,
-        per_device_training_batch_size=train.per_device_training_batch_size,
-        gradient_accumulation_steps=train.gradient_accumulation_steps,
-        temperature=rollout.temperature,
-        kl_coef=args.kl_coef,
-        clip_ratio=args.clip_ratio,
-        clip_value=args.clip_value,
-        clip_reward=args.clip_reward,
-        gamma=args.gamma,
-        gae_lambda=args.gae_lambda,
-        entropy_coef=args.entropy_coef,
-        target_kl=args.target_kl,
-        missing_eos_penalty=args.missing_eos_penalty,
-        whiten_advantages=args.whiten_advantages,
-        seed=train.seed,
-    )
