@@ -10,14 +10,17 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tests.rank_pair import RankPair
+from tests.step3.hybrid_checks import twin_equals_engine
 from tests.tiny import tiny_tokenizer
+from tests.utils.engine.engine_checks import collate, fixed_rows
 from training.utils.arguments import LoraArguments
 from training.utils.errors import UserError
 from training.utils.generation.engines import rollout_backend
@@ -208,6 +211,37 @@ def rewards(folder: str, _: Path) -> str:
     return "ok"
 
 
+def shards(pair: RankPair) -> Callable[[str, Path], str]:
+    """At ZeRO-3 on two ranks, after two optimizer steps: the twin's greedy tokens, of another length on each rank, and
+    the engine's log-probs equal those of a plain model with the gathered weights."""
+
+    def check(folder: str, _: Path) -> str:
+        try:
+            results = pair.run(twin_equals_engine, folder, stage=3)
+        except AssertionError as error:
+            last = str(error).strip().splitlines()[-1]
+            if "UserError: " in last:
+                return last.partition("UserError: ")[2]
+            raise AssertionError(last) from error
+        plain = loading.load_causal_lm(folder, dtype="fp32").eval()
+        before = {name: parameter.clone() for name, parameter in plain.named_parameters()}
+        unknown = plain.load_state_dict(results[0]["state"], strict=False).unexpected_keys
+        assert not unknown, f"the gathered weights have other names: {unknown[0]}"
+        assert any(not torch.equal(parameter, before[name]) for name, parameter in plain.named_parameters())
+        rows = fixed_rows()
+        with torch.no_grad():
+            expected, _ = response_log_probs(plain, **collate(rows, max(len(ids) for ids, _ in rows)))
+        for result in results:
+            off = (result["engine_log_probs"] - expected).abs().max().item()
+            assert off < 1e-3, f"the engine is another model than its weights: {off:.1e}"
+            tokens = rollout_backend("hf").generate(plain, result["request"], result["sampling"]).input_ids
+            for name, found in result["tokens"].items():
+                assert found.tolist() == tokens.tolist(), f"`{name}` on the twin gives other tokens"
+        return "ok"
+
+    return check
+
+
 CHECKS: dict[str, Callable[[str, Path], str]] = {
     "step 1": trains(lora=False),
     "LoRA": trains(lora=True),
@@ -217,15 +251,15 @@ CHECKS: dict[str, Callable[[str, Path], str]] = {
 }
 
 
-def row(family: str, checks: Sequence[str] = tuple(CHECKS)) -> dict[str, str]:
+def row(family: str, checks: Mapping[str, Callable[[str, Path], str]] = CHECKS) -> dict[str, str]:
     """The cells of a family."""
     cells = {}
     with tempfile.TemporaryDirectory() as name:
         (scratch := Path(name) / "model").mkdir()
         folder = save(family, scratch)
-        for check in checks:
+        for check, holds in checks.items():
             try:
-                cells[check] = CHECKS[check](folder, Path(name) / check.replace(" ", ""))
+                cells[check] = holds(folder, Path(name) / check.replace(" ", ""))
             except UserError as error:
                 cells[check] = str(error).replace(folder, "MODEL")
             except Exception as error:
@@ -237,12 +271,17 @@ def row(family: str, checks: Sequence[str] = tuple(CHECKS)) -> dict[str, str]:
 
 def main(families: Sequence[str]) -> int:
     """Print the table; returns 1 if a cell fails."""
-    print(f"| family | {' | '.join(CHECKS)} |\n|{'---|' * (len(CHECKS) + 1)}")
+    pair = RankPair()
+    checks = CHECKS | {"ZeRO-3": shards(pair)}
+    print(f"| family | {' | '.join(checks)} |\n|{'---|' * (len(checks) + 1)}")
     failed = False
-    for family in families or FAMILIES:
-        cells = row(family)
-        failed |= any(cell.startswith("FAILS") for cell in cells.values())
-        print(f"| {family} | {' | '.join(cells.values())} |", flush=True)
+    try:
+        for family in families or FAMILIES:
+            cells = row(family, checks)
+            failed |= any(cell.startswith("FAILS") for cell in cells.values())
+            print(f"| {family} | {' | '.join(cells.values())} |", flush=True)
+    finally:
+        pair.close()
     return int(failed)
 
 

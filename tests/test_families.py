@@ -29,3 +29,9 @@ def test_families(family):
 @pytest.mark.parametrize("family", sorted(set(families.FAMILIES) - set(families.FEW)))
 def test_other_families(family):
     assert_served(family)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_families_at_zero_3_on_two_ranks(family, rank_pair):
+    assert families.row(family, {"ZeRO-3": families.shards(rank_pair)}) == {"ZeRO-3": "ok"}
