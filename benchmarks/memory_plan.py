@@ -2,6 +2,7 @@
 
     python benchmarks/memory_plan.py                     the embedded model, steps 1, 2, 3 at ZeRO 0, 2, 3
     python benchmarks/memory_plan.py --step 1 --zero_stage 2 --model_name_or_path FOLDER
+    python benchmarks/memory_plan.py --recipe mini       the flags of a recipe
 
 Rows fill the longest length, as the plan assumes. Measured is the peak of tensor memory: of the accelerator's
 allocator, or on a CPU resident memory above that after the imports. There the C library is told to give freed memory
@@ -94,6 +95,20 @@ def arguments_of(step: int, model: str, stage: int, data: Path, length: int, bat
     ]
 
 
+def arguments_of_recipe(recipe: str, step: int, model: str, data: Path, dtype: str) -> list[str]:
+    """A step's flags as a recipe has them, on a few rows of the longest length."""
+    from training.utils.run.recipes import flags_of, read_recipe
+
+    section = read_recipe(recipe)[1][f"step{step}"]
+    ours = {"data_path": f"{data}/step{step}_train.jsonl", "eval_data_path": f"{data}/step{step}_eval.jsonl:8"}
+    ours |= {"dtype": dtype, "report_to": "none"} | ({"num_iterations": 2} if step == 3 else {})
+    flags = flags_of({name: value for name, value in section.items() if name != "eval_function"} | ours, [ROOT])
+    if step < 3:
+        return ["--model_name_or_path", model, *flags]
+    reward = ["--critic_model_name_or_path", str(data / REWARD), "--no-normalize_reward"]
+    return ["--actor_model_name_or_path", model, *reward, *flags]
+
+
 def status(name: str) -> int:
     """A figure of /proc/self/status, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -130,14 +145,25 @@ def run(command: list[str], environment: dict[str, str], pattern: str) -> float:
 
 
 def compare(
-    step: int, stage: int, model: str, *, length: int, batch: int, dtype: str, default_allocator: bool = False
+    step: int,
+    stage: int,
+    model: str,
+    *,
+    length: int,
+    batch: int,
+    dtype: str,
+    recipe: str = "",
+    default_allocator: bool = False,
 ) -> tuple[float, float]:
-    """(planned, measured) peak of one step on one rank, in MiB."""
+    """(planned, measured) peak of one step on one rank, in MiB; a ``recipe`` has its own stage, length and batch."""
     with tempfile.TemporaryDirectory() as folder:
         write_data(Path(folder), length)
         if step == 3:
             write_reward_model(Path(folder), model)
-        argv = arguments_of(step, model, stage, Path(folder), length, batch, dtype)
+        if recipe:
+            argv = arguments_of_recipe(recipe, step, model, Path(folder), dtype)
+        else:
+            argv = arguments_of(step, model, stage, Path(folder), length, batch, dtype)
         output = ["--output_dir", f"{folder}/out"]
         environment = {"PYTHONPATH": str(ROOT), "TRIPOD_CACHE": f"{folder}/cache", "TRIPOD_OUTPUT": f"{folder}/runs"}
         program = [sys.executable, "-m", PROGRAMS[step], *argv, *output, "--plan"]
@@ -158,6 +184,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128, help="tokens of a row; step 3: half prompt, half response")
     parser.add_argument("--batch", type=int, default=4, help="rows (step 2: pairs) of a micro-batch")
     parser.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto")
+    parser.add_argument("--recipe", default="", help="take a recipe's flags instead of stages, length and batch")
     parser.add_argument("--default_allocator", action="store_true", help="leave the C library's settings alone")
     args = parser.parse_args()
     from training.utils.model.loading import resolve_model
@@ -165,8 +192,8 @@ def main() -> None:
     model = resolve_model(args.model_name_or_path)
     print("| step | ZeRO | planned, MiB | measured, MiB | planned / measured |\n|---|---|---|---|---|", flush=True)
     for step in args.step:
-        for stage in args.zero_stage:
-            sizes = {"length": args.length, "batch": args.batch, "dtype": args.dtype}
+        for stage in [0] if args.recipe else args.zero_stage:
+            sizes = {"length": args.length, "batch": args.batch, "dtype": args.dtype, "recipe": args.recipe}
             planned, measured = compare(step, stage, model, default_allocator=args.default_allocator, **sizes)
             print(f"| {step} | {stage} | {planned:,.0f} | {measured:,.0f} | {planned / measured:.2f} |", flush=True)
 

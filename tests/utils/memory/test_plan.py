@@ -14,6 +14,7 @@ from transformers import (
     BloomConfig,
     GPT2Config,
     GPTNeoXConfig,
+    LlamaConfig,
     OPTConfig,
     Qwen2Config,
 )
@@ -29,6 +30,7 @@ from training.utils.memory.training import SequenceCosts, sequence_plan
 from training.utils.model.forward import enable_gradient_checkpointing
 from training.utils.model.language_modelling import negative_log_likelihood
 from training.utils.model.logprobs import response_log_probs
+from training.utils.run.recipes import flags_of, read_recipe
 
 ROOT = Path(__file__).resolve().parents[3]
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 400}
@@ -203,6 +205,34 @@ def test_the_plan_is_within_15_percent_of_what_the_embedded_model_takes(step):
     assert [stage for _, stage, _ in rows] == ["0", "2", "3"], done.stdout + done.stderr[-3000:]
     for _, stage, ratio in rows:
         assert float(ratio) == pytest.approx(1.0, abs=0.15), f"ZeRO {stage}"
+
+
+MINI = {  # what the recipe adds to the demo's
+    "step1": {"gradient_checkpointing": True, "per_device_eval_batch_size": 4, "max_seq_len": 256},
+    "step2": {"gradient_checkpointing": True, "per_device_eval_batch_size": 4, "max_seq_len": 256},
+    "step3": {"actor_gradient_checkpointing": True},
+}
+
+
+def test_the_mini_recipe_is_the_demo_in_less_memory():
+    demo, mini = read_recipe("demo")[1], read_recipe("mini")[1]
+    assert mini == {step: demo[step] | MINI[step] for step in demo}
+
+
+@pytest.mark.parametrize("step", [3, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 2))])
+def test_the_mini_recipe_is_planned_below_1_6_gb(step, tmp_path, tiny_model, capsys):
+    """In 16 bit, for a model of SmolLM2-135M's shape; step 3 needs the most."""
+    shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
+    shape |= {"num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True, "pad_token_id": 2}
+    LlamaConfig(**shape, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (tmp_path / name).write_text((tiny_model / name).read_text())
+    section = read_recipe("mini")[1][f"step{step}"] | {"dtype": "bf16", "plan": True}
+    models = {"actor_model_name_or_path": str(tmp_path), "critic_model_name_or_path": str(tmp_path)}
+    section |= models | {"normalize_reward": False} if step == 3 else {"model_name_or_path": str(tmp_path)}
+    assert run_program(importlib.import_module(STEPS[step]).main, flags_of(section, [ROOT])) == 0
+    peak = int(re.search(r"\n  peak ([\d,]+) in", capsys.readouterr().out)[1].replace(",", ""))
+    assert 600 * 2**20 < peak * 2**20 < 1.6e9
 
 
 def test_plans_pass_rows_through_a_device_that_is_not_the_cpu(tiny_model):
