@@ -6,7 +6,7 @@
     python train.py --resume auto                      goes on with the latest run: with its step, where it stopped
     python train.py --output_dir output/demo           goes on with that run; finished steps are skipped
     python train.py --pipeline sft,dpo                 no reward model and no PPO: DPO on the pairs, in RUN/dpo
-    python train.py --step 2 3 --actor_model_name_or_path SFT_MODEL    starts from a model you have
+    python train.py --step 2 3 --actor_model_name_or_path SFT_MODEL --data_path mine.csv    starts from a model you have
     python train.py --step3_args "--ppo_epochs 2"      anything else, as the step's own flags
 
 The exact command of each step is printed before it starts and can be run by itself. A run directory holds
@@ -35,6 +35,7 @@ from training.utils.run.environment import check_environment
 if __name__ == "__main__":
     check_environment()
 
+from training.migrate.e2e import rewritten
 from training.pipeline import estimate
 from training.pipeline.own_data import START, check_pairs, check_paths, check_sources, without_demo
 from training.pipeline.shared_flags import SharedArguments, given_flags, refuse_flags_of_some_steps
@@ -395,7 +396,7 @@ def parse_flags(argv: Sequence[str]) -> list[Any]:
     """
     groups = [RunArguments, InputArguments, SharedArguments]
     others = {"--model_name_or_path": arguments.OtherFlag(str, ours=ACTOR)}
-    tokens = _joined(argv)
+    tokens = rewritten(_joined(argv))
     refuse_flags_of_some_steps(tokens, groups)
     return arguments.parse(groups, tokens, prog="train.py", description=__doc__, others=others)
 

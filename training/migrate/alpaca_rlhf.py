@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from training.migrate import deepspeed_chat as chat
+from training.migrate import deepspeed_chat as chat, e2e
 from training.migrate.deepspeed_chat import same
 from training.migrate.program import Constant, Predecessor, Program, Translation
 from training.utils.arguments import OtherFlag
@@ -71,6 +71,9 @@ ALPACA_RLHF = Predecessor(
             (chat.GREEDY, "rewards are normalised by step 2's reward_stats.json; there by two numbers in the code"),
             settle_step3,
         ),
+        e2e.PROGRAM,
+        *chat.EVALUATIONS,
+        Program("the chat page", ("llama_chatbot_gradio.py",), "page", {"--path": chat.CHAT["--path"]}),
     ),
     ("alpaca_rlhf", "alpaca-rlhf"),
 )  # fmt: skip

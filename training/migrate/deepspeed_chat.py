@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from training.migrate import e2e
 from training.migrate.program import Constant, Predecessor, Program, Translation
 from training.utils.arguments import SCHEDULES, OtherFlag
 
@@ -245,6 +246,7 @@ CHAT = {
     "--path": OtherFlag(str, ours="--path"),
     "--max_new_tokens": OtherFlag(int, 128, ours="--max_new_tokens", minimum=1),
 }
+CHAT_SCRIPT = {"--path": OtherFlag(str, ours="--path")}
 PROMPT_EVAL = {
     "--model_name_or_path_baseline": OtherFlag(str, ours="--base_model_name_or_path"),
     "--model_name_or_path_finetune": OtherFlag(str, ours="--path", said="the output folder of a step 1"),
@@ -252,6 +254,11 @@ PROMPT_EVAL = {
 REWARD_EVAL = {
     "--model_name_or_path": OtherFlag(str, ours="--path", said="the output folder of a step 2"),
 }
+
+EVALUATIONS = (
+    Program("evaluation of step 1", ("prompt_eval.py",), "evaluate1", PROMPT_EVAL),
+    Program("evaluation of step 2", ("rw_eval.py",), "evaluate2", REWARD_EVAL),
+)
 
 DEEPSPEED_CHAT = Predecessor(
     "DeepSpeed-Chat",
@@ -287,6 +294,10 @@ DEEPSPEED_CHAT = Predecessor(
             (GREEDY,),
             settle_step3,
         ),
+        e2e.PROGRAM,
+        *EVALUATIONS,
+        Program("the chat", ("inference/chatbot.py",), "chat", CHAT),
+        Program("the chat", ("deepspeed-chat/chat.py",), "chat", CHAT_SCRIPT),
     ),
     ("deepspeed-chat", "deepspeedexamples"),
 )

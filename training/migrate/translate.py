@@ -47,6 +47,7 @@ OURS: Mapping[str, Ours] = {
     "evaluate1": Ours("training/step1_supervised_finetuning/evaluate.py", launched=False),
     "evaluate2": Ours("training/step2_reward_model_finetuning/evaluate.py", launched=False),
     "preview": Ours("training/utils/data/preview.py", launched=False),
+    "train": Ours("train.py", launched=False),
     "chat": Ours("inference/chatbot.py", launched=False),
     "page": Ours("inference/gradio_chatbot.py", launched=False),
 }
@@ -109,7 +110,11 @@ def translate(text: str, source: str = "") -> Translated:
         raise UserError("; ".join(found.refused))
     argv = [word for name, values in found.values.items() for word in (name, *values)]
     if ours.groups:
-        ours.check(arguments.parse(ours.groups, argv, prog=ours.script, description=""))
+        known = {
+            name: values for name, values in found.values.items() if "$" not in "".join(values)
+        }  # else the shell's
+        checked = [word for name, values in known.items() for word in (name, *values)]
+        ours.check(arguments.parse(ours.groups, checked, prog=ours.script, description=""))
     lines = [*told, *found.lines, *command.notes, *(f"not the same: {line}" for line in program.different)]
     return Translated(predecessor, program, command.environment, command.launcher, ours, argv, lines)
 
@@ -138,7 +143,7 @@ def choose(command: Command, source: str = "") -> tuple[Predecessor, Program, li
         raise UserError(f"{command.script} may be several steps' program: write its path, {paths}")
     predecessor, program = found[0]
     others = [p.name for p, _ in found[1:]]
-    told = [f"taken for {predecessor.name}'s; --from {others[0]} takes it for that one's"] if others else []
+    told = [f"taken for {predecessor.name}'s; --source {others[0]} takes it for that one's"] if others else []
     return predecessor, program, told
 
 

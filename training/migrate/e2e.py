@@ -1,0 +1,152 @@
+"""The flags of DeepSpeed-Chat's e2e_rlhf.py, which starts its three steps, as those of train.py."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from training.migrate.program import Program, Translation
+from training.utils.arguments import OtherFlag
+from training.utils.errors import UserError
+
+SIZE = "facebook/opt-{}"  # of a model that is named by its size alone
+HOSTFILE = Path("/job/hostfile")  # DeepSpeed's default
+ZERO = OtherFlag(str, choices=("", "0", "1", "2", "3"), settled=True)
+E2E: Mapping[str, OtherFlag] = {
+    "--step": OtherFlag(int, ours="--step", many=True, choices=(1, 2, 3)),
+    "--actor-model": OtherFlag(str, "1.3b", settled=True),
+    "--reward-model": OtherFlag(str, "350m", settled=True),
+    "--actor-zero-stage": ZERO,
+    "--reward-zero-stage": ZERO,
+    "--output-dir": OtherFlag(str, "./output", settled=True),
+    "--deployment-type": OtherFlag(
+        str, "single_gpu", choices=("single_gpu", "single_node", "multi_node"), settled=True
+    ),
+}
+STAGES = {"--actor-zero-stage": ((1, "--zero_stage"), (3, "--actor_zero_stage")),
+          "--reward-zero-stage": ((2, "--zero_stage"), (3, "--critic_zero_stage"))}  # fmt: skip
+FOLDERS = {"--actor-model": ("actor-models", "step1"), "--reward-model": ("reward-models", "step2")}
+NAMES = {"--actor-model": "--actor_model_name_or_path", "--reward-model": "--reward_model_name_or_path"}
+
+
+def gpus_here() -> int:
+    """GPUs that deepspeed's launcher would take: the visible ones, or 1 process where there is none."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return len(visible.split(",")) if visible else len(list(Path("/dev").glob("nvidia[0-9]*"))) or 1
+
+
+def model_of(flag: str, name: str, steps: Sequence[int], output_dir: str) -> str:
+    """The model that ``--actor-model`` or ``--reward-model`` means.
+
+    Args:
+        flag: which of them.
+        name: its value: a size, a name of the hub, or a folder.
+        steps: those that run. Where the model's own step does not, an earlier run has made it.
+        output_dir: of that run.
+
+    Raises:
+        UserError: it is not where that run would have left it.
+    """
+    size = name.removeprefix("facebook/opt-")
+    if "/" in size:
+        return name
+    folder, step = FOLDERS[flag]
+    if int(step[4:]) in steps:
+        return SIZE.format(size)
+    made = Path(output_dir) / folder / size
+    if not made.is_dir():
+        raise UserError(f"{flag} {name} is what an earlier {step} has made: give its folder, {NAMES[flag]} RUN/{step}")
+    return str(made)
+
+
+def as_train_flags(given: Mapping[str, str], steps: Sequence[int], *, hostfile: bool) -> dict[str, str]:
+    """Flags of e2e_rlhf.py as flags of train.py; those of single steps are texts in ``--stepN_args``.
+
+    Args:
+        given: flag -> value.
+        steps: those that run.
+        hostfile: the command names one.
+
+    Raises:
+        UserError: a value can not be had.
+    """
+    found: dict[str, str] = {}
+    for flag, name in NAMES.items():
+        if flag in given:
+            found[name] = model_of(flag, given[flag], steps, given.get("--output-dir", "./output"))
+    if given.get("--output-dir"):
+        found["--output_dir"] = given["--output-dir"]
+    for flag, places in STAGES.items():
+        for step, name in places if given.get(flag) else ():
+            key = f"--step{step}_args"
+            found[key] = f"{found.get(key, '')} {name} {given[flag]}".strip()
+    where = given.get("--deployment-type")
+    if where == "multi_node" and not hostfile:
+        if not HOSTFILE.is_file():
+            raise UserError("--deployment-type multi_node: name the hosts: --hostfile HOSTS")
+        found["--hostfile"] = str(HOSTFILE)
+    elif where in ("single_gpu", "single_node"):
+        found["--num_gpus"] = str(1 if where == "single_gpu" else gpus_here())
+    return found
+
+
+def rewritten(argv: Sequence[str]) -> list[str]:
+    """train.py's arguments with e2e_rlhf.py's replaced; what stands for the same beside them wins.
+
+    Args:
+        argv: with ``--stepN_args=TEXT`` as one token each.
+
+    Raises:
+        UserError: a value that e2e_rlhf.py would not take, or that can not be had.
+    """
+    rest, given = list[str](), dict[str, str]()
+    tokens = list(argv)
+    while tokens:
+        name, equals, value = tokens.pop(0).partition("=")
+        flag = "--" + name[2:].replace("_", "-")
+        if not name.startswith("--") or flag not in E2E or flag in ("--step", "--output-dir"):
+            rest.append(name + equals + value)
+            continue
+        if not equals and (not tokens or tokens[0].startswith("--")):
+            raise UserError(f"{name}: expected one value")
+        given[flag] = value if equals else tokens.pop(0)
+        if E2E[flag].choices and given[flag] not in E2E[flag].choices:
+            raise UserError(f"{name} {given[flag]} is none of {', '.join(map(str, E2E[flag].choices))}")
+    if not given:
+        return list(argv)
+    names = {token.partition("=")[0] for token in rest}
+    at = rest.index("--step") + 1 if "--step" in rest else len(rest)
+    steps = []
+    while at < len(rest) and rest[at].isdigit():
+        steps.append(int(rest[at]))
+        at += 1
+    for name, value in as_train_flags(given, steps or [1, 2, 3], hostfile="--hostfile" in names).items():
+        own = next((i for i, token in enumerate(rest) if token.startswith(f"{name}=")), None)
+        if name.endswith("_args") and own is not None:  # what the user writes there comes last, and counts
+            rest[own] = f"{name}={value} {rest[own].partition('=')[2]}"
+        elif name not in names:
+            rest += [f"{name}={value}"] if name.endswith("_args") else [name, value]
+    return rest
+
+
+def settle_e2e(t: Translation) -> None:
+    """Its models, stages and ranks, and the data of its scripts."""
+    steps = [int(text) for text in t.given.get("--step", [])] or [1, 2, 3]
+    given = {name: str(t.theirs(name)) for name in E2E if name != "--step" and t.theirs(name) not in (None, "")}
+    try:
+        for name, value in as_train_flags(given, steps, hostfile="--hostfile" in t.given).items():
+            t.set(name, value, "as e2e_rlhf.py has it")
+    except UserError as error:
+        t.refused.append(str(error))
+    t.set("--data_path", "Dahoas/rm-static", "the data of its scripts")
+    t.set("--data_split", "2,4,4", "the data of its scripts")
+    t.set("--recipe", "start", "this project's values for own data")
+    folder, size = given["--deployment-type"], given["--actor-model"].removeprefix("facebook/opt-")
+    t.lines.append(
+        f"its batch sizes and rates are in {folder}/run_{size}.sh of each step: translate those, and give them as "
+        "--step1_args, --step2_args, --step3_args"
+    )
+
+
+PROGRAM = Program("all three steps", ("e2e_rlhf.py", "deepspeed-chat/train.py"), "train", E2E, settle=settle_e2e)
