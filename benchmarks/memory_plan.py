@@ -100,7 +100,10 @@ def arguments_of_recipe(recipe: str, step: int, model: str, data: Path, dtype: s
     from training.utils.run.recipes import flags_of, read_recipe
 
     section = read_recipe(recipe)[1][f"step{step}"]
-    ours = {"data_path": f"{data}/step{step}_train.jsonl", "eval_data_path": f"{data}/step{step}_eval.jsonl:8"}
+    ours: dict[str, str | int] = {
+        "data_path": f"{data}/step{step}_train.jsonl",
+        "eval_data_path": f"{data}/step{step}_eval.jsonl:8",
+    }
     ours |= {"dtype": dtype, "report_to": "none"} | ({"num_iterations": 2} if step == 3 else {})
     flags = flags_of({name: value for name, value in section.items() if name != "eval_function"} | ours, [ROOT])
     if step < 3:

@@ -36,7 +36,13 @@ from training.step3_rlhf_finetuning import prompts, settings  # noqa: E402
 from training.step3_rlhf_finetuning.experience import Experience, Scoring  # noqa: E402
 from training.step3_rlhf_finetuning.ppo_trainer import PPOTrainer  # noqa: E402
 from training.step3_rlhf_finetuning.rewards import parse_reward_functions  # noqa: E402
-from training.step3_rlhf_finetuning.roles import Roles, build_roles, generation_backend  # noqa: E402
+from training.step3_rlhf_finetuning.roles import (  # noqa: E402
+    Build,
+    Roles,
+    build_roles,
+    generation_backend,
+    starts_from,
+)
 from training.utils.checkpoint import engine_state  # noqa: E402
 from training.utils.data import prepare_data, stop_token_ids  # noqa: E402
 from training.utils.engine import precision  # noqa: E402
@@ -118,15 +124,14 @@ class PPO:
         sampling = SamplingConfig(
             rollout.max_answer_seq_len, temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k
         )
-        constants = settings.ppo_settings(ppo, rollout, train)
         backend = generation_backend(
             self.roles.actor,
             rollout.rollout_engine,
             rows=rollout.per_device_generation_batch_size,
             length=length,
         )
-        scoring = Scoring(self.roles, self._prompts, constants)
-        self.trainer = PPOTrainer(self.roles, scoring, backend, sampling, constants, role_args.dtype)
+        scoring = Scoring(self.roles, self._prompts, ppo, rollout, train)
+        self.trainer = PPOTrainer(self.roles, scoring, backend, sampling, role_args.dtype)
         self._found: dict[str, float] = {}
 
     def _build_roles(self, actor_path: str, reward_path: str, length: int) -> Roles:
@@ -135,21 +140,12 @@ class PPO:
         reward = settings.reward_model_settings(
             reward_path, self.tokenizer, normalize=ppo.normalize_reward, weight=weight, plan=False
         )
-        actor = settings.actor_settings(actor_path, role_args, train, zero)
-        critic = None
-        if ppo.advantage == "gae":
-            critic = settings.critic_settings(actor_path, reward, role_args, train, zero)
-        settings.check_models(actor, critic, reward, self.tokenizer, length)
-        shared = settings.shared_settings(
-            role_args,
-            train,
-            zero,
-            overrides=read_user_config(zero.deepspeed_config),
-            total_steps=self.iterations * settings.steps_per_iteration(ppo, rollout, train),
-            pad_token_id=self.tokenizer.pad_token_id,
-            device=self._device,
-        )
-        return build_roles(actor, critic, reward, functions, shared, reward_zero_stage=zero.critic_zero_stage)
+        critic_path = starts_from(actor_path, reward) if ppo.advantage == "gae" else ""
+        settings.check_models(actor_path, critic_path, reward, zero, self.tokenizer, length)
+        steps = self.iterations * settings.steps_per_iteration(ppo, rollout, train)
+        overrides, pad = read_user_config(zero.deepspeed_config), self.tokenizer.pad_token_id
+        build = Build(role_args, train, zero, overrides, steps, pad, self._device)
+        return build_roles(actor_path, reward, functions, build, critic=bool(critic_path))
 
     @property
     def iterations(self) -> int:
