@@ -11,8 +11,6 @@ from training.migrate.translate import OURS, translate
 from training.utils import arguments
 from training.utils.errors import UserError
 
-DPO = pytest.mark.skipif("dpo" not in OURS, reason="there is no DPO program")
-
 
 def values_of(text):
     """Our flag -> its value in the translated command."""
@@ -193,7 +191,6 @@ def test_the_pre_training_mix_has_the_same_share(name):
     assert values_of(f"{text} 0.0")["--unsupervised_data_path"] == []
 
 
-@DPO
 @pytest.mark.parametrize(
     ("text", "means"),
     [
