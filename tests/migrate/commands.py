@@ -12,6 +12,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from training.migrate.predecessors import PREDECESSORS
 from training.migrate.translate import Translated, translate
 from training.utils.errors import UserError
 
@@ -55,10 +56,13 @@ def name_of(label: str) -> str:
 def lines_of(predecessor: str, step: str, flags: dict[str, Any]) -> list[str]:
     """The command with each program that it may have been meant for."""
 
+    programs = next(p.programs for p in PREDECESSORS if p.name == predecessor)
+    valued = {flag for p in programs for flag, other in p.flags.items() if other.kind is not bool and not other.many}
+
     def text(flag: str, value: Any) -> str:
         """As in the script: a value that was a variable there is a word; one that was quoted is quoted."""
         if value is True:
-            return flag
+            return f"{flag} PLACE" if flag in valued else flag
         return f"{flag} {shlex.quote(value) if flag in QUOTED else value or 'PLACE'}"
 
     words = " ".join(text(*item) for item in flags.items())

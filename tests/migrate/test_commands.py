@@ -9,7 +9,7 @@ from training.migrate.predecessors import PREDECESSORS
 from training.migrate.translate import Translated, translate
 from training.utils import arguments
 
-TRAINING = ("1", "2", "3")
+TRAINING = ("1", "2", "dpo", "3")
 # Lines as their scripts and pages have them, one or more of each kind; all are in the file that `cases` reads, too
 LINES = [
     ("DeepSpeed-Chat", "1", "--data_path Dahoas/rm-static Dahoas/full-hh-rlhf --data_split 2,4,4 --model_name_or_path "
@@ -19,6 +19,9 @@ LINES = [
     ("DeepSpeed-Chat", "1", "--model_name_or_path m --lora_dim 8 --only_optimize_lora --lora_learning_rate 1e-3"),
     ("DeepSpeed-Chat", "2", "--model_name_or_path facebook/opt-350m --num_padding_at_beginning 1 --weight_decay 0.1 "
      "--dropout 0.0 --gradient_accumulation_steps 4 --zero_stage 0 --enable_tensorboard --tensorboard_path t"),
+    ("DeepSpeed-Chat", "dpo", "--model_name_or_path facebook/opt-350m --weight_decay 0.1 --dropout 0.0 --beta 0.2 "
+     "--zero_stage 3 --offload_reference_model --learning_rate 5e-5 --deepspeed --print_loss"),
+    ("DeepSpeed-Chat", "dpo", "--model_name_or_path m --label_smoothing 0.1 --offload_reference_model --deepspeed"),
     ("DeepSpeed-Chat", "3", "--actor_model_name_or_path A --critic_model_name_or_path C --num_padding_at_beginning 1 "
      "--gradient_accumulation_steps 2 --deepspeed --actor_lora_dim 128 --enable_hybrid_engine --actor_dropout 0.0"),
     ("DeepSpeed-Chat", "3", "--actor_model_name_or_path A --critic_model_name_or_path C --actor_zero_stage 3 "
@@ -88,7 +91,9 @@ def check_same(predecessor, step, flags):
     adapters = any(there.get(f"--{role}lora_dim") for role in ("", "actor_", "critic_"))
     passed_over |= set() if adapters else {"--only_optimize_lora"}
     for model, role in (("reference", "actor"), ("reward", "critic")):
-        passed_over |= {f"--offload_{model}_model"} if there.get(f"--{role}_zero_stage", 3) < 3 else set()
+        passed_over |= {f"--offload_{model}_model"} if step == "3" and there[f"--{role}_zero_stage"] < 3 else set()
+    if step == "dpo" and there["--zero_stage"] < 3:
+        passed_over |= {"--offload_reference_model"}
     passed_over |= {"--unsup_coef"} if not there.get("--unsupervised_dataset_name") else set()
     passed_over |= {"--num_iterations"}
     compared = 0
@@ -145,5 +150,5 @@ def test_every_line_of_the_file_is_translated_or_refused_in_one_line():
             assert isinstance(found, Translated), found
             check_same(predecessor, step, flags)
             same += 1
-    assert same >= 60
+    assert same >= 70
     assert set(NAMES.values()) == {predecessor for predecessor, _, _ in cases()}

@@ -181,6 +181,15 @@ def settle_fine_tuning(t: Translation) -> None:
     settle_only_lora(t, "")
 
 
+def settle_dpo(t: Translation) -> None:
+    """DPO: its reference is moved where it is a second model at ZeRO-3."""
+    settle_fine_tuning(t)
+    if t.theirs("--offload_reference_model") and t.theirs("--zero_stage") < 3:
+        t.leave("--offload_reference_model", "it moves the parameters of --zero_stage 3")
+    elif t.theirs("--lora_dim") and t.theirs("--only_optimize_lora"):
+        t.leave("--offload_reference_model", "the model with its adapters off is the reference")
+
+
 def settle_accumulation(t: Translation, generation: str, training: str, batches: str) -> None:
     """Accumulation beyond the micro-batches of an iteration, as the equal number of generation batches.
 
@@ -280,7 +289,7 @@ DEEPSPEED_CHAT = Predecessor(
             different=(LAST_TOKEN,),
             settle=settle_fine_tuning,
         ),
-        Program("step 2, DPO", ("step2_dpo_finetuning/main.py",), "dpo", DPO, settle=settle_fine_tuning),
+        Program("step 2, DPO", ("step2_dpo_finetuning/main.py",), "dpo", DPO, settle=settle_dpo),
         Program(
             "step 3, RLHF",
             ("step3_rlhf_finetuning/main.py",),
