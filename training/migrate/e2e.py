@@ -12,16 +12,22 @@ from training.utils.errors import UserError
 
 SIZE = "facebook/opt-{}"  # of a model that is named by its size alone
 HOSTFILE = Path("/job/hostfile")  # DeepSpeed's default
-ZERO = OtherFlag(str, choices=("", "0", "1", "2", "3"), settled=True)
+ZERO = OtherFlag(
+    str, said="the step's stage and its role's, in `--stepN_args`", choices=("", "0", "1", "2", "3"), settled=True
+)
 E2E: Mapping[str, OtherFlag] = {
     "--step": OtherFlag(int, ours="--step", many=True, choices=(1, 2, 3)),
-    "--actor-model": OtherFlag(str, "1.3b", settled=True),
-    "--reward-model": OtherFlag(str, "350m", settled=True),
+    "--actor-model": OtherFlag(str, "1.3b", said="`--actor_model_name_or_path`, a size is an OPT", settled=True),
+    "--reward-model": OtherFlag(str, "350m", said="`--reward_model_name_or_path`, a size is an OPT", settled=True),
     "--actor-zero-stage": ZERO,
     "--reward-zero-stage": ZERO,
-    "--output-dir": OtherFlag(str, "./output", settled=True),
+    "--output-dir": OtherFlag(str, "./output", said="`--output_dir`, with step1, step2, step3 in it", settled=True),
     "--deployment-type": OtherFlag(
-        str, "single_gpu", choices=("single_gpu", "single_node", "multi_node"), settled=True
+        str,
+        "single_gpu",
+        said="`--num_gpus`: 1, or all; several hosts: `--hostfile`",
+        choices=("single_gpu", "single_node", "multi_node"),
+        settled=True,
     ),
 }
 STAGES = {"--actor-zero-stage": ((1, "--zero_stage"), (3, "--actor_zero_stage")),
