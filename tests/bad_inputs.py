@@ -16,6 +16,7 @@ STEPS = {
     3: "training.step3_rlhf_finetuning.main",
     "evaluate 1": "training.step1_supervised_finetuning.evaluate",
     "evaluate 2": "training.step2_reward_model_finetuning.evaluate",
+    "evaluate dpo": "training.step2_dpo_finetuning.evaluate",
     "evaluate 3": "training.step3_rlhf_finetuning.evaluate",
 }
 

@@ -6,6 +6,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from tests.glossary import never_logged, unexplained
+from training.step2_dpo_finetuning import evaluate
 from training.step2_dpo_finetuning.main import main
 from training.utils.health import HealthMonitor
 from training.utils.health_rules import DPO_RULES
@@ -83,3 +84,22 @@ def test_the_plan_has_the_second_model_or_not(dpo, tiny_model, capsys):
     assert "DPO: " in (full := planned()) and "reference" in full
     assert "reference" not in planned("--lora_dim", "4", "--only_optimize_lora")
     assert "reference" not in planned("--loss", "orpo")
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "simpo"])
+def test_it_is_evaluated_from_disk(dpo, tmp_path, loss):
+    summary, metrics = dpo("--learning_rate", "3e-3", "--loss", loss)
+    folder = tmp_path / "run" / "dpo"
+    rows = ["--data_path", "demo:20", "--eval_data_path", "demo:6"]
+    (folder.parent / "manifest.json").write_text(json.dumps({"steps": {"dpo": {"arguments": ["--loss", loss, *rows]}}}))
+    reference = ["--reference_model_name_or_path", str(summary["base_model"])]
+    assert (
+        evaluate.main(["--path", str(folder), "--dtype", "fp32", "--per_device_eval_batch_size", "4", *reference]) == 0
+    )
+    found = json.loads((folder / "evaluation.json").read_text())
+    assert found["accuracy"] == summary["accuracy_after"] and found["loss"] == pytest.approx(
+        summary["loss_after"], abs=1e-4
+    )
+    assert found["margin_mean"] == pytest.approx(summary["margin_after"], abs=1e-4)
+    assert found["kl"] == pytest.approx(summary.get("kl", found["kl"]), abs=1e-4) and found["kl"] > 0
+    assert len(found["worst_pairs"]) == 5 and sum(found["margins"]["counts"]) == 6

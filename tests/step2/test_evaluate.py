@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from training.step2_reward_model_finetuning.evaluate import Pair, judge, judged_pairs, length_bucket
+from training.step2_reward_model_finetuning.evaluate import judged_pairs
+from training.utils.preferences import Pair, judge, length_bucket
 
 PAIRS = [
     Pair(0, "a", 1.0, 0.0, 10, 5),

@@ -160,6 +160,7 @@ def main(argv: Sequence[str]) -> int:
         "accuracy_high": high,
         **{f"{name}_{when}": found[name] for name in sides for when, found in (("before", before), ("after", after))},
         **{name: after[name] for name in ("chosen_reward", "rejected_reward", "chosen_change", "kl") if name in after},
+        "base_model": model_path,
         "remarks": [remark.text for remark in monitor.remarks],
     }
     tuning.finish("dpo", model_args.model_name_or_path or model_path, results)
