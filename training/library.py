@@ -35,24 +35,15 @@ from safetensors.torch import save_file  # noqa: E402
 from training.step3_rlhf_finetuning import prompts, settings  # noqa: E402
 from training.step3_rlhf_finetuning.experience import Experience, Scoring  # noqa: E402
 from training.step3_rlhf_finetuning.ppo_trainer import PPOTrainer  # noqa: E402
-from training.step3_rlhf_finetuning.rewards import parse_reward_functions  # noqa: E402
-from training.step3_rlhf_finetuning.roles import (  # noqa: E402
-    Build,
-    Roles,
-    build_roles,
-    generation_backend,
-    starts_from,
-)
+from training.step3_rlhf_finetuning.roles import Build, build_roles, generation_backend  # noqa: E402
 from training.utils.checkpoint import engine_state  # noqa: E402
 from training.utils.data import prepare_data, stop_token_ids  # noqa: E402
 from training.utils.engine import precision  # noqa: E402
-from training.utils.engine.zero_config import read_user_config  # noqa: E402
 from training.utils.generation.sampling import SamplingConfig  # noqa: E402
 from training.utils.model import classifiers, export, loading  # noqa: E402
 from training.utils.model.lora import is_lora  # noqa: E402
 from training.utils.run.distributed import (  # noqa: E402
     barrier,
-    data_rank,
     data_size,
     init_distributed,
     is_main,
@@ -103,24 +94,26 @@ class PPO:
         if only := sorted(_OF_THE_PROGRAM & flags.keys()):
             raise UserError(f"{', '.join(only)}: what the program of step 3 does around its loop, not PPO")
         argv = flags_of({**flags, "data_path": list(data_path), **STRATEGIES[strategy]}, [])
-        self._groups = check(arguments.parse(ARGUMENTS, argv, prog="PPO", description=__doc__))
+        parsed = settings.Flags(*check(arguments.parse(ARGUMENTS, argv, prog="PPO", description=__doc__)))
         self._device = init_distributed()
         if strategy == "naive" and world_size() > 1:
             raise UserError(f"strategy naive is for one process, not for {world_size()}: ddp is the same on several")
-        role_args, data, rollout, ppo, train, *_ = self._groups
-        precision.settle(role_args)
+        self._flags, rollout, train = parsed, parsed.rollout, parsed.train
+        precision.settle(parsed.roles)
         torch.manual_seed(train.seed)
-        actor_path, reward_path = settings.model_paths(role_args, ppo.reward_function)
-        self.tokenizer = settings.actor_tokenizer(role_args, data, actor_path)
-        length = rollout.max_prompt_seq_len + rollout.max_answer_seq_len
-        options: dict[str, Any] = {"max_length": length, "max_prompt_length": rollout.max_prompt_seq_len}
-        rows = prepare_data("prompts", data, self.tokenizer, seed=train.seed, **options).train
+        models = settings.find_models(parsed)
+        self.tokenizer = models.tokenizer
+        options: dict[str, Any] = {"max_length": parsed.length, "max_prompt_length": rollout.max_prompt_seq_len}
+        rows = prepare_data("prompts", parsed.data, self.tokenizer, seed=train.seed, **options).train
         stop_ids = tuple(stop_token_ids(self.tokenizer))
         self._prompts = prompts.PromptSet(rows, self.tokenizer, stop_ids, train.seed)
         responses = rollout.per_device_generation_batch_size * rollout.generation_batches * data_size()
         passes = {"epochs": train.num_train_epochs, "iterations": train.num_iterations, "seed": train.seed}
         self.schedule = prompts.prompt_schedule(rows["length"], responses // rollout.samples_per_prompt, **passes)
-        self.roles = self._build_roles(actor_path, reward_path, length)
+        total_steps = self.iterations * settings.steps_per_iteration(parsed.ppo, rollout, train)
+        pad_id = self.tokenizer.pad_token_id
+        build = Build(parsed.roles, train, parsed.zero, models.overrides, total_steps, pad_id, self._device)
+        self.roles = build_roles(models.actor, models.reward, models.functions, build, critic=bool(models.critic))
         sampling = SamplingConfig(
             rollout.max_answer_seq_len, temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k
         )
@@ -128,24 +121,11 @@ class PPO:
             self.roles.actor,
             rollout.rollout_engine,
             rows=rollout.per_device_generation_batch_size,
-            length=length,
+            length=parsed.length,
         )
-        scoring = Scoring(self.roles, self._prompts, ppo, rollout, train)
-        self.trainer = PPOTrainer(self.roles, scoring, backend, sampling, role_args.dtype)
+        scoring = Scoring(self.roles, self._prompts, parsed.ppo, rollout, train)
+        self.trainer = PPOTrainer(self.roles, scoring, backend, sampling, parsed.roles.dtype)
         self._found: dict[str, float] = {}
-
-    def _build_roles(self, actor_path: str, reward_path: str, length: int) -> Roles:
-        role_args, _, rollout, ppo, train, zero, *_ = self._groups
-        functions, weight = parse_reward_functions(ppo.reward_function, "--reward_function")
-        reward = settings.reward_model_settings(
-            reward_path, self.tokenizer, normalize=ppo.normalize_reward, weight=weight, plan=False
-        )
-        critic_path = starts_from(actor_path, reward) if ppo.advantage == "gae" else ""
-        settings.check_models(actor_path, critic_path, reward, zero, self.tokenizer, length)
-        steps = self.iterations * settings.steps_per_iteration(ppo, rollout, train)
-        overrides, pad = read_user_config(zero.deepspeed_config), self.tokenizer.pad_token_id
-        build = Build(role_args, train, zero, overrides, steps, pad, self._device)
-        return build_roles(actor_path, reward, functions, build, critic=bool(critic_path))
 
     @property
     def iterations(self) -> int:
@@ -161,18 +141,12 @@ class PPO:
         Returns:
             This rank's generation batches, advantages included.
         """
-        _, _, rollout, _, train, *_ = self._groups
-        chosen, rows = self.schedule[number], self._prompts.dataset
-        batches = settings.batches_of_all_ranks(rollout, train, data_size())
-        per_step = settings.prompts_per_step(rollout, batches, data_size())
-        dealt = prompts.deal(chosen, rows["length"], data_size(), rollout.generation_batches, per_step)
-        requests = prompts.iteration_requests(
-            self._prompts,
-            chosen,
-            [batch[data_rank()] for batch in dealt],
-            samples_per_prompt=rollout.samples_per_prompt,
-            iteration=number,
-            device=self._device,
+        rollout, train = self._flags.rollout, self._flags.train
+        per_step = settings.prompts_per_step(
+            rollout, settings.batches_of_all_ranks(rollout, train, data_size()), data_size()
+        )
+        requests = prompts.dealt_requests(
+            self._prompts, self.schedule[number], rollout, per_step, iteration=number, device=self._device
         )
         self._found = self.trainer.make_experience(requests, number)
         return [batch.experience for batch in self.trainer.scored]

@@ -1,17 +1,10 @@
 """What step 3's flags must satisfy together."""
 
-import dataclasses
-
 import pytest
 
+from tests.step3.hybrid_checks import of
 from training.step3_rlhf_finetuning import settings
-from training.step3_rlhf_finetuning.arguments import (
-    EvaluationArguments,
-    OptimizationArguments,
-    PPOArguments,
-    RoleZeroArguments,
-    RolloutArguments,
-)
+from training.step3_rlhf_finetuning.arguments import ARGUMENTS, RolloutArguments
 
 
 def test_a_step_of_half_a_prompt_can_not_be_dealt():
@@ -31,16 +24,7 @@ def test_a_step_of_half_a_prompt_can_not_be_dealt():
     ],
 )
 def test_a_flag_without_effect_is_said_once(flags, words, capsys):
-    def given(group):
-        names = {field.name for field in dataclasses.fields(group)}
-        return group(**{name: value for name, value in flags.items() if name in names})
-
-    settings.warn(
-        RolloutArguments(samples_per_prompt=2),
-        PPOArguments(advantage="rloo"),
-        given(OptimizationArguments),
-        given(RoleZeroArguments),
-        given(EvaluationArguments),
-    )
+    values = {"samples_per_prompt": 2, "advantage": "rloo"} | flags
+    settings.warn(settings.Flags(*(of(group, values) for group in ARGUMENTS)))
     printed = capsys.readouterr().out
     assert (words in printed) if words else not printed

@@ -1,4 +1,4 @@
-"""Step 3's own flags, and what they must satisfy together; without torch. What they become is in settings.py."""
+"""Step 3's own flags, and what they must satisfy together; without torch. What they stand for is in settings.py."""
 
 from __future__ import annotations
 

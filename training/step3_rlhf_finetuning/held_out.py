@@ -30,9 +30,12 @@ from training.step3_rlhf_finetuning.evaluation import (
     compare_rewards,
     values_of,
 )
+from training.step3_rlhf_finetuning.ppo_trainer import PPOTrainer
 from training.step3_rlhf_finetuning.prompts import PromptSet, sample_rows
 from training.step3_rlhf_finetuning.rewards import win_rate
 from training.step3_rlhf_finetuning.roles import Roles
+from training.step3_rlhf_finetuning.settings import Opened
+from training.utils.checkpoint.resume import BEST
 from training.utils.data import spread_rows
 from training.utils.engine.engine import dtype_name
 from training.utils.errors import UserError
@@ -42,6 +45,7 @@ from training.utils.health_rules import MAX_KL
 from training.utils.intervals import mean
 from training.utils.metrics import MetricsLogger
 from training.utils.model import loading
+from training.utils.model.export import save_model
 from training.utils.model.tokenizer import check_vocabulary
 from training.utils.run.distributed import gather_objects, say
 from training.utils.run.manifest import read_manifest
@@ -350,3 +354,39 @@ def _load_base(base: str, prompts: PromptSet, engine: Any) -> Any | None:
         say(f"the base model {base} does not answer: {problems[0]}")
         return None
     return model
+
+
+def open_evaluation(
+    o: Opened, trainer: PPOTrainer, logger: MetricsLogger, functions: Sequence[EvalFunction]
+) -> HeldOutEvaluation:
+    """Held-out answers: of the SFT model to begin with, or what a checkpoint has of them."""
+    rollout, train, roles = o.flags.rollout, o.flags.train, trainer.roles
+    best, shards = o.output_dir / BEST, o.flags.reliability.max_shard_size
+
+    def save_actor() -> None:
+        """Keep the actor as it is, as the best so far."""
+        o.phases.end("evaluate")
+        stop_ids = o.training.stop_ids
+        save_model(roles.actor.engine, o.models.tokenizer, best, stop_ids=stop_ids, max_shard_size=shards)
+        o.phases.end("save")
+
+    evaluator = HeldOutEvaluation(
+        o.held_out,
+        roles,
+        trainer.backend,
+        trainer.sampling,
+        BatchSizes(rollout.per_device_generation_batch_size, train.per_device_training_batch_size),
+        logger,
+        every=o.flags.evaluate.eval_every,
+        iterations=len(o.schedule),
+        functions=functions,
+        base=base_model_of(o.models.actor),
+        actor_dir=best,
+        save=save_actor,
+    )
+    if o.run.step:
+        evaluator.load_state_dict(o.run.progress)
+    else:
+        evaluator.begin()
+    o.phases.end("evaluate")
+    return evaluator

@@ -17,12 +17,14 @@ from training.step3_rlhf_finetuning.evaluation import Answer, Values
 from training.step3_rlhf_finetuning.experience import ScoredBatch
 from training.step3_rlhf_finetuning.held_out import HeldOutEvaluation
 from training.step3_rlhf_finetuning.hybrid_engine import HybridEngine
+from training.step3_rlhf_finetuning.ppo_trainer import PPOTrainer
 from training.step3_rlhf_finetuning.prompts import PromptSet, sample_rows
 from training.step3_rlhf_finetuning.roles import Roles
-from training.utils.checkpoint.resume import BEST
+from training.utils.checkpoint.resume import BEST, METRICS, Run
 from training.utils.data import StepData
 from training.utils.generation.requests import RolloutBackend, has_ended, response_texts
 from training.utils.generation.sampling import SamplingConfig
+from training.utils.health import HealthMonitor
 from training.utils.metrics import MetricsLogger, write_summary
 from training.utils.model.card import write_model_card
 from training.utils.model.export import move_into, save_model
@@ -44,20 +46,19 @@ def sample_answer(
     return response_texts(rollout, prompts.tokenizer)[0]
 
 
-def show_progress(
-    iteration: int,
-    batch: ScoredBatch,
-    training: PromptSet,
-    held_out: PromptSet,
-    roles: Roles,
-    backend: RolloutBackend,
-    sampling: SamplingConfig,
-    logger: MetricsLogger,
-) -> None:
+def monitored_logger(output_dir: Path, report_to: str, run: Run) -> MetricsLogger:
+    """Where the metrics go, continued where a resumed run stood, and watched by the monitor."""
+    monitor = HealthMonitor(output_dir)
+    monitor.replay(output_dir / METRICS, until=run.step)
+    name = f"{output_dir.parent.name}/step3"
+    return MetricsLogger(output_dir, report_to, name, monitor.observe, run.step, run.seconds)
+
+
+def show_progress(iteration: int, trainer: PPOTrainer, held_out: PromptSet, logger: MetricsLogger) -> None:
     """Show one held-out prompt's answer, always the same prompt, and some rollouts of the iteration; a collective."""
     row = sample_rows(held_out)[-1]
-    text = sample_answer(held_out, row, roles.actor, backend, sampling)
-    table = rollout_table(batch, training)
+    text = sample_answer(held_out, row, trainer.roles.actor, trainer.backend, trainer.sampling)
+    table = rollout_table(trainer.scored[0], trainer.scoring.prompts)
     say(f"[{iteration}] {held_out.messages(row)[-1]['content']}\n    -> {text}\n{as_text(table)}")
     logger.text(iteration, "sample", text)
     logger.text(iteration, "rollouts", as_markdown(table))

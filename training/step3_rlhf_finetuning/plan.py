@@ -14,7 +14,7 @@ from training.step3_rlhf_finetuning.arguments import (
     RolloutArguments,
 )
 from training.step3_rlhf_finetuning.forward import actor_log_probs, state_values
-from training.step3_rlhf_finetuning.roles import RewardModelSettings
+from training.step3_rlhf_finetuning.settings import Flags, Models
 from training.utils.arguments import LoraArguments
 from training.utils.engine.zero_config import deepspeed_config
 from training.utils.generation.decode_loop import PREFILL_TOKENS
@@ -221,27 +221,18 @@ def _notes(costs: RoleCosts, settings: plans.Settings) -> list[str]:
     return lines
 
 
-def show_rlhf_plan(
-    actor: str,
-    critic: str,
-    reward: RewardModelSettings | None,
-    roles: RoleArguments,
-    rollout: RolloutArguments,
-    train: OptimizationArguments,
-    zero: RoleZeroArguments,
-    overrides: dict[str, Any],
-) -> int:
+def show_rlhf_plan(models: Models, flags: Flags) -> int:
     """Print the plan of step 3; returns the exit code, see `training.utils.memory.plan.show_plan`.
 
     Args:
-        actor, critic: what they start from, the latter empty where there is no critic.
-        reward: None without one.
-        roles, rollout, train, zero: the step's flags.
-        overrides: the user's DeepSpeed configuration.
+        models: what the roles would start from.
+        flags: the step's.
 
     Raises:
         UserError: no model can be built from a path.
     """
+    roles, rollout, train, zero = flags.roles, flags.rollout, flags.train, flags.zero
+    actor, critic, reward = models.actor, models.critic, models.reward
     build = functools.partial(plans.fake_role, dtype=roles.dtype, attn_implementation=roles.attn_implementation)
 
     scorer = None
@@ -267,7 +258,7 @@ def show_rlhf_plan(
 
     def plan_of(s: plans.Settings) -> plans.Plan:
         stages = asked if s.zero_stage == settings.zero_stage else (s.zero_stage, s.zero_stage)
-        return rlhf_plan(costs, s, roles, rollout, train, zero, overrides, stages)
+        return rlhf_plan(costs, s, roles, rollout, train, zero, models.overrides, stages)
 
     paths = ", ".join([actor] if reward is None else [actor, reward.path])
     title = f"step 3: {paths}, {roles.dtype}, ZeRO {asked[0]} and {asked[1]}, ranks: {world_size()}"

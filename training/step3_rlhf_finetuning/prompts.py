@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from training.step3_rlhf_finetuning.arguments import RolloutArguments
 from training.step3_rlhf_finetuning.rewards import Messages
 from training.utils.data import collate_prompts, epoch_batches
 from training.utils.generation.requests import RolloutRequest
+from training.utils.run.distributed import data_rank, data_size
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,27 @@ def deal(
     ]
     size = len(prompts) // (ranks * batches)
     return [[mine[b * size : (b + 1) * size] for mine in own] for b in range(batches)]
+
+
+def dealt_requests(
+    prompts: PromptSet,
+    chosen: Sequence[int],
+    rollout: RolloutArguments,
+    per_step: int,
+    *,
+    iteration: int,
+    device: torch.device,
+) -> list[RolloutRequest]:
+    """This rank's generation batches of an iteration: `deal`, then `iteration_requests`; ``rollout`` are the flags."""
+    dealt = deal(chosen, prompts.dataset["length"], data_size(), rollout.generation_batches, per_step)
+    return iteration_requests(
+        prompts,
+        chosen,
+        [batch[data_rank()] for batch in dealt],
+        samples_per_prompt=rollout.samples_per_prompt,
+        iteration=iteration,
+        device=device,
+    )
 
 
 def iteration_requests(

@@ -1,12 +1,16 @@
-"""The models and batches that step 3's flags stand for, and what they must satisfy together."""
+"""From step 3's flags to an open run: the models, data and batches that they stand for."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from training.step3_rlhf_finetuning import prompts
 from training.step3_rlhf_finetuning.arguments import (
     EvaluationArguments,
     OptimizationArguments,
@@ -16,18 +20,197 @@ from training.step3_rlhf_finetuning.arguments import (
     RolloutArguments,
     check_batches,
 )
-from training.step3_rlhf_finetuning.rewards import NONE, check_without_model, split_weight
-from training.step3_rlhf_finetuning.roles import RewardModelSettings
-from training.utils.arguments import DataArguments
+from training.step3_rlhf_finetuning.prompts import PromptSet
+from training.step3_rlhf_finetuning.rewards import (
+    NONE,
+    TextFunction,
+    check_without_model,
+    parse_reward_functions,
+    split_weight,
+)
+from training.step3_rlhf_finetuning.roles import RewardModelSettings, starts_from
+from training.utils.arguments import DataArguments, OutputArguments, ReliabilityArguments
+from training.utils.checkpoint.resume import Run, resume_output_dir
+from training.utils.data import StepData, prepare_data, prepare_pretraining, stop_token_ids
+from training.utils.engine import precision
+from training.utils.engine.zero_config import read_user_config
 from training.utils.errors import UserError
+from training.utils.generation.requests import RolloutRequest
 from training.utils.model import classifiers, loading
 from training.utils.model.limits import check_length
 from training.utils.model.lora import check_lora
 from training.utils.model.reward_model import RewardStats
 from training.utils.model.text_reward import load_reward_tokenizer
 from training.utils.model.tokenizer import check_vocabulary, load_tokenizer, same_tokenizer
-from training.utils.run.distributed import say
-from training.utils.run.folders import latest_output
+from training.utils.phases import Phases
+from training.utils.run import watchdog
+from training.utils.run.demo import check_training_data
+from training.utils.run.distributed import data_size, init_distributed, say
+from training.utils.run.folders import latest_output, prepare_output_dir
+
+
+@dataclass(frozen=True)
+class Flags:
+    """The groups of `training.step3_rlhf_finetuning.arguments.ARGUMENTS`."""
+
+    roles: RoleArguments
+    data: DataArguments
+    rollout: RolloutArguments
+    ppo: PPOArguments
+    train: OptimizationArguments
+    zero: RoleZeroArguments
+    evaluate: EvaluationArguments
+    output: OutputArguments
+    reliability: ReliabilityArguments
+
+    @property
+    def length(self) -> int:
+        """The longest sequence in tokens."""
+        return self.rollout.max_prompt_seq_len + self.rollout.max_answer_seq_len
+
+
+@dataclass(frozen=True)
+class Models:
+    """What the roles start from and are judged by.
+
+    Attributes:
+        actor: folder or hub name of the SFT model.
+        critic: what the critic starts from, empty where there is no critic.
+        reward: the frozen reward model, None without one.
+        functions: further rewards with their weights, by name.
+        tokenizer: of actor and critic, with the chat template that is in force.
+        overrides: the user's own DeepSpeed configuration.
+    """
+
+    actor: str
+    critic: str
+    reward: RewardModelSettings | None
+    functions: dict[str, tuple[TextFunction, float]]
+    tokenizer: Any
+    overrides: dict[str, Any]
+
+    @property
+    def reward_path(self) -> str:
+        """Folder or hub name of the reward model, empty without one."""
+        return self.reward.path if self.reward else ""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An open run of step 3.
+
+    Attributes:
+        argv, flags, models: as it was started; of the flags the batches are this number of ranks'.
+        output_dir, device: of this run and this rank.
+        rows: the prompts, and the report on them.
+        training, held_out: prompts that can be asked.
+        mix: rows of the pre-training mix, None without one.
+        run: checkpoints, resume and signals.
+        schedule: prompt numbers of each iteration.
+        phases: time and memory of what the step does.
+        settled: the precision, for the summary.
+        started: seconds, of the clock that never goes back.
+    """
+
+    argv: Sequence[str]
+    flags: Flags
+    models: Models
+    output_dir: Path
+    device: torch.device
+    rows: StepData
+    training: PromptSet
+    held_out: PromptSet
+    mix: Any
+    run: Run
+    schedule: list[list[int]]
+    phases: Phases
+    settled: Mapping[str, Any]
+    started: float
+
+    def requests(self, number: int) -> list[RolloutRequest]:
+        """This rank's generation batches of an iteration, from 0."""
+        rollout, chosen = self.flags.rollout, self.schedule[number]
+        per_step = prompts_per_step(rollout, self.run.batches, data_size())
+        return prompts.dealt_requests(self.training, chosen, rollout, per_step, iteration=number, device=self.device)
+
+    def summary(self) -> dict[str, Any]:
+        """What summary.json says of the run itself."""
+        return {
+            "iterations": len(self.schedule),
+            "seconds": time.monotonic() - self.started + self.run.seconds,
+            "phases": self.phases.summary(),
+            precision.SUMMARY_KEY: self.settled,
+            "run_with": run_with(self.argv, self.models.actor, self.models.reward_path, self.output_dir),
+        }
+
+
+def find_models(flags: Flags) -> Models:
+    """Find what the flags name and check it, before anything is loaded.
+
+    Raises:
+        UserError: names the flag.
+    """
+    args, ppo, zero = flags.roles, flags.ppo, flags.zero
+    functions, weight = parse_reward_functions(ppo.reward_function, "--reward_function")
+    overrides = read_user_config(zero.deepspeed_config)
+    actor, reward_path = model_paths(args, ppo.reward_function)
+    tokenizer = actor_tokenizer(args, flags.data, actor)
+    reward = reward_model_settings(
+        reward_path, tokenizer, normalize=ppo.normalize_reward, weight=weight, plan=flags.output.plan
+    )
+    critic = starts_from(actor, reward) if ppo.advantage == "gae" else ""
+    check_models(actor, critic, reward, zero, tokenizer, flags.length)
+    return Models(actor, critic, reward, functions, tokenizer, overrides)
+
+
+def open_run(argv: Sequence[str], flags: Flags, models: Models) -> Opened:
+    """Join the ranks, read the prompts, and open the run or take it up.
+
+    Raises:
+        UserError: data or flags are wrong, the folder is in use, or its run is another one.
+    """
+    started, phases = time.monotonic(), Phases()
+    groups = [getattr(flags, field.name) for field in fields(flags)]
+    check_training_data(groups)
+    args, rollout, train, reliability = flags.roles, flags.rollout, flags.train, flags.reliability
+    output_dir = prepare_output_dir(resume_output_dir(reliability.resume, flags.output.output_dir), "step3")
+    device = init_distributed(reliability.distributed_timeout)
+    watchdog.watch(output_dir, reliability.hang_timeout)
+    settled = precision.settle(args, output_dir, reliability.resume)
+    torch.manual_seed(train.seed)
+    options: dict[str, Any] = {"max_length": flags.length, "seed": train.seed}
+    longest = rollout.max_prompt_seq_len
+    rows = prepare_data(
+        "prompts", flags.data, models.tokenizer, max_prompt_length=longest, run_dir=output_dir, **options
+    )
+    rows.announce()
+    mix = None
+    if train.unsupervised_data_path:
+        read = prepare_pretraining(train.unsupervised_data_path, flags.data, models.tokenizer, **options)
+        mix = read.train
+        say("\n".join(["pre-training mix:", *read.report.lines()]))
+    run = Run.open(
+        "step3",
+        output_dir,
+        reliability,
+        groups,
+        models=origins(models.actor, models.reward_path, flags.ppo.reward_function),
+        data={"training": rows.train, "held-out": rows.held_out} | ({"pre-training": mix} if mix else {}),
+        batches=batches_of_all_ranks(rollout, train, data_size()),
+    )
+    rollout, train = divide_batches(rollout, train, run.batches, data_size())
+    stop_ids = tuple(stop_token_ids(models.tokenizer))
+    training, held_out = (
+        prompts.PromptSet(part, models.tokenizer, stop_ids, train.seed) for part in (rows.train, rows.held_out)
+    )
+    per_iteration = run.batches["responses per iteration"] // rollout.samples_per_prompt
+    passes = {"epochs": train.num_train_epochs, "iterations": train.num_iterations, "seed": train.seed}
+    schedule = prompts.prompt_schedule(rows.train["length"], per_iteration, **passes)
+    phases.end("data", "loading the models of all roles")
+    flags = replace(flags, rollout=rollout, train=train)
+    return Opened(
+        argv, flags, models, output_dir, device, rows, training, held_out, mix, run, schedule, phases, settled, started
+    )
 
 
 def batches_of_all_ranks(rollout: RolloutArguments, train: OptimizationArguments, ranks: int) -> dict[str, int]:
@@ -81,15 +264,10 @@ def prompts_per_step(rollout: RolloutArguments, batches: Mapping[str, int], rank
     return 0 if rest or per_step % ranks else per_step
 
 
-def warn(
-    rollout: RolloutArguments,
-    ppo: PPOArguments,
-    train: OptimizationArguments,
-    zero: RoleZeroArguments,
-    evaluate: EvaluationArguments,
-) -> None:
+def warn(flags: Flags) -> None:
     """Warn about flags without effect and a sampler that is not the policy."""
-    if zero.critic_lora_dim and ppo.advantage != "gae":
+    rollout, ppo, train, evaluate = flags.rollout, flags.ppo, flags.train, flags.evaluate
+    if flags.zero.critic_lora_dim and ppo.advantage != "gae":
         say(f"warning: --critic_lora_dim has no effect: with --advantage {ppo.advantage} there is no critic")
     if train.num_iterations and max(evaluate.trace, default=0) > train.num_iterations:
         say(f"warning: --trace {max(evaluate.trace)}: the run ends after --num_iterations {train.num_iterations}")
