@@ -13,6 +13,7 @@ from torch.utils import backend_registration
 
 import training.utils.memory.plan as plans
 from training.step3_rlhf_finetuning.plan import RoleCosts
+from training.utils.arguments import LoraArguments
 from training.utils.memory.live import FakeModel
 from training.utils.memory.training import SequenceCosts
 
@@ -29,7 +30,7 @@ def main(path: str) -> None:
     """Build the roles of all steps on the stand-in and pass rows through them."""
     backend_registration._setup_privateuseone_for_python_backend("standin")
     plans.device = lambda: torch.device("standin", 0)
-    none = plans.LoraSettings(0, "all-linear", False)
+    none = LoraArguments()
     for classifier in (False, True):
         model = plans.fake_role(path, "fp32", "sdpa", none, classifier=classifier)
         costs = SequenceCosts(model, PROMPT + RESPONSE, classifier=classifier)
