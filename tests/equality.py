@@ -101,6 +101,15 @@ def pairwise(cases: Sequence[Case]) -> list[Case]:
     return chosen
 
 
+def rejected_row(row: int, step: int | str) -> int:
+    """Whose answer is the rejected one of a row: its neighbour's.
+
+    For DPO that of an odd row: were each answer chosen once and rejected once, the first gradient would be 0 but for
+    rounding, and Adam would make whole steps of it.
+    """
+    return (row + 1 + (row % 2 if step == "dpo" else 0)) % ROWS
+
+
 def train_sequences(case: Case, path: str, fault: bool = False) -> list[float]:
     """Losses of three optimizer steps of step 1, 2 or DPO; the fault: only the last micro-batch's gradient counts."""
     device = init_distributed()
@@ -129,9 +138,9 @@ def train_sequences(case: Case, path: str, fault: bool = False) -> list[float]:
     for _ in range(3):
         count, total = (sum(sum(m) for _, m in rows) if case.step == 1 else ROWS), 0.0
         batches, references = {}, {}
-        for start in range(0, len(mine), micro_batch):  # the rejected answer of a row is its neighbour's
+        for start in range(0, len(mine), micro_batch):
             at, piece = rank() * ROWS // world_size() + start, mine[start : start + micro_batch]
-            rejected = [rows[(at + i + 1) % ROWS] for i in range(len(piece))]
+            rejected = [rows[rejected_row(at + i, case.step)] for i in range(len(piece))]
             sides = torch.arange(2 * len(piece)).chunk(2)
             batches[start] = collate(piece if case.step == 1 else piece + rejected, width)
             batches[start] |= dict(zip(SIDES, sides, strict=True))

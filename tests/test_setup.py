@@ -21,7 +21,7 @@ from packaging.version import Version
 
 from training.utils.errors import UserError
 from training.utils.run import runtime
-from training.utils.run.folders import repository_root
+from training.utils.run.folders import STEPS, repository_root
 
 ROOT = repository_root()
 
@@ -376,7 +376,7 @@ def test_scripts_and_settings_parse() -> None:
 def test_recipes_are_sections_of_flags(recipe: Path) -> None:
     from training.utils.run.recipes import read_recipe
 
-    assert set(read_recipe(recipe.stem)[1]) <= {"step1", "step2", "step3"}
+    assert set(read_recipe(recipe.stem)[1]) <= STEPS.keys()
 
 
 FREE_AND_USE = """
