@@ -141,3 +141,9 @@ def test_a_conversation_without_end_is_refused_at_once():
     with pytest.raises(RowError, match="120000 messages, at most 1000"):
         convert({"messages": [ASK, ANSWER] * 60_000})
     assert convert({"messages": [ASK, ANSWER] * 500})
+
+
+@pytest.mark.parametrize("column", ["response", "completion", "label"])
+def test_an_answer_beside_what_its_reward_may_be_made_of_is_read(column):
+    name, (example,) = convert({"prompt": "1 + 2?", column: "3", "answers": ["3", "three"]})
+    assert name == f"prompt/{column}" and example.response[0]["content"] == "3"

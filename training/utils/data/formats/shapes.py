@@ -267,7 +267,6 @@ FORMATS = (
     _format("query/responses/scores", rated("query", "responses")),
     _format("instruction/completions", rated("instruction", "completions")),
     _format("message_tree_id/prompt", tree),
-    _format("prompt/answers", prompt_answers),
     _format("messages", _chat),
     _format("conversations", _chat),
     _format("instruction/output", _alpaca),
@@ -284,6 +283,7 @@ FORMATS = (
     _format("input/output", _pair_of("input", "output")),
     _format("input/target", _pair_of("input", "target")),
     _format("source/target", _source_target),
+    _format("prompt/answers", prompt_answers),
     _format("prompt", _prompt_only),
     _format("text", _text_alone),
 )
