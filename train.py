@@ -154,7 +154,7 @@ def own_args(name: str, text: str) -> list[str]:
     except ValueError as error:
         raise UserError(f"--{name}_args: {error}") from error
     for token in tokens:
-        flag = token.partition("=")[0].removeprefix("--")
+        flag = token.partition("=")[0].removeprefix("--").replace("-", "_")
         if token.startswith("--") and flag in GIVEN[name]:
             raise UserError(
                 f"--{name}_args: --{flag} is given by train.py; see its own flags for models and --output_dir"
@@ -246,6 +246,8 @@ def plan_steps(
     folders = [Path(recipe_path).resolve().parent, ROOT]
     numbers = {"step1": 1, "step2": 2, "dpo": 2, "step3": 3}
     wanted = [name for name in PIPELINES[options.pipeline] if numbers[name] in options.step]
+    if not wanted:
+        raise UserError(f"--step {' '.join(map(str, options.step))}: there is none in --pipeline {options.pipeline}")
     starts: dict[str, str] = {}
 
     def output_of(step: str, given: str) -> str:

@@ -382,6 +382,14 @@ def test_plan_asks_each_step_and_makes_no_run(
     assert not bench.output.exists()
 
 
+def test_nothing_to_run_or_named_twice_is_said(bench: Bench) -> None:
+    with pytest.raises(UserError, match="--step 3: there is none in --pipeline sft,dpo"):
+        bench.train("--pipeline", "sft,dpo", "--step", "3")
+    with pytest.raises(UserError, match="--step1_args: --output_dir is given by train.py"):
+        bench.train("--step1_args", "--output-dir elsewhere")
+    assert not bench.output.exists()
+
+
 def test_starts_in_the_middle(bench: Bench) -> None:
     with pytest.raises(UserError, match=r"finished step 1; make it with: deepspeed --num_gpus 1 .*step1"):
         bench.train("--step", "2")

@@ -196,7 +196,7 @@ class TrainingArguments:
     lr_scheduler_type: str = flag("cosine", "how the learning rate falls after the warm-up", choices=SCHEDULES)
     num_warmup_steps: int = flag(0, "optimizer steps of linear warm-up", minimum=0)
     eval_interval: int = flag(
-        0, "evaluate every this many optimizer steps (0: at the start and after each epoch)", minimum=0
+        0, "evaluate every this many optimizer steps too (0: at start and end, step 1 after each epoch)", minimum=0
     )
     seed: int = flag(1234, "seed of data order, initialisation and sampling", minimum=0, maximum=MAX_SEED)
 
@@ -517,13 +517,13 @@ def told_others(argv: Sequence[str], others: Mapping[str, OtherFlag]) -> list[st
 
 
 def flags_in(argv: Sequence[str]) -> dict[str, list[str]]:
-    """Flag without dashes (and without ``no-``) -> its values, of the last time that it is given."""
+    """Flag with underscores alone (and without ``no-``) -> its values, of the last time that it is given."""
     found: dict[str, list[str]] = {}
     values: list[str] = []
     for token in argv:
         if re.match(r"--[a-zA-Z]", token):
             name, equals, value = token[2:].partition("=")
-            values = found[name.removeprefix("no-")] = [value] if equals else []
+            values = found[name.removeprefix("no-").replace("-", "_")] = [value] if equals else []
         else:
             values.append(token)
     return found

@@ -46,9 +46,10 @@ def test_a_named_model_needs_named_data(step, flag, output):
     of_demo = finished(output, "b", "step1", ["--model_name_or_path", "embedded"])
     of_part = finished(output, "c", "step1", ["--data_path", "demo:20", "--seed", "1"])
     of_sft = finished(output, "d", "step1", ["--sft_only_data_path", "mine.jsonl"])
+    dashed = finished(output, "f", "step1", ["--data-path", "mine.jsonl"])
     not_known = finished(output, "e", "step1", [])
     (of_demo / "actor").mkdir()
-    for model in ("hub/name", own, of_sft, not_known):
+    for model in ("hub/name", own, of_sft, dashed, not_known):
         with pytest.raises(UserError, match=f"{flag} .*: name the data too, --data_path FILE; --data_path demo"):
             demo.check_training_data(parsed(step, flag, str(model)))
         demo.check_training_data(parsed(step, flag, str(model), "--data_path", "demo"))
