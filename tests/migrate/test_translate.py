@@ -4,10 +4,11 @@ import dataclasses
 
 import pytest
 
+from training.migrate.__main__ import filled
 from training.migrate.deepspeed_chat import DEEPSPEED_CHAT
 from training.migrate.program import as_text
 from training.migrate.shell import quoted, read_command
-from training.migrate.translate import OURS, translate
+from training.migrate.translate import OURS, ranks_of, translate
 from training.utils import arguments
 from training.utils.errors import UserError
 
@@ -168,6 +169,39 @@ def test_a_flag_twice_dashes_and_our_own_flags():
     )
     assert (values["--seed"], values["--learning_rate"]) == (2, 2e-5)
     assert values["--eval_data_path"] == ["x.jsonl", "y.jsonl"]
+
+
+def test_flags_of_ours_in_their_command_win_over_what_is_made_of_theirs():
+    text = f"deepspeed {STEP1} --lora_dim 8"
+    assert values_of(text)["--lora_alpha"] == 1
+    assert values_of(f"{text} --lora_alpha 32")["--lora_alpha"] == 32
+
+
+def test_a_number_that_others_hang_on_must_be_known():
+    for text in (
+        f"deepspeed {STEP1} --lora_dim $RANK",
+        f"deepspeed {STEP3} {ROLES} --per_device_training_batch_size $RANK",
+    ):
+        with pytest.raises(UserError, match="\\$RANK: other flags depend on it, so write its value"):
+            translate(text)
+    assert "--seed $SEED" in translate(f"deepspeed {STEP1} --seed $SEED").text()
+
+
+def test_deepspeed_without_flags_takes_all_gpus(monkeypatch):
+    assert translate(f"deepspeed {STEP1}").start() == ["deepspeed", STEP1]
+    assert translate(f"python {STEP1}").start() == ["deepspeed", "--num_gpus", "1", STEP1]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    assert ranks_of(read_command(f"deepspeed {STEP1}")) == 3
+    assert ranks_of(read_command(f"python {STEP1}")) == 1
+
+
+def test_what_the_shell_fills_in_is_filled_in_where_it_is_started(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("RUN", "first")
+    monkeypatch.delenv("NOT_SET", raising=False)
+    assert [filled(word) for word in ("~/$RUN", "a~", "1e-5")] == ["/home/me/first", "a~", "1e-5"]
+    with pytest.raises(UserError, match="\\$NOT_SET is not set here"):
+        filled("out/$NOT_SET")
 
 
 def test_every_flag_that_is_mapped_is_one_of_ours():

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from training.migrate.predecessors import PREDECESSORS
-from training.migrate.shell import quoted
-from training.migrate.translate import SINGLE, Translated, translate
+from training.migrate.shell import VARIABLE, quoted
+from training.migrate.translate import Translated, translate
 from training.utils import arguments
 from training.utils.errors import UserError, run_program
 from training.utils.run.environment import check_environment
@@ -55,12 +55,24 @@ def parse_flags(argv: Sequence[str]) -> tuple[list[Any], str]:
     return groups, words[0] if len(words) == 1 else " ".join(map(quoted, words))
 
 
+def filled(word: str) -> str:
+    """A word as the shell would have it: its variables and its home folder filled in.
+
+    Raises:
+        UserError: a variable that is not set.
+    """
+    found = os.path.expanduser(os.path.expandvars(word))
+    if left := VARIABLE.search(found):
+        raise UserError(f"--run: {left[0]} is not set here: export it, or write its value in its place")
+    return found
+
+
 def start(made: Translated) -> NoReturn:
     """Become a translated command."""
     script = shown(repository_root() / made.ours.script)
-    launcher = [*deepspeed_launcher(), *(made.launcher or SINGLE)] if made.ours.launched else [sys.executable]
-    words = [os.path.expandvars(word) for word in (*launcher, script, *made.arguments)]
-    environment = dict(entry.split("=", 1) for entry in made.environment)
+    launcher = [*deepspeed_launcher(), *made.launcher] if made.ours.launched else [sys.executable]
+    words = [filled(word) for word in (*launcher, script, *made.arguments)]
+    environment = dict(filled(entry).split("=", 1) for entry in made.environment)
     os.execvpe(words[0], words, os.environ | environment)
 
 

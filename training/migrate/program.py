@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from training.utils.arguments import OtherFlag
+from training.utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -48,18 +49,28 @@ class Translation:
     refused: list[str] = field(default_factory=list)
 
     def theirs(self, name: str) -> Any:
-        """The value that a flag has there: as given, else their default. A switch is True or False."""
+        """The value that a flag has there: as given, else their default. A switch is True or False.
+
+        Raises:
+            UserError: it is a number that the shell is to fill in.
+        """
         other = self.flags[name]
         if name not in self.given:
             return bool(other.default) if other.kind is bool else other.default
         if other.kind is bool:
             return True
+        unknown = [text for text in self.given[name] if "$" in text]
+        if unknown and other.kind is not str:
+            raise UserError(
+                f"{name} {unknown[0]}: other flags depend on it, so write its value in the variable's place"
+            )
         values = [other.kind(text) for text in self.given[name]]
         return values if other.many else values[-1]
 
     def set(self, flag: str, value: Any, why: str) -> None:
-        """Give one of our flags a value, and say why, unless it has it."""
-        if self.values.get(flag) == as_text(value):
+        """Give one of our flags a value, and say why, unless it has it or was given as ours, which counts."""
+        ours = {flag, f"--no-{flag[2:]}"} & self.given.keys() - self.flags.keys()
+        if ours or self.values.get(flag) == as_text(value):
             return
         self.values[flag] = as_text(value)
         if value is False:

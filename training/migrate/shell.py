@@ -12,7 +12,7 @@ from training.utils.errors import UserError
 
 _SEPARATORS = (";", "&&", "||", "|", "&")
 _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=")
-_VARIABLE = re.compile(r"\$\{?(\w+)(?:\[@\])?\}?")
+VARIABLE = re.compile(r"\$\{?(\w+)(?:\[@\])?\}?")
 _ARRAY = re.compile(r"^\s*(?:declare -a )?(\w+)=\(([^()]*)\)", re.MULTILINE)  # dataset=(a b c), over several lines
 _REMARK = re.compile(r"\\[ \t]+#[^\n]*$", re.MULTILINE)  # behind a line that goes on, as their pages have it
 _BEFORE = ("nohup", "time", "exec", "env", "then", "do", "else", "export")  # of a command's own words
@@ -40,6 +40,7 @@ class Command:
     Attributes:
         environment: ``NAME=value`` before it.
         launcher: flags for deepspeed's launcher.
+        all_gpus: it is deepspeed's launcher without flags, which takes all GPUs.
         script: the program's path, below the folder that ``cd`` went to.
         arguments: what follows it.
         notes: what was read over, a line each.
@@ -47,6 +48,7 @@ class Command:
 
     environment: list[str] = field(default_factory=list)
     launcher: list[str] = field(default_factory=list)
+    all_gpus: bool = False
     script: str = ""
     arguments: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -73,7 +75,7 @@ def read_command(text: str) -> Command:
         problem = "starts no Python program" if not found else f"starts {len(found)} programs: give one at a time"
         raise UserError(f"this command {problem}" + ("" if found else ', as in "deepspeed --num_gpus 2 main.py ..."'))
     [command] = found
-    left = sorted({m[0] for word in command.arguments for m in _VARIABLE.finditer(word)})
+    left = sorted({m[0] for word in command.arguments for m in VARIABLE.finditer(word)})
     command.notes += notes + [f"{name} stays as it is, for the shell to fill in" for name in left]
     return command
 
@@ -90,7 +92,7 @@ def _simple_commands(text: str, known: Mapping[str, str]) -> tuple[list[list[str
                 words = words[1:]
             if words and all(_ASSIGNMENT.match(word) for word in words):
                 for name, _, value in (word.partition("=") for word in words):
-                    if not _VARIABLE.search(value):
+                    if not VARIABLE.search(value):
                         variables[name] = value
             elif words:
                 inside, more = _script(words, variables)
@@ -129,7 +131,7 @@ def _split(line: str, notes: list[str]) -> list[list[str]]:
 
 def _filled(word: str, variables: Mapping[str, str]) -> list[str]:
     """A word with the variables that are known; a list of several words where it is all of an array."""
-    filled = _VARIABLE.sub(lambda match: variables.get(match[1], match[0]), word)
+    filled = VARIABLE.sub(lambda match: variables.get(match[1], match[0]), word)
     return filled.split() if word.endswith("[@]}") and filled != word else [filled]
 
 
@@ -164,6 +166,7 @@ def _started(words: Sequence[str]) -> Command | None:
         between = between[1:]
     if name == "deepspeed" or name.startswith("--") or not any(word in ("-m", "run") for word in between[:1]):
         command.launcher = between if name not in ("torchrun", "colossalai", "accelerate") else []
+        command.all_gpus = name == "deepspeed" and not between
         if command.launcher == between:
             return command
     _other_launcher(command, between)
@@ -192,4 +195,4 @@ def quoted(word: str) -> str:
     """A word for the shell; its variables and its home folder stay for the shell to fill in."""
     if re.fullmatch(r"~?[\w@%+=:,./$\{\}\[\]-]+", word):
         return word
-    return '"' + re.sub(r'(["\\`])', r"\\\1", word) + '"' if _VARIABLE.search(word) else shlex.quote(word)
+    return '"' + re.sub(r'(["\\`])', r"\\\1", word) + '"' if VARIABLE.search(word) else shlex.quote(word)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
+from training.migrate.e2e import gpus_here
 from training.migrate.predecessors import PREDECESSORS
 from training.migrate.program import THEIR_DEFAULT, Predecessor, Program, Translation, as_text
 from training.migrate.shell import Command, quoted, read_command
@@ -20,7 +21,7 @@ from training.utils.arguments import OtherFlag
 from training.utils.errors import UserError
 from training.utils.run.folders import STEPS, repository_root, shown
 
-SINGLE = ("--num_gpus", "1")  # without launcher flags deepspeed would take all GPUs, and python starts one process
+SINGLE = ["--num_gpus", "1"]  # without flags deepspeed's launcher would take all GPUs, and python starts one process
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Translated:
 
     def start(self) -> list[str]:
         """The words before the arguments."""
-        starter = ["deepspeed", *(self.launcher or SINGLE)] if self.ours.launched else ["python"]
+        starter = ["deepspeed", *self.launcher] if self.ours.launched else ["python"]
         return [*self.environment, *starter, shown(repository_root() / self.ours.script)]
 
     def text(self) -> str:
@@ -117,7 +118,8 @@ def translate(text: str, source: str = "") -> Translated:
         checked = [word for name, values in known.items() for word in (name, *values)]
         ours.check(arguments.parse(ours.groups, checked, prog=ours.script, description=""))
     lines = [*told, *found.lines, *command.notes, *(f"not the same: {line}" for line in program.different)]
-    return Translated(predecessor, program, command.environment, command.launcher, ours, argv, lines)
+    launcher = command.launcher if command.launcher or command.all_gpus else SINGLE
+    return Translated(predecessor, program, command.environment, launcher, ours, argv, lines)
 
 
 def choose(command: Command, source: str = "") -> tuple[Predecessor, Program, list[str]]:
@@ -149,7 +151,9 @@ def choose(command: Command, source: str = "") -> tuple[Predecessor, Program, li
 
 
 def ranks_of(command: Command) -> int:
-    """The processes that a launcher's flags name, 1 where they name none."""
+    """The processes that a launcher's flags name, 1 where they name none; without any those of deepspeed here."""
+    if command.all_gpus:
+        return gpus_here()
     flags = [part for word in command.launcher for part in word.split("=", 1)]
     named = [flags[i + 1] for i, word in enumerate(flags[:-1]) if word == "--num_gpus"]
     return int(named[-1]) if named and named[-1].isdigit() else 1
