@@ -82,6 +82,26 @@ def test_deepspeed_chats_reward_models(tmp_path, tiny_data, family):
     assert found.count == len(rows)
 
 
+def test_of_a_ranking_the_best_answer_makes_the_statistics(tmp_path):
+    """As in step 2: a prompt counts once, however many answers it has."""
+    rows = [
+        {"prompt": "Say a word.", "ranking": ["one", "two words", "and three words"]},
+        {"prompt": "Say hi.", "ranking": ["Hi!", "Bye, and never come back."]},
+    ]
+    (tmp_path / "preferences.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    base, head = save_theirs(tmp_path / "theirs", FAMILIES["llama"])
+    assert convert(tmp_path / "theirs", tmp_path) == 0
+    tokenizer, best = AutoTokenizer.from_pretrained(tmp_path / "ours"), []
+    for row in rows:
+        text = WRITTEN["user"].format(row["prompt"]) + WRITTEN["assistant"].format(row["ranking"][0])
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            best.append(head(base(ids).last_hidden_state[:, -1]).item())
+    found = RewardStats.read(tmp_path / "ours")
+    assert (found.mean, found.count) == (pytest.approx(sum(best) / 2, abs=1e-4), 2)
+    assert json.loads((tmp_path / "ours" / "summary.json").read_text())["held_out"] == 2
+
+
 def test_openassistants_pythia_reward_models(tmp_path, tiny_data, capsys):
     config = GPTNeoXConfig(**SMALL, intermediate_size=64, initializer_range=0.3)
     kept = {"gpt_neox.layers.0.attention.masked_bias": torch.tensor(-1e9)}  # older transformers saved it

@@ -64,9 +64,9 @@ import torch  # noqa: E402  threads and PATH must be set before
 from safetensors.torch import load_file  # noqa: E402
 from transformers import AutoConfig, AutoModelForSequenceClassification  # noqa: E402
 
-from training.step2_reward_model_finetuning.pairs import held_out_rewards  # noqa: E402
+from training.step2_reward_model_finetuning.pairs import held_out_rewards, pair_weights  # noqa: E402
 from training.step2_reward_model_finetuning.preference import pair_metrics  # noqa: E402
-from training.utils.data import prepare_data, stop_token_ids  # noqa: E402
+from training.utils.data import prepare_data, rankings_of, stop_token_ids  # noqa: E402
 from training.utils.engine import engine as engines, precision  # noqa: E402
 from training.utils.metrics import write_summary  # noqa: E402
 from training.utils.model.classifiers import TokenScorer  # noqa: E402
@@ -271,16 +271,17 @@ def main(argv: Sequence[str]) -> int:
         device=device,
     )
     rewards = held_out_rewards(scorer, pairs, args.per_device_eval_batch_size, pad_id, device)
-    stats, metrics = RewardStats.of(rewards, args.dtype), pair_metrics(rewards)
+    best = [rewards[mine.start] for mine in rankings_of(pairs)]  # as step 2: of a ranking its best answer counts
+    stats, metrics = RewardStats.of(best, args.dtype), pair_metrics(rewards, pair_weights(pairs))
     if line := stats.line():
         say(line)
     stats.write(output)
     say(
-        f"accuracy {metrics['accuracy']:.3f} on {len(pairs)} pairs; rewards of preferred answers: mean "
+        f"accuracy {metrics['accuracy']:.3f} on pairs of {len(best)} prompts; rewards of preferred answers: mean "
         f"{stats.mean:.3f}, standard deviation {stats.std:.3f}"
     )
     write_summary(output, {"converted_from": str(folder.resolve()), "accuracy_after": metrics["accuracy"],
-                           "held_out": len(pairs), precision.SUMMARY_KEY: settled})  # fmt: skip
+                           "held_out": len(best), precision.SUMMARY_KEY: settled})  # fmt: skip
     say(f"written to {output}: a reward model for --reward_model_name_or_path")
     return 0
 
