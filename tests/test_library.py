@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from tests.step3.hybrid_checks import save_tiny_reward_model
 from training import PPO, STRATEGIES
@@ -139,6 +139,14 @@ def test_bad_input(models, tiny_data, tmp_path):
         PPO(data, enable_ema=True, output_dir=str(tmp_path), **models)
     with pytest.raises(UserError, match="no such file"):
         PPO([str(tmp_path / "none.jsonl")], **models)
+    ppo = PPO(data, **models, **FLAGS)
+    config = AutoConfig.from_pretrained(models["actor_model_name_or_path"], num_hidden_layers=3)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "deeper")
+    config.num_hidden_layers, config.intermediate_size = 2, 2 * config.intermediate_size
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "wider")
+    for other in ("deeper", "wider"):
+        with pytest.raises(UserError, match=f"{other} is of another model: .* does not fit"):
+            ppo.load_model("actor", tmp_path / other)
     ppo = PPO(data, **models, **(FLAGS | {"actor_lora_dim": 2}))
     with pytest.raises(UserError, match="with LoRA start from the folder"):
         ppo.load_model("actor", models["actor_model_name_or_path"])

@@ -189,12 +189,13 @@ class PPO:
         else:
             model = classifiers.load_classifier(str(folder), dtype="fp32", pad_token_id=pad)
         saved = dict(model.named_parameters())
+        own = {name: getattr(p, "ds_shape", p.shape) for name, p in export.unwrap(engine).named_parameters()}
+        if other := sorted(n for n in own.keys() | saved.keys() if n not in saved or own.get(n) != saved[n].shape):
+            raise UserError(f"{folder} is of another model: {other[0]} does not fit")
         values = {}
         for part in engine_state.masters(engine):
             name = part.name if role == "actor" else part.name.removeprefix("classifier.")
             length = part.values[engine_state.MASTER].numel()
-            if name not in saved or saved[name].numel() < part.start + length:
-                raise UserError(f"{folder} is of another model: {name} does not fit")
             values[part.name, part.start] = saved[name].detach().flatten()[part.start : part.start + length]
         engine_state.replace_masters(engine, values)
 
