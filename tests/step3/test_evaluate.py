@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiny import save_tiny_model
 from training.step3_rlhf_finetuning import evaluate, main as step3, settings
 from training.step3_rlhf_finetuning.arguments import parse_counts
 from training.step3_rlhf_finetuning.evaluate import StepArguments, assemble, judged_by, of_the_run, sources_of_the_run
@@ -201,6 +202,45 @@ def test_a_run_without_a_manifest_is_evaluated_by_functions_alone(tiny_model, ti
     assert found["reward_model"] == ""
     for sample in found["samples"]:
         assert sample["sft_reward"] == 2 * len(sample["sft"])
+
+
+def test_a_dpo_model_is_judged_beside_the_other_two(tiny_model, tiny_data, tmp_path):
+    """The run's own, once it is finished, or the flag's; RLHF's is a copy of the SFT model, which is no difference."""
+    run = tmp_path / "run"
+    shutil.copytree(tiny_model, run / "step3" / "actor")
+    (run / "step3" / "summary.json").write_text("{}")
+    own = save_tiny_model(run / "dpo", seed=1)
+    assert evaluate.dpo_of_the_run("", run / "step3") == {}, "it is not finished"
+    (own / "summary.json").write_text("{}")
+    (file := tmp_path / "f.py").write_text(SIZE)
+    argv = ["--path", str(run / "step3"), "--sft_model_name_or_path", str(tiny_model), "--dtype", "fp32", FLAG, "none"]
+    argv += ["--data_path", str(tiny_data / "prompts.jsonl"), "--eval_data_path", str(tiny_data / "held_out.jsonl")]
+    argv += ["--max_answer_seq_len", "6", "--max_prompts", "4", "--best_of", "1,2", "--system_message", "Be brief."]
+    argv += ["--reward_function", f"{file}:size=2", "--eval_function", f"{file}:size"]
+
+    def judged(*more):
+        assert evaluate.main([*argv, *more]) == 0
+        return json.loads((run / "step3" / "evaluation.json").read_text())
+
+    found = judged()
+    models, samples = found["models"], found["samples"]
+    assert found["dpo_model"] == str(own) and [*models] == ["SFT", "RLHF", "DPO", "best of 1", "best of 2"]
+    assert models["DPO"].keys() == models["RLHF"].keys()
+    assert models["RLHF"]["kl"] == pytest.approx(0.0, abs=1e-4) and models["RLHF"]["win_rate_by_size"] == 0.5
+    assert models["DPO"]["kl"] > 1
+    sizes = {name: [len(sample[name]) for sample in samples] for name in ("sft", "rlhf", "dpo")}
+    assert sizes["rlhf"] == sizes["sft"] != sizes["dpo"], "the other model gives other answers to the same prompts"
+    for name in ("sft", "dpo"):
+        assert [sample[f"{name}_reward"] for sample in samples] == [2 * size for size in sizes[name]]
+    assert models["DPO"]["size"] == intervals.mean([float(size) for size in sizes["dpo"]])
+    won = [(dpo > sft) + 0.5 * (dpo == sft) for dpo, sft in zip(sizes["dpo"], sizes["sft"], strict=True)]
+    assert models["DPO"]["win_rate_by_size"] == models["DPO"]["win_rate_by_reward"] == intervals.mean(won)
+
+    given = judged("--dpo_model_name_or_path", str(tiny_model))
+    assert given["dpo_model"] == str(tiny_model) and given["models"]["DPO"] == given["models"]["RLHF"]
+    assert {name: given["models"][name] for name in ("SFT", "RLHF")} == {name: models[name] for name in ("SFT", "RLHF")}
+    with pytest.raises(UserError, match="--dpo_model_name_or_path gone/model"):
+        evaluate.main([*argv, "--dpo_model_name_or_path", "gone/model/here"])
 
 
 def test_a_template_that_step_3_put_over_both_models_is_no_difference(tiny_model, tmp_path):
