@@ -144,7 +144,7 @@ def test_a_classifier_is_a_reward(tiny_classifier):
         assert rewards[n] == pytest.approx((logits[0] - logits[1]).item(), abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["tldr", "sentiment"])
+@pytest.mark.parametrize("name", PAGES)
 def test_a_run_with_a_tiny_model(name, tiny_model, tiny_classifier, tmp_path):
     """Every step of the recipe on its sample, each from the one before; sentiment with a classifier."""
     shorter = {
@@ -165,3 +165,4 @@ def test_a_run_with_a_tiny_model(name, tiny_model, tiny_classifier, tmp_path):
     lines = (tmp_path / "step1" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert ("eval/rouge" in json.loads(lines[0])) == (name == "tldr")
     assert json.loads((tmp_path / "step3" / "summary.json").read_text(encoding="utf-8"))["iterations"] == 2
+    assert (tmp_path / "step3" / "actor" / "adapter").is_dir() == (name == "stackexchange")
