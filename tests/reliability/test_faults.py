@@ -382,11 +382,11 @@ def test_a_run_outlives_the_reader_of_its_output(inputs, tmp_path):
 
 
 def test_a_suspended_run_does_not_stand_still(launcher, inputs, tmp_path):
-    arguments = step_arguments(1, inputs, tmp_path / "out", "--hang_timeout", "12", "--num_train_epochs", "4")
+    arguments = step_arguments(1, inputs, tmp_path / "out", "--hang_timeout", "25", "--num_train_epochs", "4")
     run = launcher.start(1, arguments, tmp_path / "log")
     run.wait_for(lambda: checkpoints(tmp_path / "out"))
     os.kill(run.pid, signal.SIGSTOP)
-    time.sleep(15)
+    time.sleep(28)
     os.kill(run.pid, signal.SIGCONT)
     assert run.wait() == 0, run.text()[-2000:]
 
