@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -13,11 +10,9 @@ import pytest
 from transformers import AutoTokenizer, GenerationConfig
 
 from tests.data.test_template_file import CONFIG
-from tests.reliability.tiny_runs import Launcher
-from training.migrate.translate import translate
+from tests.migrate.runs import run_line, steps_of, train_line
 from training.utils.data import stop_token_ids
 
-ROOT = Path(__file__).resolve().parents[2]
 TOKENS = {"input_ids": [1, 2], "labels": [-100, 2], "inputs_decode": "a b", "labels_decode": ["b"], "seq_length": 2}
 PAIR_TOKENS = {f"{side}_{what}": [1, 2] for side in ("chosen", "rejected") for what in ("input_ids", "loss_mask")}
 ROWS = 16
@@ -81,8 +76,7 @@ def check_sft(output: Path) -> None:
     stops = GenerationConfig.from_pretrained(output).eos_token_id
     assert sorted(stops) == sorted(stop_token_ids(tokenizer)) == [0, 2]
     assert CONFIG["system_message"].strip() in tokenizer.apply_chat_template([said_by_user("Hi")], tokenize=False)
-    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    assert max(row["step"] for row in rows) == 3  # 11 of 16 rows, 2 ranks x 2 rows a step
+    assert steps_of(output) == 3  # 11 of 16 rows, 2 ranks x 2 rows a step
 
 
 def said_by_user(text: str) -> dict[str, str]:
@@ -90,40 +84,23 @@ def said_by_user(text: str) -> dict[str, str]:
 
 
 def test_the_first_line_trains(tiny_model, files, tmp_path):
-    made = translate(sft_line(tiny_model, files, tmp_path / "sft"))
-    assert made.launcher[:2] == ["--num_gpus", "2"]
-    launcher = Launcher()
-    try:
-        ranks = launcher.start_ranks(1, made.arguments, tmp_path / "log", 2)
-        assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].text()[-3000:]
-    finally:
-        launcher.close()
+    train_line(sft_line(tiny_model, files, tmp_path / "sft"), 1, tmp_path / "log", ranks=2)
     check_sft(tmp_path / "sft")
 
 
 @pytest.mark.slow
 def test_the_lines_of_all_stages_run_one_after_the_other(tiny_model, files, tmp_path):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-    def start(text: str) -> str:
-        command = [sys.executable, "-m", "training.migrate", "--run", text]
-        result = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
-        )
-        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-        return result.stdout
-
     sft, rm, ppo = tmp_path / "sft", tmp_path / "rm", tmp_path / "ppo"
-    start(sft_line(tiny_model, files, sft))
+    run_line(sft_line(tiny_model, files, sft))
     check_sft(sft)
     parts = " ".join(str(files / "{}/arrow" / f"part-{part:05d}") for part in range(2))
-    start(
+    run_line(
         f"colossalai run --nproc_per_node 1 --master_port 30035 train_rm.py --pretrain {sft} --tokenizer_dir {sft} "
         f"--dataset {parts.format('preference', 'preference')} --plugin zero2 --save_interval 1000 --save_dir {rm} "
         "--max_epochs 3 --accumulation_steps 1 --batch_size 8 --lr 5e-6 --grad_clip 1.0 --weight_decay 0.01 "
         "--warmup_steps 40 --grad_checkpoint --max_length 256 --dtype fp32"
     )
-    told = start(
+    told = run_line(
         f"colossalai run --nproc_per_node 1 --master_port 31312 train_ppo.py --pretrain {sft} --rm_pretrain {sft} "
         f"--tokenizer_dir {sft} --rm_checkpoint_path {rm} --prompt_dataset {parts.format('prompt', 'prompt')} "
         f"--conversation_template_config {files}/template.json --ptx_coef 0.0 --plugin zero2 --save_interval 500 "
@@ -132,7 +109,6 @@ def test_the_lines_of_all_stages_run_one_after_the_other(tiny_model, files, tmp_
         "--grad_checkpoint --max_length 200 --max_seq_len 8 --dtype fp32"
     )
     assert "--generation_batches 2" in told and (ppo / "actor" / "config.json").is_file()
-    rows = [json.loads(line) for line in (ppo / "metrics.jsonl").read_text().splitlines()]
-    assert max(row.get("iteration", row.get("step", 0)) for row in rows) == 2
+    assert steps_of(ppo) == 2
     stops = GenerationConfig.from_pretrained(ppo / "actor").eos_token_id
     assert sorted(stops) == [0, 2], "one stop set from the first stage to the last"
