@@ -179,10 +179,10 @@ def test_seed_004s_lines(data, tmp_path):
             "--per_device_train_batch_size 8 --per_device_eval_batch_size 8 --max_seq_len 512 --learning_rate 3e-4 "
             "--num_train_epochs 1 --gradient_accumulation_steps 8 --num_warmup_steps 100 "
             f"--output_dir {folder}/actor --lora_dim 8 --lora_module_name q_proj,k_proj --only_optimize_lora "
-            "--deepspeed --zero_stage 2",
+            f"--deepspeed --zero_stage 2 --data_path {data}/rm-static",
         )
     )
-    assert steps_of(folder / "actor") == 2  # 140 rows, 2 ranks x 8 rows x 8
+    assert steps_of(folder / "actor") == 4  # 140 dialogues and their four tenths of 700 rows, 2 ranks x 8 rows x 8
     adapted = {f"model.layers.{n}.self_attn.{name}.weight" for n in range(2) for name in ("q_proj", "k_proj")}
     assert changed(base, folder / "actor") == adapted
     run_line(
