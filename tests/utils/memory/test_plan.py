@@ -207,9 +207,11 @@ def test_the_plan_is_within_15_percent_of_what_the_embedded_model_takes(step):
         assert float(ratio) == pytest.approx(1.0, abs=0.15), f"ZeRO {stage}"
 
 
+SHORT = {"gradient_checkpointing": True, "per_device_eval_batch_size": 4, "max_seq_len": 256}
 MINI = {  # what the recipe adds to the demo's
-    "step1": {"gradient_checkpointing": True, "per_device_eval_batch_size": 4, "max_seq_len": 256},
-    "step2": {"gradient_checkpointing": True, "per_device_eval_batch_size": 4, "max_seq_len": 256},
+    "step1": SHORT,
+    "step2": SHORT,
+    "dpo": SHORT | {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
     "step3": {"actor_gradient_checkpointing": True},
 }
 
@@ -220,7 +222,7 @@ def test_the_mini_recipe_is_the_demo_in_less_memory():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [1, 2, 3])
+@pytest.mark.parametrize("step", [1, 2, "dpo", 3])
 def test_the_mini_recipe_is_planned_below_1_6_gb(step, tmp_path, tiny_model, capsys):
     """In 16 bit, for a model of SmolLM2-135M's shape; step 3 needs the most."""
     shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
@@ -228,7 +230,7 @@ def test_the_mini_recipe_is_planned_below_1_6_gb(step, tmp_path, tiny_model, cap
     LlamaConfig(**shape, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (tmp_path / name).write_text((tiny_model / name).read_text())
-    section = read_recipe("mini")[1][f"step{step}"] | {"dtype": "bf16", "plan": True}
+    section = read_recipe("mini")[1]["dpo" if step == "dpo" else f"step{step}"] | {"dtype": "bf16", "plan": True}
     models = {"actor_model_name_or_path": str(tmp_path), "critic_model_name_or_path": str(tmp_path)}
     section |= models | {"normalize_reward": False} if step == 3 else {"model_name_or_path": str(tmp_path)}
     assert run_program(importlib.import_module(STEPS[step]).main, flags_of(section, [ROOT])) == 0

@@ -26,6 +26,7 @@ from training.utils.errors import UserError, run_program
 HARMLESS_WARNINGS = (
     r"`torch\.distributed\.\w+` is deprecated.*",  # DeepSpeed 0.19 calls the older names of torch 2.13
     r"`is_gradient_checkpointing` is deprecated.*",  # PEFT 0.21 asks by the name before transformers 5.23's
+    r"`gradient_checkpointing_enable` is deprecated.*",  # transformers 5.17 has no other name for it
 )
 
 # One of these is there when DeepSpeed could find an accelerator: NVIDIA, WSL, AMD, Intel, Habana and others.
