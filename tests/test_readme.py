@@ -13,8 +13,15 @@ import pytest
 from training.utils import arguments
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-FOLDERS = ("training/", "inference/", "benchmarks/", "tests/", "scripts/")  # of paths that are there, not the reader's
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+FOLDERS = (
+    "training/",
+    "inference/",
+    "benchmarks/",
+    "tests/",
+    "scripts/",
+    "examples/",
+)  # of paths that are there, not the reader's
 
 # Where each command of the README is run: a target of make demo's path, or a test with the same program and flags.
 RUN_BY = {
