@@ -261,15 +261,7 @@ def main(argv: Sequence[str]) -> int:
     output.mkdir(parents=True, exist_ok=True)
     save_model(TokenScorer(model), tokenizer, output, stop_ids=stop_token_ids(tokenizer))
     pad_id = tokenizer.pad_token_id
-    scorer = engines.load_frozen_scorer(
-        str(output),
-        zero_stage=0,
-        dtype=args.dtype,
-        pad_token_id=pad_id,
-        attn_implementation="sdpa",
-        offload=False,
-        device=device,
-    )
+    scorer = engines.load_frozen_scorer(str(output), dtype=args.dtype, pad_token_id=pad_id, device=device)
     rewards = held_out_rewards(scorer, pairs, args.per_device_eval_batch_size, pad_id, device)
     best = [rewards[mine.start] for mine in rankings_of(pairs)]  # as step 2: of a ranking its best answer counts
     stats, metrics = RewardStats.of(best, args.dtype), pair_metrics(rewards, pair_weights(pairs))

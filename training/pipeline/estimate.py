@@ -160,6 +160,7 @@ def fine_tuning_work(step: str, groups: Sequence[Any], shape: Shape, rows: Rows,
     _, model, lora, train, *_, own = groups
 
     def one(row: Rows) -> float:
+        """Operations of a row's forward; a pair has two."""
         tokens = row.prompt + row.answer
         if step == "step2":
             return 2 * forward(shape, tokens, 0)

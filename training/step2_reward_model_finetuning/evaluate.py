@@ -65,15 +65,7 @@ def main(argv: Sequence[str]) -> int:
     device = init_distributed()
     settled = precision.settle(args)
     pad_id = tokenizer.pad_token_id
-    scorer = engines.load_frozen_scorer(
-        str(folder),
-        zero_stage=0,
-        dtype=args.dtype,
-        pad_token_id=pad_id,
-        attn_implementation="sdpa",
-        offload=False,
-        device=device,
-    )
+    scorer = engines.load_frozen_scorer(str(folder), dtype=args.dtype, pad_token_id=pad_id, device=device)
     pairs = judged_pairs(scorer, rows, args.per_device_eval_batch_size, pad_id, device)
     found = judge(pairs)
     worst = worst_of(pairs, rows, tokenizer)

@@ -486,6 +486,7 @@ def answer_early(
     check_environment()
 
     def check(argv: Sequence[str]) -> int:
+        """Parse, look for what is named, and tell what other programs' flags are taken for."""
         groups = parse_flags(argv)
         if int(os.environ.get("WORLD_SIZE", "1")) <= local_ranks():
             check_inputs(groups)  # on several hosts one may lack a file: then the run says on which

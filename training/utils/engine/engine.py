@@ -191,12 +191,12 @@ def frozen_role(model: nn.Module, *, zero_stage: int, dtype: str, offload: bool,
 def load_frozen_scorer(
     path: str,
     *,
-    zero_stage: int,
     dtype: str,
     pad_token_id: int,
-    attn_implementation: str,
-    offload: bool,
     device: torch.device,
+    zero_stage: int = 0,
+    attn_implementation: str = "sdpa",
+    offload: bool = False,
 ) -> Any:
     """A frozen reward model that scores every token, see `TokenScorer` and `frozen_role`."""
     sharded = frozen_config(dtype=dtype, offload=offload) if zero_stage == 3 else None
