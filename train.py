@@ -50,6 +50,7 @@ from training.utils.run.folders import (
     LATEST,
     PIPELINES,
     STEPS,
+    TUNED,
     continued,
     deepspeed_launcher,
     is_finished,
@@ -75,7 +76,6 @@ ACTOR = "--actor_model_name_or_path"
 REWARD = "--reward_model_name_or_path"
 LOG_LINES = 20  # of a failed step's log
 DEFAULT_PIPELINE = "sft,rm,ppo"
-TUNED = {"SFT": "step1", "DPO": "dpo", "RLHF": "step3/actor"}  # models to talk to, and where a run has them
 
 
 @dataclass

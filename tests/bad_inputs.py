@@ -5,9 +5,12 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "inference"))
 
 STEPS = {
     1: "training.step1_supervised_finetuning.main",
@@ -18,6 +21,7 @@ STEPS = {
     "evaluate 2": "training.step2_reward_model_finetuning.evaluate",
     "evaluate dpo": "training.step2_dpo_finetuning.evaluate",
     "evaluate 3": "training.step3_rlhf_finetuning.evaluate",
+    "generate": "generate",
 }
 
 
@@ -57,6 +61,10 @@ def _sft(w: World, *more: str) -> list[str]:
 def _rl(w: World, *more: str) -> list[str]:
     roles = ["--actor_model_name_or_path", str(w.model), "--critic_model_name_or_path", str(w.reward)]
     return [*roles, "--output_dir", str(w.tmp / "out"), "--data_path", "demo", *more]
+
+
+def _generate(w: World, *more: str) -> list[str]:
+    return ["--model", f"one={w.model}", "--output", str(w.tmp / "a.jsonl"), "--data_path", "demo:8", *more]
 
 
 def _their_reward_model(w: World) -> str:
@@ -515,5 +523,58 @@ CASES = [
         "evaluate 2",
         lambda w: ["--path", _finished(w, "step2"), "--data_path", str(w.tmp / "no.jsonl")],
         ["no.jsonl"],
+    ),
+    Case("models of one name", "generate", lambda w: _generate(w, "--model", f"one={w.model}"), ["called one"]),
+    Case("answers by a reward model", "generate", lambda w: _generate(w, f"--model={w.reward}"), ["writes no answers"]),
+    Case("answers by nothing", "generate", lambda w: _generate(w, "--model", "a="), ["--model 'a='", "NAME=PATH"]),
+    Case(
+        "answers of one's own model to nothing",
+        "generate",
+        lambda w: ["--model", str(w.model), "--output", str(w.tmp / "a.jsonl")],
+        ["--model", "name the data too"],
+    ),
+    Case("the best by nothing", "generate", lambda w: _generate(w, "--best_of", "4"), ["--best_of", "--reward_model"]),
+    Case(
+        "two numbers of answers",
+        "generate",
+        lambda w: _generate(w, "--best_of", "4", "--samples_per_prompt", "2", "--reward_model", str(w.reward)),
+        ["--best_of", "leave --samples_per_prompt out"],
+    ),
+    Case("the same answer again", "generate", lambda w: _generate(w, "--temperature", "0"), ["--samples_per_prompt 1"]),
+    Case(
+        "the best by a language model",
+        "generate",
+        lambda w: _generate(w, "--best_of", "2", "--reward_model", str(w.model)),
+        ["without a reward head"],
+    ),
+    Case(
+        "the best by a weight alone",
+        "generate",
+        lambda w: _generate(w, "--best_of", "2", "--reward_function", "model=2"),
+        ["--reward_function model=2"],
+    ),
+    Case(
+        "answers longer than the positions",
+        "generate",
+        lambda w: _generate(w, "--max_answer_seq_len", "4096"),
+        ["--max_prompt_seq_len + --max_answer_seq_len", "512"],
+    ),
+    Case(
+        "answers into a file of something else",
+        "generate",
+        lambda w: _generate(w, "--output", _write(w.tmp / "mine.jsonl", "mine")),
+        ["--output", "there is such a file"],
+    ),
+    Case(
+        "answers into a folder that can not be made",
+        "generate",
+        lambda w: _generate(w, "--output", _write(w.tmp / "file", "") + "/x/a.jsonl"),
+        ["--output", "can not be made"],
+    ),
+    Case(
+        "prompts that are none",
+        "generate",
+        lambda w: _generate(w, "--data_path", _rows(w, {"text": "a"})),
+        ["no prompt"],
     ),
 ]

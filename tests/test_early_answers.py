@@ -23,9 +23,11 @@ STEP1, STEP2, DPO, STEP3 = (
 )
 EVALUATE1, EVALUATE2, EVALUATE3 = (step.replace("main", "evaluate") for step in (STEP1, STEP2, STEP3))
 PREVIEW, REPORT = "-m training.utils.data.preview", "-m training.report"
+GENERATE = "inference/generate.py"
 PROGRAMS = [
     *(STEP1, STEP2, DPO, STEP3, EVALUATE1, EVALUATE2, EVALUATE3, PREVIEW, REPORT, "train.py"),
     *("inference/chatbot.py", "inference/gradio_chatbot.py", "benchmarks/memory_plan.py"),
+    GENERATE,
 ]
 
 MISTAKES = [
@@ -50,6 +52,10 @@ MISTAKES = [
     (EVALUATE2, "", ["has finished step 2", "step2_reward_model_finetuning"]),
     (EVALUATE3, "--best_of 1,four", ["--best_of", "1,4,16"]),
     (PREVIEW, "--step 4", ["--step", "4"]),
+    (GENERATE, "", ["has finished step 1"]),
+    (GENERATE, "--model ./none", ["--model ./none", "no such folder"]),
+    (GENERATE, "--model embedded --data_path none.jsonl", ["none.jsonl", "no such file"]),
+    (GENERATE, "--model embedded --best_of 4", ["--best_of", "--reward_model"]),
 ]
 
 
@@ -115,7 +121,7 @@ def test_a_path_that_one_of_several_hosts_may_lack_is_left_to_the_run(answer):
 
 
 @pytest.mark.parametrize(
-    "program", [STEP1, STEP2, STEP3, "train.py", "inference/chatbot.py", "inference/gradio_chatbot.py"]
+    "program", [STEP1, STEP2, STEP3, "train.py", "inference/chatbot.py", "inference/gradio_chatbot.py", GENERATE]
 )
 def test_outside_the_environment_says_what_to_use(program, tmp_path):
     """Without the packages of the environment (-S), before a folder is made; ``--help`` needs none of them."""

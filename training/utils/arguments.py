@@ -107,6 +107,7 @@ def flag(
     maximum: float | None = None,
     above: float | None = None,
     pattern: str = "",
+    repeated: bool = False,
 ) -> Any:
     """A dataclass field that is a command-line flag.
 
@@ -117,9 +118,10 @@ def flag(
         minimum, maximum: inclusive bounds of a number.
         above: an exclusive lower bound of a number.
         pattern: a regular expression that a text must match.
+        repeated: of a list: values of a flag that is given twice are put together.
     """
     metadata = {"help": help, "choices": choices, "minimum": minimum, "maximum": maximum, "above": above}
-    metadata["pattern"] = pattern
+    metadata |= {"pattern": pattern, "repeated": repeated}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -358,6 +360,7 @@ def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field, hint: An
     if origin is list:
         kwargs["nargs"] = "+" if default else "*"
         kwargs["type"] = inner[0]
+        kwargs["action"] = "extend" if field.metadata["repeated"] else "store"
     elif origin in (typing.Union, types.UnionType):
         kwargs["type"] = next(t for t in inner if t is not type(None))
     else:

@@ -33,6 +33,7 @@ PIPELINES = {
     "sft,dpo": ("step1", "dpo"),
     "sft,rm,dpo": ("step1", "step2", "dpo"),
 }
+TUNED = {"SFT": "step1", "DPO": "dpo", "RLHF": "step3/actor"}  # models to talk to, and where a run has them
 LATEST = "latest"
 RANK_TIMEOUT = 120.0  # seconds that a rank waits for rank 0 to choose the run's folder
 
@@ -104,6 +105,11 @@ def deepspeed_launcher() -> list[str]:
 def is_finished(step_dir: Path) -> bool:
     """Whether a step's folder holds its finished output."""
     return (step_dir / "summary.json").is_file()
+
+
+def tuned_models(run: Path) -> dict[str, Path]:
+    """The models of a run's finished steps that answer, by the names in `TUNED`."""
+    return {name: run / path for name, path in TUNED.items() if is_finished(run / path.partition("/")[0])}
 
 
 def make_dir(path: Path, flag: str = "--output_dir") -> Path:

@@ -1,0 +1,101 @@
+"""What answers are worth: a reward model's scores, users' functions, or several of them with weights, as in step 3."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.step3_rlhf_finetuning.rewards import (
+    Messages,
+    TextFunction,
+    call_text_function,
+    check_without_model,
+    parse_reward_functions,
+)
+from training.utils.arguments import AUTO
+from training.utils.engine.precision import for_device
+from training.utils.model import classifiers, loading
+from training.utils.model.reward_model import STATS_FILE, RewardStats
+from training.utils.model.text_reward import TextRewardModel, load_text_reward_model
+from training.utils.run.distributed import say
+
+
+class AnswerRewards:
+    """The sources of an answer's reward, added up as in step 3: the model's scores normalised, all with weights.
+
+    Args:
+        path: the reward model, from `loading.resolve_model`; empty without one.
+        functions: name -> (function, weight).
+        weight: the reward model's.
+    """
+
+    def __init__(self, path: str, functions: Mapping[str, tuple[TextFunction, float]], weight: float) -> None:
+        self.path = path
+        self.functions = functions
+        self.weight = weight
+        self.stats = RewardStats.read(path) if path and (Path(path) / STATS_FILE).is_file() else None
+        self._model: TextRewardModel | None = None
+
+    @classmethod
+    def named(cls, model: str, specs: Sequence[str]) -> AnswerRewards:
+        """Those of ``--reward_model`` and ``--reward_function``; none of them is a reward of nothing.
+
+        Raises:
+            UserError: no such model or function, or a language model where a reward model is asked for.
+        """
+        if specs and not model:
+            check_without_model(specs, "--reward_model")
+        functions, weight = parse_reward_functions(specs, "--reward_function")
+        path = loading.resolve_model(model, "--reward_model") if model else ""
+        if path:
+            classifiers.check_reward_head(path)
+            classifiers.scores_tokens(path)  # a family without a classifier, or with several outputs, is refused here
+        return cls(path, functions, weight)
+
+    def load(self, device: torch.device) -> None:
+        """Load the reward model, if there is one and it has not been loaded."""
+        if not self.path or self._model is not None:
+            return
+        best, _ = for_device(AUTO, device)
+        dtype = self.stats.dtype if self.stats is not None and self.stats.dtype in ("fp32", best) else best
+        if self.stats is None and self.functions:
+            say(f"warning: {self.path} has no {STATS_FILE}: its raw scores are added to the functions' values")
+        self._model = load_text_reward_model(self.path, dtype=dtype, device=device)
+
+    def of(
+        self,
+        prompts: Sequence[Messages],
+        responses: Sequence[str],
+        rows: Sequence[dict[str, Any]],
+        batch_size: int,
+    ) -> list[dict[str, Any]]:
+        """Of each response ``reward``, and ``rewards`` by source where there are several; {} without any source.
+
+        Raises:
+            UserError: a function fails, or returns no finite numbers.
+        """
+        values: dict[str, list[float]] = {}
+        total = torch.zeros(len(responses), dtype=torch.float64)
+        if self._model is not None:
+            conversations = [
+                [*prompt, {"role": "assistant", "content": text}]
+                for prompt, text in zip(prompts, responses, strict=True)
+            ]
+            raw = self._model.rewards(conversations, batch_size)
+            raw = self.stats.normalise(raw) if self.stats is not None else raw
+            values["model"] = raw.tolist()
+            total += self.weight * raw.double()
+        for name, (function, weight) in self.functions.items():
+            values[name] = call_text_function(function, prompts, responses, rows, f"--reward_function {name}")
+            total += weight * torch.tensor(values[name], dtype=torch.float64)
+        if not values:
+            return [{} for _ in responses]
+        sources = [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
+        several = len(values) > 1
+        return [
+            {"reward": reward} | ({"rewards": by_source} if several else {})
+            for reward, by_source in zip(total.tolist(), sources, strict=True)
+        ]
