@@ -23,11 +23,11 @@ STEP1, STEP2, DPO, STEP3 = (
 )
 EVALUATE1, EVALUATE2, EVALUATE3 = (step.replace("main", "evaluate") for step in (STEP1, STEP2, STEP3))
 PREVIEW, REPORT = "-m training.utils.data.preview", "-m training.report"
-GENERATE = "inference/generate.py"
+GENERATE, JUDGE = "inference/generate.py", "inference/judge.py"
 PROGRAMS = [
     *(STEP1, STEP2, DPO, STEP3, EVALUATE1, EVALUATE2, EVALUATE3, PREVIEW, REPORT, "train.py"),
     *("inference/chatbot.py", "inference/gradio_chatbot.py", "benchmarks/memory_plan.py"),
-    GENERATE,
+    *(GENERATE, JUDGE),
 ]
 
 MISTAKES = [
@@ -56,6 +56,10 @@ MISTAKES = [
     (GENERATE, "--model ./none", ["--model ./none", "no such folder"]),
     (GENERATE, "--model embedded --data_path none.jsonl", ["none.jsonl", "no such file"]),
     (GENERATE, "--model embedded --best_of 4", ["--best_of", "--reward_model"]),
+    (JUDGE, "--answers none.jsonl", ["give a judge"]),
+    (JUDGE, "--answers none.jsonl --judge none.py:f", ["--answers none.jsonl", "No such file"]),
+    (JUDGE, "--answers README.md --judge none.py:f", ["--answers README.md:1", "not JSON"]),
+    (JUDGE, "--answers a --judge_url http://u:p@h/v1 --judge_model m", ["--judge_url", "TRIPOD_JUDGE_KEY"]),
 ]
 
 
@@ -121,7 +125,7 @@ def test_a_path_that_one_of_several_hosts_may_lack_is_left_to_the_run(answer):
 
 
 @pytest.mark.parametrize(
-    "program", [STEP1, STEP2, STEP3, "train.py", "inference/chatbot.py", "inference/gradio_chatbot.py", GENERATE]
+    "program", [STEP1, STEP2, STEP3, "train.py", "inference/chatbot.py", "inference/gradio_chatbot.py", GENERATE, JUDGE]
 )
 def test_outside_the_environment_says_what_to_use(program, tmp_path):
     """Without the packages of the environment (-S), before a folder is made; ``--help`` needs none of them."""

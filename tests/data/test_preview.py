@@ -165,3 +165,27 @@ def test_prepared_rows_can_be_written_to_look_at(run, tmp_path, step):
         assert [row["text"] for row in written] == [tok.decode(row["prompt_ids"]) for row in stored]
     code, _, err = run("--data_path", path, "--write", str(target))
     assert code == 2 and "there is such a file" in err and len(target.read_text().splitlines()) == 10
+
+
+def judged(judge: str, number: int, *ranks: int) -> dict:
+    answers = [{"response": f"Answer {'x' * i}", "rank": rank} for i, rank in enumerate(ranks, 1)]
+    return {"prompt": [{"role": "user", "content": f"Question {number}?"}], "answers": answers, "judge": judge}
+
+
+def test_judges_ties_and_length(run, tmp_path):
+    """Ada and Bob: one of nine comparisons differs altogether, two are a tie to one of them."""
+    rows = [judged("ada", 1, 1, 2, 3), judged("bob", 1, 1, 2, 3), judged("ada", 2, 1, 2, 2), judged("bob", 2, 1, 2, 3),
+            judged("ada", 3, 2, 1, 2), judged("bob", 3, 1, 2, 2), judged("ada", 4, 1, 1, 1)]  # fmt: skip
+    code, out, _ = run("--data_path", write(tmp_path / "a.jsonl", rows), "--step", "2", "--rows", "0")
+    told = table(out)
+    assert code == 0 and told["prompts by judge"] == "ada 4, bob 3"
+    assert told["prompts that several judges have ranked"] == "3"
+    # the same of three pairs of answers: in prompt 1 all, in prompt 2 all but the last, in prompt 3 none
+    assert told["two judges say the same of two answers"].startswith("55.6%, Krippendorff's alpha ")
+    assert told["pairs of answers that are tied, no pairs to train on"] == "3"
+    assert told["dropped: tie"].startswith("1 ")
+    assert told["pairs whose longer answer is the chosen one"].startswith("8.3% of 12")  # prompt 1 counts once
+    alone, out, _ = run("--data_path", write(tmp_path / "b.jsonl", rows[::2]), "--step", "2", "--rows", "0")
+    told = table(out)
+    assert alone == 0 and told["prompts by judge"] == "ada 4" and "two judges say the same of two answers" not in told
+    assert "prompts by judge" not in run("--data_path", write(tmp_path / "c.jsonl", pairs(20)), "--step", "2")[1]

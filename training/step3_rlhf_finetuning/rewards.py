@@ -10,12 +10,13 @@ import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from training.utils import intervals
 from training.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor  # inference/judge.py has users' functions and no need of torch
 
 MODEL = "model"  # names the reward model among the sources of --reward_function
 NONE = "none"  # --critic_model_name_or_path none: there is no reward model

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -292,6 +293,7 @@ def _original(row: RawRow) -> str:
 def _compare_lengths(example: Example, report: DataReport) -> None:
     lengths = [sum(len(turn["content"]) for turn in turns) for turns in example.compared()]
     report.most_answers = max(report.most_answers, len(lengths))
+    report.tied_pairs += math.comb(len(lengths), 2) - len(example.pairs())
     for chosen, rejected in example.pairs():
         report.unequal_pairs += lengths[chosen] != lengths[rejected]
         report.longer_chosen += lengths[chosen] > lengths[rejected]

@@ -10,10 +10,12 @@ It runs the same preparation as training, so what it tokenises, training finds i
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,11 +59,15 @@ if __name__ == "__main__":
 
 import numpy as np  # noqa: E402  what follows takes seconds
 
+from training.utils.agreement import agreement  # noqa: E402
 from training.utils.data.batches import element_lengths, epoch_batches, padding_share  # noqa: E402
+from training.utils.data.formats.rankings import places  # noqa: E402
 from training.utils.data.kinds import KINDS  # noqa: E402
 from training.utils.data.prepare import StepData, prepare_data  # noqa: E402
 from training.utils.data.preview_page import Piece, page  # noqa: E402
+from training.utils.data.reading.sources import resolve  # noqa: E402
 from training.utils.data.report import IGNORED, READ, REFUSED, DataReport  # noqa: E402
+from training.utils.data.template import RowError  # noqa: E402
 
 NOTHING_HELD_OUT = "no row is held out, so training refuses this: give more prompts, or --eval_data_path"
 _PERCENTILES = (5, 25, 50, 75, 95, 99, 100)
@@ -180,6 +186,8 @@ def counts(data: StepData, batch_size: int, seed: int) -> list[tuple[str, str]]:
     if report.kind == "pairs":
         share = report.longer_chosen / max(1, report.unequal_pairs)
         lines.append(("pairs whose longer answer is the chosen one", f"{share:.1%} of {report.unequal_pairs}"))
+        if report.tied_pairs:
+            lines.append(("pairs of answers that are tied, no pairs to train on", str(report.tied_pairs)))
     lengths = element_lengths(data.train)
     values = np.percentile(lengths, _PERCENTILES)
     told = ", ".join(
@@ -193,6 +201,35 @@ def counts(data: StepData, batch_size: int, seed: int) -> list[tuple[str, str]]:
     lines.append(
         (f"padding in batches of {batch_size}", f"{shares[0]:.1%} grouped by length, {shares[1]:.1%} in random order")
     )
+    return lines
+
+
+def judges(data: DataArguments) -> list[tuple[str, str]]:
+    """(what, how much) of the judges whose names stand in the rows (key ``judge``), and of how far they agree."""
+    said: dict[str, dict[str, dict[str, float]]] = {}  # prompt -> judge -> answer -> its place
+    for path in [*data.sources(), *data.eval_data_path]:
+        source = resolve(path, "pairs")
+        for row in itertools.chain(source.rows(), source.rows(held_out=True)):
+            values = row.values
+            if isinstance(values, dict) and isinstance(values.get("judge"), str):
+                with contextlib.suppress(RowError):  # a row that can not be used has been told of
+                    if found := places(values):
+                        prompt = json.dumps(values.get("prompt"), sort_keys=True, default=str)
+                        said.setdefault(prompt, {})[values["judge"]] = found
+    names = Counter(name for by_judge in said.values() for name in by_judge)
+    if not names:
+        return []
+    lines = [("prompts by judge", ", ".join(f"{name} {count}" for name, count in sorted(names.items())))]
+    if len(names) > 1:
+        rankings = []
+        for by_judge in said.values():
+            shared = sorted(set.intersection(*map(set, by_judge.values())))
+            rankings.append([[order[text] for text in shared] for order in by_judge.values()])
+        agreed = agreement(rankings)
+        lines.append(("prompts that several judges have ranked", str(agreed.prompts)))
+        if agreed.same is not None:
+            alpha = "" if agreed.alpha is None else f", Krippendorff's alpha {agreed.alpha:.2f}"
+            lines.append(("two judges say the same of two answers", f"{agreed.same:.1%}{alpha}"))
     return lines
 
 
@@ -251,6 +288,7 @@ def main(argv: Sequence[str]) -> int:
         return 1 if found else 0
     rows = list(shown_rows(prepared, tokenizer, preview.rows))
     table = counts(prepared, preview.per_device_train_batch_size, preview.seed)
+    table += judges(data) if preview.step == 2 else []
     colour = "NO_COLOR" not in os.environ and (sys.stdout.isatty() or "FORCE_COLOR" in os.environ)
     for title, parts in rows:
         print(f"--- {printable(title)}\n{coloured(parts, colour)}\n")

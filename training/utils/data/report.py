@@ -69,6 +69,7 @@ class DataReport:
         shared_prompts: held-out rows whose prompt is also trained on.
         longer_chosen: pairs whose chosen answer has more characters, of ``unequal_pairs``.
         train_prompts, held_out_prompts: of pairs, what counts once: ordinary pairs, and rankings, which have several.
+        tied_pairs: of answers to one prompt that have the same rank, where others have not.
         most_answers: to one prompt.
         answers_too_long: of rankings; they are left out, with their pairs.
         from_cache: whether the tokens were found ready.
@@ -87,6 +88,7 @@ class DataReport:
     shared_prompts: int = 0
     longer_chosen: int = 0
     unequal_pairs: int = 0
+    tied_pairs: int = 0
     train_prompts: int = 0
     held_out_prompts: int = 0
     most_answers: int = 0

@@ -168,6 +168,20 @@ def prompt_answers(row: Row) -> list[Example]:
     return rated("prompt", "answers")(row)
 
 
+def places(row: Row) -> dict[str, float] | None:
+    """Each answer's text and its place, lower is better, in a row of a prompt and its ranked answers; None for others.
+
+    Raises:
+        RowError: an answer has no number for its place.
+    """
+    items = row.get("answers")
+    if not isinstance(items, list) or not all(isinstance(item, Mapping) for item in items):
+        return None
+    order = _order(row, items)
+    texts = [str(next((item[key] for key in _TEXTS if key in item), "")) for item in items]
+    return None if order is None else dict(zip(texts, order, strict=True))
+
+
 def tree(row: Row) -> list[Example]:
     """OpenAssistant's trees: a ranking of the replies to every message of the user, wherever it stands."""
     found: list[Example] = []
