@@ -9,7 +9,12 @@ import datasets
 import torch
 
 from tests.utils.engine.engine_checks import TINY_SHARDS
-from training.step2_reward_model_finetuning.pairs import held_out_rewards, pair_weights, score_pairs
+from training.step2_reward_model_finetuning.pairs import (
+    answer_rewards,
+    held_out_rewards,
+    pair_weights,
+    score_pairs,
+)
 from training.step2_reward_model_finetuning.preference import bradley_terry_loss, pair_metrics
 from training.utils.data import pair_micro_batches, rankings_of
 from training.utils.engine import engine as engines
@@ -17,6 +22,7 @@ from training.utils.engine.zero_config import deepspeed_config
 from training.utils.model import classifiers
 from training.utils.model.export import full_state_dict
 from training.utils.run.distributed import init_distributed, reduce_sums
+from training.utils.sharing import find_sharing
 
 PAD, STEPS, SEED = 2, 3, 5
 RATE: dict[str, Any] = {
@@ -47,8 +53,13 @@ def fixed_rankings() -> list[dict[str, Any]]:
     return rows
 
 
-def train_rankings(path: str, *, stage: int, micro_batch: int, fault: bool = False) -> dict[str, Any]:
-    """Losses of three steps on all rankings, and what the model says of them then; the fault: every pair counts one."""
+def train_rankings(
+    path: str, *, stage: int, micro_batch: int, fault: bool = False, shares: bool = False
+) -> dict[str, Any]:
+    """Losses of three steps on all rankings, and what the model says of them then; the fault: every pair counts one.
+
+    With ``shares`` answers stand behind their prompt where the model says that they may.
+    """
     device = init_distributed()
     config = deepspeed_config(zero_stage=stage, dtype="fp32", micro_batch_size=micro_batch, overrides=TINY_SHARDS)
     model: Any = classifiers.load_classifier(
@@ -57,18 +68,20 @@ def train_rankings(path: str, *, stage: int, micro_batch: int, fault: bool = Fal
     engine = engines.initialize_engine(classifiers.TokenScorer(model).to(device), config, **RATE)
     dataset = datasets.Dataset.from_list(fixed_rankings())
     rankings = rankings_of(dataset)
+    sharing = find_sharing(engine, answer_rewards, PAD) if shares else None
+    engine.train()
     losses, sequences = [], 0
     for _ in range(STEPS):
         total = 0.0
-        for batch in pair_micro_batches(dataset, rankings, micro_batch, PAD, device):
+        for batch in pair_micro_batches(dataset, rankings, micro_batch, PAD, device, sharing):
             weights = (batch["weights"] > 0).float() if fault else batch["weights"]
             loss = (weights * bradley_terry_loss(*score_pairs(engine, batch), "log_sig")).sum()
             engines.backward(engine, loss, len(rankings))
             total += loss.item()
-            sequences += len(batch["input_ids"]) * bool(batch["weights"].any())
+            sequences += len(batch.get("shared_ids", batch["input_ids"])) * bool(batch["weights"].any())
         engines.optimizer_step(engine)
         losses.append(reduce_sums({"loss": total}, device)["loss"] / len(rankings))
-    rewards = held_out_rewards(engine, dataset, 2, PAD, device)
+    rewards = held_out_rewards(engine, dataset, 2, PAD, device, sharing)
     state = {name: tensor.float() for name, tensor in full_state_dict(engine).items()}
     metrics = pair_metrics(rewards, pair_weights(dataset))
     return {"losses": losses, "state": state, "rewards": rewards, "metrics": metrics, "sequences": sequences}

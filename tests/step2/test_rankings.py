@@ -36,6 +36,20 @@ def test_rankings_equal_their_weighted_pairs(pair_by_pair, tiny_model, micro_bat
     assert found["sequences"] == 3 * (2 + 3 + 4 + 2 + 5), "an answer goes through the model once"
 
 
+@pytest.mark.parametrize("micro_batch", [1, 2, 5])
+def test_shared_beginnings_leave_the_trajectory(pair_by_pair, tiny_model, micro_batch):
+    found = train_rankings(str(tiny_model), stage=1, micro_batch=micro_batch, shares=True)
+    assert_same(found, pair_by_pair)
+    assert found["sequences"] == 3 * 5, "a row for each prompt"
+
+
+@pytest.mark.parametrize(("stage", "micro_batch"), [(2, 2), (3, 1)])
+def test_shared_beginnings_on_two_ranks(pair_by_pair, tiny_model, rank_pair, stage, micro_batch):
+    first, second = rank_pair.run(train_rankings, str(tiny_model), stage=stage, micro_batch=micro_batch, shares=True)
+    assert_same(first, pair_by_pair)
+    assert first["rewards"] == second["rewards"] and first["sequences"] + second["sequences"] == 3 * 5
+
+
 @pytest.mark.parametrize(("stage", "micro_batch"), [(1, 1), (2, 2), (3, 1)])
 def test_rankings_on_two_ranks_equal_their_weighted_pairs(pair_by_pair, tiny_model, rank_pair, stage, micro_batch):
     """Five prompts on two ranks: one of them has a filler."""

@@ -42,7 +42,7 @@ if __name__ == "__main__":
 prepare_runtime()
 
 from training.step2_dpo_finetuning import main as dpo  # noqa: E402
-from training.step2_dpo_finetuning.pairs import Preferences, means  # noqa: E402
+from training.step2_dpo_finetuning.pairs import Preferences, answer_log_probs, means  # noqa: E402
 from training.utils import evaluation_programs  # noqa: E402
 from training.utils.data import prepare_data  # noqa: E402
 from training.utils.engine import engine as engines, precision  # noqa: E402
@@ -52,6 +52,7 @@ from training.utils.model.limits import check_length  # noqa: E402
 from training.utils.model.tokenizer import load_tokenizer  # noqa: E402
 from training.utils.preferences import judge, pairs_of, tell, worst_of  # noqa: E402
 from training.utils.run.distributed import init_distributed, say  # noqa: E402
+from training.utils.sharing import find_sharing  # noqa: E402
 
 
 def reference_path(given: str, recorded: str, beside: str) -> str:
@@ -85,13 +86,14 @@ def main(argv: Sequence[str]) -> int:
         engines.load_frozen_causal_lm(name, zero_stage=0, offload=False, device=device, **load)
         for name in (str(folder), path)
     )
-    preferences = Preferences(policy, frozen, settings)
-    columns = preferences.held_out(rows, args.per_device_eval_batch_size, tokenizer.pad_token_id)
+    pad_id = tokenizer.pad_token_id
+    preferences = Preferences(policy, frozen, settings, find_sharing(policy, answer_log_probs, pad_id))
+    columns = preferences.held_out(rows, args.per_device_eval_batch_size, pad_id)
     rewards = list(zip(columns["chosen_reward"].tolist(), columns["rejected_reward"].tolist(), strict=True))
     pairs = pairs_of(rows, rewards)
     found, worst = judge(pairs), worst_of(pairs, rows, tokenizer)
     told = {name: value for name, value in means(columns).items() if name not in ("accuracy", "margin")}
-    kl = preferences.kl(rows, args.per_device_eval_batch_size, tokenizer.pad_token_id)
+    kl = preferences.kl(rows, args.per_device_eval_batch_size, pad_id)
     facts = {"loss_kind": settings.loss, "beta": settings.strength, "reference_model": path, "kl": kl}
     tell(found, worst)
     say(f"\nKL to the reference {kl:.3f} nats per token")

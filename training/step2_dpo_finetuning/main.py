@@ -75,6 +75,7 @@ from training.utils.model.lora import check_lora  # noqa: E402
 from training.utils.run import watchdog  # noqa: E402
 from training.utils.run.distributed import reduce_sums, say  # noqa: E402
 from training.utils.run.folders import latest_output  # noqa: E402
+from training.utils.sharing import find_sharing  # noqa: E402
 
 
 def main(argv: Sequence[str]) -> int:
@@ -101,7 +102,8 @@ def main(argv: Sequence[str]) -> int:
     engine = build_engine(
         tuning, lambda config: loading.load_causal_lm(model_path, ds_config=config, **load), overrides, rows=2
     )
-    preferences, rankings = Preferences(engine, frozen, step), rankings_of(rows.train)
+    sharing = find_sharing(engine, answer_log_probs, pad_id)
+    preferences, rankings = Preferences(engine, frozen, step, sharing), rankings_of(rows.train)
     progress, monitor = run.progress, HealthMonitor(tuning.output_dir, DPO_RULES)
     monitor.replay(tuning.output_dir / METRICS, until=run.step)
     logger = tuning.logger(monitor.observe)
@@ -125,7 +127,8 @@ def main(argv: Sequence[str]) -> int:
     run.ready(progress)
     for step_number, indices, bar in tuning.steps():
         mine = [rankings[i] for i in indices]
-        batches = list(pair_micro_batches(rows.train, mine, train.per_device_train_batch_size, pad_id, device))
+        size = train.per_device_train_batch_size
+        batches = list(pair_micro_batches(rows.train, mine, size, pad_id, device, sharing))
         references = [preferences.reference(batch) for batch in batches]
         drift = preferences.drift(batches, references, len(indices))
         engine.train()

@@ -15,6 +15,7 @@ from training.step2_dpo_finetuning import dpo
 from training.utils.arguments import WITHOUT_REFERENCE, DPOArguments
 from training.utils.data import (
     SIDES,
+    Sharing,
     element_lengths,
     epoch_batches,
     pair_micro_batches,
@@ -33,7 +34,8 @@ KL_PROMPTS = 64  # held-out prompts whose chosen answers tell the KL: it needs a
 
 def answer_log_probs(model: Any, batch: Batch) -> Tensor:
     """Log-prob of each whole answer of the batch's pairs, ``[2, P]`` fp32."""
-    log_probs, _ = response_log_probs(model, batch["input_ids"], batch["attention_mask"], batch["response_mask"])
+    rows = (batch["input_ids"], batch["attention_mask"], batch["response_mask"])
+    log_probs, _ = response_log_probs(model, *rows, shared=batch if "shared_ids" in batch else None)
     return log_probs.sum(1)[torch.stack([batch[side] for side in SIDES])]
 
 
@@ -49,12 +51,14 @@ class Preferences:
         engine: the policy's.
         frozen: see `training.utils.engine.reference.load_reference`.
         settings: the loss and its constants.
+        sharing: whether both forward the common beginning of answers once, see `collate_answers`.
     """
 
-    def __init__(self, engine: Any, frozen: Any, settings: DPOArguments) -> None:
+    def __init__(self, engine: Any, frozen: Any, settings: DPOArguments, sharing: Sharing | None = None) -> None:
         self.engine = engine
         self.frozen = frozen
         self.settings = settings
+        self.sharing = sharing
 
     def reference(self, batch: Batch) -> Tensor | None:
         """`answer_log_probs` of the reference, None for a loss without one.
@@ -132,7 +136,7 @@ class Preferences:
         for indices in watched(epoch_batches(lengths, batch_size * data_size(), 0, 0), "held out"):
             step = [rankings[i] for i in indices]
             places = rank_micro_batches(step, data_rank(), data_size(), batch_size)
-            batches = pair_micro_batches(dataset, step, batch_size, pad_id, self.engine.device)
+            batches = pair_micro_batches(dataset, step, batch_size, pad_id, self.engine.device, self.sharing)
             for mine, batch in zip(places, batches, strict=True):
                 reference, policy = self.reference(batch), answer_log_probs(self.engine, batch)
                 parts = [

@@ -44,6 +44,7 @@ prepare_runtime()
 
 from training.step2_reward_model_finetuning.pairs import (  # noqa: E402
     PAIRS_BEFORE,
+    answer_rewards,
     held_out_rewards,
     pair_weights,
     score_pairs,
@@ -70,6 +71,7 @@ from training.utils.model.reward_model import RewardStats, few_held_out  # noqa:
 from training.utils.run import watchdog  # noqa: E402
 from training.utils.run.distributed import is_main, reduce_sums, say  # noqa: E402
 from training.utils.run.folders import latest_output  # noqa: E402
+from training.utils.sharing import find_sharing  # noqa: E402
 
 
 def main(argv: Sequence[str]) -> int:
@@ -98,11 +100,13 @@ def main(argv: Sequence[str]) -> int:
         return classifiers.load_classifier(model_path, ds_config=config, fresh_head_seed=train.seed, **made)
 
     engine = build_engine(tuning, load, overrides, rows=2, wrap=classifiers.TokenScorer)
+    sharing = find_sharing(engine, answer_rewards, pad_id)
+    eval_batch = (train.per_device_eval_batch_size, pad_id, device, sharing)
     progress, logger = run.progress, tuning.logger()
 
     def evaluate(step_number: int, held_out: Any) -> dict[str, float]:
         """Some or all held-out pairs' metrics, logged."""
-        rewards = held_out_rewards(engine, held_out, train.per_device_eval_batch_size, pad_id, device)
+        rewards = held_out_rewards(engine, held_out, *eval_batch)
         metrics = pair_metrics(rewards, pair_weights(held_out))
         engine.train()
         phases.end("evaluate")
@@ -117,7 +121,8 @@ def main(argv: Sequence[str]) -> int:
     for step_number, indices, bar in tuning.steps():
         sums = dict.fromkeys(("loss", "correct", "chosen", "rejected"), 0.0)
         mine = [rankings[i] for i in indices]
-        for batch in pair_micro_batches(rows.train, mine, train.per_device_train_batch_size, pad_id, device):
+        size = train.per_device_train_batch_size
+        for batch in pair_micro_batches(rows.train, mine, size, pad_id, device, sharing):
             chosen, rejected = score_pairs(engine, batch)
             weights = batch["weights"]
             loss = bradley_terry_loss(chosen, rejected, step.loss)
@@ -150,7 +155,7 @@ def main(argv: Sequence[str]) -> int:
     frozen = engines.load_frozen_scorer(
         str(tuning.output_dir), zero_stage=ds.zero_stage, offload=ds.offload, device=device, **made
     )
-    pairs = held_out_rewards(frozen, rows.held_out, train.per_device_eval_batch_size, pad_id, device)
+    pairs = held_out_rewards(frozen, rows.held_out, *eval_batch)
     weighed = pair_weights(rows.held_out)
     after = pair_metrics(pairs, weighed)
     phases.end("evaluate")

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-from array import array
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from training.utils.data import (
-    SIDES,
-    collate_sft,
+    Sharing,
+    collate_answers,
+    distinct_answers,
     epoch_batches,
     rank_micro_batches,
     rankings_of,
-    side_of_pair,
+    shared_length,
     spread_rows,
 )
 from training.utils.metrics import watched
@@ -25,10 +25,20 @@ from training.utils.run.distributed import data_rank, data_size, gather_objects
 PAIRS_BEFORE = 64
 
 
+def answer_rewards(scorer: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Rewards of a batch of `collate_answers`: ``[S]``, fp32."""
+    if "shared_ids" in batch:
+        scores = scorer(batch["shared_ids"], batch["shared_mask"], batch["shared_positions"])
+        scores = scores[batch["shared_row"][:, None], batch["shared_columns"]]
+    else:
+        scores = scorer(batch["input_ids"], batch["attention_mask"])
+    return last_token_scores(scores, batch["response_mask"])
+
+
 def score_pairs(scorer: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Rewards of the chosen and of the rejected answers of a batch of `collate_pairs`: two tensors ``[B]``, fp32."""
-    scores = last_token_scores(scorer(batch["input_ids"], batch["attention_mask"]), batch["response_mask"])
-    return scores[batch["chosen"]], scores[batch["rejected"]]
+    rewards = answer_rewards(scorer, batch)
+    return rewards[batch["chosen"]], rewards[batch["rejected"]]
 
 
 def some_rankings(dataset: Any, count: int) -> Any:
@@ -44,45 +54,62 @@ def pair_weights(dataset: Any) -> list[float]:
 
 @torch.no_grad()
 def held_out_rewards(
-    scorer: Any, dataset: Any, batch_size: int, pad_id: int, device: torch.device
+    scorer: Any, dataset: Any, batch_size: int, pad_id: int, device: torch.device, sharing: Sharing | None = None
 ) -> list[tuple[float, float]]:
     """(chosen, rejected) rewards of every held-out pair in the dataset's order, on all ranks.
 
-    The two sides of a pair need not meet here: answers of like length go together, so that little is padded.
+    Answers go together where they share a beginning; the others need not: those of like length do, so that little is
+    padded.
+
+    Args:
+        scorer: gives a score for every token.
+        dataset: the pairs.
+        batch_size: pairs done together.
+        pad_id, sharing: see `collate_answers`.
+        device: the scorer's.
     """
     scorer.eval()
-    answers, lengths, places = _distinct_answers(dataset)
-    rewards: list[tuple[int, float]] = []
-    batches = epoch_batches(lengths, 2 * batch_size * data_size(), 0, 0)
-    for indices in watched(batches, "held out"):
-        for mine in rank_micro_batches(indices, data_rank(), data_size(), 2 * batch_size):
-            sides = [answers[i] for i in mine or indices[:1]]
-            batch = collate_sft([side_of_pair(dataset[row], name) for row, name in sides], pad_id)
-            ids, mask, response = (batch[k].to(device) for k in ("input_ids", "attention_mask", "response_mask"))
-            scores = last_token_scores(scorer(ids, mask), response)
-            rewards += zip(mine, scores.tolist(), strict=False)  # a filler's score belongs to no answer
+    rankings = rankings_of(dataset)
+    rows_at_once = batch_size if sharing else 2 * batch_size
+    places, units, lengths = _units(dataset, rankings, sharing)
+    rewards: list[tuple[tuple[int, int], float]] = []
+    for indices in watched(epoch_batches(lengths, rows_at_once * data_size(), 0, 0), "held out"):
+        for mine in rank_micro_batches(indices, data_rank(), data_size(), rows_at_once):
+            answers: list[dict[str, Any]] = []
+            groups = []
+            for ranking, members in (units[i] for i in mine or indices[:1]):
+                known, _, _ = distinct_answers([dataset[row] for row in rankings[ranking]])
+                groups.append(range(len(answers), len(answers) + len(members)))
+                answers += [known[i] for i in members]
+            batch = collate_answers(answers, groups, pad_id, sharing)
+            scores = answer_rewards(scorer, {name: tensor.to(device) for name, tensor in batch.items()})
+            whose = [(ranking, i) for ranking, members in (units[i] for i in mine) for i in members]
+            rewards += zip(whose, scores.tolist(), strict=False)  # a filler's score belongs to no answer
     by_answer = dict(gather_objects(rewards))
     return [(by_answer[chosen], by_answer[rejected]) for chosen, rejected in places]
 
 
-def _distinct_answers(dataset: Any) -> tuple[list[tuple[int, str]], list[int], list[tuple[int, int]]]:
-    """Every answer once: an answer of a ranking stands in several rows.
+def _units(
+    dataset: Any, rankings: Sequence[range], sharing: Sharing | None
+) -> tuple[list[tuple[Any, Any]], list[tuple[int, Sequence[int]]], list[int]]:
+    """What goes through the model together: a ranking's answers where sharing their beginning pays, else each alone.
 
     Returns:
-        The answers as (row, side), what is chosen first; their lengths in tokens; where among them the chosen and the
-        rejected answer of each row are.
+        The (chosen, rejected) answers of each row, an answer as (ranking, its number in it); the units as (ranking,
+        numbers of its answers); their lengths in tokens.
     """
-    first_row = [rows.start for rows in rankings_of(dataset) for _ in rows]
-    known: dict[tuple[int, bytes], int] = {}
-    answers: list[tuple[int, str]] = []
-    lengths, places = [], []
-    for name in SIDES:
-        side = []
-        for row, ids in enumerate(dataset[f"{name}_ids"]):
-            digest = hashlib.blake2b(array("q", ids).tobytes(), digest_size=16).digest()
-            side.append(known.setdefault((first_row[row], digest), len(known)))
-            if side[-1] == len(answers):
-                answers.append((row, name))
-                lengths.append(len(ids))
-        places.append(side)
-    return answers, lengths, list(zip(*places, strict=True))
+    places: list[tuple[Any, Any]] = []
+    units: list[tuple[int, Sequence[int]]] = []
+    lengths = []
+    for ranking, rows in enumerate(rankings):
+        answers, _, sides = distinct_answers([dataset[row] for row in rows])
+        places += [((ranking, chosen), (ranking, rejected)) for chosen, rejected in zip(*sides, strict=True)]
+        alone = [len(answer["input_ids"]) for answer in answers]
+        together = shared_length(answers)
+        if sharing is not None and sharing.pays((len(answers), max(alone)), (1, together)):
+            units.append((ranking, range(len(answers))))
+            lengths.append(together)
+        else:
+            units += [(ranking, [i]) for i in range(len(answers))]
+            lengths += alone
+    return places, units, lengths

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -149,24 +150,106 @@ def element_lengths(dataset: Any) -> list[int]:
     return [max(lengths[row] for row in rows) for rows in rankings_of(dataset)]
 
 
-def collate_pairs(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
-    """Whole rankings, or ordinary pairs, as batches of their answers.
+@dataclass(frozen=True)
+class Sharing:
+    """Answers to a prompt may stand behind it in one row, each seeing the prompt and itself alone.
 
-    An answer of a ranking stands there once, however many pairs it is in: K answers are K sequences, not K(K - 1).
+    Attributes:
+        longest: tokens that a row may have.
+        hidden: the model's width. A layer's matrix products cost a token 24 x hidden^2 operations, attention 4 x hidden
+            for each token of its row, so a row of W tokens costs as W (6 hidden + W).
+    """
+
+    longest: int
+    hidden: int
+
+    def pays(self, separate: tuple[int, int], shared: tuple[int, int]) -> bool:
+        """Whether shared rows are cheaper, padding counted; both are (rows, tokens of each)."""
+        (rows, width), (fewer, wider) = separate, shared
+        cheaper = fewer * wider * (6 * self.hidden + wider) < rows * width * (6 * self.hidden + width)
+        return cheaper and wider <= self.longest
+
+
+def common_beginning(answers: Sequence[Mapping[str, Any]]) -> int:
+    """Tokens that rows have in common before the first response token of any, at least one less than the shortest."""
+    first, *others = (row["input_ids"] for row in answers)
+    most = min(len(row["input_ids"]) - 1 for row in answers)
+    most = min([most, *(row["response_mask"].index(1) for row in answers if 1 in row["response_mask"])])
+    while any(first[:most] != ids[:most] for ids in others):  # a prompt, so almost always the first look is enough
+        most = next(at for at in range(most) if any(first[at] != ids[at] for ids in others))
+    return most
+
+
+def shared_length(answers: Sequence[Mapping[str, Any]]) -> int:
+    """Tokens of a row that has the common beginning of these answers once."""
+    return sum(len(row["input_ids"]) for row in answers) - (len(answers) - 1) * common_beginning(answers)
+
+
+def collate_answers(
+    answers: Sequence[Mapping[str, Any]], groups: Sequence[Sequence[int]], pad_id: int, sharing: Sharing | None = None
+) -> dict[str, torch.Tensor]:
+    """Answers as a batch, those of a group behind their common beginning where that pays.
 
     Args:
-        rows: of a dataset of pairs; those of one ranking stand together.
+        answers: as rows of `collate_sft`.
+        groups: which of them answer the same prompt; every one is in one group.
         pad_id: fills up what is shorter.
+        sharing: None where each answer is a row of its own.
 
     Returns:
-        What `collate_sft` gives, [S, T]: the answers that are chosen, then the others (of ordinary pairs all rejected
-        ones); ``chosen`` and ``rejected``, [B] long: the place of each pair's answers among them; ``weights``, [B]
-        fp32: 1 / (pairs of the ranking), so that a prompt counts once.
+        What `collate_sft` gives of the answers, [S, T]. Where it pays also the shared rows of the same answers, [R, W]
+        long: ``shared_ids``; ``shared_mask``, 0 at padding, 1 in the common beginning, 2 and up in the answers;
+        ``shared_positions``, in which each answer goes on behind the beginning; and where the answers are:
+        ``shared_row`` [S], and ``shared_columns`` [S, T] of their tokens.
+    """
+    batch = collate_sft(answers, pad_id)
+    members = [[answers[i] for i in group] for group in groups]
+    if sharing is None:
+        return batch
+    rows, width = batch["input_ids"].shape
+    if not sharing.pays((rows, width), (len(groups), max(map(shared_length, members)))):
+        return batch
+    ids: list[list[int]] = []
+    mask: list[list[int]] = []
+    positions: list[list[int]] = []
+    columns: list[list[int]] = [[] for _ in answers]
+    shared_row = torch.empty(len(answers), dtype=torch.long)
+    for number, group in enumerate(groups):
+        start = common_beginning(members[number])
+        ids.append(list(answers[group[0]]["input_ids"][:start]))
+        mask.append([1] * start)
+        positions.append(list(range(start)))
+        for part, i in enumerate(group, 2):
+            own = answers[i]["input_ids"][start:]
+            shared_row[i] = number
+            columns[i] = [*range(start), *range(len(ids[-1]), len(ids[-1]) + len(own))]
+            ids[-1] += own
+            mask[-1] += [part] * len(own)
+            positions[-1] += range(start, start + len(own))
+    return {
+        **batch,
+        "shared_ids": _pad(ids, pad_id),
+        "shared_mask": _pad(mask, 0),
+        "shared_positions": _pad(positions, 0),
+        "shared_row": shared_row,
+        "shared_columns": _pad(columns, 0),
+    }
+
+
+def distinct_answers(
+    rows: Sequence[Mapping[str, Any]],
+) -> tuple[list[dict[str, Any]], list[list[int]], list[list[int]]]:
+    """The answers of whole rankings (or ordinary pairs), each once.
+
+    Returns:
+        The answers as rows of `collate_sft`, those that are chosen first; which of them each ranking has; and for each
+        of `SIDES` which of them each row has.
     """
     ranking = [n for n, run in enumerate(_runs([row.get("pairs", 1) for row in rows])) for _ in run]
     places: dict[tuple[int, tuple[int, ...]], int] = {}
     answers: list[dict[str, Any]] = []
-    sides = []
+    groups: list[list[int]] = [[] for _ in range(ranking[-1] + 1)]
+    sides: list[list[int]] = []
     for name in SIDES:
         side = []
         for n, row in zip(ranking, rows, strict=True):
@@ -174,13 +257,40 @@ def collate_pairs(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, t
             side.append(places.setdefault((n, tuple(answer["input_ids"])), len(places)))
             if side[-1] == len(answers):
                 answers.append(answer)
-        sides.append(torch.tensor(side))
+                groups[n].append(side[-1])
+        sides.append(side)
+    return answers, groups, sides
+
+
+def collate_pairs(
+    rows: Sequence[Mapping[str, Any]], pad_id: int, sharing: Sharing | None = None
+) -> dict[str, torch.Tensor]:
+    """Whole rankings, or ordinary pairs, as batches of their answers.
+
+    An answer of a ranking stands there once, however many pairs it is in: K answers are K sequences, not K(K - 1).
+
+    Args:
+        rows: of a dataset of pairs; those of one ranking stand together.
+        pad_id, sharing: see `collate_answers`.
+
+    Returns:
+        What `collate_answers` gives of the answers that are chosen, then of the others (of ordinary pairs all rejected
+        ones); ``chosen`` and ``rejected``, [B] long: the place of each pair's answers among them; ``weights``, [B]
+        fp32: 1 / (pairs of the ranking), so that a prompt counts once.
+    """
+    answers, groups, sides = distinct_answers(rows)
+    pairs = {name: torch.tensor(side) for name, side in zip(SIDES, sides, strict=True)}
     weights = torch.tensor([1 / row.get("pairs", 1) for row in rows])
-    return {**collate_sft(answers, pad_id), **dict(zip(SIDES, sides, strict=True)), "weights": weights}
+    return {**collate_answers(answers, groups, pad_id, sharing), **pairs, "weights": weights}
 
 
 def pair_micro_batches(
-    dataset: Any, rankings: Sequence[range], batch_size: int, pad_id: int, device: torch.device
+    dataset: Any,
+    rankings: Sequence[range],
+    batch_size: int,
+    pad_id: int,
+    device: torch.device,
+    sharing: Sharing | None = None,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """This rank's micro-batches of an optimizer step, see `collate_pairs`.
 
@@ -190,11 +300,11 @@ def pair_micro_batches(
         dataset: pairs.
         rankings: of the step, over all ranks; of those of `rankings_of`.
         batch_size: rankings of a micro-batch.
-        pad_id: fills up what is shorter.
+        pad_id, sharing: see `collate_answers`.
         device: where the tensors go.
     """
     for mine in rank_micro_batches(rankings, data_rank(), data_size(), batch_size):
-        batch = collate_pairs([dataset[row] for rows in mine or rankings[:1] for row in rows], pad_id)
+        batch = collate_pairs([dataset[row] for rows in mine or rankings[:1] for row in rows], pad_id, sharing)
         batch["weights"] *= bool(mine)
         yield {name: tensor.to(device) for name, tensor in batch.items()}
 

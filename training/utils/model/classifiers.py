@@ -165,10 +165,12 @@ class TokenScorer(nn.Module):
         """Recompute activations of the backbone in the backward pass."""
         self.classifier.gradient_checkpointing_enable(**kwargs)
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Score every token: ids and mask ``[B, T]`` -> ``[B, T]`` fp32, any value at padding."""
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Score every token: ids and mask ``[B, T]`` -> ``[B, T]`` fp32, any value at padding; see `forward_inputs`."""
         inner = without_adapters(self.classifier)
         backbone = inner.base_model
-        hidden = backbone(**forward_inputs(backbone, input_ids, attention_mask), use_cache=False).last_hidden_state
-        scores = inner.score(hidden).squeeze(-1).to(torch.float32)
+        inputs = forward_inputs(backbone, input_ids, attention_mask, position_ids)
+        scores = inner.score(backbone(**inputs, use_cache=False).last_hidden_state).squeeze(-1).to(torch.float32)
         return (scores - self.mean) / self.std

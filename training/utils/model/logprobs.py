@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -24,6 +25,7 @@ def response_log_probs(
     *,
     temperature: float = 1.0,
     entropy: bool = False,
+    shared: Mapping[str, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Log-probability of each response token given everything before it.
 
@@ -33,14 +35,25 @@ def response_log_probs(
         response_mask: ``[B, T]``, true on the tokens wanted; column 0 is left out, as nothing predicts it.
         temperature: logits are divided by it, as the sampler does.
         entropy: also give the entropy of the distribution at each response token, in nats.
+        shared: the same rows behind their common beginnings, which then is what the model sees: the ``shared_`` tensors
+            of `training.utils.data.batches.collate_answers`.
 
     Returns:
         Log-probs ``[B, T]`` in fp32, at the column of the token itself and 0 where ``response_mask`` is
         false; and the entropies in the same layout, or None.
     """
     kept, columns = _response_columns(response_mask)
-    logits = _logits_at(model, input_ids, attention_mask, columns - 1)  # [B, C, V]
     rows, cols = kept.nonzero(as_tuple=True)
+    if shared is None:
+        logits = _logits_at(model, input_ids, attention_mask, columns - 1)  # [B, C, V]
+        at = (rows, cols)
+    else:
+        before = shared["shared_columns"][:, columns - 1]  # where the token before each is, [B, C]
+        some = before[kept] if rows.numel() else before[:1, 0]
+        wanted = some.unique()
+        tree = (shared["shared_ids"], shared["shared_mask"])
+        logits = _logits_at(model, *tree, wanted, shared["shared_positions"])
+        at = (shared["shared_row"][rows], torch.searchsorted(wanted, before[rows, cols]))
     if rows.numel() == 0:
         zero = logits.flatten()[:1].float().sum() * 0.0
         empty = logits.new_zeros(input_ids.shape, dtype=torch.float32) + zero
@@ -48,7 +61,7 @@ def response_log_probs(
     targets = input_ids[:, columns][rows, cols]
     parts, entropies = [], []
     # Indexed once and split: the backward of an index fills a tensor as large as all logits, at every piece again
-    pieces = zip(logits[rows, cols].split(CHUNK_POSITIONS), targets.split(CHUNK_POSITIONS), strict=True)
+    pieces = zip(logits[at].split(CHUNK_POSITIONS), targets.split(CHUNK_POSITIONS), strict=True)
     for piece, piece_targets in pieces:
         arguments = (piece, piece_targets, temperature, entropy)
         if torch.is_grad_enabled():
@@ -111,12 +124,16 @@ def _chunk(
 
 
 def _logits_at(
-    model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, positions: torch.Tensor
+    model: Any,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    positions: torch.Tensor,
+    position_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Logits ``[B, len(positions), V]``; the output layer runs on these positions only where the family allows."""
     module = model.module if hasattr(model, "module") else model
     inner = without_adapters(module)
-    inputs = forward_inputs(inner, input_ids, attention_mask)
+    inputs = forward_inputs(inner, input_ids, attention_mask, position_ids)
     # 1-D on purpose: a 2-D index gathers per row in transformers 5.23 but plainly indexes in 5.17
     if "logits_to_keep" in inspect.signature(inner.forward).parameters:
         return model(**inputs, use_cache=False, logits_to_keep=positions).logits

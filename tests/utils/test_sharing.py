@@ -1,0 +1,222 @@
+"""Answers behind a common beginning that is forwarded once: the same numbers and gradients as a row for each answer."""
+
+import functools
+import math
+import sys
+
+import datasets
+import pytest
+import torch
+
+from tests import families
+from tests.step2.ranking_checks import PAD, RATE, fixed_rankings
+from tests.utils.engine.engine_checks import TINY_SHARDS
+from training.step2_dpo_finetuning.pairs import Preferences, answer_log_probs, answer_tokens
+from training.step2_reward_model_finetuning.pairs import answer_rewards, held_out_rewards
+from training.utils import sharing as sharings
+from training.utils.arguments import DPOArguments, LoraArguments
+from training.utils.data import Sharing, collate_pairs, pair_micro_batches, rankings_of
+from training.utils.engine import engine as engines
+from training.utils.engine.reference import load_reference
+from training.utils.engine.zero_config import deepspeed_config
+from training.utils.model import classifiers, loading
+from training.utils.model.forward import enable_gradient_checkpointing, tree_mask
+from training.utils.model.lora import with_adapters
+from training.utils.run.distributed import init_distributed, reduce_sums
+
+ANY = Sharing(sys.maxsize, 1 << 20)  # so wide that attention costs nothing
+SHARES = {"opt", "gpt2", "gpt_neox", "llama", "qwen3", "phi", "falcon", "mixtral"}
+OWN_ROWS = {  # why the others do not; gpt_neo and gemma2 once their windows hold a row
+    "bloom": "places tokens by itself",
+    "mpt": "places tokens by itself",
+    "mistral": "does not reach across a row",
+    "mamba": "keep a state",
+    "lfm2": "keep a state",
+}
+
+
+@functools.cache
+def saved(family, folder):
+    folder.mkdir()
+    return families.save(family, folder)
+
+
+@pytest.fixture
+def model_of(tmp_path_factory):
+    """A tiny language model or reward model of a family."""
+
+    def build(family, kind, dtype="fp32"):
+        path = saved(family, tmp_path_factory.getbasetemp() / f"family-{family}")
+        if kind == "language":
+            return loading.load_causal_lm(path, dtype=dtype)
+        load = {"dtype": dtype, "pad_token_id": PAD, "fresh_head_seed": 1}
+        return classifiers.TokenScorer(classifiers.load_classifier(path, **load))
+
+    return build
+
+
+def pair(beginning, chosen, rejected):
+    row = {}
+    for name, answer in (("chosen", chosen), ("rejected", rejected)):
+        row |= {f"{name}_ids": beginning + answer, f"{name}_mask": [0] * len(beginning) + [1] * len(answer)}
+    return row
+
+
+def test_shared_rows_hold_every_answer():
+    rows = fixed_rankings()
+    batch = collate_pairs(rows, PAD, ANY)
+    alone = collate_pairs(rows, PAD)
+    assert all(torch.equal(tensor, batch[name]) for name, tensor in alone.items())
+    real = batch["attention_mask"] == 1
+    own = batch["shared_row"][:, None], batch["shared_columns"]
+    assert torch.equal(batch["shared_ids"][own][real], batch["input_ids"][real])
+    places = torch.arange(real.shape[1]).expand_as(real)
+    assert torch.equal(batch["shared_positions"][own][real], places[real]), "positions go on behind the beginning"
+    assert len(batch["shared_ids"]) == 5 and (batch["shared_mask"] > 0).sum() < real.sum()
+    seen = tree_mask(batch["shared_mask"])[:, 0]
+    for row, columns, length in zip(batch["shared_row"], batch["shared_columns"], real.sum(1), strict=True):
+        columns = columns[:length].tolist()
+        for i, column in enumerate(columns):
+            assert seen[row, column].nonzero().flatten().tolist() == columns[: i + 1]
+
+
+def test_a_beginning_ends_before_the_first_response_token():
+    batch = collate_pairs([pair([5, 6, 7], [8, 9], [8, 9, 4])], 0, ANY)
+    assert batch["shared_ids"].tolist() == [[5, 6, 7, 8, 9, 8, 9, 4]]
+    assert batch["shared_mask"].tolist() == [[1, 1, 1, 2, 2, 3, 3, 3]]
+    assert batch["shared_positions"].tolist() == [[0, 1, 2, 3, 4, 3, 4, 5]]
+    cut = collate_pairs([{**pair([5, 6, 7], [8], [9]), "rejected_ids": [5, 1, 7, 9]}], 0, Sharing(99, 99))
+    assert cut["shared_mask"].tolist() == [[1, 2, 2, 2, 3, 3, 3]], "beginnings that were cut differ"
+
+
+def test_rows_are_shared_where_that_is_cheaper():
+    prompt, answer, other = [3] * 20, [4] * 20, [5] * 20
+    assert "shared_ids" in collate_pairs([pair(prompt, answer, other)], 0, Sharing(60, 64))
+    assert "shared_ids" not in collate_pairs([pair(prompt, answer, other)], 0, Sharing(59, 64)), "too long a row"
+    short = pair([3], [4] * 200, [5] * 200)
+    assert "shared_ids" not in collate_pairs([short], 0, Sharing(999, 64)), "attention would cost more than a token"
+    assert "shared_ids" in collate_pairs([short], 0, ANY)
+    assert "shared_ids" not in collate_pairs([pair([], [4, 4], [5, 5])], 0, ANY), "nothing in common"
+    even = [pair([3] * 30, [4] * 18, [5] * 2)] * 3
+    assert "shared_ids" in collate_pairs(even, 0, Sharing(999, 64))
+    uneven = [*even, pair([3] * 2, [4] * 48, [5] * 48)]
+    assert "shared_ids" not in collate_pairs(uneven, 0, Sharing(999, 64)), "padding is counted"
+
+
+def assert_equal_with_gradients(model, answers_of, batch, tolerance):
+    alone = {name: tensor for name, tensor in batch.items() if not name.startswith("shared_")}
+    found = []
+    for each in (batch, alone):
+        numbers = answers_of(model, each)
+        (numbers * torch.linspace(0.5, 1.5, numbers.numel()).view_as(numbers)).sum().backward()
+        grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad(set_to_none=True)
+        found.append((numbers.detach(), grads))
+    (numbers, grads), (expected, others) = found
+    assert torch.allclose(numbers, expected, atol=tolerance, rtol=tolerance)
+    assert grads.keys() == others.keys() and grads
+    whole = torch.cat([grad.flatten() for grad in others.values()]).norm()
+    off = torch.cat([(grads[name] - others[name]).flatten() for name in grads]).norm() / whole
+    assert off < 10 * tolerance, off
+
+
+KINDS = {"language": answer_log_probs, "reward": answer_rewards}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", sorted(SHARES))
+def test_families_give_the_same_numbers_and_gradients(model_of, family, kind):
+    model = model_of(family, kind)
+    assert sharings.find_sharing(model, KINDS[kind], PAD) == Sharing(128, 32)
+    batch = collate_pairs(fixed_rankings(), PAD, ANY)
+    assert_equal_with_gradients(model.train(), KINDS[kind], batch, 2e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_with_adapters_recomputed_activations_and_any_attention(tiny_model, kind, attention):
+    load = {"dtype": "fp32", "attn_implementation": attention}
+    made = loading.load_causal_lm(str(tiny_model), **load)
+    if kind == "reward":
+        made = classifiers.load_classifier(str(tiny_model), pad_token_id=PAD, fresh_head_seed=1, **load)
+    torch.manual_seed(0)
+    model = with_adapters(made, LoraArguments(4, "q_proj,v_proj", True))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    enable_gradient_checkpointing(model)
+    model = classifiers.TokenScorer(model) if kind == "reward" else model
+    assert sharings.find_sharing(model, KINDS[kind], PAD) is not None
+    assert_equal_with_gradients(model.train(), KINDS[kind], collate_pairs(fixed_rankings(), PAD, ANY), 2e-5)
+
+
+def train_preferences(path, *, shares):
+    """Losses of three steps of DPO at ZeRO-3 on this process's ranks, and how many rows went through the model."""
+    device = init_distributed()
+    config = deepspeed_config(zero_stage=3, dtype="fp32", micro_batch_size=2, overrides=TINY_SHARDS)
+    model = loading.load_causal_lm(path, dtype="fp32", ds_config=config)
+    engine = engines.initialize_engine(model.to(device), config, **RATE)
+    frozen = load_reference(
+        path, adapters_only=False, zero_stage=3, offload=False, device=device, dtype="fp32", attn_implementation="sdpa"
+    )
+    sharing = sharings.find_sharing(engine, answer_log_probs, PAD) if shares else None
+    preferences = Preferences(engine, frozen, DPOArguments(), sharing)
+    dataset = datasets.Dataset.from_list(fixed_rankings())
+    losses, rows = [], 0
+    for _ in range(3):
+        batches = list(pair_micro_batches(dataset, rankings_of(dataset), 2, PAD, device, sharing))
+        references = [preferences.reference(batch) for batch in batches]
+        engine.train()
+        total = 0.0
+        for batch, reference in zip(batches, references, strict=True):
+            judged = preferences.judge(answer_log_probs(engine, batch), reference, answer_tokens(batch), (0.0, 0.0))
+            loss = (batch["weights"] * judged["loss"]).sum()
+            engines.backward(engine, loss, 5)
+            total += loss.item()
+            rows += len(batch.get("shared_ids", batch["input_ids"]))
+        engines.optimizer_step(engine)
+        losses.append(reduce_sums({"loss": total}, device)["loss"] / 5)
+    return losses, rows
+
+
+def test_dpo_at_zero_3_on_two_ranks(tiny_model, rank_pair):
+    (shared, few), _ = rank_pair.run(train_preferences, str(tiny_model), shares=True)
+    (alone, many), _ = rank_pair.run(train_preferences, str(tiny_model), shares=False)
+    assert shared == pytest.approx(alone, abs=1e-5) and shared[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert shared[2] < shared[0] and few < many
+
+
+def test_a_leak_between_answers_would_not_pass(model_of):
+    model, batch = model_of("llama", "reward"), collate_pairs(fixed_rankings(), PAD, ANY)
+    leaking = batch | {"shared_mask": batch["shared_mask"].clamp(max=1)}
+    counting = torch.arange(batch["shared_ids"].shape[1]).expand_as(batch["shared_ids"])
+    for fault in (leaking, batch | {"shared_positions": counting}):
+        with pytest.raises(AssertionError):
+            assert_equal_with_gradients(model, answer_rewards, fault, 2e-5)
+
+
+@pytest.mark.parametrize("family", sorted(OWN_ROWS))
+def test_families_that_need_a_row_for_each_answer(model_of, family, capsys):
+    assert sharings.find_sharing(model_of(family, "language"), answer_log_probs, PAD) is None
+    assert OWN_ROWS[family] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_family_is_tried_whatever_its_configuration_says(model_of, monkeypatch, capsys, dtype):
+    """Windows shorter than the trial's rows, were they not known by name; and a forward that fails."""
+    monkeypatch.setattr(sharings, "LIMITS", ())
+    assert sharings.find_sharing(model_of("llama", "reward", dtype), answer_rewards, PAD) is not None
+    assert sharings.find_sharing(model_of("mistral", "reward", dtype), answer_rewards, PAD) is None
+    assert "its numbers are others" in capsys.readouterr().out
+    monkeypatch.setattr(sharings, "_why_never", lambda _: "")
+    assert sharings.find_sharing(model_of("bloom", "language", dtype), answer_log_probs, PAD) is None
+    assert "its numbers are others" in (told := capsys.readouterr().out) or "refuses" in told
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_held_out_rewards_with_shared_rows(model_of, batch_size):
+    scorer, dataset = model_of("llama", "reward"), datasets.Dataset.from_list(fixed_rankings())
+    device = torch.device("cpu")
+    shared, alone = (held_out_rewards(scorer, dataset, batch_size, PAD, device, how) for how in (ANY, None))
+    for found, expected in zip(shared, alone, strict=True):
+        assert found == pytest.approx(expected, abs=1e-5)

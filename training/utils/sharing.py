@@ -1,0 +1,105 @@
+"""Whether a model can forward the common beginning of several answers once, found by trying it.
+
+The answers to a prompt then stand in one row behind it: an attention mask shows each of them the prompt and itself
+alone, and its positions go on where the prompt ends. Families that place tokens by themselves (ALiBi), keep a state
+instead of keys and values, or whose kernels take no such mask get a row for each answer.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from training.utils.data import Sharing, collate_pairs
+from training.utils.model.forward import without_adapters
+from training.utils.run.distributed import gather_objects, say
+
+Batch = dict[str, torch.Tensor]
+# Of what the same answers would change by if each saw those before it, and went on counting from them: rounding is 1e-6
+# of that in fp32, 0.005 in fp16 and 0.05 in bf16; a family that counts positions in its own way comes to a half
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
+ATTENTION = (
+    "full_attention",
+    "sliding_attention",
+    "chunked_attention",
+)  # transformers' names of layers without a state
+LIMITS = ("max_position_embeddings", "sliding_window", "window_size", "attention_chunk_size")  # of a row, in tokens
+
+
+@torch.no_grad()
+def find_sharing(model: Any, answers_of: Callable[[Any, Batch], torch.Tensor], pad_id: int) -> Sharing | None:
+    """How `collate_answers` may put answers behind their common beginning, None where each needs a row; says which.
+
+    Args:
+        model: an engine or a model that trains or is frozen; left in evaluation mode. A collective.
+        answers_of: model and batch -> numbers of its answers, from shared rows if the batch has them.
+        pad_id: of the tokenizer.
+    """
+    model.eval()
+    module: Any = model.module if hasattr(model, "module") else model
+    inner = without_adapters(getattr(module, "classifier", module))
+    reason = _why_never(inner) or _why_not(model, answers_of, inner, pad_id)
+    if reason := next(filter(None, gather_objects([reason])), ""):
+        say(f"answers to one prompt go through the model each by itself: {reason}")
+        return None
+    say("answers to one prompt go through the model behind it together, where that is cheaper")
+    return Sharing(_longest(inner), inner.config.get_text_config().hidden_size)
+
+
+def _longest(model: Any) -> int:
+    """Tokens up to which a row may grow: attention of any layer then reaches from its end to its beginning."""
+    config = model.config.get_text_config()
+    limits = [getattr(config, name, None) for name in LIMITS]
+    return min((limit for limit in limits if limit), default=sys.maxsize)
+
+
+def _why_never(model: Any) -> str:
+    """What a model's class and configuration say against shared rows, else empty."""
+    config = model.config.get_text_config()
+    if model.config._attn_implementation not in ("sdpa", "eager"):
+        return f"{model.config._attn_implementation} takes no such attention mask"
+    if getattr(model, "_is_stateful", False) or set(getattr(config, "layer_types", None) or ()) - set(ATTENTION):
+        return "some layers keep a state"
+    if getattr(config, "alibi", False) or "position_ids" not in inspect.signature(model.base_model.forward).parameters:
+        return "the family places tokens by itself"
+    return ""
+
+
+def _why_not(model: Any, answers_of: Callable[[Any, Batch], torch.Tensor], inner: Any, pad_id: int) -> str:
+    """What is wrong with the answers of a small batch of shared rows, empty if nothing is."""
+    batch = collate_pairs(_probe(inner.config.get_text_config().vocab_size), pad_id, Sharing(sys.maxsize, 1 << 20))
+    batch = {name: tensor.to(inner.device) for name, tensor in batch.items()}
+    places = torch.arange(batch["shared_ids"].shape[1], device=inner.device).expand_as(batch["shared_ids"])
+    if places.shape[1] > _longest(inner):
+        return "its attention does not reach across a row"
+    leaking = {"shared_mask": batch["shared_mask"].clamp(max=1), "shared_positions": places}
+    alone = answers_of(model, {name: tensor for name, tensor in batch.items() if not name.startswith("shared_")})
+    try:
+        shared, wrong = (answers_of(model, batch | changed).float() for changed in ({}, leaking))
+    except (RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        return f"the family's forward refuses that ({type(error).__name__})"
+    off = ((shared - alone).norm() / (wrong - alone).norm()).item()
+    return "" if off < TOLERANCE[inner.dtype] else f"its numbers are others then (by {off:.1g} of a leak's)"
+
+
+def _probe(vocabulary: int) -> list[dict[str, Any]]:
+    """Two rankings of three answers, as rows of pairs."""
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for start in (7, 4):
+        beginning, *answers = (
+            torch.randint(vocabulary, (size,), generator=generator).tolist() for size in (start, 5, 8, 3)
+        )
+        for rejected in answers[1:]:
+            sides = {"chosen": answers[0], "rejected": rejected}
+            row: dict[str, Any] = {"pairs": 2}
+            for name, answer in sides.items():
+                row |= {f"{name}_ids": beginning + answer, f"{name}_mask": [0] * start + [1] * len(answer)}
+            rows.append(row)
+    return rows
