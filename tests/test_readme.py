@@ -41,7 +41,7 @@ RUN_BY = {
 
 def commands(document: Path) -> list[str]:
     """Commands of the fenced blocks and of the inline code that start a program of this repository."""
-    text = document.read_text(encoding="utf-8").replace("\\\n", " ")
+    text = re.sub(r"\\\n *", " ", document.read_text(encoding="utf-8"))
     lines = [line.strip() for block in re.findall(r"```\w*\n(.*?)```", text, re.S) for line in block.splitlines()]
     inline = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
     started = re.compile(r"(make [a-z-]+$|\S*(python3?|deepspeed|pip|pytest|ruff|mypy)\s+\S)")
