@@ -17,7 +17,7 @@ from training.step3_rlhf_finetuning.forward import actor_log_probs, state_values
 from training.step3_rlhf_finetuning.settings import Flags, Models
 from training.utils.arguments import LoraArguments
 from training.utils.engine.zero_config import deepspeed_config
-from training.utils.generation.decode_loop import PREFILL_TOKENS
+from training.utils.generation.decode_loop import prefill_tokens
 from training.utils.generation.engines import MIN_STEPS_TO_PACK
 from training.utils.generation.packed_linear import packed_bytes
 from training.utils.memory import plan as plans
@@ -117,7 +117,7 @@ def decoding_parts(costs: RoleCosts, rows: int, dtype: str, engine: str, gathere
     if engine == "hf":  # its cache grows by concatenation: one layer is there twice
         prefill = costs.prefill(rows, costs.prompt)
         return {"gathered twin": gathered, "KV cache": cache, "prompts": prefill.peak}
-    group = max(1, PREFILL_TOKENS // costs.prompt + 1)
+    group = max(1, prefill_tokens(plans.device()) // costs.prompt + 1)
     packs = plans.device().type == "cpu" and costs.response >= MIN_STEPS_TO_PACK
     return {
         "gathered twin": gathered,

@@ -203,7 +203,7 @@ def test_a_shared_beginning_is_computed_once(family: str, monkeypatch: pytest.Mo
     plain = FastBackend().generate(model, asked, sampling)
     shapes = []
     original = decode_loop._forward
-    monkeypatch.setattr(decode_loop, "PREFILL_TOKENS", 20)
+    monkeypatch.setitem(decode_loop.PREFILL_TOKENS, "cpu", 20)
     monkeypatch.setattr(decode_loop, "_forward", lambda *a: shapes.append(tuple(a[1].shape)) or original(*a))
     shared = FastBackend().generate(model, asked, sampling)
     assert_same(shared, plain)
@@ -245,9 +245,50 @@ def test_equal_prompts_and_small_groups_change_nothing(monkeypatch: pytest.Monke
     widths = []
     original = decode_loop._forward
     monkeypatch.setattr(decode_loop, "_forward", lambda *a: widths.append(tuple(a[1].shape)) or original(*a))
-    monkeypatch.setattr(decode_loop, "PREFILL_TOKENS", 8)
+    monkeypatch.setitem(decode_loop.PREFILL_TOKENS, "cpu", 8)
     assert responses(FastBackend().generate(model, asked, sampling)) == alone
     assert widths[:4] == [(2, 3), (1, 6), (1, 9), (1, 9)], "five distinct prompts, a group is full at 8 tokens"
+
+
+def test_an_accelerator_takes_prompts_in_larger_groups() -> None:
+    lengths = [100] * 100
+    sizes = {}
+    for device in ("cpu", "cuda"):
+        groups = decode_loop._prompt_groups(lengths, decode_loop.prefill_tokens(torch.device(device)))
+        assert sorted(row for group in groups for row in group) == list(range(100))
+        sizes[device] = [len(group) * 100 for group in groups[:-1]]
+    assert set(sizes["cpu"]) == {300} and set(sizes["cuda"]) == {8200}
+
+
+def test_large_groups_give_the_tokens_of_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sampling = build("llama"), SamplingConfig(10, temperature=2.0)
+    asked = shared_beginnings(request((3, 9, 1, 6, 9, 4, 8), stop_ids=tuple(range(5, 15))), 9)
+    small = FastBackend().generate(model, asked, sampling)
+    monkeypatch.setitem(decode_loop.PREFILL_TOKENS, "cpu", decode_loop.PREFILL_TOKENS_OF_ACCELERATORS)
+    assert_same(FastBackend().generate(model, asked, sampling), small)
+
+
+@pytest.mark.parametrize("gone", [(), (0,), (4,), (1, 3), (0, 1, 2), (2, 3, 4), (0, 2, 4)])
+def test_rows_that_stay_keep_their_place_and_the_last_ones_fill_the_holes(gone: tuple[int, ...]) -> None:
+    going = [row not in gone for row in range(5)]
+    order, holes, movers = decode_loop._survivors(going)
+    assert sorted(order) == [row for row in range(5) if row not in gone]
+    assert [place for place, row in enumerate(order) if place != row] == holes
+    assert [order[hole] for hole in holes] == movers and not set(movers) & set(range(len(order)))
+
+
+@pytest.mark.parametrize("stops", [(), tuple(range(5, 15))])
+def test_the_host_asks_the_device_once_per_token(monkeypatch: pytest.MonkeyPatch, stops: tuple[int, ...]) -> None:
+    """Each question waits until a GPU has finished; rows that leave must not cost one for every layer."""
+    model, questions = build("llama", num_hidden_layers=6), []
+    for name in ("tolist", "nonzero", "item"):
+        asked_by = getattr(Tensor, name)
+        monkeypatch.setattr(Tensor, name, lambda t, *a, f=asked_by, n=name: questions.append(n) or f(t, *a))
+    prefill = decode_loop._prefill
+    monkeypatch.setattr(decode_loop, "_prefill", lambda *a, **k: (prefill(*a, **k), questions.clear())[0])
+    batch = FastBackend(pack_weights=False).generate(model, request(stop_ids=stops), SamplingConfig(10, temperature=2.0))
+    assert questions == ["tolist"] * batch.response_mask.shape[1]
+    assert bool(stops) == (not batch.response_mask.all()), "rows must leave for this to mean anything"
 
 
 def fault_positions(ids: Tensor, mask: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -279,9 +320,8 @@ def test_planted_fault_in_the_inputs_is_noticed(family: str, fault: Any, monkeyp
 def test_planted_fault_in_the_compaction_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llama")
     asked = request(stop_ids=tuple(range(5, 15)))
-    monkeypatch.setattr(
-        decode_attention.DecodeLayer, "batch_select_indices", lambda layer, kept: setattr(layer, "rows", len(kept))
-    )
+    forgetful = lambda layer, rows, target, source: setattr(layer, "rows", rows)  # noqa: E731
+    monkeypatch.setattr(decode_attention.DecodeLayer, "keep", forgetful)
     batch = FastBackend().generate(model, asked, SamplingConfig(10, temperature=2.0))
     assert (batch.logprobs - full_forward_logprobs(model, batch, 2.0)).abs().max() > 1e-2
 

@@ -229,14 +229,12 @@ class DecodeLayer(DynamicLayer):
         """Columns that the next forward finds stored."""
         return self.past if self.target is not None else self.end - self.start
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep rows `indices`, in that order; only those that change place are copied."""
-        places = torch.arange(len(indices), device=indices.device)
-        moved = (indices != places).nonzero()[:, 0]
+    def keep(self, rows: int, target: Tensor, source: Tensor) -> None:
+        """Keep this many rows: row source[i] takes the place of row target[i], the others stay where they are."""
         keys, values = self._view(self.start, self.end)
-        if len(moved):
-            keys[moved], values[moved] = keys[indices[moved]], values[indices[moved]]
-        self.rows = len(indices)
+        if len(target):
+            keys[target], values[target] = keys[source], values[source]
+        self.rows = rows
 
     def drop_columns(self, count: int) -> None:
         """Forget the first `count` columns, which are padding in every row that is left."""

@@ -26,8 +26,9 @@ from training.utils.model.forward import without_adapters
 from training.utils.run.distributed import all_reduce_max
 from training.utils.run.watchdog import beat
 
-# A group of prompts this large keeps the matrix kernels busy; larger ones only bring more padding.
-PREFILL_TOKENS = 256
+# A group of prompts of so many tokens keeps a device's matrix kernels busy; larger ones only bring more padding.
+PREFILL_TOKENS = {"cpu": 256}
+PREFILL_TOKENS_OF_ACCELERATORS = 8192  # a GPU takes them in about the time that it needs to read the weights once
 # A shared beginning costs a forward of its own: it must save more than that.
 SHORTEST_PREFIX = 8
 
@@ -84,11 +85,16 @@ def _decode_layers(cache: Cache) -> list[DecodeLayer]:
     return [layer for layer in cache.layers if isinstance(layer, DecodeLayer)]
 
 
-def _prompt_groups(lengths: list[int]) -> list[list[int]]:
-    """Rows by length, cut into groups of about `PREFILL_TOKENS`: a short prompt is not padded to a long one."""
+def prefill_tokens(device: torch.device) -> int:
+    """About how many tokens of prompts one forward takes on a device."""
+    return PREFILL_TOKENS.get(device.type, PREFILL_TOKENS_OF_ACCELERATORS)
+
+
+def _prompt_groups(lengths: list[int], tokens: int) -> list[list[int]]:
+    """Rows by length, cut into groups of about ``tokens`` tokens: a short prompt is not padded to a long one."""
     groups: list[list[int]] = [[]]
     for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
-        if len(groups[-1]) * lengths[row] >= PREFILL_TOKENS:
+        if len(groups[-1]) * lengths[row] >= tokens:
             groups.append([])
         groups[-1].append(row)
     return groups
@@ -111,7 +117,7 @@ def _shared_prefix(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, int]:
     starts = ids.gather(1, (width - lengths)[:, None] + columns)  # [B, limit], the prompts left-aligned
     differs = (starts != starts[:1]).any(0).nonzero()[:, 0]
     shared = int(differs[0]) if len(differs) else limit
-    if shared < SHORTEST_PREFIX or (rows - 1) * shared < PREFILL_TOKENS:
+    if shared < SHORTEST_PREFIX or (rows - 1) * shared < prefill_tokens(ids.device):
         return ids, mask, 0
     moved = ids.clone()
     moved[:, :shared] = starts[0, :shared]
@@ -144,7 +150,7 @@ def _prefill(
     first = torch.full((distinct.shape[1],), len(ids), device=device).scatter_reduce_(0, member, everyone, "amin")
     lengths = (distinct[1].sum(1) - shared).tolist()
     logits: Tensor | None = None
-    for group in [list(range(len(lengths)))] if one_forward else _prompt_groups(lengths):
+    for group in [list(range(len(lengths)))] if one_forward else _prompt_groups(lengths, prefill_tokens(device)):
         start = width - max(lengths[row] for row in group)
         place = torch.full((len(lengths),), -1, device=device)
         place[group] = torch.arange(len(group), device=device)
@@ -163,12 +169,30 @@ def _prefill(
     return logits
 
 
-def _survivors(going: Tensor) -> Tensor:
-    """Indices of the rows that go on, so ordered that as few as possible change place: the last ones fill the holes."""
-    kept = going.nonzero()[:, 0]
-    order = torch.arange(len(kept), device=going.device)
-    order[~going[: len(kept)]] = kept[kept >= len(kept)]
-    return order
+def _survivors(going: list[bool]) -> tuple[list[int], list[int], list[int]]:
+    """The rows that go on, so ordered that as few as possible change place: the last ones fill the holes.
+
+    Returns:
+        the old place of each row that goes on, in the new order; the new places of those that move; their old places.
+    """
+    kept = [row for row, goes_on in enumerate(going) if goes_on]
+    holes = [row for row in range(len(kept)) if not going[row]]
+    movers = [row for row in kept if row >= len(kept)]
+    order = list(range(len(kept)))
+    for hole, mover in zip(holes, movers, strict=True):
+        order[hole] = mover
+    return order, holes, movers
+
+
+def _keep_rows(cache: Cache, layers: list[DecodeLayer], going: list[bool], device: torch.device) -> Tensor:
+    """Let the rows that have ended leave the cache; returns the old places of those that are left, in their order."""
+    order, holes, movers = _survivors(going)
+    kept, target, source = (torch.tensor(rows, device=device) for rows in (order, holes, movers))
+    for layer in layers:
+        layer.keep(len(order), target, source)
+    if not layers:
+        cache.batch_select_indices(kept)
+    return kept
 
 
 def _some_rank_goes_on(mine: bool, device: torch.device) -> bool:
@@ -233,12 +257,12 @@ def _decode_rows(
         out.ids[alive, step] = tokens
         out.logprobs[alive, step] = logprobs
         going = ~torch.isin(tokens, stop_ids)
-        out.lengths[alive[~going]] = step + 1
-        if step + 1 == sampling.max_new_tokens or not going.any():
+        out.lengths[alive] = torch.where(going, out.lengths[alive], step + 1)
+        goes_on = going.tolist()  # here the host waits for the device, once per token
+        if step + 1 == sampling.max_new_tokens or not any(goes_on):
             return
-        if not going.all():
-            kept = _survivors(going)
-            cache.batch_select_indices(kept)
+        if not all(goes_on):
+            kept = _keep_rows(cache, layers, goes_on, device)
             alive, keys, tokens, mask = alive[kept], keys[kept], tokens[kept], mask[kept]
             positions, seen = positions[kept], seen[kept]
             padding = int(mask.argmax(1).min())  # columns that only rows which have left were using
