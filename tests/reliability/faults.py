@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import threading
 import time
 from typing import Any
 
@@ -55,13 +56,15 @@ def plant(
 
     Args:
         kind: ``raise``, an exception; ``sleep``, for ``seconds``; ``full``, no room on the disk while saving;
-            ``kill``, see `kill_at_file_call`.
+            ``kill``, see `kill_at_file_call`; ``abort``, as NCCL does it: a thread that is not Python's aborts the
+            process while it waits in a collective, and the other ranks wait on, without an exception.
         rank: where.
         step: the optimizer step, from 1; for ``full`` the file of all checkpoints, for ``kill`` the file call.
         seconds: for ``sleep``.
         folder, calls_file: for ``kill``.
     """
-    if int(os.environ.get("RANK", "0")) != rank:
+    aborts = int(os.environ.get("RANK", "0")) == rank
+    if not aborts and kind != "abort":
         return
     if kind == "kill":
         kill_at_file_call(folder, step, calls_file)
@@ -79,6 +82,10 @@ def plant(
         if kind == "raise" and calls == step:
             raise RuntimeError(f"planted on rank {rank}")
         if kind == "sleep" and calls == step:
+            time.sleep(seconds)
+        if kind == "abort" and calls == step:
+            if aborts:
+                threading.Timer(0.3, os.abort).start()
             time.sleep(seconds)
         return original(*args, **kwargs)
 

@@ -222,6 +222,24 @@ def test_a_killed_rank_ends_the_others(launcher, inputs, tmp_path):
     assert "the connection to another rank is lost" in runs[0].text() and "Traceback" not in runs[0].text()
 
 
+@pytest.mark.parametrize("rank", [1, 0])
+def test_an_aborted_rank_is_named_and_ends_the_others(launcher, inputs, tmp_path, rank):
+    """NCCL's way to end a collective that timed out: SIGABRT, no exception here or on the ranks that wait."""
+    output = tmp_path / "out"
+    runs = started(launcher, inputs, output, {"kind": "abort", "rank": rank, "step": 3, "seconds": 120.0})
+    codes, seconds = ended_soon(runs)
+    assert codes[rank] == -signal.SIGABRT and codes[1 - rank] == 1 and seconds < SOON
+    line = f"rank {rank} was ended from outside Python (aborted; a collective that timed out?)"
+    assert line in runs[0].text() and "Traceback" not in runs[0].text()
+    assert line in (output / "failure.txt").read_text()
+    assert "in faulty" in (output / f".aborted-rank{rank}.txt").read_text(), "what the thread was doing"
+    assert "step-00000002" in str(checkpoints(output)[-1])
+    again = started(launcher, inputs, output)
+    assert ended_soon(again)[0] == [0, 0], again[0].text()[-2000:]
+    assert "step-00000002" in again[0].text()
+    assert not list(output.glob(".aborted-*"))
+
+
 def test_a_slow_rank_changes_nothing(launcher, inputs, tmp_path):
     slow = started(launcher, inputs, tmp_path / "slow", {"kind": "sleep", "rank": 1, "step": 2, "seconds": 3.0})
     assert ended_soon(slow)[0] == [0, 0]

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -48,6 +49,22 @@ def test_further_groups_wait_no_longer_than_the_first(monkeypatch):
     dist.destroy_process_group(further)
     bound_waits()
     assert limit(first) == before
+
+
+def test_the_wait_holds_for_groups_of_nccl_too(monkeypatch):
+    """There is no NCCL on a CPU: which groups are given the time-out is what can be seen here."""
+    import datetime
+
+    import torch.distributed.distributed_c10d as c10d
+
+    kinds, given = {"default": "nccl", "zero": "nccl", "data": "gloo", "other": "mpi"}, {}
+    monkeypatch.setattr(distributed, "_limit", datetime.timedelta(seconds=300))
+    monkeypatch.setattr(distributed.dist, "get_backend", kinds.get)
+    monkeypatch.setattr(c10d, "_set_pg_timeout", lambda limit, group: given.update({group: limit.total_seconds()}))
+    with monkeypatch.context() as patch:
+        patch.setattr(distributed.c10d, "_world", SimpleNamespace(pg_map=kinds))
+        bound_waits()
+    assert given == {"default": 300.0, "zero": 300.0, "data": 300.0}
 
 
 @pytest.mark.parametrize(("cuda", "says"), [(None, "is a build for CPUs"), ("13.0", "is built for CUDA 13.0")])

@@ -3,6 +3,10 @@
 `run_training` is the whole life of a rank. A signal asks the run to stop at its next step, together with all other
 ranks and with a checkpoint. An error is written to a note in the output folder, which a thread of every rank looks
 for: so no rank waits in a collective for one that has ended, and the log ends with the one traceback that matters.
+
+NCCL does not raise. A collective that timed out, or whose other end is lost, is ended by a thread of PyTorch that
+aborts the process (TORCH_NCCL_ASYNC_ERROR_HANDLING=3, the default), and no line of Python runs any more. Python's fault
+handler still does: it writes what each thread was doing into a file of the output folder, and that file is the note.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ LOOK_EVERY = 1.0  # seconds between two looks of the watching thread
 COURTESY = 5.0  # seconds from another rank's note to the end of this one: enough to say the same error itself
 LOST_WAIT = 10.0  # seconds that a rank whose connection broke waits for the note of the one that broke it
 NOTE = ".failed-rank{}.json"
+ABORT = ".aborted-rank{}.txt"  # empty while all is well
 FAILURE_FILE = "failure.txt"
 ORPHAN_LOG = "orphan.log"  # what a run says after the reader of its output has gone
 
@@ -62,6 +67,8 @@ class _State:
         self.hang_timeout = 0.0
         self.known: dict[str, int] = {}
         self.ending = False
+        self.supervised = False
+        self.abort: TextIO | None = None
 
 
 _state = _State()
@@ -111,9 +118,12 @@ def watch(folder: Path, hang_timeout: float) -> None:
         (folder / NOTE.format(_rank())).unlink()
     if _rank() == 0:
         (folder / FAILURE_FILE).unlink(missing_ok=True)
-    _state.known = {p.name: p.stat().st_mtime_ns for p in folder.glob(NOTE.format("*"))}
+    _state.known = {p.name: p.stat().st_mtime_ns for kind in (NOTE, ABORT) for p in folder.glob(kind.format("*"))}
     _state.hang_timeout = hang_timeout
     _state.folder = folder
+    if _state.supervised:
+        _state.abort = (folder / ABORT.format(_rank())).open("w", encoding="utf-8")
+        faulthandler.enable(_state.abort)
     beat()
 
 
@@ -127,6 +137,7 @@ def run_training(main: Callable[[Sequence[str]], int]) -> int:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _on_signal)
     sys.stdout, sys.stderr = _OutlivesReader(sys.stdout), _OutlivesReader(sys.stderr)
+    _state.supervised = True
     threading.Thread(target=_watch_for_ever, name="supervision", daemon=True).start()
     try:
         code = run_program(_noting_errors(main))
@@ -145,6 +156,10 @@ def run_training(main: Callable[[Sequence[str]], int]) -> int:
         _fail(error)
         raise AssertionError("unreachable: _fail ends the process") from error
     _state.ending = True
+    if _state.abort is not None:
+        faulthandler.disable()
+        _state.abort.close()
+        Path(_state.abort.name).unlink(missing_ok=True)
     return code
 
 
@@ -245,7 +260,8 @@ def _fail(error: Exception) -> None:
     if _is_lost_connection(error):
         deadline = time.monotonic() + LOST_WAIT
         while time.monotonic() < deadline:
-            if _other_notes():
+            if notes := _other_notes():
+                _tell(notes[0])
                 os._exit(1)
             time.sleep(0.2)
         reason = str(error).strip().splitlines()[0]
@@ -286,7 +302,28 @@ def _other_notes() -> list[dict[str, Any]]:
             with contextlib.suppress(OSError, ValueError):  # it is being replaced
                 if path.name != NOTE.format(_rank()) and _state.known.get(path.name) != path.stat().st_mtime_ns:
                     found.append(json.loads(path.read_text(encoding="utf-8")))
+        for path in _state.folder.glob(ABORT.format("*")):
+            with contextlib.suppress(OSError):
+                if path.name != ABORT.format(_rank()) and _state.known.get(path.name) != path.stat().st_mtime_ns:
+                    found += _aborted(path)
     return found
+
+
+def _aborted(path: Path) -> list[dict[str, Any]]:
+    """A note for a rank whose fault handler has written; none while its file is empty."""
+    if not (lines := path.read_text(encoding="utf-8", errors="replace").splitlines()):
+        return []
+    number = int(path.name.removeprefix(ABORT.partition("{")[0]).removesuffix(ABORT.rpartition("}")[2]))
+    what = lines[0].removeprefix("Fatal Python error: ").lower()
+    text = f"rank {number} was ended from outside Python ({what}; a collective that timed out?): {path} has its threads"
+    return [{"rank": number, "kind": "aborted", "text": text}]
+
+
+def _tell(note: dict[str, Any]) -> None:
+    """Say for a rank that was aborted what it can not say itself: on the first rank that is left."""
+    if note["kind"] == "aborted" and _rank() == (0 if note["rank"] else 1):
+        print_last(note["text"])
+        _leave_note("lost", note["text"])
 
 
 def _watch_for_ever() -> None:
@@ -306,6 +343,7 @@ def _watch_for_ever() -> None:
         if noted_at and now - noted_at > COURTESY and not _state.ending:
             if note["kind"] == "user error" and _rank() == 0:
                 print_last(f"error: {note['text']} (rank {note['rank']})")
+            _tell(note)
             os._exit(2 if note["kind"] == "user error" else 1)
         if any(os.getppid() != parent if child == os.getpid() else _parent(child) != parent
                for child, parent in launchers):  # fmt: skip
