@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.step3.hybrid_checks import save_tiny_reward_model, trajectory
 from training.step3_rlhf_finetuning.ppo_trainer import (
     SamplerDifference,
+    _say_once,
     check_first_ratio,
     check_sampler,
+    first_ratio_rounding,
     sampler_difference,
 )
 from training.utils.errors import UserError
@@ -58,10 +61,60 @@ def test_tolerances(dtype, seen, fine):
 def test_a_first_ratio_that_is_not_one(ratio, dtype, fine):
     """1.014 is what a router's noise made of it."""
     if fine:
-        check_first_ratio(ratio, dtype)
+        check_first_ratio(ratio, dtype, torch.device("cpu"))
     else:
         with pytest.raises(UserError, match="before any update it must be 1.*router's noise"):
-            check_first_ratio(ratio, dtype)
+            check_first_ratio(ratio, dtype, torch.device("cpu"))
+
+
+def another_kernel_with_a_gradient(monkeypatch, noise=0.0):
+    """As CUDA's sdpa may: attention that a gradient is asked of runs another kernel; ``noise`` plants more than that.
+
+    Returns what was the largest difference of each call, once there has been one.
+    """
+    plain = torch.nn.functional.scaled_dot_product_attention
+    differences = []
+
+    def attention(*args, **kwargs):
+        if not torch.is_grad_enabled():
+            return plain(*args, **kwargs)
+        with sdpa_kernel(SDPBackend.MATH):
+            out = plain(*args, **kwargs)
+        with torch.no_grad():
+            differences.append((out - plain(*args, **kwargs)).abs().max().item())
+        return out * (1 + noise * torch.sin(torch.arange(out.shape[-1])).to(out.dtype))
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    return differences
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_another_kernel_moves_the_first_ratio_by_rounding_alone(tiny_model, tmp_path, monkeypatch, capsys, dtype):
+    reward = str(save_tiny_reward_model(str(tiny_model), tmp_path / "reward"))
+    one_step = {"stage": 0, "dtype": dtype, "iterations": 1, "micro_batch": 8, "ppo_epochs": 1}
+    [same] = trajectory(str(tiny_model), reward, **one_step)
+    assert same["policy/first_ratio"] == 1.0 and same["policy/approx_kl"] == 0.0
+    differences = another_kernel_with_a_gradient(monkeypatch)
+    [other] = trajectory(str(tiny_model), reward, **one_step)
+    ratio, cpu, cuda = other["policy/first_ratio"], torch.device("cpu"), torch.device("cuda")
+    assert max(differences) > 0.0, "the kernels must differ for this to mean anything"
+    assert first_ratio_rounding(dtype, cpu) == 0.0 < first_ratio_rounding(dtype, cuda)
+    assert abs(ratio - 1) <= first_ratio_rounding(dtype, cuda)
+    capsys.readouterr()
+    check_first_ratio(ratio, dtype, cuda)
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_more_than_another_kernel_is_said_and_ends_the_run(tiny_model, tmp_path, monkeypatch, capsys):
+    reward = str(save_tiny_reward_model(str(tiny_model), tmp_path / "reward"))
+    another_kernel_with_a_gradient(monkeypatch, noise=0.1)
+    [other] = trajectory(str(tiny_model), reward, stage=0, iterations=1, micro_batch=8, ppo_epochs=1)
+    _say_once.cache_clear()
+    with pytest.raises(UserError, match="before any update it must be 1"):
+        check_first_ratio(other["policy/first_ratio"], "fp32", torch.device("cuda"))
+    for _ in range(2):
+        check_first_ratio(1.0005, "fp32", torch.device("cpu"))
+    assert capsys.readouterr().out.count("not 1 by more than rounding") == 1
 
 
 def test_statistics_are_of_response_tokens_only():

@@ -1,5 +1,7 @@
 """What step 3's flags must satisfy together."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from tests.step3.hybrid_checks import of
@@ -28,3 +30,11 @@ def test_a_flag_without_effect_is_said_once(flags, words, capsys):
     settings.warn(settings.Flags(*(of(group, values) for group in ARGUMENTS)))
     printed = capsys.readouterr().out
     assert (words in printed) if words else not printed
+
+
+@pytest.mark.parametrize(("device", "rows", "hint"), [("cpu", 16, False), ("cuda", 16, True), ("cuda", 64, False)])
+def test_a_gpu_that_would_mostly_wait_is_said(monkeypatch, capsys, device, rows, hint):
+    monkeypatch.setattr(settings, "get_accelerator", lambda: SimpleNamespace(device_name=lambda: device))
+    values = {"per_device_generation_batch_size": rows}
+    settings.warn(settings.Flags(*(of(group, values) for group in ARGUMENTS)))
+    assert ("--per_device_generation_batch_size 64" in capsys.readouterr().out) == hint

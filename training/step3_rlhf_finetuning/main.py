@@ -111,7 +111,7 @@ def main(argv: Sequence[str]) -> int:
     bar = progress_bar(len(opened.schedule), "step 3", run.step)
     for number in range(run.step, len(opened.schedule)):
         metrics = trainer.iteration(opened.requests(number), number)
-        check_first_ratio(metrics["policy/first_ratio"], flags.roles.dtype)
+        check_first_ratio(metrics["policy/first_ratio"], flags.roles.dtype, trainer.device)
         logger.log(number + 1, metrics)
         bar.update()
         bar.set_postfix(reward=f"{metrics['reward/score']:.2f}", kl=f"{metrics['kl/per_sequence']:.2f}")

@@ -11,6 +11,7 @@ lie. So the first iteration compares them and stops the run if they disagree. La
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -180,7 +181,7 @@ class PPOTrainer:
         """PPO epochs over the experience; returns means over all tokens of all minibatches.
 
         The first epoch takes rows in the order and the pieces they were scored in, so that its first minibatch
-        has a ratio of exactly 1 on any device; later epochs shuffle.
+        has a ratio of 1 (`first_ratio_rounding` says how exactly); later epochs shuffle.
 
         Args:
             experiences: this rank's generation batches.
@@ -352,22 +353,38 @@ def sampler_difference(
     return SamplerDifference(values.mean().item(), p99, ordered[-1].item(), len(values))
 
 
-# What two forwards of the same tokens may differ by, as the mean ratio of a minibatch of the policy with itself
+# What two forwards of the same tokens may differ by, as the mean ratio of a minibatch of the policy with itself: beyond
+# this a run ends
 FIRST_RATIO = {"fp32": 1e-3, "fp16": 5e-3, "bf16": 2e-2}
+# What other kernels make of it. On a CPU scoring and training run the same ones, and the ratio is exactly 1. Elsewhere
+# scaled_dot_product_attention and matrix libraries may choose others where a gradient is asked for.
+OTHER_KERNELS = {"fp32": 1e-4, "fp16": 2e-3, "bf16": 1e-2}
 
 
-def check_first_ratio(ratio: float, dtype: str) -> None:
-    """Stop if the policy's first ratio, of weights that have not moved, is not 1.
+def first_ratio_rounding(dtype: str, device: torch.device) -> float:
+    """How far the first ratio may be from 1 by rounding alone, in a precision on a device."""
+    return 0.0 if device.type == "cpu" else OTHER_KERNELS[dtype]
+
+
+def check_first_ratio(ratio: float, dtype: str, device: torch.device) -> None:
+    """Stop if the policy's first ratio, of weights that have not moved, is not 1; warn once if rounding is not why.
 
     Raises:
         UserError: with the likely cause.
     """
+    if abs(ratio - 1) > first_ratio_rounding(dtype, device):
+        _say_once("warning: the ratio of the first minibatch is not 1 by more than rounding, policy/first_ratio has it")
     if not abs(ratio - 1) <= FIRST_RATIO[dtype]:  # NaN is off too
         raise UserError(
             f"the ratio of the first minibatch is {ratio:.4f}, and before any update it must be 1 (allowed in {dtype}: "
             f"within {FIRST_RATIO[dtype]}): two forwards of the same tokens differ, so something in the model draws "
             "random numbers or depends on its mode, such as a router's noise or a dropout under a name of its own"
         )
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    say(line)
 
 
 def check_sampler(difference: SamplerDifference, dtype: str) -> None:

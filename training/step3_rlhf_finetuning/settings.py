@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from training.step3_rlhf_finetuning import prompts
 from training.step3_rlhf_finetuning.arguments import (
@@ -35,6 +36,7 @@ from training.utils.data import StepData, prepare_data, prepare_pretraining, sto
 from training.utils.engine import precision
 from training.utils.engine.zero_config import read_user_config
 from training.utils.errors import UserError
+from training.utils.generation.decode_loop import ROWS_OF_ACCELERATORS
 from training.utils.generation.requests import RolloutRequest
 from training.utils.model import classifiers, loading
 from training.utils.model.limits import check_length
@@ -265,7 +267,7 @@ def prompts_per_step(rollout: RolloutArguments, batches: Mapping[str, int], rank
 
 
 def warn(flags: Flags) -> None:
-    """Warn about flags without effect and a sampler that is not the policy."""
+    """Warn about flags without effect, a sampler that is not the policy, and a GPU that would mostly wait."""
     rollout, ppo, train, evaluate = flags.rollout, flags.ppo, flags.train, flags.evaluate
     if flags.zero.critic_lora_dim and ppo.advantage != "gae":
         say(f"warning: --critic_lora_dim has no effect: with --advantage {ppo.advantage} there is no critic")
@@ -273,6 +275,12 @@ def warn(flags: Flags) -> None:
         say(f"warning: --trace {max(evaluate.trace)}: the run ends after --num_iterations {train.num_iterations}")
     if rollout.top_p < 1 or rollout.top_k > 0:
         say("warning: with --top_p below 1 or --top_k above 0 the sampler is not the policy that is trained")
+    rows = rollout.per_device_generation_batch_size
+    if get_accelerator().device_name() != "cpu" and rows < ROWS_OF_ACCELERATORS:
+        say(
+            f"hint: {rows} responses decoded together leave a GPU waiting; --per_device_generation_batch_size "
+            f"{ROWS_OF_ACCELERATORS} or more takes hardly longer, where memory is left"
+        )
 
 
 def model_paths(args: RoleArguments, functions: Sequence[str]) -> tuple[str, str]:

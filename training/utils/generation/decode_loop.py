@@ -29,6 +29,8 @@ from training.utils.run.watchdog import beat
 # A group of prompts of so many tokens keeps a device's matrix kernels busy; larger ones only bring more padding.
 PREFILL_TOKENS = {"cpu": 256}
 PREFILL_TOKENS_OF_ACCELERATORS = 8192  # a GPU takes them in about the time that it needs to read the weights once
+# Responses that are decoded together: fewer leave a GPU waiting for the next launch most of the time.
+ROWS_OF_ACCELERATORS = 64
 # A shared beginning costs a forward of its own: it must save more than that.
 SHORTEST_PREFIX = 8
 

@@ -1,8 +1,9 @@
 """Choosing the next token: scores -> one token per row, reproducible row by row.
 
 Random numbers come from a counter, not from a stream: each one is a hash of (seed, iteration, row id, position,
-slot). A row therefore draws the same tokens whatever batch, order or rank it is decoded in, and a resumed run
-draws what an uninterrupted one would have.
+slot). A row therefore draws with the same numbers whatever batch, order or rank it is decoded in: the same tokens,
+where the scores do not hang on the batch (on a GPU in 16 bit their rounding does). A resumed run draws what an
+uninterrupted one would have.
 
 A token is drawn by an exponential race (equivalently Gumbel-max): with E_i independent Exponential(1) variables,
 argmax_i p_i / E_i is distributed as p. A race over the whole vocabulary needs a random number for every token, and
