@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from training.utils.run.runtime import available_cores, prepare_runtime
+from training.utils.run.runtime import available_cores, has_nvidia, prepare_runtime
 
 PARALLEL = "PYTEST_XDIST_WORKER" in os.environ
 if PARALLEL:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the other cores are the other workers'
+if os.environ.get("TRIPOD_TEST_DEVICE") != "cuda":  # the tests are a CPU's, on a machine with a GPU too
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    if has_nvidia():
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 prepare_runtime()  # before torch: the same compiled operations and the same freed locks as the programs
 
 from tests.rank_pair import RankPair  # noqa: E402

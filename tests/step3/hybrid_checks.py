@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from transformers import AutoModelForCausalLM
 
 from tests.utils.engine.engine_checks import TINY_SHARDS, collate, fixed_rows
@@ -79,13 +80,13 @@ def prompts(count: int) -> list[list[int]]:
 def request(
     rows: list[list[int]], ids: list[int], iteration: int = 0, seed: int = 1, stop_ids: tuple[int, ...] = STOPS
 ) -> RolloutRequest:
-    """Left-padded prompts; the noise hangs on ``ids``."""
+    """Left-padded prompts, on the device that generates; the noise hangs on ``ids``."""
     width = max(len(r) for r in rows)
-    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows])
-    tokens = torch.tensor([[PAD] * (width - len(r)) + r for r in rows])
-    return RolloutRequest(
-        tokens, mask, torch.tensor(ids), seed=seed, iteration=iteration, stop_ids=stop_ids, pad_id=PAD
-    )
+    mask = [[0] * (width - len(r)) + [1] * len(r) for r in rows]
+    tokens = [[PAD] * (width - len(r)) + r for r in rows]
+    device = get_accelerator().current_device_name()
+    tensors = (torch.tensor(values, device=device) for values in (tokens, mask, ids))
+    return RolloutRequest(*tensors, seed=seed, iteration=iteration, stop_ids=stop_ids, pad_id=PAD)
 
 
 def train_two_steps(actor: HybridEngine) -> None:

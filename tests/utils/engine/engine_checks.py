@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from training.utils.arguments import LoraArguments
 from training.utils.engine import engine as engines
@@ -34,10 +35,9 @@ def fixed_rows() -> list[tuple[list[int], list[int]]]:
 
 
 def collate(rows: list[tuple[list[int], list[int]]], width: int) -> dict[str, torch.Tensor]:
-    """Right-padded tensors ``[B, width]``."""
-    batch = {
-        k: torch.zeros(len(rows), width, dtype=torch.long) for k in ("input_ids", "attention_mask", "response_mask")
-    }
+    """Right-padded tensors ``[B, width]``, on the device that trains."""
+    names, device = ("input_ids", "attention_mask", "response_mask"), get_accelerator().current_device_name()
+    batch = {name: torch.zeros(len(rows), width, dtype=torch.long, device=device) for name in names}
     for i, (ids, mask) in enumerate(rows):
         batch["input_ids"][i, : len(ids)] = torch.tensor(ids)
         batch["attention_mask"][i, : len(ids)] = 1

@@ -1,0 +1,120 @@
+"""What alternates and what is taken up again: twin and engine, `fast` and `hf`, the start-up check, exact resume."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.step3.hybrid_checks import build, prompts, request, train_two_steps
+from tests.utils.checkpoint.resume_checks import ADAPTERS, interrupted
+from tests.utils.engine.engine_checks import collate, fixed_rows, train
+from training.step3_rlhf_finetuning.ppo_trainer import SamplerDifference, check_sampler, sampler_difference
+from training.step3_rlhf_finetuning.roles import build_actor
+from training.utils.engine.zero_config import DTYPES
+from training.utils.errors import UserError
+from training.utils.generation.engines import rollout_backend
+from training.utils.generation.sampling import SamplingConfig
+from training.utils.model.export import full_state_dict
+from training.utils.model.logprobs import response_log_probs
+from training.utils.phases import Phases
+
+GREEDY = SamplingConfig(24, greedy=True)
+
+
+def decoded(model: Any) -> dict[str, list[list[int]]]:
+    """Greedy tokens of both engines."""
+    asked = request(prompts(6), list(range(6)))
+    return {name: rollout_backend(name).generate(model, asked, GREEDY).input_ids.tolist() for name in ("hf", "fast")}
+
+
+def twin_against_plain(path: str, stage: int, lora: int) -> tuple[list[dict[str, Any]], torch.Tensor]:
+    """Greedy tokens by the twin and by a plain model of the same weights, before and after two optimizer steps; and
+    how far log-probs of the engine are from those of the plain model, fp32."""
+    torch.manual_seed(0)
+    actor = build_actor(path, build(stage, 1e-2, lora, actor_gradient_checkpointing=stage > 0))
+    plain: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval().to(actor.engine.device)
+    found = []
+    for trained in (False, True):
+        if trained:
+            train_two_steps(actor)
+            state = {name: tensor.to(actor.engine.device) for name, tensor in full_state_dict(actor.engine).items()}
+            assert any((state[name] - p).abs().max() > 1e-3 for name, p in plain.named_parameters() if name in state)
+            plain.load_state_dict(state, strict=False)
+        with actor.generation_mode() as twin:
+            mine = decoded(twin)
+        found.append({"twin": mine, "plain": decoded(plain)})
+    rows = fixed_rows()
+    batch = collate(rows, max(len(ids) for ids, _ in rows))
+    with actor.scoring_mode() as engine, torch.no_grad():
+        difference = response_log_probs(engine, **batch)[0] - response_log_probs(plain, **batch)[0]
+    return found, difference.abs().max()
+
+
+@pytest.mark.parametrize(("stage", "lora"), [(0, 0), (2, 4), (3, 0), (3, 4)])
+def test_the_twin_is_the_engine_before_and_after_steps(device, tiny_model, stage, lora):
+    found, difference = twin_against_plain(str(tiny_model), stage, lora)
+    for at in found:
+        assert at["twin"] == at["plain"] and at["twin"]["hf"] == at["twin"]["fast"]
+    assert found[0]["twin"] != found[1]["twin"], "the steps must change what is said for this to mean anything"
+    assert difference < 2e-4
+
+
+def sampled_and_scored(path: str, dtype: str, shift: int = 0) -> SamplerDifference:
+    """Log-probs as `fast` keeps them against a whole forward's; ``shift`` scores other tokens than the sampled ones."""
+    from training.utils.run.distributed import init_distributed
+
+    device = init_distributed()
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype]).eval().to(device)
+    asked = request([p * 4 for p in prompts(16)], list(range(16)))
+    rollout = rollout_backend("fast").generate(model, asked, SamplingConfig(48))
+    start = rollout.response_start
+    mask = torch.zeros_like(rollout.attention_mask, dtype=torch.bool)
+    mask[:, start:] = rollout.response_mask
+    ids = rollout.input_ids.clone()
+    ids[:, start:] = (ids[:, start:] + shift) % 400
+    with torch.no_grad():
+        scored = response_log_probs(model, ids, rollout.attention_mask, mask)[0][:, start:]
+    return sampler_difference([rollout.logprobs], [scored], [rollout.response_mask])
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_the_start_up_check_passes_the_sampler_and_catches_another_policy(device, tiny_model, dtype):
+    check_sampler(sampled_and_scored(str(tiny_model), dtype), dtype)
+    with pytest.raises(UserError, match="the sampler is not the policy"):
+        check_sampler(sampled_and_scored(str(tiny_model), dtype, shift=1), dtype)
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype", "options"),
+    [(0, "fp32", {}), (2, "bf16", {"lora": ADAPTERS}), (3, "fp32", {}), (2, "fp32", {"offload": True})],
+)
+def test_training_goes_on_where_it_was_saved(device, tiny_model, tmp_path, stage, dtype, options):
+    """Bit for bit on a CPU; on a GPU sums that are made by atomic additions have no order, so up to their rounding."""
+    result = interrupted(str(tiny_model), str(tmp_path / "c"), stage=stage, dtype=dtype, **options)
+    assert result["first"][1] != result["rest"][1], "the schedule moves, so a forgotten one would show"
+    exact = device.type == "cpu"
+    assert result["resumed"] == (result["rest"] if exact else pytest.approx(result["rest"], rel=1e-4))
+    for name, tensor in result["state"].items():
+        within = {"rtol": 0.0, "atol": 0.0 if exact else 1e-5 if dtype == "fp32" else 1e-2}
+        torch.testing.assert_close(result["resumed_state"][name], tensor, **within)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_fp16_learns_as_fp32_does(device, fp16_everywhere, tiny_model, stage):
+    losses = {d: train(str(tiny_model), stage=stage, dtype=d, steps=5)["losses"] for d in ("fp32", "fp16")}
+    assert losses["fp16"] == pytest.approx(losses["fp32"], abs=2e-2)
+    assert losses["fp16"][-1] < 0.6 * losses["fp16"][0]
+
+
+def test_phases_say_what_the_allocator_holds(device):
+    phases = Phases()
+    held = torch.zeros(64 << 20, dtype=torch.uint8, device=device) + 1
+    phases.end("load")
+    figures = phases.summary()["load"]
+    assert figures["peak_gib"] > 0.06 and held.sum() == 64 << 20
+    assert ("reserved_gib" in figures) == (device.type == "cuda")
+    if device.type == "cuda":
+        assert figures["reserved_gib"] >= figures["peak_gib"]
