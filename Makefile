@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 
-.PHONY: setup demo chat test test-full lint format clean
+.PHONY: setup demo chat test test-full gpu-check lint format clean
 
 setup:  ## .venv with the tested packages, the project in place, the embedded model; does nothing if up to date
 	@$(PYTHON) scripts/setup.py
@@ -17,8 +17,12 @@ chat: setup  ## a page with the SFT and the RLHF model of the latest run side by
 test: setup  ## the test suite, minutes; -n 0 runs it in one process
 	.venv/bin/python -m pytest -m "not slow and not gpu" -n auto --dist loadfile --no-loadscope-reorder
 
-test-full: setup  ## every test, long
-	.venv/bin/python -m pytest
+test-full: setup  ## every test, long; those marked gpu are a GPU's, where there is one
+	.venv/bin/python -m pytest -m "not gpu"
+	TRIPOD_TEST_DEVICE=cuda .venv/bin/python -m pytest -m gpu tests/gpu
+
+gpu-check: setup  ## everything that one GPU must show, 25 minutes: tests, speed, memory
+	.venv/bin/python benchmarks/gpu_check.py
 
 lint: setup
 	.venv/bin/ruff check . && .venv/bin/ruff format --check .

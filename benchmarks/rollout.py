@@ -33,6 +33,7 @@ from training.utils.data import collate_prompts, render, stop_token_ids
 from training.utils.engine.precision import settle
 from training.utils.engine.zero_config import DTYPES, frozen_config
 from training.utils.errors import run_program
+from training.utils.generation.decode_loop import seconds_since
 from training.utils.generation.engines import FastBackend, HfBackend
 from training.utils.generation.requests import RolloutBatch, RolloutRequest
 from training.utils.generation.sampling import SamplingConfig
@@ -71,7 +72,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def make_request(tokenizer: Any, rows: int, stop_text: str) -> RolloutRequest:
+def make_request(tokenizer: Any, rows: int, stop_text: str, device: torch.device) -> RolloutRequest:
     """The first prompts of the demo data, left-padded, with the stop tokens of the benchmark."""
     messages = [json.loads(line)["prompt"] for line in PROMPTS.read_text(encoding="utf-8").splitlines()[:rows]]
     prompts = [{"prompt_ids": render(tokenizer, turns, add_generation_prompt=True).input_ids} for turns in messages]
@@ -79,9 +80,9 @@ def make_request(tokenizer: Any, rows: int, stop_text: str) -> RolloutRequest:
     texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
     ends = {token for token, text in enumerate(texts) if set(text) & set(stop_text)}
     return RolloutRequest(
-        prompt_ids=batch["input_ids"],
-        prompt_mask=batch["attention_mask"],
-        row_ids=torch.arange(len(prompts)),
+        prompt_ids=batch["input_ids"].to(device),
+        prompt_mask=batch["attention_mask"].to(device),
+        row_ids=torch.arange(len(prompts), device=device),
         seed=0,
         iteration=0,
         stop_ids=tuple(sorted(ends | set(stop_token_ids(tokenizer)))),
@@ -107,7 +108,6 @@ def make_engines(model: Any, path: str, arguments: argparse.Namespace) -> dict[s
         backends["fast, neither"] = FastBackend(pack_weights=False, decode_attention=False)
     engines: dict[str, Engine] = {name: partial(backend.generate, model) for name, backend in backends.items()}
     if not arguments.no_hooked:
-        init_distributed()
         module = hooked_module(path, arguments.dtype)
         engines["generate, hooked ZeRO-3"] = partial(HfBackend(synced_gpus=True).generate, module)
         if arguments.ablation:
@@ -115,36 +115,42 @@ def make_engines(model: Any, path: str, arguments: argparse.Namespace) -> dict[s
     return engines
 
 
-def fastest(run: Callable[[], Any], times: int = 5) -> float:
+def fastest(run: Callable[[], Any], device: torch.device, times: int = 5) -> float:
     """Wall-clock seconds of the fastest of several calls, after one that is not timed."""
     run()
     seconds = []
     for _ in range(times):
+        seconds_since(0.0, device)  # waits for what the device was given before
         started = time.perf_counter()
         run()
-        seconds.append(time.perf_counter() - started)
+        seconds.append(seconds_since(started, device))
     return min(seconds)
 
 
-def machine_bounds(dtype: torch.dtype) -> tuple[float, float]:
+def machine_bounds(dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
     """Bytes per second of a large copy (read and written), operations per second of a large matrix product."""
-    source = torch.ones(1 << 26)
+    source = torch.ones(1 << 26, device=device)
     target = torch.empty_like(source)
-    bandwidth = 2 * source.nbytes / fastest(lambda: target.copy_(source))
-    square = torch.randn(2048, 2048).to(dtype)
-    return bandwidth, 2 * 2048**3 / fastest(lambda: square @ square.T)
+    bandwidth = 2 * source.nbytes / fastest(lambda: target.copy_(source), device)
+    width = 2048 if device.type == "cpu" else 8192
+    square = torch.randn(width, width, device=device).to(dtype)
+    return bandwidth, 2 * width**3 / fastest(lambda: square @ square.T, device)
 
 
 def profile_shares(engine: Engine, request: RolloutRequest, sampling: SamplingConfig) -> dict[str, float]:
     """Share of one round's operator time by `KINDS`; what Python itself takes is not in it."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+    kind = torch.profiler.ProfilerActivity
+    on_gpu = request.prompt_ids.is_cuda
+    with torch.profiler.profile(activities=[kind.CPU, kind.CUDA] if on_gpu else [kind.CPU]) as profiler:
         engine(request, sampling)
-    times = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
+    time_of = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    operators = [event for event in profiler.key_averages() if event.device_type == torch.autograd.DeviceType.CPU]
+    times = {event.key: getattr(event, time_of) for event in operators}  # kernels count for the operator they serve
     total = sum(times.values())
     shares = dict.fromkeys(KINDS, 0.0)
     for name, time_ in times.items():
-        kind = next(kind for kind, parts in KINDS.items() if any(part in name for part in parts))
-        shares[kind] += time_ / total
+        which = next(which for which, parts in KINDS.items() if any(part in name for part in parts))
+        shares[which] += time_ / total
     return shares
 
 
@@ -247,14 +253,15 @@ def main(argv: Sequence[str]) -> int:
     settle(arguments)
     path = resolve_model(arguments.model_name_or_path)
     tokenizer = load_tokenizer(path)
-    model = load_causal_lm(path, dtype=arguments.dtype).eval()
-    request = make_request(tokenizer, arguments.rows, arguments.stop_text)
+    device = init_distributed()
+    model = load_causal_lm(path, dtype=arguments.dtype).eval().to(device)
+    request = make_request(tokenizer, arguments.rows, arguments.stop_text, device)
     sampling = SamplingConfig(arguments.max_new_tokens, temperature=arguments.temperature)
     engines = make_engines(model, path, arguments)
     clock = time.process_time if arguments.cpu_time else time.perf_counter
-    before = machine_bounds(DTYPES[arguments.dtype])
+    before = machine_bounds(DTYPES[arguments.dtype], device)
     results = measure(engines, request, sampling, arguments.rounds, clock)
-    after = machine_bounds(DTYPES[arguments.dtype])
+    after = machine_bounds(DTYPES[arguments.dtype], device)
     bounds = max(before[0], after[0]), max(before[1], after[1])
     shares = {name: profile_shares(engines[name], request, sampling) for name in ("hf", "fast")}
     weights = sum(parameter.nbytes for parameter in model.parameters())

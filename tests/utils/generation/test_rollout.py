@@ -286,7 +286,9 @@ def test_the_host_asks_the_device_once_per_token(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(Tensor, name, lambda t, *a, f=asked_by, n=name: questions.append(n) or f(t, *a))
     prefill = decode_loop._prefill
     monkeypatch.setattr(decode_loop, "_prefill", lambda *a, **k: (prefill(*a, **k), questions.clear())[0])
-    batch = FastBackend(pack_weights=False).generate(model, request(stop_ids=stops), SamplingConfig(10, temperature=2.0))
+    batch = FastBackend(pack_weights=False).generate(
+        model, request(stop_ids=stops), SamplingConfig(10, temperature=2.0)
+    )
     assert questions == ["tolist"] * batch.response_mask.shape[1]
     assert bool(stops) == (not batch.response_mask.all()), "rows must leave for this to mean anything"
 

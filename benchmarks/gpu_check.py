@@ -1,0 +1,259 @@
+"""Everything that one CUDA GPU must show, in at most 25 minutes: tests, speed, memory. ``make gpu-check`` runs it.
+
+    python benchmarks/gpu_check.py                         # all stages, results into benchmarks/results/
+    python benchmarks/gpu_check.py --stages step3 memory
+    python benchmarks/gpu_check.py --device cpu --tiny     # its whole logic on a CPU, in a minute or two
+    python benchmarks/gpu_check.py --tables                # write docs/results.md's section anew from the results
+
+The stages, each a process of its own with a time limit (`LIMITS`), are in `gpu_stages.py`: the tests marked gpu;
+`fast` against `hf`; tokens per second of step 1 and pairs per second of step 2; an iteration of step 3 with an actor of
+OPT-1.3B's shape and a critic of OPT-350M's, 256 + 256 tokens; the memory plan against the allocator's peak. A stage
+that fails, or takes longer, does not keep the others from running. What was found is on the disk after each stage.
+
+Ends with 0 if every stage was fine, 1 if one was not, 2 without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from training.utils.errors import UserError, run_program  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "results.md"
+BEGIN, END = "<!-- written by benchmarks/gpu_check.py --tables -->", "<!-- end of what it wrote -->"
+LIMITS = {"tests": 540, "rollout": 180, "step1": 150, "step2": 120, "step3": 270, "memory": 240}  # seconds, 25 minutes
+PUBLISHED = 6.27  # answers per second of DeepSpeed-Chat: OPT-1.3B + 350M at 256 + 256 tokens on one A100-40G
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the flags."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="tiny models and few tokens: does it run at all?")
+    parser.add_argument("--stages", nargs="+", choices=list(LIMITS), default=list(LIMITS))
+    parser.add_argument("--json", type=Path, help="where the figures go; of a GPU by default into benchmarks/results/")
+    parser.add_argument("--tables", action="store_true", help="only write the section of docs/results.md anew")
+    parser.add_argument("--stage", choices=list(LIMITS), help=argparse.SUPPRESS)  # a process for one of them
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.device == "cpu" and not arguments.tiny:
+        parser.error("--device cpu is for --tiny: the sizes are a GPU's")
+    return arguments
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the figures were measured on: card, driver, versions, commit."""
+    import torch
+
+    packages = ("torch", "deepspeed", "transformers", "peft", "accelerate")
+    found: dict[str, Any] = {"python": platform.python_version(), "processor": platform.machine()}
+    found |= {name: importlib.metadata.version(name) for name in packages}
+    found["commit"] = _said(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"])
+    found["changed"] = bool(_said(["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"]))
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        driver = _said(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"])
+        found |= {"card": properties.name, "memory_gib": round(properties.total_memory / 2**30, 1)}
+        found |= {"driver": driver, "cuda": torch.version.cuda}
+    return found
+
+
+def _said(command: list[str]) -> str:
+    """A command's output; empty where it is not there or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def check_device(device: str) -> None:
+    """There must be a GPU for what is a GPU's.
+
+    Raises:
+        UserError: there is none that PyTorch can use.
+    """
+    if device == "cpu":
+        return
+    import torch
+
+    from training.utils.run.distributed import unused_gpu
+
+    if not torch.cuda.is_available():
+        why = unused_gpu().removeprefix("warning: ") or "no CUDA GPU is here"
+        raise UserError(f"gpu_check needs a CUDA GPU: {why} (--device cpu --tiny runs its logic on a CPU)")
+
+
+def command_of(stage: str, arguments: argparse.Namespace, folder: Path) -> list[str]:
+    """The process of one stage."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--stage", stage, "--folder", str(folder)]
+    return [*command, "--device", arguments.device, *(["--tiny"] * arguments.tiny)]
+
+
+def run_stage(stage: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """One stage in a process of its own: whether it was fine, how long it took, what it found or why it failed."""
+    found = folder / f"{stage}.json"
+    environment = os.environ | {"TRIPOD_TEST_DEVICE": arguments.device, "TRIPOD_CACHE": str(folder / "cache")}
+    environment |= {"DS_ACCELERATOR": arguments.device}
+    started = time.monotonic()
+    process = subprocess.Popen(
+        command_of(stage, arguments, folder),
+        cwd=ROOT,
+        env=environment,
+        start_new_session=True,
+        stdin=subprocess.DEVNULL,
+    )
+    try:
+        code, failure = process.wait(LIMITS[stage]), ""
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)  # with what it has started itself
+        code, failure = process.wait(), f"not done after {LIMITS[stage]} s"
+    result: dict[str, Any] = {"seconds": round(time.monotonic() - started, 1)}
+    result |= json.loads(found.read_text(encoding="utf-8")) if found.is_file() else {}
+    if code and not failure:
+        failure = result.get("failure") or f"ended with exit code {code}"
+    return {"fine": not failure} | result | ({"failure": failure} if failure else {})
+
+
+def child(arguments: argparse.Namespace) -> int:
+    """Run one stage in this process; its figures, or why it failed, go into a file."""
+    from training.utils.run.runtime import prepare_runtime
+
+    prepare_runtime()
+    import gpu_stages
+
+    sizes = gpu_stages.TINY if arguments.tiny else gpu_stages.FULL
+    result: dict[str, Any]
+    try:
+        result = {"figures": gpu_stages.STAGES[arguments.stage](sizes, arguments.folder)}
+    except gpu_stages.StageFailed as error:
+        result = {"figures": error.figures, "failure": str(error)}
+    except Exception as error:  # told here and in the results; the other stages go on
+        traceback.print_exc()
+        result = {"failure": f"{type(error).__name__}: {error}"[:2000]}
+    (arguments.folder / f"{arguments.stage}.json").write_text(json.dumps(result), encoding="utf-8")
+    return int("failure" in result)
+
+
+def check(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run the stages one after another, and write what is known after each."""
+    about = machine(arguments.device)
+    now = datetime.datetime.now(datetime.UTC)
+    found: dict[str, Any] = {"machine": about, "date": f"{now:%Y-%m-%d}", "tiny": arguments.tiny, "stages": {}}
+    target = arguments.json
+    if target is None and arguments.device == "cuda":
+        card = re.sub(r"[^a-z0-9]+", "-", about["card"].lower()).strip("-")
+        target = RESULTS / f"gpu-{card}-{now:%Y%m%d-%H%M}.json"
+    with tempfile.TemporaryDirectory(prefix="gpu_check-") as folder:
+        for stage in arguments.stages:
+            print(f"== {stage}, at most {LIMITS[stage]} s", flush=True)
+            result = found["stages"][stage] = run_stage(stage, arguments, Path(folder))
+            print(f"== {stage}: {result.get('failure') or 'fine'}, {result['seconds']} s", flush=True)
+            if target is not None:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if target is not None:
+        print(f"figures: {target}")
+    return found
+
+
+def _row(*cells: Any) -> str:
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+
+
+def _spread(values: Sequence[float], digits: int = 2) -> str:
+    """Median, and lowest to highest."""
+    return f"{statistics.median(values):,.{digits}f} ({min(values):,.{digits}f} - {max(values):,.{digits}f})"
+
+
+def tables(found: dict[str, Any]) -> str:
+    """The figures of one check as Markdown."""
+    about, stages = found["machine"], found["stages"]
+    card = f"{about['card']}, {about['memory_gib']} GiB" if "card" in about else "a CPU, tiny models"
+    versions = ", ".join(f"{name} {about[name]}" for name in ("torch", "deepspeed", "transformers"))
+    driver = f"driver {about['driver']}, CUDA {about['cuda']}, " if "card" in about else ""
+    changed = " with changes" if about["changed"] else ""
+    lines = [f"### {card}", "", f"{found['date']}, {driver}{versions}, commit {about['commit']}{changed}.", ""]
+    lines += [_row("stage", "result", "seconds"), "|---|---|---|"]
+    for name, stage in stages.items():
+        lines.append(_row(name, "fine" if stage["fine"] else stage["failure"].splitlines()[-1][:200], stage["seconds"]))
+    figures = {name: stage["figures"] for name, stage in stages.items() if "figures" in stage}
+    speeds = []
+    if "step1" in figures:
+        speeds.append(_row("step 1, tokens/s", _spread(figures["step1"]["tokens_per_second"], 0), ""))
+    if "step2" in figures:
+        speeds.append(_row("step 2, pairs/s", _spread(figures["step2"]["pairs_per_second"]), ""))
+    if "step3" in figures:
+        values = figures["step3"]["answers_per_second"]
+        times = figures["step3"]["records"][1:]
+        shares = {n: statistics.median(r[f"time/{n}"] for r in times) for n in ("generate", "score", "train")}
+        where = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in shares.items())
+        more = where if found["tiny"] else f"{where}; DeepSpeed-Chat published {PUBLISHED} on one A100"
+        speeds.append(_row("step 3, answers/s", _spread(values), more))
+    if speeds:
+        lines += ["", _row("training", "median (lowest - highest)", ""), "|---|---|---|", *speeds]
+    if "rollout" in figures:
+        lines += ["", _row("rollouts", "hf, tokens/s", "fast, tokens/s", "fast against hf"), "|---|---|---|---|"]
+        for name in ("one length", "mixed lengths"):
+            hf, fast = figures["rollout"][name]
+            cells = (f"{row['tokens_per_second']:,.0f}" for row in (hf, fast))
+            lines.append(_row(name, *cells, f"{fast['ratio_to_hf']:.2f}x"))
+    if "memory" in figures:
+        lines += ["", _row("memory", "planned, MiB", "measured, MiB", "planned / measured"), "|---|---|---|---|"]
+        for row in figures["memory"]["rows"]:
+            planned, measured = row["planned_mib"], row["measured_mib"]
+            lines.append(_row(f"step {row['step']}", f"{planned:,}", f"{measured:,}", f"{planned / measured:.2f}"))
+    return "\n".join(lines) + "\n"
+
+
+def section(results: Path) -> str:
+    """The whole section of the page, from the files of all checks."""
+    files = sorted(results.glob("gpu-*.json")) if results.is_dir() else []
+    if not files:
+        return "No GPU has run it yet.\n"
+    return "\n".join(tables(json.loads(file.read_text(encoding="utf-8"))) for file in files)
+
+
+def with_section(page: str, text: str) -> str:
+    """The page with that section between its markers."""
+    before, rest = page.split(BEGIN)
+    return f"{before}{BEGIN}\n{text}{END}{rest.split(END)[1]}"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the check; see the module's docstring for the exit code."""
+    arguments = parse(argv)
+    if arguments.stage:
+        return child(arguments)
+    if arguments.tables:
+        PAGE.write_text(with_section(PAGE.read_text(encoding="utf-8"), section(RESULTS)), encoding="utf-8")
+        return 0
+    check_device(arguments.device)
+    found = check(arguments)
+    print(tables(found))
+    if arguments.device == "cuda" and arguments.json is None:
+        PAGE.write_text(with_section(PAGE.read_text(encoding="utf-8"), section(RESULTS)), encoding="utf-8")
+    return int(not all(stage["fine"] for stage in found["stages"].values()))
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

@@ -1,0 +1,154 @@
+"""The program of ``make gpu-check`` without a GPU: its stages on tiny models, its limits, its files and tables."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from training.utils.errors import run_program
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+STAGES = ("tests", "rollout", "step1", "step2", "step3", "memory")
+
+
+def module(name: str) -> ModuleType:
+    """A program of benchmarks/, which is no package."""
+    if str(BENCHMARKS) not in sys.path:
+        sys.path.append(str(BENCHMARKS))
+    return importlib.import_module(name)
+
+
+@pytest.fixture(scope="module")
+def checks() -> ModuleType:
+    return module("gpu_check")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("gpu_check")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_is_one_line(checks, capsys):
+    assert run_program(checks.main, []) == 2
+    told = capsys.readouterr()
+    assert told.err.startswith("error: gpu_check needs a CUDA GPU: ") and told.err.count("\n") == 1 and not told.out
+
+
+def test_a_cpu_takes_the_tiny_sizes_alone(checks, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        checks.parse(["--device", "cpu"])
+    assert "--tiny" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", ["rollout", "step1", "step2", "step3"])
+def test_a_stage_measures(models, stage):
+    stages = module("gpu_stages")
+    figures = stages.STAGES[stage](stages.TINY, models)
+    assert json.loads(json.dumps(figures)) == figures
+    sizes, values = stages.TINY, {"step1": "tokens", "step2": "pairs", "step3": "answers"}
+    if stage != "rollout":
+        assert len(figures["seconds"]) == sizes.steps and all(v > 0 for v in figures[f"{values[stage]}_per_second"])
+    else:
+        assert [row["engine"] for row in figures["one length"]] == ["hf", "fast"]
+        assert all(row["tokens_per_second"] > 0 for row in figures["one length"] + figures["mixed lengths"])
+    if stage == "step3":
+        first = figures["records"][0]
+        assert first["rollout/tokens"] == sizes.rows * sizes.response and first["policy/first_ratio"] == 1.0
+
+
+def stand_in(checks, monkeypatch, programs: dict[str, str]) -> None:
+    """Stages that are given programs; ``FOLDER`` in one is where it leaves its figures."""
+
+    def command(stage, arguments, folder):
+        return [sys.executable, "-c", programs[stage].replace("FOLDER", str(folder))]
+
+    monkeypatch.setattr(checks, "command_of", command)
+    monkeypatch.setattr(checks, "LIMITS", dict.fromkeys(STAGES, 60) | {"rollout": 1})
+
+
+def test_a_stage_that_fails_or_stands_still_keeps_no_other_from_running(checks, monkeypatch, tmp_path, capsys):
+    found = '{"figures": {"tokens_per_second": [1200.0, 1300.0, 1250.0]}}'
+    programs = {
+        "tests": "raise SystemExit(3)",
+        "rollout": "import time; time.sleep(60)",
+        "step1": f"open('FOLDER/step1.json', 'w').write('{found}')",
+    }
+    stand_in(checks, monkeypatch, programs)
+    target = tmp_path / "new" / "figures.json"
+    argv = ["--device", "cpu", "--tiny", "--json", str(target), "--stages", *programs]
+    assert checks.main(argv) == 1
+    stages = json.loads(target.read_text())["stages"]
+    assert [(name, stage["fine"], stage.get("failure")) for name, stage in stages.items()] == [
+        ("tests", False, "ended with exit code 3"),
+        ("rollout", False, "not done after 1 s"),
+        ("step1", True, None),
+    ]
+    printed = capsys.readouterr().out
+    assert "| step 1, tokens/s | 1,250 (1,200 - 1,300) |" in printed and "not done after 1 s" in printed
+    stand_in(checks, monkeypatch, {"step1": programs["step1"]})
+    assert checks.main([*argv[:-3], "step1"]) == 0
+
+
+def test_the_limits_make_25_minutes(checks):
+    assert tuple(checks.LIMITS) == STAGES == tuple(module("gpu_stages").STAGES)
+    assert sum(checks.LIMITS.values()) <= 25 * 60
+
+
+def planted() -> dict:
+    """What a check on a GPU would leave."""
+    about = {"card": "NVIDIA A100", "memory_gib": 79.3, "driver": "580.1", "cuda": "13.0", "python": "3.12.3"}
+    about |= {"torch": "2.11.0", "deepspeed": "0.19.8", "transformers": "5.17.0", "commit": "abc1234", "changed": False}
+    times = {"time/generate": 4.0, "time/score": 1.0, "time/train": 3.0}
+    engines = [{"tokens_per_second": 1000.0, "ratio_to_hf": 1.0}, {"tokens_per_second": 2500.0, "ratio_to_hf": 2.5}]
+    figures = {
+        "rollout": {"one length": engines, "mixed lengths": engines},
+        "step1": {"tokens_per_second": [100.0, 300.0, 200.0]},
+        "step2": {"pairs_per_second": [5.0]},
+        "step3": {"answers_per_second": [8.0, 9.0], "records": [times, times]},
+        "memory": {"rows": [{"step": 1, "planned_mib": 1100, "measured_mib": 1000}]},
+    }
+    stages = {name: {"fine": True, "seconds": 1.0, "figures": found} for name, found in figures.items()}
+    stages["tests"] = {"fine": False, "seconds": 2.0, "failure": "1 failed, 20 passed"}
+    return {"machine": about, "date": "2026-01-01", "tiny": False, "stages": stages}
+
+
+def test_tables_have_every_figure(checks, tmp_path):
+    text = checks.tables(planted())
+    for part in (
+        "### NVIDIA A100, 79.3 GiB",
+        "driver 580.1, CUDA 13.0, torch 2.11.0, deepspeed 0.19.8, transformers 5.17.0, commit abc1234.",
+        "| tests | 1 failed, 20 passed | 2.0 |",
+        "| step 1, tokens/s | 200 (100 - 300) |",
+        "| step 3, answers/s | 8.50 (8.00 - 9.00) | generate 4.00 s, score 1.00 s, train 3.00 s; DeepSpeed-Chat",
+        "| one length | 1,000 | 2,500 | 2.50x |",
+        "| step 1 | 1,100 | 1,000 | 1.10 |",
+    ):
+        assert part in text, part
+    (tmp_path / "gpu-a.json").write_text(json.dumps(planted()))
+    page = f"before\n{checks.BEGIN}\nold\n{checks.END}\nafter\n"
+    assert checks.with_section(page, checks.section(tmp_path)) == f"before\n{checks.BEGIN}\n{text}{checks.END}\nafter\n"
+    assert checks.section(tmp_path / "none") == "No GPU has run it yet.\n"
+
+
+def test_the_page_has_what_the_results_say(checks):
+    page = checks.PAGE.read_text(encoding="utf-8")
+    assert checks.with_section(page, checks.section(checks.RESULTS)) == page
+
+
+@pytest.mark.slow
+def test_the_whole_check_on_a_cpu(tmp_path):
+    target = tmp_path / "figures.json"
+    command = [sys.executable, str(BENCHMARKS / "gpu_check.py"), "--device", "cpu", "--tiny", "--json", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1500, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    stages = json.loads(target.read_text())["stages"]
+    assert list(stages) == list(STAGES) and all("figures" in stage for stage in stages.values())
+    assert stages["tests"]["figures"]["passed"] >= 3
