@@ -37,6 +37,7 @@ LONG = (
     "step3/test_skipping.py",
     "step3/test_trajectories.py",
     "test_families.py",
+    "gpu/test_steps.py",
 )
 
 

@@ -88,11 +88,11 @@ def test_a_stage_that_fails_or_stands_still_keeps_no_other_from_running(checks, 
     stages = json.loads(target.read_text())["stages"]
     assert [(name, stage["fine"], stage.get("failure")) for name, stage in stages.items()] == [
         ("tests", False, "ended with exit code 3"),
-        ("rollout", False, "not done after 1 s"),
+        ("rollout", False, "not done after 4 s"),
         ("step1", True, None),
     ]
     printed = capsys.readouterr().out
-    assert "| step 1, tokens/s | 1,250 (1,200 - 1,300) |" in printed and "not done after 1 s" in printed
+    assert "| step 1, tokens/s | 1,250 (1,200 - 1,300) |" in printed and "not done after 4 s" in printed
     stand_in(checks, monkeypatch, {"step1": programs["step1"]})
     assert checks.main([*argv[:-3], "step1"]) == 0
 

@@ -222,7 +222,7 @@ def test_a_killed_rank_ends_the_others(launcher, inputs, tmp_path):
     assert "the connection to another rank is lost" in runs[0].text() and "Traceback" not in runs[0].text()
 
 
-@pytest.mark.parametrize("rank", [1, 0])
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_an_aborted_rank_is_named_and_ends_the_others(launcher, inputs, tmp_path, rank):
     """NCCL's way to end a collective that timed out: SIGABRT, no exception here or on the ranks that wait."""
     output = tmp_path / "out"
