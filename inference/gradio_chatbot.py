@@ -10,9 +10,7 @@ Votes are appended to a file that step 2 trains on as it is (--data_path). The p
 
 from __future__ import annotations
 
-import ipaddress
 import os
-import socket
 import sys
 import threading
 from collections.abc import Sequence
@@ -21,6 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # outside the environment, to say so
+
+from page_guard import credentials, free_port, guarded
 
 from training.utils.arguments import flag, parse
 from training.utils.errors import UserError, run_program
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from chat_reward import RewardModel
 
 MAX_MODELS = 4  # columns that stay readable on a laptop
-PORTS_TRIED = 100
 
 
 @dataclass
@@ -57,61 +56,10 @@ class ServerArguments:
     max_queue: int = flag(32, "requests that may wait; more are told to come back", minimum=1)
 
 
-def credentials(server: ServerArguments) -> tuple[str, str] | None:
-    """The user and password of ``--auth``.
-
-    Raises:
-        UserError: malformed, or missing although others than this machine could reach the page.
-    """
-    if server.auth:
-        user, colon, password = server.auth.partition(":")
-        if not (user and colon and password):
-            raise UserError("--auth: expected USER:PASSWORD, both not empty")
-        return user, password
-    if server.share:
-        raise UserError("--share makes the page public: give --auth USER:PASSWORD with it")
-    if not _is_loopback(server.host):
-        raise UserError(f"--host {server.host} lets other machines in: give --auth USER:PASSWORD with it")
-    return None
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def free_port(host: str, port: int) -> int:
-    """The first port from ``port`` on that can be listened on.
-
-    Raises:
-        UserError: not an address of this machine, or a hundred ports are taken.
-    """
-    last = min(port + PORTS_TRIED, 65536)
-    for candidate in range(port, last):
-        try:
-            family, _, _, _, address = socket.getaddrinfo(host, candidate, type=socket.SOCK_STREAM)[0]
-            with socket.socket(family, socket.SOCK_STREAM) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind(address)
-                return candidate
-        except PermissionError as error:
-            raise UserError(f"--port {candidate} needs more rights; choose one from 1024 on") from error
-        except socket.gaierror as error:
-            raise UserError(f"--host {host}: {error.strerror}") from error
-        except OSError as error:
-            if error.errno == 99:  # EADDRNOTAVAIL
-                raise UserError(f"--host {host} is not an address of this machine") from error
-    raise UserError(f"no free port from {port} to {last - 1}; choose another --port")
-
-
 def serve(
     page: gr.Blocks, server: ServerArguments, login: tuple[str, str] | None, style: dict[str, Any]
 ) -> tuple[str, str | None]:
     """Start the server in a thread; returns its address and, with ``--share``, the public one."""
-    from page_guard import guarded
-
     port = free_port(server.host, server.port)
     if port != server.port:
         print(f"port {server.port} is in use, taking {port}", flush=True)
@@ -179,7 +127,7 @@ def main(argv: Sequence[str]) -> int:
         prog="gradio_chatbot.py",
         description=__doc__ or "",
     )
-    login = credentials(server)
+    login = credentials(server.host, server.auth, server.share)
     free_port(server.host, server.port)
     votes = Path(page.votes_path).expanduser() if page.votes_path else output_root() / "votes.jsonl"
     make_dir(votes.parent, "--votes_path")

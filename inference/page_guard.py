@@ -1,4 +1,4 @@
-"""What reaches the page: requests of its own, addressed to it. Foreign names, foreign pages and uploads are refused.
+"""What reaches a page: requests of its own, addressed to it. Foreign names, foreign pages and uploads are refused.
 
 A page that listens on this machine alone is still reached by every page that a browser here has open. DNS rebinding
 gives it a foreign name (then the Host header says so), a form or a script on another page sends requests across (then
@@ -7,12 +7,17 @@ the Origin header says so).
 
 from __future__ import annotations
 
-from typing import Any
+import ipaddress
+import socket
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from starlette.responses import PlainTextResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from training.utils.errors import UserError
 
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+PORTS_TRIED = 100
 THIS_MACHINE = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
@@ -36,6 +41,8 @@ class PageGuard:
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008, "reason": reason})
         else:
+            from starlette.responses import PlainTextResponse
+
             await PlainTextResponse(reason, 403)(scope, receive, send)
 
     def refusal(self, scope: Scope) -> str:
@@ -61,14 +68,72 @@ def name_of(address: str) -> str:
         return ""
 
 
-def guarded(host: str, password: bool) -> dict[str, Any]:
-    """Arguments of gradio's server that put the guard before it.
+def names_of(host: str, password: bool) -> frozenset[str]:
+    """Names that a page goes by.
 
     Args:
         host: the address that it listens on.
         password: visitors must give one, so the page may go by any name.
     """
+    return frozenset() if password else THIS_MACHINE | {name_of(f"//[{host}]" if ":" in host else f"//{host}")}
+
+
+def guarded(host: str, password: bool) -> dict[str, Any]:
+    """Arguments of gradio's server that put the guard before it; see `names_of`."""
     from starlette.middleware import Middleware
 
-    hosts = frozenset() if password else THIS_MACHINE | {name_of(f"//[{host}]" if ":" in host else f"//{host}")}
-    return {"app_kwargs": {"middleware": [Middleware(PageGuard, hosts=hosts)]}}
+    return {"app_kwargs": {"middleware": [Middleware(PageGuard, hosts=names_of(host, password))]}}
+
+
+def credentials(host: str, auth: str, share: bool = False) -> tuple[str, str] | None:
+    """The user and password of ``--auth``.
+
+    Args:
+        host: the address to listen on.
+        auth: USER:PASSWORD, or nothing.
+        share: the page gets a public address.
+
+    Raises:
+        UserError: malformed, or missing although others than this machine could reach the page.
+    """
+    if auth:
+        user, colon, password = auth.partition(":")
+        if not (user and colon and password):
+            raise UserError("--auth: expected USER:PASSWORD, both not empty")
+        return user, password
+    if share:
+        raise UserError("--share makes the page public: give --auth USER:PASSWORD with it")
+    if not _is_loopback(host):
+        raise UserError(f"--host {host} lets other machines in: give --auth USER:PASSWORD with it")
+    return None
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def free_port(host: str, port: int) -> int:
+    """The first port from ``port`` on that can be listened on.
+
+    Raises:
+        UserError: not an address of this machine, or a hundred ports are taken.
+    """
+    last = min(port + PORTS_TRIED, 65536)
+    for candidate in range(port, last):
+        try:
+            family, _, _, _, address = socket.getaddrinfo(host, candidate, type=socket.SOCK_STREAM)[0]
+            with socket.socket(family, socket.SOCK_STREAM) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+                return candidate
+        except PermissionError as error:
+            raise UserError(f"--port {candidate} needs more rights; choose one from 1024 on") from error
+        except socket.gaierror as error:
+            raise UserError(f"--host {host}: {error.strerror}") from error
+        except OSError as error:
+            if error.errno == 99:  # EADDRNOTAVAIL
+                raise UserError(f"--host {host} is not an address of this machine") from error
+    raise UserError(f"no free port from {port} to {last - 1}; choose another --port")

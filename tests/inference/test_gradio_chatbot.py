@@ -19,7 +19,8 @@ from chat_reasoning import marks_of
 from chat_reward import load_reward_model
 from chat_sessions import SAME
 from chat_stream import Answer, SamplingArguments
-from gradio_chatbot import PageArguments, ServerArguments, credentials, free_port
+from gradio_chatbot import PageArguments, ServerArguments
+from page_guard import credentials, free_port
 
 from tests.inference.conftest import INFERENCE
 from tests.signals import hear_signals
@@ -223,24 +224,24 @@ def test_an_empty_answer_is_visible(page, monkeypatch):
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.7", "example.org"])
 def test_other_addresses_need_a_password(host):
     with pytest.raises(UserError, match="--auth"):
-        credentials(ServerArguments(host=host))
-    assert credentials(ServerArguments(host=host, auth="me:se:cret")) == ("me", "se:cret")
+        credentials(host, "")
+    assert credentials(host, "me:se:cret") == ("me", "se:cret")
 
 
 def test_a_public_link_needs_a_password():
     with pytest.raises(UserError, match="--share.*--auth"):
-        credentials(ServerArguments(share=True))
+        credentials("127.0.0.1", "", share=True)
 
 
 @pytest.mark.parametrize("auth", ["me", "me:", ":secret", ":"])
 def test_half_a_password_is_refused(auth):
     with pytest.raises(UserError, match="USER:PASSWORD"):
-        credentials(ServerArguments(auth=auth))
+        credentials("127.0.0.1", auth)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.8.8.8"])
 def test_this_machine_needs_none(host):
-    assert credentials(ServerArguments(host=host)) is None
+    assert credentials(host, "") is None
 
 
 def test_a_taken_port_leads_to_the_next_free_one():
@@ -300,7 +301,7 @@ def served(load, tmp_path):
         blocks = chat_page.build_page(models, None, SamplingArguments(), tmp_path / "votes.jsonl", blind=blind)
         blocks.queue(max_size=4)
         server = ServerArguments(auth=auth, port=17860)
-        address, _ = gradio_chatbot.serve(blocks, server, credentials(server), chat_page.STYLE)
+        address, _ = gradio_chatbot.serve(blocks, server, credentials(server.host, server.auth), chat_page.STYLE)
         started.append(blocks)
         return address.rstrip("/")
 
