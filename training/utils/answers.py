@@ -83,7 +83,9 @@ def _check_answers(line: Any, where: str, at_least: int) -> None:
         line["prompt"] = [{"role": "user", "content": line["prompt"]}]
     if not all(isinstance(turn, dict) and isinstance(turn.get("content"), str) for turn in line["prompt"]):
         raise UserError(f"{where}: the prompt is no list of messages, each with a role and a content")
-    answers = line.get("answers")
+    answers = line["answers"] if "answers" in line else line.pop("responses", None)
+    if isinstance(answers, list):
+        line["answers"] = answers = [{"response": a} if isinstance(a, str) else a for a in answers]
     if not isinstance(answers, list) or not all(
         isinstance(answer, dict) and isinstance(answer.get("response"), str) for answer in answers
     ):
