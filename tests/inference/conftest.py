@@ -42,3 +42,17 @@ def load(chat_folders):
         return load_chat_models({n: str(chat_folders[n]) for n in names}, LoadArguments(**options), lambda line: None)
 
     return _load
+
+
+@pytest.fixture
+def visitors(tmp_path):
+    """``visitors(Browser, address)`` opens a browser, which is closed at the end of the test."""
+    open_ = []
+
+    def _visit(kind, address, **options):
+        open_.append(kind(address, tmp_path, **options))
+        return open_[-1]
+
+    yield _visit
+    for browser in open_:
+        browser.driver.quit()

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -17,54 +16,19 @@ from chat_stream import SamplingArguments
 from gradio_chatbot import ServerArguments
 
 import training
+from tests.inference.browser import Browser, By, Keys, needs_browser, selenium
 from tests.inference.tiny_chat import save_parrot
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-selenium = pytest.importorskip("selenium", reason="selenium is not installed: pip install selenium")
-
-from selenium import webdriver  # noqa: E402
-from selenium.webdriver.chrome.service import Service  # noqa: E402
-from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.common.keys import Keys  # noqa: E402
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver: apt-get install chromium chromium-driver"
-    ),
-]
+pytestmark = [pytest.mark.slow, needs_browser]
 
 FOX, HOUSE = "the quick brown fox jumps!", "a small red house"
-# without the network switches chromium asks its makers' servers at every start
-SWITCHES = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --window-size=1360,1000"
-)
 
 
-class Browser:
-    """One visitor."""
+class Visitor(Browser):
+    """One visitor of the chat page."""
 
-    def __init__(self, address, downloads, performance=False):
-        options = webdriver.ChromeOptions()
-        options.binary_location = CHROMIUM
-        for switch in SWITCHES.split():
-            options.add_argument(switch)
-        options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
-        if performance:
-            options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
-        self.driver = webdriver.Chrome(options=options, service=Service(DRIVER))
-        self.driver.get(address)
-        self.until(lambda: self.find("#prompt textarea").is_displayed() and self.text("#heading-0"))
-
-    def find(self, selector):
-        return self.driver.find_element(By.CSS_SELECTOR, selector)
-
-    def all(self, selector):
-        return self.driver.find_elements(By.CSS_SELECTOR, selector)
-
-    def text(self, selector):
-        return self.find(selector).text
+    def is_ready(self):
+        return self.find("#prompt textarea").is_displayed() and self.text("#heading-0")
 
     def answers(self, column):
         """The answers of a column, the note under an answer as its last line."""
@@ -76,40 +40,17 @@ class Browser:
                 answers.append(row.text)
         return answers
 
-    def until(self, condition, seconds=60):
-        end, result = time.monotonic() + seconds, None
-        while time.monotonic() < end:
-            try:
-                result = condition()
-            except (selenium.common.exceptions.WebDriverException, IndexError):
-                result = None  # not there yet, or the page is drawing that part anew
-            if result:
-                return result
-            time.sleep(0.02)
-        raise AssertionError(f"waited {seconds} s for a condition; the page says: {self.text('body')}")
-
     def ask(self, prompt):
         self.find("#prompt textarea").send_keys(prompt + Keys.ENTER)
 
     def can_vote(self):
         return self.find("#vote-0").is_enabled()
 
-    def click(self, selector):
-        self.find(selector).click()
-
 
 @pytest.fixture
-def visit(tmp_path):
+def visit(visitors):
     """``visit(address)`` opens a browser of its own."""
-    open_ = []
-
-    def _visit(address, **options):
-        open_.append(Browser(address, tmp_path, **options))
-        return open_[-1]
-
-    yield _visit
-    for browser in open_:
-        browser.driver.quit()
+    return lambda address, **options: visitors(Visitor, address, **options)
 
 
 @pytest.fixture
