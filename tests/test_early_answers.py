@@ -26,7 +26,7 @@ PREVIEW, REPORT = "-m training.utils.data.preview", "-m training.report"
 GENERATE, JUDGE = "inference/generate.py", "inference/judge.py"
 PROGRAMS = [
     *(STEP1, STEP2, DPO, STEP3, EVALUATE1, EVALUATE2, EVALUATE3, PREVIEW, REPORT, "train.py"),
-    *("inference/chatbot.py", "inference/gradio_chatbot.py", "benchmarks/memory_plan.py"),
+    *("inference/chatbot.py", "inference/gradio_chatbot.py", "inference/rank.py", "benchmarks/memory_plan.py"),
     *(GENERATE, JUDGE),
 ]
 

@@ -1,0 +1,186 @@
+"""The page's server: what a browser gets and may say. Which model has written what is not in it before the results."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import secrets
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from page_guard import PageGuard
+from starlette.applications import Starlette
+from starlette.datastructures import MutableHeaders
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ranking.items import Item
+from ranking.ledger import DEMONSTRATIONS, RANKINGS, Event, Ledger, judge_name
+from training.utils.errors import UserError
+
+STATIC = Path(__file__).parent / "page"
+LONGEST_REQUEST = 2**20  # bytes
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+
+
+class Headers:
+    """ASGI middleware that adds `HEADERS` to every answer: the page fetches nothing from anywhere else."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on."""
+
+        async def with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(HEADERS)
+            await send(message)
+
+        await self.app(scope, receive, with_headers)
+
+
+class Password:
+    """ASGI middleware that asks for a user and a password (RFC 7617)."""
+
+    def __init__(self, app: ASGIApp, login: tuple[str, str]) -> None:
+        self.app = app
+        self.expected = ":".join(login).encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or ask for the password."""
+        if scope["type"] != "http" or secrets.compare_digest(self._given(scope), self.expected):
+            await self.app(scope, receive, send)
+        else:
+            asked = {"WWW-Authenticate": 'Basic realm="Tripod", charset="UTF-8"'}
+            await Response("a password is needed", 401, asked)(scope, receive, send)
+
+    @staticmethod
+    def _given(scope: Scope) -> bytes:
+        scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+        try:
+            return base64.b64decode(given, validate=True) if scheme.lower() == b"basic" else b""
+        except binascii.Error:
+            return b""
+
+
+def build_app(ledger: Ledger, hosts: frozenset[str], login: tuple[str, str] | None = None) -> Starlette:
+    """The page of a ledger.
+
+    Args:
+        ledger: what is judged, and what has been said.
+        hosts: names that the page goes by, see `PageGuard`.
+        login: user and password that visitors must give.
+    """
+
+    def state(judge: str, item: Item | None, before: Event | None = None) -> JSONResponse:
+        """What the page shows next."""
+        found: dict[str, Any] = {"item": None, "progress": ledger.progress(judge), "warning": ledger.behind}
+        if item is not None:
+            order = item.shuffled(judge)
+            texts = [item.texts[i] for i in order]
+            found["item"] = {"id": item.id, "prompt": item.prompt, "answers": texts, "pair": len(texts) == 2}
+            if before is not None:
+                places = [before["ranks"][i] for i in order]
+                found["before"] = {name: before[name] for name in ("act", "note", "better")} | {"places": places}
+        return JSONResponse(found)
+
+    def next_(said: Mapping[str, Any]) -> JSONResponse:
+        """The prompt that is open to a judge."""
+        judge = judge_name(said["judge"])
+        return state(judge, ledger.next_for(judge))
+
+    def save(said: Mapping[str, Any]) -> JSONResponse:
+        """A judgement; the answer is the next prompt."""
+        judge = judge_name(said["judge"])
+        ledger.save(judge, said["item"], said["act"], said["places"], said["note"], said["better"])
+        return state(judge, ledger.next_for(judge))
+
+    def undo(said: Mapping[str, Any]) -> JSONResponse:
+        """The last judgement is taken back; the answer is its prompt."""
+        judge = judge_name(said["judge"])
+        return state(judge, *ledger.undo(judge))
+
+    async def results(request: Request) -> Response:
+        """Agreement and win rates; these name the models."""
+        agreed = ledger.agreement()
+        found = {"progress": ledger.progress(""), "agreement": vars(agreed), "win_rates": ledger.win_rates()}
+        found["rows"] = {RANKINGS: len(ledger.rankings.rows), DEMONSTRATIONS: len(ledger.demonstrations.rows)}
+        return JSONResponse(found)
+
+    async def export(request: Request) -> Response:
+        """One of the files for training, as it is now."""
+        files = {RANKINGS: ledger.rankings, DEMONSTRATIONS: ledger.demonstrations}
+        name = request.path_params["name"]
+        if name not in files:
+            return Response("there is no such file", 404)
+        head = {"Content-Disposition": f'attachment; filename="{name}"'}
+        return Response(b"".join(files[name].rows.values()), 200, head, "application/jsonl")
+
+    async def ping(request: Request) -> Response:
+        """Whether the server is there."""
+        return Response("here")
+
+    async def static(request: Request) -> Response:
+        """The page's own three files."""
+        name = request.path_params.get("name", "page.html")
+        return FileResponse(STATIC / name) if (STATIC / name) in STATIC.iterdir() else Response("not found", 404)
+
+    routes = [
+        Route("/", static),
+        Route("/page/{name}", static),
+        Route("/api/next", _answered(next_), methods=["POST"]),
+        Route("/api/save", _answered(save), methods=["POST"]),
+        Route("/api/undo", _answered(undo), methods=["POST"]),
+        Route("/api/results", results),
+        Route("/api/ping", ping),
+        Route("/export/{name}", export),
+    ]
+    guards = [Middleware(PageGuard, hosts=hosts)] + ([Middleware(Password, login=login)] if login else [])
+    return Starlette(routes=routes, middleware=[Middleware(Headers), *guards])
+
+
+_TYPES = {"judge": str, "item": str, "act": str, "note": str, "better": str, "places": list}
+
+
+def _answered(act: Callable[[Mapping[str, Any]], JSONResponse]) -> Callable[[Request], Awaitable[Response]]:
+    """A handler for requests with an object in JSON; what is wrong comes back as a line, with status 400."""
+
+    async def handler(request: Request) -> Response:
+        body = b""
+        async for part in request.stream():
+            body += part
+            if len(body) > LONGEST_REQUEST:
+                return JSONResponse({"error": "This is too long to be saved."}, 413)
+        try:
+            return act(_checked(body))
+        except UserError as error:
+            return JSONResponse({"error": str(error)}, 400)
+
+    return handler
+
+
+def _checked(body: bytes) -> dict[str, Any]:
+    try:
+        said = json.loads(body)
+    except (ValueError, RecursionError):
+        said = None
+    if not isinstance(said, dict) or "judge" not in said:
+        raise UserError("This is no request of the page.")
+    for name, kind in _TYPES.items():
+        if not isinstance(said.setdefault(name, kind()), kind):
+            raise UserError("This is no request of the page.")
+    if not all(type(place) is int for place in said["places"]):
+        raise UserError("These places are no order of the answers.")
+    return said

@@ -1,0 +1,130 @@
+"""Lines that survive: a file that is only appended to, each line on the disk before the page says that it is saved."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from training.utils.errors import UserError
+from training.utils.run.folders import shown
+
+
+class Journal:
+    """A JSON lines file of one process.
+
+    A process that ends at any moment loses no line that `append` has returned from; a line that its end has cut is
+    removed at the next start.
+
+    Args:
+        path: the file, made where there is none.
+
+    Raises:
+        UserError: it can not be written, another process writes it, or it is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file = path.open("a+b", buffering=0)
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._file.seek(0)
+            data = self._file.read()
+            whole = data.rfind(b"\n") + 1
+            self._file.truncate(whole)
+        except BlockingIOError:
+            raise UserError(
+                f"{shown(path)} is in use by another page; end that one, or give another --output_dir"
+            ) from None
+        except OSError as error:
+            raise UserError(f"{shown(path)}: {error.strerror}") from error
+        self.lines: list[dict[str, Any]] = []
+        for number, line in enumerate(data[:whole].splitlines(), 1):
+            try:
+                self.lines.append(json.loads(line))
+            except ValueError:
+                raise UserError(
+                    f"{shown(path)}:{number} is damaged: remove the line to have its prompt judged again"
+                ) from None
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Add a line; it is on the disk when this returns, and not at all if it raises.
+
+        Raises:
+            UserError: the disk is full, or the file has been moved.
+        """
+        if not self.path.exists() or not os.path.samestat(self.path.stat(), os.fstat(self._file.fileno())):
+            raise UserError(f"{self.path.name} has been moved or removed while the page was open; start the page again")
+        append_bytes(self._file, (json.dumps(line, ensure_ascii=False) + "\n").encode())
+
+    def close(self) -> None:
+        """Let another process have it."""
+        self._file.close()
+
+
+def append_bytes(file: Any, data: bytes) -> None:
+    """Append to an unbuffered file, whole or not at all, and wait for the disk.
+
+    Raises:
+        UserError: it can not be written.
+    """
+    start = file.seek(0, os.SEEK_END)
+    try:
+        rest = data
+        while rest:
+            rest = rest[file.write(rest) :]
+        os.fsync(file.fileno())
+    except OSError as error:
+        file.truncate(start)
+        raise UserError(f"not saved: {Path(file.name).name}: {error.strerror}; make room, and save again") from error
+
+
+class RowsFile:
+    """A file of rows, one for each key: new rows are appended, after any other change it is written anew."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: dict[tuple[str, str], bytes] = {}
+        self._new: list[bytes] = []
+        self._size = -1  # of the file as `flush` has left it; where it has another one, it is written anew
+
+    def put(self, key: tuple[str, str], row: Mapping[str, Any]) -> None:
+        """Add a row."""
+        self.rows[key] = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+        self._new.append(self.rows[key])
+
+    def drop(self, key: tuple[str, str]) -> None:
+        """Take a row out, if it is there."""
+        if self.rows.pop(key, None) is not None:
+            self._size = -1
+
+    def flush(self) -> None:
+        """Bring the file up to date.
+
+        Raises:
+            UserError: it can not be written; the next call writes it anew.
+        """
+        data, size, self._new, self._size = b"".join(self._new), self._size, [], -1
+        if self.path.is_file() and self.path.stat().st_size == size:
+            if data:
+                with self.path.open("ab", buffering=0) as file:
+                    append_bytes(file, data)
+            self._size = size + len(data)
+        else:
+            self._size = self._write(b"".join(self.rows.values()))
+
+    def _write(self, data: bytes) -> int:
+        scratch = self.path.with_name(self.path.name + ".tmp")
+        try:
+            with scratch.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            scratch.replace(self.path)
+        except OSError as error:
+            scratch.unlink(missing_ok=True)
+            raise UserError(f"{shown(self.path)}: {error.strerror}") from error
+        return len(data)
