@@ -5,7 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.utils.checkpoint.resume_checks import ADAPTERS, MIXED, interrupted, resumed_elsewhere
+from tests.utils.checkpoint.resume_checks import (
+    ADAPTERS,
+    MIXED,
+    interrupted,
+    make_engine,
+    resumed_elsewhere,
+    save,
+    take_steps,
+)
+from training.utils.engine import engine as engines
 from training.utils.errors import UserError
 
 
@@ -21,6 +30,27 @@ def test_two_ranks_go_on_bit_for_bit(tiny_model, rank_pair, tmp_path, stage, dty
     for result in rank_pair.run(interrupted, str(tiny_model), str(tmp_path / "c"), stage=stage, dtype=dtype):
         assert_identical(result)
         assert result["first"][1] != result["rest"][1], "the schedule moves, so a forgotten one would show"
+
+
+@pytest.mark.parametrize("lora", [None, MIXED, ADAPTERS])
+def test_one_rank_goes_on_bit_for_bit(tiny_model, tmp_path, lora):
+    assert_identical(interrupted(str(tiny_model), str(tmp_path / "c"), stage=0, dtype="fp32", lora=lora))
+
+
+@pytest.mark.parametrize("plain_first", [False, True])
+def test_one_rank_takes_up_what_zero_has_saved_bit_for_bit(tiny_model, tmp_path, monkeypatch, plain_first):
+    """Checkpoints of before the plain step, and the way back."""
+
+    def steps(first, then):
+        monkeypatch.setattr(engines, "is_plain", lambda config, ranks: first)
+        engine = make_engine(str(tiny_model), stage=1, dtype="fp32")
+        take_steps(engine, 2)
+        counters = save(engine, tmp_path / "c")
+        monkeypatch.setattr(engines, "is_plain", lambda config, ranks: then)
+        return resumed_elsewhere(str(tiny_model), str(tmp_path / "c"), counters, stage=1, dtype="fp32")
+
+    there, stayed = steps(plain_first, not plain_first), steps(plain_first, plain_first)
+    assert all(torch.equal(tensor, stayed[name]) for name, tensor in there.items())
 
 
 @pytest.mark.parametrize(

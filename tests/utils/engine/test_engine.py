@@ -9,7 +9,9 @@ from transformers import AutoModelForCausalLM
 from tests.hardware import need_fp16
 from tests.utils.engine.engine_checks import collate, fixed_rows, train
 from training.utils.arguments import LoraArguments
+from training.utils.engine import engine as engines
 from training.utils.engine.engine import ADAM_BETAS
+from training.utils.engine.zero_config import MAX_GRAD_NORM, deepspeed_config
 from training.utils.model.export import full_state_dict
 from training.utils.model.logprobs import response_log_probs
 from training.utils.model.lora import with_adapters
@@ -97,6 +99,39 @@ def test_adapters_beside_the_rest_equal_plain_pytorch(plain_lora, tiny_model, ra
         rank_pair.run(train, str(tiny_model), stage=stage, lora=MIXED, micro_batch=2),
     ):
         assert_same({**plain_lora, "state": {n: t for n, t in plain_lora["state"].items() if n in ours["state"]}}, ours)
+
+
+@pytest.mark.parametrize("options", [{}, {"lora": MIXED}, {"micro_batch": 2}, {"poison": 1}, {"learning_rate": 0.5}])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_one_rank_steps_as_zero_does_bit_for_bit(tiny_model, monkeypatch, stage, options):
+    """In fp32 one rank flattens and copies nothing; ``stage`` is what ZeRO does where it is not spared that."""
+    plain = train(str(tiny_model), stage=stage, steps=5, **options)
+    assert min(plain["norms"]) > MAX_GRAD_NORM, "clipping is part of it"
+    monkeypatch.setattr(engines, "is_plain", lambda config, ranks: False)
+    zero = train(str(tiny_model), stage=stage, steps=5, **options)
+    for name in ("losses", "norms", "skips", "failures", "rates"):
+        assert plain[name] == pytest.approx(zero[name], abs=0, rel=0, nan_ok=True), name
+    assert plain["skips"] == [step == options.get("poison") for step in range(5)]
+    assert all(torch.equal(tensor, zero["state"][name]) for name, tensor in plain["state"].items())
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_a_parameter_without_a_gradient_decays_as_in_zero(monkeypatch, used):
+    """Such as an expert that no token went to."""
+
+    def weights(plain):
+        monkeypatch.setattr(engines, "is_plain", lambda config, ranks: plain)
+        torch.manual_seed(0)
+        model = torch.nn.ModuleList([torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)])
+        model.forward = lambda rows: model[0](rows).sum() + (model[1](rows).sum() if used else 0.0)
+        kind = {"learning_rate": 0.1, "weight_decay": 0.5, "num_warmup_steps": 0, "total_steps": 9}
+        engine = engines.initialize_engine(model, deepspeed_config(zero_stage=0, dtype="fp32"), **kind)
+        for _ in range(2):
+            engines.backward(engine, engine(torch.ones(2, 3)), 1.0)
+            engines.optimizer_step(engine)
+        return [p.detach().clone() for p in engine.module.parameters()]
+
+    assert all(torch.equal(a, b) for a, b in zip(weights(True), weights(False), strict=True))
 
 
 def test_a_mean_per_micro_batch_would_not_pass(plain, tiny_model):

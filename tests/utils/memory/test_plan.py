@@ -111,7 +111,7 @@ def test_every_family_can_be_planned(family, classifier, tmp_path):
     attention = "eager" if family == "bloom" else "sdpa"
     costs = SequenceCosts(fake(tmp_path, classifier=classifier, attention=attention), 16, classifier=classifier)
     plan = sequence_plan(costs, SETTINGS, "fp32", {})
-    assert plan.peak() > plan.resident() >= 16 * plans.role_size(costs.model).parameters
+    assert plan.peak() > plan.resident() >= 12 * plans.role_size(costs.model).parameters  # weights and moments
 
 
 def test_advice_stops_where_it_fits(tiny_model):

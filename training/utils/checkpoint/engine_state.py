@@ -1,10 +1,11 @@
 """What an engine's next step depends on, by parameter name: fp32 masters, both moments of Adam, step counts.
 
 Each rank holds a part of every trained parameter's master and moments: at ZeRO 1 and 2 a piece of one flat partition,
-at ZeRO 3 a slice of each parameter. A rank writes the parts it holds, each with its parameter's name and its place in
-the flattened parameter; nothing is gathered and nothing is pickled. A run of the same ranks and stage reads back
-exactly what each rank wrote. Other ranks or stages read what overlaps with their own parts. The 16-bit weights are the
-masters, rounded, and need no room; parameters that do not train come from the model that the run began with.
+at ZeRO 3 a slice of each parameter. On one rank in fp32 the weights are the masters. A rank writes the parts it holds,
+each with its parameter's name and its place in the flattened parameter; nothing is gathered and nothing is pickled. A
+run of the same ranks and stage reads back exactly what each rank wrote. Other ranks or stages read what overlaps with
+their own parts. The 16-bit weights are the masters, rounded, and need no room; parameters that do not train come from
+the model that the run began with.
 """
 
 from __future__ import annotations
@@ -42,20 +43,25 @@ class Part:
     values: dict[str, Tensor]
 
 
+def _adam(zero: Any) -> Any:
+    """The optimizer within DeepSpeed's; an engine with a plain step has no other."""
+    return getattr(zero, "optimizer", zero)
+
+
 def _flat_partitions(zero: Any) -> list[Tensor]:
-    """This rank's flat fp32 masters, one for each parameter group (at ZeRO 3: sub-group)."""
+    """This rank's flat fp32 masters, one for each parameter group (ZeRO 3: sub-group); of a plain step the weights."""
     if hasattr(zero, "fp32_partitioned_groups_flat"):
         return list(zero.fp32_partitioned_groups_flat)
-    return [p for group in zero.optimizer.param_groups for p in group["params"]]
+    return [p for group in _adam(zero).param_groups for p in group["params"]]
 
 
 def _make_moments(zero: Any) -> None:
     """Give the optimizer the state that its first step would make."""
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-    counts_in_python = isinstance(zero.optimizer, DeepSpeedCPUAdam)
+    counts_in_python = isinstance(_adam(zero), DeepSpeedCPUAdam)
     for flat in _flat_partitions(zero):
-        state = zero.optimizer.state[flat]
+        state = _adam(zero).state[flat]
         if not state:
             state["step"] = 0 if counts_in_python else torch.zeros((), dtype=torch.float32, device=flat.device)
             state |= {key: torch.zeros_like(flat.data) for key in MOMENTS}
@@ -72,7 +78,7 @@ def _link_moments(zero: Any) -> None:
 
 
 def _has_moments(zero: Any) -> bool:
-    return all(zero.optimizer.state.get(flat) for flat in _flat_partitions(zero))
+    return all(_adam(zero).state.get(flat) for flat in _flat_partitions(zero))
 
 
 def parts(engine: Any, *, moments: bool) -> Iterator[Part]:
@@ -98,6 +104,10 @@ def parts(engine: Any, *, moments: bool) -> Iterator[Part]:
             start = dist.get_rank(group=parameter.ds_process_group) * parameter.partition_numel()
             length = max(0, min(parameter.partition_numel(), parameter.ds_numel - start))  # the rest is padding
             views = [zero._get_fp32_opt_state_partition(parameter, True, key)[0][:length] for key in keys]
+        elif isinstance(zero, torch.optim.Optimizer):
+            start = 0
+            tensors = [zero.state[parameter][key] if key else parameter.data for key in keys]
+            views = [tensor.view(-1) for tensor in tensors]
         elif parameter._hp_mapping is not None:
             start = parameter._hp_mapping.lp_fragment_address.start
             views = [parameter._hp_mapping.get_hp_fragment(key) for key in keys]
@@ -147,14 +157,14 @@ def engine_counters(engine: Any) -> dict[str, Any]:
     """Everything else of an engine, as JSON: counters, schedule, loss scale, Adam's step counts; equal on all ranks."""
     zero = engine.optimizer
     scaler = getattr(zero, "loss_scaler", None)
-    steps = [zero.optimizer.state[flat]["step"] for flat in _flat_partitions(zero)] if _has_moments(zero) else []
+    steps = [_adam(zero).state[flat]["step"] for flat in _flat_partitions(zero)] if _has_moments(zero) else []
     return {
         "global_steps": engine.global_steps,
         "global_samples": engine.global_samples,
         "micro_steps": engine.micro_steps,
         "skipped_steps": engine.skipped_steps,
         "schedule": engine.lr_scheduler.state_dict(),
-        "learning_rates": [group["lr"] for group in zero.optimizer.param_groups],
+        "learning_rates": [group["lr"] for group in _adam(zero).param_groups],
         "loss_scale": {k: v for k, v in vars(scaler).items() if isinstance(v, int | float)} if scaler else {},
         "adam_step": max((int(s) for s in steps), default=0),
     }
@@ -227,6 +237,8 @@ def load_engine(engine: Any, files: list[Path], counters: dict[str, Any]) -> Non
 
 def _round_weights(zero: Any) -> None:
     """Make the model's weights from the masters, as an optimizer step does at its end."""
+    if isinstance(zero, torch.optim.Optimizer):
+        return  # they are the masters
     if not hasattr(zero, "fp32_partitioned_groups_flat"):
         zero.update_lp_params()
         return
@@ -239,12 +251,12 @@ def _load_counters(engine: Any, counters: dict[str, Any], moments: bool) -> None
     for name in ("global_steps", "global_samples", "micro_steps", "skipped_steps"):
         setattr(engine, name, counters[name])
     engine.lr_scheduler.load_state_dict(dict(counters["schedule"]))
-    for group, rate in zip(zero.optimizer.param_groups, counters["learning_rates"], strict=True):
+    for group, rate in zip(_adam(zero).param_groups, counters["learning_rates"], strict=True):
         group["lr"] = rate
-    for name, value in counters["loss_scale"].items():
+    for name, value in counters["loss_scale"].items() if hasattr(zero, "loss_scaler") else ():
         setattr(zero.loss_scaler, name, value)
     for flat in _flat_partitions(zero) if moments else []:
-        state = zero.optimizer.state[flat]
+        state = _adam(zero).state[flat]
         if torch.is_tensor(state["step"]):
             state["step"].fill_(counters["adam_step"])
         else:

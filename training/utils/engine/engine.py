@@ -12,11 +12,12 @@ import torch
 from deepspeed.runtime import bf16_optimizer
 from torch import nn
 
-from training.utils.engine.zero_config import frozen_config
+from training.utils.engine.plain_step import clip_before_step
+from training.utils.engine.zero_config import frozen_config, is_plain
 from training.utils.model.classifiers import TokenScorer, load_classifier
 from training.utils.model.loading import load_causal_lm
 from training.utils.model.lora import is_adapter
-from training.utils.run.distributed import bound_waits, data_size
+from training.utils.run.distributed import bound_waits, data_size, world_size
 from training.utils.run.watchdog import beat
 
 # The 16-bit optimizer prints eighteen lines about memory for every engine, whatever the log level
@@ -89,11 +90,17 @@ def initialize_engine(
         optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, lr=learning_rate, betas=ADAM_BETAS)
     else:
         optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=ADAM_BETAS, fused=True)
+    plain = is_plain(config, world_size())
+    if plain:
+        clip_before_step(optimizer, config["gradient_clipping"])
+        config = config | {"zero_optimization": {"stage": 0}, "gradient_clipping": 0.0}
     schedule = get_scheduler(lr_scheduler_type, optimizer, num_warmup_steps, max(total_steps, 1))
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)
     bound_waits()
     _restore_buffers(engine.module, buffers)
+    if plain:
+        engine.enable_backward_allreduce = False  # would copy all gradients into one buffer and back
     if engine.fp16_enabled():  # else it raises at the smallest scale; the programs count, and end with a checkpoint
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False
     return engine

@@ -38,12 +38,24 @@ _SECTIONS = {
 
 
 def effective_stage(zero_stage: int) -> int:
-    """The stage DeepSpeed is given: stage 0 runs as stage 1.
+    """The stage DeepSpeed is given where states may be sharded: stage 0 runs as stage 1.
 
     At stage 0 DeepSpeed 0.19 takes a phantom Adam step in bf16 and fp16, and in fp32 lets a NaN gradient into
     the weights and reports no gradient norm. Stage 1 does the same arithmetic with sharded optimizer states.
     """
     return max(zero_stage, 1)
+
+
+def is_plain(config: dict[str, Any], ranks: int) -> bool:
+    """Whether a role takes `training.utils.engine.plain_step`: one rank, fp32, nothing offloaded, below stage 3.
+
+    Args:
+        config: from `deepspeed_config`.
+        ranks: in the process group.
+    """
+    zero = config["zero_optimization"]
+    other = {"bf16", "fp16", "torch_autocast"} & config.keys() or {"offload_optimizer", "offload_param"} & zero.keys()
+    return ranks == 1 and zero["stage"] < 3 and not other
 
 
 def deepspeed_config(
@@ -124,7 +136,7 @@ def frozen_config(*, dtype: str, offload: bool = False) -> dict[str, Any]:
     """The configuration of a frozen role whose parameters are sharded over the ranks (ZeRO-3, no optimizer)."""
     config = deepspeed_config(zero_stage=3, dtype=dtype)
     if offload:
-        config["zero_optimization"]["offload_param"] = {"device": "cpu"}
+        config["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return config
 
 

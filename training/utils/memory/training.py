@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from training.utils.arguments import DeepSpeedArguments, LoraArguments, ModelArguments, TrainingArguments
-from training.utils.engine.zero_config import deepspeed_config, effective_stage
+from training.utils.engine.zero_config import deepspeed_config, effective_stage, is_plain
 from training.utils.memory import plan as plans
 from training.utils.memory.live import FakeModel, PassMemory
 from training.utils.memory.zero import BYTES, frozen_role, trained_role
@@ -104,7 +104,7 @@ def sequence_plan(
     note = "without" if settings.checkpointing else "with"
     change = (other.peak - passes.peak) / plans.MIB
     notes = [f"{note} --gradient_checkpointing the backward needs {change:+,.0f}"]
-    if stage != effective_stage(stage):
+    if stage != effective_stage(stage) and not is_plain(config, world_size()):
         notes.append("ZeRO stage 0 runs as DeepSpeed's stage 1, see docs/memory.md")
     return plans.Plan(memory, phases, on_cpu, notes)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from training.utils.engine.zero_config import effective_stage
+from training.utils.engine.zero_config import effective_stage, is_plain
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 BUCKET = 500_000_000  # DeepSpeed's default reduce_bucket_size, in elements
@@ -80,6 +80,10 @@ def trained_role(
     used = min(elements, trained)  # gradients are reduced, and let go, whenever the bucket is full
     bucket = used if on_cpu else elements
     held = {"parameters": size.parameters * width, MASTER: 4 * share, MOMENTS: 8 * share}
+    if is_plain(config, ranks):  # the weights are the masters
+        gradients = 4 * trained
+        del held[MASTER]
+        return RoleMemory(held, pending=gradients, reduction=gradients, step=gradients)
     host = frozenset({MASTER, MOMENTS, OFFLOADED, STAGING} if offload else ())
     norm = 8 * size.largest  # taken in fp64, parameter by parameter
     if offload:
