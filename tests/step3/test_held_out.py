@@ -19,8 +19,9 @@ from training.step3_rlhf_finetuning.evaluation import (
     values_of,
 )
 from training.step3_rlhf_finetuning.held_out import RUNNING_PROMPTS, HeldOutEvaluation, Kept
-from training.step3_rlhf_finetuning.prompts import PromptSet
+from training.step3_rlhf_finetuning.prompts import PromptSet, sample_rows
 from training.utils.checkpoint.resume import BEST
+from training.utils.data import spread_rows
 from training.utils.generation.engines import rollout_backend
 from training.utils.generation.sampling import SamplingConfig
 from training.utils.health_rules import MAX_KL
@@ -188,6 +189,38 @@ def test_each_function_holds_base_sft_and_rlhf_against_each_other(monkeypatch, t
     assert answers[1]["reward"] == {"base": -1.0, "sft": 0, "rlhf": 1}
     shown = json.loads((tmp_path / "samples.json").read_text())
     assert shown[0]["answers"]["rlhf"]["checks"] == {"size": 6.0, "one": 1.0}
+
+
+def test_of_a_large_set_a_spread_sample_is_answered_and_said(monkeypatch, tmp_path, capsys):
+    """By every model, the running and the shown prompts among them; the summary says how many of how many."""
+    monkeypatch.setattr(held_out, "MOST_PROMPTS", RUNNING_PROMPTS)
+    world = Scripted({0: (0, 0), 2: (0.9, 3), 4: (0.5, 3), 6: (0.2, 3)}, monkeypatch)
+    world.evaluation.begin()
+    rows = [answer.row for answer in world.evaluation.before]
+    assert (
+        rows
+        == world.evaluation.rows
+        == sorted({*spread_rows(ROWS, RUNNING_PROMPTS), *sample_rows(world.evaluation.prompts)})
+    )
+    assert RUNNING_PROMPTS <= len(rows) < ROWS
+    assert f"{len(rows)} (evenly spread) of {ROWS} held-out prompts" in capsys.readouterr().out
+    world.train()
+    summary = world.evaluation.finish()
+    assert (summary["prompts"], summary["held_out_prompts"]) == (len(rows), ROWS)
+    assert [answer.row for answer in world.evaluation.after] == rows, "the actor of iteration 2, which is kept"
+    assert summary["eval_functions"][0]["n"] == len(rows) and "base" in summary["eval_functions"][0]
+    outputs.write_answers(world.folder(tmp_path), world.evaluation)
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == len(rows)
+    assert all(
+        set(shown["answers"]) == {"base", "sft", "rlhf"}
+        for shown in json.loads((tmp_path / "samples.json").read_text())
+    )
+
+
+@pytest.mark.parametrize("count", [1024, 5000, 13_211, 264_001])
+def test_the_running_prompts_are_among_those_of_a_large_set(count):
+    assert held_out.MOST_PROMPTS % RUNNING_PROMPTS == 0
+    assert {*spread_rows(count, RUNNING_PROMPTS)} <= {*spread_rows(count, held_out.MOST_PROMPTS)}
 
 
 def test_without_functions_the_base_model_answers_what_is_shown(monkeypatch, tmp_path):

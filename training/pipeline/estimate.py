@@ -49,6 +49,7 @@ TURN_TOKENS = 5  # that the template puts around a message
 SYSTEM_TOKENS = 22  # of the embedded model's own template
 PAIRS_BEFORE = 64  # that step 2 begins with: pairs.py, which imports torch
 RUNNING_PROMPTS = 32  # of step 3's evaluations during training: held_out.py, which imports torch
+MOST_PROMPTS = 1024  # of those before and after it
 KEPT_AGAIN = 0.5  # every second run keeps an actor that is not the last, and answers all prompts with it once more
 ROWS: Mapping[str, Kind] = {"step1": "demonstrations", "step2": "pairs", "dpo": "pairs", "step3": "prompts"}
 SHOWN_PROMPTS = 3  # that the base model answers where no function judges it
@@ -222,8 +223,9 @@ def rlhf_work(groups: Sequence[Any], shape: Shape, prompts: Rows, held_out: Rows
 
     running = min(RUNNING_PROMPTS, held_out.count)
     times = (iterations - 1) // evaluation.eval_every if evaluation.eval_every else 0
-    by_base = held_out.count if evaluation.eval_function else min(SHOWN_PROMPTS, held_out.count)
-    by_tuned = times * running + (2 + KEPT_AGAIN) * held_out.count  # SFT, RLHF
+    judged = min(MOST_PROMPTS, held_out.count)
+    by_base = judged if evaluation.eval_function else min(SHOWN_PROMPTS, held_out.count)
+    by_tuned = times * running + (2 + KEPT_AGAIN) * judged  # SFT, RLHF
     for count, work in ((by_base, answered(rollout.max_answer_seq_len)), (by_tuned, answered(answer))):
         training += count * work.training
         decoding += count * work.decoding

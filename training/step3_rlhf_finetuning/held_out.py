@@ -4,7 +4,7 @@ Every ``--eval_every`` iterations the actor answers some of the held-out prompts
 sampling noise. The best actor so far is saved each time: the highest mean reward among the evaluations whose KL to
 the SFT model is at most `MAX_KL`. Reward alone would choose the actor that exploits the reward model most (Gao et al.
 2022, arXiv 2210.10760). The numbers of the summary are then those of the actor that was kept, over all held-out
-prompts.
+prompts, or of many over `MOST_PROMPTS` of them.
 """
 
 from __future__ import annotations
@@ -50,9 +50,13 @@ from training.utils.model.tokenizer import check_vocabulary
 from training.utils.run.distributed import gather_objects, say
 from training.utils.run.manifest import read_manifest
 
-# An evaluation during training answers this many prompts (the last one and the SFT model answer all): it then costs
-# about as much as the rollouts of one iteration of the demo.
+# An evaluation during training answers this many prompts: it then costs about as much as the rollouts of one
+# iteration of the demo.
 RUNNING_PROMPTS = 32
+# The last evaluation, the SFT model and the base model answer all prompts, but of a large set only so many, evenly
+# spread: a win rate is then known to 0.03, and the first update comes after minutes, not hours. A multiple of
+# `RUNNING_PROMPTS`, so that the running ones are among them. evaluate.py takes all.
+MOST_PROMPTS = 1024
 
 
 @dataclass(frozen=True)
@@ -97,10 +101,11 @@ class HeldOutEvaluation:
         save: writes the actor there; a collective.
 
     Attributes:
-        base_answers: of the model that step 1 started from, with functions to all prompts, else to those that are
+        rows: of the prompts that first and last answers are to: all, or `MOST_PROMPTS` and those that are shown.
+        base_answers: of the model that step 1 started from, with functions to all of them, else to those that are
             shown; empty where it can not answer.
-        before: answers of the SFT model to all prompts.
-        after: of the actor that was kept, to all prompts, or to the running ones where it could not be loaded.
+        before: answers of the SFT model to them.
+        after: of the actor that was kept, to them, or to the running ones where it could not be loaded.
         values: what the functions say about them, since `finish`.
         kept, kept_answers: the evaluation whose actor is in ``actor_dir``, and its answers to the running prompts.
         seconds: spent here so far.
@@ -143,19 +148,19 @@ class HeldOutEvaluation:
         self.seconds = 0.0
         self._started = 0.0
         self.running_rows = spread_rows(len(prompts.dataset), RUNNING_PROMPTS)
-        running = set(self.running_rows)
-        self.other_rows = [i for i in range(len(prompts.dataset)) if i not in running]
+        self.rows = sorted({*spread_rows(len(prompts.dataset), MOST_PROMPTS), *sample_rows(prompts)})
+        self.other_rows = sorted({*self.rows} - {*self.running_rows})
 
     def begin(self) -> None:
-        """Let the SFT model answer every prompt: before the first update the actor is that model.
+        """Let the SFT model answer `rows`: before the first update the actor is that model.
 
         The base model answers here too, and not at the end: what can go wrong with it is seen before training.
         """
         with self._timed():
             self.base_answers = self._answers_of_the_base_model()
-            say(f"answering {len(self.prompts.dataset)} held-out prompts with the SFT model ...")
+            say(f"answering {self._how_many()} held-out prompts with the SFT model ...")
             self.before = self._all_answers(self.roles.actor.generation_mode, measure_kl=False)
-            self._log(0, [replace(self.before[i], kl=0.0) for i in self.running_rows])
+            self._log(0, [replace(answer, kl=0.0) for answer in answers_to(self.before, self.running_rows)])
 
     def after_iteration(self, iteration: int) -> None:
         """Evaluate and save if it is time to and this is not the last iteration, which `finish` evaluates."""
@@ -164,32 +169,39 @@ class HeldOutEvaluation:
                 self._judge(iteration, self._answers(self.running_rows, self.roles.actor.generation_mode(), True))
 
     def finish(self) -> dict[str, Any]:
-        """Evaluate the last actor, then hold the kept one against the SFT model on all prompts.
+        """Evaluate the last actor, then hold the kept one against the SFT model on `rows`.
 
         Returns:
             What `compare` gives, with ``kept`` (the evaluation that was chosen, the bound and what it was chosen
-            by) and ``evaluation_seconds``.
+            by), ``held_out_prompts`` (how many there are, of which ``prompts`` were answered) and
+            ``evaluation_seconds``.
         """
         with self._timed():
-            say(f"answering {len(self.prompts.dataset)} held-out prompts with the RLHF model ...")
+            say(f"answering {self._how_many()} held-out prompts with the RLHF model ...")
             self.after = self._all_answers(self.roles.actor.generation_mode)
-            self._judge(self.iterations, [self.after[i] for i in self.running_rows])
+            self._judge(self.iterations, answers_to(self.after, self.running_rows))
             assert self.kept is not None
             if self.kept.iteration != self.iterations:
                 self._answer_with_the_kept_actor(self.kept)
-        before = [self.before[answer.row] for answer in self.after]
+        before = answers_to(self.before, [answer.row for answer in self.after])
         answers = {"base": self.base_answers, "sft": before, "rlhf": self.after}
         self.values = values_of(self.prompts, answers, self.functions)
         summary = compare(before, self.after, self.functions, self.values, self.prompts.seed)
         self.logger.log(self.iterations, {f"final/{k}": v for k, v in summary.items() if isinstance(v, float)})
         rule = "the highest held-out reward" if self.kept.within_bound else "the lowest KL, none is within the bound"
         kept = asdict(self.kept) | {"max_kl": MAX_KL, "chosen_by": rule}
-        return summary | {"kept": kept, "evaluation_seconds": self.seconds}
+        more = {"held_out_prompts": len(self.prompts.dataset), "evaluation_seconds": self.seconds}
+        return summary | {"kept": kept} | more
+
+    def _how_many(self) -> str:
+        """The number of prompts that are answered, and of how many if they are not all."""
+        there = len(self.prompts.dataset)
+        return str(there) if len(self.rows) == there else f"{len(self.rows)} (evenly spread) of {there}"
 
     def _answers_of_the_base_model(self) -> list[Answer]:
         if not self.base:
             return []
-        rows = range(len(self.prompts.dataset)) if self.functions else sample_rows(self.prompts)
+        rows = self.rows if self.functions else sample_rows(self.prompts)
         return base_answers(self.prompts, rows, self.backend, self.sampling, self.sizes, self.base, self.roles)
 
     def _answer_with_the_kept_actor(self, kept: Kept) -> None:
@@ -253,7 +265,7 @@ class HeldOutEvaluation:
     def _all_answers(
         self, generation: Callable[[], contextlib.AbstractContextManager[Any]], measure_kl: bool = True
     ) -> list[Answer]:
-        """Answers to every prompt in order; KL, which needs a forward of the reference, for the running ones only."""
+        """Answers to `rows` in order; KL, which needs a forward of the reference, for the running ones only."""
         answers = self._answers(self.running_rows, generation(), measure_kl)
         if self.other_rows:
             answers += self._answers(self.other_rows, generation(), False)
@@ -277,7 +289,7 @@ class HeldOutEvaluation:
 
     def _log(self, iteration: int, answers: Sequence[Answer]) -> dict[str, float]:
         """Metrics of the running prompts' answers, held against the SFT model's; logged and returned."""
-        sft = [self.before[i] for i in self.running_rows]
+        sft = answers_to(self.before, self.running_rows)
         rewards = compare_rewards(answers, sft, self.prompts.seed)
         metrics = {
             "eval/reward": rewards["reward_after"],
@@ -298,6 +310,12 @@ class HeldOutEvaluation:
         metrics["eval/seconds"] = time.monotonic() - self._started
         self.logger.log(iteration, metrics)
         return metrics
+
+
+def answers_to(answers: Sequence[Answer], rows: Sequence[int]) -> list[Answer]:
+    """The answers to these rows, in the rows' order."""
+    by_row = {answer.row: answer for answer in answers}
+    return [by_row[row] for row in rows]
 
 
 def base_model_of(actor_path: str) -> str:
@@ -333,11 +351,9 @@ def base_answers(
     answers: list[Answer] = []
     with torch.no_grad():
         for shown, rewards in ((True, roles.rewards), (False, None)):
-            if chosen := [row for row in rows if (row in seen) == shown]:
+            if asked := [row for row in rows if (row in seen) == shown]:
                 generation = contextlib.nullcontext(model)
-                answers += answer_held_out(
-                    prompts, chosen, generation, rewards, backend, sampling, sizes, engine.device
-                )
+                answers += answer_held_out(prompts, asked, generation, rewards, backend, sampling, sizes, engine.device)
     return sorted(answers, key=lambda answer: answer.row)
 
 
