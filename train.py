@@ -8,6 +8,7 @@
     python train.py --pipeline sft,dpo                 no reward model and no PPO: DPO on the pairs, in RUN/dpo
     python train.py --step 2 3 --actor_model_name_or_path SFT_MODEL --data_path mine.csv    starts from a model you have
     python train.py --step3_args "--ppo_epochs 2"      anything else, as the step's own flags
+    python train.py --rounds 2 --judge_args "--judge rules.py:score"    then twice: answer, judge, train again
 
 The exact command of each step is printed before it starts and can be run by itself. A run directory holds
 step1/, step2/, step3/ or dpo/, a log of each, and manifest.json: versions, commands, inputs with hashes, metrics,
@@ -17,6 +18,7 @@ times.
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import os
 import shlex
@@ -38,6 +40,7 @@ if __name__ == "__main__":
 from training.migrate.e2e import rewritten
 from training.pipeline import estimate
 from training.pipeline.own_data import START, check_pairs, check_paths, check_sources, without_demo
+from training.pipeline.rounds import RoundArguments, Rounds, check_run
 from training.pipeline.shared_flags import SharedArguments, given_flags, refuse_flags_of_some_steps
 from training.pipeline.showcase import answers_text, summary_table
 from training.report.page import write_report
@@ -391,12 +394,12 @@ def report(run: Path) -> str:
 
 
 def parse_flags(argv: Sequence[str]) -> list[Any]:
-    """The flags: instances of RunArguments, InputArguments and SharedArguments.
+    """The flags: instances of RunArguments, InputArguments, RoundArguments and SharedArguments.
 
     Raises:
         UserError: a flag that is not known, not of every step, or has a value that it can not have.
     """
-    groups = [RunArguments, InputArguments, SharedArguments]
+    groups = [RunArguments, InputArguments, RoundArguments, SharedArguments]
     others = {"--model_name_or_path": arguments.OtherFlag(str, ours=ACTOR)}
     tokens = rewritten(_joined(argv))
     refuse_flags_of_some_steps(tokens, groups)
@@ -404,7 +407,11 @@ def parse_flags(argv: Sequence[str]) -> list[Any]:
 
 
 def main(
-    argv: Sequence[str], *, launcher: Sequence[str] | None = None, scripts: Mapping[str, str] | None = None
+    argv: Sequence[str],
+    *,
+    launcher: Sequence[str] | None = None,
+    scripts: Mapping[str, str] | None = None,
+    programs: Mapping[str, str] | None = None,
 ) -> int:
     """Run the steps; returns the exit code: 0, that of the step that failed, or 128 + the signal that ended it.
 
@@ -412,14 +419,16 @@ def main(
         argv: the flags.
         launcher: what starts a step instead of ``deepspeed``, for tests.
         scripts: the steps' programs, relative to the repository, by the names of `STEPS`.
+        programs: the rounds' likewise, by the names of `training.pipeline.rounds.PROGRAMS`.
 
     Raises:
         UserError: a flag or the recipe is not usable; nothing has run then.
     """
-    options, inputs, every = parse_flags(argv)
+    options, inputs, rounds, every = parse_flags(argv)
     shared = given_flags(every)
     scripts = scripts or STEPS
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") if has_accelerator() else None
+    given_launcher = launcher
     launcher = with_ranks(launcher or deepspeed_launcher(), options.num_gpus, options.hostfile, visible)
     if options.hostfile and not options.plan:
         check_hosts(options.hostfile)
@@ -433,10 +442,14 @@ def main(
     options.pipeline = options.pipeline or str(manifest.get("pipeline"))
     if options.pipeline not in PIPELINES:  # of an earlier version's run
         options.pipeline = DEFAULT_PIPELINE
+    if rounds.rounds and options.pipeline != DEFAULT_PIPELINE:
+        raise UserError(f"--rounds trains reward model and actor again: it needs --pipeline {DEFAULT_PIPELINE}")
     own = own_data(inputs, shared)
     recipe = options.recipe or manifest.get("recipe", {}).get("name", START if own else DEMO)
     planned = plan_steps(options, inputs, shared, recipe, run, scripts)  # bad flags end here, before a folder is made
     check_steps(planned, run, manifest.get("steps", {}))
+    if rounds.rounds:
+        check_run(run, [step.name for step in planned])
     if not options.plan:
         chosen = options.recipe or "recipe" in manifest or own or shared.get("data_path")
         models = {ACTOR: inputs.actor_model_name_or_path, REWARD: inputs.reward_model_name_or_path}
@@ -478,14 +491,19 @@ def main(
                 tell_failure(step, command, ended, run, again)
                 return ended.code
         show_end(run, manifest)
-    return 0
+        if not rounds.rounds:
+            return 0
+        how = ["--num_gpus", str(options.num_gpus)] if options.num_gpus else []
+        how += ["--hostfile", options.hostfile] if options.hostfile else []
+        one_round = functools.partial(main, launcher=given_launcher, scripts=scripts)
+        return Rounds(run, rounds, launcher, one_round, how, again, programs or {}).go()
 
 
 def _joined(argv: Sequence[str]) -> list[str]:
     """``--step1_args VALUE`` as one token, because a value that starts with a dash looks like a flag."""
     tokens = list(argv)
     for i in range(len(tokens) - 1, 0, -1):
-        if tokens[i - 1] in {f"--{name}_args" for name in STEPS}:
+        if tokens[i - 1] in {f"--{name}_args" for name in (*STEPS, "generate", "judge")}:
             value = tokens.pop(i)
             tokens[i - 1 : i] = [f"{tokens[i - 1]}={value}"] if value else []
     return tokens

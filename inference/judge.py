@@ -8,9 +8,10 @@ Writes rankings.jsonl beside the answers (--output), which step 2 and DPO read a
 prompt, its answers with a rank, 1 the best, equal ones tied, and the judge's name.
 
 A function is one of step 3's, f(prompts, responses, rows) -> a number for each, called once for each prompt with all
-its answers: the higher number is the better answer. An endpoint is asked about each two answers (a round robin), both
-ways round; where its two verdicts differ the two are tied, and an answer's rank is by its wins, a tie half. The key is
-read from TRIPOD_JUDGE_KEY alone and sent to no other place than --judge_url. A run that was killed goes on.
+its answers: the higher number is the better answer; of several functions it is the sum. An endpoint is asked about each
+two answers (a round robin), both ways round; where its two verdicts differ the two are tied, and an answer's rank is by
+its wins, a tie half. The key is read from TRIPOD_JUDGE_KEY alone and sent to no other place than --judge_url. A run
+that was killed goes on.
 """
 
 from __future__ import annotations
@@ -44,7 +45,10 @@ class JudgeArguments:
 
     answers: str = flag("", "the file of generate.py")
     output: str = flag("", "the file to write (default: rankings.jsonl beside the answers)")
-    judge: str = flag("", "file.py:name, a function of (prompts, responses, rows) that gives each answer a number")
+    judge: list[str] = flag(
+        [],
+        "file.py:name=WEIGHT, functions of (prompts, responses, rows), as in step 3; their sum is an answer's number",
+    )
 
     @property
     def path(self) -> Path:
@@ -131,15 +135,17 @@ def ranked(line: Line, scores: Mapping[int, float], judge: str) -> Line:
     return {"id": line["id"], "prompt": line["prompt"], "answers": answers, "judge": judge, **kept}
 
 
-def judge_by_function(spec: str, lines: Sequence[Line], file: PartFile, done: Sequence[Line]) -> str:
-    """Let a function score what is left; returns the judge's name.
+def judge_by_functions(specs: Sequence[str], lines: Sequence[Line], file: PartFile, done: Sequence[Line]) -> str:
+    """Let functions score what is left; returns the judge's name.
 
     Raises:
-        UserError: no such function, it raises, or gives no numbers.
+        UserError: no such function, one raises, or gives no numbers.
     """
-    from training.step3_rlhf_finetuning.rewards import call_text_function, load_text_function
+    from training.step3_rlhf_finetuning.rewards import MODEL, call_text_function, parse_reward_functions, split_weight
 
-    function = load_text_function(spec, "--judge")
+    if any(split_weight(spec)[0] == MODEL for spec in specs):
+        raise UserError(f"--judge {MODEL}: functions judge here, no reward model")
+    functions, _ = parse_reward_functions(specs, "--judge")
     ready = {line["id"] for line in done}
     left = [line for line in lines if line["id"] not in ready]
     with file.part() as append:
@@ -149,11 +155,15 @@ def judge_by_function(spec: str, lines: Sequence[Line], file: PartFile, done: Se
                 for line in left[start : start + BATCH]:
                     texts = [line["answers"][i]["response"] for i in to_compare(line)]
                     prompts, rows = [line["prompt"]] * len(texts), [line.get("row", {})] * len(texts)
-                    scores = call_text_function(function, prompts, texts, rows, f"--judge {spec}, prompt {line['id']}")
+                    scores = [0.0] * len(texts)
+                    for name, (function, weight) in functions.items():
+                        where = f"--judge {name}, prompt {line['id']}"
+                        values = call_text_function(function, prompts, texts, rows, where)
+                        scores = [score + weight * value for score, value in zip(scores, values, strict=True)]
                     found.append({"id": line["id"], "scores": scores})
             finally:
                 append(found)
-    return spec.rpartition(":")[2]
+    return "+".join(functions)
 
 
 def judge_by_endpoint(endpoint: Endpoint, lines: Sequence[Line], file: PartFile, done: Sequence[Line]) -> None:
@@ -261,8 +271,9 @@ def main(argv: Sequence[str]) -> int:
     if options.judge:
         from training.utils.checkpoint.digests import read_digest
 
-        source = Path(options.judge.rpartition(":")[0]).expanduser()
-        judge = {"judge": options.judge, "content of the judge": read_digest(source) if source.is_file() else ""}
+        sources = [Path(spec.rpartition(":")[0]).expanduser() for spec in options.judge]
+        contents = [read_digest(source) if source.is_file() else "" for source in sources]
+        judge: dict[str, Any] = {"judge": options.judge, "content of the judge": contents}
     else:
         from judge_endpoint import Endpoint
 
@@ -278,7 +289,7 @@ def main(argv: Sequence[str]) -> int:
         if done:
             print(f"going on: {len(done)} {'verdicts' if endpoint else 'prompts'} are there", flush=True)
         if endpoint is None:
-            name = judge_by_function(options.judge, lines, file, done)
+            name = judge_by_functions(options.judge, lines, file, done)
         else:
             judge_by_endpoint(endpoint, lines, file, done)
             name = endpoint.model

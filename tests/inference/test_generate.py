@@ -289,7 +289,7 @@ BAD_FILES = [
     ([{"answers": line_of()["answers"]}], ["a.jsonl:1", "no prompt"]),
     ([line_of(prompt=[{"role": "user"}])], ["a.jsonl:1", "no list of messages"]),
     ([line_of(answers="a")], ["a.jsonl:1", "no answers"]),
-    ([line_of(answers=["a", "b"])], ["a.jsonl:1", "no answers"]),
+    ([line_of(answers=[1, 2])], ["a.jsonl:1", "no answers"]),
     ([line_of(answers=[{"response": "a"}])], ["a.jsonl:1", "1 answer, and 2 are needed"]),
     ([line_of(id=3)], ["a.jsonl:1", "must be a text"]),
     ([], ["a.jsonl", "no line with answers"]),

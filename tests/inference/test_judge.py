@@ -114,6 +114,14 @@ def test_a_function_sees_all_answers_of_a_prompt_and_its_row(answers, rules, tmp
     ]
 
 
+def test_several_functions_with_weights(answers, rules, tmp_path):
+    assert run("--answers", answers(), "--judge", f"{rules}:length", f"{rules}:of_row=-1") == 0
+    for number, line in enumerate(lines_of(tmp_path / "rankings.jsonl")):
+        assert line["judge"] == "length+of_row"
+        assert [answer["score"] for answer in line["answers"]] == [(1 - number) * len(text) for text in TEXTS]
+        assert (set(ranks(line).values()) == {1}) == (number == 1)
+
+
 def test_a_function_that_raises_is_one_line_and_loses_nothing(answers, rules, tmp_path, capsys):
     path = answers()
     assert run("--answers", path, "--judge", f"{rules}:third") == 2
@@ -147,6 +155,7 @@ MISTAKES = [
     (["--answers", "none.jsonl"], ["give a judge"]),
     (["--answers", "none.jsonl", "--judge", "a.py:f"], ["none.jsonl", "No such file"]),
     (["--answers", "A", "--judge", "none.py:f"], ["none.py:f", "no such file"]),
+    (["--answers", "A", "--judge", "RULES:length", "model=2"], ["--judge model", "no reward model"]),
     (["--answers", "A", "--judge", "RULES:nothing"], ["no function nothing"]),
     (["--answers", "A", "--judge", "RULES:words"], ["prompt p0", "'good'"]),
     (["--answers", "A", "--judge", "RULES:length", "--judge_url", "http://a/v1"], ["one judge at a time"]),

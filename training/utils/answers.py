@@ -138,13 +138,17 @@ class PartFile:
         Raises:
             UserError: it was made, or begun, with others.
         """
-        for file, what in ((self.beside, self.path), (self.folder / SETTINGS_FILE, self.folder)):
-            if file.is_file() and (file is not self.beside or self.path.exists()):
-                self._check_same(file, what)
+        if self.path.exists() and self.beside.is_file():
+            self._check_same(self.beside, self.path)
+        if self._has_lines() and (self.folder / SETTINGS_FILE).is_file():
+            self._check_same(self.folder / SETTINGS_FILE, self.folder)
         if self.path.exists() and not self.beside.is_file():
             raise UserError(f"{self.flag} {self.path}: there is such a file, and nothing says that it was made here; "
                             "name another one")  # fmt: skip
         return self.path.exists()
+
+    def _has_lines(self) -> bool:
+        return any(part.stat().st_size for part in self.folder.glob("*.jsonl"))
 
     def _check_same(self, file: Path, what: Path) -> None:
         try:
@@ -153,8 +157,8 @@ class PartFile:
             raise UserError(f"{file} is damaged: remove {shown(what)}, or name another {self.flag}") from None
         if changed := _difference(before, self.settings):
             raise UserError(
-                f"{self.flag} {shown(what)} was begun with other settings, {changed}: give the same again, or name "
-                f"another {self.flag}"
+                f"{self.flag} {shown(what)} was begun with other settings, {changed}: give the same again, name "
+                f"another {self.flag}, or remove it"
             )
 
     @contextlib.contextmanager
@@ -167,7 +171,7 @@ class PartFile:
         make_dir(self.path.absolute().parent, self.flag)
         make_dir(self.folder, self.flag)
         with locked(self.folder, "another process"):
-            if not (self.folder / SETTINGS_FILE).is_file():
+            if not self._has_lines():
                 write_json(self.folder / SETTINGS_FILE, {"settings": self.settings})
             yield
 

@@ -1,0 +1,341 @@
+"""Rounds after the pipeline: answer with the current actor, judge, train reward model and actor again.
+
+What PPO has learned to please is mended by judgements of what it writes now (Ouyang et al. 2022, arXiv 2203.02155,
+section 3.4; Bai et al. 2022, arXiv 2204.05862, section 4.5). Each round is a run directory in the run, ``round1`` and
+so on, with its own manifest and report, its answers and rankings, step2 and step3. The rankings are divided by the
+prompt: ``rankings/train.jsonl`` trains the reward models of this and later rounds, ``rankings/eval.jsonl`` none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import socket
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from training.utils import arguments
+from training.utils.answers import Line, prompt_id, read_answers, write_lines
+from training.utils.arguments import DEMO, flags_in
+from training.utils.errors import UserError
+from training.utils.run.folders import is_finished, make_dir, repository_root, shown
+from training.utils.run.manifest import read_manifest, write_json
+from training.utils.run.processes import last_lines, run_logged
+from training.utils.run.recipes import GIVEN
+
+PROGRAMS = {
+    "generate": "inference/generate.py",
+    "judge": "inference/judge.py",
+    "rank": "inference/rank.py",
+    "evaluate": "training/step2_reward_model_finetuning/evaluate.py",
+}
+ROUNDS_FILE = "rounds.json"
+EVALUATION_FILE = "evaluation.json"  # of evaluate.py
+PEOPLE = "people"  # where the page leaves what people say
+HELD_OUT = 5  # one prompt in so many judges the reward models
+# Flags of step 3 by which its prompts are read and its answers sampled
+SAMPLED_LIKE = (
+    *("data_path", "data_split", "eval_data_path", "column_map", "on_bad_row", "data_output_path", "seed"),
+    *("max_prompt_seq_len", "max_answer_seq_len", "per_device_generation_batch_size", "rollout_engine"),
+    *("temperature", "top_p", "top_k", "dtype"),
+)
+LOG_LINES = 20  # of a failed program's log
+
+
+@dataclass
+class RoundArguments:
+    """Rounds"""
+
+    rounds: int = arguments.flag(
+        0, "after the steps so many rounds: answers, judgements, steps 2 and 3 again", minimum=0
+    )
+    rounds_from: str = arguments.flag(
+        "sft", "what a round's step 3 starts from: the SFT model, or the actor of the round before",
+        choices=("sft", "actor"),
+    )  # fmt: skip
+    generate_args: str = arguments.flag("", 'flags of inference/generate.py, such as "--samples_per_prompt 6"')
+    judge_args: str = arguments.flag(
+        "", 'flags of inference/judge.py, such as "--judge rules.py:score" (default: people judge, on the page)'
+    )
+
+    def __post_init__(self) -> None:
+        for name, given in (("generate_args", ("model", "output")), ("judge_args", ("answers", "output"))):
+            try:
+                found = flags_in(shlex.split(getattr(self, name)))
+            except ValueError as error:
+                raise UserError(f"--{name}: {error}") from error
+            if own := next((flag for flag in given if flag in found), None):
+                raise UserError(f"--{name}: --{own} is given by train.py")
+        if not self.rounds and (self.generate_args or self.judge_args):
+            raise UserError("--generate_args and --judge_args are those of --rounds, which is not given")
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """A run whose steps are finished, and what its rounds need.
+
+    Attributes:
+        run: its folder.
+        flags: the rounds'.
+        launcher: what starts a program on the ranks.
+        train: train.py's own main, argv -> exit code.
+        how: flags of train.py that say where it runs: ranks, hosts.
+        again: the command that goes on with the run.
+        programs: see `PROGRAMS`; others for tests.
+    """
+
+    run: Path
+    flags: RoundArguments
+    launcher: Sequence[str]
+    train: Callable[[Sequence[str]], int]
+    how: Sequence[str]
+    again: str
+    programs: Mapping[str, str]
+
+    def folder(self, number: int) -> Path:
+        """Of a round; of 0 the run itself."""
+        return self.run / f"round{number}" if number else self.run
+
+    def go(self) -> int:
+        """Run the rounds that are left; returns the exit code, 0 also where people have to judge first.
+
+        Raises:
+            UserError: rankings can not be used.
+        """
+        for number in range(1, self.flags.rounds + 1):
+            if is_finished(self.folder(number) / "step3"):
+                print(f"round {number} is finished", flush=True)
+            else:
+                code = self._judgements(number)
+                if code or not (self.folder(number) / "rankings").is_dir():
+                    return code
+                if code := self._training(number):
+                    return code
+            if code := self._agreement(number):
+                return code
+        self._tell()
+        return 0
+
+    def _judgements(self, number: int) -> int:
+        """Answers of the current actor, and their order, into ``rankings/``; the exit code."""
+        folder = make_dir(self.folder(number))
+        answers, rankings = folder / "answers.jsonl", folder / "rankings.jsonl"
+        if (folder / "rankings").is_dir():  # training may have begun with them
+            return 0
+        named = ["--model", f"round{number - 1}={shown(self.folder(number - 1) / 'step3' / 'actor')}"]
+        argv = read_manifest(self.run / "manifest.json")["steps"]["step3"]["arguments"]
+        like = [token for flag in SAMPLED_LIKE for token in _given(argv, flag)]
+        like = like if "data_path" in flags_in(like) else ["--data_path", DEMO, *like]
+        own = shlex.split(self.flags.generate_args)
+        given = [*named, "--split", "train", *like, "--output", shown(answers), *own]
+        if code := self._start("generate", number, given, ranks=True):
+            return code
+        if self.flags.judge_args:
+            given = ["--answers", shown(answers), "--output", shown(rankings), *shlex.split(self.flags.judge_args)]
+            if code := self._start("judge", number, given):
+                return code
+        elif not (rankings := folder / PEOPLE / "rankings.jsonl").is_file():
+            given = ["--answers", shown(answers), "--output_dir", shown(folder / PEOPLE)]
+            page = shlex.join([shown(sys.executable), self._program("rank"), *given])
+            print(f"\nround {number} waits for people to put its answers in an order:  {page}\n"
+                  f"They may stop at any time; then go on with the run:  {self.again}", flush=True)  # fmt: skip
+            return 0
+        divide(rankings, answers, folder / "rankings")
+        return 0
+
+    def _training(self, number: int) -> int:
+        """Steps 2 and 3 of a round, by train.py, with the flags of the run's own; the exit code."""
+        folder, steps = self.folder(number), read_manifest(self.run / "manifest.json")["steps"]
+        sections = {step: section_of(steps[step]["arguments"], step) for step in ("step2", "step3")}
+        rankings = [shown(self.folder(i) / "rankings") for i in range(1, number + 1)]
+        for name in ("data_path", "eval_data_path"):
+            if (before := sections["step2"].get(name)) or name == "data_path":
+                sections["step2"][name] = [*(before if isinstance(before, list) else [before or DEMO]), *rankings]
+        sections["step3"].setdefault("data_path", DEMO)
+        write_json(folder / "recipe.yaml", sections)  # JSON is YAML, too
+        sft = flags_in(steps["step3"]["arguments"])["actor_model_name_or_path"][0]
+        start = sft if self.flags.rounds_from == "sft" else shown(self.folder(number - 1) / "step3" / "actor")
+        print(f"\n== round {number}: reward model and PPO, in {shown(folder)}", flush=True)
+        return self.train(
+            ["--recipe", str(folder / "recipe.yaml"), "--output_dir", shown(folder), "--pipeline", "sft,rm,ppo",
+             "--step", "2", "3", "--actor_model_name_or_path", start, "--reward_model_name_or_path", sft, *self.how]
+        )  # fmt: skip
+
+    def _agreement(self, number: int) -> int:
+        """How far reward models agree with held-out judgements: the new one with all, the one before with the new."""
+        path = self.run / ROUNDS_FILE
+        known: dict[str, Any] = read_manifest(path)
+        if str(number) in known.get("agreement", {}):
+            return 0
+        found: dict[str, Any] = {}
+        for model, rounds in ((number - 1, [number]), (number, range(1, number + 1))):
+            rankings = [shown(self.folder(i) / "rankings") for i in rounds]
+            step2 = self.folder(model) / "step2"
+            given = ["--path", shown(step2), "--data_path", *rankings, "--eval_data_path", *rankings]
+            if code := self._start("evaluate", number, given):
+                return code
+            by_source = read_manifest(step2 / EVALUATION_FILE).get("by_source", {})
+            found[f"reward model of round {model}"] = {
+                f"round {i}": by_source[source]
+                for i, source in zip(rounds, rankings, strict=True)
+                if source in by_source
+            }
+        known["agreement"] = known.get("agreement", {}) | {str(number): found}
+        write_json(path, known)
+        return 0
+
+    def _program(self, name: str) -> str:
+        return shown(repository_root() / self.programs.get(name, PROGRAMS[name]))
+
+    def _start(self, name: str, number: int, given: Sequence[str], ranks: bool = False) -> int:
+        """Run one of `PROGRAMS`, its output in the round's log of that name; the exit code."""
+        before = [shown(sys.executable)]
+        if ranks:
+            with socket.socket() as s:
+                s.bind(("127.0.0.1", 0))
+                before = [*self.launcher, "--master_port", str(s.getsockname()[1])]
+        command = [*before, self._program(name), *given]
+        print(f"\n== round {number}: {name}\n{shlex.join(command)}\n", flush=True)
+        log = self.folder(number) / f"{name}.log"
+        ended = run_logged(command, log)
+        if ended.code:
+            lines = [f"\nround {number}: {name} ended with exit code {ended.code}. The last lines of {shown(log)}:"]
+            lines += [f"    {line}" for line in last_lines(log, LOG_LINES)]
+            print("\n".join([*lines, f"To go on with the run:  {self.again}"]), file=sys.stderr, flush=True)
+        return ended.code
+
+    def _tell(self) -> None:
+        """The rounds side by side: reward, independent checks, KL, agreement with held-out judgements."""
+        known = read_manifest(self.run / ROUNDS_FILE)
+        rows = [self._numbers(number, known) for number in range(self.flags.rounds + 1)]
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        head = ["", "SFT", *("PPO" if not number else f"round {number}" for number in range(len(rows)))]
+        sft = _summary(self.run)
+        before = {"held-out reward, by its own model": sft.get("reward_before")}
+        before |= {check["name"]: check.get("before") for check in _checks(sft)}
+        body: list[list[Any]] = [[name, before.get(name), *(row.get(name) for row in rows)] for name in names]
+        write_json(self.run / ROUNDS_FILE, known | {"table": [head, *body]})
+        cells = [
+            [f"{cell:.3f}" if isinstance(cell, float) else str(cell or "") for cell in row] for row in (head, *body)
+        ]
+        widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+        for name, *values in cells:
+            print("  ".join([name.ljust(widths[0]), *(v.rjust(w) for v, w in zip(values, widths[1:], strict=True))]))
+        pages = [shown(self.folder(number) / "report.html") for number in range(len(rows))]
+        print(f"\nReports: {' '.join(pages)}", flush=True)
+
+    def _numbers(self, number: int, known: Mapping[str, Any]) -> dict[str, Any]:
+        summary = _summary(self.folder(number))
+        found = {"held-out reward, by its own model": summary.get("reward_after")}
+        found |= {check["name"]: check.get("after") for check in _checks(summary)}
+        found["KL to where it started"] = summary.get("kept", {}).get("kl")
+        found["tokens of an answer"] = summary.get("length_after")
+        agreed = known.get("agreement", {}).get(str(number), {})
+        for source, value in agreed.get(f"reward model of round {number}", {}).items():
+            found[f"reward model right on judgements of {source}"] = value["accuracy"]
+        later = known.get("agreement", {}).get(str(number + 1), {})
+        for source, value in later.get(f"reward model of round {number}", {}).items():
+            found[f"reward model right on judgements of {source}"] = value["accuracy"]
+        return found
+
+
+def check_run(run: Path, planned: Sequence[str]) -> None:
+    """Refuse rounds of a run that will have no reward model and actor of its own.
+
+    Args:
+        run: its folder.
+        planned: steps that are run before the rounds.
+
+    Raises:
+        UserError: names the step.
+    """
+    for step in ("step2", "step3"):
+        if step not in planned and not is_finished(run / step):
+            raise UserError(
+                f"--rounds trains step 2 and step 3 of a run again, and {shown(run)} has no finished {step}"
+            )
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    path = folder / "step3" / "summary.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _checks(summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return summary.get("eval_functions") or []
+
+
+def _given(argv: Sequence[str], name: str) -> list[str]:
+    """A flag with its values, as it stands in a command line the last time; empty where it does not."""
+    values = flags_in(argv).get(name)
+    return [] if values is None else [f"--{name}", *values]
+
+
+def section_of(argv: Sequence[str], step: str) -> dict[str, Any]:
+    """A step's arguments as a recipe's section, without what train.py gives itself."""
+    found: dict[str, Any] = {}
+    name = ""
+    for token in argv:
+        if token.startswith("--") and token[2:3].isalpha():
+            flag, equals, value = token[2:].partition("=")
+            off = flag.startswith("no-")
+            name = flag.removeprefix("no-").replace("-", "_")
+            found[name] = [value] if equals else False if off else []
+        else:
+            found[name].append(token)
+    plain = {name: value if value is False else True if value == [] else value for name, value in found.items()}
+    one = {name: value[0] if isinstance(value, list) and len(value) == 1 else value for name, value in plain.items()}
+    return {name: value for name, value in one.items() if name not in GIVEN[step]}
+
+
+def divide(rankings: Path, answers: Path, folder: Path) -> None:
+    """Divide rankings by their prompts into ``train.jsonl`` and ``eval.jsonl``, the same way in every round.
+
+    Args:
+        rankings: of judge.py or rank.py.
+        answers: what they are of, to say how many prompts have been judged.
+        folder: where the two files go.
+
+    Raises:
+        UserError: fewer than two prompts have been judged with a difference.
+    """
+    lines = read_rankings(rankings)
+    places = {line["id"]: int(hashlib.sha256(line["id"].encode()).hexdigest(), 16) for line in lines}
+    useful = {line["id"] for line in lines if len({answer.get("rank") for answer in line["answers"]}) > 1}
+    if len(useful) < 2:
+        raise UserError(f"{shown(rankings)}: {len(useful)} prompts have answers that differ in rank; two are needed, "
+                        "one to train on and one to judge by")  # fmt: skip
+    held_out = {name for name in useful if places[name] % HELD_OUT == 0} or {min(useful, key=places.__getitem__)}
+    if held_out == useful:
+        held_out.remove(max(useful, key=places.__getitem__))
+    scratch = make_dir(folder.with_name(f"{folder.name}.tmp"))
+    write_lines(scratch / "eval.jsonl", [line for line in lines if line["id"] in held_out])
+    write_lines(scratch / "train.jsonl", [line for line in lines if line["id"] not in held_out])
+    scratch.rename(folder)
+    count = len(read_answers(answers, "answers"))
+    print(f"{len(places)} of {count} prompts have been judged, {len(useful)} with a difference: {len(held_out)} of "
+          "these judge the reward models, the others train them", flush=True)  # fmt: skip
+
+
+def read_rankings(path: Path) -> list[Line]:
+    """The lines of a file of rankings, ``id`` in each; several judges may have judged a prompt.
+
+    Raises:
+        UserError: a line is no ranking.
+    """
+    lines = []
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            line = json.loads(text)
+            line.setdefault("id", prompt_id(line["prompt"]))
+            sound = isinstance(line["id"], str) and all("rank" in answer for answer in line["answers"])
+        except (ValueError, LookupError, TypeError, AttributeError):
+            sound = False
+        if not sound:
+            raise UserError(f"{shown(path)}:{number}: no ranking, a prompt and its answers with a rank each")
+        lines.append(line)
+    return lines
