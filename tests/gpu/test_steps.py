@@ -19,6 +19,7 @@ from tests.equality import pairwise
 from tests.reliability.tiny_runs import step_arguments
 from tests.reliability.zygote import MODULES
 from training.step3_rlhf_finetuning.ppo_trainer import first_ratio_rounding
+from training.utils.run.runtime import has_nvidia
 
 
 @dataclass(frozen=True)
@@ -122,4 +123,5 @@ def test_fp32_products_are_fp32(device):
 
 def test_segments_of_the_allocator_grow(device):
     said = [os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")]
-    assert any("expandable_segments:True" in value for value in said) == (device.type == "cuda")
+    assert any("expandable_segments:True" in value for value in said) == has_nvidia()
+    assert has_nvidia() or device.type != "cuda"
