@@ -40,6 +40,7 @@ from training.utils.generation.sampling import SamplingConfig
 from training.utils.model.loading import load_causal_lm, resolve_model
 from training.utils.model.tokenizer import load_tokenizer
 from training.utils.run.distributed import init_distributed
+from training.utils.run.runtime import prepare_runtime
 
 PROMPTS = Path(__file__).resolve().parents[1] / "training" / "data" / "demo" / "prompts.jsonl"
 Engine = Callable[[RolloutRequest, SamplingConfig], RolloutBatch]
@@ -250,6 +251,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main(argv: Sequence[str]) -> int:
     """Measure, print the Markdown table, and write the JSON file if asked to."""
     arguments = parse(argv)
+    prepare_runtime()
     settle(arguments)
     path = resolve_model(arguments.model_name_or_path)
     tokenizer = load_tokenizer(path)
