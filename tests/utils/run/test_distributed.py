@@ -1,13 +1,19 @@
 """What ranks leave behind."""
 
+import datetime
 import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from training.utils.run import distributed
+from training.utils.arguments import ReliabilityArguments
+from training.utils.checkpoint import store
+from training.utils.checkpoint.resume import Run, _problems
+from training.utils.run import distributed, watchdog
 from training.utils.run.distributed import all_reduce_sum, bound_waits, init_distributed, rank
+from training.utils.run.watchdog import beat
 
 
 def buffers_and_sum() -> tuple[list[str], float]:
@@ -19,6 +25,60 @@ def buffers_and_sum() -> tuple[list[str], float]:
     return names, all_reduce_sum(torch.tensor([rank() + 1.0])).item()
 
 
+def save_slowly(folder: str, seconds: float, limit: float) -> dict[str, object]:
+    """A checkpoint whose first file takes rank 0 so many seconds, where collectives and signs of life may so many."""
+    before, wrote, moves = distributed._limit, store.write_file, []
+    distributed._limit = datetime.timedelta(seconds=limit)
+    bound_waits()
+    run = Run(Path(folder), ReliabilityArguments(), {"batches": {}}, None, {})
+
+    def slow(*args):
+        if rank() == 0 and not moves:
+            moves.append(seconds)
+            time.sleep(seconds)
+        return wrote(*args)
+
+    store.write_file, distributed.beat = slow, lambda *_: moves.append(0.0)
+    error = ""
+    try:
+        run.save({"kept": True})
+    except RuntimeError as caught:
+        error = str(caught)
+    finally:
+        store.write_file, distributed.beat = wrote, beat
+        distributed._limit = before
+        bound_waits()
+    return {"error": error, "moves": len(moves), "damage": _problems(Path(folder) / "checkpoints" / "step-00000000")}
+
+
+def test_a_save_that_takes_longer_than_a_collective_may_wait(rank_pair, tmp_path):
+    """The waiting rank counts as moving meanwhile, else --hang_timeout would end it."""
+    first, second = rank_pair.run(save_slowly, str(tmp_path), 16.0, 6.0)
+    assert (first["error"], second["error"]) == ("", "")
+    assert second["moves"] >= 5 and first["damage"] == second["damage"] == []
+
+
+def meet(seconds: float, limit: float, alive: bool) -> str:
+    """Long work of rank 0 alone; returns what went wrong on this rank."""
+    before = distributed._limit
+    distributed._limit, distributed._SIGN_OF_LIFE = datetime.timedelta(seconds=limit), 0.3 if alive else 1e6
+    try:
+        with distributed.long_work():
+            time.sleep(seconds if rank() == 0 else 0.0)
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        distributed._limit, distributed._SIGN_OF_LIFE = before, 1.0
+    return ""
+
+
+def test_a_rank_without_a_sign_of_life_is_named_after_the_time_out(rank_pair):
+    assert rank_pair.run(meet, 8.0, 4.0, alive=True) == ["", ""]
+    first, second = rank_pair.run(meet, 8.0, 2.0, alive=False)
+    assert first == "" and "Timed out waiting for rank 0" in second
+    assert any(words in second for words in watchdog._LOST), "the rank that is gone is told of, not a traceback"
+
+
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="shared memory has no folder here")
 def test_no_shared_buffer_keeps_its_name(rank_pair):
     for names, total in rank_pair.run(buffers_and_sum):
@@ -28,8 +88,6 @@ def test_no_shared_buffer_keeps_its_name(rank_pair):
 
 def test_further_groups_wait_no_longer_than_the_first(monkeypatch):
     """torch gives each new group 30 minutes: a host that is cut off would hold the others in DeepSpeed's groups."""
-    import datetime
-
     import torch
     import torch.distributed as dist
     import torch.distributed.distributed_c10d as c10d
@@ -53,8 +111,6 @@ def test_further_groups_wait_no_longer_than_the_first(monkeypatch):
 
 def test_the_wait_holds_for_groups_of_nccl_too(monkeypatch):
     """There is no NCCL on a CPU: which groups are given the time-out is what can be seen here."""
-    import datetime
-
     import torch.distributed.distributed_c10d as c10d
 
     kinds, given = {"default": "nccl", "zero": "nccl", "data": "gloo", "other": "mpi"}, {}

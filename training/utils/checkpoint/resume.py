@@ -38,7 +38,16 @@ from training.utils.checkpoint.ema import MovingAverage
 from training.utils.checkpoint.engine_state import engine_counters, engine_tensors, load_engine
 from training.utils.engine.engine import SkipGuard
 from training.utils.errors import RunStopped, UserError
-from training.utils.run.distributed import all_reduce_max, barrier, gather_objects, is_main, rank, say, world_size
+from training.utils.run.distributed import (
+    all_reduce_max,
+    barrier,
+    gather_objects,
+    is_main,
+    long_work,
+    rank,
+    say,
+    world_size,
+)
 from training.utils.run.folders import same_command, shown
 from training.utils.run.watchdog import asked_to_stop, beat, loop_begins
 
@@ -259,10 +268,11 @@ class Run:
     def _together(self, target: Path, work: Callable[[], T]) -> list[T]:
         """Do a part of saving on every rank; if it fails on one it fails on all, and leaves nothing behind."""
         failure, result = "", None
-        try:
-            result = work()
-        except OSError as error:
-            failure = f"rank {rank()}: {error.strerror or error}"
+        with long_work():  # a slow disk may take longer than a collective waits
+            try:
+                result = work()
+            except OSError as error:
+                failure = f"rank {rank()}: {error.strerror or error}"
         outcomes = gather_objects([(failure, result)])
         failures = [text for text, _ in outcomes if text]
         if not failures:

@@ -33,7 +33,7 @@ from training.utils.model.lora import (
     only_adapters_train,
     plain_name,
 )
-from training.utils.run.distributed import barrier, is_main, say
+from training.utils.run.distributed import is_main, long_work, say
 from training.utils.run.watchdog import beat
 
 
@@ -123,11 +123,12 @@ def save_model(
         say("no adapter folder: not only the adapters train, so an adapter alone would be another model")
         if is_main():
             shutil.rmtree(directory / "adapter", ignore_errors=True)  # of an earlier run with other flags
-    if is_main():
-        _write(model, weights, tokenizer, scratch, stop_ids, config_updates or {}, max_shard_size)
-        _verify(scratch, weights)
-        move_into(scratch, directory)
-    barrier()
+    with long_work():
+        if is_main():
+            _write(model, weights, tokenizer, scratch, stop_ids, config_updates or {}, max_shard_size)
+            beat(f"reading {directory.name} back")
+            _verify(scratch, weights)
+            move_into(scratch, directory)
 
 
 def _write(

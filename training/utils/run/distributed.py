@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
-from collections.abc import Callable, Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +18,7 @@ from deepspeed.accelerator import get_accelerator
 
 from training.utils.errors import UserError, printable
 from training.utils.run.runtime import has_nvidia
+from training.utils.run.watchdog import beat
 
 DEFAULT_TIMEOUT = 1800.0
 # Set by launchers that say ranks in their own words (a shell within a Slurm job has only SLURM_NTASKS)
@@ -22,6 +26,8 @@ OTHER_LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "S
 
 T = TypeVar("T")
 _limit: datetime.timedelta | None = None  # of every collective, as `init_distributed` was told
+_SIGN_OF_LIFE = 1.0  # seconds between two of a rank that others wait for
+_meetings = 0
 
 
 def init_distributed(timeout: float = DEFAULT_TIMEOUT) -> torch.device:
@@ -192,3 +198,51 @@ def barrier() -> None:
     """Wait for all ranks."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()
+
+
+@contextlib.contextmanager
+def long_work() -> Iterator[None]:
+    """Inside, ranks may take longer than a collective may wait, each in its own time; they leave together.
+
+    A rank that is done waits for the others outside of any collective, as long as each gives signs of life: the
+    time-out is between two of them. For files that rank 0 writes; no collective may be inside. An exception leaves at
+    once.
+
+    Raises:
+        RuntimeError: of a rank there was no sign of life for the time-out of `init_distributed`.
+    """
+    if world_size() == 1:
+        yield
+        return
+    global _meetings
+    _meetings += 1
+    store, meeting, done = c10d._get_default_store(), f"long_work/{_meetings}", threading.Event()
+
+    def live() -> None:
+        while not done.wait(_SIGN_OF_LIFE):
+            store.add(f"{meeting}/alive/{rank()}", 1)
+
+    thread = threading.Thread(target=live, name="sign of life", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+    store.add(f"{meeting}/done/{rank()}", 1)
+    for other in range(world_size()):
+        _wait_for(store, meeting, other)
+
+
+def _wait_for(store: Any, meeting: str, other: int) -> None:
+    """Wait until a rank is done with `long_work`, however long that takes while it lives."""
+    limit = (_limit or datetime.timedelta(seconds=DEFAULT_TIMEOUT)).total_seconds()
+    seen, seen_at, pause = 0, time.monotonic(), 0.005
+    while not store.add(f"{meeting}/done/{other}", 0):
+        if (alive := store.add(f"{meeting}/alive/{other}", 0)) != seen:
+            seen, seen_at = alive, time.monotonic()
+            beat()  # this rank moves as long as that one does
+        if time.monotonic() - seen_at > limit:
+            raise RuntimeError(f"Timed out waiting for rank {other}: no sign of life for {limit:.0f} s")
+        time.sleep(pause)
+        pause = min(2 * pause, 0.5)
