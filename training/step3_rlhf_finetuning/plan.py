@@ -101,7 +101,9 @@ class RoleCosts:
         return sum(t.numel() * t.element_size() for t in tensors if t.dim() == 4) // 8
 
 
-def decoding_parts(costs: RoleCosts, rows: int, dtype: str, engine: str, gathered: int) -> dict[str, int]:
+def decoding_parts(
+    costs: RoleCosts, rows: int, dtype: str, engine: str, gathered: int, *, on_cpu: bool
+) -> dict[str, int]:
     """What decoding allocates, by name.
 
     Args:
@@ -110,6 +112,7 @@ def decoding_parts(costs: RoleCosts, rows: int, dtype: str, engine: str, gathere
         dtype: of the weights and the cache.
         engine: ``fast`` or ``hf``.
         gathered: bytes of the twin's whole parameters at stage 3.
+        on_cpu: with small groups of prompts, and linear weights that are laid out once more for the CPU's kernels.
     """
     vocabulary = plans.vocabulary(costs.actor)
     tokens = costs.prompt + costs.response
@@ -117,8 +120,9 @@ def decoding_parts(costs: RoleCosts, rows: int, dtype: str, engine: str, gathere
     if engine == "hf":  # its cache grows by concatenation: one layer is there twice
         prefill = costs.prefill(rows, costs.prompt)
         return {"gathered twin": gathered, "KV cache": cache, "prompts": prefill.peak}
-    group = max(1, prefill_tokens(plans.device()) // costs.prompt + 1)
-    packs = plans.device().type == "cpu" and costs.response >= MIN_STEPS_TO_PACK
+    device = torch.device("cpu" if on_cpu else "cuda")
+    group = max(1, prefill_tokens(device) // costs.prompt + 1)
+    packs = on_cpu and costs.response >= MIN_STEPS_TO_PACK
     return {
         "gathered twin": gathered,
         "KV cache": cache,
@@ -137,6 +141,8 @@ def rlhf_plan(
     zero: RoleZeroArguments,
     overrides: dict[str, Any],
     stages: tuple[int, int],
+    *,
+    on_cpu: bool,
 ) -> plans.Plan:
     """The plan of step 3.
 
@@ -146,8 +152,9 @@ def rlhf_plan(
         roles, rollout, train, zero: the step's flags.
         overrides: the user's DeepSpeed configuration.
         stages: ZeRO stages of actor and critic.
+        on_cpu: the run is one on CPUs.
     """
-    dtype, on_cpu, ranks = roles.dtype, plans.device().type == "cpu", world_size()
+    dtype, ranks = roles.dtype, world_size()
     mix = bool(train.unsupervised_data_path)
     memory: dict[str, RoleMemory] = {}
     for role, stage in zip(costs.trained, stages, strict=False):
@@ -165,7 +172,7 @@ def rlhf_plan(
         memory["reward"] = bare(costs.reward_parameters, zero_stage=stages[1], offload=zero.offload_reward_model)
     if train.enable_ema:
         memory["ema"] = RoleMemory({"moving average": 4 * -(-plans.role_size(costs.actor).trained // ranks)})
-    phases = _phases(costs, settings, memory, dtype, rollout, mix=mix)
+    phases = _phases(costs, settings, memory, dtype, rollout, mix=mix, on_cpu=on_cpu)
     return plans.Plan(memory, phases, on_cpu, _notes(costs, settings))
 
 
@@ -177,16 +184,17 @@ def _phases(
     rollout: RolloutArguments,
     *,
     mix: bool,
+    on_cpu: bool,
 ) -> list[plans.Phase]:
     rows, actor, critic = settings.batch, memory["actor"], memory.get("critic")
-    decoding = functools.partial(
-        decoding_parts, costs, dtype=dtype, engine=rollout.rollout_engine, gathered=actor.gathered
-    )
+    engine = rollout.rollout_engine
+    whole = plans.role_size(costs.actor).parameters * BYTES[dtype] if actor.gathered else 0  # not only what is live
+    decoding = decoding_parts(costs, settings.other_batch, dtype, engine, whole, on_cpu=on_cpu)
     logits = plans.logits_bytes(costs.actor, rows, costs.response, dtype)
     scored = costs.scoring("actor", rows)
     score = {"gathered parameters": actor.gathered, "logits": logits, "activations": scored.peak - logits}
     phases = [  # evaluation does the same with as many rows at a time
-        plans.Phase("generation", decoding(settings.other_batch)),
+        plans.Phase("generation", decoding),
         plans.Phase("scoring: log-probs", score),
     ]
     if costs.reward is not None:
@@ -254,11 +262,11 @@ def show_rlhf_plan(models: Models, flags: Flags) -> int:
         other_batch=rollout.per_device_generation_batch_size,
         accumulates=train.gradient_accumulation_steps > 1,
     )
-    asked = (zero.actor_zero_stage, zero.critic_zero_stage)
+    asked, on_cpu = (zero.actor_zero_stage, zero.critic_zero_stage), plans.device().type == "cpu"
 
     def plan_of(s: plans.Settings) -> plans.Plan:
         stages = asked if s.zero_stage == settings.zero_stage else (s.zero_stage, s.zero_stage)
-        return rlhf_plan(costs, s, roles, rollout, train, zero, models.overrides, stages)
+        return rlhf_plan(costs, s, roles, rollout, train, zero, models.overrides, stages, on_cpu=on_cpu)
 
     paths = ", ".join([actor] if reward is None else [actor, reward.path])
     title = f"step 3: {paths}, {roles.dtype}, ZeRO {asked[0]} and {asked[1]}, ranks: {world_size()}"

@@ -45,10 +45,12 @@ def deepspeed_memory(
     offload: bool = False,
     lora: LoraArguments | None = None,
     accumulation: int = 1,
+    bucket: int = BUCKET,
 ) -> dict[str, Any]:
     """Bytes alive after the second step, and the peaks of its backward and its step; and the model's size."""
     device = init_distributed()
-    overrides = {"zero_optimization": {"reduce_bucket_size": BUCKET, "stage3_param_persistence_threshold": 0}}
+    sizes = {"reduce_bucket_size": bucket, "stage3_prefetch_bucket_size": 0, "stage3_param_persistence_threshold": 0}
+    overrides = {"zero_optimization": sizes}
     config = deepspeed_config(zero_stage=stage, dtype=dtype, offload=offload, overrides=overrides)
     ids = torch.arange(3, 8).unsqueeze(0)
     mask = torch.ones_like(ids)

@@ -161,6 +161,20 @@ def test_lora_spares_the_reference(tiny_model, capsys):
     assert "  reference" not in capsys.readouterr().out
 
 
+def test_a_rollout_gathers_the_whole_actor_however_few_layers_training_holds(tiny_model, monkeypatch):
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    costs = RoleCosts(fake(tiny_model), None, None, 16, 16, 0)
+    names = ("RoleArguments", "RolloutArguments", "OptimizationArguments", "RoleZeroArguments")
+    role, rollout, train, zero = (getattr(rlhf_arguments, name)() for name in names)
+    few = {"zero_optimization": {"stage3_max_live_parameters": 1000}}
+    settings = replace(SETTINGS, zero_stage=3)
+    plan = rlhf_plan(costs, settings, replace(role, dtype="fp32"), rollout, train, zero, few, (3, 3), on_cpu=False)
+    generation = next(phase for phase in plan.phases if phase.name == "generation")
+    assert plan.roles["actor"].gathered == 4 * 1000
+    assert generation.parts["gathered twin"] == 4 * plans.role_size(costs.actor).parameters
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_the_pretraining_mix_has_logits_of_every_token(tiny_model, stage):
     costs = RoleCosts(fake(tiny_model), fake(tiny_model, classifier=True), None, 16, 16, 0)
@@ -170,7 +184,8 @@ def test_the_pretraining_mix_has_logits_of_every_token(tiny_model, stage):
         role, rollout, zero = (
             getattr(rlhf_arguments, name)() for name in ("RoleArguments", "RolloutArguments", "RoleZeroArguments")
         )
-        return rlhf_plan(costs, SETTINGS, replace(role, dtype="fp32"), rollout, train, zero, {}, (stage, stage))
+        role, stages = replace(role, dtype="fp32"), (stage, stage)
+        return rlhf_plan(costs, SETTINGS, role, rollout, train, zero, {}, stages, on_cpu=True)
 
     without, with_mix = plan(), plan(unsupervised_data_path=["text.jsonl"])
     added = [phase for phase in with_mix.phases if phase.name not in {p.name for p in without.phases}]

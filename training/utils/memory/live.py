@@ -29,12 +29,16 @@ class LiveMemory(TorchDispatchMode):
     Attributes:
         bytes: alive now.
         peak: the most that was alive at once; may be set back to `bytes`.
+        gradients: bytes among them that are parameters' gradients, which whoever counts says.
+        lean_peak: the most that was alive at once without these.
     """
 
     def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()
         self.bytes = 0
         self.peak = 0
+        self.gradients = 0
+        self.lean_peak = 0
         self._alive: dict[int, weakref.ref] = {}
         for tensor in known:
             self.add(tensor, 0)
@@ -54,6 +58,7 @@ class LiveMemory(TorchDispatchMode):
         self._alive[key] = weakref.ref(storage, freed)
         self.bytes += held
         self.peak = max(self.peak, self.bytes)
+        self.lean_peak = max(self.lean_peak, self.bytes - self.gradients)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
@@ -75,10 +80,12 @@ class PassMemory:
     Attributes:
         peak: the most at once; with a backward the gradients in the parameters' own precision are part of it.
         gradients: what is left of them at the end.
+        lean: the most at once where each parameter's gradient is let go as soon as it is whole.
     """
 
     peak: int
     gradients: int
+    lean: int
 
 
 class FakeModel:
@@ -143,14 +150,22 @@ class FakeModel:
     def training_pass(self, loss: Callable[[FakeModel], torch.Tensor]) -> PassMemory:
         """Memory of ``loss(model)`` and its backward, a scalar."""
         self.module.train()
-        with self.counting() as memory:
+        with self.counting() as memory, contextlib.ExitStack() as hooks:
+
+            def whole(parameter: torch.Tensor) -> None:
+                assert parameter.grad is not None
+                memory.gradients += parameter.grad.nbytes
+
+            for parameter in self.module.parameters():
+                if parameter.requires_grad:
+                    hooks.callback(parameter.register_post_accumulate_grad_hook(whole).remove)
             value = loss(self)
             value.backward()
             del value
         gradients = memory.bytes
         for parameter in self.module.parameters():
             parameter.grad = None
-        return PassMemory(memory.peak, gradients)
+        return PassMemory(memory.peak, gradients, memory.lean_peak)
 
     def forward_pass(self, function: Callable[[FakeModel], Any]) -> PassMemory:
         """Memory of ``function(model)`` without gradients."""
@@ -158,4 +173,4 @@ class FakeModel:
         with self.counting() as memory, torch.no_grad():
             result = function(self)
             del result
-        return PassMemory(memory.peak, 0)
+        return PassMemory(memory.peak, 0, memory.peak)

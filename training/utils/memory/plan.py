@@ -251,6 +251,8 @@ def training_phases(
 ) -> list[Phase]:
     """Backward and step of one role.
 
+    In the backward all gradients are there, in the parameters' precision, unless ZeRO lets them go bucket by bucket.
+
     Args:
         role: its name.
         memory: from `training.utils.memory.zero.trained_role`.
@@ -260,12 +262,14 @@ def training_phases(
         others, others_at_step: gradients that another role keeps in the backward and in the step.
     """
     earlier = {"gradients of the other role": others}
-    backward = {
-        "gathered parameters": memory.gathered,
-        "logits": logits,
-        "activations and gradients": passes.peak - logits,
-        "gradients of earlier micro-batches": memory.pending if accumulates else 0,
-    }
+    if memory.releases:
+        gradients = {"activations": passes.lean - logits, "gradients and buckets": memory.reduction - memory.gathered}
+    else:
+        gradients = {
+            "activations and gradients": passes.peak - logits,
+            "gradients of earlier micro-batches": memory.pending if accumulates else 0,
+        }
+    backward = {"gathered parameters": memory.gathered, "logits": logits, **gradients}
     return [
         Phase(f"{role}: backward", backward | earlier),
         Phase(f"{role}: reduction", {"gradients and buckets": memory.reduction} | earlier),

@@ -45,6 +45,7 @@ class RoleMemory:
         pending: gradients from a backward to the step, beyond what is resident.
         reduction: the most at the end of a backward, ``pending`` included.
         step: the most in the optimizer step, ``pending`` included.
+        releases: gradients are reduced and let go during the backward, whenever a bucket is full.
     """
 
     resident: dict[str, int]
@@ -53,6 +54,7 @@ class RoleMemory:
     pending: int = 0
     reduction: int = 0
     step: int = 0
+    releases: bool = False
 
     @property
     def total(self) -> int:
@@ -77,7 +79,8 @@ def trained_role(
     stage, offload = effective_stage(zero["stage"]), "offload_optimizer" in zero
     width, trained, share = BYTES[dtype], size.trained, -(-size.trained // ranks)
     elements = int(zero.get("reduce_bucket_size", BUCKET))
-    used = min(elements, trained)  # gradients are reduced, and let go, whenever the bucket is full
+    used = min(elements, trained)  # gradients are reduced, and from stage 2 on let go, whenever the bucket is full
+    full = trained > elements
     bucket = used if on_cpu else elements
     held = {"parameters": size.parameters * width, MASTER: 4 * share, MOMENTS: 8 * share}
     if is_plain(config, ranks):  # the weights are the masters
@@ -104,7 +107,7 @@ def trained_role(
         pending = 4 * share
         alias = width == 4 and ranks == 1 and not accumulates  # then the gradient itself is kept
         reduction = width * (bucket + used) + (0 if alias else pending)
-        return RoleMemory(held, host, 0, pending, reduction, pending + max(norm, 4 * share if width == 4 else 0))
+        return RoleMemory(held, host, 0, pending, reduction, pending + max(norm, 4 * share if width == 4 else 0), full)
     held["parameters"] = -(-size.parameters // ranks) * width
     if not offload:
         held["gradients"] = 4 * share
@@ -113,7 +116,7 @@ def trained_role(
     gathered = min(size.parameters, int(zero.get("stage3_max_live_parameters", LIVE))) * width if ranks > 1 else 0
     cast = width * -(-used // ranks) if ranks > 1 else 4 * used
     reduction = width * used * (1 + on_cpu) + cast + gathered
-    return RoleMemory(held, host, gathered, 0, reduction, norm if offload else 4 * share)
+    return RoleMemory(held, host, gathered, 0, reduction, norm if offload else 4 * share, full)
 
 
 def frozen_role(parameters: int, *, zero_stage: int, dtype: str, ranks: int, offload: bool = False) -> RoleMemory:
