@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from training.utils.model.forward import forward_inputs, without_adapters
 
@@ -58,22 +57,80 @@ def response_log_probs(
         zero = logits.flatten()[:1].float().sum() * 0.0
         empty = logits.new_zeros(input_ids.shape, dtype=torch.float32) + zero
         return empty, empty.detach() if entropy else None
-    targets = input_ids[:, columns][rows, cols]
-    parts, entropies = [], []
-    # Indexed once and split: the backward of an index fills a tensor as large as all logits, at every piece again
-    pieces = zip(logits[at].split(CHUNK_POSITIONS), targets.split(CHUNK_POSITIONS), strict=True)
-    for piece, piece_targets in pieces:
-        arguments = (piece, piece_targets, temperature, entropy)
-        if torch.is_grad_enabled():
-            log_probs, chunk_entropy = checkpoint(_chunk, *arguments, use_reentrant=False)
-        else:
-            log_probs, chunk_entropy = _chunk(*arguments)
-        parts.append(log_probs)
-        entropies.append(chunk_entropy)
+    # A node that keeps its own output for its backward (none does after a linear layer) would find gradients there
+    spare = not hasattr(logits.grad_fn, "_saved_result")
+    targets, width = input_ids[:, columns][rows, cols], logits.shape[1]
+    log_probs, entropies = _TokenLogProbs.apply(
+        logits.flatten(0, 1), at[0] * width + at[1], targets, temperature, entropy, spare
+    )
     where = (rows, columns[cols])
     blank = logits.new_zeros(input_ids.shape, dtype=torch.float32)
-    result = blank.index_put(where, torch.cat(parts))
-    return result, blank.index_put(where, torch.cat(entropies)) if entropy else None
+    return blank.index_put(where, log_probs), blank.index_put(where, entropies) if entropy else None
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    """Log-probs and entropies of some rows of logits, whose backward writes the gradient into the logits themselves.
+
+    Beside the logits only pieces of `CHUNK_POSITIONS` rows exist in fp32. What autograd would make of the same lines
+    takes three more tensors of the logits' size: the rows taken out, their gradient, and that of all logits.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: torch.Tensor,
+        at: torch.Tensor,
+        targets: torch.Tensor,
+        temperature: float,
+        entropy: bool,
+        spare: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits ``[P, V]``; rows ``[N]``, not empty, and tokens ``[N]`` -> log-probs and entropies ``[N]``, fp32."""
+        ctx.save_for_backward(logits, at, targets)
+        ctx.temperature, ctx.spare = temperature, spare
+        found = []
+        for rows, tokens in zip(at.split(CHUNK_POSITIONS), targets.split(CHUNK_POSITIONS), strict=True):
+            log_softmax = _log_softmax(logits[rows], temperature)
+            chosen = log_softmax.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+            spread = -(log_softmax.exp() * log_softmax).sum(-1) if entropy else torch.zeros_like(chosen)
+            found.append((chosen, spread))
+        log_probs, entropies = (torch.cat(parts) for parts in zip(*found, strict=True))
+        if not entropy:
+            ctx.mark_non_differentiable(entropies)
+        ctx.entropy = entropy
+        return log_probs, entropies
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients ``[N]`` of both -> that of the logits; a row that was asked for twice gets the sum."""
+        logits, at, targets = ctx.saved_tensors
+        at, order = at.sort()
+        targets, of_log_probs = targets[order], grads[0][order]
+        wanted, inverse, counts = at.unique_consecutive(return_inverse=True, return_counts=True)
+        of_entropies = grads[1].new_zeros(len(wanted)).index_add(0, inverse, grads[1][order]) if ctx.entropy else None
+        totals = of_log_probs.new_zeros(len(wanted)).index_add(0, inverse, of_log_probs)
+        ends = [0, *counts.cumsum(0)[CHUNK_POSITIONS - 1 :: CHUNK_POSITIONS].tolist()]
+        result = logits if ctx.spare else torch.empty_like(logits)
+        unused = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+        unused[wanted] = False
+        for start in range(0, len(wanted), CHUNK_POSITIONS):
+            rows, piece = wanted[start : start + CHUNK_POSITIONS], slice(start, start + CHUNK_POSITIONS)
+            number = start // CHUNK_POSITIONS
+            mine = slice(ends[number], ends[number + 1] if number + 1 < len(ends) else None)
+            log_softmax = _log_softmax(logits[rows], ctx.temperature)
+            probs = log_softmax.exp()
+            gradient = probs * -totals[piece].unsqueeze(-1)
+            gradient.index_put_((inverse[mine] - start, targets[mine]), of_log_probs[mine], accumulate=True)
+            if of_entropies is not None:
+                spread = (probs * log_softmax).sum(-1, keepdim=True)  # the negative entropy
+                gradient -= of_entropies[piece].unsqueeze(-1) * probs * (log_softmax - spread)
+            result[rows] = (gradient / ctx.temperature).to(logits.dtype)
+        result[unused] = 0
+        return result, None, None, None, None, None
+
+
+def _log_softmax(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    return torch.log_softmax(logits.to(torch.float32) / temperature, dim=-1)
 
 
 @torch.no_grad()
@@ -99,7 +156,7 @@ def response_kl(
         other = _logits_at(model, input_ids, attention_mask, columns - 1)[kept]
     parts = []
     for piece, base in zip(own.split(CHUNK_POSITIONS), other.split(CHUNK_POSITIONS), strict=True):
-        p, q = (torch.log_softmax(logits.to(torch.float32), dim=-1) for logits in (piece, base))
+        p, q = (_log_softmax(logits, 1.0) for logits in (piece, base))
         parts.append((p.exp() * (p - q)).sum(-1))
     return torch.cat(parts)
 
@@ -112,15 +169,6 @@ def _response_columns(response_mask: torch.Tensor) -> tuple[torch.Tensor, torch.
     if columns.numel() == 0:  # a zero-weight filler: one column keeps the backward graph whole
         columns = torch.tensor([mask.shape[1] - 1], device=mask.device)
     return mask[:, columns], columns
-
-
-def _chunk(
-    logits: torch.Tensor, targets: torch.Tensor, temperature: float, entropy: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Logits ``[N, V]``, targets ``[N]`` -> log-probs ``[N]`` and entropies ``[N]``, fp32."""
-    log_softmax = torch.log_softmax(logits.to(torch.float32) / temperature, dim=-1)
-    chosen = log_softmax.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    return chosen, -(log_softmax.exp() * log_softmax).sum(-1) if entropy else None
 
 
 def _logits_at(
