@@ -118,19 +118,20 @@ class _TokenLogProbs(torch.autograd.Function):
             number = start // CHUNK_POSITIONS
             mine = slice(ends[number], ends[number + 1] if number + 1 < len(ends) else None)
             log_softmax = _log_softmax(logits[rows], ctx.temperature)
-            probs = log_softmax.exp()
-            gradient = probs * -totals[piece].unsqueeze(-1)
-            gradient.index_put_((inverse[mine] - start, targets[mine]), of_log_probs[mine], accumulate=True)
+            probs, scale = log_softmax.exp(), -totals[piece].unsqueeze(-1)
             if of_entropies is not None:
                 spread = (probs * log_softmax).sum(-1, keepdim=True)  # the negative entropy
-                gradient -= of_entropies[piece].unsqueeze(-1) * probs * (log_softmax - spread)
-            result[rows] = (gradient / ctx.temperature).to(logits.dtype)
+                scale = scale - of_entropies[piece].unsqueeze(-1) * (log_softmax - spread)
+            gradient = probs.mul_(scale)
+            gradient.index_put_((inverse[mine] - start, targets[mine]), of_log_probs[mine], accumulate=True)
+            result[rows] = gradient.div_(ctx.temperature).to(logits.dtype)
         result[unused] = 0
         return result, None, None, None, None, None
 
 
 def _log_softmax(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    return torch.log_softmax(logits.to(torch.float32) / temperature, dim=-1)
+    scaled = logits.to(torch.float32)
+    return torch.log_softmax(scaled if temperature == 1 else scaled / temperature, dim=-1)
 
 
 @torch.no_grad()
