@@ -1,4 +1,6 @@
-"""Step 3 against TRL's `RLOOTrainer` on a CPU: the same SFT model, reward, prompts, batches and lengths, in turn.
+"""The steps against TRL's trainers on a CPU, in turn: ``--step 1`` and ``2`` are in against_trl_tuning.py, 3 is here.
+
+Step 3 against `RLOOTrainer`: the same SFT model, reward, prompts, batches and lengths.
 
 TRL is no dependency of this project. It lives in an environment of its own, which sees this one's packages, so that
 both run on the same torch and transformers:
@@ -7,6 +9,8 @@ both run on the same torch and transformers:
         > trl_env/lib/python3.11/site-packages/tripod.pth
     trl_env/bin/python -m pip install --no-deps trl
 
+    python benchmarks/against_trl.py --step 1 --trl_python trl_env/bin/python --json against_trl_step1.json
+    python benchmarks/against_trl.py --step 2 --trl_python trl_env/bin/python --json against_trl_step2.json
     python benchmarks/against_trl.py --sft output/demo/step1 --trl_python trl_env/bin/python
     python benchmarks/against_trl.py --sft output/demo/step1 --trl_python trl_env/bin/python --trl_weights fp32 bf16 \
         --iterations_long 20 --json against_trl.json
@@ -85,7 +89,11 @@ PRECISION = {
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read the flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sft", type=Path, help="step 1's folder: both trainers start from it")
+    parser.add_argument("--step", type=int, choices=(1, 2, 3), default=3)
+    parser.add_argument("--sft", type=Path, help="both trainers start from it (steps 1 and 2: the embedded model)")
+    parser.add_argument("--data", default="", help="rows of steps 1 and 2 (default: the demo's)")
+    parser.add_argument("--rows", type=int, default=64, help="of the demo's, for steps 1 and 2")
+    parser.add_argument("--batch", type=int, default=8, help="rows or pairs of an optimizer step of steps 1 and 2")
     parser.add_argument("--trl_python", help="interpreter of an environment that has trl")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each trainer")
     parser.add_argument("--iterations", type=int, default=4, help="timed iterations of a run, after one that is not")
@@ -100,8 +108,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--json", default="", help="also write the figures to this file")
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)  # the settings of one run of TRL
     arguments = parser.parse_args(argv)
-    if not arguments.child and not (arguments.sft and arguments.trl_python):
-        parser.error("give --sft and --trl_python")
+    if not arguments.child and not (arguments.trl_python and (arguments.sft or arguments.step < 3)):
+        parser.error("give --trl_python, and --sft for step 3")
     if min(arguments.rounds, arguments.iterations, arguments.held_out) < 1:
         parser.error("--rounds, --iterations and --held_out must be at least 1")
     if arguments.dtype == "auto" and not arguments.child:
@@ -451,8 +459,18 @@ def main(argv: Sequence[str]) -> int:
     """Run the rounds and the long runs, print the tables, and write the JSON file if asked to."""
     arguments = parse(argv)
     if arguments.child:
-        train_with_trl(json.loads(Path(arguments.child).read_text()))
+        settings = json.loads(Path(arguments.child).read_text())
+        if "step" in settings:
+            import against_trl_tuning
+
+            against_trl_tuning.train_with_trl(settings)
+        else:
+            train_with_trl(settings)
         return 0
+    if arguments.step < 3:
+        import against_trl_tuning
+
+        return against_trl_tuning.main(arguments)
     arguments.sft = arguments.sft.resolve()
     with tempfile.TemporaryDirectory() as work:
         rounds = [
