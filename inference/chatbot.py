@@ -4,18 +4,19 @@
     python inference/chatbot.py --path output/demo/step1 any other folder, hub name, GGUF file or LoRA adapter
 
 Answers appear while they are written. Ctrl-C ends an answer, Ctrl-D or /quit the program; the arrow keys bring
-earlier prompts back. /help lists the commands.
+earlier prompts back, those of earlier sessions, too. /help lists the commands.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import json
 import sys
 import time
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +26,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # outside the environ
 from training.utils.arguments import flag, parse
 from training.utils.errors import UserError, run_program
 from training.utils.run.environment import check_environment
+from training.utils.run.folders import cache_dir
 
 if TYPE_CHECKING:
     from chat_models import ChatModel
@@ -34,9 +36,15 @@ HELP = """\
 /system TEXT   set the system message and start anew; without TEXT show it, "/system -" removes it
 /reset         start a new conversation
 /save FILE     write the conversation as one JSON line, a row that step 1 can train on
+/retry         answer the last prompt again, with other random numbers
+/set NAME V    change a sampling setting, such as /set temperature 0.5; without NAME list them
 /seed N        set the seed of the next answers
 /help          this list
-/quit          leave (or Ctrl-D)"""
+/quit          leave (or Ctrl-D)
+A line that ends with a backslash goes on in the next one; lines between two lines of \"\"\" are one prompt."""
+QUOTES = '"' * 3
+HISTORY_FILE = "chat_history"  # in the cache folder
+HISTORY_LINES = 1000
 
 
 @dataclass
@@ -45,6 +53,7 @@ class ChatArguments:
 
     path: str = flag("", "folder, hub name, GGUF file or LoRA adapter (default: step3/actor of the latest run)")
     system: str = flag("", "a system message")
+    history: bool = flag(True, "keep prompts for the arrow keys of later sessions; --no-history keeps none")
 
 
 @dataclass
@@ -52,7 +61,7 @@ class Conversation:
     """What has been said; ``attempts`` makes every answer draw other random numbers under one seed."""
 
     system: str
-    seed: int
+    sampling: SamplingArguments
     messages: list[dict[str, str]] = field(default_factory=list)
     attempts: int = 0
 
@@ -90,13 +99,30 @@ def command(line: str, chat: Conversation) -> bool:
     elif name == "/seed":
         if not rest.isdecimal() or int(rest) >= 2**31:
             raise UserError("/seed takes a number from 0 to 2147483647")
-        chat.seed, chat.attempts = int(rest), 0
-        print(f"(seed {chat.seed})")
+        chat.sampling, chat.attempts = dataclasses.replace(chat.sampling, seed=int(rest)), 0
+        print(f"(seed {rest})")
+    elif name == "/set":
+        _set(rest, chat)
     elif name == "/save":
         _save(rest, chat)
     else:
         raise UserError(f"unknown command {name}; /help lists them")
     return True
+
+
+def _set(rest: str, chat: Conversation) -> None:
+    """Change one sampling setting of the answers to come, or list them."""
+    from chat_stream import checked_sampling
+
+    settings = vars(chat.sampling)
+    name, _, value = rest.replace("=", " ", 1).partition(" ")
+    if not name:
+        print("\n".join(f"{key} {settings[key]}" for key in settings))
+        return
+    if name not in settings:
+        raise UserError(f"/set {name}: the settings are {', '.join(settings)}")
+    chat.sampling = checked_sampling(list((settings | {name: value}).values()))
+    print(f"({name} {getattr(chat.sampling, name)})")
 
 
 def _save(name: str, chat: Conversation) -> None:
@@ -113,19 +139,19 @@ def _save(name: str, chat: Conversation) -> None:
     print(f"(saved to {file})")
 
 
-def answer(chat: Conversation, prompt: str, model: ChatModel, sampling: SamplingArguments) -> None:
+def answer(chat: Conversation, prompt: str, model: ChatModel) -> None:
     """Stream one answer to the terminal and add it to the conversation; Ctrl-C keeps what is there.
 
     Args:
         chat: gets the prompt and the answer, or neither if the prompt does not fit.
         prompt: not empty.
         model: who answers.
-        sampling: the conversation's own seed takes the place of its seed.
     """
     from chat_stream import stream_answer
 
+    print(f"{model.name}> ", end="", flush=True)
     chat.attempts += 1
-    sampling = dataclasses.replace(sampling, seed=(chat.seed + chat.attempts - 1) % 2**31)
+    sampling = dataclasses.replace(chat.sampling, seed=(chat.sampling.seed + chat.attempts - 1) % 2**31)
     messages = [*chat.with_system(), {"role": "user", "content": prompt}]
     shown, last, started = "", None, time.monotonic()
     try:
@@ -151,35 +177,104 @@ def answer(chat: Conversation, prompt: str, model: ChatModel, sampling: Sampling
     chat.messages += [{"role": "user", "content": prompt}, last.message]
 
 
-def chat_loop(model: ChatModel, sampling: SamplingArguments, system: str) -> None:
-    """Read prompts and commands until the end of the input; a mistake costs one line, never the conversation."""
+def retry(chat: Conversation, model: ChatModel) -> None:
+    """Answer the last prompt again; where that gives nothing, the answer of before stays.
+
+    Raises:
+        UserError: nothing has been said.
+    """
+    if not chat.messages:
+        raise UserError("there is nothing to retry yet")
+    last = chat.messages[-2:]
+    del chat.messages[-2:]
+    count = len(chat.messages)
+    try:
+        answer(chat, last[0]["content"], model)
+    finally:
+        if len(chat.messages) == count:
+            chat.messages += last
+
+
+def read_prompt(interactive: bool) -> str:
+    """One prompt or command; several lines that belong together, see `HELP`, as one.
+
+    Raises:
+        EOFError, KeyboardInterrupt: as ``input`` does.
+    """
+    more = "...> " if interactive else ""
+    lines = [input("\nyou> " if interactive else "")]
+    if lines[0].strip() == QUOTES:
+        lines = []
+        while (line := input(more)).strip() != QUOTES:
+            lines.append(line)
+        return "\n".join(lines).strip()
+    while lines[-1].endswith("\\"):
+        lines[-1] = lines[-1][:-1]
+        lines.append(input(more))
+    return "\n".join(lines).strip()
+
+
+@contextlib.contextmanager
+def line_editing(keep: bool) -> Iterator[None]:
+    """Arrow keys, and with ``keep`` the prompts of earlier sessions, in a file that this user alone can read."""
+    try:
+        readline = importlib.import_module("readline")  # its import alone gives input() arrow keys and a history
+    except ImportError:
+        print("(this Python has no readline: no history with the arrow keys)")
+        yield
+        return
+    file = cache_dir() / HISTORY_FILE
+    if not keep:
+        yield
+        return
+    with contextlib.suppress(OSError):  # none yet, or not to be read: a chat goes on without it
+        readline.read_history_file(file)
+    before = readline.get_current_history_length()
+    try:
+        yield
+    finally:
+        new = readline.get_current_history_length() - before
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch(mode=0o600)
+            readline.set_history_length(HISTORY_LINES)
+            readline.append_history_file(max(new, 0), file)
+        except OSError as error:
+            print(f"(prompts are not kept for later: {file}: {error.strerror})")
+
+
+def chat_loop(model: ChatModel, sampling: SamplingArguments, system: str, keep: bool = False) -> None:
+    """Read prompts and commands until the end of the input; a mistake costs one line, never the conversation.
+
+    Args:
+        model: who answers.
+        sampling: how, at first.
+        system: a system message, or nothing.
+        keep: the history of prompts is kept for later sessions.
+    """
+    chat = Conversation(system, sampling)
     interactive = sys.stdin.isatty()
-    if interactive:
-        try:
-            importlib.import_module("readline")  # its import alone gives input() arrow keys and a history
-        except ImportError:
-            print("(this Python has no readline: no history with the arrow keys)")
-    chat = Conversation(system, sampling.seed)
-    while True:
-        try:
-            line = input("\nyou> " if interactive else "").strip()
-        except EOFError:
-            print()
-            return
-        except KeyboardInterrupt:
-            print("\n(/quit or Ctrl-D leaves)")
-            continue
-        if not line:
-            continue
-        try:
-            if line.startswith("/"):
-                if not command(line, chat):
+    with line_editing(keep) if interactive else contextlib.nullcontext():
+        while True:
+            try:
+                line = read_prompt(interactive)
+            except EOFError:
+                print()
+                return
+            except KeyboardInterrupt:
+                print("\n(/quit or Ctrl-D leaves)")
+                continue
+            if not line:
+                continue
+            try:
+                if line == "/retry":
+                    retry(chat, model)
+                elif not line.startswith("/"):
+                    answer(chat, line, model)
+                elif not command(line, chat):
                     return
-            else:
-                print(f"{model.name}> ", end="", flush=True)
-                answer(chat, line, model, sampling)
-        except UserError as error:
-            print(f"({error})")
+            except UserError as error:
+                print(f"({error})")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -196,7 +291,7 @@ def main(argv: Sequence[str]) -> int:
     path = chat.path or list(latest_models()[0].values())[-1]
     [model] = load_chat_models({Path(path).name or path: path}, load, print)
     print("/help lists the commands")
-    chat_loop(model, sampling, chat.system)
+    chat_loop(model, sampling, chat.system, chat.history)
     return 0
 
 

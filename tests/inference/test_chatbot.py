@@ -181,3 +181,89 @@ def test_reasoning_comes_first_and_is_said(type_in, chat_folders, monkeypatch):
     monkeypatch.setattr(chat_stream, "stream_answer", thinking)
     code, out, _ = type_in(["which?"], "--path", str(chat_folders["fox"]))
     assert code == 0 and "fox> (reasoning) Small or red?\n\nRed.\n" in out
+
+
+def test_retry_settings_and_prompts_of_several_lines(type_in, chat_folders, monkeypatch):
+    seen = []
+    stream = chat_stream.stream_answer
+
+    def spy(model, messages, sampling):
+        seen.append(([m["content"] for m in messages], sampling))
+        return stream(model, messages, sampling)
+
+    monkeypatch.setattr(chat_stream, "stream_answer", spy)
+    lines = [
+        "/retry", "one \\", "two", "/retry", "/set temperature 0.5", "/set top_k=7", "/set",
+        '"""', "a", "", "  b", '"""', "/set temperature 9", "/set warmth 1", "/set top_p much", "last",
+    ]  # fmt: skip
+    code, out, _ = type_in(lines, "--path", str(chat_folders["fox"]), "--seed", "3")
+    assert code == 0 and "nothing to retry" in out
+    assert [m for m, _ in seen] == [
+        ["one \ntwo"],
+        ["one \ntwo"],
+        ["one \ntwo", FOX, "a\n\n  b"],
+        ["one \ntwo", FOX, "a\n\n  b", FOX, "last"],
+    ]
+    assert [(s.seed, s.temperature, s.top_k) for _, s in seen] == [(3, 0.7, 0), (4, 0.7, 0), (5, 0.5, 7), (6, 0.5, 7)]
+    assert "temperature 0.5\ntop_p 0.9\ntop_k 7" in out
+    for said in ("temperature must be at least 0", "/set warmth: the settings are max_new_tokens", "must be a number"):
+        assert said in out
+
+
+def test_a_retry_that_is_stopped_at_once_keeps_the_answer_of_before(load):
+    [model] = load("fox")
+    chat = chatbot.Conversation("", chat_stream.SamplingArguments())
+    chatbot.answer(chat, "hello", model)
+    before = list(chat.messages)
+
+    def stopped(*arguments):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chat_stream, "stream_answer", stopped)
+        chatbot.retry(chat, model)
+    assert chat.messages == before
+
+
+@pytest.mark.parametrize("flags", [[], ["--no-history"]])
+def test_prompts_of_an_earlier_session_come_back(flags, tmp_path):
+    """With a terminal: the history of readline, in a file of this user alone."""
+    script = (
+        f"import sys; sys.path[:0] = [{str(INFERENCE)!r}]; import chatbot, types\n"
+        "chatbot.answer = lambda chat, prompt, model: print('asked', repr(prompt))\n"
+        f"chatbot.chat_loop(types.SimpleNamespace(name='m'), None, '', keep={not flags})\n"
+    )
+
+    def session(keys):
+        master, slave = pty.openpty()
+        environment = os.environ | {"TRIPOD_CACHE": str(tmp_path / "cache")}
+        process = subprocess.Popen(
+            [sys.executable, "-c", script], stdin=slave, stdout=slave, stderr=slave, env=environment
+        )
+        os.close(slave)
+        said = b""
+        for key in keys:
+            end = time.monotonic() + 60
+            while not said.rstrip().endswith(b"you>") and time.monotonic() < end:
+                if select.select([master], [], [], 0.2)[0]:
+                    said += os.read(master, 4096)
+            os.write(master, key)
+            said += b" "
+            time.sleep(0.1)
+        end = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < end:
+            if select.select([master], [], [], 0.2)[0]:
+                try:
+                    said += os.read(master, 4096)
+                except OSError:
+                    break
+        assert process.wait(60) == 0
+        os.close(master)
+        return said.decode()
+
+    assert "asked 'first one'" in session([b"first one\n", b"/quit\n"])
+    file = tmp_path / "cache" / chatbot.HISTORY_FILE
+    assert file.exists() == (not flags)
+    if not flags:
+        assert file.stat().st_mode & 0o077 == 0
+        assert "asked 'first one'" in session([b"\x1b[A\x1b[A\n", b"/quit\n"]), "two lines up: /quit, and the prompt"
