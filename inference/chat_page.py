@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import html
 import logging
+import re
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ EXAMPLES = (
     "Why is the sky blue?",
     "Write a kind note to a leaving colleague.",
 )
+GONE_SECONDS = 5.0  # that a reload waits for the answers of before to end
 REFRESH_SECONDS = 0.1  # between two updates of the browser, which take time from the models on a small machine
 VISITORS_AT_ONCE = 2  # whose answers grow at the same time; the others queue
 
@@ -45,9 +48,32 @@ footer {display: none !important;}
 .chat .note {color: var(--body-text-color-subdued); font-size: .85rem; font-variant-numeric: tabular-nums;}
 /* the bin would empty one column in the browser alone; Clear empties the conversation */
 .chat .top-panel, .chat .message-buttons-right {display: none !important;}
+.chat .message.user:has(.typed) {padding: 6px 12px !important; border-radius: 8px !important;}
+.chat .message.user:has(.typed) {background: var(--color-accent-soft) !important;}
+.chat .typed {white-space: pre-wrap; overflow-wrap: anywhere;}
+/* above the prompt to the eye, after it for the keyboard: Tab leads from the prompt to the votes */
+#ask {gap: 8px;}
+#votes {order: -1;}
+#notice {order: -2;}
+#gone {padding: .5rem .8rem; border-radius: 8px; order: -3;}
+#gone {background: var(--error-background-fill); color: var(--error-text-color);}
+@media (max-width: 640px) {
+  .gradio-container main {padding: 8px !important;}
+  #actions {gap: 6px;}
+  #title p {display: none;}
+  #columns {flex-wrap: nowrap !important; overflow-x: auto; scroll-snap-type: x mandatory;}
+  #columns > .column {flex: 0 0 92% !important; min-width: 0 !important; scroll-snap-align: start;}
+  #columns > .column:only-child {flex-basis: 100% !important;}
+  .chat {height: calc(100dvh - 330px) !important; min-height: 200px !important;}
+  #votes {flex-wrap: nowrap; gap: 6px;}
+  #votes button {min-width: 0 !important; padding: 8px 4px !important;}
+  #ask {position: sticky; bottom: 0; z-index: 5; padding: 6px 0; background: var(--body-background-fill);}
+}
 #actions {align-items: center;}
 #actions > button {flex: 0 0 auto !important;}
 #actions > :last-child {flex: 0 0 auto !important; width: auto; border: none;}
+#actions > :last-child, #actions > :last-child * {background: none;}
+#actions input:checked {background: var(--color-accent);}
 #blind {width: auto; border-width: 0 !important; overflow: visible;}
 #notice p {margin: 0; padding: .5rem .8rem; border-radius: 8px; background: var(--color-accent-soft);}
 """
@@ -59,7 +85,7 @@ _HEAD = (
 STYLE = {
     "theme": gr.themes.Default(primary_hue="indigo", neutral_hue="slate", font=_FONT, font_mono=_MONO),
     "css": _CSS,
-    "head": _HEAD,
+    "head": _HEAD + f"<script>{(Path(__file__).parent / 'chat_page.js').read_text(encoding='utf-8')}</script>",
 }
 _DOWNLOAD = """(text) => {
     if (!text) return;
@@ -70,6 +96,10 @@ _DOWNLOAD = """(text) => {
     URL.revokeObjectURL(link.href);
 }"""
 
+
+# A tab's own name for its conversation, which the server keeps: the tab finds it again after a reload
+_TOKEN = "() => [tripodToken()]"
+MOST_SESSIONS = 1000  # conversations that are kept; the one that was longest unused goes
 
 Update = dict[Any, Any]  # widget -> its new value; the others keep theirs
 
@@ -89,12 +119,14 @@ class Widgets:
     send: gr.Button
     stop: gr.Button
     votes: list[gr.Button]
+    unvote: gr.Button
     blind: gr.Checkbox
+    download: gr.Textbox
 
     @property
     def outputs(self) -> list[Any]:
         """What a handler may change."""
-        state = [self.session, self.notice, self.prompt, self.send, self.stop, self.blind]
+        state = [self.session, self.notice, self.prompt, self.send, self.stop, self.unvote, self.blind]
         return [*state, *self.headings, *self.chats, *self.votes]
 
 
@@ -115,6 +147,7 @@ class Page:
         self.blind = blind and len(models) > 1
         self.system = system
         self.judging = threading.Lock()
+        self.sessions: OrderedDict[str, Session] = OrderedDict()  # by the token of their tab
         self.answering: set[int] = set()  # visitors whose answers grow right now, by the identity of their session
 
     def new_session(self) -> Session:
@@ -129,6 +162,8 @@ class Page:
             w.notice: gr.update(value=notice, visible=bool(notice)),
             w.send: gr.update(visible=not session.busy),
             w.stop: gr.update(visible=session.busy),
+            w.unvote: gr.update(visible=session.can_unvote),
+            w.blind: session.blind,
         }
         update |= {heading: session.heading(column) for column, heading in enumerate(w.headings)}
         update |= {button: gr.update(interactive=session.can_vote) for button in w.votes}
@@ -139,9 +174,19 @@ class Page:
         normalised = self.judge is not None and self.judge.std is not None
         return {chat: _bubbles(session, column, normalised) for column, chat in enumerate(self.widgets.chats)}
 
-    def start(self) -> Update:
-        """A visitor opens the page; names come to the browser only here, and not in blind mode."""
-        return self.view(self.new_session())
+    def start(self, token: str = "") -> Update:
+        """A visitor opens the page, or loads it again; names come to the browser only here, and not in blind mode."""
+        session = self.sessions.get(str(token)) or self.new_session()
+        end = time.monotonic() + GONE_SECONDS
+        while session.busy and time.monotonic() < end:  # answers that nobody waits for since the reload
+            session.cancel = True
+            time.sleep(0.05)
+        if token:
+            self.sessions[str(token)[:64]] = session
+            self.sessions.move_to_end(str(token)[:64])
+            while len(self.sessions) > MOST_SESSIONS:
+                self.sessions.popitem(last=False)
+        return self.view(session)
 
     def knock(self, session: Session | None) -> Update:
         """Tell a visitor at once that others are being answered first; `send` starts when a place is free."""
@@ -186,7 +231,7 @@ class Page:
                 _log.exception("an answer failed")
                 problem = "The model failed on this prompt; the terminal shows why."
             session.busy = False
-            if problem:
+            if problem and turn in session.turns:  # else it was cleared
                 session.turns = before
             yield self.view(session, problem, prompt=turn.prompt if problem else None)
         finally:  # also when the visitor has gone: gradio drops the generator
@@ -218,7 +263,7 @@ class Page:
             if time.monotonic() - shown >= REFRESH_SECONDS:
                 yield self._chats(session)
                 shown = time.monotonic()
-        if self.judge is not None and not session.cancel:
+        if self.judge is not None and not session.cancel:  # Clear cancels, too
             yield self._chats(session)
             for column in range(len(session.order)):
                 with self.judging:
@@ -230,25 +275,30 @@ class Page:
             session.cancel = True
 
     def clear(self, session: Session | None) -> Update:
-        """A new conversation."""
-        if session is not None and session.busy:
-            session.cancel = True
-            return self.view(session, "Stopping the answers; clear again in a moment.")
+        """A new conversation, also while answers grow: they end at their next token."""
         session = session or self.new_session()
+        session.cancel = True
         session.restart()
         return self.view(session)
+
+    def edit(self, session: Session | None) -> Update:
+        """The last prompt comes back into the box, and its turn goes."""
+        session = session or self.new_session()
+        try:
+            prompt = session.take_back()
+        except UserError as error:
+            return self.view(session, str(error))
+        return self.view(session, prompt=prompt)
 
     def set_blind(self, session: Session | None, blind: bool) -> Update:
         """Blind mode on: a new conversation with shuffled columns. Off: the names are shown."""
         session = session or self.new_session()
-        if session.busy:
-            session.cancel = True
-            notice = "Stopping the answers; change blind mode again in a moment."
-            return self.view(session, notice) | {self.widgets.blind: session.blind}
         session.blind = bool(blind)
         if session.blind:
+            session.cancel = True
             session.restart()
         session.revealed = not session.blind
+        session.seen = session.seen or session.revealed
         return self.view(session)
 
     def _check_trainable(self, session: Session) -> None:
@@ -282,9 +332,22 @@ class Page:
             said = "The answers are identical, so there is nothing to prefer."
         return self.view(session, said + (" Clear starts the next blind round." if session.blind else ""))
 
-    def export(self, session: Session | None) -> str:
+    def unvote(self, session: Session | None) -> Update:
+        """Take the last vote out of its file."""
+        session = session or self.new_session()
+        try:
+            session.unvote(self.votes)
+        except UserError as error:
+            return self.view(session, str(error))
+        return self.view(session, "The vote is taken back.")
+
+    def export(self, session: Session | None) -> Update:
         """The conversation as JSON, for the browser to save."""
-        return session.export() if session is not None and session.turns else ""
+        w = self.widgets
+        if session is None or not session.turns:
+            said = "There is nothing to export yet."
+            return {w.download: "", w.notice: gr.update(value=said, visible=True)}
+        return {w.download: session.export(), w.notice: gr.update(value="", visible=False)}
 
 
 def _bubbles(session: Session, column: int, normalised: bool) -> list[dict[str, Any]]:
@@ -295,16 +358,38 @@ def _bubbles(session: Session, column: int, normalised: bool) -> list[dict[str, 
         reasoning, text = ("", "") if answer is None else answer.parts
         if answer is not None and answer.ended and not text.strip():
             text = "*(an empty answer)*"
-        bubbles.append(_bubble("user", {"type": "text", "text": turn.prompt}))
+        # what was typed is shown as it was typed, which no Markdown does
+        typed = f'<div class="typed">{html.escape(turn.prompt)}</div>'
+        bubbles.append(_bubble("user", gr.HTML(typed, render=False)))
         if reasoning:  # gradio draws a bubble with a title as one that opens and closes
             title = {"title": "Reasoning", "status": "done" if text else "pending"}
-            bubbles.append(_bubble("assistant", {"type": "text", "text": reasoning}) | {"metadata": title})
-        bubbles.append(_bubble("assistant", {"type": "text", "text": text or "…"}))
+            shown = {"type": "text", "text": without_markup(reasoning)}
+            bubbles.append(_bubble("assistant", shown) | {"metadata": title})
+        bubbles.append(_bubble("assistant", {"type": "text", "text": without_markup(text) or "…"}))
         note = session.note(turn, column, normalised)
         if note:  # a bubble of its own (drawn without one), since gradio can only copy a bubble of plain text
             markup = f'<span class="note">{html.escape(note)}</span>'
             bubbles.append(_bubble("assistant", gr.HTML(markup, render=False)))
     return bubbles
+
+
+# code of Markdown: a fence up to its end, which may be still to come, or what stands between backticks
+_FENCED = r"^ {0,3}(`{3,}|~{3,})[^\n]*\n.*?(?:^ {0,3}\1[`~]*[ \t]*$|\Z)"
+_CODE = re.compile(_FENCED + r"|(`+)(?!`)[^\n]+?(?<!`)\2(?!`)", re.M | re.S)
+_MARKUP = re.compile("<(?=[A-Za-z/!?])|&(?=[#A-Za-z])")
+JOINER = "\u2060"  # an invisible character, which chat_page.js leaves out of what is copied
+
+
+def without_markup(text: str) -> str:
+    """Markdown whose HTML is shown as it stands: a page that hides `<b>` hides what a model says. Code stays code.
+
+    What begins a tag or an entity gets a `JOINER` behind its first character, and begins none then.
+    """
+    shown, last = [], 0
+    for code in _CODE.finditer(text):
+        shown += [_MARKUP.sub(rf"\g<0>{JOINER}", text[last : code.start()]), code[0]]
+        last = code.end()
+    return "".join([*shown, _MARKUP.sub(rf"\g<0>{JOINER}", text[last:])])
 
 
 def _bubble(role: str, part: Any) -> dict[str, Any]:
@@ -344,38 +429,40 @@ def _layout(page: Page, sampling: SamplingArguments) -> tuple[Widgets, dict[str,
     subtitle = "One prompt, answered side by side. Which answer is better?" if several else "Chat with a model."
     gr.Markdown(f"# Tripod\n{subtitle}", elem_id="title")
     headings, chats = [], []
-    with gr.Row(equal_height=True):
+    with gr.Row(equal_height=True, elem_id="columns"):
         for column in range(count):
             with gr.Column(min_width=320):
                 headings.append(gr.Markdown("", elem_classes="heading", elem_id=f"heading-{column}"))
                 chats.append(_chat(column))
     votes = []
-    if several:
-        better = [(c, f"{LETTERS[c]} is {'better' if count == 2 else 'best'}") for c in range(count)]
-        with gr.Row():
-            for column, label in [better[0], (SAME, "About the same"), *better[1:]]:
+    with gr.Column(elem_id="ask"):
+        with gr.Row(equal_height=True):
+            prompt = gr.Textbox(
+                placeholder="Write a prompt; Enter sends it, Shift+Enter makes a new line",
+                label="Prompt",  # for screen readers
+                show_label=False,
+                container=False,
+                lines=1,  # with more, gradio sends on Shift+Enter
+                max_lines=10,
+                scale=8,
+                autofocus=True,
+                elem_id="prompt",
+            )
+            send = gr.Button("Send", variant="primary", scale=1, min_width=90, elem_id="send")
+            stop = gr.Button("Stop", variant="stop", scale=1, min_width=90, visible=False, elem_id="stop")
+        with gr.Row(elem_id="votes", visible=several):
+            better = [(c, f"{LETTERS[c]} is {'better' if count == 2 else 'best'}") for c in range(count)]
+            for column, label in [better[0], (SAME, "About the same"), *better[1:]] if several else []:
                 elem_id = "vote-same" if column == SAME else f"vote-{column}"
                 votes.append((column, gr.Button(label, interactive=False, elem_id=elem_id)))
-    notice = gr.Markdown("", visible=False, elem_id="notice")
-    with gr.Row(equal_height=True):
-        prompt = gr.Textbox(
-            placeholder="Write a prompt; Enter sends it, Shift+Enter makes a new line",
-            label="Prompt",  # for screen readers
-            show_label=False,
-            container=False,
-            lines=1,  # with more, gradio sends on Shift+Enter
-            max_lines=10,
-            scale=8,
-            autofocus=True,
-            elem_id="prompt",
-        )
-        send = gr.Button("Send", variant="primary", scale=1, min_width=110, elem_id="send")
-        stop = gr.Button("Stop", variant="stop", scale=1, min_width=110, visible=False, elem_id="stop")
+            unvote = gr.Button("Undo vote", visible=False, elem_id="unvote")
+        notice = gr.Markdown("", visible=False, elem_id="notice")
     with gr.Row(elem_id="actions"):
         others: dict[str, Any] = {
-            "retry": gr.Button("Retry", size="sm", min_width=90, elem_id="retry"),
-            "clear": gr.Button("Clear", size="sm", min_width=90, elem_id="clear"),
-            "export": gr.Button("Export", size="sm", min_width=90, elem_id="export"),
+            "retry": gr.Button("Retry", size="sm", min_width=70, elem_id="retry"),
+            "edit": gr.Button("Edit", size="sm", min_width=70, elem_id="edit"),
+            "clear": gr.Button("Clear", size="sm", min_width=70, elem_id="clear"),
+            "export": gr.Button("Export", size="sm", min_width=70, elem_id="export"),
         }
         blind = gr.Checkbox(
             value=page.blind,
@@ -397,10 +484,11 @@ def _layout(page: Page, sampling: SamplingArguments) -> tuple[Widgets, dict[str,
             info="Taken with the first prompt of a conversation.",
         )
         others["options"] = _sliders(sampling)
-    others["download"] = gr.Textbox(visible=False)
-    others["votes"] = votes
+    download = gr.Textbox(visible=False)
+    others["token"] = gr.Textbox(visible=False)
     buttons = [button for _, button in votes]
-    return Widgets(session, headings, chats, notice, prompt, send, stop, buttons, blind), others
+    others["votes"] = votes
+    return Widgets(session, headings, chats, notice, prompt, send, stop, buttons, unvote, blind, download), others
 
 
 def _chat(column: int) -> gr.Chatbot:
@@ -414,6 +502,7 @@ def _chat(column: int) -> gr.Chatbot:
         allow_file_downloads=False,
         feedback_options=None,
         layout="bubble",
+        autoscroll=False,  # gradio's pulls a reader down again; chat_page.js follows the answer until one scrolls up
         group_consecutive_messages=False,
         placeholder="The answer appears here.",
         elem_id=f"chat-{column}",
@@ -454,7 +543,7 @@ def _connect(blocks: gr.Blocks, page: Page, w: Widgets, others: dict[str, Any]) 
     quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     long: dict[str, Any] = quiet | {"concurrency_limit": VISITORS_AT_ONCE, "concurrency_id": "answers"}
     options = others["options"]
-    blocks.load(page.start, None, w.outputs, **quiet)
+    blocks.load(page.start, [others["token"]], w.outputs, js=_TOKEN, **quiet)
     # first: the browser starts the handlers of a click one after another, each when the one before is done
     asked = [w.send.click, w.prompt.submit, others["retry"].click]
     gr.on(asked, page.knock, [w.session], [w.notice], queue=False, **quiet)
@@ -468,6 +557,8 @@ def _connect(blocks: gr.Blocks, page: Page, w: Widgets, others: dict[str, Any]) 
     w.blind.input(page.set_blind, [w.session, w.blind], w.outputs, **quiet)
     for column, button in others["votes"]:
         button.click(lambda session, winner=column: page.vote(session, winner), [w.session], w.outputs, **quiet)
-    others["export"].click(page.export, [w.session], others["download"], **quiet).then(
-        None, [others["download"]], None, js=_DOWNLOAD, **quiet
+    others["edit"].click(page.edit, [w.session], w.outputs, **quiet)
+    w.unvote.click(page.unvote, [w.session], w.outputs, **quiet)
+    others["export"].click(page.export, [w.session], [w.download, w.notice], **quiet).then(
+        None, [w.download], None, js=_DOWNLOAD, **quiet
     )

@@ -32,12 +32,14 @@ class Turn:
     Attributes:
         rewards: one per column, None while unknown or without a reward model.
         vote: the column that won, `SAME`, or None before the vote.
+        rows: what the vote has appended to its file.
     """
 
     prompt: str
     answers: list[Answer | None]
     rewards: list[float | None]
     vote: int | None = None
+    rows: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def complete(self) -> bool:
@@ -53,6 +55,8 @@ class Session:
         names: the models' names.
         order: the model in each column; shuffled in blind mode.
         blind: names, rewards and speeds are hidden until the vote.
+        revealed: they are to be seen.
+        seen: they have been since the columns were shuffled, so that a later vote is not blind.
         system: the system message of this conversation, fixed by its first prompt.
         attempts: answers asked for so far; retry draws other ones.
         busy: answers are growing right now.
@@ -63,6 +67,7 @@ class Session:
     blind: bool = False
     order: list[int] = field(default_factory=list)
     revealed: bool = True
+    seen: bool = False
     system: str = ""
     turns: list[Turn] = field(default_factory=list)
     attempts: int = 0
@@ -78,7 +83,7 @@ class Session:
         if self.blind:
             # not from the seed of the answers, which the visitor knows
             random.SystemRandom().shuffle(self.order)
-        self.revealed = not self.blind
+        self.revealed, self.seen = not self.blind, False
         self.turns, self.system, self.attempts = [], "", 0
 
     def heading(self, column: int) -> str:
@@ -140,6 +145,20 @@ class Session:
         self.attempts += 1
         return self.turns[-1]
 
+    def take_back(self) -> str:
+        """Remove the last turn; gives its prompt, to be edited.
+
+        Raises:
+            UserError: there is no turn, its answers are growing, or its vote is in the file.
+        """
+        if self.busy:
+            raise UserError("The last answers are still being written; stop them first.")
+        if not self.turns:
+            raise UserError("There is no prompt to edit yet.")
+        if self.turns[-1].vote is not None:
+            raise UserError("This round has your vote; undo the vote first.")
+        return self.turns.pop().prompt
+
     @property
     def can_vote(self) -> bool:
         """Whether the last turn waits for a vote."""
@@ -169,9 +188,27 @@ class Session:
             raise UserError("There is no such answer.")
         rows = self._same_row() if winner == SAME else self._preference_rows(winner)
         append_rows(ties_file(file) if winner == SAME else file, rows)
-        self.turns[-1].vote = winner
-        self.revealed = True
+        self.turns[-1].vote, self.turns[-1].rows = winner, rows
+        self.revealed = self.seen = True
         return rows
+
+    @property
+    def can_unvote(self) -> bool:
+        """Whether the last turn has a vote that can be taken back."""
+        return not self.busy and bool(self.turns) and self.turns[-1].vote is not None
+
+    def unvote(self, file: Path) -> None:
+        """Take the vote on the last turn back, out of its file; names that it has shown stay shown.
+
+        Raises:
+            UserError: there is none, or the file can not be written.
+        """
+        with _voting:
+            if not self.can_unvote:
+                raise UserError("There is no vote to undo.")
+            turn = self.turns[-1]
+            remove_rows(ties_file(file) if turn.vote == SAME else file, turn.rows)
+            turn.vote, turn.rows = None, []
 
     def _preference_rows(self, winner: int) -> list[dict[str, Any]]:
         """The winner against every other column that said something else, each a row of step 2."""
@@ -196,12 +233,16 @@ class Session:
 
     def _same_row(self) -> list[dict[str, Any]]:
         columns = range(len(self.names))
-        about = {"models": [self.names[self.order[c]] for c in columns], "blind": self.blind, "time": _now()}
+        about = {"models": [self.names[self.order[c]] for c in columns], "blind": self._is_blind, "time": _now()}
         return [{"conversations": [self.history(c) for c in columns], "vote": about}]
 
     def _about(self, winner: int, loser: int) -> dict[str, Any]:
         chosen, rejected = self.names[self.order[winner]], self.names[self.order[loser]]
-        return {"chosen_model": chosen, "rejected_model": rejected, "blind": self.blind, "time": _now()}
+        return {"chosen_model": chosen, "rejected_model": rejected, "blind": self._is_blind, "time": _now()}
+
+    @property
+    def _is_blind(self) -> bool:
+        return self.blind and not self.seen
 
     def export(self) -> str:
         """The whole conversation as JSON; in blind mode without names, rewards and speeds before the vote."""
@@ -270,7 +311,7 @@ def append_rows(file: Path, rows: Sequence[dict[str, Any]]) -> None:
     Raises:
         UserError: the file can not be written.
     """
-    data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    data = b"".join(_line(row) for row in rows)
     try:
         with _votes_lock:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -280,3 +321,31 @@ def append_rows(file: Path, rows: Sequence[dict[str, Any]]) -> None:
                 os.fsync(out.fileno())
     except OSError as error:
         raise UserError(f"The vote can not be saved to {file.name}: {error.strerror}.") from error
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    return (json.dumps(row, ensure_ascii=False) + "\n").encode()
+
+
+def remove_rows(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Take rows out that `append_rows` has written, whatever stands around them by now.
+
+    Raises:
+        UserError: one is no longer there, or the file can not be written.
+    """
+    try:
+        with _votes_lock:
+            lines = file.read_bytes().splitlines(keepends=True) if rows else []
+            for row in rows:
+                if _line(row) not in lines:
+                    raise UserError(f"The vote is no longer in {file.name}; it can not be undone here.")
+                del lines[len(lines) - 1 - lines[::-1].index(_line(row))]
+            if rows:
+                scratch = file.with_name(file.name + ".tmp")
+                with scratch.open("wb") as out:
+                    out.writelines(lines)
+                    out.flush()
+                    os.fsync(out.fileno())
+                scratch.replace(file)
+    except OSError as error:
+        raise UserError(f"The vote can not be taken out of {file.name}: {error.strerror}.") from error

@@ -8,6 +8,7 @@ the Origin header says so).
 from __future__ import annotations
 
 import ipaddress
+import secrets
 import socket
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
 PORTS_TRIED = 100
+ALIVE = "/alive"  # answers with `INSTANCE`, so that a page sees that its server is gone, or another one
+INSTANCE = secrets.token_hex(8)
 THIS_MACHINE = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
@@ -36,7 +39,11 @@ class PageGuard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
         reason = self.refusal(scope) if scope["type"] in ("http", "websocket") else ""
-        if not reason:
+        if not reason and scope["type"] == "http" and scope["path"] == ALIVE:
+            from starlette.responses import PlainTextResponse
+
+            await PlainTextResponse(INSTANCE, headers={"Cache-Control": "no-store"})(scope, receive, send)
+        elif not reason:
             await self.app(scope, receive, send)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008, "reason": reason})

@@ -286,3 +286,50 @@ def test_votes_train_step_2_as_they_are(votes_file, chat_folders, tmp_path):
     assert (tmp_path / "step2" / "reward_stats.json").is_file()
     steps = [json.loads(line) for line in (tmp_path / "step2" / "metrics.jsonl").read_text().splitlines()]
     assert max(entry["step"] for entry in steps) >= 1
+
+
+@pytest.mark.parametrize("winner", [0, SAME])
+def test_a_vote_is_taken_out_of_its_file_and_nothing_else(winner, talk, tmp_path):
+    session, file = two(), tmp_path / "votes.jsonl"
+    written = ties_file(file) if winner == SAME else file
+    append_rows(written, [{"before": 1}])
+    with pytest.raises(UserError, match="no vote to undo"):
+        session.unvote(file)
+    talk(session, "one", "a", "b")
+    session.vote(winner, file)
+    append_rows(written, [{"after": 1}])
+    assert session.can_unvote and len(rows_of(written)) == 3
+    session.unvote(file)
+    assert rows_of(written) == [{"before": 1}, {"after": 1}] and session.can_vote and not session.can_unvote
+    session.vote(1, file)
+    written.write_text("")
+    file.write_text("")
+    with pytest.raises(UserError, match="no longer in votes.jsonl"):
+        session.unvote(file)
+    assert session.can_unvote
+
+
+def test_a_vote_after_the_names_were_seen_is_not_blind(talk, tmp_path):
+    session, file = two(blind=True), tmp_path / "votes.jsonl"
+    talk(session, "one", "a", "b")
+    session.vote(0, file)
+    assert rows_of(file)[0]["vote"]["blind"]
+    session.unvote(file)
+    session.vote(0, file)
+    assert [row["vote"]["blind"] for row in rows_of(file)] == [False]
+    session.restart()
+    talk(session, "one", "a", "b")
+    session.vote(0, file)
+    assert [row["vote"]["blind"] for row in rows_of(file)] == [False, True]
+
+
+def test_the_last_prompt_is_taken_back_to_be_edited(talk, tmp_path):
+    session = two()
+    with pytest.raises(UserError, match="no prompt to edit"):
+        session.take_back()
+    talk(session, "one", "a", "b")
+    talk(session, "two", "a", "b")
+    assert session.take_back() == "two" and [turn.prompt for turn in session.turns] == ["one"]
+    session.vote(0, tmp_path / "votes.jsonl")
+    with pytest.raises(UserError, match="undo the vote first"):
+        session.take_back()

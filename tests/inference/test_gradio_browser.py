@@ -16,7 +16,7 @@ from chat_stream import SamplingArguments
 from gradio_chatbot import ServerArguments
 
 import training
-from tests.inference.browser import Browser, By, Keys, needs_browser, selenium
+from tests.inference.browser import PHONE, Browser, By, Keys, needs_browser, selenium
 from tests.inference.tiny_chat import save_parrot
 
 pytestmark = [pytest.mark.slow, needs_browser]
@@ -58,7 +58,7 @@ def serve(chat_folders, tmp_path):
     """``serve("fox", "house")`` starts a page; models are called Alpha and Omega, votes go to tmp_path."""
     started = []
 
-    def _serve(*paths, blind=False, judge=False, sampling=None):
+    def _serve(*paths, blind=False, judge=False, sampling=None, port=18860):
         names = ("Alpha", "Omega")[: len(paths)]
         folders = {n: str(chat_folders.get(p, p)) for n, p in zip(names, paths, strict=True)}
         models = load_chat_models(folders, LoadArguments(), lambda line: None)
@@ -66,7 +66,7 @@ def serve(chat_folders, tmp_path):
         sampling = sampling or SamplingArguments(max_new_tokens=200)
         blocks = chat_page.build_page(models, model, sampling, tmp_path / "votes.jsonl", blind=blind)
         blocks.queue(max_size=8)
-        address, _ = gradio_chatbot.serve(blocks, ServerArguments(port=18860), None, chat_page.STYLE)
+        address, _ = gradio_chatbot.serve(blocks, ServerArguments(port=port), None, chat_page.STYLE)
         started.append(blocks)
         return address, models
 
@@ -307,3 +307,169 @@ def test_one_model_is_a_plain_chat_page(serve, visit):
     browser.until(lambda: "tokens/s" in browser.answers(0)[0])
     browser.ask("again")
     browser.until(lambda: len(browser.answers(0)) == 2 and "tokens/s" in browser.answers(0)[1])
+
+
+SIZES = pytest.mark.parametrize("size", [PHONE, (1280, 900)], ids=["phone", "desktop"])
+TYPED = "<div class='a'> and <b>x</b> *stars* &amp; `c`\n    <i>four spaces</i>"
+
+
+@SIZES
+def test_the_prompt_is_in_sight_and_nothing_sticks_out(size, serve, visit):
+    address, _ = serve("fox", "house")
+    browser = visit(address, size=size)
+    box = "const b = document.querySelector('#prompt textarea').getBoundingClientRect(); return [b.top, b.bottom]"
+    for _ in range(2):
+        top, bottom = browser.js(box)
+        assert 0 < top < bottom <= size[1], "the prompt is in sight before and after an answer"
+        assert browser.js("return document.documentElement.scrollWidth") <= browser.js("return innerWidth")
+        browser.ask("hello")
+        browser.until(browser.can_vote)
+    left = "return document.querySelector('#chat-1').getBoundingClientRect().left"
+    if size == PHONE:
+        assert browser.js(left) > 300, "one model at a time"
+        browser.js("document.querySelector('#columns').scrollTo(1000, 0)")  # as a swipe does
+        assert browser.until(lambda: 0 <= browser.js(left) < 100)
+    else:
+        assert browser.js(left) < 700
+
+
+@SIZES
+def test_what_is_typed_and_answered_is_shown_as_it_is(size, serve, visit, tmp_path):
+    said = "x <b>bold</b> `<i>code</i>` y"
+    folder = save_parrot(tmp_path / "tags", said, one_token=True)
+    address, _ = serve("fox", str(folder))
+    browser = visit(address, size=size)
+    browser.js("const b = document.querySelector('#prompt textarea'); b.value = arguments[0];"
+               "b.dispatchEvent(new Event('input', {bubbles: true}))", TYPED)  # fmt: skip
+    browser.click("#send")
+    browser.until(browser.can_vote)
+    assert browser.js("return document.querySelector('#chat-0 .typed').textContent") == TYPED
+    answer = browser.js("return document.querySelector('#chat-1 .bot-row .md').textContent")
+    assert answer.replace(chat_page.JOINER, "").strip() == "x <b>bold</b> <i>code</i> y"
+    assert browser.js("return document.querySelector('#chat-1 .bot-row code').textContent") == "<i>code</i>"
+    if size != PHONE:
+        browser.click("#chat-1 .message-buttons-left button[title='Copy message']")
+        browser.find("#prompt textarea").send_keys(Keys.CONTROL, "v")
+        browser.until(lambda: browser.find("#prompt textarea").get_attribute("value") == said)
+
+
+@SIZES
+def test_one_can_scroll_up_clear_and_stop_while_answers_grow(size, serve, visit, slowly, tmp_path):
+    save_parrot(tmp_path / "endless", "a small red house", then_stop=False)
+    address, _ = serve("fox", str(tmp_path / "endless"), sampling=SamplingArguments(max_new_tokens=450))
+    browser = visit(address, size=size)
+    scroll = (
+        "const all = [...document.querySelectorAll('#chat-1 *')].filter(e => e.scrollHeight > e.clientHeight + 60 &&"
+        "getComputedStyle(e).overflowY !== 'visible'); return all[0]"
+    )
+    browser.ask("hello " * 300)
+    grown = browser.until(lambda: browser.js(scroll) is not None and len(browser.answers(1)[-1]) > 60 and slowly.tokens)
+    room = f"const e = (() => {{ {scroll} }})(); return e.scrollHeight - e.scrollTop - e.clientHeight"
+    assert browser.until(lambda: browser.js(room) < 100) is True, "a growing answer is followed"
+    browser.js(f"(() => {{ {scroll} }})().scrollTop = 0")
+    browser.until(lambda: slowly.tokens > grown + 40)
+    assert browser.js(f"return (() => {{ {scroll} }})().scrollTop") < 30, "the page does not pull one down again"
+    browser.click("#clear")
+    browser.until(lambda: not browser.answers(0) and not browser.answers(1) and browser.find("#send").is_displayed())
+    tokens = slowly.tokens
+    time.sleep(1)
+    assert slowly.tokens <= tokens + 2 and not browser.answers(1)
+    browser.ask("once more")
+    browser.until(lambda: len(browser.answers(1)[-1]) > 20)
+    browser.find("#prompt textarea").send_keys(Keys.ESCAPE)
+    browser.until(lambda: "stopped" in browser.answers(1)[-1] and browser.find("#send").is_displayed())
+
+
+@SIZES
+def test_a_reload_keeps_the_conversation(size, serve, visit):
+    address, _ = serve("fox", "house", blind=True)
+    browser = visit(address, size=size)
+    browser.ask("hello")
+    browser.until(browser.can_vote)
+    before = browser.answers(0)
+    browser.driver.refresh()
+    browser.until(lambda: browser.answers(0) == before and browser.can_vote())
+    assert browser.text("#heading-0") == "A" and "Alpha" not in browser.driver.page_source
+    other = visit(address)
+    assert not other.answers(0), "another visitor has a conversation of their own"
+    browser.click("#vote-0")
+    browser.until(lambda: "Saved:" in browser.text("#notice"))
+
+
+def test_keys_votes_and_what_can_be_taken_back(serve, visit, tmp_path):
+    address, _ = serve("fox", "house")
+    browser = visit(address)
+    box = browser.find("#prompt textarea")
+    browser.click("#export")
+    browser.until(lambda: "nothing to export" in browser.text("#notice"))
+    for prompt in ("first", "second"):
+        browser.ask(prompt)
+        browser.until(lambda prompt=prompt: browser.can_vote() and prompt in browser.text("#chat-0"))
+    for wanted in ("second", "first", "first"):
+        box.send_keys(Keys.ARROW_UP)
+        browser.until(lambda wanted=wanted: box.get_attribute("value") == wanted)
+    box.send_keys(Keys.ARROW_DOWN, Keys.ARROW_DOWN)
+    browser.until(lambda: box.get_attribute("value") == "")
+    focus = []
+    for _ in range(6):
+        browser.driver.switch_to.active_element.send_keys(Keys.TAB)
+        focus.append(browser.js("return document.activeElement.id"))
+    assert [name for name in focus if name.startswith("vote")] == ["vote-0", "vote-same", "vote-1"]
+    assert focus.index("vote-0") < focus.index("retry"), "votes come before the rest"
+    browser.click("#vote-1")
+    browser.until(lambda: "Saved:" in browser.text("#notice"))
+    assert len((tmp_path / "votes.jsonl").read_text().splitlines()) == 1
+    browser.click("#edit")
+    browser.until(lambda: "undo the vote first" in browser.text("#notice"))
+    browser.click("#unvote")
+    browser.until(lambda: "taken back" in browser.text("#notice") and browser.can_vote())
+    assert (tmp_path / "votes.jsonl").read_text() == ""
+    browser.click("#edit")
+    browser.until(lambda: box.get_attribute("value") == "second" and len(browser.answers(0)) == 1)
+    box.send_keys(" thoughts" + Keys.ENTER)
+    browser.until(lambda: browser.can_vote() and "second thoughts" in browser.text("#chat-0"))
+
+
+@SIZES
+def test_a_server_that_is_gone_is_said_and_the_page_goes_on_when_it_is_back(size, chat_folders, visit, tmp_path):
+    script = Path(gradio_chatbot.__file__)
+    command = [sys.executable, str(script), "--path", f"Fox={chat_folders['fox']}", f"House={chat_folders['house']}"]
+    command += ["--port", "18890", "--votes_path", str(tmp_path / "votes.jsonl"), "--dtype", "fp32"]
+
+    def start():
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        while "open http" not in (line := process.stdout.readline()):
+            assert line or process.poll() is None
+        return process
+
+    process = start()
+    try:
+        browser = visit("http://127.0.0.1:18890/", size=size)
+        browser.ask("hello")
+        browser.until(browser.can_vote)
+        process.kill()
+        process.wait()
+        browser.until(lambda: "does not answer" in browser.text("#ask #gone"))
+        browser.find("#prompt textarea").send_keys("typed meanwhile")
+        process = start()
+        browser.until(lambda: not browser.all("#gone") and not browser.answers(0))
+        browser.until(lambda: browser.find("#prompt textarea").get_attribute("value") == "typed meanwhile")
+        browser.find("#prompt textarea").send_keys(Keys.ENTER)
+        browser.until(lambda: browser.can_vote() and browser.answers(0)[0].startswith(FOX))
+    finally:
+        process.kill()
+
+
+def test_dark_mode_has_no_stray_panels(serve, visit):
+    address, _ = serve("fox", "house")
+    browser = visit(address)
+    dark = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
+    browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", dark)
+    browser.driver.refresh()
+    browser.until(lambda: browser.js("return document.body.classList.contains('dark')"))
+    stray = browser.js(
+        "return [...document.querySelectorAll('#actions > *, #actions .block, #title, .heading, #columns, #ask')]"
+        ".filter(e => !e.matches('button') && e.checkVisibility() &&"
+        "getComputedStyle(e).backgroundColor !== 'rgba(0, 0, 0, 0)').map(e => e.outerHTML.slice(0, 200))"
+    )
+    assert not stray

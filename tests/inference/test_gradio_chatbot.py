@@ -170,11 +170,8 @@ def test_one_answer_at_a_time_for_each_visitor(page, monkeypatch):
     next(first)
     [refused] = p.send(session, "again", "", *OPTIONS)
     assert "still being written" in notice_of(refused, p) and len(session.turns) == 1
-    assert "Stopping" in notice_of(p.clear(session), p)
     list(first)
     assert session.turns
-    p.clear(session)
-    assert session.turns == []
 
 
 def test_votes_land_in_the_file(page):
@@ -438,3 +435,52 @@ def test_reasoning_is_a_bubble_of_its_own_and_no_part_of_what_is_judged(page, mo
     assert titles == [None, "Reasoning", None, None]
     assert [m["content"] for m in judged[0]] == ["which?", "Red."] and len(judged) == 2
     assert session.history(0)[-1] == {"role": "assistant", "content": written}, "this template knows no reasoning"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("<b>x</b> &amp; a<b <3 & so", "<~b>x<~/b> &~amp; a<~b <3 & so"),
+        ("use `<b>` and ``a`<i>``", "use `<b>` and ``a`<i>``"),
+        ("```html\n<div>\n```\n<div>", "```html\n<div>\n```\n<~div>"),
+        ("~~~\n<a>\n```\n<b>", "~~~\n<a>\n```\n<b>"),
+        ("```\n<grows", "```\n<grows"),
+        ("a ` b <i>", "a ` b <~i>"),
+        ("<!-- x --><?php", "<~!-- x --><~?php"),
+    ],
+)
+def test_markup_of_an_answer_is_shown_and_code_stays_code(text, shown):
+    assert chat_page.without_markup(text) == shown.replace("<~", f"<{chat_page.JOINER}").replace(
+        "&~", f"&{chat_page.JOINER}"
+    )
+
+
+def test_clear_while_answers_grow_clears_and_ends_them(page):
+    p, session = page("fox", "house")
+    turn = p.send(session, "hello", "", *OPTIONS)
+    next(turn)
+    next(turn, None)
+    update = p.clear(session)
+    assert session.turns == [] and update[p.widgets.chats[0]] == []
+    *_, last = [update, *turn]
+    assert session.turns == [] and not session.busy and last[p.widgets.chats[1]] == []
+    assert text_of(list(p.send(session, "again", "", *OPTIONS))[-1], p, 0)[0] == FOX
+
+
+def test_a_tab_finds_its_conversation_again_and_old_ones_go(page, monkeypatch):
+    p, _ = page("fox", "house")
+    first = p.start("token")[p.widgets.session]
+    list(p.send(first, "hello", "", *OPTIONS))
+    assert p.start("token")[p.widgets.session] is first and p.start("other")[p.widgets.session] is not first
+    assert p.start("")[p.widgets.session] is not p.start("")[p.widgets.session]
+    monkeypatch.setattr(chat_page, "MOST_SESSIONS", 2)
+    p.start("third")
+    assert p.start("token")[p.widgets.session] is not first
+
+
+def test_the_server_says_which_one_it_is(page):
+    import page_guard
+    from starlette.testclient import TestClient
+
+    client = TestClient(page_guard.PageGuard(None, frozenset()))
+    assert client.get("/alive").text == page_guard.INSTANCE
