@@ -180,6 +180,31 @@ def test_a_judge_that_fails_ends_the_run_and_it_goes_on(rounds: Rounds, capfd: p
     assert rounds.go("--rounds", "1", *JUDGED) == 0
 
 
+@pytest.mark.slow
+def test_a_round_of_the_real_programs(rounds: Rounds, tiny_model: Path) -> None:
+    """Two ranks, a tiny model: the reward model of the round is judged by what the actor of before has written."""
+    rounds.recipe.write_text(
+        "step1: &s {data_path: 'demo:40', eval_data_path: 'demo:20', max_seq_len: 128, dtype: fp32, report_to: none}\n"
+        "step2: *s\n"
+        "step3: {data_path: 'demo:40', eval_data_path: 'demo:20', dtype: fp32, report_to: none, max_prompt_seq_len: 64,"
+        " max_answer_seq_len: 12, num_iterations: 1, eval_every: 0, eval_function: [rules.py:length], advantage: rloo,"
+        " samples_per_prompt: 2, per_device_generation_batch_size: 8}\n"
+    )
+    argv = ["--recipe", str(rounds.recipe), "--output_dir", "output/tiny", "--model_name_or_path", str(tiny_model)]
+    assert train.main([*argv, "--num_gpus", "2", "--rounds", "1", *JUDGED]) == 0
+    run = rounds.output / "tiny"
+    answers = [json.loads(line) for line in (run / "round1" / "answers.jsonl").read_text().splitlines()]
+    assert len(answers) == 40 and {a["model"] for line in answers for a in line["answers"]} == {"round0"}
+    manifest = json.loads((run / "round1" / "manifest.json").read_text())
+    assert list(manifest["steps"]) == ["step2", "step3"]
+    known = json.loads((run / "rounds.json").read_text())
+    held_out = len((run / "round1" / "rankings" / "eval.jsonl").read_text().splitlines())
+    for found in known["agreement"]["1"].values():
+        assert found["round 1"]["prompts"] == pytest.approx(held_out)
+    table = {row[0]: row[1:] for row in known["table"]}
+    assert all(isinstance(value, float) for value in table["length"]) and len(table["length"]) == 3
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
