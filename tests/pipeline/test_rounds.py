@@ -39,7 +39,7 @@ sources = argv[argv.index("--eval_data_path") + 1 :]
 found = {s: {"accuracy": 0.5 + 0.01 * len(sources), "accuracy_interval": [0.4, 0.6]} for s in sources}
 (path / "evaluation.json").write_text(json.dumps({"by_source": found}))
 """
-RULES = "def length(prompts, responses, rows):\n    return [float(len(text)) for text in responses]\n"
+RULES = "def length(prompts, responses, rows):\n    return [float(len(text)) for text in responses]\n\ncheck = length\n"
 
 
 class Rounds(Bench):
@@ -187,7 +187,7 @@ def test_a_round_of_the_real_programs(rounds: Rounds, tiny_model: Path) -> None:
         "step1: &s {data_path: 'demo:40', eval_data_path: 'demo:20', max_seq_len: 128, dtype: fp32, report_to: none}\n"
         "step2: *s\n"
         "step3: {data_path: 'demo:40', eval_data_path: 'demo:20', dtype: fp32, report_to: none, max_prompt_seq_len: 64,"
-        " max_answer_seq_len: 12, num_iterations: 1, eval_every: 0, eval_function: [rules.py:length], advantage: rloo,"
+        " max_answer_seq_len: 12, num_iterations: 1, eval_every: 0, eval_function: [rules.py:check], advantage: rloo,"
         " samples_per_prompt: 2, per_device_generation_batch_size: 8}\n"
     )
     argv = ["--recipe", str(rounds.recipe), "--output_dir", "output/tiny", "--model_name_or_path", str(tiny_model)]
@@ -202,7 +202,7 @@ def test_a_round_of_the_real_programs(rounds: Rounds, tiny_model: Path) -> None:
     for found in known["agreement"]["1"].values():
         assert found["round 1"]["prompts"] == pytest.approx(held_out)
     table = {row[0]: row[1:] for row in known["table"]}
-    assert all(isinstance(value, float) for value in table["length"]) and len(table["length"]) == 3
+    assert all(isinstance(value, float) for value in table["check"]) and len(table["check"]) == 3
 
 
 @pytest.mark.parametrize(
