@@ -27,6 +27,7 @@ FOLDERS = (
 RUN_BY = {
     "make demo": "Makefile",
     "make test": "Makefile",
+    "make gpu-check": "tests/gpu/test_gpu_check.py::test_the_whole_check_on_a_cpu",
     "make chat": "tests/inference/test_gradio_chatbot.py::test_the_program_starts_says_where_and_ends_on_ctrl_c",
     "python3 -m venv": "scripts/setup.py",
     ".venv/bin/pip install": "scripts/setup.py",

@@ -165,6 +165,9 @@ def test_people_judge_in_between(rounds: Rounds, capfd: pytest.CaptureFixture) -
         line["answers"][0]["rank"], line["answers"][1]["rank"], line["judge"] = 1, 2, "ada"
     path = rounds.output / "tiny" / "round1" / "people" / "rankings.jsonl"
     path.parent.mkdir()
+    path.touch()  # as the page does when it starts
+    assert rounds.go("--rounds", "1") == 0
+    assert asked in capfd.readouterr().out
     path.write_text("".join(json.dumps(line) + "\n" for line in [*lines[:6], lines[0] | {"judge": "bob"}]))
     assert rounds.go("--rounds", "1") == 0
     assert "6 of 30 prompts have been judged" in capfd.readouterr().out

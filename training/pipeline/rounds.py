@@ -138,7 +138,7 @@ class Rounds:
             given = ["--answers", shown(answers), "--output", shown(rankings), *shlex.split(self.flags.judge_args)]
             if code := self._start("judge", number, given):
                 return code
-        elif not (rankings := folder / PEOPLE / "rankings.jsonl").is_file():
+        elif not _has_lines(rankings := folder / PEOPLE / "rankings.jsonl"):  # the page makes the file when it starts
             given = ["--answers", shown(answers), "--output_dir", shown(folder / PEOPLE)]
             page = shlex.join([shown(sys.executable), self._program("rank"), *given])
             print(f"\nround {number} waits for people to put its answers in an order:  {page}\n"
@@ -267,6 +267,10 @@ def _summary(folder: Path) -> dict[str, Any]:
 
 def _checks(summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return summary.get("eval_functions") or []
+
+
+def _has_lines(file: Path) -> bool:
+    return file.is_file() and bool(file.read_text(encoding="utf-8").strip())
 
 
 def _given(argv: Sequence[str], name: str) -> list[str]:
