@@ -46,10 +46,10 @@ def test_a_tiny_reward_model_learns_a_judges_taste(tiny_model, tmp_path):
 
 @pytest.mark.slow
 def test_the_embedded_models_reward_model_learns_a_judges_taste(tmp_path):
-    """The fewer commas the better, in answers of the embedded model."""
-    data = ["--data_path", f"{DEMO / 'prompts.jsonl'}:120", "--chat_template", "chatml"]
-    sampling = [*data, "--max_answer_seq_len", "20", "--per_device_generation_batch_size", "60"]
+    """Answers of the embedded model that come to the end of a sentence, rather than being cut within one."""
+    data = ["--data_path", str(DEMO / "prompts.jsonl"), "--chat_template", "chatml"]
+    sampling = [*data, "--max_answer_seq_len", "40", "--per_device_generation_batch_size", "56"]
     training = ["--learning_rate", "5e-4", "--lora_dim", "16", "--only_optimize_lora", "--num_warmup_steps", "3"]
-    more = ["--num_train_epochs", "2", "--max_seq_len", "128", "--chat_template", "chatml"]
-    summary = way(tmp_path, "embedded", "-text.count(',')", sampling, [*training, *more])
+    more = ["--max_seq_len", "128", "--chat_template", "chatml"]
+    summary = way(tmp_path, "embedded", "float(text.endswith(('.', '!', '?')))", sampling, [*training, *more])
     assert 0.5 < summary["accuracy_low"] < summary["accuracy_after"], summary
