@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import time
 
 import pytest
@@ -200,6 +202,16 @@ def test_a_template_without_end_is_refused_in_time(kind, monkeypatch):
     with pytest.raises(UserError, match="the chat template takes more than"):
         configure_chat_template(with_template(ENDLESS[kind] + families.SMOL))
     assert time.process_time() - start < 5
+
+
+def test_a_process_that_can_not_fork_takes_the_template_untried(monkeypatch):
+    def refuse():
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(os, "fork", refuse)
+    tok = with_template(families.SMOL)
+    configure_chat_template(tok)
+    assert stop_token_ids(tok)
 
 
 @pytest.mark.parametrize("reason", BROKEN)

@@ -241,10 +241,12 @@ def _check_it_ends(tokenizer: Any) -> None:
     import resource
 
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", DeprecationWarning
-        )  # Python 3.12: other threads' locks, which Jinja needs none of
-        child = os.fork()
+        # Python 3.12 warns of other threads' locks, of which Jinja needs none
+        warnings.simplefilter("ignore", DeprecationWarning)
+        try:
+            child = os.fork()
+        except OSError:  # a process that has reserved more than the machine has can not: nothing is refused untried
+            return
     if child == 0:
         code = 1
         try:
