@@ -31,7 +31,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # outside the environ
 
 from training.utils import arguments
 from training.utils.arguments import AUTO, MAX_SEED, PRECISIONS, OtherFlag, flag
-from training.utils.errors import UserError, print_last, run_program
+from training.utils.errors import UserError, print_last, run_resumable
 from training.utils.run.demo import check_sources_named
 from training.utils.run.folders import latest_output, output_root, runs_newest_first, shown, tuned_models
 from training.utils.run.inputs import check_model_path
@@ -228,8 +228,4 @@ def main(argv: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     arguments.answer_early(parse_flags)
-    try:
-        sys.exit(run_program(main))
-    except KeyboardInterrupt:
-        print_last("stopped; started again with the same flags it goes on")
-        sys.exit(130)
+    sys.exit(run_resumable(main))

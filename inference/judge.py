@@ -29,7 +29,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # outside the environ
 from training.utils import arguments
 from training.utils.answers import Line, PartFile, read_answers
 from training.utils.arguments import flag
-from training.utils.errors import UserError, print_last, run_program
+from training.utils.errors import UserError, run_resumable
 from training.utils.run.folders import shown
 
 if TYPE_CHECKING:
@@ -301,8 +301,4 @@ def main(argv: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     arguments.answer_early(parse_flags)
-    try:
-        sys.exit(run_program(main))
-    except KeyboardInterrupt:
-        print_last("stopped; started again with the same flags it goes on")
-        sys.exit(130)
+    sys.exit(run_resumable(main))

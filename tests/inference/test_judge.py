@@ -19,7 +19,7 @@ from tests.tiny import tiny_tokenizer
 from training.utils import answers as answer_files
 from training.utils.arguments import DataArguments
 from training.utils.data import prepare_data
-from training.utils.errors import run_program
+from training.utils.errors import run_program, run_resumable
 
 KEY = "sk-very-secret-0123456789"
 TEXTS = ["Yes.", "A longer answer.", "The longest of all answers, by far.", "Hm"]
@@ -467,3 +467,12 @@ def test_a_bad_key_and_one_in_the_clear(answers, monkeypatch, capsys):
     captured = capsys.readouterr()
     assert "goes over the network in the clear" in captured.out and "6 tries" in captured.err
     assert KEY not in captured.out + captured.err
+
+
+def test_ctrl_c_says_how_to_go_on(capsys, monkeypatch):
+    def stop(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.argv", ["judge.py"])
+    assert run_resumable(stop) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "stopped; started again with the same flags it goes on"

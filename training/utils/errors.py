@@ -50,6 +50,15 @@ def run_program(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None
         return 2
 
 
+def run_resumable(main: Callable[[Sequence[str]], int]) -> int:
+    """`run_program` of a program that goes on where it was stopped: Ctrl-C says so in a line, exit code 130."""
+    try:
+        return run_program(main)
+    except KeyboardInterrupt:
+        print_last("stopped; started again with the same flags it goes on")
+        return 130
+
+
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
