@@ -83,6 +83,13 @@ def build_app(ledger: Ledger, hosts: frozenset[str], login: tuple[str, str] | No
         hosts: names that the page goes by, see `PageGuard`.
         login: user and password that visitors must give.
     """
+    routes = [*_judging(ledger), *_reading(ledger), *_static()]
+    guards = [Middleware(PageGuard, hosts=hosts)] + ([Middleware(Password, login=login)] if login else [])
+    return Starlette(routes=routes, middleware=[Middleware(Headers), *guards])
+
+
+def _judging(ledger: Ledger) -> list[Route]:
+    """What judges do; each answer is what the page shows next."""
 
     def state(judge: str, item: Item | None, before: Event | None = None) -> JSONResponse:
         """What the page shows next."""
@@ -112,6 +119,13 @@ def build_app(ledger: Ledger, hosts: frozenset[str], login: tuple[str, str] | No
         judge = judge_name(said["judge"])
         return state(judge, *ledger.undo(judge))
 
+    acts = {"next": next_, "save": save, "undo": undo}
+    return [Route(f"/api/{name}", _answered(act), methods=["POST"]) for name, act in acts.items()]
+
+
+def _reading(ledger: Ledger) -> list[Route]:
+    """What has been judged so far."""
+
     async def results(request: Request) -> Response:
         """Agreement and win rates; these name the models."""
         agreed = ledger.agreement()
@@ -128,6 +142,12 @@ def build_app(ledger: Ledger, hosts: frozenset[str], login: tuple[str, str] | No
         head = {"Content-Disposition": f'attachment; filename="{name}"'}
         return Response(b"".join(files[name].rows.values()), 200, head, "application/jsonl")
 
+    return [Route("/api/results", results), Route("/export/{name}", export)]
+
+
+def _static() -> list[Route]:
+    """The page's files, and whether the server is there."""
+
     async def ping(request: Request) -> Response:
         """Whether the server is there."""
         return Response("here")
@@ -137,18 +157,7 @@ def build_app(ledger: Ledger, hosts: frozenset[str], login: tuple[str, str] | No
         name = request.path_params.get("name", "page.html")
         return FileResponse(STATIC / name) if (STATIC / name) in STATIC.iterdir() else Response("not found", 404)
 
-    routes = [
-        Route("/", static),
-        Route("/page/{name}", static),
-        Route("/api/next", _answered(next_), methods=["POST"]),
-        Route("/api/save", _answered(save), methods=["POST"]),
-        Route("/api/undo", _answered(undo), methods=["POST"]),
-        Route("/api/results", results),
-        Route("/api/ping", ping),
-        Route("/export/{name}", export),
-    ]
-    guards = [Middleware(PageGuard, hosts=hosts)] + ([Middleware(Password, login=login)] if login else [])
-    return Starlette(routes=routes, middleware=[Middleware(Headers), *guards])
+    return [Route("/", static), Route("/page/{name}", static), Route("/api/ping", ping)]
 
 
 _TYPES = {"judge": str, "item": str, "act": str, "note": str, "better": str, "places": list}
@@ -158,6 +167,7 @@ def _answered(act: Callable[[Mapping[str, Any]], JSONResponse]) -> Callable[[Req
     """A handler for requests with an object in JSON; what is wrong comes back as a line, with status 400."""
 
     async def handler(request: Request) -> Response:
+        """What an act answers, or a line that says what is wrong."""
         body = b""
         async for part in request.stream():
             body += part

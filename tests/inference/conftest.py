@@ -56,3 +56,19 @@ def visitors(tmp_path):
     yield _visit
     for browser in open_:
         browser.driver.quit()
+
+
+@pytest.fixture
+def serve():
+    """``serve(*flags)`` starts the ranking page as a process, which ends with the test."""
+    from tests.inference.ranked import Server
+
+    started = []
+
+    def _serve(*flags, **options):
+        started.append(Server(*flags, **options))
+        return started[-1]
+
+    yield _serve
+    for server in started:
+        server.kill()

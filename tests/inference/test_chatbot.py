@@ -49,15 +49,21 @@ def test_a_conversation_of_two_turns_with_history(type_in, chat_folders, tmp_pat
     assert [m["content"] for m in second] == ["be kind", "new", FOX]
 
 
-def test_the_model_sees_the_history_and_the_system_message(type_in, chat_folders, monkeypatch):
-    seen = []
+@pytest.fixture
+def seen(monkeypatch):
+    """What the model was asked: the contents of the messages, and the sampling."""
+    found = []
     stream = chat_stream.stream_answer
 
     def spy(model, messages, sampling):
-        seen.append(([m["content"] for m in messages], sampling))
+        found.append(([m["content"] for m in messages], sampling))
         return stream(model, messages, sampling)
 
     monkeypatch.setattr(chat_stream, "stream_answer", spy)
+    return found
+
+
+def test_the_model_sees_the_history_and_the_system_message(type_in, chat_folders, seen):
     lines = ["one", "/seed 9", "two", "/system be brief", "three", "/system -", "four"]
     type_in(lines, "--path", str(chat_folders["fox"]), "--temperature", "0.3", "--top_k", "4", "--seed", "3")
     assert [m for m, _ in seen] == [["one"], ["one", FOX, "two"], ["be brief", "three"], ["four"]]
@@ -183,15 +189,7 @@ def test_reasoning_comes_first_and_is_said(type_in, chat_folders, monkeypatch):
     assert code == 0 and "fox> (reasoning) Small or red?\n\nRed.\n" in out
 
 
-def test_retry_settings_and_prompts_of_several_lines(type_in, chat_folders, monkeypatch):
-    seen = []
-    stream = chat_stream.stream_answer
-
-    def spy(model, messages, sampling):
-        seen.append(([m["content"] for m in messages], sampling))
-        return stream(model, messages, sampling)
-
-    monkeypatch.setattr(chat_stream, "stream_answer", spy)
+def test_retry_settings_and_prompts_of_several_lines(type_in, chat_folders, seen):
     lines = [
         "/retry", "one \\", "two", "/retry", "/set temperature 0.5", "/set top_k=7", "/set",
         '"""', "a", "", "  b", '"""', "/set temperature 9", "/set warmth 1", "/set top_p much", "last",

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from tests.inference.browser import PHONE, Browser, By, Keys, needs_browser
-from tests.inference.ranked import Server, rows_of, write_answers
+from tests.inference.ranked import rows_of, write_answers
 from training.utils.data.formats.columns import convert
 
 pytestmark = [pytest.mark.slow, needs_browser]
@@ -51,19 +51,6 @@ class Judge(Browser):
             "[...document.querySelectorAll('main *:not(.skip)')].filter(e => e.checkVisibility() &&"
             "e.getBoundingClientRect().right > wide + 0.5).map(e => e.id || e.className)]"
         )
-
-
-@pytest.fixture
-def serve(tmp_path):
-    started = []
-
-    def _serve(*flags, **options):
-        started.append(Server(*flags, **options))
-        return started[-1]
-
-    yield _serve
-    for server in started:
-        server.kill()
 
 
 @pytest.fixture

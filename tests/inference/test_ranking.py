@@ -15,7 +15,7 @@ from ranking.items import read_material
 from ranking.ledger import Ledger, judge_name
 
 from tests.inference.conftest import INFERENCE
-from tests.inference.ranked import Server, rows_of, write_answers
+from tests.inference.ranked import rows_of, write_answers
 from training.utils.data.formats.columns import convert
 from training.utils.data.formats.conversations import Dropped
 from training.utils.errors import UserError
@@ -39,20 +39,6 @@ def make(tmp_path):
     yield _make
     for ledger in made:
         ledger.journal.close()
-
-
-@pytest.fixture
-def serve():
-    """``serve(*flags)`` starts the page as a process."""
-    started = []
-
-    def _serve(*flags, **options):
-        started.append(Server(*flags, **options))
-        return started[-1]
-
-    yield _serve
-    for server in started:
-        server.kill()
 
 
 def best_first(ledger, judge, item, texts):
