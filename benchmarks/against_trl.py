@@ -437,11 +437,16 @@ def long_table(arguments: argparse.Namespace, figures: dict[str, dict[str, Any]]
     return "\n".join(lines)
 
 
+def versions_of(rounds: Sequence[dict[str, Any]]) -> list[str]:
+    """Of the libraries that a measurement ran on, TRL's from its own process."""
+    packages = ("torch", "transformers", "deepspeed", "accelerate")
+    found = [f"{name} {importlib.metadata.version(name)}" for name in packages]
+    return [*found, f"trl {next(run['version'] for run in rounds[0].values() if 'version' in run)}"]
+
+
 def report(arguments: argparse.Namespace, rounds: Sequence[dict[str, Any]], long_: dict[str, Any]) -> str:
     """Everything that is printed."""
-    packages = ("torch", "transformers", "deepspeed", "accelerate")
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in packages]
-    versions.append(f"trl {next(result['version'] for result in rounds[0].values() if 'version' in result)}")
+    versions = versions_of(rounds)
     head = (
         f"{', '.join(versions)}; {arguments.threads} threads, {arguments.dtype}. An iteration: {ANSWERS} answers of at "
         f"most {NEW_TOKENS} tokens to {ANSWERS // SAMPLES} prompts, {STEPS} optimizer steps. Medians of "

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from against_trl import ADAM_BETA2, MAX_GRAD_NORM, ROOT, environment, resident_peak
+from against_trl import ADAM_BETA2, MAX_GRAD_NORM, ROOT, environment, resident_peak, versions_of
 
 LEARNING_RATE, LONGEST, WAIT = 1e-5, 512, 0.02
 PROGRAMS = {1: "step1_supervised_finetuning", 2: "step2_reward_model_finetuning"}
@@ -188,6 +188,7 @@ def train_with_trl(settings: dict[str, Any]) -> None:
     step = trainer.training_step
 
     def counted(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """TRL's own step, and how many tokens and what loss it had."""
         mask = inputs.get("attention_mask")
         seen["tokens"] = inputs["input_ids"].numel() if mask is None else int(mask.sum())
         loss = step(model, inputs, *args, **kwargs)
@@ -241,9 +242,7 @@ def main(arguments: argparse.Namespace) -> int:
             rounds.append(runs)
             for name, run in runs.items():
                 print(f"{folder.name}: {name}: {json.dumps(run)}", file=sys.stderr, flush=True)
-    packages = ("torch", "transformers", "deepspeed", "accelerate")
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in packages]
-    versions.append(f"trl {next(run['version'] for run in rounds[0].values() if 'version' in run)}")
+    versions = versions_of(rounds)
     head = (
         f"{', '.join(versions)}; {arguments.threads} threads, {arguments.dtype}. Step {arguments.step}, {data}, "
         f"{arguments.batch} {UNIT[arguments.step]} in an optimizer step, one pass, {arguments.rounds} rounds, trainers "

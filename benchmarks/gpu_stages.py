@@ -251,6 +251,7 @@ def step1(sizes: Sizes, folder: Path) -> dict[str, Any]:
     answer[:, : sizes.prompt] = 0
 
     def loss(start: int) -> torch.Tensor:
+        """The summed loss of the micro-batch of pairs that begins there."""
         rows = slice(start, start + sizes.micro_batch)
         batch = {"input_ids": ids[rows], "attention_mask": mask[rows], "response_mask": answer[rows]}
         return negative_log_likelihood(engine, batch)

@@ -42,6 +42,7 @@ def clip_before_step(optimizer: torch.optim.Optimizer, max_grad_norm: float) -> 
     """
 
     def before(optimizer: Any, *_: Any) -> None:
+        """Norm, finiteness, clipping."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for parameter in parameters:
             if parameter.grad is None:  # an expert that no token went to: decays like all others
