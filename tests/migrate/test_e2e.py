@@ -19,7 +19,7 @@ def _own_folder(tmp_path, monkeypatch):
 
 def test_models_ranks_stages_and_folder():
     argv = "--actor-model facebook/opt-1.3b --reward-model=350m --deployment-type single_node --output-dir o --step 1 2"
-    options, inputs, _ = train.parse_flags([*argv.split(), "--actor-zero-stage", "1", "--reward-zero-stage", "3"])
+    options, inputs, *_ = train.parse_flags([*argv.split(), "--actor-zero-stage", "1", "--reward-zero-stage", "3"])
     assert inputs.actor_model_name_or_path == "facebook/opt-1.3b"
     assert inputs.reward_model_name_or_path == "facebook/opt-350m"
     assert (options.num_gpus, options.output_dir, options.step) == (3, "o", [1, 2])
@@ -29,7 +29,7 @@ def test_models_ranks_stages_and_folder():
 
 def test_own_flags_beside_them_win():
     argv = ["--actor-zero-stage", "1", "--step1_args", "--zero_stage 2 --seed 3", "--deployment-type", "single_gpu"]
-    options, inputs, _ = train.parse_flags([*argv, "--num_gpus", "2"])
+    options, inputs, *_ = train.parse_flags([*argv, "--num_gpus", "2"])
     assert options.num_gpus == 2
     assert inputs.step1_args == "--zero_stage 1 --zero_stage 2 --seed 3"
 
@@ -37,7 +37,7 @@ def test_own_flags_beside_them_win():
 def test_several_hosts_are_named(tmp_path):
     with pytest.raises(UserError, match="--deployment-type multi_node: name the hosts: --hostfile HOSTS"):
         train.parse_flags(["--deployment-type", "multi_node"])
-    options, _, _ = train.parse_flags(["--deployment-type", "multi_node", "--hostfile", "mine"])
+    options, *_ = train.parse_flags(["--deployment-type", "multi_node", "--hostfile", "mine"])
     assert (options.hostfile, options.num_gpus) == ("mine", None)
     e2e.HOSTFILE.write_text("a slots=1\n")
     assert train.parse_flags(["--deployment-type", "multi_node"])[0].hostfile == str(e2e.HOSTFILE)
@@ -67,7 +67,7 @@ def test_values_out_of_range(argv, words):
 
 def test_its_command_is_translated_with_the_data_of_its_scripts():
     made = translate("python3 e2e_rlhf.py --actor-model facebook/opt-1.3b --deployment-type single_gpu")
-    _, inputs, every = train.parse_flags(made.arguments)
+    _, inputs, _, every = train.parse_flags(made.arguments)
     assert (inputs.actor_model_name_or_path, every.data_path) == ("facebook/opt-1.3b", ["Dahoas/rm-static"])
     assert inputs.reward_model_name_or_path == "facebook/opt-350m", "its default"
     assert any("single_gpu/run_1.3b.sh" in line for line in made.lines)
