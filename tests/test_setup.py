@@ -380,14 +380,14 @@ def test_recipes_are_sections_of_flags(recipe: Path) -> None:
 
 
 FREE_A_BLOCK = """
-import ctypes, sys
+import ctypes, os, sys
 from training.utils.run.runtime import keep_freed_memory
 if "keep" in sys.argv:
     keep_freed_memory()
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
 def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * 4096
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 size = 30 * 2**20
 block = libc.malloc(size)
 ctypes.memset(block, 1, size)
