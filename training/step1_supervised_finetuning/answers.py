@@ -15,7 +15,7 @@ from training.utils.generation.engines import rollout_backend
 from training.utils.generation.requests import RolloutBackend, RolloutRequest
 from training.utils.generation.sampling import SamplingConfig
 from training.utils.metrics import watched
-from training.utils.run.distributed import data_rank, data_size, gather_objects
+from training.utils.run.distributed import data_rank, data_size, gather_rows
 
 ROUGE_ROWS = 64  # held-out rows that choose a model by ROUGE: their mean is known to about 0.02
 ROUGE_TOKENS = 128  # longest answer to them
@@ -95,7 +95,7 @@ class RougeJudge:
         if sharded:
             engine.empty_partition_cache()
         engine.train()
-        by_row = dict(gather_objects(found))
+        by_row = dict(gather_rows(found))
         references = [self._tokenizer.decode(r, skip_special_tokens=True).strip() for _, r in self._turns]
         values = list(itertools.chain(*rouge_scores([by_row[i] for i in rows], references).values()))
         return sum(values) / len(values)

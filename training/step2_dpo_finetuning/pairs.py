@@ -26,7 +26,7 @@ from training.utils.data import (
 from training.utils.engine.reference import reference_policy
 from training.utils.metrics import watched
 from training.utils.model.logprobs import response_kl, response_log_probs
-from training.utils.run.distributed import data_rank, data_size, gather_objects, reduce_sums
+from training.utils.run.distributed import data_rank, data_size, gather_rows, reduce_sums
 
 Batch = dict[str, Tensor]
 KL_PROMPTS = 64  # held-out prompts whose chosen answers tell the KL: it needs all logits of both models
@@ -148,7 +148,7 @@ class Preferences:
                 columns = torch.cat([part.double().cpu() for part in parts])
                 pairs = [row for rows in mine for row in rows]
                 found += zip(pairs, columns.T.tolist(), strict=False)  # a filler's pairs are nobody's
-        by_row = dict(gather_objects(found))
+        by_row = dict(gather_rows(found))
         table = torch.tensor([by_row[i] for i in range(len(dataset))], dtype=torch.float64).T
         weights, policy, tokens, reference = table[0], table[1:3], table[3:5], table[5:] if len(table) > 5 else None
         drift = [0.0, 0.0]

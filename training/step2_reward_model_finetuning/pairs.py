@@ -19,7 +19,7 @@ from training.utils.data import (
 )
 from training.utils.metrics import watched
 from training.utils.model.reward_model import last_token_scores
-from training.utils.run.distributed import data_rank, data_size, gather_objects
+from training.utils.run.distributed import data_rank, data_size, gather_rows
 
 # Held-out pairs that a model is judged by before it is trained: most have a fresh head, whose accuracy is a coin's
 PAIRS_BEFORE = 64
@@ -85,7 +85,7 @@ def held_out_rewards(
             scores = answer_rewards(scorer, {name: tensor.to(device) for name, tensor in batch.items()})
             whose = [(ranking, i) for ranking, members in (units[i] for i in mine) for i in members]
             rewards += zip(whose, scores.tolist(), strict=False)  # a filler's score belongs to no answer
-    by_answer = dict(gather_objects(rewards))
+    by_answer = dict(gather_rows(rewards))
     return [(by_answer[chosen], by_answer[rejected]) for chosen, rejected in places]
 
 

@@ -29,7 +29,7 @@ from training.step3_rlhf_finetuning.rewards import (
 from training.utils.generation.requests import RolloutBackend, RolloutBatch, has_ended, response_texts
 from training.utils.generation.sampling import SamplingConfig
 from training.utils.intervals import bootstrap_interval, mean
-from training.utils.run.distributed import data_rank, data_size, gather_objects, say
+from training.utils.run.distributed import data_rank, data_size, gather_rows, say
 from training.utils.run.watchdog import beat
 
 
@@ -185,7 +185,7 @@ def answer_held_out(
         for batch, rollout, kl in zip(batches, rollouts, divergences, strict=True)
         for answer in answers_of(prompts, batch, rollout, rewards, sizes.scored, kl)
     ]
-    by_row = {answer.row: answer for answer in gather_objects(answers)}
+    by_row = {answer.row: answer for answer in gather_rows(answers)}
     return [by_row[i] for i in rows]
 
 

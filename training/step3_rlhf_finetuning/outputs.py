@@ -28,7 +28,7 @@ from training.utils.health import HealthMonitor
 from training.utils.metrics import MetricsLogger, write_summary
 from training.utils.model.card import write_model_card
 from training.utils.model.export import move_into, save_model
-from training.utils.run.distributed import gather_objects, is_main, say
+from training.utils.run.distributed import gather_rows, is_main, say
 
 SAMPLES_FILE = "samples.json"
 ANSWERS_FILE = "answers.jsonl"
@@ -201,7 +201,7 @@ def write_trace(folder: Path, batches: Sequence[ScoredBatch], prompts: PromptSet
         prompts: what their rows refer to.
         iteration: from 1.
     """
-    records = gather_objects(list(trace_records(batches, prompts, iteration)))
+    records = gather_rows(list(trace_records(batches, prompts, iteration)))
     if not is_main():
         return
     path = folder / TRACE_FOLDER / f"iteration-{iteration:06d}.jsonl"

@@ -30,7 +30,7 @@ from training.utils.errors import UserError
 from training.utils.generation.requests import RolloutBackend, RolloutRequest
 from training.utils.generation.sampling import SamplingConfig
 from training.utils.phases import Phases
-from training.utils.run.distributed import all_reduce_sum, gather_objects, reduce_sums, say
+from training.utils.run.distributed import all_reduce_sum, gather_rows, reduce_sums, say
 from training.utils.run.watchdog import beat
 
 # Measured on SmolLM2-135M: fp32 max 2e-5; bf16 mean 0.04, 99th percentile 0.18. Families with recurrent layers come to
@@ -345,7 +345,7 @@ def sampler_difference(
         masks: [B, R] bool, true on response tokens.
     """
     mine = [(s - t).abs()[m].double() for s, t, m in zip(sampler, trainer, masks, strict=True)]
-    values = torch.tensor(gather_objects(torch.cat(mine).tolist()), dtype=torch.float64)
+    values = torch.tensor(gather_rows(torch.cat(mine).tolist()), dtype=torch.float64)
     if not len(values):
         return SamplerDifference(0.0, 0.0, 0.0, 0)
     ordered = values.sort().values  # NaN sorts last, so it is the largest

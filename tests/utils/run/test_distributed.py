@@ -11,8 +11,18 @@ import pytest
 from training.utils.arguments import ReliabilityArguments
 from training.utils.checkpoint import store
 from training.utils.checkpoint.resume import Run, _problems
+from training.utils.errors import UserError
 from training.utils.run import distributed, watchdog
-from training.utils.run.distributed import all_reduce_sum, bound_waits, init_distributed, rank
+from training.utils.run.distributed import (
+    all_reduce_sum,
+    bound_waits,
+    data_rank,
+    data_size,
+    gather_rows,
+    init_distributed,
+    rank,
+    share_rows,
+)
 from training.utils.run.watchdog import beat
 
 
@@ -138,3 +148,24 @@ def test_a_gpu_that_is_not_used_is_told(monkeypatch, cuda, says):
         with monkeypatch.context() as patch:
             patch.setenv(name, value)
             assert distributed.unused_gpu() == "", "the CPU is meant"
+
+
+def count_rows(ranks: int) -> list[object]:
+    """What is counted and collected of rows that so many ranks take together."""
+    import torch
+
+    share_rows(ranks)
+    try:
+        return [data_rank(), data_size(), all_reduce_sum(torch.tensor([3.0])).item(), gather_rows([data_rank()])]
+    finally:
+        share_rows(1)
+
+
+def test_rows_that_ranks_take_together_count_once(rank_pair):
+    assert rank_pair.run(count_rows, 1) == [[0, 2, 6.0, [0, 1]], [1, 2, 6.0, [0, 1]]]
+    assert rank_pair.run(count_rows, 2) == [[0, 1, 3.0, [0]], [0, 1, 3.0, [0]]]
+
+
+def test_ranks_that_can_not_be_divided_are_refused():
+    with pytest.raises(UserError, match="1 ranks can not be divided into groups of 2"):
+        share_rows(2)

@@ -28,6 +28,7 @@ T = TypeVar("T")
 _limit: datetime.timedelta | None = None  # of every collective, as `init_distributed` was told
 _SIGN_OF_LIFE = 1.0  # seconds between two of a rank that others wait for
 _meetings = 0
+_sharing = 1  # ranks that take the same rows
 
 
 def init_distributed(timeout: float = DEFAULT_TIMEOUT) -> torch.device:
@@ -119,17 +120,39 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def data_rank() -> int:
-    """Which share of the rows this rank takes, from 0.
+def share_rows(ranks: int) -> None:
+    """From now on every ``ranks`` neighbours hold one model, or one row, together and take the same rows.
 
-    Ranks that hold one model together would take the same rows; as yet each rank holds a whole one (or ZeRO's shard).
+    Such ranks compute the same numbers about the rows, so the first of them speaks for all where rows are counted or
+    collected: `all_reduce_sum`, `reduce_sums` and `gather_rows`. The other collectives are of all ranks.
+
+    Raises:
+        UserError: the number of ranks is no multiple of it.
     """
-    return rank()
+    global _sharing
+    if world_size() % ranks:
+        raise UserError(f"{world_size()} ranks can not be divided into groups of {ranks}")
+    _sharing = ranks
+
+
+def ranks_of_a_row() -> int:
+    """How many ranks take the same rows, see `share_rows`."""
+    return _sharing
+
+
+def data_rank() -> int:
+    """Which share of the rows this rank takes, from 0."""
+    return rank() // _sharing
 
 
 def data_size() -> int:
     """Into how many shares rows are divided, and by how many gradients are averaged."""
-    return world_size()
+    return world_size() // _sharing
+
+
+def speaks_for_rows() -> bool:
+    """Whether this rank's numbers count: it is the first of those that take the same rows."""
+    return rank() % _sharing == 0
 
 
 def is_main() -> bool:
@@ -146,8 +169,10 @@ def say(message: str) -> None:
 
 
 def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
-    """Sum a tensor over all ranks; returns a new tensor of the same shape, in float64 on the given device."""
+    """Sum a tensor over all shares of the rows; returns a new one of the same shape, in float64 on its device."""
     total = values.detach().to(torch.float64).clone()
+    if not speaks_for_rows():
+        total.zero_()
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(total, op=dist.ReduceOp.SUM)
     return total
@@ -162,7 +187,7 @@ def all_reduce_max(values: torch.Tensor) -> torch.Tensor:
 
 
 def reduce_sums(sums: Mapping[str, float], device: torch.device) -> dict[str, float]:
-    """Add up named local sums over all ranks in one collective; every rank must name the same keys."""
+    """Add up named sums over all shares of the rows in one collective; every rank must name the same keys."""
     names = sorted(sums)
     total = all_reduce_sum(torch.tensor([float(sums[n]) for n in names], dtype=torch.float64, device=device))
     return dict(zip(names, total.tolist(), strict=True))
@@ -175,6 +200,11 @@ def gather_objects(local: Sequence) -> list:
     parts: list = [None] * dist.get_world_size()
     dist.all_gather_object(parts, list(local))
     return [item for part in parts for item in part]
+
+
+def gather_rows(local: Sequence) -> list:
+    """Concatenate what was found for each share of the rows, in their order, on all ranks."""
+    return gather_objects(local if speaks_for_rows() else [])
 
 
 def on_all_ranks(work: Callable[[], T]) -> T:
