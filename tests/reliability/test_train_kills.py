@@ -17,12 +17,12 @@ from tests.test_train import Bench
 # A process of its own, as train.py is: it may die at any call. Arguments: folder, number, calls, launcher, step, argv
 TRAIN = """
 import json, sys
-from tests.reliability import faults
+from tests.reliability.file_kills import kill_at_file_call
 from training.pipeline import estimate
 import train
 folder, number, calls, launcher, step, *argv = sys.argv[1:]
 estimate.embedded_shape = lambda: None
-faults.kill_at_file_call(folder, int(number), calls)
+kill_at_file_call(folder, int(number), calls)
 sys.exit(train.main(argv, launcher=json.loads(launcher), scripts=dict.fromkeys(("step1", "step2", "step3"), step)))
 """
 
