@@ -1,4 +1,4 @@
-"""Where the tests of this folder run: each on the CPU in every run of the suite, and, marked gpu, on a CUDA GPU.
+"""Where the tests of this folder run: on the CPU, most in full runs of the suite only, and, marked gpu, on a CUDA GPU.
 
 DeepSpeed has one accelerator per process. `tests/conftest.py` takes the GPU for it where TRIPOD_TEST_DEVICE is cuda, as
 ``make gpu-check`` says; else every test is a CPU's, on a machine with a GPU too.

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.marks import slow
 from tests.step3.hybrid_checks import build, prompts, request, train_two_steps
 from tests.utils.checkpoint.resume_checks import ADAPTERS, interrupted
 from tests.utils.engine.engine_checks import collate, fixed_rows, train
@@ -53,7 +54,7 @@ def twin_against_plain(path: str, stage: int, lora: int) -> tuple[list[dict[str,
     return found, difference.abs().max()
 
 
-@pytest.mark.parametrize(("stage", "lora"), [(0, 0), (2, 4), (3, 0), (3, 4)])
+@pytest.mark.parametrize(("stage", "lora"), [slow(0, 0), (2, 4), slow(3, 0), slow(3, 4)])
 def test_the_twin_is_the_engine_before_and_after_steps(device, tiny_model, stage, lora):
     found, difference = twin_against_plain(str(tiny_model), stage, lora)
     for at in found:
@@ -89,7 +90,12 @@ def test_the_start_up_check_passes_the_sampler_and_catches_another_policy(device
 
 @pytest.mark.parametrize(
     ("stage", "dtype", "options"),
-    [(0, "fp32", {}), (2, "bf16", {"lora": ADAPTERS}), (3, "fp32", {}), (2, "fp32", {"offload": True})],
+    [
+        slow(0, "fp32", {}),
+        (2, "bf16", {"lora": ADAPTERS}),
+        slow(3, "fp32", {}),
+        slow(2, "fp32", {"offload": True}),
+    ],
 )
 def test_training_goes_on_where_it_was_saved(device, tiny_model, tmp_path, stage, dtype, options):
     """Bit for bit on a CPU; on a GPU sums that are made by atomic additions have no order, so up to their rounding."""
@@ -102,7 +108,7 @@ def test_training_goes_on_where_it_was_saved(device, tiny_model, tmp_path, stage
         torch.testing.assert_close(result["resumed_state"][name], tensor, **within)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [1, slow(2), slow(3)])
 def test_fp16_learns_as_fp32_does(device, fp16_everywhere, tiny_model, stage):
     losses = {d: train(str(tiny_model), stage=stage, dtype=d, steps=5)["losses"] for d in ("fp32", "fp16")}
     assert losses["fp16"] == pytest.approx(losses["fp32"], abs=2e-2)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.marks import slow
 from tests.reliability.tiny_runs import ROOT, SCRIPTS, metrics, step_arguments, weights
 from tests.step3.hybrid_checks import save_tiny_reward_model
 from tests.tiny import save_tiny_model
@@ -83,7 +84,9 @@ def flip(file):
     file.write_bytes(data)
 
 
-@pytest.mark.parametrize("what", ["damaged shard", "missing shard", "half a shard", "index edited by hand", "no index"])
+@pytest.mark.parametrize(
+    "what", ["damaged shard", slow("missing shard"), slow("half a shard"), "index edited by hand", slow("no index")]
+)
 def test_the_checkpoint_before_a_damaged_one_is_taken(launcher, inputs, whole, stopped, tmp_path, what):
     output = stopped(tmp_path / "out")
     newest = checkpoints(output)[-1]
@@ -155,9 +158,11 @@ def test_a_file_system_that_is_really_full(launcher, inputs, tmp_path):
     ("kilobytes", "step"),
     [
         (20, 1),
-        (150, 2),
+        slow(20, 2),
+        slow(20, 3),
+        slow(150, 1),
+        slow(150, 2),
         (150, 3),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((20, 2), (20, 3), (150, 1))),
     ],
 )
 def test_a_disk_that_fills_while_models_and_metrics_are_written(launcher, inputs, tmp_path, step, kilobytes):
@@ -200,7 +205,7 @@ def ended_soon(runs):
     return codes, time.monotonic() - start
 
 
-@pytest.mark.parametrize(("step", "where"), [(1, "rank 1, step 2, training"), (3, "rank 1, step 0, training")])
+@pytest.mark.parametrize(("step", "where"), [slow(1, "rank 1, step 2, training"), (3, "rank 1, step 0, training")])
 def test_an_exception_on_one_rank_ends_all_with_its_traceback_last(launcher, inputs, tmp_path, step, where):
     runs = started(launcher, inputs, tmp_path / "out", {"kind": "raise", "rank": 1, "step": 3}, step=step)
     codes, seconds = ended_soon(runs)
@@ -222,7 +227,7 @@ def test_a_killed_rank_ends_the_others(launcher, inputs, tmp_path):
     assert "the connection to another rank is lost" in runs[0].text() and "Traceback" not in runs[0].text()
 
 
-@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rank", [slow(0), 1])
 def test_an_aborted_rank_is_named_and_ends_the_others(launcher, inputs, tmp_path, rank):
     """NCCL's way to end a collective that timed out: SIGABRT, no exception here or on the ranks that wait."""
     output = tmp_path / "out"
@@ -272,10 +277,12 @@ def after_a_checkpoint(run, output):
 @pytest.mark.parametrize(
     ("number", "step"),
     [
-        (signal.SIGTERM, 1),
-        (signal.SIGINT, 2),
+        slow(signal.SIGTERM, 1),
+        slow(signal.SIGTERM, 2),
         (signal.SIGTERM, 3),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((signal.SIGINT, 1), (15, 2), (signal.SIGINT, 3))),
+        slow(signal.SIGINT, 1),
+        (signal.SIGINT, 2),
+        slow(signal.SIGINT, 3),
     ],
 )
 def test_a_signal_stops_with_a_checkpoint_and_the_line_to_go_on(launcher, inputs, whole, tmp_path, step, number):
@@ -425,7 +432,7 @@ def assert_close(step, one, other):
     assert all(torch.allclose(a[name], b[name], rtol=0, atol=2e-4) for name in a)
 
 
-@pytest.mark.parametrize(("ranks", "more"), [(2, ()), (0, ("--zero_stage", "3")), (2, ("--zero_stage", "2"))])
+@pytest.mark.parametrize(("ranks", "more"), [slow(2, ()), (0, ("--zero_stage", "3")), slow(2, ("--zero_stage", "2"))])
 def test_other_ranks_or_another_stage_go_on_and_say_so(launcher, inputs, whole, stopped, tmp_path, ranks, more):
     output = stopped(tmp_path / "out")
     code, text = resume(launcher, inputs, output, *more, ranks=ranks)
@@ -455,7 +462,7 @@ def test_accepted_changes(launcher, inputs, whole, stopped, tmp_path):
     assert_same(1, output, whole(1))
 
 
-@pytest.mark.parametrize("flag", [("--learning_rate", "1e-3"), ("--seed", "5"), ("--train_on_prompts",)])
+@pytest.mark.parametrize("flag", [("--learning_rate", "1e-3"), slow(("--seed", "5")), slow(("--train_on_prompts",))])
 def test_changed_arguments_are_refused_by_name(launcher, inputs, stopped, tmp_path, flag):
     output = stopped(tmp_path / "out")
     notes = set(output.glob(".aborted-rank*"))  # of the killed rank, empty; the next start makes its own

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.marks import slow
 from tests.reliability.tiny_runs import Launcher, Step, make_inputs, metrics, step_arguments, weights
 
 MOMENTS = ("while saving", "at random")
@@ -86,7 +87,7 @@ def assert_same(step: Step, whole: Path, resumed: Path) -> None:
     assert metrics(resumed) == metrics(whole)
 
 
-@pytest.mark.parametrize(("step", "more"), [(1, ADAPTERS), (2, ()), ("dpo", ADAPTERS), (3, ())])
+@pytest.mark.parametrize(("step", "more"), [(1, ADAPTERS), slow(2, ()), slow("dpo", ADAPTERS), (3, ())])
 def test_a_kill_while_saving_changes_nothing(launcher, inputs, tmp_path, step, more):
     whole, seconds = uninterrupted(launcher, inputs, step, tmp_path, more)
     resumed, rng = tmp_path / "killed", random.Random(step)
@@ -136,7 +137,7 @@ def killed_at_file_call(
     return output
 
 
-@pytest.mark.parametrize("step", [1, 2, "dpo", 3])
+@pytest.mark.parametrize("step", [slow(1), slow(2), "dpo", 3])
 def test_a_kill_while_finishing_changes_nothing(launcher, inputs, tmp_path, step):
     """From the last checkpoint on, where files are moved to where they stay; `file_calls_survived` takes all calls."""
     whole, calls = file_calls(launcher, inputs, step, tmp_path)

@@ -5,6 +5,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from transformers import AutoModelForCausalLM
 
+from tests.marks import slow
 from tests.step3.hybrid_checks import save_tiny_reward_model, trajectory, twin_equals_engine
 from tests.step3.mode_checks import decision, hooked_and_twin, merge_and_restore, modes
 from tests.utils.engine.engine_checks import collate, fixed_rows
@@ -37,12 +38,12 @@ def check_twin(path, results):
         assert not result["twin_trains"]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [slow(0), slow(1), 2, 3])
 def test_twin_equals_engine_on_two_ranks(tiny_model, rank_pair, stage):
     check_twin(tiny_model, rank_pair.run(twin_equals_engine, str(tiny_model), stage=stage, checkpointing=stage > 1))
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [slow(2), 3])
 def test_lora_twin_equals_engine(tiny_model, rank_pair, stage):
     results = rank_pair.run(twin_equals_engine, str(tiny_model), stage=stage, lora=4)
     check_twin(tiny_model, results)
@@ -54,7 +55,7 @@ def test_a_twin_with_weights_of_its_own_is_caught(tiny_model):
         check_twin(tiny_model, [twin_equals_engine(str(tiny_model), stage=1, unlink=True)])
 
 
-@pytest.mark.parametrize(("stage", "lora"), [(2, 0), (3, 0), (3, 4)])
+@pytest.mark.parametrize(("stage", "lora"), [(2, 0), slow(3, 0), (3, 4)])
 def test_modes_free_what_they_held_and_keep_to_their_own_flags(tiny_model, rank_pair, stage, lora):
     for seen in rank_pair.run(modes, str(tiny_model), stage=stage, lora=lora, checkpointing=True):
         sharded = stage == 3
@@ -92,8 +93,9 @@ def test_the_memory_estimate_counts_weights_copies_and_cache(tiny_model):
     assert more == 2 * (32 * 32 + 4 * (32 + 32)) * 4  # in two layers: the saved q_proj, and the adapter itself
 
 
-@pytest.mark.parametrize("raises", [False, True])
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize(
+    ("stage", "raises"), [slow(0, False), slow(0, True), (2, False), slow(2, True), slow(3, False), (3, True)]
+)
 def test_merged_adapters_leave_no_trace(tiny_model, rank_pair, stage, raises):
     for result in rank_pair.run(merge_and_restore, str(tiny_model), stage=stage, dtype="bf16", raises=raises):
         assert result["weights_differ"] and result["adapters_passed_over"]
@@ -109,7 +111,7 @@ def test_unmerging_by_subtraction_is_caught(tiny_model):
     assert merge_and_restore(str(tiny_model), stage=0, dtype="bf16", subtract=True)["changed"]
 
 
-@pytest.mark.parametrize(("lora", "backend"), [(0, "fast"), (4, "fast"), (0, "hf"), (4, "hf")])
+@pytest.mark.parametrize(("lora", "backend"), [slow(0, "fast"), (4, "fast"), (0, "hf"), slow(4, "hf")])
 def test_hooked_generation_equals_the_twins(tiny_model, rank_pair, lora, backend):
     lengths = set()
     for result in rank_pair.run(hooked_and_twin, str(tiny_model), lora=lora, backend=backend):
@@ -128,7 +130,9 @@ def test_hooked_generation_with_other_weights_is_caught(tiny_model, rank_pair):
     assert result["got"].input_ids.tolist() != result["expected"].input_ids.tolist()
 
 
-@pytest.mark.parametrize(("stage", "lora", "dtype"), [(0, 0, "fp32"), (3, 4, "fp32"), (2, 0, "bf16"), (3, 0, "bf16")])
+@pytest.mark.parametrize(
+    ("stage", "lora", "dtype"), [slow(0, 0, "fp32"), (3, 4, "fp32"), (2, 0, "bf16"), slow(3, 0, "bf16")]
+)
 def test_first_minibatch_has_ratio_one_and_no_kl(tiny_model, tiny_reward, rank_pair, stage, lora, dtype):
     history, _ = rank_pair.run(
         trajectory, str(tiny_model), str(tiny_reward), stage=stage, lora=lora, dtype=dtype, iterations=2

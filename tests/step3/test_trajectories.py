@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.marks import slow
 from tests.step3.hybrid_checks import save_tiny_reward_model
 from tests.step3.trajectory_checks import record, replayed
 
@@ -62,7 +63,7 @@ def test_accumulation(models, recorded, fault):
         assert_same(history, other)
 
 
-@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("order", [1, slow(2)])
 @pytest.mark.parametrize("fault", ["", "rows in another order"])
 def test_order_of_the_samples(models, recorded, fault, order):
     history, rows = recorded
@@ -76,14 +77,14 @@ def test_order_of_the_samples(models, recorded, fault, order):
 @pytest.mark.parametrize(
     ("stage", "critic_stage", "micro_batch", "accumulation", "fault"),
     [
-        (0, 0, 4, 1, ""),
         (1, 1, 1, 4, ""),
-        (2, 0, 4, 1, ""),
         (2, 2, 2, 2, ""),
         (3, 3, 4, 1, ""),
-        (3, 1, 1, 4, ""),
         (1, 1, 4, 1, "each rank for itself"),
-        (2, 2, 4, 1, "a phantom optimizer step"),
+        slow(0, 0, 4, 1, ""),
+        slow(2, 0, 4, 1, ""),
+        slow(3, 1, 1, 4, ""),
+        slow(2, 2, 4, 1, "a phantom optimizer step"),
     ],
 )
 def test_two_ranks_and_stages(models, recorded, rank_pair, stage, critic_stage, micro_batch, accumulation, fault):
@@ -97,7 +98,7 @@ def test_two_ranks_and_stages(models, recorded, rank_pair, stage, critic_stage, 
         assert_same(history, two)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [slow(1), 2, slow(3)])
 def test_stages_on_one_rank(models, recorded, stage):
     history, rows = recorded
     assert_same(history, replayed(*models, rows, stage=stage, micro_batch=8))
@@ -108,7 +109,7 @@ def stale(history):
     return max(m["rollout/sampler_difference"] for m in history)
 
 
-@pytest.mark.parametrize("lora", [4, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("lora", [slow(0), slow(4)])
 def test_twin_and_hooks(models, recorded, rank_pair, lora):
     """Live: with the same policy both draw the same tokens, so the recording is only needed to compare with it."""
     cut = {"stage": 3, "micro_batch": 4, "lora": lora}
