@@ -101,7 +101,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1], **MAMBA},
     "gpt_oss": {"head_dim": 8, "sliding_window": 8, **MOE},
 }
-FEW = ("opt", "gpt2", "gpt_neox", "llama", "mistral", "qwen3", "gemma2", "phi", "falcon", "mixtral", "mamba", "lfm2")
+FEW = ("opt", "gpt2", "llama", "qwen3", "gemma2", "falcon", "mixtral", "mamba")
 
 
 def build(family: str) -> Any:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
+from tests.marks import slow
 from tests.tiny import tiny_tokenizer
 from training.utils.arguments import DataArguments
 from training.utils.data import prepare_data
@@ -28,6 +29,8 @@ PROGRAMS = {
 }
 MODELS = {"step1": ("model",), "step2": ("model",), "step3": ("actor_model", "critic_model")}
 PAGES = {"tldr": "tldr.md", "sentiment": "sentiment.md", "stackexchange": "stackexchange.md"}
+
+SLOW_PLANS = ("tldr_sample", "stackexchange_sample")  # of the same programs as the third sample's
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +64,7 @@ def test_every_recipe_is_tested_and_has_its_page():
             )
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", [slow(name) if name in SLOW_PLANS else name for name in names()])
 def test_flags_and_plan(name, tiny_model, tmp_path, monkeypatch, capsys):
     """Each section is accepted by its program; a plan of it can be made, with a tiny model in place of its own."""
     monkeypatch.setenv("TRIPOD_OUTPUT", str(tmp_path))
@@ -144,7 +147,7 @@ def test_a_classifier_is_a_reward(tiny_classifier):
         assert rewards[n] == pytest.approx((logits[0] - logits[1]).item(), abs=1e-4)
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", [page if page == "sentiment" else slow(page) for page in PAGES])
 def test_a_run_with_a_tiny_model(name, tiny_model, tiny_classifier, tmp_path):
     """Every step of the recipe on its sample, each from the one before; sentiment with a classifier."""
     shorter = {

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from tests.marks import slow
 from tests.step3.hybrid_checks import save_tiny_reward_model
 from training import PPO, STRATEGIES
 from training.step3_rlhf_finetuning import main as step3
@@ -95,7 +96,7 @@ def test_it_is_what_the_program_does(whole, models, tiny_data, tmp_path):
         assert {name: ours[name] for name in SAME} == {name: theirs[name] for name in SAME}
 
 
-@pytest.mark.parametrize("strategy", ["zero2", "gemini"])
+@pytest.mark.parametrize("strategy", ["zero2", slow("gemini")])
 def test_model_and_optimizer_go_on_where_they_were_saved(whole, models, tiny_data, strategy):
     metrics, folder = whole
     held_out = {"eval_data_path": [str(tiny_data / "held_out.jsonl")]}

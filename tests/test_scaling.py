@@ -111,10 +111,14 @@ def run_program(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_program_plans_a_folder(tiny_model):
-    small = {"memory_gib": 0.0001}
     fits = run_program("--actor", str(tiny_model), "--gpus", "4", "--rows", "4", "--machine", "h100")
     assert fits.returncode == 0, fits.stderr
     assert "| 1 |" in fits.stdout and "\nZeRO 1:\n" in fits.stdout and "An iteration of 16 responses" in fits.stdout
+
+
+@pytest.mark.slow
+def test_a_machine_on_which_nothing_fits_is_said(tiny_model):
+    small = {"memory_gib": 0.0001}
     none = run_program("--actor", str(tiny_model), "--gpus", "4", "--rows", "4", "--machine", json.dumps(small))
     assert none.returncode == 0 and "Nothing fits" in none.stdout and "An iteration" not in none.stdout
 

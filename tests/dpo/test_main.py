@@ -6,6 +6,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from tests.glossary import never_logged, unexplained
+from tests.marks import slow
 from training.step2_dpo_finetuning import evaluate
 from training.step2_dpo_finetuning.main import main
 from training.utils.health import HealthMonitor
@@ -58,7 +59,7 @@ def test_the_fall_of_chosen_answers_is_said_in_words(tmp_path):
     assert monitor.remarks[-1].metric == "train/chosen_change", "the third step in a row below -0.1"
 
 
-@pytest.mark.parametrize("loss", ["ipo", "hinge", "kto", "simpo", "orpo"])
+@pytest.mark.parametrize("loss", [slow("ipo"), slow("hinge"), "kto", slow("simpo"), "orpo"])
 def test_every_loss_learns(dpo, loss):
     _, metrics = dpo("--loss", loss, "--learning_rate", "3e-3", "--num_train_epochs", "4")
     losses = [record["train/loss"] for record in metrics if "train/loss" in record]

@@ -9,6 +9,7 @@ import generate
 import pytest
 
 from tests.inference.conftest import INFERENCE
+from tests.marks import slow
 from tests.step3.hybrid_checks import save_tiny_reward_model
 from tests.tiny import save_tiny_model, tiny_tokenizer
 from training.utils import answers as answer_files
@@ -117,7 +118,7 @@ def killed(monkeypatch):
     monkeypatch.undo()
 
 
-@pytest.mark.parametrize(("batch", "answers"), [(0, 0), (1, 5), (5, 16 + 5)])
+@pytest.mark.parametrize(("batch", "answers"), [slow(0, 0), (1, 5), slow(5, 16 + 5)])
 def test_a_run_that_was_killed_goes_on(batch, answers, asked, killed, monkeypatch, tmp_path, capsys):
     flags = ("--samples_per_prompt", "2", "--per_device_generation_batch_size", "5")
     assert asked(*flags) == 0
@@ -169,7 +170,7 @@ def test_another_model_under_the_same_name_is_seen(asked, models, tmp_path, caps
     assert f"content of {model}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("source", ["function", "model", "both"])
+@pytest.mark.parametrize("source", [slow("function"), slow("model"), "both"])
 def test_the_best_of_several_are_rows_of_step_1(source, asked, models, reward_model, tmp_path):
     rules = tmp_path / "rules.py"
     rules.write_text(LENGTHS)

@@ -5,6 +5,7 @@ import math
 import datasets
 import pytest
 
+from tests.marks import slow
 from tests.step2.ranking_checks import PAD, fixed_rankings, train_pair_by_pair, train_rankings
 from training.step2_reward_model_finetuning.evaluate import Pair, judge
 from training.step2_reward_model_finetuning.pairs import some_rankings
@@ -29,14 +30,14 @@ def assert_same(found, expected):
         assert difference.mean() < TOLERANCE and difference.max() < 100 * TOLERANCE, name
 
 
-@pytest.mark.parametrize("micro_batch", [1, 2, 5])
+@pytest.mark.parametrize("micro_batch", [1, 2, slow(5)])
 def test_rankings_equal_their_weighted_pairs(pair_by_pair, tiny_model, micro_batch):
     found = train_rankings(str(tiny_model), stage=1, micro_batch=micro_batch)
     assert_same(found, pair_by_pair)
     assert found["sequences"] == 3 * (2 + 3 + 4 + 2 + 5), "an answer goes through the model once"
 
 
-@pytest.mark.parametrize("micro_batch", [1, 2, 5])
+@pytest.mark.parametrize("micro_batch", [slow(1), 2, slow(5)])
 def test_shared_beginnings_leave_the_trajectory(pair_by_pair, tiny_model, micro_batch):
     found = train_rankings(str(tiny_model), stage=1, micro_batch=micro_batch, shares=True)
     assert_same(found, pair_by_pair)
@@ -50,7 +51,7 @@ def test_shared_beginnings_on_two_ranks(pair_by_pair, tiny_model, rank_pair, sta
     assert first["rewards"] == second["rewards"] and first["sequences"] + second["sequences"] == 3 * 5
 
 
-@pytest.mark.parametrize(("stage", "micro_batch"), [(1, 1), (2, 2), (3, 1)])
+@pytest.mark.parametrize(("stage", "micro_batch"), [slow(1, 1), (2, 2), slow(3, 1)])
 def test_rankings_on_two_ranks_equal_their_weighted_pairs(pair_by_pair, tiny_model, rank_pair, stage, micro_batch):
     """Five prompts on two ranks: one of them has a filler."""
     first, second = rank_pair.run(train_rankings, str(tiny_model), stage=stage, micro_batch=micro_batch)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.marks import slow
 from tests.utils.checkpoint.resume_checks import (
     ADAPTERS,
     MIXED,
@@ -24,7 +25,7 @@ def assert_identical(result):
         assert torch.equal(result["resumed_state"][name], tensor), name
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", slow("bf16")])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_two_ranks_go_on_bit_for_bit(tiny_model, rank_pair, tmp_path, stage, dtype):
     for result in rank_pair.run(interrupted, str(tiny_model), str(tmp_path / "c"), stage=stage, dtype=dtype):
@@ -70,7 +71,7 @@ def test_lora_and_offload_go_on_bit_for_bit(tiny_model, rank_pair, tmp_path, sta
         assert_identical(result)
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [slow(1), 3])
 def test_other_ranks_and_stages_go_on_closely(tiny_model, rank_pair, tmp_path, stage):
     first, _ = rank_pair.run(interrupted, str(tiny_model), str(tmp_path / "c"), stage=stage, dtype="fp32")
     counters = first["counters"]

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.hardware import need_fp16
+from tests.marks import slow
 from tests.utils.engine.engine_checks import collate, fixed_rows, train
 from training.utils.arguments import LoraArguments
 from training.utils.engine import engine as engines
@@ -78,7 +79,7 @@ def plain_lora(tiny_model):
     return three_plain_steps(model, groups) | {"state": full_state_dict(model)}
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, slow(1), 2, 3])
 def test_every_stage_equals_plain_pytorch(plain, tiny_model, stage):
     ours = train(str(tiny_model), stage=stage, micro_batch=2)
     assert_same({**plain, "state": {n: t for n, t in plain["state"].items() if n in ours["state"]}}, ours)
@@ -92,7 +93,7 @@ def test_two_ranks_equal_plain_pytorch(plain, tiny_model, rank_pair, stage):
     assert_same({**plain, "state": {n: t for n, t in plain["state"].items() if n in first["state"]}}, first)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [slow(0), slow(1), 2, 3])
 def test_adapters_beside_the_rest_equal_plain_pytorch(plain_lora, tiny_model, rank_pair, stage):
     for ours, _ in (
         (train(str(tiny_model), stage=stage, lora=MIXED), None),
@@ -102,7 +103,7 @@ def test_adapters_beside_the_rest_equal_plain_pytorch(plain_lora, tiny_model, ra
 
 
 @pytest.mark.parametrize("options", [{}, {"lora": MIXED}, {"micro_batch": 2}, {"poison": 1}, {"learning_rate": 0.5}])
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [slow(1), 2])
 def test_one_rank_steps_as_zero_does_bit_for_bit(tiny_model, monkeypatch, stage, options):
     """In fp32 one rank flattens and copies nothing; ``stage`` is what ZeRO does where it is not spared that."""
     plain = train(str(tiny_model), stage=stage, steps=5, **options)
@@ -171,8 +172,7 @@ def test_gradient_checkpointing_changes_nothing(plain, tiny_model):
     assert ours["losses"] == pytest.approx(plain["losses"], abs=2e-5)
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(("stage", "dtype"), [slow(1, "fp32"), (1, "bf16"), (3, "fp32"), slow(3, "bf16")])
 def test_saved_model_is_the_engine(tiny_model, rank_pair, tmp_path, stage, dtype):
     first, _ = rank_pair.run(train, str(tiny_model), stage=stage, dtype=dtype, save_to=str(tmp_path / "m"))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype="auto")

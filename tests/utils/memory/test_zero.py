@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.marks import slow
 from tests.utils.memory.memory_checks import BUCKET, deepspeed_memory, save_wide_model
 from training.utils.arguments import LoraArguments
 from training.utils.engine.zero_config import deepspeed_config, is_plain
@@ -83,12 +84,14 @@ def check(measured, dtype, ranks, accumulation=1, within=0.07):
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [slow(1), 2, 3])
 def test_one_rank_as_deepspeed_allocates(wide_model, stage, dtype):
     check(deepspeed_memory(str(wide_model), stage=stage, dtype=dtype), dtype, 1)
 
 
-@pytest.mark.parametrize(("stage", "dtype"), [(1, "bf16"), (2, "bf16"), (3, "bf16"), (2, "fp32"), (3, "fp32")])
+@pytest.mark.parametrize(
+    ("stage", "dtype"), [slow(1, "bf16"), (2, "bf16"), slow(3, "bf16"), slow(2, "fp32"), (3, "fp32")]
+)
 def test_two_ranks_as_deepspeed_allocates(wide_model, rank_pair, stage, dtype):
     first, _ = rank_pair.run(deepspeed_memory, str(wide_model), stage=stage, dtype=dtype, accumulation=2)
     check(first, dtype, 2, 2)
@@ -112,8 +115,8 @@ def test_a_formula_without_the_moments_is_caught(wide_model):
         check(measured, "bf16", 1)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("stage", [slow(1), 2, 3])
+@pytest.mark.parametrize("dtype", ["bf16", slow("fp32")])
 def test_gradients_are_let_go_bucket_by_bucket(wide_model, rank_pair, stage, dtype):
     """With buckets that are a tenth of the model: from stage 2 on a large model's gradients are never all there."""
     measured, _ = rank_pair.run(deepspeed_memory, str(wide_model), stage=stage, dtype=dtype, bucket=BUCKET // 160)
