@@ -3,10 +3,13 @@
 
 PYTHON ?= python3
 
-.PHONY: setup demo chat test test-full gpu-check lint format clean
+.PHONY: setup setup-vllm demo chat test test-full gpu-check lint format clean
 
 setup:  ## .venv with the tested packages, the project in place, the embedded model; does nothing if up to date
 	@$(PYTHON) scripts/setup.py
+
+setup-vllm: setup  ## .venv-vllm for --rollout_engine vllm: vLLM for CUDA, or for CPUs where there is no GPU
+	.venv/bin/python scripts/setup_vllm.py
 
 demo: setup  ## the three steps on the embedded model and the bundled data, in a new run under output/
 	.venv/bin/python train.py --recipe demo
@@ -33,4 +36,4 @@ format: setup
 	.venv/bin/ruff check --fix .
 
 clean:  ## the environment and caches; runs under output/ stay
-	rm -rf .venv *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

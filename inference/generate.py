@@ -32,6 +32,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # outside the environ
 from training.utils import arguments
 from training.utils.arguments import AUTO, MAX_SEED, PRECISIONS, OtherFlag, flag
 from training.utils.errors import UserError, print_last, run_resumable
+from training.utils.generation.vllm_python import check_vllm
 from training.utils.run.demo import check_sources_named
 from training.utils.run.folders import latest_output, output_root, runs_newest_first, shown, tuned_models
 from training.utils.run.inputs import check_model_path
@@ -89,7 +90,8 @@ class DecodingArguments:
     max_prompt_seq_len: int = flag(256, "longest prompt in tokens; longer ones lose their oldest turns", minimum=4)
     max_answer_seq_len: int = flag(256, "longest answer in tokens", minimum=1)
     per_device_generation_batch_size: int = flag(16, "answers per rank that are decoded together", minimum=1)
-    rollout_engine: str = flag("fast", "how tokens are decoded", choices=("fast", "hf"))
+    rollout_engine: str = flag("fast", "how tokens are decoded", choices=("fast", "hf", "vllm"))
+    vllm_python: str = flag("", "interpreter that has vLLM (default: that of make setup-vllm, else this one)")
     temperature: float = flag(1.0, "sampling temperature; 0 takes the likeliest token", minimum=0)
     top_p: float = flag(1.0, "sample from the likeliest tokens that hold this share; 1 keeps all", above=0, maximum=1)
     top_k: int = flag(0, "sample from this many likeliest tokens; 0 keeps all", minimum=0)
@@ -109,6 +111,7 @@ def parse_flags(argv: Sequence[str]) -> list[Any]:
         raise UserError(
             f"--temperature 0 gives the same answer {options.count} times: give a higher one, or --samples_per_prompt 1"
         )
+    check_vllm(decoding.rollout_engine, decoding.vllm_python)
     named_models(options.model)
     if options.reward_model:
         check_model_path(options.reward_model, "--reward_model")
@@ -163,7 +166,7 @@ def settings_of(groups: Sequence[Any], models: Mapping[str, str], prompts: Seque
     rewards = [options.reward_model] * bool(options.reward_model) + [
         spec.rpartition(":")[0] for spec in options.reward_function if ":" in spec
     ]
-    drawn = {k: v for k, v in asdict(decoding).items() if k != "per_device_generation_batch_size"}
+    drawn = {k: v for k, v in asdict(decoding).items() if k not in ("per_device_generation_batch_size", "vllm_python")}
     return {
         "model": dict(models),
         "samples_per_prompt": options.count,

@@ -113,6 +113,7 @@ class PPO:
         total_steps = self.iterations * settings.steps_per_iteration(parsed.ppo, rollout, train)
         pad_id = self.tokenizer.pad_token_id
         build = Build(parsed.roles, train, parsed.zero, models.overrides, total_steps, pad_id, self._device)
+        server = settings.vllm_server(parsed, models)
         self.roles = build_roles(models.actor, models.reward, models.functions, build, critic=bool(models.critic))
         sampling = SamplingConfig(
             rollout.max_answer_seq_len, temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k
@@ -122,6 +123,7 @@ class PPO:
             rollout.rollout_engine,
             rows=rollout.per_device_generation_batch_size,
             length=parsed.length,
+            server=server,
         )
         scoring = Scoring(self.roles, self._prompts, parsed.ppo, rollout, train)
         self.trainer = PPOTrainer(self.roles, scoring, backend, sampling, parsed.roles.dtype)

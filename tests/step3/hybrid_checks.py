@@ -158,8 +158,8 @@ def trajectory(
 ) -> list[dict[str, float]]:
     """Metrics of a few PPO iterations over the same ``rows`` prompts, dealt to the ranks as the program deals them.
 
-    ``backend`` replaces the ``engine`` of that name; ``order`` seeds a shuffle of the samples (0: as dealt);
-    ``hooked`` generates through the ZeRO-3 hooks.
+    ``backend`` replaces the ``engine`` of that name, of which ``vllm`` is a process with weights of its own; ``order``
+    seeds a shuffle of the samples (0: as dealt); ``hooked`` generates through the ZeRO-3 hooks.
     """
     torch.manual_seed(0)
     of_critic = stage if critic_stage is None else critic_stage
@@ -179,6 +179,10 @@ def trajectory(
     )
     sampling = SamplingConfig(answer_length)
     roles.actor.hooked = hooked
+    if engine == "vllm":
+        from tests.step3.vllm_checks import server
+
+        roles.actor.server = backend = server(actor_path)
     backend = backend or rollout_backend(engine, synced=hooked)
     trainer = PPOTrainer(roles, scored, backend, sampling, dtype)
     all_prompts = prompts(rows)

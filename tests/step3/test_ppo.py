@@ -115,6 +115,18 @@ def test_reference_kl_is_an_unbiased_estimate():
     assert sum(p * t for p, t in zip(actor.exp().tolist(), terms, strict=True)) == pytest.approx(exact, abs=1e-5)
 
 
+def test_importance_weighs_tokens_up_to_the_cap():
+    trained = torch.tensor([[0.2, 0.4, 0.6, 9.9]]).log()
+    sampled = torch.tensor([[0.4, 0.2, 0.1, 0.1]]).log()
+    weights = ppo.truncated_importance(trained, sampled, MASK[:1], cap=2.5)
+    torch.testing.assert_close(weights, torch.tensor([[0.5, 2.0, 2.5, 1.0]]))
+    advantages, old = torch.tensor([[1.0, -2.0, 3.0, 5.0]]), trained.clone()
+    loss, _ = ppo.policy_loss(trained, old, advantages, MASK[:1], clip_ratio=0.2, importance=weights)
+    assert loss.item() == pytest.approx(-(0.5 * 1.0 - 2.0 * 2.0 + 2.5 * 3.0))
+    plain, _ = ppo.policy_loss(trained, old, advantages, MASK[:1], clip_ratio=0.2)
+    assert plain.item() == pytest.approx(-(1.0 - 2.0 + 3.0))
+
+
 def test_policy_loss_by_hand():
     old = torch.zeros(1, 4)
     ratio = torch.tensor([[1.5, 0.5, 1.1, 1.0]])

@@ -41,6 +41,7 @@ HELD_OUT = 5  # one prompt in so many judges the reward models
 SAMPLED_LIKE = (
     *("data_path", "data_split", "eval_data_path", "column_map", "on_bad_row", "data_output_path", "seed"),
     *("max_prompt_seq_len", "max_answer_seq_len", "per_device_generation_batch_size", "rollout_engine"),
+    "vllm_python",
     *("temperature", "top_p", "top_k", "dtype"),
 )
 LOG_LINES = 20  # of a failed program's log

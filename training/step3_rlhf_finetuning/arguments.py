@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from training.utils import arguments
 from training.utils.arguments import AUTO, DTYPE_HELP, MAX_SEED, PRECISIONS, SCHEDULES, LoraArguments, flag
 from training.utils.errors import UserError
+from training.utils.generation.vllm_python import check_vllm
 
 ADVANTAGES = ("gae", "rloo", "grpo")
 
@@ -42,7 +43,8 @@ class RolloutArguments:
     per_device_generation_batch_size: int = flag(16, "responses per rank that are decoded together", minimum=1)
     generation_batches: int = flag(1, "generation batches per iteration", minimum=1)
     samples_per_prompt: int = flag(1, "responses to each prompt of an iteration", minimum=1)
-    rollout_engine: str = flag("fast", "how tokens are decoded", choices=("fast", "hf"))
+    rollout_engine: str = flag("fast", "how tokens are decoded", choices=("fast", "hf", "vllm"))
+    vllm_python: str = flag("", "interpreter that has vLLM (default: that of make setup-vllm, else this one)")
     temperature: float = flag(1.0, "sampling temperature, applied in training log-probs too", above=0)
     top_p: float = flag(1.0, "nucleus sampling; below 1 the sampler is no longer the policy", above=0, maximum=1)
     top_k: int = flag(0, "sample from the k likeliest tokens; above 0 the sampler is no longer the policy", minimum=0)
@@ -60,6 +62,9 @@ class PPOArguments:
     ppo_epochs: int = flag(1, "passes over each iteration's rollouts", minimum=1)
     kl_coef: float = flag(0.05, "weight of the KL penalty to the reference", minimum=0)
     clip_ratio: float = flag(0.2, "clip of the policy ratio", above=0)
+    importance_cap: float = flag(
+        0.0, "weigh tokens by their probability in training over that in sampling, at most this; 0: not", minimum=0
+    )
     clip_value: float = flag(0.2, "clip of the value around the old value, 0 for none", minimum=0)
     clip_reward: float = flag(5.0, "clip of the normalised reward, 0 for none", minimum=0)
     gamma: float = flag(1.0, "discount per token", minimum=0, maximum=1)
@@ -189,9 +194,11 @@ def check(groups: list[Any]) -> list[Any]:
     Raises:
         UserError: names the flags.
     """
-    _, _, rollout, ppo, train, zero, *_ = groups
+    _, _, rollout, ppo, train, zero, _, output, _ = groups
     check_batches(rollout, train)
     check_advantage(ppo, rollout)
+    if not output.plan:  # which may be made before vLLM is installed
+        check_vllm(rollout.rollout_engine, rollout.vllm_python)
     for_each_role(train.lr_scheduler_type, "--lr_scheduler_type")
     for_each_role(train.num_warmup_steps, "--num_warmup_steps")
     for name, wanted, stage in (

@@ -23,6 +23,7 @@ from typing import Any
 
 from training.step3_rlhf_finetuning import arguments as rlhf_arguments
 from training.utils import arguments
+from training.utils.generation.vllm_python import check_vllm, find_vllm
 from training.utils.run.folders import is_finished, step_folder
 from training.utils.run.runtime import prepare_runtime
 
@@ -42,6 +43,8 @@ class StepArguments:
     best_of: str = arguments.flag("1,4,16", "draw best-of-n from the SFT model for these n, empty for none")
     max_answer_seq_len: int = arguments.flag(0, "longest answer in tokens (default: the run's)", minimum=0)
     temperature: float = arguments.flag(0.0, "sampling temperature (default: the run's)", minimum=0)
+    rollout_engine: str = arguments.flag("fast", "how tokens are decoded", choices=("fast", "hf", "vllm"))
+    vllm_python: str = arguments.flag("", "interpreter that has vLLM (default: that of make setup-vllm, else this one)")
 
 
 ARGUMENTS = [arguments.EvaluationArguments, StepArguments, arguments.DataArguments]
@@ -51,6 +54,7 @@ def parse_flags(argv: Sequence[str]) -> list[Any]:
     """The flags, by `ARGUMENTS`; without torch, so that ``--help`` and mistakes answer at once."""
     groups = arguments.parse(ARGUMENTS, argv, prog="step3/evaluate.py", description=__doc__)
     rlhf_arguments.parse_counts(groups[1].best_of, "--best_of")
+    check_vllm(groups[1].rollout_engine, groups[1].vllm_python)
     step_folder(groups[0].path, "step3")
     return groups
 
@@ -88,7 +92,9 @@ from training.utils.data import prepare_data, spread_rows, stop_token_ids  # noq
 from training.utils.engine import precision  # noqa: E402
 from training.utils.errors import UserError, run_program  # noqa: E402
 from training.utils.generation.engines import rollout_backend  # noqa: E402
+from training.utils.generation.requests import RolloutBackend  # noqa: E402
 from training.utils.generation.sampling import SamplingConfig  # noqa: E402
+from training.utils.generation.vllm import VllmBackend, VllmOptions  # noqa: E402
 from training.utils.metrics import progress_bar  # noqa: E402
 from training.utils.model import classifiers, loading  # noqa: E402
 from training.utils.model.limits import check_length  # noqa: E402
@@ -208,6 +214,7 @@ class Evaluator:
         sampling: as in training.
         batch_size: rows that are done together.
         dtype, device: of every model.
+        backend: what decodes.
     """
 
     def __init__(
@@ -218,7 +225,9 @@ class Evaluator:
         batch_size: int,
         dtype: str,
         device: torch.device,
+        backend: RolloutBackend,
     ) -> None:
+        self.backend = backend
         self.prompts = prompts
         self.rows = list(rows)
         self.sampling = sampling
@@ -238,12 +247,34 @@ class Evaluator:
                 self.rows,
                 contextlib.nullcontext(model),
                 rewards,
-                rollout_backend("fast"),
+                self.backend,
                 self.sampling,
                 BatchSizes(self.batch_size, self.batch_size),
                 self.device,
                 contextlib.nullcontext(reference) if reference is not None else None,
             )
+
+
+def chosen_backend(
+    step: StepArguments, model: str, tokenizer: Any, dtype: str, rows: int, length: int, device: torch.device
+) -> RolloutBackend:
+    """What decodes; vLLM serves all models, whose architecture is one.
+
+    Args:
+        step: the flags.
+        model, tokenizer: the SFT model, and the tokenizer of all.
+        dtype: of the models.
+        rows: decoded together. length: longest prompt plus answer, in tokens.
+        device: this rank's.
+
+    Raises:
+        UserError: this vLLM can not serve the model.
+    """
+    if step.rollout_engine != "vllm":
+        return rollout_backend(step.rollout_engine)
+    backend = VllmBackend(VllmOptions(find_vllm(step.vllm_python), model, model, dtype, rows, length), tokenizer)
+    backend.start(device)
+    return backend
 
 
 def judged_by(
@@ -398,7 +429,9 @@ def main(argv: Sequence[str]) -> int:
                               top_k=rollout.top_k)  # fmt: skip
     prompts = PromptSet(rows, tokenizer, tuple(stop_token_ids(tokenizer)), seed)
     asked = spread_rows(len(rows), args.max_prompts or len(rows))
-    evaluator = Evaluator(prompts, asked, sampling, args.per_device_eval_batch_size, args.dtype, device)
+    rows_together, whole = args.per_device_eval_batch_size, rollout.max_prompt_seq_len + longest
+    backend = chosen_backend(step, sources.sft, tokenizer, args.dtype, rows_together, whole, device)
+    evaluator = Evaluator(prompts, asked, sampling, rows_together, args.dtype, device, backend)
     rewards = build_rewards(
         reward, sources.functions, pad_token_id=tokenizer.pad_token_id, dtype=args.dtype, device=device
     )

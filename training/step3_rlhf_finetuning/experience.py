@@ -41,6 +41,7 @@ class Experience:
         rewards: ``[B, R]``, KL penalty and the sequence score.
         advantages, returns: ``[B, R]``, filled in once per iteration.
         valid: ``[B]`` bool, whether the row may be learned from: its reward, log-probs and values are finite.
+        importance: ``[B, R]``, weights of the policy loss by ``--importance_cap``; None without it.
     """
 
     input_ids: Tensor
@@ -53,6 +54,7 @@ class Experience:
     advantages: Tensor
     returns: Tensor
     valid: Tensor
+    importance: Tensor | None = None
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -65,7 +67,8 @@ class Experience:
     def rows(self, indices: Sequence[int]) -> Experience:
         """The given rows, in the same layout."""
         index = torch.as_tensor(indices, device=self.input_ids.device)
-        return replace(self, **{f.name: getattr(self, f.name)[index] for f in fields(self)})
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: part[index] for name, part in parts.items() if part is not None})
 
 
 def make_experience(
@@ -178,6 +181,7 @@ class Scoring:
             "rollout/eos_rate": total["ended"] / rows,
             "rollout/tokens": total["tokens"],
             "rollout/sampler_difference": total["difference"] / tokens,
+            **{f"rollout/{name}": total[name] / tokens for name in ("importance", "capped") if name in total},
         }
 
     def _score_one(self, rollout: RolloutBatch, request: RolloutRequest) -> tuple[ScoredBatch, dict[str, float]]:
@@ -200,6 +204,9 @@ class Scoring:
             part.masked_fill(~finite.unsqueeze(1), 0.0)
             for part in (log_probs, reference_log_probs, values, entropy, rollout.logprobs)
         )
+        importance = None
+        if flags.importance_cap:
+            importance = ppo.truncated_importance(log_probs, sampled, mask, cap=flags.importance_cap)
         ended = has_ended(rollout, request.stop_ids)
         held = clipped(reward, flags.clip_reward)
         scores = sequence_scores(held, ended, missing_eos_penalty=flags.missing_eos_penalty).masked_fill(~finite, 0.0)
@@ -212,7 +219,8 @@ class Scoring:
             valid=finite,
             kl_coef=0.0 if flags.advantage == "grpo" else flags.kl_coef,
         )
-        experience = replace(experience, **found)  # as they are, for the trace: no update uses a row that is left out
+        # as they are, for the trace: no update uses a row that is left out
+        experience = replace(experience, importance=importance, **found)
         sums = {
             **{f"source/{name}": values.masked_fill(~finite, 0.0).sum().item() for name, values in raw.items()},
             "rows": float(len(reward)),
@@ -229,6 +237,9 @@ class Scoring:
             "ended": ended.sum().item(),
             "difference": ((sampled - log_probs).abs() * mask).sum().item(),
         }
+        if importance is not None:
+            sums["importance"] = (importance * mask).sum().item()
+            sums["capped"] = ((importance >= flags.importance_cap) & mask).sum().item()
         for source in self.roles.rewards.sources:
             if source.stats is not None:  # the reward model: the one source with statistics
                 normalised = source.stats.normalise(raw[source.name]).masked_fill(~finite, 0.0)

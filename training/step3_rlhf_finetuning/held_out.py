@@ -109,6 +109,7 @@ class HeldOutEvaluation:
         values: what the functions say about them, since `finish`.
         kept, kept_answers: the evaluation whose actor is in ``actor_dir``, and its answers to the running prompts.
         seconds: spent here so far.
+        due: the iteration whose evaluation has begun and not ended, 0 for none.
     """
 
     def __init__(
@@ -146,6 +147,7 @@ class HeldOutEvaluation:
         self.kept: Kept | None = None
         self.kept_answers: list[Answer] = []
         self.seconds = 0.0
+        self.due = 0
         self._started = 0.0
         self.running_rows = spread_rows(len(prompts.dataset), RUNNING_PROMPTS)
         self.rows = sorted({*spread_rows(len(prompts.dataset), MOST_PROMPTS), *sample_rows(prompts)})
@@ -165,8 +167,10 @@ class HeldOutEvaluation:
     def after_iteration(self, iteration: int) -> None:
         """Evaluate and save if it is time to and this is not the last iteration, which `finish` evaluates."""
         if self.every and iteration % self.every == 0 and iteration < self.iterations:
+            self.due = iteration
             with self._timed():
                 self._judge(iteration, self._answers(self.running_rows, self.roles.actor.generation_mode(), True))
+            self.due = 0
 
     def finish(self) -> dict[str, Any]:
         """Evaluate the last actor, then hold the kept one against the SFT model on `rows`.
@@ -224,6 +228,7 @@ class HeldOutEvaluation:
             "kept": asdict(self.kept) if self.kept else None,
             "kept_answers": [asdict(answer) for answer in self.kept_answers],
             "seconds": self.seconds,
+            **({"due": self.due} if self.due else {}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -233,6 +238,7 @@ class HeldOutEvaluation:
         self.kept = Kept(**state["kept"]) if state["kept"] else None
         self.kept_answers = [Answer(**values) for values in state["kept_answers"]]
         self.seconds = state["seconds"]
+        self.due = state.get("due", 0)
 
     @contextlib.contextmanager
     def _timed(self) -> Iterator[None]:
@@ -402,6 +408,8 @@ def open_evaluation(
     )
     if o.run.step:
         evaluator.load_state_dict(o.run.progress)
+        if evaluator.due:
+            evaluator.after_iteration(evaluator.due)
     else:
         evaluator.begin()
     o.phases.end("evaluate")

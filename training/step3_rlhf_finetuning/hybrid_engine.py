@@ -25,6 +25,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from training.utils.engine.reference import reference_policy
+from training.utils.generation.vllm import VllmBackend
 from training.utils.memory.generation import fits, free_bytes, generation_bytes, weight_bytes
 from training.utils.model.export import gathered
 from training.utils.model.lora import adapters_merged
@@ -55,6 +56,7 @@ class HybridEngine:
         gather_seconds: time spent gathering (and merging) parameters since it was last reset.
         hooked: the whole model does not fit on a rank, so generation goes through the engine's ZeRO-3 hooks; ranks
             must then decode in step (``rollout_backend(..., synced=True)``).
+        server: what decodes with weights of its own, None where the twin does.
     """
 
     def __init__(self, engine: Any, twin: Any, reference: nn.Module | None, *, merge_lora: bool = False) -> None:
@@ -62,6 +64,7 @@ class HybridEngine:
         self.reference = reference
         self.gather_seconds = 0.0
         self.hooked = False
+        self.server: VllmBackend | None = None
         self._merge_lora = merge_lora
         self._twin = twin
         self._relink_buffers()
@@ -80,14 +83,18 @@ class HybridEngine:
         """
         if not any(hasattr(parameter, "ds_id") for parameter in self._twin.parameters()):
             return  # below ZeRO-3 every rank holds the whole model anyway
+        if self.server is not None and self.reference is not None:
+            return  # nothing is gathered whole
         needed = generation_bytes(self._twin, rows=rows, length=length, packed=packed, merged=self._merge_lora)
         if fits(needed, self.engine.device):
             return
         self.hooked = True
         merge = "; --merge_lora_for_generation has no effect then" if self._merge_lora else ""
+        what = "generating" if self.server is None else "scoring by the reference"
+        slow = ", which gather each layer at each token and are slow" if self.server is None else ""
         say(
             f"the whole actor does not fit on a rank (a rollout needs {needed / 1e9:.2f} GB, {free_bytes() / 1e9:.2f} "
-            f"are free): generating through the ZeRO-3 hooks, which gather each layer at each token and are slow{merge}"
+            f"are free): {what} through the ZeRO-3 hooks{slow}{merge}"
         )
 
     def another_fits(self) -> bool:
@@ -110,9 +117,19 @@ class HybridEngine:
 
     @contextlib.contextmanager
     def generation_mode(self) -> Iterator[Any]:
-        """Inside, a module that can generate; leaving frees gathered parameters and caches. A collective at ZeRO-3."""
+        """Inside, what a backend generates with; leaving frees gathered parameters and caches. A collective at ZeRO-3.
+
+        That is the twin, the hooked module, or, where a server decodes, the engine.
+        """
         start = time.perf_counter()
         with contextlib.ExitStack() as stack:
+            if self.server is not None:
+                engine = stack.enter_context(self.scoring_mode())
+                self.server.take(engine)
+                self.gather_seconds += time.perf_counter() - start
+                yield engine
+                self.server.rest()
+                return
             module = stack.enter_context(self._hooked_module() if self.hooked else self._gathered_twin())
             if self._merge_lora and not self.hooked:
                 stack.enter_context(adapters_merged(module))

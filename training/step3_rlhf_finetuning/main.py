@@ -65,9 +65,10 @@ def build_trainer(o: Opened) -> PPOTrainer:
     total_steps = len(o.schedule) * settings.steps_per_iteration(ppo, rollout, train)
     pad_id, models = o.models.tokenizer.pad_token_id, o.models
     build = Build(o.flags.roles, train, o.flags.zero, models.overrides, total_steps, pad_id, o.device)
+    server = settings.vllm_server(o.flags, models, o.output_dir)
     roles = build_roles(models.actor, models.reward, models.functions, build, critic=bool(models.critic))
     rows = rollout.per_device_generation_batch_size
-    backend = generation_backend(roles.actor, rollout.rollout_engine, rows=rows, length=o.flags.length)
+    backend = generation_backend(roles.actor, rollout.rollout_engine, rows=rows, length=o.flags.length, server=server)
     sampling = SamplingConfig(
         rollout.max_answer_seq_len, temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k
     )
@@ -105,21 +106,24 @@ def main(argv: Sequence[str]) -> int:
     # Where the run stands: a checkpoint if there is one, else the SFT model's answers to begin with
     run.load(roles.trained(), {"ema": roles.ema} if roles.ema else {})
     logger = outputs.monitored_logger(output_dir, flags.output.report_to, run)
-    evaluator = open_evaluation(opened, trainer, logger, eval_functions)
+    with outputs.saved_if_lost(run, run.step):
+        evaluator = open_evaluation(opened, trainer, logger, eval_functions)
     run.ready(evaluator.state_dict())
 
     bar = progress_bar(len(opened.schedule), "step 3", run.step)
     for number in range(run.step, len(opened.schedule)):
-        metrics = trainer.iteration(opened.requests(number), number)
+        with outputs.saved_if_lost(run, number):
+            metrics = trainer.iteration(opened.requests(number), number)
         check_first_ratio(metrics["policy/first_ratio"], flags.roles.dtype, trainer.device)
         logger.log(number + 1, metrics)
         bar.update()
         bar.set_postfix(reward=f"{metrics['reward/score']:.2f}", kl=f"{metrics['kl/per_sequence']:.2f}")
         if number + 1 in flags.evaluate.trace:
             outputs.write_trace(output_dir, trainer.scored, opened.training, number + 1)
-        evaluator.after_iteration(number + 1)
-        if number % outputs.EVERY == 0:
-            outputs.show_progress(number + 1, trainer, opened.held_out, logger)
+        with outputs.saved_if_lost(run, number + 1, evaluator):
+            evaluator.after_iteration(number + 1)
+            if number % outputs.EVERY == 0:
+                outputs.show_progress(number + 1, trainer, opened.held_out, logger)
         phases.end("evaluate")
         run.after_step(number + 1, evaluator.state_dict())
         run.stop_if(run.guard.reason, "lower the learning rates, or look at the rewards with --trace")
@@ -130,7 +134,8 @@ def main(argv: Sequence[str]) -> int:
     shards = flags.reliability.max_shard_size
     outputs.save_roles(roles, models.tokenizer, output_dir, opened.training.stop_ids, shards)
     phases.end("save")
-    summary = evaluator.finish()
+    with outputs.saved_if_lost(run, run.step):
+        summary = evaluator.finish()
     run.stop_if_asked()
     logger.close()
     outputs.write_answers(output_dir, evaluator)

@@ -6,6 +6,7 @@ model cards, the summary.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from training.step3_rlhf_finetuning.prompts import PromptSet, sample_rows
 from training.step3_rlhf_finetuning.roles import Roles
 from training.utils.checkpoint.resume import BEST, METRICS, Run
 from training.utils.data import StepData
-from training.utils.generation.requests import RolloutBackend, has_ended, response_texts
+from training.utils.generation.requests import RolloutBackend, RolloutsLost, has_ended, response_texts
 from training.utils.generation.sampling import SamplingConfig
 from training.utils.health import HealthMonitor
 from training.utils.metrics import MetricsLogger, write_summary
@@ -35,6 +36,26 @@ ANSWERS_FILE = "answers.jsonl"
 EVERY = 5  # iterations between two looks at what the actor writes
 TABLE_ROWS = 3
 TABLE_WIDTH = 56  # characters of a prompt or a response in the log's table
+
+
+@contextlib.contextmanager
+def saved_if_lost(run: Run, number: int, evaluator: HeldOutEvaluation | None = None) -> Iterator[None]:
+    """Inside, rollouts that can not be had any more end the run with a checkpoint.
+
+    Args:
+        run: of this step.
+        number: of the iteration after which the engines stand.
+        evaluator: of an iteration that is not yet counted as done.
+
+    Raises:
+        RunStopped: after a checkpoint was written.
+    """
+    try:
+        yield
+    except RolloutsLost as lost:
+        if evaluator is not None:
+            run.after_step(number, evaluator.state_dict())
+        run.stop_if(str(lost), "with the reason out of the way the same command goes on")
 
 
 def sample_answer(

@@ -17,9 +17,10 @@ from training.step3_rlhf_finetuning.forward import actor_log_probs, state_values
 from training.step3_rlhf_finetuning.settings import Flags, Models
 from training.utils.arguments import LoraArguments
 from training.utils.engine.zero_config import deepspeed_config
-from training.utils.generation.decode_loop import prefill_tokens
+from training.utils.generation.decode_loop import PREFILL_TOKENS_OF_ACCELERATORS, prefill_tokens
 from training.utils.generation.engines import MIN_STEPS_TO_PACK
 from training.utils.generation.packed_linear import packed_bytes
+from training.utils.generation.vllm import cache_tokens
 from training.utils.memory import plan as plans
 from training.utils.memory.live import FakeModel, PassMemory
 from training.utils.memory.zero import BYTES, RoleMemory, frozen_role, trained_role
@@ -35,6 +36,8 @@ FLAGS = {
     "batch": "--per_device_training_batch_size {} (accumulate more)",
     "other_batch": "--per_device_generation_batch_size {}",
 }
+
+ASLEEP_BYTES = 1 << 30  # of a process that has CUDA and recorded graphs, on its device: an estimate, not measured
 
 
 class RoleCosts:
@@ -110,10 +113,12 @@ def decoding_parts(
         costs: of the roles.
         rows: decoded together.
         dtype: of the weights and the cache.
-        engine: ``fast`` or ``hf``.
+        engine: ``fast``, ``hf`` or ``vllm``, which on a CPU holds what it needs all the time.
         gathered: bytes of the twin's whole parameters at stage 3.
         on_cpu: with small groups of prompts, and linear weights that are laid out once more for the CPU's kernels.
     """
+    if engine == "vllm":
+        return {} if on_cpu else served_parts(costs, rows, dtype)
     vocabulary = plans.vocabulary(costs.actor)
     tokens = costs.prompt + costs.response
     cache = rows * tokens * costs.cache_bytes_per_token
@@ -129,6 +134,17 @@ def decoding_parts(
         "packed weights": packed_bytes(without_adapters(costs.actor.module)) if packs else 0,
         "logits and sampling": rows * vocabulary * (BYTES[dtype] + 4),
         "prompts": costs.prefill(min(rows, group), costs.prompt).peak,
+    }
+
+
+def served_parts(costs: RoleCosts, rows: int, dtype: str) -> dict[str, int]:
+    """What vLLM allocates on its rank's device while it is awake, by name; arguments as of `decoding_parts`."""
+    cache = cache_tokens(rows, costs.prompt + costs.response) * costs.cache_bytes_per_token
+    group = max(1, PREFILL_TOKENS_OF_ACCELERATORS // costs.prompt + 1)
+    return {
+        "vLLM's weights": plans.base_parameters(costs.actor) * BYTES[dtype],
+        "its KV cache": cache,
+        "its prompts and logits": costs.prefill(min(rows, group), costs.prompt).peak,
     }
 
 
@@ -172,6 +188,9 @@ def rlhf_plan(
         memory["reward"] = bare(costs.reward_parameters, zero_stage=stages[1], offload=zero.offload_reward_model)
     if train.enable_ema:
         memory["ema"] = RoleMemory({"moving average": 4 * -(-plans.role_size(costs.actor).trained // ranks)})
+    if rollout.rollout_engine == "vllm":
+        served = served_parts(costs, settings.other_batch, dtype) if on_cpu else {"while it sleeps": ASLEEP_BYTES}
+        memory["vLLM"] = RoleMemory(served)
     phases = _phases(costs, settings, memory, dtype, rollout, mix=mix, on_cpu=on_cpu)
     return plans.Plan(memory, phases, on_cpu, _notes(costs, settings))
 

@@ -154,8 +154,31 @@ def whiten(values: Tensor, mask: Tensor, moments: Tensor) -> Tensor:
     return (values - mean) * (variance + WHITEN_EPSILON) ** -0.5 * mask
 
 
+def truncated_importance(log_probs: Tensor, sampled: Tensor, mask: Tensor, *, cap: float) -> Tensor:
+    """How much likelier the trained policy finds each token than what sampled it did, at most ``cap``.
+
+    As weights of the policy loss they make it one of the policy's own samples, where sampler and trainer round
+    differently; the cap bounds the variance (truncated importance sampling, Ionides 2008, J. Comput. Graph. Stat. 17).
+
+    Args:
+        log_probs: ``[B, R]`` by the training forward. sampled: ``[B, R]`` by the sampler.
+        mask: ``[B, R]``.
+
+    Returns:
+        ``[B, R]``, 1 outside the mask.
+    """
+    log_ratio = ((log_probs - sampled) * mask).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return log_ratio.exp().clamp(max=cap).where(mask.bool(), torch.ones_like(log_ratio))
+
+
 def policy_loss(
-    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, *, clip_ratio: float
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_ratio: float,
+    importance: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's clipped surrogate (Schulman et al. 2017, arXiv 1707.06347, equation 7), summed over tokens.
 
@@ -164,6 +187,7 @@ def policy_loss(
         old_log_probs: ``[B, R]`` under the policy that sampled, from the same forward before any update.
         advantages, mask: ``[B, R]``.
         clip_ratio: epsilon; the ratio is held in [1 - epsilon, 1 + epsilon].
+        importance: ``[B, R]`` from `truncated_importance`, weights of the tokens; None for 1.
 
     Returns:
         The scalar sum, and detached sums: ``ratio``, ``clipped`` (tokens at which the clip binds) and
@@ -174,7 +198,7 @@ def policy_loss(
     ratio = log_ratio.exp()
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_ratio, 1 + clip_ratio)
-    loss = (torch.maximum(unclipped, clipped) * mask).sum()
+    loss = (torch.maximum(unclipped, clipped) * (mask if importance is None else mask * importance)).sum()
     with torch.no_grad():
         sums = {
             "ratio": (ratio * mask).sum(),

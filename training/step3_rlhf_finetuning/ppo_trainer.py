@@ -263,7 +263,12 @@ class PPOTrainer:
             entropy=flags.entropy_coef > 0,
         )
         loss, statistics = ppo.policy_loss(
-            log_probs, piece.log_probs, piece.advantages, piece.mask, clip_ratio=flags.clip_ratio
+            log_probs,
+            piece.log_probs,
+            piece.advantages,
+            piece.mask,
+            clip_ratio=flags.clip_ratio,
+            importance=piece.importance,
         )
         objective = loss if entropy is None else loss - flags.entropy_coef * (entropy * piece.mask).sum()
         if flags.advantage == "grpo" and flags.kl_coef > 0:

@@ -29,6 +29,7 @@ from training.utils.engine.reference import load_reference
 from training.utils.engine.zero_config import deepspeed_config
 from training.utils.generation.engines import rollout_backend
 from training.utils.generation.requests import RolloutBackend
+from training.utils.generation.vllm import VllmBackend
 from training.utils.model import classifiers, loading
 from training.utils.model.forward import enable_gradient_checkpointing
 from training.utils.model.lora import with_adapters
@@ -246,14 +247,21 @@ def build_roles(
     return Roles(policy, values, rewards, MovingAverage(policy.engine) if build.train.enable_ema else None)
 
 
-def generation_backend(actor: HybridEngine, name: str, *, rows: int, length: int) -> RolloutBackend:
+def generation_backend(
+    actor: HybridEngine, name: str, *, rows: int, length: int, server: VllmBackend | None = None
+) -> RolloutBackend:
     """Decide how the actor generates, now that all roles hold their memory, and how tokens are decoded; a collective.
 
     Args:
         actor: built, like every other role.
-        name: ``hf`` or ``fast``.
+        name: ``hf``, ``fast`` or ``vllm``.
         rows: decoded together. length: longest prompt plus response, in tokens.
+        server: of ``vllm``, which takes its memory now.
     """
+    actor.server = server
     packed = name == "fast" and actor.engine.device.type == "cpu"
-    actor.choose_generation(rows=rows, length=length, packed=packed)
+    actor.choose_generation(rows=0 if server else rows, length=length, packed=packed)
+    if server is not None:
+        server.start(actor.engine.device)
+        return server
     return rollout_backend(name, synced=actor.hooked)

@@ -38,6 +38,8 @@ from training.utils.engine.zero_config import read_user_config
 from training.utils.errors import UserError
 from training.utils.generation.decode_loop import ROWS_OF_ACCELERATORS
 from training.utils.generation.requests import RolloutRequest
+from training.utils.generation.vllm import VllmBackend, VllmOptions
+from training.utils.generation.vllm_python import find_vllm
 from training.utils.model import classifiers, loading
 from training.utils.model.limits import check_length
 from training.utils.model.lora import check_lora
@@ -215,6 +217,31 @@ def open_run(argv: Sequence[str], flags: Flags, models: Models) -> Opened:
     )
 
 
+def vllm_server(flags: Flags, models: Models, folder: Path | None = None) -> VllmBackend | None:
+    """The vLLM of this rank, which has looked at the model and has no memory yet; None with another engine.
+
+    Args:
+        flags, models: of the run.
+        folder: where its log goes; a new temporary one without it.
+
+    Raises:
+        UserError: this vLLM can not serve the model.
+    """
+    rollout = flags.rollout
+    if rollout.rollout_engine != "vllm":
+        return None
+    options = VllmOptions(
+        python=find_vllm(rollout.vllm_python),
+        model=models.actor,
+        tokenizer=flags.roles.tokenizer_name_or_path or models.actor,
+        dtype=flags.roles.dtype,
+        rows=rollout.per_device_generation_batch_size,
+        length=flags.length,
+        folder=folder,
+    )
+    return VllmBackend(options, models.tokenizer)
+
+
 def batches_of_all_ranks(rollout: RolloutArguments, train: OptimizationArguments, ranks: int) -> dict[str, int]:
     """What an iteration and an optimizer step consist of over all ranks."""
     return {
@@ -275,6 +302,8 @@ def warn(flags: Flags) -> None:
         say(f"warning: --trace {max(evaluate.trace)}: the run ends after --num_iterations {train.num_iterations}")
     if rollout.top_p < 1 or rollout.top_k > 0:
         say("warning: with --top_p below 1 or --top_k above 0 the sampler is not the policy that is trained")
+    if flags.zero.merge_lora_for_generation and rollout.rollout_engine == "vllm":
+        say("warning: --merge_lora_for_generation has no effect: vllm always gets adapters merged")
     rows = rollout.per_device_generation_batch_size
     if get_accelerator().device_name() != "cpu" and rows < ROWS_OF_ACCELERATORS:
         say(

@@ -21,7 +21,7 @@ from transformers import (
 
 from tests.bad_inputs import STEPS
 from training.step3_rlhf_finetuning import arguments as rlhf_arguments
-from training.step3_rlhf_finetuning.plan import RoleCosts, rlhf_plan
+from training.step3_rlhf_finetuning.plan import ASLEEP_BYTES, RoleCosts, rlhf_plan
 from training.utils.arguments import LoraArguments
 from training.utils.errors import run_program
 from training.utils.memory import plan as plans
@@ -173,6 +173,23 @@ def test_a_rollout_gathers_the_whole_actor_however_few_layers_training_holds(tin
     generation = next(phase for phase in plan.phases if phase.name == "generation")
     assert plan.roles["actor"].gathered == 4 * 1000
     assert generation.parts["gathered twin"] == 4 * plans.role_size(costs.actor).parameters
+
+
+def test_vllm_holds_its_memory_while_it_generates_and_on_a_cpu_always(tiny_model):
+    costs = RoleCosts(fake(tiny_model), None, None, 16, 16, 0)
+    names = ("RoleArguments", "OptimizationArguments", "RoleZeroArguments")
+    role, train, zero = (getattr(rlhf_arguments, name)() for name in names)
+    rollout = rlhf_arguments.RolloutArguments(rollout_engine="vllm")
+    on_gpu, on_cpu = (
+        rlhf_plan(costs, SETTINGS, replace(role, dtype="fp32"), rollout, train, zero, {}, (0, 0), on_cpu=cpu)
+        for cpu in (False, True)
+    )
+    parts = next(phase for phase in on_gpu.phases if phase.name == "generation").parts
+    assert parts["vLLM's weights"] == 4 * plans.role_size(costs.actor).parameters
+    assert parts["its KV cache"] == SETTINGS.other_batch * 256 * 2 * 2 * 2 * 8 * 4  # two blocks; layers, k and v, heads
+    assert on_gpu.roles["vLLM"].total == ASLEEP_BYTES
+    assert on_cpu.roles["vLLM"].resident == parts
+    assert not next(phase for phase in on_cpu.phases if phase.name == "generation").parts
 
 
 @pytest.mark.parametrize("stage", [1, 2])

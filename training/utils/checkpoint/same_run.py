@@ -21,7 +21,7 @@ from training.utils.run.distributed import say, world_size
 # Flags that change where and how a run is watched, and nothing in its result
 FREE = frozenset({
     "output_dir", "report_to", "data_output_path", "save_every", "keep_last", "resume",
-    "distributed_timeout", "hang_timeout", "max_shard_size", "plan", "trace",
+    "distributed_timeout", "hang_timeout", "max_shard_size", "plan", "trace", "vllm_python",
 })  # fmt: skip
 # Flags under which the same mathematics is summed up in another order: a run goes on, not bit for bit
 ROUNDING = frozenset({

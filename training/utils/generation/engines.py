@@ -25,7 +25,7 @@ from training.utils.errors import UserError
 from training.utils.generation.decode_attention import decode_attention_enabled
 from training.utils.generation.decode_loop import Responses, decode, seconds_since
 from training.utils.generation.packed_linear import packed_linear
-from training.utils.generation.requests import RolloutBackend, RolloutBatch, RolloutRequest
+from training.utils.generation.requests import RolloutBackend, RolloutBatch, RolloutRequest, assemble
 from training.utils.generation.sampling import SamplingConfig, penalise_repetition, row_keys
 from training.utils.model.forward import without_adapters
 from training.utils.run.distributed import say
@@ -48,24 +48,7 @@ def rollout_backend(name: str, synced: bool = False) -> RolloutBackend:
         return HfBackend(synced)
     if name == "fast":
         return FastBackend(synced)
-    raise UserError(f"unknown rollout engine {name!r}: choose hf or fast")
-
-
-def _assemble(
-    request: RolloutRequest, responses: Tensor, lengths: Tensor, logprobs: Tensor, prefill_seconds: float
-) -> RolloutBatch:
-    """Put prompts, responses [B, >=R] and log-probs of the same shape into the common layout."""
-    longest = int(lengths.max()) if lengths.numel() else 0
-    response_mask = torch.arange(longest, device=lengths.device) < lengths[:, None]
-    responses = responses[:, :longest].masked_fill(~response_mask, request.pad_id)
-    return RolloutBatch(
-        input_ids=torch.cat([request.prompt_ids, responses], dim=1),
-        attention_mask=torch.cat([request.prompt_mask.long(), response_mask.long()], dim=1),
-        response_start=request.prompt_ids.shape[1],
-        response_mask=response_mask,
-        logprobs=logprobs[:, :longest].masked_fill(~response_mask, 0.0),
-        prefill_seconds=prefill_seconds,
-    )
+    raise UserError(f"unknown rollout engine {name!r}: choose hf or fast (vllm is built with its options: `vllm.py`)")
 
 
 class _KeepPolicy(LogitsProcessor):
@@ -148,7 +131,7 @@ class HfBackend:
         responses = sequences[:, ids.shape[1] :]
         stopped = torch.isin(responses, torch.tensor(request.stop_ids, device=ids.device, dtype=ids.dtype))
         lengths = torch.where(stopped.any(1), stopped.int().argmax(1) + 1, responses.shape[1])
-        return _assemble(request, responses, lengths, torch.stack(keep.logprobs, dim=1), keep.prefill_seconds)
+        return assemble(request, responses, lengths, torch.stack(keep.logprobs, dim=1), keep.prefill_seconds)
 
 
 def _keeps_keys_and_values_alone(model: Any) -> bool:
@@ -201,4 +184,4 @@ class FastBackend:
             # DeepSpeed counts a step at the outermost module's forward, so the hooked model is called as a whole
             callee = model if self.synced else inner
             decode(callee, request, sampling, out, transposed_keys=own_attention, synced=self.synced)
-        return _assemble(request, out.ids, out.lengths, out.logprobs, out.prefill_seconds)
+        return assemble(request, out.ids, out.lengths, out.logprobs, out.prefill_seconds)

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from training.utils.errors import UserError
 from training.utils.generation.sampling import SamplingConfig
 
 
@@ -68,6 +69,30 @@ def response_texts(rollout: RolloutBatch, tokenizer: Any) -> list[str]:
         tokenizer.decode(ids[mask], skip_special_tokens=True).strip()
         for ids, mask in zip(responses, rollout.response_mask, strict=True)
     ]
+
+
+def assemble(
+    request: RolloutRequest, responses: Tensor, lengths: Tensor, logprobs: Tensor, prefill_seconds: float
+) -> RolloutBatch:
+    """Put prompts, responses [B, >=R] and log-probs of the same shape into the common layout."""
+    longest = int(lengths.max()) if lengths.numel() else 0
+    response_mask = torch.arange(longest, device=lengths.device) < lengths[:, None]
+    responses = responses[:, :longest].masked_fill(~response_mask, request.pad_id)
+    return RolloutBatch(
+        input_ids=torch.cat([request.prompt_ids, responses], dim=1),
+        attention_mask=torch.cat([request.prompt_mask.long(), response_mask.long()], dim=1),
+        response_start=request.prompt_ids.shape[1],
+        response_mask=response_mask,
+        logprobs=logprobs[:, :longest].masked_fill(~response_mask, 0.0),
+        prefill_seconds=prefill_seconds,
+    )
+
+
+class RolloutsLost(UserError):
+    """What decodes is gone or can not be trusted any more, on all ranks alike; the message is one line that says why.
+
+    Step 3 ends with a checkpoint (`training.step3_rlhf_finetuning.outputs.saved_if_lost`), others with the line alone.
+    """
 
 
 class RolloutBackend(Protocol):

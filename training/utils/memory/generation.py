@@ -27,6 +27,21 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(map(_bytes, model.parameters()))
 
 
+def cache_bytes(config: Any, tokens: int, item: int) -> int:
+    """Of keys and values in all layers.
+
+    Args:
+        config: a causal LM's.
+        tokens: of all rows.
+        item: bytes of a number.
+    """
+    config = config.get_text_config()
+    heads = config.num_attention_heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 2 * tokens * int(config.num_hidden_layers * key_heads * head_width) * item
+
+
 def generation_bytes(model: nn.Module, *, rows: int, length: int, packed: bool, merged: bool) -> int:
     """Memory that a rollout needs on each rank, in bytes: gathered weights, their copies, cache and logits.
 
@@ -42,10 +57,7 @@ def generation_bytes(model: nn.Module, *, rows: int, length: int, packed: bool, 
     copies = weights if packed else 0
     if merged and is_lora(model):
         copies += sum(_bytes(adapted_parameter(layer)) for layer in lora_layers(model).values())
-    heads = config.num_attention_heads
-    key_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    cache = 2 * rows * length * config.num_hidden_layers * key_heads * head_width * item
+    cache = cache_bytes(config, rows * length, item)
     logits = 2 * rows * config.vocab_size * torch.float32.itemsize
     return weights + copies + cache + logits
 

@@ -1,0 +1,173 @@
+"""Rollouts by a process with weights of its own: the protocol, against a stand-in that decodes with transformers."""
+
+import json
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.step3.hybrid_checks import prompts, request, save_tiny_reward_model, trajectory
+from tests.step3.vllm_checks import before_and_after, killed_on_rank_1, sampled, server
+from training.utils.errors import UserError
+from training.utils.generation import vllm, vllm_python
+from training.utils.generation.requests import RolloutsLost
+from training.utils.generation.sampling import SamplingConfig
+from training.utils.model.loading import load_causal_lm
+from training.utils.model.tokenizer import load_tokenizer
+
+STAND_IN = str(Path(__file__).with_name("stand_in_worker.py"))
+
+
+@pytest.fixture(autouse=True)
+def stand_in(monkeypatch):
+    """Workers are the stand-in."""
+    monkeypatch.setenv("TRIPOD_ROLLOUT_WORKER", STAND_IN)
+
+
+def log_probs_agree(one, other):
+    torch.testing.assert_close(one.logprobs, other.logprobs, rtol=0, atol=1e-4)
+    return one.input_ids.tolist() == other.input_ids.tolist()
+
+
+@pytest.mark.parametrize(
+    ("stage", "lora"),
+    [(0, 4), (3, 0), (3, 4), *(pytest.param(s, r, marks=pytest.mark.slow) for s, r in ((0, 0), (1, 4), (2, 0)))],
+)
+def test_greedy_tokens_equal_before_and_after_steps_on_two_ranks(tiny_model, rank_pair, stage, lora):
+    results = rank_pair.run(before_and_after, str(tiny_model), stage=stage, lora=lora)
+    for first, second in results:
+        assert first["tokens"]["vllm"] != second["tokens"]["vllm"]
+        for seen in (first, second):
+            assert seen["tokens"]["vllm"] == seen["tokens"]["fast"] == seen["tokens"]["hf"]
+            torch.testing.assert_close(seen["logprobs"]["vllm"], seen["logprobs"]["fast"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("stage", "lora"), [(3, 4), pytest.param(2, 0, marks=pytest.mark.slow)])
+def test_ppo_is_the_same_as_with_fast(tiny_model, rank_pair, tmp_path, stage, lora):
+    reward = str(save_tiny_reward_model(str(tiny_model), tmp_path / "reward"))
+    own, served = (
+        rank_pair.run(trajectory, str(tiny_model), reward, stage=stage, lora=lora, engine=engine)[0]
+        for engine in ("fast", "vllm")
+    )
+    for a, b in zip(own, served, strict=True):
+        computed = [name for name in a if not name.startswith(("time/", "share/"))]
+        assert {name: b[name] for name in computed} == pytest.approx({name: a[name] for name in computed}, abs=2e-5)
+        assert b["time/gather"] > 0
+    assert own[0]["policy/loss"] != own[-1]["policy/loss"]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"temperature": 0.6}, {"temperature": 1.5, "top_k": 5}, {"top_p": 0.7}, {"repetition_penalty": 1.7},
+     {"greedy": True, "temperature": 0.5}],
+)  # fmt: skip
+def test_the_sampling_contract_is_that_of_fast(tiny_model, how):
+    found = sampled(str(tiny_model), **how)
+    assert log_probs_agree(found["vllm"], found["fast"])
+    assert found["vllm"].response_mask.tolist() == found["fast"].response_mask.tolist()
+    assert not found["vllm"].response_mask.all()  # some have met a stop token
+
+
+def test_another_seed_or_row_draws_other_tokens(tiny_model):
+    model, backend = load_causal_lm(str(tiny_model), dtype="fp32").eval(), server(str(tiny_model))
+    asked = request([prompts(1)[0]] * 4, [0, 1, 2, 0])
+    ids = backend.generate(model, asked, SamplingConfig(8)).input_ids.tolist()
+    assert ids[0] == ids[3] and ids[0] != ids[1] != ids[2]
+    assert backend.generate(model, replace(asked, seed=2), SamplingConfig(8)).input_ids.tolist() != ids
+
+
+def test_large_tensors_and_several_buckets(tiny_model, monkeypatch):
+    monkeypatch.setattr(vllm, "BUCKET_BYTES", 3000)  # the embeddings alone are 51,200
+    found = sampled(str(tiny_model))
+    assert log_probs_agree(found["vllm"], found["fast"])
+
+
+def test_weights_that_do_not_arrive_are_noticed(tiny_model, monkeypatch):
+    model, backend = load_causal_lm(str(tiny_model), dtype="fp32").eval(), server(str(tiny_model))
+    asked, sampling = request(prompts(3), [0, 1, 2]), SamplingConfig(3)
+    backend.take(model)
+    backend.generate(model, asked, sampling)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.1)
+    monkeypatch.setattr(backend.worker, "push", lambda weights: None)
+    for backend.pushes in (vllm.VERIFY_EVERY - 2, vllm.VERIFY_EVERY - 1):  # those in between are taken on trust
+        backend.take(model)
+        backend.generate(model, asked, sampling)
+    backend.take(model)
+    with pytest.raises(RolloutsLost, match="does not hold the policy's weights: after push 17 .* differ by .*allowed"):
+        backend.generate(model, asked, sampling)
+    backend._to_verify = False
+
+
+def test_what_it_can_not_serve_is_one_line(tiny_model, tmp_path, monkeypatch):
+    backend = server(str(tiny_model))
+    monkeypatch.setattr(vllm, "Worker", lambda *_: backend.worker)
+    options, tokenizer = backend.options, load_tokenizer(str(tiny_model))
+    config = json.loads((tiny_model / "config.json").read_text()) | {"architectures": ["NewForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="can not serve this model: it has no NewForCausalLM"):
+        vllm.VllmBackend(replace(options, model=str(tmp_path)), tokenizer)
+    tokenizer.add_tokens(["quick"])
+    with pytest.raises(UserError, match="has another tokenizer than .* the same text gives other tokens"):
+        vllm.VllmBackend(options, tokenizer)
+
+
+def test_a_model_with_other_embeddings_is_decoded_here(tiny_model):
+    backend = server(str(tiny_model))
+    model = load_causal_lm(str(tiny_model), dtype="fp32").eval()
+    model.resize_token_embeddings(420)
+    asked, sampling = request(prompts(3), [0, 1, 2]), SamplingConfig(6)
+    before = backend.pushes
+    assert backend.generate(model, asked, sampling).input_ids.shape[0] == 3
+    assert backend.pushes == before
+
+
+def test_a_worker_killed_on_one_rank_is_lost_on_both(tiny_model, rank_pair):
+    first, second = rank_pair.run(killed_on_rank_1, str(tiny_model))
+    assert first == second and len(first) == 2
+    assert "was ended by signal 9; its log is" in first[0] and "vllm-rank1.log" in first[0]
+
+
+def test_errors_silence_and_the_end_of_the_rank(tiny_model, monkeypatch, capsys):
+    backend = server(str(tiny_model), fresh=True)
+    worker = backend.worker
+    monkeypatch.setattr(vllm, "SILENCE", 1.0)
+    os.kill(worker.process.pid, signal.SIGSTOP)
+    with pytest.raises(RolloutsLost, match="has not answered for 1 s"):
+        worker.ask({"do": "sleep"}, 1.0)
+    assert worker.process.poll() is not None  # it was ended
+    assert "| the stand-in is ready" in capsys.readouterr().err
+
+
+def test_a_worker_that_fails_says_why(tiny_model, monkeypatch):
+    worker = vllm.Worker(sys.executable, server(str(tiny_model)).worker.log.with_name("other.log"))
+    with pytest.raises(RolloutsLost, match="failed: ValueError: what is 'nonsense'?"):
+        worker.ask({"do": "nonsense"})
+
+
+def test_a_worker_ends_with_its_rank(tiny_model):
+    worker = vllm.Worker(sys.executable, server(str(tiny_model)).worker.log.with_name("other.log"))
+    process = worker.process
+    del worker
+    assert process.wait(10) != 0
+
+
+@pytest.mark.parametrize(
+    ("prints", "words"),
+    [("", "has no vLLM; make setup-vllm brings it"), ("0.9.2", "has vLLM 0.9.2, and 0.32 or newer is needed")],
+)
+def test_an_interpreter_without_vllm_or_an_old_one(tmp_path, monkeypatch, prints, words):
+    monkeypatch.delenv("TRIPOD_ROLLOUT_WORKER")
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho {prints}\n")
+    python.chmod(0o755)
+    with pytest.raises(UserError, match=words):
+        vllm_python.find_vllm(str(python))
+    with pytest.raises(UserError, match="there is no such interpreter"):
+        vllm_python.find_vllm(str(tmp_path / "none"))
+    python.write_text("#!/bin/sh\necho 0.33.1+cpu\n")
+    assert vllm_python.find_vllm(str(python)) == str(python)
