@@ -20,6 +20,7 @@ import torch
 
 from tests.rank_pair import RankPair
 from tests.step3.hybrid_checks import PAD, build, prompts, request, reward_settings, save_tiny_reward_model, scoring
+from tests.step3.vllm_checks import server
 from tests.tiny import save_tiny_model
 from tests.utils.engine.engine_checks import ROWS, TINY_SHARDS, collate, fixed_rows
 from training.step2_dpo_finetuning.pairs import Preferences, answer_log_probs, answer_tokens
@@ -40,7 +41,7 @@ from training.utils.engine import engine as engines
 from training.utils.engine.reference import load_reference
 from training.utils.engine.zero_config import deepspeed_config
 from training.utils.generation.engines import rollout_backend
-from training.utils.generation.requests import RolloutBatch, RolloutRequest
+from training.utils.generation.requests import RolloutBackend, RolloutBatch, RolloutRequest
 from training.utils.generation.sampling import SamplingConfig
 from training.utils.model import classifiers, loading
 from training.utils.model.language_modelling import negative_log_likelihood
@@ -66,11 +67,12 @@ class Case:
     lora: bool
     dtype: str
     offload: bool
+    served: bool = False  # step 3's rollouts come from a process with weights of its own
 
     def baseline(self) -> Case:
         """What its losses are held against."""
         stage = 0 if self.dtype == "fp32" else 1
-        return replace(self, zero_stage=stage, ranks=1, accumulation=1, offload=False)
+        return replace(self, zero_stage=stage, ranks=1, accumulation=1, offload=False, served=False)
 
 
 FACTORS: dict[str, Sequence[Any]] = {
@@ -83,6 +85,8 @@ FACTORS: dict[str, Sequence[Any]] = {
     "offload": (False, True),
 }
 ALL = [Case(*values) for values in itertools.product(*FACTORS.values())]
+
+SERVED = [replace(case, served=True) for case in ALL if (case.step, case.dtype) == (3, "fp32")]
 
 
 def pairs_of(case: Case) -> set[tuple]:
@@ -205,7 +209,9 @@ def train_ppo(case: Case, path: str, reward_path: str, fault: bool = False) -> l
         gradient_accumulation_steps=case.accumulation,
         whiten_advantages=not fault,
     )
-    backend = rollout_backend("fast") if case.dtype == "fp32" else Dictated()
+    backend: RolloutBackend = rollout_backend("fast") if case.dtype == "fp32" else Dictated()
+    if case.served:
+        roles.actor.server = backend = server(path)
     trainer = PPOTrainer(roles, scored, backend, SamplingConfig(RESPONSE), case.dtype)
     everything = prompts(ROWS)
     losses = []

@@ -1,8 +1,10 @@
 """ZeRO stage, ranks, accumulation, LoRA, precision and offload in every combination leave the losses as they are."""
 
+from pathlib import Path
+
 import pytest
 
-from tests.equality import ALL, TOLERANCE, Case, Matrix, pairs_of, pairwise
+from tests.equality import ALL, SERVED, TOLERANCE, Case, Matrix, pairs_of, pairwise
 from tests.hardware import computes_bf16
 from tests.step3.hybrid_checks import save_tiny_reward_model
 
@@ -43,6 +45,19 @@ def test_sample(matrix, case):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_planted_fault_is_caught(matrix, step, dtype):
     assert matrix.difference(plain(step, dtype), fault=True) > 2 * TOLERANCE[dtype]
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """Rollouts of ``served`` cases come from the stand-in."""
+    monkeypatch.setenv("TRIPOD_ROLLOUT_WORKER", str(Path(__file__).parent / "step3" / "stand_in_worker.py"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True])
+def test_rollouts_of_a_server_are_the_same(matrix, served, lora):
+    different = {c: d for c in SERVED if c.lora == lora and (d := matrix.difference(c)) > TOLERANCE["fp32"]}
+    assert not different
 
 
 @pytest.mark.slow

@@ -37,7 +37,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def save_tiny_model(folder: Path, *, tie: bool = True, seed: int = 0) -> Path:
+def save_tiny_model(folder: Path, *, tie: bool = True, seed: int = 0, head_width: int = 8) -> Path:
     """Save a two-layer Llama (fp32, weights of standard deviation 0.3) with its tokenizer."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -47,6 +47,7 @@ def save_tiny_model(folder: Path, *, tie: bool = True, seed: int = 0) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=head_width,
         max_position_embeddings=512,
         initializer_range=0.3,
         tie_word_embeddings=tie,

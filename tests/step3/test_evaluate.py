@@ -204,7 +204,7 @@ def test_a_run_without_a_manifest_is_evaluated_by_functions_alone(tiny_model, ti
         assert sample["sft_reward"] == 2 * len(sample["sft"])
 
 
-def test_a_dpo_model_is_judged_beside_the_other_two(tiny_model, tiny_data, tmp_path):
+def test_a_dpo_model_is_judged_beside_the_other_two(tiny_model, tiny_data, tmp_path, monkeypatch):
     """The run's own, once it is finished, or the flag's; RLHF's is a copy of the SFT model, which is no difference."""
     run = tmp_path / "run"
     shutil.copytree(tiny_model, run / "step3" / "actor")
@@ -241,6 +241,12 @@ def test_a_dpo_model_is_judged_beside_the_other_two(tiny_model, tiny_data, tmp_p
     assert {name: given["models"][name] for name in ("SFT", "RLHF")} == {name: models[name] for name in ("SFT", "RLHF")}
     with pytest.raises(UserError, match="--dpo_model_name_or_path gone/model"):
         evaluate.main([*argv, "--dpo_model_name_or_path", "gone/model/here"])
+
+    monkeypatch.setenv("TRIPOD_ROLLOUT_WORKER", str(Path(__file__).with_name("stand_in_worker.py")))
+    served = judged("--rollout_engine", "vllm")  # each model's weights in turn, best-of-n included
+    assert served["samples"] == samples
+    assert served["models"]["best of 2"] == models["best of 2"]
+    assert served["models"]["DPO"]["kl"] == pytest.approx(models["DPO"]["kl"], abs=1e-3)
 
 
 def test_a_template_that_step_3_put_over_both_models_is_no_difference(tiny_model, tmp_path):

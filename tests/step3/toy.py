@@ -15,6 +15,7 @@ from training.step3_rlhf_finetuning.reward_sources import RewardMix, TokenReward
 from training.step3_rlhf_finetuning.roles import Roles, build_actor, build_critic
 from training.utils.generation.engines import rollout_backend
 from training.utils.generation.sampling import SamplingConfig
+from training.utils.generation.vllm import VllmBackend
 
 VOCABULARY = 16
 FAVOURITE = 7
@@ -84,8 +85,11 @@ def learn(
     samples_per_prompt: int = 8,
     clip_reward: float = 0.0,
     enough: float = math.inf,
+    server: VllmBackend | None = None,
 ) -> list[float]:
     """Share of the optimum after each iteration of PPO, on this process alone; ends at three that are ``enough``.
+
+    ``server`` answers in place of ``fast``.
 
     Each iteration answers ``generation_batches * generation_batch_size / samples_per_prompt`` prompts.
     """
@@ -118,7 +122,9 @@ def learn(
         entropy_coef=ENTROPY_COEF,
         seed=seed,
     )
-    trainer = PPOTrainer(roles, scored, rollout_backend("fast"), SamplingConfig(ANSWER_LENGTH), "fp32")
+    roles.actor.server = server
+    backend = server or rollout_backend("fast")
+    trainer = PPOTrainer(roles, scored, backend, SamplingConfig(ANSWER_LENGTH), "fp32")
     prompts, history = toy_prompts(), []
     per_batch = generation_batch_size // samples_per_prompt
     for number in range(iterations):

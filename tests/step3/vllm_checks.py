@@ -24,17 +24,17 @@ LENGTH = 32
 _servers: dict[tuple[str, ...], VllmBackend] = {}  # of this process: a case takes the one that is there
 
 
-def server(path: str, python: str = "", dtype: str = "fp32", *, fresh: bool = False) -> VllmBackend:
+def server(path: str, python: str = "", *, rows: int = 8, fresh: bool = False) -> VllmBackend:
     """A started server of a model; the same one for the same arguments unless a ``fresh`` one is wanted."""
     device = init_distributed()
-    if fresh or (path, python, dtype) not in _servers:
-        options = VllmOptions(find_vllm(python), path, path, dtype, 8, LENGTH)
+    if fresh or (path, python) not in _servers:
+        options = VllmOptions(find_vllm(python), path, path, "fp32", rows, LENGTH)
         made = VllmBackend(options, load_tokenizer(path))
         made.start(device)
         if fresh:
             return made
-        _servers[path, python, dtype] = made
-    return _servers[path, python, dtype]
+        _servers[path, python] = made
+    return _servers[path, python]
 
 
 def greedy(actor: HybridEngine, backend: VllmBackend) -> dict[str, Any]:
@@ -62,9 +62,9 @@ def before_and_after(path: str, *, stage: int, lora: int = 0, python: str = "") 
     return [first, greedy(actor, backend)]
 
 
-def sampled(path: str, **how: Any) -> dict[str, RolloutBatch]:
+def sampled(path: str, python: str = "", **how: Any) -> dict[str, RolloutBatch]:
     """Rollouts of one model by ``fast`` and the server, drawn as ``how`` says."""
-    model, backend = load_causal_lm(path, dtype="fp32").eval(), server(path)
+    model, backend = load_causal_lm(path, dtype="fp32").eval(), server(path, python)
     stops = tuple(range(3, 60))
     asked, sampling = request(prompts(8), list(range(8)), 3, stop_ids=stops), SamplingConfig(12, **how)
     return {name: b.generate(model, asked, sampling) for name, b in (("fast", FastBackend()), ("vllm", backend))}

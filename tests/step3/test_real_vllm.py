@@ -1,0 +1,86 @@
+"""vLLM itself as rollout engine, on a CPU: slow, and skipped where ``make setup-vllm`` was not run."""
+
+import os
+
+import pytest
+import torch
+
+from tests.reliability.conftest import inputs, launcher  # noqa: F401
+from tests.reliability.test_kills import assert_same, uninterrupted
+from tests.reliability.tiny_runs import step_arguments
+from tests.step3.test_toy_task import BOUND, ITERATIONS
+from tests.step3.toy import learn, recent, save_toy_models
+from tests.step3.vllm_checks import before_and_after, sampled, server
+from tests.tiny import save_tiny_model, tiny_tokenizer
+from training.utils.errors import UserError
+from training.utils.generation.vllm_python import find_vllm
+
+
+def interpreter() -> str:
+    """One with vLLM, or why there is none behind a colon."""
+    try:
+        return find_vllm(os.environ.get("TRIPOD_TEST_VLLM_PYTHON", ""))
+    except UserError as error:
+        return f": {error}"
+
+
+PYTHON = interpreter()
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(PYTHON.startswith(":"), reason=PYTHON)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """As tests/tiny.py's, with heads as wide as vLLM's kernels for CPUs want them."""
+    return str(save_tiny_model(tmp_path_factory.mktemp("wide") / "model", head_width=32))
+
+
+@pytest.mark.parametrize(("stage", "lora"), [(0, 0), (0, 4), (3, 0), (3, 4)])
+def test_greedy_tokens_equal_before_and_after_steps_on_two_ranks(model, rank_pair, stage, lora):
+    for first, second in rank_pair.run(before_and_after, model, stage=stage, lora=lora, python=PYTHON):
+        assert first["tokens"]["vllm"] != second["tokens"]["vllm"]
+        for seen in (first, second):
+            assert seen["tokens"]["vllm"] == seen["tokens"]["fast"] == seen["tokens"]["hf"]
+            torch.testing.assert_close(seen["logprobs"]["vllm"], seen["logprobs"]["fast"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"temperature": 0.6}, {"temperature": 1.5, "top_k": 5}, {"top_p": 0.7}, {"repetition_penalty": 1.7}]
+)
+def test_kept_log_probs_are_the_policys_whatever_it_draws_from(model, how):
+    from training.utils.model.loading import load_causal_lm
+    from training.utils.model.logprobs import response_log_probs
+
+    rollout = sampled(model, PYTHON, **how)["vllm"]
+    assert sampled(model, PYTHON, **how)["vllm"].input_ids.tolist() == rollout.input_ids.tolist()  # by its seeds
+    plain, start = load_causal_lm(model, dtype="fp32").eval(), rollout.response_start
+    whole = torch.cat([torch.zeros_like(rollout.input_ids[:, :start], dtype=torch.bool), rollout.response_mask], 1)
+    with torch.no_grad():
+        expected, _ = response_log_probs(
+            plain, rollout.input_ids, rollout.attention_mask, whole, temperature=how.get("temperature", 1.0)
+        )
+    torch.testing.assert_close(rollout.logprobs, expected[:, start:], rtol=0, atol=1e-4)
+    assert 1 < rollout.response_mask.sum(1).min() < rollout.response_mask.sum(1).max()  # some met a stop token
+    ends = rollout.input_ids[:, start:].gather(1, rollout.response_mask.sum(1, keepdim=True) - 1)[:, 0]
+    assert all(end < 60 for end, n in zip(ends.tolist(), rollout.response_mask.sum(1).tolist(), strict=True) if n < 12)
+
+
+def test_ninety_five_percent_of_the_optimum(tmp_path):
+    models = save_toy_models(tmp_path)
+    tiny_tokenizer().save_pretrained(models[0])  # vLLM reads one to compare; prompts are tokens
+    backend = server(models[0], PYTHON, rows=128, fresh=True)
+    history = learn(models, seed=0, iterations=ITERATIONS["full"], ppo_epochs=4, advantage="grpo", enough=BOUND,
+                    server=backend)  # fmt: skip
+    assert history[0] < 0.2
+    assert recent(history) >= BOUND, [round(x, 2) for x in history]
+
+
+def test_a_run_that_is_killed_resumes(launcher, inputs, model, tmp_path):  # noqa: F811
+    served = ("--rollout_engine", "vllm", "--vllm_python", PYTHON, "--actor_model_name_or_path", model)
+    whole, _ = uninterrupted(launcher, inputs, 3, tmp_path, served)
+    output = tmp_path / "killed"
+    arguments, log = step_arguments(3, inputs, output, *served), tmp_path / "log"
+    run = launcher.start(3, arguments, log)
+    run.wait_for(lambda: (output / "checkpoints" / "step-00000002").is_dir())
+    run.kill()
+    assert launcher.start(3, arguments, log).wait() == 0, log.read_text()[-3000:]
+    assert_same(3, whole, output)
