@@ -335,6 +335,30 @@ CASES = [
         lambda w: _rl(w)[:2] + ["--critic_model_name_or_path", _their_reward_model(w)],
         ["--critic_model_name_or_path", "python -m training.migrate.reward_model --path"],
     ),
+    Case("4 bits without adapters", 1, lambda w: _sft(w, "--base_bits", "4"), ["--base_bits", "--lora_dim"]),
+    Case(
+        "4 bits where more than adapters would train",
+        "dpo",
+        lambda w: _sft(w, "--base_bits", "4", "--lora_dim", "4"),
+        ["--base_bits 4", "--only_optimize_lora"],
+    ),
+    Case(
+        "another number of bits",
+        2,
+        lambda w: _sft(w, "--base_bits", "8", "--lora_dim", "4", "--only_optimize_lora"),
+        ["--base_bits", "8", "choose from 0, 4"],
+    ),
+    Case(
+        "4 bits without adapters in PPO", 3, lambda w: _rl(w, "--base_bits", "4"), ["--base_bits", "--actor_lora_dim"]
+    ),
+    Case(
+        "adapters merged into 4 bits",
+        3,
+        lambda w: _rl(
+            w, "--base_bits", "4", "--actor_lora_dim", "4", "--only_optimize_lora", "--merge_lora_for_generation"
+        ),
+        ["--merge_lora_for_generation", "--base_bits 4"],
+    ),
     Case("a scale without adapters", 2, lambda w: _sft(w, "--lora_alpha", "4"), ["--lora_alpha", "--lora_dim"]),
     Case(
         "a learning rate of no adapters",

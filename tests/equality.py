@@ -1,6 +1,7 @@
 """The equality matrix: what may not change a run's losses, tried in every combination on a tiny model.
 
-    python -m tests.equality          prints the table of docs/results.md (about a quarter of an hour)
+    python -m tests.equality            prints the table of docs/results.md (about a quarter of an hour)
+    python -m tests.equality 4          its rows of bases in 4 bits, which need bitsandbytes
 
 A case is a step trained for a few optimizer steps on eight fixed rows, over ZeRO stage, ranks, accumulation, full or
 LoRA, precision and offload. Its losses are held against those of one rank, without accumulation and offload, at ZeRO 0
@@ -10,9 +11,10 @@ in fp32 and at ZeRO 1 in bf16. Runs in this process (one rank) and on the rank p
 from __future__ import annotations
 
 import itertools
+import sys
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,7 @@ class Case:
     dtype: str
     offload: bool
     served: bool = False  # step 3's rollouts come from a process with weights of its own
+    base_bits: int = 0
 
     def baseline(self) -> Case:
         """What its losses are held against."""
@@ -85,13 +88,13 @@ FACTORS: dict[str, Sequence[Any]] = {
     "offload": (False, True),
 }
 ALL = [Case(*values) for values in itertools.product(*FACTORS.values())]
-
+FOUR_BIT = [replace(case, base_bits=4) for case in ALL if case.lora]
 SERVED = [replace(case, served=True) for case in ALL if (case.step, case.dtype) == (3, "fp32")]
 
 
 def pairs_of(case: Case) -> set[tuple]:
     """Every pair of settings of a case: ((name, value), (name, value))."""
-    return set(itertools.combinations([(f.name, getattr(case, f.name)) for f in fields(case)], 2))
+    return set(itertools.combinations([(name, getattr(case, name)) for name in FACTORS], 2))
 
 
 def pairwise(cases: Sequence[Case]) -> list[Case]:
@@ -119,11 +122,12 @@ def train_sequences(case: Case, path: str, fault: bool = False) -> list[float]:
     device = init_distributed()
     micro_batch = ROWS // world_size() // case.accumulation
     config = deepspeed_config(zero_stage=case.zero_stage, dtype=case.dtype, offload=case.offload, overrides=TINY_SHARDS)
+    made: dict[str, Any] = {"dtype": case.dtype, "ds_config": config, "base_bits": case.base_bits}
     model: Any
     if case.step == 2:
-        model = classifiers.load_classifier(path, dtype=case.dtype, pad_token_id=PAD, ds_config=config)
+        model = classifiers.load_classifier(path, pad_token_id=PAD, **made)
     else:
-        model = loading.load_causal_lm(path, dtype=case.dtype, ds_config=config)
+        model = loading.load_causal_lm(path, **made)
     if case.lora:
         torch.manual_seed(0)
         model = with_adapters(model, LoraArguments(4, "q_proj,down_proj", True))
@@ -196,6 +200,7 @@ def train_ppo(case: Case, path: str, reward_path: str, fault: bool = False) -> l
         critic_lora_dim=4 if case.lora else 0,
         dtype=case.dtype,
         offload=case.offload,
+        base_bits=case.base_bits,
         per_device_training_batch_size=micro_batch,
     )
     reward = reward_settings(reward_path, STATS)
@@ -265,7 +270,8 @@ def table(matrix: Matrix, cases: Iterable[Case] = ALL) -> str:
     """Markdown: the largest difference of each group of cases, by ZeRO stage."""
     groups: dict[tuple, dict[int, list[float]]] = {}
     for case in cases:
-        row = groups.setdefault((case.step, "LoRA" if case.lora else "full", case.dtype), {})
+        weights = "4-bit base" if case.base_bits else "LoRA" if case.lora else "full"
+        row = groups.setdefault((case.step, weights, case.dtype), {})
         row.setdefault(case.zero_stage, []).append(matrix.difference(case))
     lines = [
         "| step | weights | precision | ZeRO 0 | ZeRO 1 | ZeRO 2 | ZeRO 3 | within |",
@@ -277,7 +283,7 @@ def table(matrix: Matrix, cases: Iterable[Case] = ALL) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """Print the table."""
     prepare_runtime()
     pair = RankPair()
@@ -285,10 +291,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = save_tiny_model(Path(folder) / "model")
             reward = save_tiny_reward_model(str(path), Path(folder) / "reward")
-            print(table(Matrix(path, reward, pair)))
+            print(table(Matrix(path, reward, pair), FOUR_BIT if argv == ["4"] else ALL))
     finally:
         pair.close()
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

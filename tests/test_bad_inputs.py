@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.bad_inputs import CASES, STEPS, World
+from tests.bad_inputs import CASES, STEPS, World, _rl, _sft
 from tests.step3.hybrid_checks import save_tiny_reward_model
 from tests.tiny import tiny_tokenizer
 from training.utils.errors import run_program
 from training.utils.model import classifiers, loading
+from training.utils.run import inputs
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -48,6 +49,19 @@ def test_one_line_and_exit_code_2(case, world, capsys, monkeypatch):
     assert len(lines) == 1
     for word in case.words:
         assert word in lines[0], (word, lines[0])
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_4_bits_without_their_package_name_it(step, world, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    flags = [f"--{'actor_' if step == 3 else ''}lora_dim", "4", "--only_optimize_lora", "--base_bits", "4"]
+    arguments = (_rl if step == 3 else _sft)(world, *flags)
+    program = importlib.import_module(STEPS[step])
+    for check in (program.main, lambda argv: inputs.check_inputs(program.parse_flags(argv))):
+        assert run_program(check, arguments) == 2
+        assert "-r requirements-optional.txt" in capsys.readouterr().err
+    assert not list(world.tmp.iterdir())
+    inputs.check_inputs(program.parse_flags([*arguments, "--plan"]))  # a plan needs none
 
 
 def test_two_ranks_both_end(world):

@@ -35,6 +35,7 @@ MISTAKES = [
     (STEP2, "--learning_rate fast", ["--learning_rate", "fast"]),
     (STEP1, "--learning_rate -1", ["--learning_rate", "above 0"]),
     (STEP2, "--only_optimize_lora", ["--only_optimize_lora", "--lora_dim"]),
+    (STEP2, "--base_bits 4 --lora_dim 4", ["--base_bits 4", "--only_optimize_lora"]),
     (DPO, "--offload_reference_model", ["--offload_reference_model", "--zero_stage 3"]),
     (DPO, "--loss orpo --label_smoothing 0.1", ["--label_smoothing", "--loss orpo"]),
     (STEP3, "--advantage rloo", ["rloo", "--samples_per_prompt"]),

@@ -28,6 +28,10 @@ MOMENTS = ("while saving", "at random")
 # Dropout draws random numbers at every step, and adapters with their own learning rate are a third group of parameters
 ADAPTERS = ("--lora_dim", "4", "--lora_dropout", "0.3", "--lora_learning_rate", "2e-2", "--lora_alpha", "4")
 
+# A base that is rounded to 4 bits again at each start
+ALONE = ("--only_optimize_lora", "--base_bits", "4")
+FOUR_BIT = {1: ("--lora_dim", "4", *ALONE), 3: ("--actor_lora_dim", "4", "--critic_lora_dim", "4", *ALONE)}
+
 
 def uninterrupted(
     launcher: Launcher, inputs: Path, step: Step, folder: Path, more: Sequence[str] = ()
@@ -87,8 +91,13 @@ def assert_same(step: Step, whole: Path, resumed: Path) -> None:
     assert metrics(resumed) == metrics(whole)
 
 
-@pytest.mark.parametrize(("step", "more"), [(1, ADAPTERS), slow(2, ()), slow("dpo", ADAPTERS), (3, ())])
+KILLED = [(1, ADAPTERS), slow(2, ()), slow("dpo", ADAPTERS), (3, ()), slow(1, FOUR_BIT[1]), slow(3, FOUR_BIT[3])]
+
+
+@pytest.mark.parametrize(("step", "more"), KILLED)
 def test_a_kill_while_saving_changes_nothing(launcher, inputs, tmp_path, step, more):
+    if "--base_bits" in more:
+        pytest.importorskip("bitsandbytes", reason="requirements-optional.txt")
     whole, seconds = uninterrupted(launcher, inputs, step, tmp_path, more)
     resumed, rng = tmp_path / "killed", random.Random(step)
     assert killed_and_resumed(launcher, inputs, step, resumed, ["while saving"], seconds, rng, more) == 1

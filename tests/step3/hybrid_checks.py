@@ -101,14 +101,22 @@ def train_two_steps(actor: HybridEngine) -> None:
 
 
 def twin_equals_engine(
-    path: str, *, stage: int, dtype: str = "fp32", lora: int = 0, checkpointing: bool = False, unlink: bool = False
+    path: str,
+    *,
+    stage: int,
+    dtype: str = "fp32",
+    lora: int = 0,
+    base_bits: int = 0,
+    checkpointing: bool = False,
+    unlink: bool = False,
 ) -> dict[str, Any]:
     """Train two steps, decode greedily on the twin, and compare with a plain model of the same weights.
 
     Ranks stop at different lengths. ``unlink`` plants a fault: a twin with weights of its own.
     """
     torch.manual_seed(0)
-    actor = build_actor(path, build(stage, 1e-2, lora, dtype=dtype, actor_gradient_checkpointing=checkpointing))
+    flags = {"dtype": dtype, "base_bits": base_bits, "actor_gradient_checkpointing": checkpointing}
+    actor = build_actor(path, build(stage, 1e-2, lora, **flags))
     if unlink:
         own = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
         actor = HybridEngine(actor.engine, own, actor.reference)

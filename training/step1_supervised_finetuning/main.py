@@ -97,10 +97,8 @@ def main(argv: Sequence[str]) -> int:
 
     def load(config: dict[str, Any]) -> Any:
         """The causal language model."""
-        attention = model_args.attn_implementation
-        return loading.load_causal_lm(
-            model_path, dtype=model_args.dtype, attn_implementation=attention, ds_config=config
-        )
+        made = {"attn_implementation": model_args.attn_implementation, "base_bits": lora.base_bits}
+        return loading.load_causal_lm(model_path, dtype=model_args.dtype, ds_config=config, **made)
 
     engine = build_engine(tuning, load, overrides)
     progress = run.progress or {"lowest_loss": math.inf, "best_step": 0}

@@ -99,6 +99,7 @@ def main(argv: Sequence[str]) -> int:
     load: dict[str, Any] = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
     copied = {"zero_stage": ds.zero_stage, "offload": step.offload_reference_model, "device": device} | load
     frozen = load_reference(model_path, adapters_only=adapters_only, **copied) if needs_reference else None
+    load["base_bits"] = lora.base_bits
     engine = build_engine(
         tuning, lambda config: loading.load_causal_lm(model_path, ds_config=config, **load), overrides, rows=2
     )

@@ -97,7 +97,8 @@ def main(argv: Sequence[str]) -> int:
 
     def load(config: dict[str, Any]) -> Any:
         """The backbone with one output for each token."""
-        return classifiers.load_classifier(model_path, ds_config=config, fresh_head_seed=train.seed, **made)
+        new = {"fresh_head_seed": train.seed, "base_bits": lora.base_bits}
+        return classifiers.load_classifier(model_path, ds_config=config, **new, **made)
 
     engine = build_engine(tuning, load, overrides, rows=2, wrap=classifiers.TokenScorer)
     sharing = find_sharing(engine, answer_rewards, pad_id)

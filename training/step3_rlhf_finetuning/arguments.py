@@ -8,7 +8,17 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from training.utils import arguments
-from training.utils.arguments import AUTO, DTYPE_HELP, MAX_SEED, PRECISIONS, SCHEDULES, LoraArguments, flag
+from training.utils.arguments import (
+    AUTO,
+    BASE_BITS_HELP,
+    DTYPE_HELP,
+    MAX_SEED,
+    PRECISIONS,
+    SCHEDULES,
+    LoraArguments,
+    check_base_bits,
+    flag,
+)
 from training.utils.errors import UserError
 from training.utils.generation.vllm_python import check_vllm
 
@@ -126,6 +136,7 @@ class RoleZeroArguments:
     lora_alpha: int = flag(0, "adapters count with alpha / rank; 0: alpha is twice the rank", minimum=0)
     only_optimize_lora: bool = flag(False, "freeze everything but the adapters (and the critic's head)")
     merge_lora_for_generation: bool = flag(False, "add the actor's adapters to its weights while it generates")
+    base_bits: int = flag(0, BASE_BITS_HELP, choices=(0, 4))
 
     def __post_init__(self) -> None:
         for name, dims in (
@@ -134,9 +145,16 @@ class RoleZeroArguments:
             ("actor_lora_learning_rate", ("actor_lora_dim",)),
             ("critic_lora_learning_rate", ("critic_lora_dim",)),
             ("merge_lora_for_generation", ("actor_lora_dim",)),
+            ("base_bits", ("actor_lora_dim", "critic_lora_dim")),
         ):
             if getattr(self, name) and not any(getattr(self, dim) for dim in dims):
                 raise UserError(f"--{name} needs adapters: set {' or '.join(f'--{dim}' for dim in dims)}")
+        check_base_bits(self.base_bits, self.only_optimize_lora)
+        if self.base_bits and self.merge_lora_for_generation:
+            raise UserError(
+                f"--merge_lora_for_generation would round the adapters to {self.base_bits} bits: leave it out with "
+                f"--base_bits {self.base_bits}"
+            )
 
     def lora(self, role: str) -> LoraArguments:
         """The adapters of ``actor`` or ``critic``; without dropout, with which PPO's first ratio would not be 1."""
@@ -144,7 +162,7 @@ class RoleZeroArguments:
         if not dim:
             return LoraArguments()
         name, rate = getattr(self, f"{role}_lora_module_name"), getattr(self, f"{role}_lora_learning_rate")
-        return LoraArguments(dim, name, self.only_optimize_lora, self.lora_alpha, rate)
+        return LoraArguments(dim, name, self.only_optimize_lora, self.lora_alpha, rate, base_bits=self.base_bits)
 
 
 @dataclass

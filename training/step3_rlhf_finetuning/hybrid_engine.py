@@ -26,7 +26,7 @@ from torch import nn
 
 from training.utils.engine.reference import reference_policy
 from training.utils.generation.vllm import VllmBackend
-from training.utils.memory.generation import fits, free_bytes, generation_bytes, weight_bytes
+from training.utils.memory.generation import fits, free_bytes, generation_bytes, saved_bytes
 from training.utils.model.export import gathered
 from training.utils.model.lora import adapters_merged
 from training.utils.run.distributed import say
@@ -38,7 +38,8 @@ def make_twin(model: nn.Module) -> nn.Module:
     Call it before `deepspeed.initialize` and before gradient checkpointing is enabled, whose hooks a later copy
     would carry along.
     """
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    scales = [module.quant_state for module in model.modules() if hasattr(module, "quant_state")]  # of 4-bit layers
+    memo: dict[int, Any] = {id(shared): shared for shared in [*model.parameters(), *model.buffers(), *scales]}
     return copy.deepcopy(model, memo).eval()
 
 
@@ -98,8 +99,8 @@ class HybridEngine:
         )
 
     def another_fits(self) -> bool:
-        """Whether every rank has room for one more whole model of the actor's size; a collective."""
-        return fits(weight_bytes(self._twin), self.engine.device)
+        """Whether every rank has room for one more whole model of the actor's size, in --dtype; a collective."""
+        return fits(saved_bytes(self._twin), self.engine.device)
 
     @contextlib.contextmanager
     def _gathered_twin(self) -> Iterator[Any]:

@@ -207,7 +207,7 @@ def _phases(
 ) -> list[plans.Phase]:
     rows, actor, critic = settings.batch, memory["actor"], memory.get("critic")
     engine = rollout.rollout_engine
-    whole = plans.role_size(costs.actor).parameters * BYTES[dtype] if actor.gathered else 0  # not only what is live
+    whole = plans.role_size(costs.actor).weights(BYTES[dtype]) if actor.gathered else 0  # not only what is live
     decoding = decoding_parts(costs, settings.other_batch, dtype, engine, whole, on_cpu=on_cpu)
     logits = plans.logits_bytes(costs.actor, rows, costs.response, dtype)
     scored = costs.scoring("actor", rows)
@@ -220,7 +220,9 @@ def _phases(
         rewarded = costs.scoring("reward", rows)
         reward = {"gathered parameters": memory["reward"].gathered, "activations": rewarded.peak}
         phases.append(plans.Phase("scoring: rewards", reward))
-    train = functools.partial(plans.training_phases, accumulates=settings.accumulates)
+    train = functools.partial(
+        plans.training_phases, accumulates=settings.accumulates, checkpointing=settings.checkpointing
+    )
     passes = {role: costs.training(role, rows, settings.checkpointing) for role in costs.trained}
     kept = 0 if critic is None else critic.pending  # of the critic, while the actor steps
     before = kept if settings.accumulates else 0
@@ -288,5 +290,6 @@ def show_rlhf_plan(models: Models, flags: Flags) -> int:
         return rlhf_plan(costs, s, roles, rollout, train, zero, models.overrides, stages, on_cpu=on_cpu)
 
     paths = ", ".join([actor] if reward is None else [actor, reward.path])
-    title = f"step 3: {paths}, {roles.dtype}, ZeRO {asked[0]} and {asked[1]}, ranks: {world_size()}"
+    precision = plans.in_words(roles.dtype, zero.lora("actor"))
+    title = f"step 3: {paths}, {precision}, ZeRO {asked[0]} and {asked[1]}, ranks: {world_size()}"
     return plans.show_plan(title, settings, plan_of, FLAGS)

@@ -131,7 +131,8 @@ def build_actor(path: str, build: Build) -> HybridEngine:
     """The actor and its reference policy, see `training.utils.engine.reference`."""
     config, zero = _ds_config("actor", build), build.zero
     lora = zero.lora("actor")
-    model = with_adapters(loading.load_causal_lm(path, ds_config=config, **build.loading()), lora)
+    bare = loading.load_causal_lm(path, ds_config=config, base_bits=lora.base_bits, **build.loading())
+    model = with_adapters(bare, lora)
     twin = make_twin(model)
     if build.args.actor_gradient_checkpointing:
         enable_gradient_checkpointing(model)
@@ -157,16 +158,17 @@ def build_critic(sft: str, reward: RewardModelSettings | None, build: Build) -> 
 
     Where it can not (`starts_from`) it is the SFT model with a fresh head, which gives nearly 0 everywhere.
     """
-    config, path = _ds_config("critic", build), starts_from(sft, reward)
+    config, path, lora = _ds_config("critic", build), starts_from(sft, reward), build.zero.lora("critic")
     from_reward = reward is not None and path == reward.path
     bare = classifiers.load_classifier(
         path,
         pad_token_id=build.pad_token_id,
         ds_config=config,
         fresh_head_seed=None if from_reward else build.train.seed,
+        base_bits=lora.base_bits,
         **build.loading(),
     )
-    model = with_adapters(bare, build.zero.lora("critic"))
+    model = with_adapters(bare, lora)
     if build.args.critic_gradient_checkpointing:
         enable_gradient_checkpointing(model)
     mean, std = 0.0, 1.0

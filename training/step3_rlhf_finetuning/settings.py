@@ -33,7 +33,7 @@ from training.step3_rlhf_finetuning.roles import RewardModelSettings, starts_fro
 from training.utils.arguments import DataArguments, OutputArguments, ReliabilityArguments
 from training.utils.checkpoint.resume import Run, resume_output_dir
 from training.utils.data import StepData, prepare_data, prepare_pretraining, stop_token_ids
-from training.utils.engine import precision
+from training.utils.engine import four_bit, precision
 from training.utils.engine.zero_config import read_user_config
 from training.utils.errors import UserError
 from training.utils.generation.decode_loop import ROWS_OF_ACCELERATORS
@@ -175,6 +175,8 @@ def open_run(argv: Sequence[str], flags: Flags, models: Models) -> Opened:
     """
     started, phases = time.monotonic(), Phases()
     groups = [getattr(flags, field.name) for field in fields(flags)]
+    if flags.zero.base_bits:
+        four_bit.check_installed()
     check_training_data(groups)
     args, rollout, train, reliability = flags.roles, flags.rollout, flags.train, flags.reliability
     output_dir = prepare_output_dir(resume_output_dir(reliability.resume, flags.output.output_dir), "step3")

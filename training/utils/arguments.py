@@ -31,6 +31,7 @@ T = TypeVar("T")
 
 AUTO = "auto"  # of --dtype: see training/utils/engine/precision.py
 PRECISIONS = (AUTO, "bf16", "fp16", "fp32")
+BASE_BITS_HELP = "4: linear layers under adapters stay in 4 bits (QLoRA, needs bitsandbytes); 0: in --dtype"
 DTYPE_HELP = "precision of weights and activations (masters stay fp32); auto: bf16 where the hardware computes in it"
 
 LAUNCHERS = ("--local_rank", "--deepspeed")  # what launchers, and everybody's habit, add to a command
@@ -178,11 +179,23 @@ class LoraArguments:
     lora_alpha: int = flag(0, "adapters count with alpha / rank; 0: alpha is twice the rank", minimum=0)
     lora_learning_rate: float = flag(0.0, "peak learning rate of the adapters; 0: that of the rest", minimum=0)
     lora_dropout: float = flag(0.0, "share of an adapter's inputs that training drops", minimum=0, maximum=0.9)
+    base_bits: int = flag(0, BASE_BITS_HELP, choices=(0, 4))
 
     def __post_init__(self) -> None:
-        for name in ("only_optimize_lora", "lora_alpha", "lora_learning_rate", "lora_dropout"):
+        for name in ("only_optimize_lora", "lora_alpha", "lora_learning_rate", "lora_dropout", "base_bits"):
             if getattr(self, name) and not self.lora_dim:
                 raise UserError(f"--{name} needs adapters: set --lora_dim")
+        check_base_bits(self.base_bits, self.only_optimize_lora)
+
+
+def check_base_bits(base_bits: int, only_optimize_lora: bool) -> None:
+    """Refuse a base in 4 bits where more than adapters would train.
+
+    Raises:
+        UserError: names both flags.
+    """
+    if base_bits and not only_optimize_lora:
+        raise UserError(f"--base_bits {base_bits} leaves only adapters to train: add --only_optimize_lora")
 
 
 @dataclass

@@ -28,7 +28,7 @@ from training.utils.arguments import (
 from training.utils.checkpoint.resume import Run, resume_output_dir
 from training.utils.data import StepData, batches_after, element_lengths, prepare_data, stop_token_ids
 from training.utils.data.kinds import Kind
-from training.utils.engine import engine as engines, precision
+from training.utils.engine import engine as engines, four_bit, precision
 from training.utils.engine.zero_config import deepspeed_config
 from training.utils.metrics import MetricsLogger, progress_bar, write_summary
 from training.utils.model.card import write_model_card
@@ -183,6 +183,8 @@ def open_run(
     """
     started, phases = time.monotonic(), Phases()
     flags = Flags(*groups[:7])
+    if flags.lora.base_bits:
+        four_bit.check_installed()
     reliability, train = flags.reliability, flags.train
     check_training_data(groups)
     output_dir = prepare_output_dir(resume_output_dir(reliability.resume, flags.output.output_dir), step)

@@ -31,7 +31,8 @@ def make_engine(
     config = deepspeed_config(
         zero_stage=stage, dtype=dtype, offload=offload, overrides=shards if stage == 3 else TINY_SHARDS
     )
-    model: Any = loading.load_causal_lm(model_path, dtype=dtype, ds_config=config)
+    bits = lora.base_bits if lora else 0
+    model: Any = loading.load_causal_lm(model_path, dtype=dtype, ds_config=config, base_bits=bits)
     if lora:
         torch.manual_seed(0)
         model = with_adapters(model, lora)

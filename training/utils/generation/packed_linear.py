@@ -31,7 +31,7 @@ def _packable(module: nn.Linear) -> bool:
     """A plain linear layer in bf16 or fp32 on the CPU whose forward nobody else has replaced."""
     if type(module) is not nn.Linear or "forward" in module.__dict__ or module.weight.numel() < _SMALLEST:
         return False
-    if module.weight.device.type != "cpu":
+    if module.weight.device.type != "cpu" or getattr(module, "four_bit", False):  # the latter of a memory plan
         return False
     if module.weight.dtype == torch.bfloat16:
         return bool(onednn_bf16())

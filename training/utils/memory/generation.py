@@ -8,6 +8,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
+from training.utils.engine import four_bit
 from training.utils.memory.plan import available_memory
 from training.utils.model.forward import without_adapters
 from training.utils.model.lora import adapted_parameter, is_lora, lora_layers
@@ -40,6 +41,12 @@ def cache_bytes(config: Any, tokens: int, item: int) -> int:
     key_heads = getattr(config, "num_key_value_heads", None) or heads
     head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
     return 2 * tokens * int(config.num_hidden_layers * key_heads * head_width) * item
+
+
+def saved_bytes(model: nn.Module) -> int:
+    """Of the same model once it is saved and loaded again, where a base in 4 bits is whole."""
+    packed = [parameter for parameter in model.parameters() if four_bit.is_packed(parameter)]
+    return weight_bytes(model) + sum(four_bit.unpacked_bytes(p) - _bytes(p) for p in packed)
 
 
 def generation_bytes(model: nn.Module, *, rows: int, length: int, packed: bool, merged: bool) -> int:

@@ -18,6 +18,7 @@ from deepspeed.accelerator import get_accelerator
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from training.utils.arguments import LoraArguments
+from training.utils.engine import four_bit
 from training.utils.engine.zero_config import DTYPES
 from training.utils.errors import UserError
 from training.utils.memory.live import FakeModel, PassMemory
@@ -107,6 +108,11 @@ class Settings:
     batch: int
     other_batch: int
     accumulates: bool
+
+
+def in_words(dtype: str, lora: LoraArguments) -> str:
+    """The precision of a role, for a title."""
+    return f"{dtype} on a base in {lora.base_bits} bits" if lora.base_bits else dtype
 
 
 def device() -> torch.device:
@@ -246,6 +252,7 @@ def training_phases(
     logits: int,
     *,
     accumulates: bool,
+    checkpointing: bool = False,
     others: int = 0,
     others_at_step: int = 0,
 ) -> list[Phase]:
@@ -258,6 +265,7 @@ def training_phases(
         memory: from `training.utils.memory.zero.trained_role`.
         passes: of one micro-batch's forward and backward.
         logits: bytes of its logits, 0 for a role without.
+        checkpointing: activations are computed again, and what they were computed with is gathered again.
         accumulates: several micro-batches per step: from the second on, gradients of those before are there.
         others, others_at_step: gradients that another role keeps in the backward and in the step.
     """
@@ -269,7 +277,8 @@ def training_phases(
             "activations and gradients": passes.peak - logits,
             "gradients of earlier micro-batches": memory.pending if accumulates else 0,
         }
-    backward = {"gathered parameters": memory.gathered, "logits": logits, **gradients}
+    gathered = memory.gathered + (0 if checkpointing else memory.kept)
+    backward = {"gathered parameters": gathered, "logits": logits, **gradients}
     return [
         Phase(f"{role}: backward", backward | earlier),
         Phase(f"{role}: reduction", {"gradients and buckets": memory.reduction} | earlier),
@@ -305,11 +314,15 @@ def fake_role(path: str, dtype: str, attn_implementation: str, lora: LoraArgumen
             attention,
         )
         no_dropout(model)
+        for layer in four_bit.packable(model) if lora.base_bits else ():
+            layer.four_bit = True  # type: ignore[assignment]
         model = with_adapters(model, lora)
         return TokenScorer(model) if classifier else model
 
     try:
-        return FakeModel(build, device())
+        fake = FakeModel(build, device())
+        fake.beside = max(packed_weights(fake.module), default=0) * BYTES[dtype]
+        return fake
     except (ImportError, ValueError) as error:
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
 
@@ -317,7 +330,14 @@ def fake_role(path: str, dtype: str, attn_implementation: str, lora: LoraArgumen
 def role_size(model: FakeModel) -> RoleSize:
     """The numbers of elements of a role."""
     trained = [p.numel() for p in model.module.parameters() if p.requires_grad]
-    return RoleSize(sum(p.numel() for p in model.module.parameters()), sum(trained), max(trained, default=0))
+    count = sum(p.numel() for p in model.module.parameters())
+    packed = packed_weights(model.module)
+    return RoleSize(count, sum(trained), max(trained, default=0), sum(packed), sum(map(four_bit.scale_bytes, packed)))
+
+
+def packed_weights(module: Any) -> list[int]:
+    """Numbers of weights of the layers that `fake_role` has marked as in 4 bits."""
+    return [layer.weight.numel() for layer in module.modules() if getattr(layer, "four_bit", False)]
 
 
 def base_parameters(model: FakeModel) -> int:

@@ -91,7 +91,14 @@ def sequence_plan(
         memory["reference"] = frozen_role(count, zero_stage=stage, dtype=dtype, ranks=world_size(), **reference)
     phases = [
         plans.Phase("evaluation", evaluation),
-        *plans.training_phases("model", role, passes, logits[rows], accumulates=settings.accumulates),
+        *plans.training_phases(
+            "model",
+            role,
+            passes,
+            logits[rows],
+            accumulates=settings.accumulates,
+            checkpointing=settings.checkpointing,
+        ),
         plans.saving_phase(size.parameters, BYTES[dtype]),
     ]
     if costs.classifier:
@@ -143,5 +150,6 @@ def show_sequence_plan(
         accumulates=train.gradient_accumulation_steps > 1,
     )
     kind: dict[str, Any] = {"per_row": 1 if step == "step1" else 2, "reference": reference}
-    heading = f"{title(step)}: {path}, {model.dtype}, ZeRO {ds.zero_stage}, ranks: {world_size()}"
+    precision = plans.in_words(model.dtype, lora)
+    heading = f"{title(step)}: {path}, {precision}, ZeRO {ds.zero_stage}, ranks: {world_size()}"
     return plans.show_plan(heading, settings, lambda s: sequence_plan(costs, s, model.dtype, overrides, **kind), FLAGS)

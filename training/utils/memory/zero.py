@@ -27,11 +27,19 @@ class RoleSize:
         parameters: all, adapters included.
         trained: those with a gradient.
         largest: of the largest trained parameter.
+        packed: those in 4 bits, see `training.utils.engine.four_bit`.
+        scales: bytes of their scales, which ZeRO-3 does not shard.
     """
 
     parameters: int
     trained: int
     largest: int
+    packed: int = 0
+    scales: int = 0
+
+    def weights(self, width: int) -> int:
+        """Bytes of all parameters, where one that is not packed has ``width``; without scales."""
+        return (self.parameters - self.packed) * width + self.packed // 2
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,7 @@ class RoleMemory:
         resident: what it always holds, by name.
         host: the names that are in the host's memory on a machine with an accelerator.
         gathered: whole parameters while a forward or a rollout runs at stage 3.
+        kept: more of them that a forward without checkpointing keeps to its backward: 4-bit codes.
         pending: gradients from a backward to the step, beyond what is resident.
         reduction: the most at the end of a backward, ``pending`` included.
         step: the most in the optimizer step, ``pending`` included.
@@ -55,6 +64,7 @@ class RoleMemory:
     reduction: int = 0
     step: int = 0
     releases: bool = False
+    kept: int = 0
 
     @property
     def total(self) -> int:
@@ -82,7 +92,7 @@ def trained_role(
     used = min(elements, trained)  # gradients are reduced, and from stage 2 on let go, whenever the bucket is full
     full = trained > elements
     bucket = used if on_cpu else elements
-    held = {"parameters": size.parameters * width, MASTER: 4 * share, MOMENTS: 8 * share}
+    held = {"parameters": size.weights(width) + size.scales, MASTER: 4 * share, MOMENTS: 8 * share}
     if is_plain(config, ranks):  # the weights are the masters
         gradients = 4 * trained
         del held[MASTER]
@@ -108,15 +118,17 @@ def trained_role(
         alias = width == 4 and ranks == 1 and not accumulates  # then the gradient itself is kept
         reduction = width * (bucket + used) + (0 if alias else pending)
         return RoleMemory(held, host, 0, pending, reduction, pending + max(norm, 4 * share if width == 4 else 0), full)
-    held["parameters"] = -(-size.parameters // ranks) * width
+    held["parameters"] = -(-size.weights(width) // ranks) + size.scales
     if not offload:
         held["gradients"] = 4 * share
     if not on_cpu:
         held["reduction bucket"] = width * bucket
-    gathered = min(size.parameters, int(zero.get("stage3_max_live_parameters", LIVE))) * width if ranks > 1 else 0
+    live = int(zero.get("stage3_max_live_parameters", LIVE)) * width
+    gathered = min(size.weights(width), live) if ranks > 1 else 0
+    kept = max(size.packed // 2 - gathered, 0) if ranks > 1 else 0
     cast = width * -(-used // ranks) if ranks > 1 else 4 * used
     reduction = width * used * (1 + on_cpu) + cast + gathered
-    return RoleMemory(held, host, gathered, 0, reduction, norm if offload else 4 * share, full)
+    return RoleMemory(held, host, gathered, 0, reduction, norm if offload else 4 * share, full, kept)
 
 
 def frozen_role(parameters: int, *, zero_stage: int, dtype: str, ranks: int, offload: bool = False) -> RoleMemory:

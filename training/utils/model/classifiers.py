@@ -15,7 +15,7 @@ from transformers import (
 
 from training.utils.errors import UserError
 from training.utils.model.forward import forward_inputs, without_adapters
-from training.utils.model.loading import load_config, load_strictly, reason_of, remote_code, sharded_loading
+from training.utils.model.loading import load_config, load_strictly, reason_of, remote_code
 
 LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM")  # ends of their class names in a config.json
 
@@ -28,6 +28,7 @@ def load_classifier(
     attn_implementation: str = "sdpa",
     ds_config: dict[str, Any] | None = None,
     fresh_head_seed: int | None = None,
+    base_bits: int = 0,
 ) -> PreTrainedModel:
     """Load a sequence-classification model with one output: the layout of a reward model.
 
@@ -36,7 +37,7 @@ def load_classifier(
         dtype: ``bf16``, ``fp16`` or ``fp32``.
         pad_token_id: goes to the config; plain transformers needs it to find the end of a row.
         attn_implementation: passed to transformers.
-        ds_config: see `load_causal_lm`.
+        ds_config, base_bits: see `load_causal_lm`.
         fresh_head_seed: if given, the head is drawn anew from N(0, 1 / (d + 1)^2), d the hidden size
             (Stiennon et al. 2020, arXiv 2009.01325, appendix B).
 
@@ -44,16 +45,17 @@ def load_classifier(
         UserError: the family has no sequence-classification model with a ``score`` head, or the files hold no head
             and none is to be drawn.
     """
-    with sharded_loading(ds_config):
-        model = load_strictly(
-            AutoModelForSequenceClassification,
-            path,
-            dtype,
-            attn_implementation,
-            may_miss="score" if fresh_head_seed is not None else "",
-            num_labels=1,
-            pad_token_id=pad_token_id,
-        )
+    model = load_strictly(
+        AutoModelForSequenceClassification,
+        path,
+        dtype,
+        attn_implementation,
+        ds_config,
+        base_bits=base_bits,
+        may_miss="score" if fresh_head_seed is not None else "",
+        num_labels=1,
+        pad_token_id=pad_token_id,
+    )
     if not _has_score_head(model):
         raise UserError(f"{path}: {type(model).__name__} has no score head with one output")
     if fresh_head_seed is not None:
@@ -126,8 +128,7 @@ def load_text_classifier(
     path: str, *, dtype: str, attn_implementation: str = "sdpa", ds_config: dict[str, Any] | None = None
 ) -> PreTrainedModel:
     """Load a classifier with one output that serves through its own forward; arguments as of `load_causal_lm`."""
-    with sharded_loading(ds_config):
-        return load_strictly(AutoModelForSequenceClassification, path, dtype, attn_implementation)
+    return load_strictly(AutoModelForSequenceClassification, path, dtype, attn_implementation, ds_config)
 
 
 def _fresh_head(head: nn.Linear, seed: int) -> None:

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from training.utils.engine import four_bit
 from training.utils.model.classifiers import TokenScorer
 from training.utils.model.loading import remote_code
 from training.utils.model.lora import (
@@ -69,7 +70,10 @@ def plain_weights(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
             continue
         layer = layers.get(id(parameter))
         with gathered([parameter] if layer is None else [parameter, *adapter_parameters(layer)]):
-            tensor = parameter.detach() if layer is None else merged_weight(layer, adapter)
+            if layer is not None:
+                tensor = merged_weight(layer, adapter)
+            else:
+                tensor = four_bit.as_in_files(parameter, four_bit.unpacked(parameter))
             yield plain_name(name, adapter), tensor
     saved = base.state_dict().keys()  # others are computed anew by every model
     yield from ((plain_name(name, adapter), buffer) for name, buffer in base.named_buffers() if name in saved)
@@ -115,6 +119,8 @@ def save_model(
         shutil.rmtree(scratch, ignore_errors=True)  # left by a run that was killed
     if is_lora(model) and only_adapters_train(model):
         adapters = [p for name, p in model.named_parameters() if is_adapter(name) or ".modules_to_save." in name]
+        if any(map(four_bit.is_packed, model.parameters())):
+            say("the folder adapter belongs on the base in 4 bits, which it has learned on: nf4, double quantisation")
         with gathered(adapters):
             if is_main():
                 model.save_pretrained(scratch / "adapter")
@@ -142,6 +148,8 @@ def _write(
 ) -> None:
     base = model.get_base_model() if is_lora(model) else model
     config = copy.deepcopy(base.config)
+    for name in ("quantization_config", "_is_quantized"):  # the weights that are written are whole
+        vars(config).pop(name, None)
     config.use_cache = True
     config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     if is_classifier(base) and tokenizer.pad_token_id in stop_ids:

@@ -31,6 +31,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from training.utils.engine import four_bit
 from training.utils.engine.zero_config import DTYPES
 from training.utils.errors import UserError
 from training.utils.model import hub
@@ -165,10 +166,24 @@ def sharded_loading(config: dict[str, Any] | None) -> Iterator[None]:
 
 
 def load_strictly(
-    factory: Any, path: str, dtype: str, attn: str, *, may_miss: str = "", **settings: Any
+    factory: Any,
+    path: str,
+    dtype: str,
+    attn: str,
+    ds_config: dict[str, Any] | None,
+    *,
+    base_bits: int = 0,
+    may_miss: str = "",
+    **settings: Any,
 ) -> PreTrainedModel:
-    """Load a model with dropout off; every parameter comes from its files, but for the module named ``may_miss``."""
+    """Load a model with dropout off; every parameter comes from its files, but for the module named ``may_miss``.
+
+    At ZeRO-3 it is sharded while it loads; in 4 bits it is loaded whole, and sharded by its engine.
+    """
+    further = four_bit.loading_options(dtype, ds_config) if base_bits else {}
     config = config_without_dropout(path)
+    if further and hasattr(config, "quantization_config"):
+        raise UserError(f"{path}: its files are quantised already: --base_bits 4 needs weights in 16 or 32 bits")
     for name, value in settings.items():
         setattr(config, name, value)
 
@@ -180,11 +195,13 @@ def load_strictly(
             dtype=DTYPES[dtype],
             attn_implementation=attention,
             output_loading_info=True,
+            **further,
             **remote_code(),
         )
 
     try:
-        loaded, info = with_attention(load, attn)
+        with sharded_loading(None if further else ds_config):
+            loaded, info = with_attention(load, attn)
     except torch.OutOfMemoryError:
         raise
     except UNREADABLE as error:
@@ -198,6 +215,8 @@ def load_strictly(
         )
     _check_unexpected(path, info, scores=factory is AutoModelForSequenceClassification, head=may_miss)
     _check_finite(path, loaded)
+    if further:
+        _say(four_bit.settle(loaded, path))
     no_dropout(loaded)
     exact_buffers(loaded)
     return loaded
@@ -214,11 +233,15 @@ def with_attention(build: Callable[[str], T], attention: str) -> T:
         return build("eager")
 
 
-@functools.cache  # once for all roles of a family
-def _tell_eager(family: str) -> None:
+def _say(line: str) -> None:
     from training.utils.run.distributed import say  # brings DeepSpeed along, which inference does without
 
-    say(f"{family} has no sdpa attention in transformers: it runs with --attn_implementation eager")
+    say(line)
+
+
+@functools.cache  # once for all roles of a family
+def _tell_eager(family: str) -> None:
+    _say(f"{family} has no sdpa attention in transformers: it runs with --attn_implementation eager")
 
 
 def _check_unexpected(path: str, info: Mapping[str, Any], scores: bool, head: str) -> None:
@@ -233,9 +256,9 @@ def _check_unexpected(path: str, info: Mapping[str, Any], scores: bool, head: st
         raise UserError(f"{path}: transformers has no place for {', '.join(lost)}, so its rewards would be others")
     unexpected = [name for name in unexpected if not (head and name.startswith(("lm_head", "embed_out")))]
     if unexpected:
-        from training.utils.run.distributed import say  # brings DeepSpeed along, which inference does without
-
-        say(f"warning: {path} holds {len(unexpected)} weights that the model has no place for, such as {unexpected[0]}")
+        _say(
+            f"warning: {path} holds {len(unexpected)} weights that the model has no place for, such as {unexpected[0]}"
+        )
 
 
 def _check_finite(path: str, model: nn.Module) -> None:
@@ -246,6 +269,8 @@ def _check_finite(path: str, model: nn.Module) -> None:
     """
     for name, parameter in model.named_parameters():
         own = getattr(parameter, "ds_tensor", parameter)  # at ZeRO-3 this rank's share
+        if four_bit.is_packed(parameter):
+            own = four_bit.scale_offset(parameter)
         if own.numel() and not torch.isfinite(own.detach()).all():
             raise UserError(f"{path}: the weights {name} hold numbers that are not finite")
 
@@ -281,7 +306,12 @@ def check_writes(path: str, flag: str) -> None:
 
 
 def load_causal_lm(
-    path: str, *, dtype: str, attn_implementation: str = "sdpa", ds_config: dict[str, Any] | None = None
+    path: str,
+    *,
+    dtype: str,
+    attn_implementation: str = "sdpa",
+    ds_config: dict[str, Any] | None = None,
+    base_bits: int = 0,
 ) -> PreTrainedModel:
     """Load a causal language model, with dropout off.
 
@@ -290,9 +320,9 @@ def load_causal_lm(
         dtype: ``bf16``, ``fp16`` or ``fp32``.
         attn_implementation: passed to transformers.
         ds_config: the role's DeepSpeed configuration; at ZeRO-3 parameters are sharded while loading.
+        base_bits: 4 for linear layers in 4 bits, see `training.utils.engine.four_bit`.
     """
-    with sharded_loading(ds_config):
-        return load_strictly(AutoModelForCausalLM, path, dtype, attn_implementation)
+    return load_strictly(AutoModelForCausalLM, path, dtype, attn_implementation, ds_config, base_bits=base_bits)
 
 
 # Parts of what families call dropout, and a router's noise, in their configurations

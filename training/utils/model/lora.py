@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from training.utils.arguments import LoraArguments
+from training.utils.engine import four_bit
 from training.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def check_lora(model_path: str, lora: LoraArguments) -> None:
     """Check ``--lora_module_name`` on a model without weights, before the real one is loaded.
 
     Raises:
-        UserError: as `with_adapters`.
+        UserError: as `with_adapters`, or nothing of the model can be kept in 4 bits.
     """
     if not lora.lora_dim:
         return
@@ -68,6 +69,8 @@ def check_lora(model_path: str, lora: LoraArguments) -> None:
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(load_config(model_path), **remote_code())
+        if lora.base_bits and not four_bit.packable(model):
+            raise UserError(f"{model_path}: no linear layer that --base_bits {lora.base_bits} could round")
         with_adapters(model, lora)
 
 
@@ -160,9 +163,14 @@ def plain_name(name: str, adapter: str) -> str:
 
 @torch.no_grad()
 def merged_weight(layer: Any, adapter: str) -> torch.Tensor:
-    """The base weight of one adapter layer with its adapter added; a new tensor, summed in fp32 and rounded once."""
-    weight = adapted_parameter(layer)
-    return (weight.to(torch.float32) + layer.get_delta_weight(adapter).to(torch.float32)).to(weight.dtype)
+    """The base weight of one adapter layer with its adapter added; a new tensor, summed in fp32 and rounded once.
+
+    Of a base in 4 bits it is a weight in the precision that the layer multiplies in.
+    """
+    parameter = adapted_parameter(layer)
+    weight = four_bit.unpacked(parameter)
+    merged = (weight.to(torch.float32) + layer.get_delta_weight(adapter).to(torch.float32)).to(weight.dtype)
+    return four_bit.as_in_files(parameter, merged)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ MODELS = ("model_name_or_path", "tokenizer_name_or_path")  # ends of the names o
 DATA = ("data_path",)
 FUNCTIONS = ("reward_function", "eval_function")
 FILES = ("deepspeed_config",)
+NO_BITSANDBYTES = "--base_bits 4 needs bitsandbytes: pip install -r requirements-optional.txt -c constraints.txt"
 
 
 def check_inputs(groups: Sequence[Any]) -> None:
@@ -26,10 +28,11 @@ def check_inputs(groups: Sequence[Any]) -> None:
     Raises:
         UserError: names the flag.
     """
-    for group in groups:
-        for field in dataclasses.fields(group):
-            value = getattr(group, field.name)
-            check_flag(field.name, value if isinstance(value, list) else [value])
+    flags = {field.name: getattr(group, field.name) for group in groups for field in dataclasses.fields(group)}
+    for name, value in flags.items():
+        check_flag(name, value if isinstance(value, list) else [value])
+    if flags.get("base_bits") and not flags.get("plan") and not importlib.util.find_spec("bitsandbytes"):
+        raise UserError(NO_BITSANDBYTES)
 
 
 def check_flag(name: str, values: Sequence[Any]) -> None:
