@@ -59,9 +59,7 @@ class StandIn:
     def load(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         """Every tensor must be known, and none be missing."""
         found = dict(weights)
-        missing, unknown = self.model.load_state_dict(found, strict=False)
-        tied = {"lm_head.weight"} if self.model.config.tie_word_embeddings else set()
-        assert not unknown and set(missing) <= tied, (missing, unknown)
+        self.model.load_state_dict(found)  # tied weights under each of their names too
 
     def generate(self, prompts: list[list[int]], seeds: list[int], sampling: dict[str, Any], moving: Any) -> Any:
         """A forward of the whole row for each token."""

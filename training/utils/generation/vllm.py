@@ -19,7 +19,7 @@ import subprocess
 import tempfile
 import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from training.utils.generation.requests import RolloutBatch, RolloutRequest, Rol
 from training.utils.generation.sampling import SamplingConfig, row_keys
 from training.utils.generation.vllm_python import WORKER, other_interpreter
 from training.utils.memory.generation import cache_bytes
-from training.utils.model.export import plain_weights, unwrap
+from training.utils.model.export import plain_weights, tied_names, unwrap
 from training.utils.model.forward import without_adapters
 from training.utils.model.loading import load_config
 from training.utils.model.logprobs import response_log_probs
@@ -294,7 +294,7 @@ class VllmBackend:
         Raises:
             RolloutsLost: see `generate`.
         """
-        self._on_all(lambda: self.worker.push(plain_weights(model)))
+        self._on_all(lambda: self.worker.push(_weights(model)))
         self._held = weakref.ref(model)
         self.pushes += 1
         self._to_verify = self._to_verify or self.pushes % VERIFY_EVERY == 1
@@ -364,6 +364,14 @@ class VllmBackend:
                 )
 
         self._on_all(compare)
+
+
+def _weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """`plain_weights`, tied ones under each of their names: vLLM on a CPU keeps a copy for each."""
+    tied = tied_names(model)
+    for name, tensor in plain_weights(model):
+        for each in (name, *tied.get(name, ())):
+            yield each, tensor
 
 
 def _prompts(request: RolloutRequest) -> list[list[int]]:

@@ -79,6 +79,16 @@ def plain_weights(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
     yield from ((plain_name(name, adapter), buffer) for name, buffer in base.named_buffers() if name in saved)
 
 
+def tied_names(engine: Any) -> dict[str, list[str]]:
+    """The name under which `plain_weights` gives a tied parameter -> its other ones."""
+    model = unwrap(engine)
+    base, adapter = (model.get_base_model(), model.active_adapter) if is_lora(model) else (model, "")
+    names: dict[int, list[str]] = {}
+    for name, parameter in base.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(plain_name(name, adapter))
+    return {first: others for first, *others in names.values() if others}
+
+
 def full_state_dict(engine: Any) -> dict[str, torch.Tensor]:
     """All of `plain_weights` in the host's memory of rank 0; the others get an empty dictionary; a collective."""
     weights = ((name, tensor.cpu().clone() if is_main() else tensor) for name, tensor in plain_weights(engine))
