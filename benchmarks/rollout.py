@@ -95,7 +95,7 @@ def hooked_module(path: str, dtype: str) -> Any:
     """A model in a ZeRO-3 engine whose hooks gather each layer at each token (one rank: no network)."""
     import deepspeed
 
-    config = frozen_config(dtype=dtype)
+    config = frozen_config(zero_stage=3, dtype=dtype)
     engine, *_ = deepspeed.initialize(model=load_causal_lm(path, dtype=dtype).eval(), config=config)
     return engine.module
 

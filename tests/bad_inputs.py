@@ -147,6 +147,30 @@ CASES = [
     ),
     Case("DPO without any step 1", "dpo", lambda w: ["--output_dir", str(w.tmp / "out")], ["has finished step 1"]),
     Case(
+        "more ranks to a model than there are",
+        1,
+        lambda w: _sft(w, "--tensor_parallel", "2"),
+        ["--tensor_parallel 2", "number of ranks, 1"],
+    ),
+    Case(
+        "adapters on a model that ranks hold together",
+        2,
+        lambda w: _sft(w, "--tensor_parallel", "2", "--lora_dim", "4"),
+        ["--tensor_parallel 2", "--lora_dim"],
+    ),
+    Case(
+        "a critic's adapters on one",
+        3,
+        lambda w: _rl(w, "--tensor_parallel", "2", "--critic_lora_dim", "4"),
+        ["--critic_lora_dim"],
+    ),
+    Case(
+        "a user's own configuration of it",
+        "dpo",
+        lambda w: _sft(w, "--deepspeed_config", '{"tensor_parallel": {"autotp_size": 2}}'),
+        ["use --tensor_parallel"],
+    ),
+    Case(
         "a reference that is no second model",
         "dpo",
         lambda w: _sft(w, "--zero_stage", "3", "--offload_reference_model", "--lora_dim", "4", "--only_optimize_lora"),

@@ -24,7 +24,7 @@ from tests.rank_pair import RankPair
 from tests.step3.hybrid_checks import PAD, build, prompts, request, reward_settings, save_tiny_reward_model, scoring
 from tests.step3.vllm_checks import server
 from tests.tiny import save_tiny_model
-from tests.utils.engine.engine_checks import ROWS, TINY_SHARDS, collate, fixed_rows
+from tests.utils.engine.engine_checks import ROWS, TINY_SHARDS, collate, divided, fixed_rows, own_rows
 from training.step2_dpo_finetuning.pairs import Preferences, answer_log_probs, answer_tokens
 from training.step2_reward_model_finetuning.pairs import score_pairs
 from training.step2_reward_model_finetuning.preference import bradley_terry_loss
@@ -36,20 +36,20 @@ from training.step3_rlhf_finetuning.roles import (
     build_actor,
     build_critic,
     build_rewards,
+    generation_backend,
 )
 from training.utils.arguments import DPOArguments, LoraArguments
 from training.utils.data import SIDES
 from training.utils.engine import engine as engines
 from training.utils.engine.reference import load_reference
 from training.utils.engine.zero_config import deepspeed_config
-from training.utils.generation.engines import rollout_backend
 from training.utils.generation.requests import RolloutBackend, RolloutBatch, RolloutRequest
 from training.utils.generation.sampling import SamplingConfig
 from training.utils.model import classifiers, loading
 from training.utils.model.language_modelling import negative_log_likelihood
 from training.utils.model.lora import with_adapters
 from training.utils.model.reward_model import RewardStats
-from training.utils.run.distributed import init_distributed, rank, reduce_sums, world_size
+from training.utils.run.distributed import data_rank, data_size, init_distributed, reduce_sums
 from training.utils.run.runtime import prepare_runtime
 
 # Largest difference of a loss, relative to the larger of it and 1; bf16 weights have three digits.
@@ -69,13 +69,14 @@ class Case:
     lora: bool
     dtype: str
     offload: bool
+    tensor_parallel: int = 1
     served: bool = False  # step 3's rollouts come from a process with weights of its own
     base_bits: int = 0
 
     def baseline(self) -> Case:
         """What its losses are held against."""
-        stage = 0 if self.dtype == "fp32" else 1
-        return replace(self, zero_stage=stage, ranks=1, accumulation=1, offload=False, served=False)
+        stage, plain = 0 if self.dtype == "fp32" else 1, replace(self, tensor_parallel=1, served=False)
+        return replace(plain, zero_stage=stage, ranks=1, accumulation=1, offload=False)
 
 
 FACTORS: dict[str, Sequence[Any]] = {
@@ -86,10 +87,12 @@ FACTORS: dict[str, Sequence[Any]] = {
     "lora": (False, True),
     "dtype": ("fp32", "bf16"),
     "offload": (False, True),
+    "tensor_parallel": (1, 2),
 }
-ALL = [Case(*values) for values in itertools.product(*FACTORS.values())]
+POSSIBLE = (Case(*values) for values in itertools.product(*FACTORS.values()))
+ALL = [case for case in POSSIBLE if case.tensor_parallel == 1 or (case.ranks == 2 and not case.lora)]
 FOUR_BIT = [replace(case, base_bits=4) for case in ALL if case.lora]
-SERVED = [replace(case, served=True) for case in ALL if (case.step, case.dtype) == (3, "fp32")]
+SERVED = [replace(case, served=True) for case in ALL if (case.step, case.dtype, case.tensor_parallel) == (3, "fp32", 1)]
 
 
 def pairs_of(case: Case) -> set[tuple]:
@@ -120,8 +123,14 @@ def rejected_row(row: int, step: int | str) -> int:
 def train_sequences(case: Case, path: str, fault: bool = False) -> list[float]:
     """Losses of three optimizer steps of step 1, 2 or DPO; the fault: only the last micro-batch's gradient counts."""
     device = init_distributed()
-    micro_batch = ROWS // world_size() // case.accumulation
-    config = deepspeed_config(zero_stage=case.zero_stage, dtype=case.dtype, offload=case.offload, overrides=TINY_SHARDS)
+    micro_batch = ROWS // data_size() // case.accumulation
+    config = deepspeed_config(
+        zero_stage=case.zero_stage,
+        dtype=case.dtype,
+        offload=case.offload,
+        tensor_parallel=case.tensor_parallel,
+        overrides=TINY_SHARDS,
+    )
     made: dict[str, Any] = {"dtype": case.dtype, "ds_config": config, "base_bits": case.base_bits}
     model: Any
     if case.step == 2:
@@ -137,17 +146,18 @@ def train_sequences(case: Case, path: str, fault: bool = False) -> list[float]:
     )
     if case.step == "dpo":
         copied: dict[str, Any] = {"dtype": case.dtype, "attn_implementation": "sdpa", "offload": case.offload}
+        copied["tensor_parallel"] = case.tensor_parallel
         frozen = load_reference(path, adapters_only=case.lora, zero_stage=case.zero_stage, device=device, **copied)
         preferences = Preferences(engine, frozen, DPOArguments())
     rows = fixed_rows()
     width = max(len(ids) for ids, _ in rows)
-    mine = rows[rank() * ROWS // world_size() : (rank() + 1) * ROWS // world_size()]
+    mine = own_rows(rows)
     losses = []
     for _ in range(3):
         count, total = (sum(sum(m) for _, m in rows) if case.step == 1 else ROWS), 0.0
         batches, references = {}, {}
         for start in range(0, len(mine), micro_batch):
-            at, piece = rank() * ROWS // world_size() + start, mine[start : start + micro_batch]
+            at, piece = data_rank() * ROWS // data_size() + start, mine[start : start + micro_batch]
             rejected = [rows[rejected_row(at + i, case.step)] for i in range(len(piece))]
             sides = torch.arange(2 * len(piece)).chunk(2)
             batches[start] = collate(piece if case.step == 1 else piece + rejected, width)
@@ -192,7 +202,7 @@ class Dictated:
 
 def train_ppo(case: Case, path: str, reward_path: str, fault: bool = False) -> list[float]:
     """Policy loss, value loss, reward and KL of three PPO iterations; the fault: advantages are not whitened."""
-    micro_batch = ROWS // world_size() // case.accumulation
+    micro_batch = ROWS // data_size() // case.accumulation
     made = build(
         case.zero_stage,
         1e-3,
@@ -202,9 +212,11 @@ def train_ppo(case: Case, path: str, reward_path: str, fault: bool = False) -> l
         offload=case.offload,
         base_bits=case.base_bits,
         per_device_training_batch_size=micro_batch,
+        tensor_parallel=case.tensor_parallel,
     )
     reward = reward_settings(reward_path, STATS)
     load: dict[str, Any] = {"pad_token_id": PAD, "dtype": case.dtype, "device": made.device}
+    load["tensor_parallel"] = case.tensor_parallel
     rewards = build_rewards(reward, {}, zero_stage=case.zero_stage, **load)
     torch.manual_seed(0)
     roles = Roles(build_actor(path, made), build_critic(path, reward, made), rewards)
@@ -214,14 +226,16 @@ def train_ppo(case: Case, path: str, reward_path: str, fault: bool = False) -> l
         gradient_accumulation_steps=case.accumulation,
         whiten_advantages=not fault,
     )
-    backend: RolloutBackend = rollout_backend("fast") if case.dtype == "fp32" else Dictated()
+    backend: RolloutBackend = Dictated()
+    if case.dtype == "fp32":
+        backend = generation_backend(roles.actor, "fast", rows=ROWS, length=32)
     if case.served:
         roles.actor.server = backend = server(path)
     trainer = PPOTrainer(roles, scored, backend, SamplingConfig(RESPONSE), case.dtype)
     everything = prompts(ROWS)
     losses = []
     for number in range(3):
-        dealt = deal(list(range(ROWS)), [len(p) for p in everything], world_size(), 1)[0][rank()]
+        dealt = deal(list(range(ROWS)), [len(p) for p in everything], data_size(), 1)[0][data_rank()]
         metrics = trainer.iteration([request([everything[i] for i in dealt], dealt, number)], number)
         losses += [metrics[name] for name in ("policy/loss", "critic/loss", "reward/mean", "kl/per_token")]
     return losses
@@ -230,9 +244,10 @@ def train_ppo(case: Case, path: str, reward_path: str, fault: bool = False) -> l
 def run_case(values: dict[str, Any], path: str, reward_path: str, fault: bool = False) -> list[float]:
     """Losses of a case, on as many ranks as there are."""
     case = Case(**values)
-    if case.step == 3:
-        return train_ppo(case, path, reward_path, fault)
-    return train_sequences(case, reward_path if case.step == 2 else path, fault)
+    with divided(case.tensor_parallel, path, reward_path):
+        if case.step == 3:
+            return train_ppo(case, path, reward_path, fault)
+        return train_sequences(case, reward_path if case.step == 2 else path, fault)
 
 
 class Matrix:
@@ -270,7 +285,8 @@ def table(matrix: Matrix, cases: Iterable[Case] = ALL) -> str:
     """Markdown: the largest difference of each group of cases, by ZeRO stage."""
     groups: dict[tuple, dict[int, list[float]]] = {}
     for case in cases:
-        weights = "4-bit base" if case.base_bits else "LoRA" if case.lora else "full"
+        full = "full" if case.tensor_parallel == 1 else "full, held by two ranks"
+        weights = "4-bit base" if case.base_bits else "LoRA" if case.lora else full
         row = groups.setdefault((case.step, weights, case.dtype), {})
         row.setdefault(case.zero_stage, []).append(matrix.difference(case))
     lines = [

@@ -18,13 +18,13 @@ TIMEOUT = 400.0  # DeepSpeed compiles its Adam for the CPU in a minute, where bo
 _imported = ("deepspeed", "peft", "torch._dynamo", "tests.equality", "training.step3_rlhf_finetuning.main")
 
 
-def _serve(rank: int, port: int, pipe: Any) -> None:
+def _serve(rank: int, ranks: int, port: int, pipe: Any) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "LOCAL_SIZE": "2",  # as under deepspeed's launcher: its shared-memory all-reduce is in use
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "LOCAL_SIZE": str(ranks),  # as under deepspeed's launcher: its shared-memory all-reduce is in use
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
@@ -44,9 +44,10 @@ def _serve(rank: int, port: int, pipe: Any) -> None:
 
 
 class RankPair:
-    """Two worker processes, started at the first `run`."""
+    """Worker processes, two by default, started at the first `run`."""
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: int = 2) -> None:
+        self._ranks = ranks
         self._workers: list[tuple[Any, Any]] = []
 
     def _start(self) -> None:
@@ -56,14 +57,14 @@ class RankPair:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that the server had would be missing in what it forks
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(list(_imported))
-        for rank in range(2):
+        for rank in range(self._ranks):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, port, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, self._ranks, port, theirs), daemon=True)
             process.start()
             self._workers.append((process, ours))
 
     def run(self, function: Callable, *args: Any, **kwargs: Any) -> list[Any]:
-        """Call a module-level function on both ranks; returns [rank 0's result, rank 1's].
+        """Call a module-level function on all ranks; returns [rank 0's result, rank 1's, ...].
 
         Raises:
             AssertionError: with the rank's traceback, if either fails or neither answers in time.
@@ -88,7 +89,7 @@ class RankPair:
         return results
 
     def close(self) -> None:
-        """End both workers."""
+        """End all workers."""
         for process, pipe in self._workers:
             if process.is_alive():
                 with contextlib.suppress(BrokenPipeError):

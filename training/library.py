@@ -197,8 +197,7 @@ class PPO:
         values = {}
         for part in engine_state.masters(engine):
             name = part.name if role == "actor" else part.name.removeprefix("classifier.")
-            length = part.values[engine_state.MASTER].numel()
-            values[part.name, part.start] = saved[name].detach().flatten()[part.start : part.start + length]
+            values[part.name, part.start] = part.of(saved[name].detach())
         engine_state.replace_masters(engine, values)
 
     def save_optimizer(self, role: str, folder: str | Path) -> None:

@@ -68,6 +68,7 @@ SFT_MEANS = {
         ("zero2_cpu", "", {"--zero_stage": 2, "--offload": True}),
         ("ddp", "", {"--zero_stage": 0, "--offload": False}),
         ("3d", "--tp 1 --zero_stage 1 --zero_cpu_offload", {"--zero_stage": 1, "--offload": True}),
+        ("3d", "--tp 2 --zero_stage 2", {"--zero_stage": 2, "--tensor_parallel": 2}),
         ("zero2", "--grad_checkpoint", {"--zero_stage": 2, "--gradient_checkpointing": True}),
         ("zero2", "--use_flash_attn", {"--zero_stage": 2, "--attn_implementation": "flash_attention_2"}),
         ("zero2", "--grad_clip 0.5", {"--zero_stage": 2, "--deepspeed_config": '{"gradient_clipping": 0.5}'}),
@@ -231,9 +232,9 @@ def test_preparing_data_is_looking_at_it(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("train_sft.py --pretrain A --dataset d --plugin 3d --tp 4", ["--tp 4", "no tensor", "--batch_size 1 for 4"]),
+        ("train_sft.py --pretrain A --dataset d --plugin 3d --pp 4", ["--pp 4", "no pipeline", "--batch_size 1 for 4"]),
         ("train_sft.py --pretrain A --dataset d --plugin 3d --sp 4 --pp 2", ["--pp 2 --sp 4", "pipeline and sequence"]),
-        (PPO + " --plugin 3d --tp 4 --experience_batch_size 8", ["--experience_batch_size 2 for 8"]),
+        (PPO + " --plugin 3d --pp 4 --tp 2 --experience_batch_size 8", ["--experience_batch_size 2 for 8"]),
         (PPO, ["2 x --experience_batch_size 16 = 32", "16 x --accumulation_steps 8 = 128", "nearest is "
                "--accumulation_steps 2"]),
         (PPO + " --train_batch_size 5", ["32 responses, no multiple of --train_batch_size 5", "--train_batch_size 4"]),
@@ -257,7 +258,7 @@ def test_what_can_not_be_had_is_one_line_with_the_nearest(text, words):
         assert word in str(raised.value)
 
 
-def test_the_nearest_to_tensor_parallelism_has_the_same_rows_in_a_step():
+def test_the_nearest_to_pipeline_parallelism_has_the_same_rows_in_a_step():
     there = 1 * 4 * 4  # groups of 4 ranks x batch_size x accumulation_steps
     found = values_of(PAGE.replace("PLUGIN", "gemini").replace("MORE", "--batch_size 1 \\"))
     assert 4 * found["--per_device_train_batch_size"] * found["--gradient_accumulation_steps"] == there

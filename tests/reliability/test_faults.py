@@ -432,7 +432,10 @@ def assert_close(step, one, other):
     assert all(torch.allclose(a[name], b[name], rtol=0, atol=2e-4) for name in a)
 
 
-@pytest.mark.parametrize(("ranks", "more"), [slow(2, ()), (0, ("--zero_stage", "3")), slow(2, ("--zero_stage", "2"))])
+@pytest.mark.parametrize(
+    ("ranks", "more"),
+    [slow(2, ()), (0, ("--zero_stage", "3")), slow(2, ("--zero_stage", "2")), (2, ("--tensor_parallel", "2"))],
+)
 def test_other_ranks_or_another_stage_go_on_and_say_so(launcher, inputs, whole, stopped, tmp_path, ranks, more):
     output = stopped(tmp_path / "out")
     code, text = resume(launcher, inputs, output, *more, ranks=ranks)

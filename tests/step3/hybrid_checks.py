@@ -11,7 +11,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from transformers import AutoModelForCausalLM
 
-from tests.utils.engine.engine_checks import TINY_SHARDS, collate, fixed_rows
+from tests.utils.engine.engine_checks import TINY_SHARDS, collate, divided, fixed_rows
 from training.step3_rlhf_finetuning.arguments import (
     OptimizationArguments,
     PPOArguments,
@@ -20,7 +20,7 @@ from training.step3_rlhf_finetuning.arguments import (
     RolloutArguments,
 )
 from training.step3_rlhf_finetuning.experience import Scoring
-from training.step3_rlhf_finetuning.hybrid_engine import HybridEngine
+from training.step3_rlhf_finetuning.hybrid_engine import HybridEngine, make_twin
 from training.step3_rlhf_finetuning.ppo_trainer import PPOTrainer
 from training.step3_rlhf_finetuning.prompts import PromptSet, deal
 from training.step3_rlhf_finetuning.roles import (
@@ -30,15 +30,18 @@ from training.step3_rlhf_finetuning.roles import (
     build_actor,
     build_critic,
     build_rewards,
+    generation_backend,
 )
 from training.utils.engine import engine as engines
+from training.utils.engine.zero_config import deepspeed_config
 from training.utils.generation.engines import rollout_backend
 from training.utils.generation.requests import RolloutRequest
 from training.utils.generation.sampling import SamplingConfig
+from training.utils.model import loading
 from training.utils.model.export import full_state_dict
 from training.utils.model.logprobs import response_log_probs
 from training.utils.model.reward_model import RewardStats
-from training.utils.run.distributed import init_distributed, rank, world_size
+from training.utils.run.distributed import data_rank, data_size, init_distributed, rank, world_size
 
 PAD, STOPS = 0, (2,)
 NO_TEXTS = PromptSet(None, None, STOPS, 0)  # for rewards that read tokens alone
@@ -163,6 +166,7 @@ def trajectory(
     hooked: bool = False,
     order: int = 0,
     stop_ids: tuple[int, ...] = STOPS,
+    tensor_parallel: int = 1,
 ) -> list[dict[str, float]]:
     """Metrics of a few PPO iterations over the same ``rows`` prompts, dealt to the ranks as the program deals them.
 
@@ -173,10 +177,16 @@ def trajectory(
     of_critic = stage if critic_stage is None else critic_stage
     reward = reward_settings(reward_path, RewardStats(0.1, 0.7, 10, dtype))
     made = build(
-        stage, rate, lora, dtype=dtype, critic_zero_stage=of_critic, per_device_training_batch_size=micro_batch
+        stage,
+        rate,
+        lora,
+        dtype=dtype,
+        critic_zero_stage=of_critic,
+        per_device_training_batch_size=micro_batch,
+        tensor_parallel=tensor_parallel,
     )
     load: dict[str, Any] = {"pad_token_id": PAD, "dtype": dtype, "device": made.device}
-    rewards = build_rewards(reward, {}, zero_stage=of_critic, **load)
+    rewards = build_rewards(reward, {}, zero_stage=of_critic, tensor_parallel=tensor_parallel, **load)
     roles = Roles(build_actor(actor_path, made), build_critic(actor_path, reward, made), rewards)
     scored = scoring(
         roles,
@@ -192,17 +202,40 @@ def trajectory(
 
         roles.actor.server = backend = server(actor_path)
     backend = backend or rollout_backend(engine, synced=hooked)
+    if tensor_parallel > 1:
+        backend = generation_backend(roles.actor, engine, rows=rows, length=64)
     trainer = PPOTrainer(roles, scored, backend, sampling, dtype)
     all_prompts = prompts(rows)
     history = []
     for number in range(iterations):
-        dealt = deal(list(range(rows)), [len(p) for p in all_prompts], world_size(), 1)[0][rank()]
+        dealt = deal(list(range(rows)), [len(p) for p in all_prompts], data_size(), 1)[0][data_rank()]
         if order:
             random.Random(order + number).shuffle(dealt)
         history.append(
             trainer.iteration([request([all_prompts[i] for i in dealt], dealt, number, stop_ids=stop_ids)], number)
         )
     return history
+
+
+def trajectory_divided(ranks: int, actor_path: str, reward_path: str, **options: Any) -> list[dict[str, float]]:
+    """`trajectory` with models that so many ranks hold together."""
+    with divided(ranks, actor_path, reward_path):
+        return trajectory(actor_path, reward_path, tensor_parallel=ranks, **options)
+
+
+def early_twin(path: str, stage: int) -> list[list[list[int]]]:
+    """Greedy tokens of a model that ranks hold together: of the engine's module, and of a twin made before."""
+    with divided(2, path):
+        model = loading.load_causal_lm(path, dtype="fp32")
+        twin = make_twin(model)
+        config = deepspeed_config(zero_stage=stage, dtype="fp32", tensor_parallel=2, overrides=TINY_SHARDS)
+        schedule = {"num_warmup_steps": 0, "total_steps": 1}
+        engine = engines.initialize_engine(model, config, learning_rate=1e-3, weight_decay=0.0, **schedule)
+        asked, sampling = request(prompts(3), list(range(3))), SamplingConfig(8, greedy=True)
+        found = []
+        for module in (engine.module.eval(), twin):
+            found.append(rollout_backend("fast").generate(module, asked, sampling).input_ids.tolist())
+        return found
 
 
 def save_tiny_reward_model(path: str, folder: Path) -> Path:

@@ -86,9 +86,7 @@ PREFERENCE = PAIRS | {
     "--model_type": OtherFlag(str, said="the model's own configuration says it"),
     "--disable_loss_mask": UNMASKED,
     "--disable_reference_model": OtherFlag(bool, said="--loss simpo and orpo have none", settled=True),
-    "--ref_tp": OtherFlag(
-        int, 1, only=(1,), said="there is no tensor parallelism; --offload_reference_model", minimum=1
-    ),
+    "--ref_tp": OtherFlag(int, 1, only=(1,), said="--tensor_parallel divides policy and reference alike", minimum=1),
 }
 DPO = PREFERENCE | {
     "--accumulation_steps": OtherFlag(int, 1, "--gradient_accumulation_steps", minimum=1),
@@ -168,11 +166,14 @@ def settle_plugin(t: Translation, stages: Sequence[str], batches: Sequence[str])
     """The plugin as ZeRO stages; ``batches`` are their flags of rows per group of ranks."""
     plugin = t.theirs("--plugin")
     if plugin == "3d":
-        width = math.prod(t.theirs(name) for name in WIDTHS)
-        wide = [f"{name} {t.theirs(name)}" for name in WIDTHS if t.theirs(name) > 1]
+        if (ranks := t.theirs("--tp")) > 1:
+            t.set("--tensor_parallel", ranks, f"--tp {ranks}")
+        refused = [name for name in WIDTHS if name != "--tp" and t.theirs(name) > 1]
+        width = math.prod(t.theirs(name) for name in refused)
+        wide = [f"{name} {t.theirs(name)}" for name in refused]
         if width > 1:
             rows = [f"{name} {-(-t.theirs(name) // width)} for {t.theirs(name)}" for name in batches]
-            kinds = " and ".join(kind for name, kind in WIDTHS.items() if t.theirs(name) > 1)
+            kinds = " and ".join(WIDTHS[name] for name in refused)
             t.refused.append(
                 f"{' '.join(wide)}: no {kinds} parallelism here; the nearest is --plugin gemini (ZeRO-3 divides "
                 f"the model over all ranks) without it, and as {width} ranks that shared rows then have their own, "

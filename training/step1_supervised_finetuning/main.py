@@ -34,7 +34,7 @@ OTHERS = others_of("step1")
 def parse_flags(argv: Sequence[str]) -> list[Any]:
     """The flags, by `ARGUMENTS`; without torch, so that ``--help`` and mistakes answer at once."""
     prog = "step1_supervised_finetuning/main.py"
-    return arguments.parse(ARGUMENTS, argv, prog=prog, description=__doc__, others=OTHERS)
+    return arguments.parse_fine_tuning(ARGUMENTS, argv, prog=prog, description=__doc__, others=OTHERS)
 
 
 if __name__ == "__main__":
@@ -47,6 +47,7 @@ from training.step1_supervised_finetuning.answers import RougeJudge  # noqa: E40
 from training.utils.checkpoint.resume import BEST, resume_output_dir  # noqa: E402
 from training.utils.data import epoch_batches  # noqa: E402
 from training.utils.engine import engine as engines, precision  # noqa: E402
+from training.utils.engine.tensor_parallel import divide_model  # noqa: E402
 from training.utils.engine.zero_config import read_user_config  # noqa: E402
 from training.utils.fine_tuning import build_engine, open_run, step_metrics  # noqa: E402
 from training.utils.memory.training import show_sequence_plan  # noqa: E402
@@ -84,6 +85,7 @@ def main(argv: Sequence[str]) -> int:
     model_path = loading.resolve_model(named)
     check_length(model_path, model_args.max_seq_len, "--max_seq_len")
     check_lora(model_path, lora)
+    divide_model(ds.tensor_parallel, model_path)
     if output.plan:
         precision.settle(model_args, resume_output_dir(reliability.resume, output.output_dir), reliability.resume)
         return show_sequence_plan("step1", model_path, model_args, lora, train, ds, overrides)

@@ -38,7 +38,8 @@ def parse_flags(argv: Sequence[str]) -> list[Any]:
     Raises:
         UserError: as `arguments.parse`, and a reference to offload where there is none, or none at ZeRO-3.
     """
-    groups = arguments.parse(ARGUMENTS, argv, prog="step2_dpo_finetuning/main.py", description=__doc__, others=OTHERS)
+    prog = "step2_dpo_finetuning/main.py"
+    groups = arguments.parse_fine_tuning(ARGUMENTS, argv, prog=prog, description=__doc__, others=OTHERS)
     _, _, lora, _, ds, _, _, step = groups
     if step.offload_reference_model and ds.zero_stage < 3:
         raise UserError("--offload_reference_model moves the parameters of ZeRO-3: it needs --zero_stage 3")
@@ -63,6 +64,7 @@ from training.utils.checkpoint.resume import METRICS, resume_output_dir  # noqa:
 from training.utils.data import pair_micro_batches, rankings_of  # noqa: E402
 from training.utils.engine import engine as engines, precision  # noqa: E402
 from training.utils.engine.reference import load_reference  # noqa: E402
+from training.utils.engine.tensor_parallel import divide_model  # noqa: E402
 from training.utils.engine.zero_config import read_user_config  # noqa: E402
 from training.utils.fine_tuning import build_engine, open_run, step_metrics  # noqa: E402
 from training.utils.health import HealthMonitor  # noqa: E402
@@ -88,6 +90,7 @@ def main(argv: Sequence[str]) -> int:
     loading.check_writes(model_path, "--model_name_or_path")
     check_length(model_path, model_args.max_seq_len, "--max_seq_len")
     check_lora(model_path, lora)
+    divide_model(ds.tensor_parallel, model_path)
     adapters_only, needs_reference = lora.only_optimize_lora, step.loss not in arguments.WITHOUT_REFERENCE
     if output.plan:
         precision.settle(model_args, resume_output_dir(reliability.resume, output.output_dir), reliability.resume)
@@ -98,6 +101,7 @@ def main(argv: Sequence[str]) -> int:
     pad_id, total_steps = tuning.tokenizer.pad_token_id, tuning.total_steps
     load: dict[str, Any] = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
     copied = {"zero_stage": ds.zero_stage, "offload": step.offload_reference_model, "device": device} | load
+    copied["tensor_parallel"] = ds.tensor_parallel
     frozen = load_reference(model_path, adapters_only=adapters_only, **copied) if needs_reference else None
     load["base_bits"] = lora.base_bits
     engine = build_engine(

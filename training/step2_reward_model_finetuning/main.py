@@ -34,7 +34,7 @@ OTHERS = others_of("step2")
 def parse_flags(argv: Sequence[str]) -> list[Any]:
     """The flags, by `ARGUMENTS`; without torch, so that ``--help`` and mistakes answer at once."""
     prog = "step2_reward_model_finetuning/main.py"
-    return arguments.parse(ARGUMENTS, argv, prog=prog, description=__doc__, others=OTHERS)
+    return arguments.parse_fine_tuning(ARGUMENTS, argv, prog=prog, description=__doc__, others=OTHERS)
 
 
 if __name__ == "__main__":
@@ -61,6 +61,7 @@ from training.step2_reward_model_finetuning.preference import (  # noqa: E402
 from training.utils.checkpoint.resume import resume_output_dir  # noqa: E402
 from training.utils.data import pair_micro_batches, rankings_of  # noqa: E402
 from training.utils.engine import engine as engines, precision  # noqa: E402
+from training.utils.engine.tensor_parallel import divide_model  # noqa: E402
 from training.utils.engine.zero_config import read_user_config  # noqa: E402
 from training.utils.fine_tuning import build_engine, open_run, step_metrics  # noqa: E402
 from training.utils.memory.training import show_sequence_plan  # noqa: E402
@@ -84,6 +85,7 @@ def main(argv: Sequence[str]) -> int:
     check_length(model_path, model_args.max_seq_len, "--max_seq_len")
     classifiers.check_reward_family(model_path)
     check_lora(model_path, lora)
+    divide_model(ds.tensor_parallel, model_path)
     if output.plan:
         precision.settle(model_args, resume_output_dir(reliability.resume, output.output_dir), reliability.resume)
         return show_sequence_plan("step2", model_path, model_args, lora, train, ds, overrides)
@@ -154,7 +156,12 @@ def main(argv: Sequence[str]) -> int:
 
     # The numbers that step 3 relies on come from the model on disk, in the precision step 3 uses
     frozen = engines.load_frozen_scorer(
-        str(tuning.output_dir), zero_stage=ds.zero_stage, offload=ds.offload, device=device, **made
+        str(tuning.output_dir),
+        zero_stage=ds.zero_stage,
+        offload=ds.offload,
+        device=device,
+        tensor_parallel=ds.tensor_parallel,
+        **made,
     )
     pairs = held_out_rewards(frozen, rows.held_out, *eval_batch)
     weighed = pair_weights(rows.held_out)

@@ -126,6 +126,7 @@ class RoleZeroArguments:
     offload: bool = flag(False, "keep optimizer states (and at stage 3 parameters) in CPU memory")
     offload_reference_model: bool = flag(False, "at stage 3 keep the reference's parameters in CPU memory")
     offload_reward_model: bool = flag(False, "at stage 3 keep the reward model's parameters in CPU memory")
+    tensor_parallel: int = flag(1, arguments.TENSOR_PARALLEL_HELP, minimum=1)
     deepspeed_config: str = flag("", "a JSON file, or JSON, merged over the configuration that these flags make")
     actor_lora_dim: int = flag(0, "rank of the actor's adapters, 0 for none", minimum=0)
     actor_lora_module_name: str = flag("all-linear", "comma-separated parts of module names, or all-linear")
@@ -215,6 +216,13 @@ def check(groups: list[Any]) -> list[Any]:
     _, _, rollout, ppo, train, zero, _, output, _ = groups
     check_batches(rollout, train)
     check_advantage(ppo, rollout)
+    adapters = {name: getattr(zero, name) for name in ("actor_lora_dim", "critic_lora_dim")}
+    arguments.check_tensor_parallel(zero.tensor_parallel, adapters)
+    if zero.tensor_parallel > 1 and rollout.rollout_engine == "vllm":
+        raise UserError(
+            "--rollout_engine vllm has a whole model beside each rank: it does not go with --tensor_parallel "
+            f"{zero.tensor_parallel}; give --rollout_engine fast"
+        )
     if not output.plan:  # which may be made before vLLM is installed
         check_vllm(rollout.rollout_engine, rollout.vllm_python)
     for_each_role(train.lr_scheduler_type, "--lr_scheduler_type")

@@ -9,6 +9,10 @@ tokens are decoded, so ranks may stop at different lengths.
 Where the gathered model would not fit, generation goes through the engine's own hooks instead, which gather each layer
 at each token: the same tokens, much slower, and the ranks decode in step.
 
+Where ranks hold the model together (tensor parallelism) there is no twin: DeepSpeed cuts the layers of the model that
+it is given, and a copy made before would use the cut weights without the sums over ranks. Generation then runs on the
+engine's own module in evaluation mode, and the ranks of a group decode the same tokens in step.
+
 Train and eval mode, gradient checkpointing and the KV cache belong to one module or the other and never leak.
 """
 
@@ -29,7 +33,7 @@ from training.utils.generation.vllm import VllmBackend
 from training.utils.memory.generation import fits, free_bytes, generation_bytes, saved_bytes
 from training.utils.model.export import gathered
 from training.utils.model.lora import adapters_merged
-from training.utils.run.distributed import say
+from training.utils.run.distributed import ranks_of_a_row, say
 
 
 def make_twin(model: nn.Module) -> nn.Module:
@@ -48,15 +52,15 @@ class HybridEngine:
 
     Args:
         engine: the actor's engine, after `deepspeed.initialize`.
-        twin: from `make_twin` of the same model.
+        twin: from `make_twin` of the same model; None where ranks hold the model together.
         reference: a frozen causal LM, or None if the twin with its adapter disabled is the reference policy:
             that needs LoRA, adapters made fresh on the SFT weights, and no other trained parameter.
         merge_lora: generate from weights with the adapters added, see `training.utils.model.lora.adapters_merged`.
 
     Attributes:
         gather_seconds: time spent gathering (and merging) parameters since it was last reset.
-        hooked: the whole model does not fit on a rank, so generation goes through the engine's ZeRO-3 hooks; ranks
-            must then decode in step (``rollout_backend(..., synced=True)``).
+        hooked: generation goes through the engine's ZeRO-3 hooks, as the whole model does not fit on a rank, or there
+            is no twin; ranks must then decode in step (``rollout_backend(..., synced=True)``).
         server: what decodes with weights of its own, None where the twin does.
     """
 
@@ -67,7 +71,8 @@ class HybridEngine:
         self.hooked = False
         self.server: VllmBackend | None = None
         self._merge_lora = merge_lora
-        self._twin = twin
+        self._has_twin = twin is not None
+        self._twin = twin if self._has_twin else engine.module.eval()
         self._relink_buffers()
 
     def _relink_buffers(self) -> None:
@@ -83,9 +88,13 @@ class HybridEngine:
         `training.utils.memory.generation.generation_bytes`.
         """
         if not any(hasattr(parameter, "ds_id") for parameter in self._twin.parameters()):
-            return  # below ZeRO-3 every rank holds the whole model anyway
+            return  # below ZeRO-3 every rank holds the whole model, or its part of every layer, anyway
         if self.server is not None and self.reference is not None:
             return  # nothing is gathered whole
+        if not self._has_twin:
+            self.hooked = True
+            say("ranks hold the actor together at ZeRO-3: generating through its hooks, which is slow; ZeRO 2 is not")
+            return
         needed = generation_bytes(self._twin, rows=rows, length=length, packed=packed, merged=self._merge_lora)
         if fits(needed, self.engine.device):
             return
@@ -100,7 +109,7 @@ class HybridEngine:
 
     def another_fits(self) -> bool:
         """Whether every rank has room for one more whole model of the actor's size, in --dtype; a collective."""
-        return fits(saved_bytes(self._twin), self.engine.device)
+        return fits(saved_bytes(self._twin) * ranks_of_a_row(), self.engine.device)
 
     @contextlib.contextmanager
     def _gathered_twin(self) -> Iterator[Any]:

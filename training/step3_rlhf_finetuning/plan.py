@@ -23,6 +23,7 @@ from training.utils.generation.packed_linear import packed_bytes
 from training.utils.generation.vllm import cache_tokens
 from training.utils.memory import plan as plans
 from training.utils.memory.live import FakeModel, PassMemory
+from training.utils.memory.training import ranks_told
 from training.utils.memory.zero import BYTES, RoleMemory, frozen_role, trained_role
 from training.utils.model import classifiers
 from training.utils.model.forward import without_adapters
@@ -170,11 +171,12 @@ def rlhf_plan(
         stages: ZeRO stages of actor and critic.
         on_cpu: the run is one on CPUs.
     """
-    dtype, ranks = roles.dtype, world_size()
+    dtype, ranks = roles.dtype, world_size() // zero.tensor_parallel
+    shared: dict[str, Any] = {"tensor_parallel": zero.tensor_parallel, "overrides": overrides}
     mix = bool(train.unsupervised_data_path)
     memory: dict[str, RoleMemory] = {}
     for role, stage in zip(costs.trained, stages, strict=False):
-        config = deepspeed_config(zero_stage=stage, dtype=dtype, offload=settings.offload, overrides=overrides)
+        config = deepspeed_config(zero_stage=stage, dtype=dtype, offload=settings.offload, **shared)
         size = plans.role_size(getattr(costs, role))
         accumulates = settings.accumulates or (mix and role == "actor")
         memory[role] = trained_role(
@@ -191,7 +193,8 @@ def rlhf_plan(
     if rollout.rollout_engine == "vllm":
         served = served_parts(costs, settings.other_batch, dtype) if on_cpu else {"while it sleeps": ASLEEP_BYTES}
         memory["vLLM"] = RoleMemory(served)
-    phases = _phases(costs, settings, memory, dtype, rollout, mix=mix, on_cpu=on_cpu)
+    kind: dict[str, Any] = {"mix": mix, "on_cpu": on_cpu, "tensor_parallel": zero.tensor_parallel}
+    phases = _phases(costs, settings, memory, dtype, rollout, **kind)
     return plans.Plan(memory, phases, on_cpu, _notes(costs, settings))
 
 
@@ -204,6 +207,7 @@ def _phases(
     *,
     mix: bool,
     on_cpu: bool,
+    tensor_parallel: int,
 ) -> list[plans.Phase]:
     rows, actor, critic = settings.batch, memory["actor"], memory.get("critic")
     engine = rollout.rollout_engine
@@ -234,7 +238,7 @@ def _phases(
     if critic is not None:
         phases += train("critic", critic, passes["critic"], 0, others=actor.pending)
     saved = max(plans.role_size(getattr(costs, role)).parameters for role in costs.trained)
-    return [*phases, plans.saving_phase(saved, BYTES[dtype])]
+    return [*phases, plans.saving_phase(saved * tensor_parallel, BYTES[dtype])]
 
 
 def _notes(costs: RoleCosts, settings: plans.Settings) -> list[str]:
@@ -250,6 +254,13 @@ def _notes(costs: RoleCosts, settings: plans.Settings) -> list[str]:
     return lines
 
 
+def _reward_parameters(path: str, scorer: FakeModel | None) -> int:
+    """Of the reward model on a rank; 0 without one."""
+    if scorer is not None:
+        return plans.role_size(scorer).parameters
+    return classifiers.parameter_count(path) if path else 0
+
+
 def show_rlhf_plan(models: Models, flags: Flags) -> int:
     """Print the plan of step 3; returns the exit code, see `training.utils.memory.plan.show_plan`.
 
@@ -262,8 +273,12 @@ def show_rlhf_plan(models: Models, flags: Flags) -> int:
     """
     roles, rollout, train, zero = flags.roles, flags.rollout, flags.train, flags.zero
     actor, critic, reward = models.actor, models.critic, models.reward
-    build = functools.partial(plans.fake_role, dtype=roles.dtype, attn_implementation=roles.attn_implementation)
-
+    build = functools.partial(
+        plans.fake_role,
+        dtype=roles.dtype,
+        attn_implementation=roles.attn_implementation,
+        tensor_parallel=zero.tensor_parallel,
+    )
     scorer = None
     if reward is not None and classifiers.scores_tokens(reward.path):
         scorer = build(reward.path, lora=LoraArguments(), classifier=True)
@@ -273,7 +288,7 @@ def show_rlhf_plan(models: Models, flags: Flags) -> int:
         scorer,
         rollout.max_prompt_seq_len,
         rollout.max_answer_seq_len,
-        0 if reward is None else classifiers.parameter_count(reward.path),
+        _reward_parameters(reward.path if reward else "", scorer),
     )
     settings = plans.Settings(
         zero_stage=max(zero.actor_zero_stage, zero.critic_zero_stage),
@@ -291,5 +306,5 @@ def show_rlhf_plan(models: Models, flags: Flags) -> int:
 
     paths = ", ".join([actor] if reward is None else [actor, reward.path])
     precision = plans.in_words(roles.dtype, zero.lora("actor"))
-    title = f"step 3: {paths}, {precision}, ZeRO {asked[0]} and {asked[1]}, ranks: {world_size()}"
+    title = f"step 3: {paths}, {precision}, ZeRO {asked[0]} and {asked[1]}, ranks: {ranks_told(zero.tensor_parallel)}"
     return plans.show_plan(title, settings, plan_of, FLAGS)

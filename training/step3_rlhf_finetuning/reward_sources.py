@@ -17,6 +17,7 @@ from torch import Tensor
 from training.step3_rlhf_finetuning.forward import score_rewards
 from training.step3_rlhf_finetuning.prompts import PromptSet
 from training.step3_rlhf_finetuning.rewards import TextFunction, call_text_function
+from training.utils.engine.tensor_parallel import agree
 from training.utils.generation.requests import RolloutBatch, response_texts
 from training.utils.model.reward_model import RewardStats
 from training.utils.model.text_reward import TextRewardModel
@@ -135,4 +136,4 @@ class RewardMix:
         for source in self.sources:
             value = raw[source.name]
             total = total + source.weight * (source.stats.normalise(value) if source.stats is not None else value)
-        return total, raw
+        return agree(total), raw  # a user's function may give other numbers each time

@@ -109,6 +109,7 @@ def _ds_config(role: str, build: Build) -> dict[str, Any]:
         dtype=build.args.dtype,
         offload=build.zero.offload,
         micro_batch_size=build.train.per_device_training_batch_size,
+        tensor_parallel=build.zero.tensor_parallel,
         overrides=build.overrides,
     )
 
@@ -116,7 +117,7 @@ def _ds_config(role: str, build: Build) -> dict[str, Any]:
 def _initialize(role: str, model: Any, build: Build, config: dict[str, Any]) -> Any:
     train, second = build.train, role == "critic"
     return engines.initialize_engine(
-        model.to(build.device),
+        model if build.zero.tensor_parallel > 1 else model.to(build.device),  # a part fits where the whole may not
         config,
         learning_rate=getattr(train, f"{role}_learning_rate"),
         lora_learning_rate=build.zero.lora(role).lora_learning_rate,
@@ -133,7 +134,7 @@ def build_actor(path: str, build: Build) -> HybridEngine:
     lora = zero.lora("actor")
     bare = loading.load_causal_lm(path, ds_config=config, base_bits=lora.base_bits, **build.loading())
     model = with_adapters(bare, lora)
-    twin = make_twin(model)
+    twin = make_twin(model) if zero.tensor_parallel == 1 else None
     if build.args.actor_gradient_checkpointing:
         enable_gradient_checkpointing(model)
     engine = _initialize("actor", model, build, config)
@@ -143,6 +144,7 @@ def build_actor(path: str, build: Build) -> HybridEngine:
         zero_stage=zero.actor_zero_stage,
         offload=zero.offload_reference_model,
         device=build.device,
+        tensor_parallel=zero.tensor_parallel,
         **build.loading(),
     )
     return HybridEngine(engine, twin, reference, merge_lora=zero.merge_lora_for_generation)
@@ -190,6 +192,7 @@ def build_rewards(
     attn_implementation: str = "sdpa",
     zero_stage: int = 0,
     offload: bool = False,
+    tensor_parallel: int = 1,
 ) -> RewardMix:
     """Load the reward model, if there is one, and put it together with the functions; a collective.
 
@@ -197,6 +200,7 @@ def build_rewards(
         reward, functions: see `build_roles`.
         pad_token_id: of the actor's tokenizer.
         dtype, device, attn_implementation, zero_stage, offload: see `training.utils.engine.engine.load_frozen_scorer`.
+        tensor_parallel: ranks that hold it together; one that reads the text is whole on each rank.
     """
     sources: list[RewardSource] = []
     if reward is not None:
@@ -212,7 +216,8 @@ def build_rewards(
             model = load_text_reward_model(reward.path, **load)
             sources.append(TextReward(model, reward.stats, reward.weight))
         else:
-            scorer = engines.load_frozen_scorer(reward.path, pad_token_id=pad_token_id, **load)
+            shared: dict[str, Any] = {"pad_token_id": pad_token_id, "tensor_parallel": tensor_parallel}
+            scorer = engines.load_frozen_scorer(reward.path, **shared, **load)
             sources.append(TokenReward(scorer, reward.stats, reward.weight))
     sources += [FunctionReward(function, name, weight) for name, (function, weight) in functions.items()]
     return RewardMix(sources)
@@ -242,6 +247,7 @@ def build_roles(
         device=build.device,
         zero_stage=build.zero.critic_zero_stage,
         offload=build.zero.offload_reward_model,
+        tensor_parallel=build.zero.tensor_parallel,
         **build.loading(),
     )
     policy = build_actor(sft, build)

@@ -34,6 +34,7 @@ from training.utils.arguments import DataArguments, OutputArguments, Reliability
 from training.utils.checkpoint.resume import Run, resume_output_dir
 from training.utils.data import StepData, prepare_data, prepare_pretraining, stop_token_ids
 from training.utils.engine import four_bit, precision
+from training.utils.engine.tensor_parallel import divide_model
 from training.utils.engine.zero_config import read_user_config
 from training.utils.errors import UserError
 from training.utils.generation.decode_loop import ROWS_OF_ACCELERATORS
@@ -164,6 +165,8 @@ def find_models(flags: Flags) -> Models:
     )
     critic = starts_from(actor, reward) if ppo.advantage == "gae" else ""
     check_models(actor, critic, reward, zero, tokenizer, flags.length)
+    scored = reward.path if reward and not reward.reads_text else ""
+    divide_model(zero.tensor_parallel, *filter(None, dict.fromkeys([actor, critic, scored])))
     return Models(actor, critic, reward, functions, tokenizer, overrides)
 
 

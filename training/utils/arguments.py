@@ -34,6 +34,8 @@ PRECISIONS = (AUTO, "bf16", "fp16", "fp32")
 BASE_BITS_HELP = "4: linear layers under adapters stay in 4 bits (QLoRA, needs bitsandbytes); 0: in --dtype"
 DTYPE_HELP = "precision of weights and activations (masters stay fp32); auto: bf16 where the hardware computes in it"
 
+TENSOR_PARALLEL_HELP = "ranks that hold each model together, a part of every layer each; 1: whole models"
+
 LAUNCHERS = ("--local_rank", "--deepspeed")  # what launchers, and everybody's habit, add to a command
 DEMO = "demo"  # the bundled rows, as a source
 CLOSE = 0.8  # likeness of a flag to one that may be meant
@@ -222,6 +224,7 @@ class DeepSpeedArguments:
 
     zero_stage: int = flag(0, "ZeRO stage", choices=(0, 1, 2, 3))
     offload: bool = flag(False, "keep optimizer states (and at stage 3 parameters) in CPU memory")
+    tensor_parallel: int = flag(1, TENSOR_PARALLEL_HELP, minimum=1)
     deepspeed_config: str = flag("", "a JSON file, or JSON, merged over the configuration that these flags make")
 
 
@@ -337,6 +340,34 @@ class DPOArguments:
     def margin(self) -> float:
         """simpo's gamma."""
         return self.simpo_gamma if self.simpo_gamma is not None else 0.5
+
+
+def check_tensor_parallel(ranks: int, lora_flags: Mapping[str, int]) -> None:
+    """Refuse what can not be had with ``--tensor_parallel``; without torch.
+
+    Args:
+        ranks: its value.
+        lora_flags: name of a flag of adapters -> its value.
+
+    Raises:
+        UserError: names the flags.
+    """
+    if lora := [name for name, rank in lora_flags.items() if rank and ranks > 1]:
+        raise UserError(
+            f"--tensor_parallel {ranks} does not go with --{lora[0]}: DeepSpeed's AutoTP trains no adapters; drop one"
+        )
+
+
+def parse_fine_tuning(groups: Sequence[type], argv: Sequence[str], **options: Any) -> list[Any]:
+    """`parse` for steps 1 and 2 and DPO, whose flags are checked together.
+
+    Raises:
+        UserError: as `parse`, or flags contradict each other.
+    """
+    parsed = parse(groups, argv, **options)
+    flags = {type(group): group for group in parsed}
+    check_tensor_parallel(flags[DeepSpeedArguments].tensor_parallel, {"lora_dim": flags[LoraArguments].lora_dim})
+    return parsed
 
 
 # The flags of steps 1 and 2 and of DPO; those of step 3 are in its folder, arguments.py

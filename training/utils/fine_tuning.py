@@ -240,13 +240,15 @@ def build_engine(
         dtype=model_args.dtype,
         offload=ds.offload,
         micro_batch_size=rows * train.per_device_train_batch_size,
+        tensor_parallel=ds.tensor_parallel,
         overrides=overrides,
     )
     model = with_adapters(load(config), lora)
     if model_args.gradient_checkpointing:
         enable_gradient_checkpointing(model)
+    wrapped = wrap(model)
     engine = engines.initialize_engine(
-        wrap(model).to(tuning.device),
+        wrapped if ds.tensor_parallel > 1 else wrapped.to(tuning.device),  # a part fits where the whole may not
         config,
         learning_rate=train.learning_rate,
         lora_learning_rate=lora.lora_learning_rate,

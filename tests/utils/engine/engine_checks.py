@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import contextlib
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+import deepspeed
+import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import groups
 
 from training.utils.arguments import LoraArguments
 from training.utils.engine import engine as engines
-from training.utils.engine.zero_config import deepspeed_config
-from training.utils.model import loading
+from training.utils.engine.tensor_parallel import divide_model
+from training.utils.engine.zero_config import MAX_GRAD_NORM, deepspeed_config
+from training.utils.model import export, loading
 from training.utils.model.export import full_state_dict, gathered, plain_weights, save_model
 from training.utils.model.forward import enable_gradient_checkpointing
 from training.utils.model.logprobs import response_log_probs
 from training.utils.model.lora import with_adapters
-from training.utils.run.distributed import init_distributed, rank, reduce_sums, world_size
+from training.utils.run import distributed
+from training.utils.run.distributed import data_rank, data_size, init_distributed, rank, reduce_sums, world_size
 
 TINY_SHARDS = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 ROWS = 8
@@ -32,6 +38,55 @@ def fixed_rows() -> list[tuple[list[int], list[int]]]:
         ids = torch.randint(3, 399, (prompt + response,), generator=generator).tolist()
         rows.append((ids, [0] * prompt + [1] * response))
     return rows
+
+
+def own_rows(rows: list[Any]) -> list[Any]:
+    """This rank's share of the rows."""
+    return rows[data_rank() * ROWS // data_size() : (data_rank() + 1) * ROWS // data_size()]
+
+
+@contextlib.contextmanager
+def divided(ranks: int, *paths: str) -> Iterator[None]:
+    """Inside, so many ranks hold a model together; DeepSpeed, which keeps its groups for good, forgets them then."""
+    divide_model(ranks, *paths)
+    try:
+        yield
+    finally:
+        divide_model(1)
+        if ranks > 1:
+            groups._release_process_group_references()
+
+
+def train_divided(ranks: int, model_path: str, **options: Any) -> dict[str, Any]:
+    """`train` with a model that so many ranks hold together."""
+    with divided(ranks, model_path):
+        return train(model_path, tensor_parallel=ranks, **options)
+
+
+def without_guard(guard: str, model_path: str) -> dict[str, Any]:
+    """`train_divided` with one thing left out that keeps it right; ``error`` where that is noticed."""
+    faults = {
+        "loss factor": (engines, "data_size", world_size),
+        "rows once": (distributed, "speaks_for_rows", lambda: True),
+        "whole export": (export, "whole", lambda parameter: parameter.detach()),
+        "whole logits": (engines, "deepspeed", _Defaults),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(*faults[guard])
+        try:
+            return train_divided(2, model_path, stage=1)
+        except RuntimeError as error:
+            return {"error": str(error)}
+
+
+class _Defaults:
+    """DeepSpeed, asked for tensor parallelism without a word about the vocabulary."""
+
+    @staticmethod
+    def initialize(config: dict[str, Any], **kwargs: Any) -> Any:
+        """As DeepSpeed's."""
+        ranks = config["tensor_parallel"]["autotp_size"]
+        return deepspeed.initialize(config=config | {"tensor_parallel": {"autotp_size": ranks}}, **kwargs)
 
 
 def collate(rows: list[tuple[list[int], list[int]]], width: int) -> dict[str, torch.Tensor]:
@@ -61,6 +116,9 @@ def train(
     warmup: int = 1,
     named: bool = False,
     save_to: str | None = None,
+    tensor_parallel: int = 1,
+    max_grad_norm: float = MAX_GRAD_NORM,
+    export_between: bool = False,
 ) -> dict[str, Any]:
     """Train on the eight rows as one optimizer step each time; returns losses, norms, skips and final weights.
 
@@ -68,9 +126,18 @@ def train(
         per_micro_batch_mean: plants the fault that the global normalisation avoids.
         poison: the step, or the steps, at which rank 0's loss is NaN.
         named: return every parameter as it was and is, by name.
+        tensor_parallel: ranks that hold the model together, see `divided`.
+        export_between: read all weights before each step.
     """
     device = init_distributed()
-    config = deepspeed_config(zero_stage=stage, dtype=dtype, micro_batch_size=micro_batch, overrides=TINY_SHARDS)
+    config = deepspeed_config(
+        zero_stage=stage,
+        dtype=dtype,
+        micro_batch_size=micro_batch,
+        max_grad_norm=max_grad_norm,
+        tensor_parallel=tensor_parallel,
+        overrides=TINY_SHARDS,
+    )
     model: Any = loading.load_causal_lm(model_path, dtype=dtype, ds_config=config)
     if lora:
         torch.manual_seed(0)
@@ -90,11 +157,13 @@ def train(
     poisoned = poison if isinstance(poison, Collection) else [poison]
     rows = fixed_rows()
     count = sum(sum(mask) for _, mask in rows)
-    mine = rows[rank() * ROWS // world_size() : (rank() + 1) * ROWS // world_size()]
+    mine = own_rows(rows)
     width = max(len(ids) for ids, _ in rows)
     losses, norms, skips, failures, rates = [], [], [], [], []
     for step in range(steps):
         total = 0.0
+        if export_between:
+            full_state_dict(engine)
         for start in range(0, len(mine), micro_batch):
             piece = mine[start : start + micro_batch]
             batch = collate(piece, width)

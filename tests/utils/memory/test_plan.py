@@ -20,13 +20,19 @@ from transformers import (
 )
 
 from tests.bad_inputs import STEPS
+from tests.families import save as save_family
+from tests.utils.engine.engine_checks import divided
 from training.step3_rlhf_finetuning import arguments as rlhf_arguments
 from training.step3_rlhf_finetuning.plan import ASLEEP_BYTES, RoleCosts, rlhf_plan
 from training.utils.arguments import LoraArguments
+from training.utils.engine import engine as engines
+from training.utils.engine.tensor_parallel import FAMILIES as DIVISIBLE
+from training.utils.engine.zero_config import deepspeed_config
 from training.utils.errors import run_program
 from training.utils.memory import plan as plans
 from training.utils.memory.live import LiveMemory
 from training.utils.memory.training import SequenceCosts, sequence_plan
+from training.utils.model import loading
 from training.utils.model.forward import enable_gradient_checkpointing
 from training.utils.model.language_modelling import negative_log_likelihood
 from training.utils.model.logprobs import response_log_probs
@@ -278,3 +284,25 @@ def test_plans_pass_rows_through_a_device_that_is_not_the_cpu(tiny_model):
     assert done.returncode == 0, done.stderr[-3000:]
     expected = ["sequence", "sequence", "actor", "critic", "prefill"]
     assert done.stdout.split("\n")[:-1] == [f"{name} standin:0 True" for name in expected]
+
+
+def parameters_of_a_rank(path: str) -> int:
+    """Of a model that two ranks hold together, after DeepSpeed has cut it."""
+    with divided(2, path):
+        config = deepspeed_config(zero_stage=1, dtype="fp32", tensor_parallel=2)
+        schedule = {"num_warmup_steps": 0, "total_steps": 1}
+        model = loading.load_causal_lm(path, dtype="fp32")
+        engine = engines.initialize_engine(model, config, learning_rate=1e-3, weight_decay=0.0, **schedule)
+        return sum(parameter.numel() for parameter in engine.module.parameters())
+
+
+@pytest.mark.parametrize(
+    "family", [f if f in ("llama", "opt") else pytest.param(f, marks=pytest.mark.slow) for f in DIVISIBLE]
+)
+def test_a_rank_of_two_that_hold_a_model_holds_what_is_planned(tmp_path, rank_pair, family):
+    path = save_family(family, tmp_path)
+    planned = plans.fake_role(path, "fp32", "sdpa", LoraArguments(), classifier=False, tensor_parallel=2)
+    assert rank_pair.run(parameters_of_a_rank, path)[0] == plans.role_size(planned).parameters
+    whole = plans.fake_role(path, "fp32", "sdpa", LoraArguments(), classifier=False)
+    ours, theirs = (SequenceCosts(model, 64, classifier=False).training(4, False) for model in (planned, whole))
+    assert theirs.peak / 2 < ours.peak < theirs.peak, "hidden states and logits are whole on each rank"

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.utils.checkpoint.engine_state import MASTER, SavedParts, masters, replace_masters, tensor_key
+from training.utils.checkpoint.engine_state import MASTER, SavedParts, masters, replace_masters, written_here
 
 DECAY = 0.992  # DeepSpeed-Chat's and InstructGPT's
 
@@ -54,11 +54,11 @@ class MovingAverage:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """What this rank writes to a checkpoint: (key, a copy in CPU memory)."""
-        for (name, start), values in self._values.items():
-            yield tensor_key(name, MASTER, start), values.to("cpu", copy=True)
+        for part in filter(written_here, masters(self.engine)):
+            yield part.key(MASTER), self._values[part.name, part.start].to("cpu", copy=True)
 
     def load(self, files: list[Path]) -> None:
         """Take the average from a checkpoint's files, written by any number of ranks."""
         saved = SavedParts(files)
-        for (name, start), values in self._values.items():
-            values.copy_(saved.read(name, MASTER, start, values.numel()))
+        for part in masters(self.engine):
+            self._values[part.name, part.start].copy_(saved.read(part, MASTER))

@@ -4,13 +4,15 @@ Each rank holds a part of every trained parameter's master and moments: at ZeRO 
 at ZeRO 3 a slice of each parameter. On one rank in fp32 the weights are the masters. A rank writes the parts it holds,
 each with its parameter's name and its place in the flattened parameter; nothing is gathered and nothing is pickled. A
 run of the same ranks and stage reads back exactly what each rank wrote. Other ranks or stages read what overlaps with
-their own parts. The 16-bit weights are the masters, rounded, and need no room; parameters that do not train come from
-the model that the run began with.
+their own parts. Where a parameter is cut over a tensor parallel group, a rank's place is in its own cut, which the key
+says; a run that cuts otherwise, or not at all, puts the whole together. The 16-bit weights are the masters, rounded,
+and need no room; parameters that do not train come from the model that the run began with.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,9 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 
+from training.utils.engine.tensor_parallel import Split, split_of
 from training.utils.errors import UserError
+from training.utils.run.distributed import rank_in_row, speaks_for_rows
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTER = "master"
@@ -34,13 +38,34 @@ class Part:
 
     Attributes:
         name: of the parameter in the engine's module.
-        start: of the part in the flattened parameter.
+        start: of the part in the flattened parameter, or in this rank's cut of it.
         values: ``master`` and the moments, views ``[length]`` of what DeepSpeed trains with.
+        shape: of the whole parameter.
+        split: how it is cut over a tensor parallel group; None if it is not.
     """
 
     name: str
     start: int
     values: dict[str, Tensor]
+    shape: tuple[int, ...]
+    split: Split | None
+
+    @property
+    def layout(self) -> str:
+        """Which cut ``start`` counts in, ``place/dim/sizes``; empty for the whole parameter."""
+        if self.split is None:
+            return ""
+        return f"{rank_in_row()}/{self.split.dim}/{','.join(map(str, self.split.sizes))}"
+
+    def key(self, kind: str) -> str:
+        """Its key in a checkpoint's files."""
+        return _SEPARATOR.join((self.name, kind, str(self.start), *filter(None, [self.layout])))
+
+    def of(self, parameter: Tensor) -> Tensor:
+        """The same part ``[length]`` of a tensor of the parameter's whole shape."""
+        if self.split is not None:
+            parameter = parameter.split(self.split.sizes, self.split.dim)[rank_in_row()]
+        return parameter.reshape(-1)[self.start : self.start + self.values[MASTER].numel()]
 
 
 def _adam(zero: Any) -> Any:
@@ -114,7 +139,10 @@ def parts(engine: Any, *, moments: bool) -> Iterator[Part]:
         else:
             continue  # it lies in other ranks' partitions
         if views[0].numel():
-            yield Part(name, start, {key or MASTER: view for key, view in zip(keys, views, strict=True)})
+            split = split_of(parameter)
+            shape = split.shape if split else tuple(getattr(parameter, "ds_shape", parameter.shape))
+            values = {key or MASTER: view for key, view in zip(keys, views, strict=True)}
+            yield Part(name, start, values, shape, split)
 
 
 def masters(engine: Any) -> Iterator[Part]:
@@ -122,9 +150,9 @@ def masters(engine: Any) -> Iterator[Part]:
     return parts(engine, moments=False)
 
 
-def tensor_key(name: str, kind: str, start: int) -> str:
-    """A part's key in a checkpoint's files."""
-    return _SEPARATOR.join((name, kind, str(start)))
+def written_here(part: Part) -> bool:
+    """Whether this rank writes a part; what a tensor parallel group has whole on each rank, the first one writes."""
+    return part.split is not None or speaks_for_rows()
 
 
 @contextlib.contextmanager
@@ -148,9 +176,9 @@ def replace_masters(engine: Any, values: Mapping[tuple[str, int], Tensor]) -> No
 
 def engine_tensors(engine: Any) -> Iterator[tuple[str, Tensor]]:
     """What this rank writes to a checkpoint: (key, a copy in CPU memory), one after the other."""
-    for part in parts(engine, moments=_has_moments(engine.optimizer)):
+    for part in filter(written_here, parts(engine, moments=_has_moments(engine.optimizer))):
         for kind, view in part.values.items():
-            yield tensor_key(part.name, kind, part.start), view.detach().to("cpu", copy=True)
+            yield part.key(kind), view.detach().to("cpu", copy=True)
 
 
 def engine_counters(engine: Any) -> dict[str, Any]:
@@ -170,17 +198,28 @@ def engine_counters(engine: Any) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where a saved part is: see `Part`."""
+
+    start: int
+    length: int
+    file: Path
+    key: str
+    layout: str
+
+
 class SavedParts:
     """The parts in a checkpoint's files, found by parameter and kind."""
 
     def __init__(self, files: list[Path]) -> None:
-        self._places: dict[tuple[str, str], list[tuple[int, int, Path, str]]] = {}
+        self._places: dict[tuple[str, str], list[_Place]] = {}
         for file in files:
             with safe_open(file, framework="pt") as opened:
                 for key in opened.keys():  # noqa: SIM118  not a dictionary
-                    name, kind, start = key.split(_SEPARATOR)
-                    length = opened.get_slice(key).get_shape()[0]
-                    self._places.setdefault((name, kind), []).append((int(start), length, file, key))
+                    name, kind, start, *layout = key.split(_SEPARATOR)
+                    place = _Place(int(start), opened.get_slice(key).get_shape()[0], file, key, *(layout or [""]))
+                    self._places.setdefault((name, kind), []).append(place)
 
     def __contains__(self, name_and_kind: tuple[str, str]) -> bool:
         return name_and_kind in self._places
@@ -189,23 +228,42 @@ class SavedParts:
         """Every parameter in the files."""
         return {name for name, _ in self._places}
 
-    def read(self, name: str, kind: str, start: int, length: int) -> Tensor:
-        """Values ``[length]`` from ``start`` on, put together from the files.
+    def read(self, part: Part, kind: str) -> Tensor:
+        """Values ``[length]`` of one kind for a part, put together from the files.
 
         Raises:
             UserError: the files do not hold them all.
         """
+        layouts = {place.layout for place in self._places.get((part.name, kind), [])}
+        if part.layout in layouts or not layouts:
+            return self._range(part, kind, part.layout, part.start, part.values[MASTER].numel())
+        return part.of(self._whole(part, kind, layouts))
+
+    def _whole(self, part: Part, kind: str, layouts: set[str]) -> Tensor:
+        """The whole parameter from a run that has cut it in another way."""
+        if "" in layouts:
+            return self._range(part, kind, "", 0, math.prod(part.shape)).view(part.shape)
+        cut = min(layouts).partition("/")[2]
+        dim, sizes = cut.split("/")
+        split = Split(int(dim), tuple(map(int, sizes.split(","))), part.shape)
+        shapes = [split.part_shape(place) for place in range(len(split.sizes))]
+        cuts = [self._range(part, kind, f"{n}/{cut}", 0, math.prod(s)).view(s) for n, s in enumerate(shapes)]
+        return torch.cat(cuts, split.dim)
+
+    def _range(self, part: Part, kind: str, layout: str, start: int, length: int) -> Tensor:
+        """Values ``[length]`` from ``start`` on in one layout."""
         values = torch.empty(length, dtype=torch.float32)
         found = 0
-        for at, count, file, key in self._places.get((name, kind), []):
-            low, high = max(start, at), min(start + length, at + count)
-            if low >= high:
+        for place in self._places.get((part.name, kind), []):
+            low, high = max(start, place.start), min(start + length, place.start + place.length)
+            if place.layout != layout or low >= high:
                 continue
-            with safe_open(file, framework="pt") as opened:
-                values[low - start : high - start] = opened.get_slice(key)[low - at : high - at]
+            with safe_open(place.file, framework="pt") as opened:
+                saved = opened.get_slice(place.key)
+                values[low - start : high - start] = saved[low - place.start : high - place.start]
             found += high - low
         if found != length:
-            raise UserError(f"the checkpoint lacks values of {name} ({kind}); it is not of this model")
+            raise UserError(f"the checkpoint lacks values of {part.name} ({kind}); it is not of this model")
         return values
 
 
@@ -231,7 +289,7 @@ def load_engine(engine: Any, files: list[Path], counters: dict[str, Any]) -> Non
             _make_moments(zero)
         for part in parts(engine, moments=moments):
             for kind, view in part.values.items():
-                view.copy_(saved.read(part.name, kind, part.start, view.numel()))
+                view.copy_(saved.read(part, kind))
     _load_counters(engine, counters, moments)
 
 

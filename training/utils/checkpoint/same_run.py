@@ -16,7 +16,7 @@ import torch
 import training
 from training.utils.checkpoint.digests import file_digest
 from training.utils.errors import UserError
-from training.utils.run.distributed import say, world_size
+from training.utils.run.distributed import data_size, say, world_size
 
 # Flags that change where and how a run is watched, and nothing in its result
 FREE = frozenset({
@@ -27,7 +27,7 @@ FREE = frozenset({
 ROUNDING = frozenset({
     "zero_stage", "actor_zero_stage", "critic_zero_stage", "offload", "offload_reference_model", "offload_reward_model",
     "gradient_checkpointing", "actor_gradient_checkpointing", "critic_gradient_checkpointing", "deepspeed_config",
-    "attn_implementation", "per_device_eval_batch_size",
+    "attn_implementation", "per_device_eval_batch_size", "tensor_parallel",
 })  # fmt: skip
 # Compared by what they lead to: models and data by content, batches by the rows of an optimizer step
 BY_CONTENT = frozenset({
@@ -77,6 +77,7 @@ def describe(
         "data": {name: data_fingerprint(rows) for name, rows in data.items()},
         "batches": dict(batches),
         "world_size": world_size(),
+        "data_size": data_size(),
         "threads": torch.get_num_threads(),
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
@@ -182,7 +183,8 @@ def refuse_other_run(before: Mapping[str, Any], now: Mapping[str, Any], checkpoi
                 f"again, {over}"
             )
     same_flags = all(before["flags"].get(name) == now["flags"].get(name) for name in BATCH)
-    if before["batches"] != now["batches"] and not (same_flags and before["world_size"] != now["world_size"]):
+    shares = before.get("data_size", before["world_size"])
+    if before["batches"] != now["batches"] and not (same_flags and shares != now["data_size"]):
         name, old = next((n, v) for n, v in before["batches"].items() if now["batches"].get(n) != v)
         changed = [f"--{n}" for n in sorted(BATCH) if before["flags"].get(n) != now["flags"].get(n)]
         raise UserError(

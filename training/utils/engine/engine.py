@@ -13,6 +13,7 @@ from deepspeed.runtime import bf16_optimizer
 from torch import nn
 
 from training.utils.engine.plain_step import clip_before_step
+from training.utils.engine.tensor_parallel import check_split
 from training.utils.engine.zero_config import frozen_config, is_plain
 from training.utils.model.classifiers import TokenScorer, load_classifier
 from training.utils.model.loading import load_causal_lm
@@ -97,13 +98,20 @@ def initialize_engine(
     schedule = get_scheduler(lr_scheduler_type, optimizer, num_warmup_steps, max(total_steps, 1))
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)
-    bound_waits()
-    _restore_buffers(engine.module, buffers)
+    _finish_engine(engine, buffers, config)
     if plain:
         engine.enable_backward_allreduce = False  # would copy all gradients into one buffer and back
     if engine.fp16_enabled():  # else it raises at the smallest scale; the programs count, and end with a checkpoint
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False
     return engine
+
+
+def _finish_engine(engine: Any, buffers: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    """What is left to do after ``deepspeed.initialize``."""
+    bound_waits()
+    _restore_buffers(engine.module, buffers)
+    if "tensor_parallel" in config:
+        check_split(engine.module)
 
 
 def _restore_buffers(model: nn.Module, buffers: dict[str, torch.Tensor]) -> None:
@@ -171,26 +179,23 @@ def optimizer_step(engine: Any) -> StepResult:
     return StepResult(grad_norm, learning_rate, skipped, skipped and not searching)
 
 
-def frozen_role(model: nn.Module, *, zero_stage: int, dtype: str, offload: bool, device: torch.device) -> Any:
-    """A role that never trains: no gradients; at ZeRO-3 its parameters are sharded over the ranks.
+def frozen_role(model: nn.Module, config: dict[str, Any] | None, device: torch.device) -> Any:
+    """A role that never trains: no gradients; the ranks share its parameters where there is a configuration.
 
     Args:
-        model: loaded under ``sharded_loading(frozen_config(...))`` if ``zero_stage`` is 3.
-        zero_stage: the stage of the trained role that it accompanies.
-        dtype: see `training.utils.engine.zero_config.deepspeed_config`.
-        offload: at ZeRO-3 keep parameters in CPU memory.
-        device: where the model goes below ZeRO-3.
+        model: loaded under ``sharded_loading(config)``.
+        config: from `training.utils.engine.zero_config.frozen_config`.
+        device: where the model goes without one.
 
     Returns:
-        A module (an engine at ZeRO-3) in evaluation mode.
+        A module (an engine with a configuration) in evaluation mode.
     """
     model.requires_grad_(False)
-    if zero_stage < 3:
+    if config is None:
         return model.to(device).eval()
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    engine, *_ = deepspeed.initialize(model=model, config=frozen_config(dtype=dtype, offload=offload))
-    bound_waits()
-    _restore_buffers(engine.module, buffers)
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    _finish_engine(engine, buffers, config)
     engine.eval()
     return engine
 
@@ -204,19 +209,27 @@ def load_frozen_scorer(
     zero_stage: int = 0,
     attn_implementation: str = "sdpa",
     offload: bool = False,
+    tensor_parallel: int = 1,
 ) -> Any:
-    """A frozen reward model that scores every token, see `TokenScorer` and `frozen_role`."""
-    sharded = frozen_config(dtype=dtype, offload=offload) if zero_stage == 3 else None
+    """A frozen reward model that scores every token, see `TokenScorer`, `frozen_config` and `frozen_role`."""
+    config = frozen_config(zero_stage=zero_stage, dtype=dtype, offload=offload, tensor_parallel=tensor_parallel)
     model = load_classifier(
-        path, dtype=dtype, pad_token_id=pad_token_id, attn_implementation=attn_implementation, ds_config=sharded
+        path, dtype=dtype, pad_token_id=pad_token_id, attn_implementation=attn_implementation, ds_config=config
     )
-    return frozen_role(TokenScorer(model), zero_stage=zero_stage, dtype=dtype, offload=offload, device=device)
+    return frozen_role(TokenScorer(model), config, device)
 
 
 def load_frozen_causal_lm(
-    path: str, *, zero_stage: int, dtype: str, attn_implementation: str, offload: bool, device: torch.device
+    path: str,
+    *,
+    zero_stage: int,
+    dtype: str,
+    attn_implementation: str,
+    offload: bool,
+    device: torch.device,
+    tensor_parallel: int = 1,
 ) -> Any:
-    """A frozen causal LM, see `training.utils.model.loading.load_causal_lm` and `frozen_role`."""
-    sharded = frozen_config(dtype=dtype, offload=offload) if zero_stage == 3 else None
-    model = load_causal_lm(path, dtype=dtype, attn_implementation=attn_implementation, ds_config=sharded)
-    return frozen_role(model, zero_stage=zero_stage, dtype=dtype, offload=offload, device=device)
+    """A frozen causal LM, see `load_causal_lm`, `frozen_config` and `frozen_role`."""
+    config = frozen_config(zero_stage=zero_stage, dtype=dtype, offload=offload, tensor_parallel=tensor_parallel)
+    model = load_causal_lm(path, dtype=dtype, attn_implementation=attn_implementation, ds_config=config)
+    return frozen_role(model, config, device)

@@ -27,7 +27,7 @@ def load_reference(
         zero_stage: of the policy; at 3 the copy is sharded.
         offload: at ZeRO-3 keep the copy's parameters in CPU memory.
         device: where the copy goes below ZeRO-3.
-        load: ``dtype`` and ``attn_implementation``, the policy's.
+        load: ``dtype``, ``attn_implementation`` and ``tensor_parallel``, the policy's.
     """
     if adapters_only:
         say("reference policy: the model in training with its adapters off, no second model")

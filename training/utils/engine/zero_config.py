@@ -24,6 +24,7 @@ _OWNED = {
     "gradient_accumulation_steps": "use --gradient_accumulation_steps",
     "scheduler": "use --num_warmup_steps",
     "optimizer": "use --learning_rate and --weight_decay",
+    "tensor_parallel": "use --tensor_parallel",
     "hybrid_engine": "DeepSpeed's hybrid engine accelerates no model family of transformers 5; step 3 has its own",
 }
 
@@ -54,8 +55,9 @@ def is_plain(config: dict[str, Any], ranks: int) -> bool:
         ranks: in the process group.
     """
     zero = config["zero_optimization"]
-    other = {"bf16", "fp16", "torch_autocast"} & config.keys() or {"offload_optimizer", "offload_param"} & zero.keys()
-    return ranks == 1 and zero["stage"] < 3 and not other
+    other = {"bf16", "fp16", "torch_autocast", "tensor_parallel"} & config.keys()
+    offloaded = {"offload_optimizer", "offload_param"} & zero.keys()
+    return ranks == 1 and zero["stage"] < 3 and not other and not offloaded
 
 
 def deepspeed_config(
@@ -65,6 +67,7 @@ def deepspeed_config(
     offload: bool = False,
     micro_batch_size: int = 1,
     max_grad_norm: float = MAX_GRAD_NORM,
+    tensor_parallel: int = 1,
     overrides: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The configuration of one trained role.
@@ -75,6 +78,7 @@ def deepspeed_config(
         offload: optimizer states (at stage 3 parameters too) in CPU memory.
         micro_batch_size: rows per rank and backward; DeepSpeed only reports with it.
         max_grad_norm: global gradient norm above which gradients are scaled down.
+        tensor_parallel: ranks that hold the model together, see `training.utils.engine.tensor_parallel`.
         overrides: the user's own configuration, from `read_user_config`.
     """
     stage = effective_stage(zero_stage)
@@ -100,6 +104,8 @@ def deepspeed_config(
         config["bf16"] = {"enabled": True}
     elif dtype == "fp16":
         config["fp16"] = {"enabled": True, "initial_scale_power": 12}
+    if tensor_parallel > 1:  # every rank sees all logits: with tied embeddings AutoTP would cut the vocabulary
+        config["tensor_parallel"] = {"autotp_size": tensor_parallel, "vocab_parallel_lm_head": False}
     if overrides:
         config = merge(config, overrides)
         _check(config)
@@ -132,10 +138,22 @@ def unknown_keys(config: dict[str, Any]) -> list[str]:
     return sorted(key for key in config if key not in known and not key.startswith("_"))
 
 
-def frozen_config(*, dtype: str, offload: bool = False) -> dict[str, Any]:
-    """The configuration of a frozen role whose parameters are sharded over the ranks (ZeRO-3, no optimizer)."""
-    config = deepspeed_config(zero_stage=3, dtype=dtype)
-    if offload:
+def frozen_config(
+    *, zero_stage: int, dtype: str, offload: bool = False, tensor_parallel: int = 1
+) -> dict[str, Any] | None:
+    """The configuration of a frozen role that the ranks share: at ZeRO-3 or over a tensor parallel group; else None.
+
+    Args:
+        zero_stage: of the trained role that it accompanies; below 3 its parameters are not sharded.
+        dtype, tensor_parallel: see `deepspeed_config`.
+        offload: at ZeRO-3 keep its parameters in CPU memory.
+    """
+    if zero_stage < 3 and tensor_parallel == 1:
+        return None
+    config = deepspeed_config(zero_stage=3, dtype=dtype, tensor_parallel=tensor_parallel)
+    if zero_stage < 3:
+        config["zero_optimization"] = {"stage": 0}
+    elif offload:
         config["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return config
 

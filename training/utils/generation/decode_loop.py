@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from training.utils.engine.tensor_parallel import agree
 from training.utils.generation.decode_attention import DecodeLayer
 from training.utils.generation.requests import RolloutRequest
 from training.utils.generation.sampling import SamplingConfig, next_tokens, row_keys
@@ -217,6 +218,7 @@ def decode(
     *,
     transposed_keys: bool,
     synced: bool,
+    divided: bool = False,
 ) -> None:
     """Decode until every row has met a stop token or its limit, filling `out`.
 
@@ -226,16 +228,23 @@ def decode(
         out: filled in; at entry every length is the limit.
         transposed_keys: lay the key cache out for `decode_attention`.
         synced: every forward is a collective: all ranks make the same number of them, prompts in one.
+        divided: ranks hold the model together, and take their first one's tokens.
     """
     device = request.prompt_ids.device
     if len(request.prompt_ids):
-        _decode_rows(model, request, sampling, out, transposed_keys, synced)
+        _decode_rows(model, request, sampling, out, transposed_keys, synced, divided)
     if synced:
         _keep_company(model, device)
 
 
 def _decode_rows(
-    model: Any, request: RolloutRequest, sampling: SamplingConfig, out: Responses, transposed_keys: bool, synced: bool
+    model: Any,
+    request: RolloutRequest,
+    sampling: SamplingConfig,
+    out: Responses,
+    transposed_keys: bool,
+    synced: bool,
+    divided: bool,
 ) -> None:
     start = time.perf_counter()
     width = int(request.prompt_mask.sum(1).max())
@@ -256,6 +265,8 @@ def _decode_rows(
     for step in range(sampling.max_new_tokens):
         beat()
         tokens, logprobs = next_tokens(logits, keys, step, sampling, seen, mask)
+        if divided:
+            agree(tokens), agree(logprobs)
         out.ids[alive, step] = tokens
         out.logprobs[alive, step] = logprobs
         going = ~torch.isin(tokens, stop_ids)

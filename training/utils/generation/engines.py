@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from training.utils.engine.tensor_parallel import agree, is_divided
 from training.utils.errors import UserError
 from training.utils.generation.decode_attention import decode_attention_enabled
 from training.utils.generation.decode_loop import Responses, decode, seconds_since
@@ -59,9 +60,10 @@ class _KeepPolicy(LogitsProcessor):
     padding of left-padded prompts as seen tokens, which would make a row depend on its neighbours' lengths.
     """
 
-    def __init__(self, prompt_mask: Tensor, sampling: SamplingConfig) -> None:
+    def __init__(self, prompt_mask: Tensor, sampling: SamplingConfig, divided: bool) -> None:
         self.mask = prompt_mask
         self.sampling = sampling
+        self.divided = divided
         self.logprobs: list[Tensor] = []
         self.prefill_seconds = 0.0
         self._started = time.perf_counter()
@@ -77,6 +79,8 @@ class _KeepPolicy(LogitsProcessor):
         if self._scaled is None:  # the first scores are there when the prompts have been computed
             self.prefill_seconds = seconds_since(self._started, scores.device)
         self.look_up(input_ids)
+        if self.divided:
+            scores = agree(scores.contiguous())  # type: ignore[assignment]
         self._scaled = scores.float() / self.sampling.temperature
         if self.sampling.repetition_penalty == 1.0:
             return scores
@@ -102,7 +106,7 @@ class HfBackend:
         """See `RolloutBackend`. The sampling noise is a stream seeded by (seed, iteration, row ids of the batch)."""
         inner = without_adapters(model)
         ids, mask = request.prompt_ids, request.prompt_mask
-        keep = _KeepPolicy(mask, sampling)
+        keep = _KeepPolicy(mask, sampling, is_divided(inner))
         config = GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
             do_sample=not sampling.greedy,
@@ -183,5 +187,6 @@ class FastBackend:
             )
             # DeepSpeed counts a step at the outermost module's forward, so the hooked model is called as a whole
             callee = model if self.synced else inner
-            decode(callee, request, sampling, out, transposed_keys=own_attention, synced=self.synced)
+            how = {"transposed_keys": own_attention, "synced": self.synced, "divided": is_divided(inner)}
+            decode(callee, request, sampling, out, **how)
         return assemble(request, out.ids, out.lengths, out.logprobs, out.prefill_seconds)

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from training.utils.arguments import LoraArguments
 from training.utils.engine import four_bit
+from training.utils.engine.tensor_parallel import cut_for_plan
 from training.utils.engine.zero_config import DTYPES
 from training.utils.errors import UserError
 from training.utils.memory.live import FakeModel, PassMemory
@@ -27,7 +28,7 @@ from training.utils.model.classifiers import TokenScorer
 from training.utils.model.forward import without_adapters
 from training.utils.model.loading import config_without_dropout, no_dropout, remote_code, with_attention
 from training.utils.model.lora import is_adapter, with_adapters
-from training.utils.run.distributed import say, world_size
+from training.utils.run.distributed import data_size, say
 from training.utils.run.runtime import local_ranks
 
 MIB, GIB = 2**20, 2**30
@@ -225,7 +226,7 @@ def cheaper(settings: Settings, *, on_cpu: bool) -> Iterator[tuple[str, Any]]:
     """Changes of settings in the order of what they cost in time: (name, value)."""
     if not settings.checkpointing:
         yield "checkpointing", True
-    if world_size() > 1:
+    if data_size() > 1:
         yield from (("zero_stage", stage) for stage in range(max(settings.zero_stage, 1) + 1, 4))
     for name in ("other_batch", "batch"):
         size = getattr(settings, name)
@@ -289,14 +290,23 @@ def training_phases(
     ]
 
 
-def fake_role(path: str, dtype: str, attn_implementation: str, lora: LoraArguments, *, classifier: bool) -> FakeModel:
-    """A role's model without storage, adapters included.
+def fake_role(
+    path: str,
+    dtype: str,
+    attn_implementation: str,
+    lora: LoraArguments,
+    *,
+    classifier: bool,
+    tensor_parallel: int = 1,
+) -> FakeModel:
+    """A role's model without storage, adapters included, or a rank's part of it.
 
     Args:
         path: a model folder or hub name; only its configuration is read.
         dtype, attn_implementation: as for loading; FlashAttention is planned as PyTorch's own, which needs as much.
         lora: its adapters.
         classifier: a `TokenScorer` in place of a causal LM.
+        tensor_parallel: ranks that hold it together, see `cut_for_plan`.
 
     Raises:
         UserError: the family can not be built.
@@ -314,6 +324,8 @@ def fake_role(path: str, dtype: str, attn_implementation: str, lora: LoraArgumen
             attention,
         )
         no_dropout(model)
+        if tensor_parallel > 1:
+            cut_for_plan(model, tensor_parallel)
         for layer in four_bit.packable(model) if lora.base_bits else ():
             layer.four_bit = True  # type: ignore[assignment]
         model = with_adapters(model, lora)
@@ -347,7 +359,8 @@ def base_parameters(model: FakeModel) -> int:
 
 def vocabulary(model: FakeModel) -> int:
     """The width of a causal LM's logits."""
-    return without_adapters(model.module).get_output_embeddings().weight.shape[0]
+    head = without_adapters(model.module).get_output_embeddings()
+    return int(getattr(head, "out_features", head.weight.shape[0]))  # also where a rank has a part of it
 
 
 def logits_bytes(model: FakeModel, rows: int, columns: int, dtype: str) -> int:

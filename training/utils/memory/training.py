@@ -24,6 +24,11 @@ FLAGS = {
 }
 
 
+def ranks_told(tensor_parallel: int) -> str:
+    """The number of ranks, and how many hold a model together."""
+    return str(world_size()) + (f", of which {tensor_parallel} hold a model" if tensor_parallel > 1 else "")
+
+
 class SequenceCosts:
     """Forward and backward of a model without storage, each counted once.
 
@@ -57,7 +62,9 @@ def sequence_plan(
     overrides: dict[str, Any],
     *,
     per_row: int = 1,
+    tensor_parallel: int = 1,
     reference: Mapping[str, Any] | None = None,
+    on_cpu: bool | None = None,
 ) -> plans.Plan:
     """The plan of step 1 (causal LM), of DPO, or of step 2 (`TokenScorer`, reloaded at the end).
 
@@ -67,13 +74,16 @@ def sequence_plan(
         dtype: ``bf16``, ``fp16`` or ``fp32``.
         overrides: the user's DeepSpeed configuration.
         per_row: answers of a row, 2 of a pair.
+        tensor_parallel: ranks that hold the model together; ``costs`` are those of one.
         reference: ``offload`` of DPO's frozen second model; None without one.
+        on_cpu: the run is one on CPUs; None: as this machine's.
     """
-    on_cpu, size, stage = plans.device().type == "cpu", plans.role_size(costs.model), settings.zero_stage
-    config = deepspeed_config(zero_stage=stage, dtype=dtype, offload=settings.offload, overrides=overrides)
-    role = trained_role(
-        size, config=config, dtype=dtype, ranks=world_size(), on_cpu=on_cpu, accumulates=settings.accumulates
-    )
+    size, stage = plans.role_size(costs.model), settings.zero_stage
+    on_cpu = plans.device().type == "cpu" if on_cpu is None else on_cpu
+    ranks = world_size() // tensor_parallel
+    shared: dict[str, Any] = {"tensor_parallel": tensor_parallel, "overrides": overrides}
+    config = deepspeed_config(zero_stage=stage, dtype=dtype, offload=settings.offload, **shared)
+    role = trained_role(size, config=config, dtype=dtype, ranks=ranks, on_cpu=on_cpu, accumulates=settings.accumulates)
     rows, eval_rows = per_row * settings.batch, per_row * settings.other_batch
     logits = {
         n: 0 if costs.classifier else plans.logits_bytes(costs.model, n, costs.length - 1, dtype)
@@ -88,7 +98,7 @@ def sequence_plan(
     memory = {"model": role}
     if reference is not None:
         count = plans.base_parameters(costs.model)
-        memory["reference"] = frozen_role(count, zero_stage=stage, dtype=dtype, ranks=world_size(), **reference)
+        memory["reference"] = frozen_role(count, zero_stage=stage, dtype=dtype, ranks=ranks, **reference)
     phases = [
         plans.Phase("evaluation", evaluation),
         *plans.training_phases(
@@ -99,19 +109,17 @@ def sequence_plan(
             accumulates=settings.accumulates,
             checkpointing=settings.checkpointing,
         ),
-        plans.saving_phase(size.parameters, BYTES[dtype]),
+        plans.saving_phase(size.parameters * tensor_parallel, BYTES[dtype]),  # at most: embeddings are not cut
     ]
     if costs.classifier:
-        again = frozen_role(
-            size.parameters, zero_stage=stage, dtype=dtype, ranks=world_size(), offload=settings.offload
-        )
+        again = frozen_role(size.parameters, zero_stage=stage, dtype=dtype, ranks=ranks, offload=settings.offload)
         reloaded = {"reloaded": again.total, "gathered parameters": again.gathered, "activations": scored.peak}
         phases.append(plans.Phase("reward statistics", reloaded))
     other = costs.training(rows, not settings.checkpointing)
     note = "without" if settings.checkpointing else "with"
     change = (other.peak - passes.peak) / plans.MIB
     notes = [f"{note} --gradient_checkpointing the backward needs {change:+,.0f}"]
-    if stage != effective_stage(stage) and not is_plain(config, world_size()):
+    if stage != effective_stage(stage) and not is_plain(config, ranks):
         notes.append("ZeRO stage 0 runs as DeepSpeed's stage 1, see docs/memory.md")
     return plans.Plan(memory, phases, on_cpu, notes)
 
@@ -139,7 +147,8 @@ def show_sequence_plan(
     Raises:
         UserError: no model can be built from ``path``.
     """
-    fake = plans.fake_role(path, model.dtype, model.attn_implementation, lora, classifier=step == "step2")
+    shape: dict[str, Any] = {"classifier": step == "step2", "tensor_parallel": ds.tensor_parallel}
+    fake = plans.fake_role(path, model.dtype, model.attn_implementation, lora, **shape)
     costs = SequenceCosts(fake, model.max_seq_len, classifier=step == "step2")
     settings = plans.Settings(
         zero_stage=ds.zero_stage,
@@ -150,6 +159,7 @@ def show_sequence_plan(
         accumulates=train.gradient_accumulation_steps > 1,
     )
     kind: dict[str, Any] = {"per_row": 1 if step == "step1" else 2, "reference": reference}
+    kind["tensor_parallel"] = ds.tensor_parallel
     precision = plans.in_words(model.dtype, lora)
-    heading = f"{title(step)}: {path}, {precision}, ZeRO {ds.zero_stage}, ranks: {world_size()}"
+    heading = f"{title(step)}: {path}, {precision}, ZeRO {ds.zero_stage}, ranks: {ranks_told(ds.tensor_parallel)}"
     return plans.show_plan(heading, settings, lambda s: sequence_plan(costs, s, model.dtype, overrides, **kind), FLAGS)

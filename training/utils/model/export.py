@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from training.utils.engine import four_bit
+from training.utils.engine.tensor_parallel import whole
 from training.utils.model.classifiers import TokenScorer
 from training.utils.model.loading import remote_code
 from training.utils.model.lora import (
@@ -58,9 +59,9 @@ def gathered(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 def plain_weights(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """A role's weights under plain transformers names, one tensor after the other, adapters merged in.
 
-    A collective at ZeRO-3: each parameter is gathered (with the adapters of its layer) when its turn comes and freed
-    before the next, so no rank ever holds more than one whole layer. A tensor is on the engine's device, and whole only
-    until the next one is asked for. A tied parameter comes once, under its first name.
+    A collective at ZeRO-3 and with tensor parallelism: each parameter is gathered (with the adapters of its layer) when
+    its turn comes and freed before the next, so no rank ever holds more than one whole layer. A tensor is on the
+    engine's device, and whole only until the next one is asked for. A tied parameter comes once, under its first name.
     """
     model = unwrap(engine)
     base, adapter = (model.get_base_model(), model.active_adapter) if is_lora(model) else (model, "")
@@ -72,8 +73,10 @@ def plain_weights(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
         with gathered([parameter] if layer is None else [parameter, *adapter_parameters(layer)]):
             if layer is not None:
                 tensor = merged_weight(layer, adapter)
-            else:
+            elif four_bit.is_packed(parameter):
                 tensor = four_bit.as_in_files(parameter, four_bit.unpacked(parameter))
+            else:
+                tensor = whole(parameter)
             yield plain_name(name, adapter), tensor
     saved = base.state_dict().keys()  # others are computed anew by every model
     yield from ((plain_name(name, adapter), buffer) for name, buffer in base.named_buffers() if name in saved)

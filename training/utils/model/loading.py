@@ -149,9 +149,10 @@ def _convert_gguf(path: Path) -> Path:
 def sharded_loading(config: dict[str, Any] | None) -> Iterator[None]:
     """While this is open, ``from_pretrained`` partitions parameters over the ranks if ``config`` is ZeRO-3.
 
-    The switch is global in transformers, so it is closed before the next role loads.
+    Not with tensor parallelism, which cuts whole layers: transformers refuses the pair. The switch is global in
+    transformers, so it is closed before the next role loads.
     """
-    if config is None or config["zero_optimization"]["stage"] != 3:
+    if config is None or config["zero_optimization"]["stage"] != 3 or "tensor_parallel" in config:
         yield
         return
     import torch._dynamo  # noqa: F401  a lazy import inside zero.Init fails on torch 2.13 (signature mismatch)

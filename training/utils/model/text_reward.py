@@ -136,7 +136,7 @@ def load_text_reward_model(
 
     Args:
         path: a folder or hub name.
-        dtype, device, zero_stage, offload, attn_implementation: see `training.utils.engine.engine.frozen_role`.
+        dtype, device, zero_stage, offload, attn_implementation: see `training.utils.engine.engine.load_frozen_scorer`.
 
     Raises:
         UserError: no model or tokenizer there, no reward head, or more than one output.
@@ -155,9 +155,9 @@ def load_text_reward_model(
             device=device,
         )
         return TextRewardModel(scorer, tokenizer)
-    sharded = frozen_config(dtype=dtype, offload=offload) if zero_stage == 3 else None
+    config = frozen_config(zero_stage=zero_stage, dtype=dtype, offload=offload)
     model = classifiers.load_text_classifier(
-        path, dtype=dtype, attn_implementation=attn_implementation, ds_config=sharded
+        path, dtype=dtype, attn_implementation=attn_implementation, ds_config=config
     )
-    role = engines.frozen_role(model, zero_stage=zero_stage, dtype=dtype, offload=offload, device=device)
+    role = engines.frozen_role(model, config, device)
     return TextRewardModel(role, tokenizer, own_forward=True)

@@ -150,9 +150,14 @@ def data_size() -> int:
     return world_size() // _sharing
 
 
+def rank_in_row() -> int:
+    """This rank's place among those that take the same rows, from 0."""
+    return rank() % _sharing
+
+
 def speaks_for_rows() -> bool:
     """Whether this rank's numbers count: it is the first of those that take the same rows."""
-    return rank() % _sharing == 0
+    return rank_in_row() == 0
 
 
 def is_main() -> bool:
