@@ -23,11 +23,11 @@ STEP1, STEP2, DPO, STEP3 = (
 )
 EVALUATE1, EVALUATE2, EVALUATE3 = (step.replace("main", "evaluate") for step in (STEP1, STEP2, STEP3))
 PREVIEW, REPORT = "-m training.utils.data.preview", "-m training.report"
-GENERATE, JUDGE = "inference/generate.py", "inference/judge.py"
+GENERATE, JUDGE, SERVE = (f"inference/{name}.py" for name in ("generate", "judge", "serve"))
 PROGRAMS = [
     *(STEP1, STEP2, DPO, STEP3, EVALUATE1, EVALUATE2, EVALUATE3, PREVIEW, REPORT, "train.py"),
     *("inference/chatbot.py", "inference/gradio_chatbot.py", "inference/rank.py", "benchmarks/memory_plan.py"),
-    *(GENERATE, JUDGE),
+    *(GENERATE, JUDGE, SERVE),
 ]
 
 MISTAKES = [
@@ -126,7 +126,8 @@ def test_a_path_that_one_of_several_hosts_may_lack_is_left_to_the_run(answer):
 
 
 @pytest.mark.parametrize(
-    "program", [STEP1, STEP2, STEP3, "train.py", "inference/chatbot.py", "inference/gradio_chatbot.py", GENERATE, JUDGE]
+    "program",
+    [STEP1, STEP2, STEP3, "train.py", "inference/chatbot.py", "inference/gradio_chatbot.py", GENERATE, JUDGE, SERVE],
 )
 def test_outside_the_environment_says_what_to_use(program, tmp_path):
     """Without the packages of the environment (-S), before a folder is made; ``--help`` needs none of them."""
