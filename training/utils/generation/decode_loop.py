@@ -266,7 +266,7 @@ def _decode_rows(
         beat()
         tokens, logprobs = next_tokens(logits, keys, step, sampling, seen, mask)
         if divided:
-            agree(tokens), agree(logprobs)
+            tokens, logprobs = agree(tokens), agree(logprobs)
         out.ids[alive, step] = tokens
         out.logprobs[alive, step] = logprobs
         going = ~torch.isin(tokens, stop_ids)
