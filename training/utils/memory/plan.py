@@ -219,7 +219,8 @@ def advice(
                 if fits:
                     return lines
                 break
-    return [*lines, "    then LoRA with --only_optimize_lora, shorter sequences, more ranks or a smaller model"]
+    last = "    then LoRA with --only_optimize_lora, --base_bits 4, shorter sequences, more ranks or a smaller model"
+    return [*lines, last]
 
 
 def cheaper(settings: Settings, *, on_cpu: bool) -> Iterator[tuple[str, Any]]:
