@@ -233,6 +233,24 @@ CASES = [
     ),
     Case("unknown choice", 1, lambda w: _sft(w, "--zero_stage", "4"), ["--zero_stage", "4"]),
     Case("fp16 on a CPU", 1, lambda w: _sft(w, "--dtype", "fp16"), ["fp16", "bf16"]),
+    Case(
+        "rows on more ranks than there are",
+        1,
+        lambda w: _sft(w, "--sequence_parallel", "2"),
+        ["--sequence_parallel 2", "number of ranks, 1"],
+    ),
+    Case(
+        "rows and models divided",
+        2,
+        lambda w: _sft(w, "--sequence_parallel", "2", "--tensor_parallel", "2"),
+        ["--sequence_parallel", "--tensor_parallel", "do not go together"],
+    ),
+    Case(
+        "rollouts in pieces",
+        3,
+        lambda w: _rl(w, "--sequence_parallel", "2"),
+        ["--sequence_parallel", "can not be had here", "padded on the left"],
+    ),
     Case("longer than the positions", 1, lambda w: _sft(w, "--max_seq_len", "4096"), ["--max_seq_len", "4096", "512"]),
     Case(
         "responses longer than the positions",

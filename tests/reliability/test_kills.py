@@ -180,19 +180,34 @@ def test_a_kill_before_any_file_call_changes_nothing(launcher, inputs, tmp_path,
     assert file_calls_survived(launcher, inputs, step, tmp_path, ranks) > 20
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("step", "stage"), [(1, "2"), (2, "3"), ("dpo", "0")])
+def test_a_kill_of_ranks_that_divide_rows_changes_nothing(launcher, inputs, tmp_path, step, stage):
+    more = ("--sequence_parallel", "2", "--zero_stage", stage)
+    assert file_calls_survived(launcher, inputs, step, tmp_path, 2, every=9, more=more) > 5
+
+
 def file_calls_survived(
-    launcher: Launcher, inputs: Path, step: Step, folder: Path, ranks: int = 1, every: int = 1
+    launcher: Launcher,
+    inputs: Path,
+    step: Step,
+    folder: Path,
+    ranks: int = 1,
+    every: int = 1,
+    more: Sequence[str] = (),
 ) -> int:
     """Runs that are killed before each file call of a run's whole life, one each; returns how many.
 
     Args:
         launcher, inputs, step, folder, ranks: of the runs.
         every: take each second, third ... call only.
+        more: flags.
     """
-    whole, calls = file_calls(launcher, inputs, step, folder, ranks, SELDOM)
+    more = (*SELDOM, *more)
+    whole, calls = file_calls(launcher, inputs, step, folder, ranks, more)
     numbers = range(1, len(calls) + 1, every)
     for number in numbers:
-        output = killed_at_file_call(launcher, inputs, step, folder / f"call-{number}", number, ranks, SELDOM)
+        output = killed_at_file_call(launcher, inputs, step, folder / f"call-{number}", number, ranks, more)
         assert_same(step, whole, output)
         shutil.rmtree(output)
     return len(numbers)

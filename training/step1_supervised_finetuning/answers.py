@@ -10,11 +10,13 @@ import torch
 
 from training.step1_supervised_finetuning.rouge import rouge_scores
 from training.utils.data import collate_prompts, rank_micro_batches, spread_rows, stop_token_ids
+from training.utils.engine.sequence_parallel import whole_rows
 from training.utils.errors import UserError
 from training.utils.generation.engines import rollout_backend
 from training.utils.generation.requests import RolloutBackend, RolloutRequest
 from training.utils.generation.sampling import SamplingConfig
 from training.utils.metrics import watched
+from training.utils.model.forward import without_adapters
 from training.utils.run.distributed import data_rank, data_size, gather_rows
 
 ROUGE_ROWS = 64  # held-out rows that choose a model by ROUGE: their mean is known to about 0.02
@@ -90,7 +92,8 @@ class RougeJudge:
         rows = range(len(self._turns))
         for mine in watched(rank_micro_batches(rows, data_rank(), data_size(), self._batch_size), "answers"):
             asked = [self._turns[i][0] for i in mine or rows[:1]]
-            answers = decoded(backend, engine.module, asked, self._tokenizer, sampling, engine.device)
+            with whole_rows(without_adapters(engine.module)):
+                answers = decoded(backend, engine.module, asked, self._tokenizer, sampling, engine.device)
             found += zip(mine, answers, strict=False)  # a filler's answer belongs to no row
         if sharded:
             engine.empty_partition_cache()

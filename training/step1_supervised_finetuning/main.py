@@ -55,7 +55,7 @@ from training.utils.metrics import watched  # noqa: E402
 from training.utils.model import loading  # noqa: E402
 from training.utils.model.export import move_into  # noqa: E402
 from training.utils.model.language_modelling import micro_batches, negative_log_likelihood, predicted_tokens  # noqa: E402
-from training.utils.model.limits import check_length  # noqa: E402
+from training.utils.model.limits import check_length, divide_rows  # noqa: E402
 from training.utils.model.lora import check_lora  # noqa: E402
 from training.utils.run import watchdog  # noqa: E402
 from training.utils.run.distributed import data_size, is_main, reduce_sums, say  # noqa: E402
@@ -86,9 +86,10 @@ def main(argv: Sequence[str]) -> int:
     check_length(model_path, model_args.max_seq_len, "--max_seq_len")
     check_lora(model_path, lora)
     divide_model(ds.tensor_parallel, model_path)
+    attention = divide_rows(model_path, model_args, ds.sequence_parallel)
     if output.plan:
         precision.settle(model_args, resume_output_dir(reliability.resume, output.output_dir), reliability.resume)
-        return show_sequence_plan("step1", model_path, model_args, lora, train, ds, overrides)
+        return show_sequence_plan("step1", model_path, attention, model_args, lora, train, ds, overrides)
     more = {"sft_only_data_path": step.sft_only_data_path, "train_on_prompts": step.train_on_prompts}
     tuning = open_run("step1", "demonstrations", argv, groups, model_path, counted="rows", **more)
     rows, run, phases, device = tuning.rows, tuning.run, tuning.phases, tuning.device
@@ -99,7 +100,7 @@ def main(argv: Sequence[str]) -> int:
 
     def load(config: dict[str, Any]) -> Any:
         """The causal language model."""
-        made = {"attn_implementation": model_args.attn_implementation, "base_bits": lora.base_bits}
+        made = {"attn_implementation": attention, "base_bits": lora.base_bits}
         return loading.load_causal_lm(model_path, dtype=model_args.dtype, ds_config=config, **made)
 
     engine = build_engine(tuning, load, overrides)

@@ -72,7 +72,7 @@ from training.utils.health_rules import DPO_RULES  # noqa: E402
 from training.utils.intervals import wilson_interval  # noqa: E402
 from training.utils.memory.training import show_sequence_plan  # noqa: E402
 from training.utils.model import loading  # noqa: E402
-from training.utils.model.limits import check_length  # noqa: E402
+from training.utils.model.limits import check_length, divide_rows  # noqa: E402
 from training.utils.model.lora import check_lora  # noqa: E402
 from training.utils.run import watchdog  # noqa: E402
 from training.utils.run.distributed import reduce_sums, say  # noqa: E402
@@ -91,15 +91,16 @@ def main(argv: Sequence[str]) -> int:
     check_length(model_path, model_args.max_seq_len, "--max_seq_len")
     check_lora(model_path, lora)
     divide_model(ds.tensor_parallel, model_path)
+    attention = divide_rows(model_path, model_args, ds.sequence_parallel)
     adapters_only, needs_reference = lora.only_optimize_lora, step.loss not in arguments.WITHOUT_REFERENCE
     if output.plan:
         precision.settle(model_args, resume_output_dir(reliability.resume, output.output_dir), reliability.resume)
         copy = {"offload": step.offload_reference_model} if needs_reference and not adapters_only else None
-        return show_sequence_plan("dpo", model_path, model_args, lora, train, ds, overrides, reference=copy)
+        return show_sequence_plan("dpo", model_path, attention, model_args, lora, train, ds, overrides, reference=copy)
     tuning = open_run("dpo", "pairs", argv, groups, model_path, counted="pairs")
     rows, run, phases, device = tuning.rows, tuning.run, tuning.phases, tuning.device
     pad_id, total_steps = tuning.tokenizer.pad_token_id, tuning.total_steps
-    load: dict[str, Any] = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
+    load: dict[str, Any] = {"dtype": model_args.dtype, "attn_implementation": attention}
     copied = {"zero_stage": ds.zero_stage, "offload": step.offload_reference_model, "device": device} | load
     copied["tensor_parallel"] = ds.tensor_parallel
     frozen = load_reference(model_path, adapters_only=adapters_only, **copied) if needs_reference else None

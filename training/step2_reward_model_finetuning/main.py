@@ -66,7 +66,7 @@ from training.utils.engine.zero_config import read_user_config  # noqa: E402
 from training.utils.fine_tuning import build_engine, open_run, step_metrics  # noqa: E402
 from training.utils.memory.training import show_sequence_plan  # noqa: E402
 from training.utils.model import classifiers, loading  # noqa: E402
-from training.utils.model.limits import check_length  # noqa: E402
+from training.utils.model.limits import check_length, divide_rows  # noqa: E402
 from training.utils.model.lora import check_lora  # noqa: E402
 from training.utils.model.reward_model import RewardStats, few_held_out  # noqa: E402
 from training.utils.run import watchdog  # noqa: E402
@@ -86,15 +86,16 @@ def main(argv: Sequence[str]) -> int:
     classifiers.check_reward_family(model_path)
     check_lora(model_path, lora)
     divide_model(ds.tensor_parallel, model_path)
+    attention = divide_rows(model_path, model_args, ds.sequence_parallel)
     if output.plan:
         precision.settle(model_args, resume_output_dir(reliability.resume, output.output_dir), reliability.resume)
-        return show_sequence_plan("step2", model_path, model_args, lora, train, ds, overrides)
+        return show_sequence_plan("step2", model_path, attention, model_args, lora, train, ds, overrides)
     tuning = open_run("step2", "pairs", argv, groups, model_path, counted="pairs")
     rows, run, phases, device = tuning.rows, tuning.run, tuning.phases, tuning.device
     rankings = rankings_of(rows.train)
     if warning := few_held_out(rows.report.held_out_prompts):
         say(warning)
-    pad_id, attention = tuning.tokenizer.pad_token_id, model_args.attn_implementation
+    pad_id = tuning.tokenizer.pad_token_id
     made: dict[str, Any] = {"dtype": model_args.dtype, "pad_token_id": pad_id, "attn_implementation": attention}
 
     def load(config: dict[str, Any]) -> Any:

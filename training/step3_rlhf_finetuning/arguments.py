@@ -192,11 +192,14 @@ ARGUMENTS = [
 ]
 
 
-# What train.py and evaluate.py call the reward model, and a flag of steps 1 and 2 that can not be had here
+# What train.py and evaluate.py call the reward model, and flags of steps 1 and 2 that can not be had here
 ALIASES = {
     "--reward_model_name_or_path": arguments.OtherFlag(str, ours="--critic_model_name_or_path"),
     "--lora_dropout": arguments.OtherFlag(
         float, 0.0, said="with dropout PPO's first ratio would not be 1", only=(0.0,)
+    ),
+    "--sequence_parallel": arguments.OtherFlag(
+        int, 1, said="prompts are padded on the left, and tokens decoded one by one: neither can be divided", only=(1,)
     ),
 }
 

@@ -225,7 +225,12 @@ class DeepSpeedArguments:
     zero_stage: int = flag(0, "ZeRO stage", choices=(0, 1, 2, 3))
     offload: bool = flag(False, "keep optimizer states (and at stage 3 parameters) in CPU memory")
     tensor_parallel: int = flag(1, TENSOR_PARALLEL_HELP, minimum=1)
+    sequence_parallel: int = flag(1, "so many ranks take each row together, a piece of it each", minimum=1)
     deepspeed_config: str = flag("", "a JSON file, or JSON, merged over the configuration that these flags make")
+
+    def __post_init__(self) -> None:
+        if self.sequence_parallel > 1 and self.tensor_parallel > 1:
+            raise UserError("--sequence_parallel and --tensor_parallel do not go together: both divide attention heads")
 
 
 @dataclass

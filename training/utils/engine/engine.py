@@ -18,7 +18,7 @@ from training.utils.engine.zero_config import frozen_config, is_plain
 from training.utils.model.classifiers import TokenScorer, load_classifier
 from training.utils.model.loading import load_causal_lm
 from training.utils.model.lora import is_adapter
-from training.utils.run.distributed import bound_waits, data_size, world_size
+from training.utils.run.distributed import bound_waits, world_size
 from training.utils.run.watchdog import beat
 
 # The 16-bit optimizer prints eighteen lines about memory for every engine, whatever the log level
@@ -133,7 +133,8 @@ def backward(engine: Any, loss_sum: torch.Tensor, global_count: float) -> None:
     """Accumulate the gradient of ``loss_sum / global_count``, a mean over all ranks and micro-batches.
 
     DeepSpeed averages gradients over ranks, hence the factor: 1 rank x batch 8, 2 ranks x batch 4 and
-    batch 1 x accumulation 8 then give the same step.
+    batch 1 x accumulation 8 then give the same step. Ranks that share a row have its gradient in parts, and are
+    averaged over too.
 
     Args:
         engine: the role's engine.
@@ -141,7 +142,7 @@ def backward(engine: Any, loss_sum: torch.Tensor, global_count: float) -> None:
         global_count: tokens (pairs) of the whole optimizer step, over all ranks and micro-batches.
     """
     beat("training")
-    engine.backward(loss_sum * (data_size() / max(global_count, 1.0)), scale_wrt_gas=False)
+    engine.backward(loss_sum * (engine.dp_world_size / max(global_count, 1.0)), scale_wrt_gas=False)
 
 
 class SkipGuard:

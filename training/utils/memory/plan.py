@@ -18,7 +18,7 @@ from deepspeed.accelerator import get_accelerator
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from training.utils.arguments import LoraArguments
-from training.utils.engine import four_bit
+from training.utils.engine import four_bit, sequence_parallel
 from training.utils.engine.tensor_parallel import cut_for_plan
 from training.utils.engine.zero_config import DTYPES
 from training.utils.errors import UserError
@@ -329,6 +329,8 @@ def fake_role(
             cut_for_plan(model, tensor_parallel)
         for layer in four_bit.packable(model) if lora.base_bits else ():
             layer.four_bit = True  # type: ignore[assignment]
+        if sequence_parallel.is_split(model):
+            sequence_parallel.in_pieces(model)
         model = with_adapters(model, lora)
         return TokenScorer(model) if classifier else model
 

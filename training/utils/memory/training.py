@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from training.utils.arguments import DeepSpeedArguments, LoraArguments, ModelArguments, TrainingArguments
+from training.utils.engine import sequence_parallel
 from training.utils.engine.zero_config import deepspeed_config, effective_stage, is_plain
 from training.utils.memory import plan as plans
 from training.utils.memory.live import FakeModel, PassMemory
@@ -85,10 +86,8 @@ def sequence_plan(
     config = deepspeed_config(zero_stage=stage, dtype=dtype, offload=settings.offload, **shared)
     role = trained_role(size, config=config, dtype=dtype, ranks=ranks, on_cpu=on_cpu, accumulates=settings.accumulates)
     rows, eval_rows = per_row * settings.batch, per_row * settings.other_batch
-    logits = {
-        n: 0 if costs.classifier else plans.logits_bytes(costs.model, n, costs.length - 1, dtype)
-        for n in (rows, eval_rows)
-    }
+    whole = not costs.classifier and not sequence_parallel.is_split(costs.model.module)  # all logits exist at once
+    logits = {n: whole and plans.logits_bytes(costs.model, n, costs.length - 1, dtype) for n in (rows, eval_rows)}
     scored, passes = costs.evaluation(eval_rows), costs.training(rows, settings.checkpointing)
     evaluation = {
         "gathered parameters": role.gathered,
@@ -127,6 +126,7 @@ def sequence_plan(
 def show_sequence_plan(
     step: str,
     path: str,
+    attention: str,
     model: ModelArguments,
     lora: LoraArguments,
     train: TrainingArguments,
@@ -140,6 +140,7 @@ def show_sequence_plan(
     Args:
         step: its name, one of `STEPS`.
         path: the model that the step starts from.
+        attention: from `training.utils.model.limits.divide_rows`.
         model, lora, train, ds: the step's flags.
         overrides: the user's DeepSpeed configuration.
         reference: see `sequence_plan`.
@@ -148,7 +149,7 @@ def show_sequence_plan(
         UserError: no model can be built from ``path``.
     """
     shape: dict[str, Any] = {"classifier": step == "step2", "tensor_parallel": ds.tensor_parallel}
-    fake = plans.fake_role(path, model.dtype, model.attn_implementation, lora, **shape)
+    fake = plans.fake_role(path, model.dtype, attention, lora, **shape)
     costs = SequenceCosts(fake, model.max_seq_len, classifier=step == "step2")
     settings = plans.Settings(
         zero_stage=ds.zero_stage,
@@ -162,4 +163,6 @@ def show_sequence_plan(
     kind["tensor_parallel"] = ds.tensor_parallel
     precision = plans.in_words(model.dtype, lora)
     heading = f"{title(step)}: {path}, {precision}, ZeRO {ds.zero_stage}, ranks: {ranks_told(ds.tensor_parallel)}"
+    if ds.sequence_parallel > 1:
+        heading += f", {ds.sequence_parallel} to a row"
     return plans.show_plan(heading, settings, lambda s: sequence_plan(costs, s, model.dtype, overrides, **kind), FLAGS)

@@ -13,6 +13,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from training.utils.engine import sequence_parallel
 from training.utils.errors import UserError
 from training.utils.model.forward import forward_inputs, without_adapters
 from training.utils.model.loading import load_config, load_strictly, reason_of, remote_code
@@ -174,4 +175,6 @@ class TokenScorer(nn.Module):
         backbone = inner.base_model
         inputs = forward_inputs(backbone, input_ids, attention_mask, position_ids)
         scores = inner.score(backbone(**inputs, use_cache=False).last_hidden_state).squeeze(-1).to(torch.float32)
+        if sequence_parallel.is_split(inner):
+            scores = sequence_parallel.joined(scores, input_ids.shape[1])
         return (scores - self.mean) / self.std

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from training.utils.engine import sequence_parallel
+
 
 def without_adapters(model: Any) -> Any:
     """The transformers model inside a PEFT wrapper, its adapter layers in place; any other model as it is."""
@@ -18,6 +20,8 @@ def forward_inputs(
 ) -> dict[str, torch.Tensor]:
     """Keyword arguments of a forward in which positions count real tokens only, so padding moves nothing.
 
+    A model whose rows are divided among ranks gets this rank's columns, see `training.utils.engine.sequence_parallel`.
+
     Args:
         model: the module whose ``forward`` will be called; families that place positions from the mask
             themselves (BLOOM) take no ``position_ids``.
@@ -25,6 +29,11 @@ def forward_inputs(
         position_ids: ``[B, T]`` of rows with several answers behind one beginning, whose ``attention_mask`` says what
             belongs together, see `training.utils.data.batches.collate_answers`.
     """
+    if sequence_parallel.is_split(model):
+        sequence_parallel.check_right_padded(attention_mask)
+        positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        own = {"input_ids": input_ids, "position_ids": positions}
+        return {name: sequence_parallel.own_columns(tensor) for name, tensor in own.items()}
     if position_ids is not None:
         mask = tree_mask(attention_mask)
         if model.config._attn_implementation == "eager":  # which adds it to its scores

@@ -31,7 +31,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from training.utils.engine import four_bit
+from training.utils.engine import four_bit, sequence_parallel
 from training.utils.engine.zero_config import DTYPES
 from training.utils.errors import UserError
 from training.utils.model import hub
@@ -220,6 +220,8 @@ def load_strictly(
         _say(four_bit.settle(loaded, path))
     no_dropout(loaded)
     exact_buffers(loaded)
+    if sequence_parallel.is_split(loaded):
+        sequence_parallel.in_pieces(loaded)
     return loaded
 
 

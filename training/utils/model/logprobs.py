@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from training.utils.engine import sequence_parallel
+from training.utils.model.export import gathered
 from training.utils.model.forward import forward_inputs, without_adapters
 
 # Positions whose fp32 log-softmax exists at once: 128 x 49,152 x 4 bytes = 25 MB.
@@ -41,6 +44,10 @@ def response_log_probs(
         Log-probs ``[B, T]`` in fp32, at the column of the token itself and 0 where ``response_mask`` is
         false; and the entropies in the same layout, or None.
     """
+    if sequence_parallel.is_split(_transformers_model(model)):
+        if entropy or shared is not None:
+            raise ValueError("rows that are divided among ranks give log-probs alone, and hold one answer each")
+        return _log_probs_of_split_rows(model, input_ids, attention_mask, response_mask, temperature), None
     kept, columns = _response_columns(response_mask)
     rows, cols = kept.nonzero(as_tuple=True)
     if shared is None:
@@ -66,6 +73,43 @@ def response_log_probs(
     where = (rows, columns[cols])
     blank = logits.new_zeros(input_ids.shape, dtype=torch.float32)
     return blank.index_put(where, log_probs), blank.index_put(where, entropies) if entropy else None
+
+
+def _own_targets(
+    input_ids: torch.Tensor, response_mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What the columns of this rank must predict, of rows ``[B, T]`` that are divided among ranks.
+
+    Returns:
+        The next token of each column ``[B, C]``; whether that is wanted ``[B, C]``; columns ``[K]`` in which some row
+        wants it, at least one.
+    """
+    targets, wanted = (
+        sequence_parallel.own_columns(torch.nn.functional.pad(tensor[:, 1:], (0, 1)))
+        for tensor in (input_ids, response_mask.bool())
+    )
+    columns = wanted.any(0).nonzero().squeeze(-1)
+    if columns.numel() == 0:  # one column keeps the backward graph whole
+        columns = torch.zeros(1, dtype=torch.long, device=wanted.device)
+    return targets, wanted, columns
+
+
+def _joined_at(found: torch.Tensor, wanted: torch.Tensor, columns: torch.Tensor, width: int) -> torch.Tensor:
+    """What each rank found in some columns ``[B, K]`` in whole rows ``[B, width]``, one column on; 0 if not wanted."""
+    wanted, columns = wanted.to(found.device), columns.to(found.device)
+    found = torch.where(wanted[:, columns], found, 0.0)
+    own = found.new_zeros(wanted.shape).index_copy(1, columns, found)
+    return torch.nn.functional.pad(sequence_parallel.joined(own, width)[:, :-1], (1, 0))
+
+
+def _log_probs_of_split_rows(
+    model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, response_mask: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """`response_log_probs` of rows that are divided among ranks, on all of them."""
+    targets, wanted, columns = _own_targets(input_ids, response_mask)
+    with sequence_parallel.asked(_transformers_model(model), targets[:, columns], temperature):
+        found = _logits_at(model, input_ids, attention_mask, columns).squeeze(-1)  # [B, K]
+    return _joined_at(found, wanted, columns, input_ids.shape[1])
 
 
 class _TokenLogProbs(torch.autograd.Function):
@@ -151,6 +195,8 @@ def response_kl(
     Returns:
         ``[N]`` fp32 of the N response tokens, row by row.
     """
+    if sequence_parallel.is_split(_transformers_model(policy)):
+        return _kl_of_split_rows(policy, reference, input_ids, attention_mask, response_mask)
     kept, columns = _response_columns(response_mask)
     own = _logits_at(policy, input_ids, attention_mask, columns - 1)[kept]
     with reference as model:
@@ -160,6 +206,36 @@ def response_kl(
         p, q = (_log_softmax(logits, 1.0) for logits in (piece, base))
         parts.append((p.exp() * (p - q)).sum(-1))
     return torch.cat(parts)
+
+
+def _kl_of_split_rows(
+    policy: Any,
+    reference: AbstractContextManager[Any],
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    response_mask: torch.Tensor,
+) -> torch.Tensor:
+    """`response_kl` of rows that are divided among ranks, on all of them; logits of some positions exist at once."""
+    _, wanted, columns = _own_targets(input_ids, response_mask)
+    states, heads = [], []
+    for holder in (contextlib.nullcontext(policy), reference):
+        with holder as model:
+            inner = _transformers_model(model)
+            with sequence_parallel.asked(inner, None):
+                states.append(_logits_at(model, input_ids, attention_mask, columns).flatten(0, 1))
+            heads.append(inner.get_output_embeddings())
+    parts = []
+    with gathered([parameter for head in heads for parameter in head.parameters()]):
+        for pieces in zip(*(s.split(sequence_parallel.HEAD_POSITIONS) for s in states), strict=True):
+            p, q = (
+                sequence_parallel.head_log_softmax(piece, head.weight, head.bias)
+                for piece, head in zip(pieces, heads, strict=True)
+            )
+            parts.append((p.exp() * (p - q)).sum(-1))
+    found = torch.cat(parts).view(-1, len(columns))
+    mask = response_mask.bool().clone()
+    mask[:, 0] = False
+    return _joined_at(found, wanted, columns, input_ids.shape[1])[mask]
 
 
 def _response_columns(response_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -172,6 +248,11 @@ def _response_columns(response_mask: torch.Tensor) -> tuple[torch.Tensor, torch.
     return mask[:, columns], columns
 
 
+def _transformers_model(model: Any) -> Any:
+    """The transformers model in an engine or PEFT's wrapper."""
+    return without_adapters(model.module if hasattr(model, "module") else model)
+
+
 def _logits_at(
     model: Any,
     input_ids: torch.Tensor,
@@ -180,8 +261,7 @@ def _logits_at(
     position_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Logits ``[B, len(positions), V]``; the output layer runs on these positions only where the family allows."""
-    module = model.module if hasattr(model, "module") else model
-    inner = without_adapters(module)
+    inner = _transformers_model(model)
     inputs = forward_inputs(inner, input_ids, attention_mask, position_ids)
     # 1-D on purpose: a 2-D index gathers per row in transformers 5.23 but plainly indexes in 5.17
     if "logits_to_keep" in inspect.signature(inner.forward).parameters:
