@@ -37,7 +37,8 @@ def model(tmp_path_factory):
 @pytest.mark.parametrize(("stage", "lora"), [(0, 0), (0, 4), (3, 0), (3, 4)])
 def test_greedy_tokens_equal_before_and_after_steps_on_two_ranks(model, rank_pair, stage, lora):
     for first, second in rank_pair.run(before_and_after, model, stage=stage, lora=lora, python=PYTHON):
-        assert first["tokens"]["vllm"] != second["tokens"]["vllm"]
+        before, after = first["logprobs"]["vllm"], second["logprobs"]["vllm"]
+        assert before.shape != after.shape or (before - after).abs().max() > 1e-3, "the steps moved nothing"
         for seen in (first, second):
             assert seen["tokens"]["vllm"] == seen["tokens"]["fast"] == seen["tokens"]["hf"]
             torch.testing.assert_close(seen["logprobs"]["vllm"], seen["logprobs"]["fast"], rtol=0, atol=1e-4)
@@ -59,7 +60,7 @@ def test_kept_log_probs_are_the_policys_whatever_it_draws_from(model, how):
             plain, rollout.input_ids, rollout.attention_mask, whole, temperature=how.get("temperature", 1.0)
         )
     torch.testing.assert_close(rollout.logprobs, expected[:, start:], rtol=0, atol=1e-4)
-    assert 1 < rollout.response_mask.sum(1).min() < rollout.response_mask.sum(1).max()  # some met a stop token
+    assert not rollout.response_mask.all()  # some met a stop token, which counts
     ends = rollout.input_ids[:, start:].gather(1, rollout.response_mask.sum(1, keepdim=True) - 1)[:, 0]
     assert all(end < 60 for end, n in zip(ends.tolist(), rollout.response_mask.sum(1).tolist(), strict=True) if n < 12)
 
