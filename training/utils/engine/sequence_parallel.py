@@ -33,7 +33,7 @@ from training.utils.run.distributed import rank, rank_in_row, ranks_of_a_row, wo
 ULYSSES = "ulysses"  # an attention of its own for transformers, so that other models in the process keep theirs
 # In which a mask is all that attention lacks, and logits are the output layer's; each is tried in the tests
 FAMILIES = (
-    "gemma", "glm", "gpt2", "gpt_neox", "llama", "mistral", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen3", "smollm3",
+    "gemma", "glm", "gpt_neox", "llama", "mistral", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen3", "smollm3",
     "stablelm", "starcoder2",
 )  # fmt: skip
 PIECES = 8  # of the columns in an MLP: its inner activations then take about as much as the layer's input
@@ -87,7 +87,7 @@ def _attention(
         settings: of transformers' ``sdpa``.
 
     Returns:
-        ``[B, C, heads, D]``, with heads and D in one dimension.
+        ``[B, C, heads, D]``.
 
     Raises:
         ValueError: there is a mask, which would be passed over.
@@ -105,7 +105,7 @@ def _attention(
     output, _ = exchange(module, query, key, value, None, **settings)
     if groups is not None:
         module.num_key_value_groups = groups  # it leaves its own there, with which other attention would go wrong
-    return output, None
+    return output.view(rows, columns, heads, width), None
 
 
 def _as_large(
@@ -123,7 +123,7 @@ def _as_large(
 
     inputs = [whole(tensor) for tensor in (query, key, value)]
     output, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, *inputs, None, **settings)
-    return output.clone().view(query.shape[0], query.shape[2], -1), None
+    return output.clone().view(query.transpose(1, 2).shape), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(ULYSSES, _attention)
