@@ -95,19 +95,19 @@ FOUR_BIT = [replace(case, base_bits=4) for case in ALL if case.lora]
 SERVED = [replace(case, served=True) for case in ALL if (case.step, case.dtype, case.tensor_parallel) == (3, "fp32", 1)]
 
 
-def pairs_of(case: Case) -> set[tuple]:
+def pairs_of(case: Any, names: Sequence[str] = tuple(FACTORS)) -> set[tuple]:
     """Every pair of settings of a case: ((name, value), (name, value))."""
-    return set(itertools.combinations([(name, getattr(case, name)) for name in FACTORS], 2))
+    return set(itertools.combinations([(name, getattr(case, name)) for name in names], 2))
 
 
-def pairwise(cases: Sequence[Case]) -> list[Case]:
+def pairwise(cases: Sequence[Any], names: Sequence[str] = tuple(FACTORS)) -> list[Any]:
     """A few cases in which every pair of settings occurs: always the one that adds most, the first of equals."""
-    missing = set().union(*map(pairs_of, cases))
+    missing = set().union(*(pairs_of(case, names) for case in cases))
     chosen = []
     while missing:
-        best = max(cases, key=lambda case: len(pairs_of(case) & missing))
+        best = max(cases, key=lambda case: len(pairs_of(case, names) & missing))
         chosen.append(best)
-        missing -= pairs_of(best)
+        missing -= pairs_of(best, names)
     return chosen
 
 

@@ -41,7 +41,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "lora": (False, True),
     "offload": (False, True),
 }
-CASES = pairwise([Case(*values) for values in itertools.product(*FACTORS.values())])
+CASES = pairwise([Case(*values) for values in itertools.product(*FACTORS.values())], tuple(FACTORS))
 FIRST = [next(case for case in CASES if case.step == step) for step in FACTORS["step"]]  # on a CPU in every run
 LOSS = {1: "train/loss", 2: "train/loss", "dpo": "train/loss", 3: "policy/loss"}
 

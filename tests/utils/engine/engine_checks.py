@@ -65,8 +65,13 @@ def train_divided(ranks: int, model_path: str, **options: Any) -> dict[str, Any]
 
 def without_guard(guard: str, model_path: str) -> dict[str, Any]:
     """`train_divided` with one thing left out that keeps it right; ``error`` where that is noticed."""
+    right = engines.backward
+
+    def by_all_ranks(engine: Any, loss_sum: torch.Tensor, count: float) -> None:
+        right(engine, loss_sum * (world_size() / engine.dp_world_size), count)
+
     faults = {
-        "loss factor": (engines, "data_size", world_size),
+        "loss factor": (engines, "backward", by_all_ranks),
         "rows once": (distributed, "speaks_for_rows", lambda: True),
         "whole export": (export, "whole", lambda parameter: parameter.detach()),
         "whole logits": (engines, "deepspeed", _Defaults),

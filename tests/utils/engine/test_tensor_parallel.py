@@ -51,7 +51,7 @@ def test_two_ranks_hold_a_model_as_one_rank_does(tiny_model, untied_model, one_r
     model = tiny_model if tied else untied_model
     options = {"stage": stage, "micro_batch": 4, "max_grad_norm": norm, "export_between": True}
     first, second = rank_pair.run(train_divided, 2, str(model), **options)
-    assert_equal_training(one_rank[model, norm], first)
+    assert_equal_training(one_rank[model, norm], first, odd=0 if tied else 1)
     assert (first["losses"], first["norms"]) == (second["losses"], second["norms"])
 
 
