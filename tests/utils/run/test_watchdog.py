@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -69,3 +70,20 @@ def test_hosts_that_differ_do_not_train_together():
     for part, other in (("flags", {"seed": 2}), ("data", {"training": "y"}), ("versions", {"torch": "3"})):
         with pytest.raises(UserError, match=f"rank 1 differs from rank 0 in {part}"):
             refuse_other_ranks([one, one | {part: one[part] | other}])
+
+
+def test_a_note_that_its_rank_takes_away_meanwhile_is_none(tmp_path, monkeypatch):
+    """Ranks that go on after a failure begin side by side: each removes its own note of before."""
+    monkeypatch.setattr(watchdog, "_state", watchdog._State())
+    for number in (1, 2):
+        (tmp_path / watchdog.NOTE.format(number)).write_text("{}")
+    look = Path.glob
+
+    def listed(folder, pattern):
+        found = list(look(folder, pattern))
+        (tmp_path / watchdog.NOTE.format(1)).unlink(missing_ok=True)
+        return found
+
+    monkeypatch.setattr(Path, "glob", listed)
+    watchdog.watch(tmp_path, 0)
+    assert set(watchdog._state.known) == {watchdog.NOTE.format(2)}

@@ -118,7 +118,10 @@ def watch(folder: Path, hang_timeout: float) -> None:
         (folder / NOTE.format(_rank())).unlink()
     if _rank() == 0:
         (folder / FAILURE_FILE).unlink(missing_ok=True)
-    _state.known = {p.name: p.stat().st_mtime_ns for kind in (NOTE, ABORT) for p in folder.glob(kind.format("*"))}
+    _state.known = {}
+    for path in (p for kind in (NOTE, ABORT) for p in folder.glob(kind.format("*"))):
+        with contextlib.suppress(FileNotFoundError):  # its rank begins, too, and takes it away
+            _state.known[path.name] = path.stat().st_mtime_ns
     _state.hang_timeout = hang_timeout
     _state.folder = folder
     if _state.supervised:
