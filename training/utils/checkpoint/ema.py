@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.utils.checkpoint.engine_state import MASTER, SavedParts, masters, replace_masters, written_here
+from training.utils.checkpoint.engine_state import MASTER, SavedParts, masters, replace_masters, written_parts
 
 DECAY = 0.992  # DeepSpeed-Chat's and InstructGPT's
 
@@ -54,7 +54,7 @@ class MovingAverage:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """What this rank writes to a checkpoint: (key, a copy in CPU memory)."""
-        for part in filter(written_here, masters(self.engine)):
+        for part in written_parts(self.engine, moments=False):
             yield part.key(MASTER), self._values[part.name, part.start].to("cpu", copy=True)
 
     def load(self, files: list[Path]) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from training.utils.engine.tensor_parallel import Split, split_of
 from training.utils.errors import UserError
-from training.utils.run.distributed import rank_in_row, speaks_for_rows
+from training.utils.run.distributed import rank_in_row, speaks_for_rows, world_size
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTER = "master"
@@ -150,9 +150,12 @@ def masters(engine: Any) -> Iterator[Part]:
     return parts(engine, moments=False)
 
 
-def written_here(part: Part) -> bool:
-    """Whether this rank writes a part; what a tensor parallel group has whole on each rank, the first one writes."""
-    return part.split is not None or speaks_for_rows()
+def written_parts(engine: Any, *, moments: bool) -> Iterator[Part]:
+    """`parts` that this rank writes; what a tensor parallel group has whole on each rank, the first one writes."""
+    sharded_over_all = engine.dp_world_size == world_size()  # ranks that divide rows, too, have parts of their own
+    for part in parts(engine, moments=moments):
+        if part.split is not None or sharded_over_all or speaks_for_rows():
+            yield part
 
 
 @contextlib.contextmanager
@@ -176,7 +179,7 @@ def replace_masters(engine: Any, values: Mapping[tuple[str, int], Tensor]) -> No
 
 def engine_tensors(engine: Any) -> Iterator[tuple[str, Tensor]]:
     """What this rank writes to a checkpoint: (key, a copy in CPU memory), one after the other."""
-    for part in filter(written_here, parts(engine, moments=_has_moments(engine.optimizer))):
+    for part in written_parts(engine, moments=_has_moments(engine.optimizer)):
         for kind, view in part.values.items():
             yield part.key(kind), view.detach().to("cpu", copy=True)
 
