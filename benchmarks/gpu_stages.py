@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 from xml.etree import ElementTree
@@ -51,6 +52,8 @@ from training.utils.model.language_modelling import negative_log_likelihood
 from training.utils.model.reward_model import RewardStats
 from training.utils.phases import Phases
 from training.utils.run.distributed import init_distributed
+from training.utils.run.folders import python_path
+from training.utils.run.runtime import available_cores
 
 ROOT = Path(__file__).resolve().parents[1]
 T = TypeVar("T")
@@ -176,7 +179,11 @@ def tests(sizes: Sizes, folder: Path) -> dict[str, Any]:
     """The tests marked gpu; on a CPU a few of their twins."""
     report = folder / "tests.xml"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", "tests/gpu"]
-    done = subprocess.run([*command, *sizes.tests], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False)
+    if find_spec("xdist"):  # a tiny model leaves a GPU idle, and most of a test is its own processor's work
+        command += ["-n", str(max(2, min(8, available_cores() // 2)))]
+    done = subprocess.run(
+        [*command, *sizes.tests], cwd=ROOT, env=os.environ | {"PYTHONPATH": python_path()}, check=False
+    )
     suite = ElementTree.parse(report).getroot().find("testsuite")
     assert suite is not None
     counts = {name: int(suite.get(name, "0")) for name in ("tests", "failures", "errors", "skipped")}
@@ -337,7 +344,8 @@ def memory(sizes: Sizes, folder: Path) -> dict[str, Any]:
     command = [sys.executable, str(ROOT / "benchmarks" / "memory_plan.py"), "--model_name_or_path", path]
     command += ["--step", "1", "3", "--zero_stage", "0", "--dtype", "auto"]
     command += ["--length", str(max(64, sizes.prompt + sizes.response)), "--batch", str(sizes.micro_batch)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = os.environ | {"PYTHONPATH": python_path()}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     found = re.findall(r"\| (\d) \| (\d) \| ([\d,]+) \| ([\d,]+) \| ([\d.]+) \|", done.stdout)
     rows = [
         {"step": int(s), "planned_mib": int(p.replace(",", "")), "measured_mib": int(m.replace(",", ""))}

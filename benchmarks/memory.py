@@ -118,7 +118,9 @@ def child(arguments: argparse.Namespace, path: str) -> None:
 
 def measure(name: str, argv: Sequence[str]) -> float:
     """The peak of one variant in MiB, from a process of its own."""
-    environment = os.environ | GIVE_BACK | {"PYTHONPATH": str(ROOT)}
+    from training.utils.run.folders import python_path
+
+    environment = os.environ | GIVE_BACK | {"PYTHONPATH": python_path()}
     command = [sys.executable, __file__, *argv, "--child", name]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     found = re.search(r"\nPEAK (-?\d+)", done.stdout)

@@ -159,6 +159,8 @@ def compare(
     default_allocator: bool = False,
 ) -> tuple[float, float]:
     """(planned, measured) peak of one step on one rank, in MiB; a ``recipe`` has its own stage, length and batch."""
+    from training.utils.run.folders import python_path
+
     with tempfile.TemporaryDirectory() as folder:
         write_data(Path(folder), length)
         if step == 3:
@@ -168,7 +170,11 @@ def compare(
         else:
             argv = arguments_of(step, model, stage, Path(folder), length, batch, dtype)
         output = ["--output_dir", f"{folder}/out"]
-        environment = {"PYTHONPATH": str(ROOT), "TRIPOD_CACHE": f"{folder}/cache", "TRIPOD_OUTPUT": f"{folder}/runs"}
+        environment = {
+            "PYTHONPATH": python_path(),
+            "TRIPOD_CACHE": f"{folder}/cache",
+            "TRIPOD_OUTPUT": f"{folder}/runs",
+        }
         program = [sys.executable, "-m", PROGRAMS[step], *argv, *output, "--plan"]
         planned = run(program, environment, r"\n  peak ([\d,]+) in")
         measuring = [sys.executable, __file__, "--child", str(step), *argv, *output]

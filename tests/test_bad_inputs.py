@@ -15,6 +15,7 @@ from tests.tiny import tiny_tokenizer
 from training.utils.errors import run_program
 from training.utils.model import classifiers, loading
 from training.utils.run import inputs
+from training.utils.run.folders import python_path
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -82,7 +83,12 @@ def test_two_ranks_both_end(world):
         str(world.tmp / "out"),
     ]
     result = subprocess.run(
-        command, capture_output=True, text=True, timeout=180, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False
+        command,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env=os.environ | {"PYTHONPATH": python_path()},
+        check=False,
     )
     assert result.returncode == 2, result.stderr[-2000:]
     errors = [line for line in (result.stdout + result.stderr).splitlines() if line.startswith("error: ")]

@@ -467,3 +467,16 @@ def test_the_allocator_of_a_gpu_grows_its_segments_unless_the_environment_says_h
     monkeypatch.delenv("PYTORCH_ALLOC_CONF")
     runtime.let_segments_grow()
     assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+
+
+def test_attention_that_plans_for_each_shape_comes_last(monkeypatch):
+    name = "TORCH_CUDNN_SDPA_DEPRIORITIZED"
+    monkeypatch.setenv(name, "")  # so that what is set is taken back
+    monkeypatch.delenv(name)
+    for there, expected in ((False, None), (True, "1")):
+        monkeypatch.setattr(runtime, "has_nvidia", lambda there=there: there)
+        runtime.attend_without_plans()
+        assert os.environ.get(name) == expected
+    monkeypatch.setenv(name, "0")
+    runtime.attend_without_plans()
+    assert os.environ[name] == "0", "the user's own setting stays"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from training.step3_rlhf_finetuning.ppo_trainer import SamplerDifference, check_
 from training.step3_rlhf_finetuning.roles import build_actor
 from training.utils.engine.zero_config import DTYPES
 from training.utils.errors import UserError
+from training.utils.generation.decode_loop import seconds_since
 from training.utils.generation.engines import rollout_backend
 from training.utils.generation.sampling import SamplingConfig
 from training.utils.model.export import full_state_dict
@@ -118,6 +121,27 @@ def test_fp16_learns_as_fp32_does(device, fp16_everywhere, tiny_model, stage):
     losses = {d: train(str(tiny_model), stage=stage, dtype=d, steps=5)["losses"] for d in ("fp32", "fp16")}
     assert losses["fp16"] == pytest.approx(losses["fp32"], abs=2e-2)
     assert losses["fp16"][-1] < 0.6 * losses["fp16"][0]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_length_not_seen_before_costs_no_plan(device, training):
+    """cuDNN's attention, which PyTorch would take on Hopper, makes one for each shape: 40 times what it computes."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    query = torch.randn(4, 8, 64 if training else 1, 64, device=device, dtype=dtype, requires_grad=training)
+
+    def seconds(length: int) -> float:
+        mask = torch.ones(4, 1, query.shape[2], length, dtype=torch.bool, device=device)
+        states = torch.randn(2, 4, 8, length, 64, device=device, dtype=dtype, requires_grad=training)
+        start = time.perf_counter()
+        out = torch.nn.functional.scaled_dot_product_attention(query, *states, attn_mask=mask)
+        if training:
+            out.sum().backward()
+        return seconds_since(start, device)
+
+    seconds(64)
+    new = statistics.median(seconds(length) for length in range(65, 97))
+    known = statistics.median(seconds(length) for length in range(65, 97))
+    assert new < 5 * known
 
 
 def test_phases_say_what_the_allocator_holds(device):

@@ -14,6 +14,7 @@ from chat_reasoning import marks_of
 from tests.inference.conftest import INFERENCE
 from tests.inference.tiny_chat import save_parrot
 from training.utils.errors import run_program
+from training.utils.run.folders import python_path
 
 FOX = "the quick brown fox jumps!"
 
@@ -157,7 +158,7 @@ def test_arrow_keys_bring_earlier_prompts_back_in_a_real_terminal(chat_folders):
     terminal, inner = pty.openpty()
     screen = Screen(terminal)
     command = [sys.executable, str(INFERENCE / "chatbot.py"), "--path", str(chat_folders["fox"])]
-    environment = os.environ | {"PYTHONPATH": str(INFERENCE.parent), "TERM": "xterm"}
+    environment = os.environ | {"PYTHONPATH": python_path(), "TERM": "xterm"}
     program = subprocess.Popen(command, stdin=inner, stdout=inner, stderr=inner, env=environment, cwd="/")
     try:
         screen.until("you> ")

@@ -25,6 +25,7 @@ from page_guard import credentials, free_port
 from tests.inference.conftest import INFERENCE
 from tests.signals import hear_signals
 from training.utils.errors import UserError, run_program
+from training.utils.run.folders import python_path
 
 OPTIONS = [64, 0.7, 0.9, 0, 1.0, 7]
 FOX, HOUSE = "the quick brown fox jumps!", "a small red house"
@@ -393,7 +394,7 @@ def test_the_program_starts_says_where_and_ends_on_ctrl_c(chat_folders, tmp_path
             f"B={chat_folders['house']}", "--reward_model", str(chat_folders["reward"]), "--port", str(port),
             "--votes_path", str(tmp_path / "votes.jsonl"),
         ]  # fmt: skip
-        environment = os.environ | {"PYTHONPATH": str(INFERENCE.parent), "GRADIO_SHARE": "True"}
+        environment = os.environ | {"PYTHONPATH": python_path(), "GRADIO_SHARE": "True"}
         program = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.inference.conftest import INFERENCE
 from tests.signals import hear_signals
 from training.utils.errors import run_program
+from training.utils.run.folders import python_path
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def test_it_answers_as_the_saved_model_and_ends_on_ctrl_c(chat_folders, free_por
     pytest.importorskip("openai")
     folder = chat_folders["sft"]
     command = [sys.executable, str(INFERENCE / "serve.py"), "--path", str(folder), "--port", str(free_port)]
-    environment = os.environ | {"PYTHONPATH": str(INFERENCE.parent), "HF_HOME": str(tmp_path / "none")}
+    environment = os.environ | {"PYTHONPATH": python_path(), "HF_HOME": str(tmp_path / "none")}
     log = (tmp_path / "log").open("w+")
     program = subprocess.Popen(
         command, stdout=log, stderr=subprocess.STDOUT, env=environment, preexec_fn=hear_signals, cwd=tmp_path

@@ -12,6 +12,7 @@ from typing import Any
 
 from tests.reliability.tiny_runs import Launcher, Step
 from training.migrate.translate import translate
+from training.utils.run.folders import python_path
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,7 +27,7 @@ def free_port() -> int:
 def run_line(line: str) -> str:
     """``python -m training.migrate --run LINE`` from the repository's folder; returns what it printed."""
     command = [sys.executable, "-m", "training.migrate", "--run", line]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
     )

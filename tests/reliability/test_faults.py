@@ -16,10 +16,11 @@ import pytest
 import torch
 
 from tests.marks import slow
-from tests.reliability.tiny_runs import ROOT, SCRIPTS, metrics, step_arguments, weights
+from tests.reliability.tiny_runs import SCRIPTS, metrics, step_arguments, weights
 from tests.step3.hybrid_checks import save_tiny_reward_model
 from tests.tiny import save_tiny_model
 from training.utils.checkpoint import store
+from training.utils.run.folders import python_path
 
 SOON = 60.0  # seconds in which every rank has ended after one has failed
 
@@ -349,7 +350,7 @@ def test_a_rank_whose_launcher_is_gone_stops_itself(inputs, tmp_path):
     output = tmp_path / "out"
     arguments = step_arguments(1, inputs, output, "--num_train_epochs", "400", "--save_every", "5")
     code = f"import subprocess, sys; subprocess.run([sys.executable, {str(SCRIPTS[1])!r}, *sys.argv[1:]])"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "LOCAL_RANK": "0", "RANK": "0"}
+    environment = os.environ | {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1", "LOCAL_RANK": "0", "RANK": "0"}
     with (tmp_path / "log").open("w") as log:
         launcher = subprocess.Popen(
             [sys.executable, "-c", code, *arguments], stdout=log, stderr=log, env=environment | {"WORLD_SIZE": "1"}
@@ -373,7 +374,7 @@ def test_a_rank_whose_launcher_went_while_it_was_starting_stops_itself(inputs, t
         "import subprocess, sys; "
         f"print(subprocess.Popen([sys.executable, {str(SCRIPTS[1])!r}, *sys.argv[1:]], start_new_session=True).pid)"
     )
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "LOCAL_RANK": "0", "RANK": "0"}
+    environment = os.environ | {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1", "LOCAL_RANK": "0", "RANK": "0"}
     with (tmp_path / "log").open("w") as log:
         launcher = subprocess.run(
             [sys.executable, "-c", code, *arguments],
@@ -395,7 +396,7 @@ def test_a_run_outlives_the_reader_of_its_output(inputs, tmp_path):
     """A progress bar that nobody reads is no reason to end, least of all before the checkpoint."""
     output = tmp_path / "out"
     command = [sys.executable, str(SCRIPTS[1]), *step_arguments(1, inputs, output)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
     run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
     deadline = time.monotonic() + 120
     while not checkpoints(output):

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.reliability.tiny_runs import ROOT
 from tests.test_train import Bench
+from training.utils.run.folders import python_path
 
 # A process of its own, as train.py is: it may die at any call. Arguments: folder, number, calls, launcher, step, argv
 TRAIN = """
@@ -31,7 +31,7 @@ def start(bench: Bench, number: int, calls: Path, *argv: str) -> int:
     """Run train.py, killed before file call ``number`` (0: not at all); returns its exit code."""
     step = bench.scripts["step1"]
     arguments = [str(bench.output), str(number), str(calls), json.dumps(bench.launcher), step, *argv]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "TRIPOD_OUTPUT": str(bench.output)}
+    environment = os.environ | {"PYTHONPATH": python_path(), "TRIPOD_OUTPUT": str(bench.output)}
     command = [sys.executable, "-c", TRAIN, *arguments]
     return subprocess.run(command, cwd=bench.folder, env=environment, capture_output=True, timeout=120).returncode
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.reliability.tiny_runs import ROOT, SCRIPTS, metrics, step_arguments, weights
+from tests.reliability.tiny_runs import SCRIPTS, metrics, step_arguments, weights
+from training.utils.run.folders import python_path
 
 pytestmark = pytest.mark.slow
 HOSTS = ("tripod-a", "tripod-b")
@@ -63,7 +64,7 @@ class TwoHosts:
             port = s.getsockname()[1]
         (hostfile := folder / "hostfile").write_text("".join(f"{host} slots=1\n" for host in HOSTS))
         deepspeed = str(Path(sys.executable).parent / "deepspeed")
-        environment = os.environ | {"GLOO_SOCKET_IFNAME": "eth0", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"GLOO_SOCKET_IFNAME": "eth0", "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
         self.logs = [folder / f"{host}.log" for host in HOSTS]
         self.processes = []
         for rank, host in enumerate(HOSTS):

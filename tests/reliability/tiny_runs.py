@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from tests.signals import hear_signals
 from tests.step3.hybrid_checks import save_tiny_reward_model
 from tests.tiny import DEMO, save_tiny_model
+from training.utils.run.folders import python_path
 
 ROOT = Path(__file__).resolve().parents[2]
 Step = int | str  # 1, 2, 3 or dpo
@@ -118,7 +119,7 @@ class Launcher:
     """A process that has imported the step programs and forks runs, see `tests.reliability.zygote`."""
 
     def __init__(self) -> None:
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        environment = os.environ | {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.reliability.zygote"],
             stdin=subprocess.PIPE,

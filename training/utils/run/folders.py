@@ -53,6 +53,11 @@ def repository_root() -> Path:
     return Path(training.__file__).resolve().parents[1]
 
 
+def python_path() -> str:
+    """PYTHONPATH of a process that imports the repository's packages: its root, then what is on the path already."""
+    return os.pathsep.join([str(repository_root()), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 def output_root() -> Path:
     """Where runs are made: ``TRIPOD_OUTPUT``, or output/ in the repository."""
     return Path(os.environ.get("TRIPOD_OUTPUT") or repository_root() / "output").absolute()

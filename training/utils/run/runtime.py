@@ -63,6 +63,7 @@ def prepare_runtime() -> None:
     set_threads()
     keep_freed_memory()
     let_segments_grow()
+    attend_without_plans()
     quiet_libraries()
 
 
@@ -225,6 +226,16 @@ def let_segments_grow() -> None:
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # of torch from 2.9 on, and its older name
     if has_nvidia() and not any(name in os.environ for name in names):
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
+def attend_without_plans() -> None:
+    """Let PyTorch's attention take cuDNN last, on a machine with NVIDIA's devices, unless the environment says how.
+
+    On Hopper and newer it would come first, and it makes a plan for every number of rows and columns that it has not
+    seen: of an hour's texts a few thousand, of a response one per token (docs/results.md, "On a GPU").
+    """
+    if has_nvidia():
+        os.environ.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
 
 
 def has_nvidia() -> bool:
