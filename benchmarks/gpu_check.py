@@ -229,11 +229,11 @@ def tables(found: dict[str, Any]) -> str:
     if speeds:
         lines += ["", _row("training", "median (lowest - highest)", ""), "|---|---|---|", *speeds]
     if "rollout" in figures:
-        lines += ["", _row("rollouts", "hf, tokens/s", "fast, tokens/s", "fast against hf"), "|---|---|---|---|"]
+        lines += ["", _row("rollouts", "engine", "tokens/s (lowest - highest)", "against hf"), "|---|---|---|---|"]
         for name in ("one length", "mixed lengths"):
-            hf, fast = figures["rollout"][name]
-            cells = (f"{row['tokens_per_second']:,.0f}" for row in (hf, fast))
-            lines.append(_row(name, *cells, f"{fast['ratio_to_hf']:.2f}x"))
+            for row in figures["rollout"][name]:
+                spread = f"{row['tokens_per_second']:,.0f} ({row['lowest']:,.0f} - {row['highest']:,.0f})"
+                lines.append(_row(name, row["engine"], spread, f"{row['ratio_to_hf']:.2f}x"))
     if "memory" in figures:
         lines += ["", _row("memory", "planned, MiB", "measured, MiB", "planned / measured"), "|---|---|---|---|"]
         for row in figures["memory"]["rows"]:

@@ -57,6 +57,7 @@ from training.utils.run.runtime import available_cores
 
 ROOT = Path(__file__).resolve().parents[1]
 T = TypeVar("T")
+NO_GRAPHS = "fast without graphs"
 PAD, FIRST_ID = 1, 10  # OPT's pad; prompts are drawn from the ids above those that mean something
 
 
@@ -204,12 +205,13 @@ class StageFailed(UserError):
 
 
 def rollout(sizes: Sizes, folder: Path) -> dict[str, Any]:
-    """`fast` against `hf`: answers of one length, and of lengths that differ as answers do."""
+    """`fast`, with CUDA graphs and without, against `hf`: answers of one length, and of lengths that differ."""
     bench = Bench(sizes, folder)
     model = loading.load_causal_lm(bench.actor(), dtype=bench.dtype).eval().to(bench.device)
     compared: dict[str, rollouts.Engine] = {
         "hf": functools.partial(HfBackend().generate, model),
         "fast": functools.partial(FastBackend().generate, model),
+        NO_GRAPHS: functools.partial(FastBackend(graphs=False).generate, model),
     }
     vocabulary = sizes.actor.get("vocab_size", 50272)
     often = tuple(range(FIRST_ID, vocabulary, max(2, sizes.response * 2 // 5)))  # a mean length of two fifths
@@ -258,7 +260,7 @@ def step1(sizes: Sizes, folder: Path) -> dict[str, Any]:
     answer[:, : sizes.prompt] = 0
 
     def loss(start: int) -> torch.Tensor:
-        """The summed loss of the micro-batch of pairs that begins there."""
+        """The summed loss of the micro-batch of rows that begins there."""
         rows = slice(start, start + sizes.micro_batch)
         batch = {"input_ids": ids[rows], "attention_mask": mask[rows], "response_mask": answer[rows]}
         return negative_log_likelihood(engine, batch)
@@ -280,6 +282,7 @@ def step2(sizes: Sizes, folder: Path) -> dict[str, Any]:
     answer[:, : sizes.prompt] = 0
 
     def loss(start: int) -> torch.Tensor:
+        """The summed loss of the micro-batch of pairs that begins there."""
         rows = torch.arange(start, start + sizes.micro_batch, device=ids.device)
         both = torch.cat([rows, rows + sizes.rows])
         batch = {"input_ids": ids[both], "attention_mask": mask[both], "response_mask": answer[both]}

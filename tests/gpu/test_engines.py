@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 from typing import Any
@@ -14,18 +15,20 @@ from tests.marks import slow
 from tests.step3.hybrid_checks import build, prompts, request, train_two_steps
 from tests.utils.checkpoint.resume_checks import ADAPTERS, interrupted
 from tests.utils.engine.engine_checks import collate, fixed_rows, train
+from tests.utils.generation.test_rollout import build as build_family, request as tokens_request
 from training.step3_rlhf_finetuning.ppo_trainer import SamplerDifference, check_sampler, sampler_difference
 from training.step3_rlhf_finetuning.roles import build_actor
 from training.utils.engine.zero_config import DTYPES
 from training.utils.errors import UserError
+from training.utils.generation import graphs
 from training.utils.generation.decode_loop import seconds_since
-from training.utils.generation.engines import rollout_backend
+from training.utils.generation.engines import FastBackend, rollout_backend
 from training.utils.generation.sampling import SamplingConfig
 from training.utils.model.export import full_state_dict
 from training.utils.model.logprobs import response_log_probs
 from training.utils.phases import Phases
 
-GREEDY = SamplingConfig(24, greedy=True)
+GREEDY, GREEDY_48 = SamplingConfig(24, greedy=True), SamplingConfig(48, greedy=True)
 
 
 def decoded(model: Any) -> dict[str, list[list[int]]]:
@@ -69,6 +72,31 @@ def test_the_twin_is_the_engine_before_and_after_steps(device, tiny_model, stage
         assert at["twin"] == at["plain"] and at["twin"]["hf"] == at["twin"]["fast"]
     assert found[0]["twin"] != found[1]["twin"], "the steps must change what is said for this to mean anything"
     assert difference < 2e-4
+
+
+@pytest.mark.parametrize("tokens_of_a_graph", [7, 256])
+@pytest.mark.parametrize("family", ["llama", "opt", "neox", "gpt2"])
+def test_graphs_give_what_the_growing_loop_gives(device, monkeypatch, family, tokens_of_a_graph):
+    """In fp32, by several graphs and by one; and with other weights others, as a graph of the old ones would not."""
+    monkeypatch.setattr(graphs, "TOKENS_OF_A_GRAPH", tokens_of_a_graph)
+    model, plain = build_family(family).to(device), tokens_request(stop_ids=tuple(range(5, 8)))
+    moved = {name: value.to(device) for name, value in vars(plain).items() if isinstance(value, torch.Tensor)}
+    asked, made = dataclasses.replace(plain, **moved), []
+    captured = graphs._Steps._captured
+    monkeypatch.setattr(graphs._Steps, "_captured", lambda *a: made.append(1) or captured(*a))
+    found = []
+    for sampling in (GREEDY_48, SamplingConfig(48, temperature=2.0), SamplingConfig(48, temperature=2.0, top_p=0.9)):
+        grown, still = (
+            FastBackend(decode_attention=False, graphs=g).generate(model, asked, sampling) for g in (False, True)
+        )
+        assert torch.equal(still.input_ids, grown.input_ids)
+        torch.testing.assert_close(still.logprobs, grown.logprobs, atol=1e-4, rtol=0)
+        found.append(still.input_ids.tolist())
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.05)
+    assert found[1] != found[0]
+    assert len(made) >= 3 * (1 + (tokens_of_a_graph < 48)) if device.type == "cuda" else not made
 
 
 def sampled_and_scored(path: str, dtype: str, shift: int = 0) -> SamplerDifference:

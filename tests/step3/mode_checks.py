@@ -125,7 +125,7 @@ def modes(path: str, *, stage: int, lora: int = 0, checkpointing: bool = False) 
     whole = sum(getattr(p, "ds_numel", p.numel()) for p in actor.engine.module.parameters())
     held = lambda: sum(p.numel() for p in actor.engine.module.parameters())  # noqa: E731
     gathers, caches = [], []
-    original_gathered, original_cache = hybrid_engine.gathered, decode_loop._make_cache
+    original_gathered, original_cache = hybrid_engine.gathered, decode_loop.make_cache
     hybrid_engine.gathered = lambda parameters: (gathers.append(len(parameters)), original_gathered(parameters))[1]
 
     def watched(*args: Any) -> Any:
@@ -133,7 +133,7 @@ def modes(path: str, *, stage: int, lora: int = 0, checkpointing: bool = False) 
         caches.extend(weakref.ref(layer) for layer in cache.layers)
         return cache
 
-    decode_loop._make_cache = watched
+    decode_loop.make_cache = watched
     asked, result = request(prompts(3), list(range(3))), {"whole": whole, "before": held()}
     try:
         with actor.training_mode() as engine:
@@ -145,7 +145,7 @@ def modes(path: str, *, stage: int, lora: int = 0, checkpointing: bool = False) 
         with contextlib.suppress(RuntimeError), actor.generation_mode():
             raise RuntimeError("an exception inside")
     finally:
-        hybrid_engine.gathered, decode_loop._make_cache = original_gathered, original_cache
+        hybrid_engine.gathered, decode_loop.make_cache = original_gathered, original_cache
     train_two_steps(actor)
     return result | {
         "after": held(),

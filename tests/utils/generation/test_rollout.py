@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from training.utils.errors import UserError
-from training.utils.generation import decode_attention, decode_loop, packed_linear
+from training.utils.generation import cache, decode_attention, decode_loop, packed_linear
 from training.utils.generation.engines import FastBackend, rollout_backend
 from training.utils.generation.requests import RolloutBatch, RolloutRequest
 from training.utils.generation.sampling import SamplingConfig
@@ -271,7 +271,7 @@ def test_large_groups_give_the_tokens_of_small_ones(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("gone", [(), (0,), (4,), (1, 3), (0, 1, 2), (2, 3, 4), (0, 2, 4)])
 def test_rows_that_stay_keep_their_place_and_the_last_ones_fill_the_holes(gone: tuple[int, ...]) -> None:
     going = [row not in gone for row in range(5)]
-    order, holes, movers = decode_loop._survivors(going)
+    order, holes, movers = cache.survivors(going)
     assert sorted(order) == [row for row in range(5) if row not in gone]
     assert [place for place, row in enumerate(order) if place != row] == holes
     assert [order[hole] for hole in holes] == movers and not set(movers) & set(range(len(order)))
@@ -323,7 +323,7 @@ def test_planted_fault_in_the_compaction_is_noticed(monkeypatch: pytest.MonkeyPa
     model = build("llama")
     asked = request(stop_ids=tuple(range(5, 15)))
     forgetful = lambda layer, rows, target, source: setattr(layer, "rows", rows)  # noqa: E731
-    monkeypatch.setattr(decode_attention.DecodeLayer, "keep", forgetful)
+    monkeypatch.setattr(cache.DecodeLayer, "keep", forgetful)
     batch = FastBackend().generate(model, asked, SamplingConfig(10, temperature=2.0))
     assert (batch.logprobs - full_forward_logprobs(model, batch, 2.0)).abs().max() > 1e-2
 

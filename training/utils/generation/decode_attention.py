@@ -1,10 +1,8 @@
-"""Attention and key-value cache for decoding one token at a time.
+"""Attention on a CPU for decoding one token at a time.
 
-While a batch decodes, each step has a single query per row. Two things then cost more than they should: the cache of
-transformers grows by concatenation, which copies all of it at every step, and the general attention
-kernels are made for many queries. Here the cache is written in place into memory reserved once (`DecodeLayer`), and a
-single query is answered by two batched matrix products over the key-value heads, keys not expanded, stored as
-[head_dim, length] so that both products read memory in order (`decode_attention`).
+While a batch decodes, each step has a single query per row, and the general attention kernels are made for many. Here
+a single query is answered by two batched matrix products over the key-value heads, keys not expanded, stored as
+[head_dim, length] so that both products read memory in order (`decode_attention`; the cache: `cache.py`).
 
 The function is registered through transformers' own attention interface. `decode_attention_enabled` selects it for
 one module tree and puts everything back: the configuration that selects it is a copy, so a training module
@@ -23,7 +21,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -158,84 +156,10 @@ def _gives_the_same(model: Any) -> bool:
     with _named(model):
         other = logits()
     plain = logits()
-    rounding = 1e-4 if plain.dtype == next(model.parameters()).dtype else 0.05  # of 16 bit
+    return within_rounding(other, plain, next(model.parameters()).dtype)
+
+
+def within_rounding(other: Tensor, plain: Tensor, dtype: torch.dtype) -> bool:
+    """Whether two fp32 logits of a small forward in ``dtype`` differ no more than its sums in another order may."""
+    rounding = 1e-4 if dtype == torch.float32 else 0.05
     return bool((other - plain).abs().max() <= rounding * plain.abs().max().clamp(min=1.0))
-
-
-class DecodeLayer(DynamicLayer):
-    """One layer's keys and values, in memory reserved for all rows and the longest response.
-
-    Prompts come first, a group of them per forward (`aim` says where their states go), all ending in the same column,
-    so that every row's next token falls into the same column. From then on each forward adds one column to all rows.
-    Rows that leave are overwritten by rows from the end; columns that only they used are dropped from the front.
-    """
-
-    def __init__(self, rows: int, prompt_columns: int, capacity: int, transposed_keys: bool) -> None:
-        super().__init__()
-        self.rows, self.start, self.end, self.capacity = rows, 0, prompt_columns, capacity
-        self.transposed_keys = transposed_keys
-        self.column = self.past = 0
-        self.target: Tensor | None = None
-        self.source: Tensor | None = None
-
-    def aim(self, column: int, past: int, target: Tensor, source: Tensor) -> None:
-        """The next forward holds prompts: row source[i] is for row target[i].
-
-        Args:
-            column: where its first token goes. past: columns 0 to past - 1, the same in all rows, are attended to too.
-            target, source: [N] int64.
-        """
-        self.column, self.past, self.target, self.source = column, past, target, source
-
-    def one_token_each(self) -> None:
-        """The prompts are in: from now on a forward holds one token for every row."""
-        self.target = self.source = None
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Reserve the memory; zeros, because padding is read (with weight 0) and 0 x NaN is NaN."""
-        heads, value_width = key_states.shape[1], value_states.shape[-1]
-        shape = (key_states.shape[-1], self.capacity) if self.transposed_keys else (self.capacity, key_states.shape[-1])
-        self._keys = key_states.new_zeros(self.rows, heads, *shape)
-        self._values = value_states.new_zeros(self.rows, heads, self.capacity, value_width)
-        self.is_initialized = True
-
-    def _view(self, start: int, end: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [rows, heads, end - start, D] of those columns, without a copy."""
-        keys = self._keys.transpose(2, 3) if self.transposed_keys else self._keys
-        return keys[: self.rows, :, start:end], self._values[: self.rows, :, start:end]
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store new states [B, heads, T, D]; return what this forward attends to."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        if self.target is not None:
-            return self._store_prompts(key_states, value_states)
-        self.end += 1
-        keys, values = self._view(self.end - 1, self.end)
-        keys.copy_(key_states)
-        values.copy_(value_states)
-        self.keys, self.values = self._view(self.start, self.end)
-        return self.keys, self.values
-
-    def _store_prompts(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = self._view(self.column, self.column + key_states.shape[2])
-        keys[self.target], values[self.target] = key_states[self.source], value_states[self.source]
-        if not self.past:
-            return key_states, value_states
-        old_keys, old_values = (states[:1].expand(len(key_states), -1, -1, -1) for states in self._view(0, self.past))
-        return torch.cat([old_keys, key_states], dim=2), torch.cat([old_values, value_states], dim=2)
-
-    def get_seq_length(self) -> int:
-        """Columns that the next forward finds stored."""
-        return self.past if self.target is not None else self.end - self.start
-
-    def keep(self, rows: int, target: Tensor, source: Tensor) -> None:
-        """Keep this many rows: row source[i] takes the place of row target[i], the others stay where they are."""
-        keys, values = self._view(self.start, self.end)
-        if len(target):
-            keys[target], values[target] = keys[source], values[source]
-        self.rows = rows
-
-    def drop_columns(self, count: int) -> None:
-        """Forget the first `count` columns, which are padding in every row that is left."""
-        self.start += count

@@ -11,16 +11,15 @@ from __future__ import annotations
 import functools
 import inspect
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer
 
-from training.utils.engine.tensor_parallel import agree
-from training.utils.generation.decode_attention import DecodeLayer
+from training.utils.engine.tensor_parallel import agree, is_divided
+from training.utils.generation.cache import decode_layers, keep_rows, make_cache
+from training.utils.generation.graphs import COLUMNS_ALIGNED, TOKENS_WORTH_A_GRAPH, Responses, Rows, decode_still
 from training.utils.generation.requests import RolloutRequest
 from training.utils.generation.sampling import SamplingConfig, next_tokens, row_keys
 from training.utils.model.forward import without_adapters
@@ -34,19 +33,6 @@ PREFILL_TOKENS_OF_ACCELERATORS = 8192  # a GPU takes them in about the time that
 ROWS_OF_ACCELERATORS = 64
 # A shared beginning costs a forward of its own: it must save more than that.
 SHORTEST_PREFIX = 8
-
-
-@dataclass
-class Responses:
-    """What decoding fills in, rows in the request's order: ids and logprobs [B, max_new_tokens], lengths [B].
-
-    prefill_seconds: until the prompts were computed.
-    """
-
-    ids: Tensor
-    logprobs: Tensor
-    lengths: Tensor
-    prefill_seconds: float = 0.0
 
 
 def seconds_since(start: float, device: torch.device) -> float:
@@ -72,20 +58,6 @@ def _forward(model: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache: Ca
     if "logits_to_keep" in accepted:
         inputs["logits_to_keep"] = 1
     return model(**inputs).logits[:, -1]
-
-
-def _make_cache(model: Any, rows: int, prompt_columns: int, new_columns: int, transposed_keys: bool) -> Cache:
-    """A cache in reserved memory; transformers' own where some layer is not plain attention (sliding window, say)."""
-    cache = DynamicCache(config=without_adapters(model).config)
-    if not cache.layers or any(type(layer) is not DynamicLayer for layer in cache.layers):
-        return cache
-    capacity = prompt_columns + new_columns
-    return Cache(layers=[DecodeLayer(rows, prompt_columns, capacity, transposed_keys) for _ in cache.layers])
-
-
-def _decode_layers(cache: Cache) -> list[DecodeLayer]:
-    """All layers of a cache from `_make_cache` that are in reserved memory: every one or none."""
-    return [layer for layer in cache.layers if isinstance(layer, DecodeLayer)]
 
 
 def prefill_tokens(device: torch.device) -> int:
@@ -136,7 +108,7 @@ def _prefill(
 
     ``shared`` columns at the left edge are the same in all rows (`_shared_prefix`).
     """
-    layers = _decode_layers(cache)
+    layers = decode_layers(cache)
     if not layers:
         return _forward(model, ids, mask, positions, cache)
     width, device = ids.shape[1], ids.device
@@ -172,32 +144,6 @@ def _prefill(
     return logits
 
 
-def _survivors(going: list[bool]) -> tuple[list[int], list[int], list[int]]:
-    """The rows that go on, so ordered that as few as possible change place: the last ones fill the holes.
-
-    Returns:
-        the old place of each row that goes on, in the new order; the new places of those that move; their old places.
-    """
-    kept = [row for row, goes_on in enumerate(going) if goes_on]
-    holes = [row for row in range(len(kept)) if not going[row]]
-    movers = [row for row in kept if row >= len(kept)]
-    order = list(range(len(kept)))
-    for hole, mover in zip(holes, movers, strict=True):
-        order[hole] = mover
-    return order, holes, movers
-
-
-def _keep_rows(cache: Cache, layers: list[DecodeLayer], going: list[bool], device: torch.device) -> Tensor:
-    """Let the rows that have ended leave the cache; returns the old places of those that are left, in their order."""
-    order, holes, movers = _survivors(going)
-    kept, target, source = (torch.tensor(rows, device=device) for rows in (order, holes, movers))
-    for layer in layers:
-        layer.keep(len(order), target, source)
-    if not layers:
-        cache.batch_select_indices(kept)
-    return kept
-
-
 def _some_rank_goes_on(mine: bool, device: torch.device) -> bool:
     """Whether any rank still has a row to decode; a collective."""
     return all_reduce_max(torch.tensor(float(mine), device=device)).item() > 0
@@ -218,7 +164,7 @@ def decode(
     *,
     transposed_keys: bool,
     synced: bool,
-    divided: bool = False,
+    still: bool = False,
 ) -> None:
     """Decode until every row has met a stop token or its limit, filling `out`.
 
@@ -228,11 +174,11 @@ def decode(
         out: filled in; at entry every length is the limit.
         transposed_keys: lay the key cache out for `decode_attention`.
         synced: every forward is a collective: all ranks make the same number of them, prompts in one.
-        divided: ranks hold the model together, and take their first one's tokens.
+        still: from the second token on as `graphs` does it, where enough are to come.
     """
     device = request.prompt_ids.device
     if len(request.prompt_ids):
-        _decode_rows(model, request, sampling, out, transposed_keys, synced, divided)
+        _decode_rows(model, request, sampling, out, transposed_keys, synced, still)
     if synced:
         _keep_company(model, device)
 
@@ -244,14 +190,17 @@ def _decode_rows(
     out: Responses,
     transposed_keys: bool,
     synced: bool,
-    divided: bool,
+    still: bool,
 ) -> None:
     start = time.perf_counter()
     width = int(request.prompt_mask.sum(1).max())
     seen, mask, shared = request.prompt_ids[:, -width:], request.prompt_mask[:, -width:].long(), 0
     device = mask.device
-    cache = _make_cache(model, len(mask), width, sampling.max_new_tokens, transposed_keys)
-    layers = _decode_layers(cache)
+    still = still and sampling.max_new_tokens > TOKENS_WORTH_A_GRAPH
+    new_columns = sampling.max_new_tokens + (COLUMNS_ALIGNED if still else 0)
+    cache = make_cache(model, len(mask), width, new_columns, transposed_keys)
+    layers = decode_layers(cache)
+    divided = is_divided(without_adapters(model))  # ranks hold the model together, and take their first one's tokens
     if layers and not synced:
         seen, mask, shared = _shared_prefix(seen, mask)
     keys = row_keys(request.seed, request.iteration, request.row_ids.to(device))
@@ -275,7 +224,7 @@ def _decode_rows(
         if step + 1 == sampling.max_new_tokens or not any(goes_on):
             return
         if not all(goes_on):
-            kept = _keep_rows(cache, layers, goes_on, device)
+            kept = keep_rows(cache, goes_on, device)
             alive, keys, tokens, mask = alive[kept], keys[kept], tokens[kept], mask[kept]
             positions, seen = positions[kept], seen[kept]
             padding = int(mask.argmax(1).min())  # columns that only rows which have left were using
@@ -283,6 +232,9 @@ def _decode_rows(
                 mask, seen = mask[:, padding:], seen[:, padding:]
                 for layer in layers:
                     layer.drop_columns(padding)
+        if still:
+            rows = Rows(alive, keys, tokens, positions[:, -1], mask)
+            return decode_still(model, cache, rows, step + 1, sampling, stop_ids, out)
         positions = positions[:, -1:] + 1
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         if sampling.repetition_penalty != 1.0:

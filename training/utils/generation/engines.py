@@ -24,7 +24,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from training.utils.engine.tensor_parallel import agree, is_divided
 from training.utils.errors import UserError
 from training.utils.generation.decode_attention import decode_attention_enabled
-from training.utils.generation.decode_loop import Responses, decode, seconds_since
+from training.utils.generation.decode_loop import decode, seconds_since
+from training.utils.generation.graphs import Responses, stands_still
 from training.utils.generation.packed_linear import packed_linear
 from training.utils.generation.requests import RolloutBackend, RolloutBatch, RolloutRequest, assemble
 from training.utils.generation.sampling import SamplingConfig, penalise_repetition, row_keys
@@ -153,9 +154,18 @@ class FastBackend:
     synced: set it when the model's parameters are gathered layer by layer (hooked ZeRO-3): all ranks then make the same
     number of forwards. pack_weights: on the CPU, keep a second copy of the linear weights while decoding, laid out for
     its matrix kernels (`packed_linear`). decode_attention: on the CPU, answer single queries with `decode_attention`.
+    graphs: start a token's kernels at once (`graphs`), unless a repetition penalty or the family forbids it; None: on a
+    GPU. On a CPU the same steps without a graph.
     """
 
-    def __init__(self, synced: bool = False, pack_weights: bool = True, decode_attention: bool = True) -> None:
+    def __init__(
+        self,
+        synced: bool = False,
+        pack_weights: bool = True,
+        decode_attention: bool = True,
+        graphs: bool | None = None,
+    ) -> None:
+        self.graphs = graphs
         self.synced = synced
         self.pack_weights = pack_weights and not synced
         self.decode_attention = decode_attention
@@ -187,6 +197,10 @@ class FastBackend:
             )
             # DeepSpeed counts a step at the outermost module's forward, so the hooked model is called as a whole
             callee = model if self.synced else inner
-            how = {"transposed_keys": own_attention, "synced": self.synced, "divided": is_divided(inner)}
-            decode(callee, request, sampling, out, **how)
+            still = self._by_graphs(inner, device) and sampling.repetition_penalty == 1.0
+            decode(callee, request, sampling, out, transposed_keys=own_attention, synced=self.synced, still=still)
         return assemble(request, out.ids, out.lengths, out.logprobs, out.prefill_seconds)
+
+    def _by_graphs(self, model: nn.Module, device: torch.device) -> bool:
+        wanted = device.type == "cuda" if self.graphs is None else self.graphs
+        return wanted and not self.synced and not is_divided(model) and stands_still(model)

@@ -95,11 +95,12 @@ def row_keys(seed: int, iteration: int, row_ids: Tensor) -> Tensor:
     return _absorb(_absorb(_mix(state + _signed(_GOLDEN)), _signed(iteration)), row_ids.to(torch.int64))
 
 
-def exponentials(keys: Tensor, position: int, slots: int) -> Tensor:
+def exponentials(keys: Tensor, position: int | Tensor, slots: int) -> Tensor:
     """Exponential(1) variables, a function of (key, position, slot) alone.
 
     Args:
-        keys: [B] from `row_keys`. position: index of the token in the response. slots: how many numbers per row.
+        keys: [B] from `row_keys`. position: index of the token in the response, or the tensor [] of it.
+        slots: how many numbers per row.
 
     Returns:
         [B, slots] float64, each above 0 and finite.
@@ -143,7 +144,7 @@ def truncate(scores: Tensor, top_k: int, top_p: float) -> None:
         scores.masked_fill_(torch.zeros_like(excluded).scatter_(1, order, excluded), -math.inf)
 
 
-def draw(weights: Tensor, keys: Tensor, position: int) -> Tensor:
+def draw(weights: Tensor, keys: Tensor, position: int | Tensor) -> Tensor:
     """One token per row, with probability proportional to its weight (two-heat exponential race, see the module).
 
     Args:
@@ -162,7 +163,12 @@ def draw(weights: Tensor, keys: Tensor, position: int) -> Tensor:
 
 
 def next_tokens(
-    logits: Tensor, keys: Tensor, position: int, sampling: SamplingConfig, token_ids: Tensor, token_mask: Tensor
+    logits: Tensor,
+    keys: Tensor,
+    position: int | Tensor,
+    sampling: SamplingConfig,
+    token_ids: Tensor,
+    token_mask: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Choose each row's next token.
 
