@@ -210,6 +210,7 @@ def tables(found: dict[str, Any]) -> str:
         f"{found['date']}, {driver}{versions}, commit {about['commit'] or 'unknown'}{changed}.",
         "",
     ]
+    lines += [found["note"], ""] if "note" in found else []
     lines += [_row("stage", "result", "seconds"), "|---|---|---|"]
     for name, stage in stages.items():
         lines.append(_row(name, "fine" if stage["fine"] else stage["failure"].splitlines()[-1][:200], stage["seconds"]))

@@ -121,7 +121,7 @@ def planted() -> dict:
     }
     stages = {name: {"fine": True, "seconds": 1.0, "figures": found} for name, found in figures.items()}
     stages["tests"] = {"fine": False, "seconds": 2.0, "failure": "1 failed, 20 passed"}
-    return {"machine": about, "date": "2026-01-01", "tiny": False, "stages": stages}
+    return {"machine": about, "date": "2026-01-01", "tiny": False, "note": "By hand.", "stages": stages}
 
 
 def test_tables_have_every_figure(checks, tmp_path):
@@ -129,6 +129,7 @@ def test_tables_have_every_figure(checks, tmp_path):
     for part in (
         "### NVIDIA A100, 79.3 GiB",
         "driver 580.1, CUDA 13.0, torch 2.11.0, deepspeed 0.19.8, transformers 5.17.0, commit abc1234.",
+        "commit abc1234.\n\nBy hand.\n\n| stage |",
         "| tests | 1 failed, 20 passed | 2.0 |",
         "| step 1, tokens/s | 200 (100 - 300) |",
         "| step 3, answers/s | 8.50 (8.00 - 9.00) | generate 4.00 s, score 1.00 s, train 3.00 s; DeepSpeed-Chat",

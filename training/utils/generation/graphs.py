@@ -107,11 +107,11 @@ class _Steps:
         for moved in (self.positions, self.column, self.number):
             moved += 1
 
-    def run(self, count: int, step: Callable[[], None], pool: Any) -> int:
+    def run(self, count: int, step: Callable[[], None]) -> int:
         """Make the steps, by a graph on a GPU; ends early where too few rows are left. Returns how many were made."""
         beat()
         if self.seen.is_cuda:
-            step = self._captured(step, pool) if count > 1 else step
+            step = self._captured(step) if count > 1 else step
         else:
             step()
         for made in range(1, count):
@@ -123,15 +123,18 @@ class _Steps:
             step()
         return count
 
-    def _captured(self, step: Callable[[], None], pool: Any) -> Callable[[], None]:
-        """Make one step, then a graph of it; returns what makes the next ones."""
+    def _captured(self, step: Callable[[], None]) -> Callable[[], None]:
+        """Make one step, then a graph of it; returns what makes the next ones.
+
+        Each graph has memory of its own: torch 2.11 fails where a pool is taken whose graphs are gone.
+        """
         stream = torch.cuda.Stream(self.seen.device)
         stream.wait_stream(torch.cuda.current_stream(self.seen.device))
         with torch.cuda.stream(stream):
             step()
         torch.cuda.current_stream(self.seen.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):  # NCCL has threads
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # NCCL has threads
             step()
         return graph.replay
 
@@ -158,7 +161,6 @@ def decode_still(
         cache: all in reserved memory, with `COLUMNS_ALIGNED` columns to spare, prompts in it.
         stop_ids: [S] on the device.
     """
-    pool = torch.cuda.graph_pool_handle() if stop_ids.is_cuda else None
     while rows is not None and first < sampling.max_new_tokens:
         count = min(TOKENS_OF_A_GRAPH, sampling.max_new_tokens - first)
         steps = _Steps(model, cache, rows, first, count)
@@ -166,7 +168,7 @@ def decode_still(
         def step(steps: _Steps = steps) -> None:
             steps.once(sampling, stop_ids, out)
 
-        made = steps.run(count, step, pool)
+        made = steps.run(count, step)
         first += made
         rows = steps.rest(made)
 
