@@ -69,6 +69,8 @@ SFT_MEANS = {
         ("ddp", "", {"--zero_stage": 0, "--offload": False}),
         ("3d", "--tp 1 --zero_stage 1 --zero_cpu_offload", {"--zero_stage": 1, "--offload": True}),
         ("3d", "--tp 2 --zero_stage 2", {"--zero_stage": 2, "--tensor_parallel": 2}),
+        ("3d", "--sp 2 --sp_mode all_to_all --zero_stage 1", {"--zero_stage": 1, "--sequence_parallel": 2}),
+        ("zero2", "--sp 2", {"--zero_stage": 2, "--sequence_parallel": 1}),
         ("zero2", "--grad_checkpoint", {"--zero_stage": 2, "--gradient_checkpointing": True}),
         ("zero2", "--use_flash_attn", {"--zero_stage": 2, "--attn_implementation": "flash_attention_2"}),
         ("zero2", "--grad_clip 0.5", {"--zero_stage": 2, "--deepspeed_config": '{"gradient_clipping": 0.5}'}),
@@ -233,7 +235,8 @@ def test_preparing_data_is_looking_at_it(tmp_path):
     ("text", "words"),
     [
         ("train_sft.py --pretrain A --dataset d --plugin 3d --pp 4", ["--pp 4", "no pipeline", "--batch_size 1 for 4"]),
-        ("train_sft.py --pretrain A --dataset d --plugin 3d --sp 4 --pp 2", ["--pp 2 --sp 4", "pipeline and sequence"]),
+        ("train_sft.py --pretrain A --dataset d --plugin 3d --sp 4 --pp 2", ["--pp 2: no pipeline parallelism"]),
+        (PPO + " --plugin 3d --sp 4 --pp 2", ["--pp 2 --sp 4", "pipeline and sequence"]),
         (PPO + " --plugin 3d --pp 4 --tp 2 --experience_batch_size 8", ["--experience_batch_size 2 for 8"]),
         (PPO, ["2 x --experience_batch_size 16 = 32", "16 x --accumulation_steps 8 = 128", "nearest is "
                "--accumulation_steps 2"]),

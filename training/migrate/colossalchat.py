@@ -23,6 +23,7 @@ PLUGINS = {
 }
 PLUGIN_3D = "it counts with --plugin 3d, and alone there"
 WIDTHS = {"--tp": "tensor", "--pp": "pipeline", "--sp": "sequence"}
+OUR_WIDTHS = {"--tp": "--tensor_parallel", "--sp": "--sequence_parallel"}  # a program without the flag refuses it
 
 # What all of its training scripts take
 COMMON: dict[str, OtherFlag] = {
@@ -166,9 +167,11 @@ def settle_plugin(t: Translation, stages: Sequence[str], batches: Sequence[str])
     """The plugin as ZeRO stages; ``batches`` are their flags of rows per group of ranks."""
     plugin = t.theirs("--plugin")
     if plugin == "3d":
-        if (ranks := t.theirs("--tp")) > 1:
-            t.set("--tensor_parallel", ranks, f"--tp {ranks}")
-        refused = [name for name in WIDTHS if name != "--tp" and t.theirs(name) > 1]
+        ours = {name: flag for name, flag in OUR_WIDTHS.items() if flag in t.defaults}
+        for name, flag in ours.items():
+            if (ranks := t.theirs(name)) > 1:
+                t.set(flag, ranks, f"{name} {ranks}")
+        refused = [name for name in WIDTHS if name not in ours and t.theirs(name) > 1]
         width = math.prod(t.theirs(name) for name in refused)
         wide = [f"{name} {t.theirs(name)}" for name in refused]
         if width > 1:

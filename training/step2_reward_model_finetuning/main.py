@@ -63,8 +63,9 @@ from training.utils.data import pair_micro_batches, rankings_of  # noqa: E402
 from training.utils.engine import engine as engines, precision  # noqa: E402
 from training.utils.engine.tensor_parallel import divide_model  # noqa: E402
 from training.utils.engine.zero_config import read_user_config  # noqa: E402
-from training.utils.fine_tuning import build_engine, open_run, step_metrics  # noqa: E402
+from training.utils.fine_tuning import FineTuning, build_engine, open_run, step_metrics  # noqa: E402
 from training.utils.memory.training import show_sequence_plan  # noqa: E402
+from training.utils.metrics import MetricsLogger  # noqa: E402
 from training.utils.model import classifiers, loading  # noqa: E402
 from training.utils.model.limits import check_length, divide_rows  # noqa: E402
 from training.utils.model.lora import check_lora  # noqa: E402
@@ -155,33 +156,42 @@ def main(argv: Sequence[str]) -> int:
     tuning.save(engine, tuning.output_dir)
     phases.end("save", "judging the held-out pairs with the saved model")
 
-    # The numbers that step 3 relies on come from the model on disk, in the precision step 3 uses
-    frozen = engines.load_frozen_scorer(
-        str(tuning.output_dir),
-        zero_stage=ds.zero_stage,
-        offload=ds.offload,
-        device=device,
-        tensor_parallel=ds.tensor_parallel,
-        **made,
-    )
-    pairs = held_out_rewards(frozen, rows.held_out, *eval_batch)
-    weighed = pair_weights(rows.held_out)
+    results = {"accuracy_before": progress["before"]["accuracy"]} | judge_saved(tuning, logger, made, eval_batch)
+    tuning.finish("reward", model_args.model_name_or_path or model_path, results)
+    return 0
+
+
+def judge_saved(
+    tuning: FineTuning, logger: MetricsLogger, made: dict[str, Any], eval_batch: Sequence[Any]
+) -> dict[str, Any]:
+    """The numbers that step 3 relies on, of the model on disk in the precision step 3 uses; writes reward_stats.json.
+
+    Args:
+        made: how the model is loaded, see `classifiers.load_classifier`.
+        eval_batch: what `held_out_rewards` takes after the rows.
+
+    Returns:
+        the verdict on the held-out pairs, as `judgement` has it.
+    """
+    held_out, ds = tuning.rows.held_out, tuning.flags.ds
+    loaded: dict[str, Any] = {"zero_stage": ds.zero_stage, "offload": ds.offload, "tensor_parallel": ds.tensor_parallel}
+    frozen = engines.load_frozen_scorer(str(tuning.output_dir), device=tuning.device, **loaded, **made)
+    pairs = held_out_rewards(frozen, held_out, *eval_batch)
+    weighed = pair_weights(held_out)
     after = pair_metrics(pairs, weighed)
-    phases.end("evaluate")
+    tuning.phases.end("evaluate")
     logger.log(tuning.total_steps, {f"eval/{name}": value for name, value in after.items()})
     logger.close()
     # Of a ranking the first pair, which is its best answer against its worst
-    stats = RewardStats.of([pairs[mine.start] for mine in rankings_of(rows.held_out)], model_args.dtype)
+    stats = RewardStats.of([pairs[mine.start] for mine in rankings_of(held_out)], made["dtype"])
     if line := stats.line():
         say(line)
-    longer = length_accuracy(rows.held_out, weighed)
-    judged = judgement(pairs, rows.held_out["rejected_kind"][:], longer, weighed)
+    longer = length_accuracy(held_out, weighed)
+    judged = judgement(pairs, held_out["rejected_kind"][:], longer, weighed)
     say(told(judged))
     if is_main():
         stats.write(tuning.output_dir)
-    results = {"accuracy_before": progress["before"]["accuracy"], **judged}
-    tuning.finish("reward", model_args.model_name_or_path or model_path, results)
-    return 0
+    return judged
 
 
 if __name__ == "__main__":
