@@ -220,6 +220,12 @@ CASES = [
         ["--vllm_python", "no such interpreter"],
     ),
     Case(
+        "vLLM beside ranks that hold a model together",
+        3,
+        lambda w: _rl(w, "--rollout_engine", "vllm", "--tensor_parallel", "2"),
+        ["--rollout_engine vllm", "--tensor_parallel"],
+    ),
+    Case(
         "an interpreter without vLLM",
         "generate",
         lambda w: _generate(w, "--rollout_engine", "vllm", "--vllm_python", sys.executable),

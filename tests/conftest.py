@@ -38,6 +38,12 @@ LONG = (
     "step3/test_trajectories.py",
     "test_families.py",
     "gpu/test_steps.py",
+    "dpo/test_main.py",
+    "utils/engine/test_tensor_parallel.py",
+    "utils/engine/test_sequence_parallel.py",
+    "utils/engine/test_four_bit.py",
+    "inference/test_generate.py",
+    "test_examples.py",
 )
 
 

@@ -65,6 +65,7 @@ def trained(
     stage: int,
     dtype: str = "fp32",
     lora: bool = False,
+    base_bits: int = 0,
     checkpointing: bool = False,
     micro_batch: int = 2,
     steps: int = 2,
@@ -76,7 +77,7 @@ def trained(
         step: 1, 2 or ``dpo``.
         path: of a causal LM.
         ranks: that share a row.
-        stage, dtype, lora, checkpointing: as the flags.
+        stage, dtype, lora, base_bits, checkpointing: as the flags.
         micro_batch: rows (pairs) of each share.
         fault: gradients are averaged over shares of the rows, not over ranks.
     """
@@ -84,14 +85,16 @@ def trained(
     share_rows(ranks)
     attention = sequence_parallel.ULYSSES if ranks > 1 else "sdpa"
     load: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
+    bits = {"base_bits": base_bits}
     config = deepspeed_config(zero_stage=stage, dtype=dtype, overrides=TINY_SHARDS)
     try:
         torch.manual_seed(0)
         model: Any
         if step == 2:
-            model = classifiers.load_classifier(path, pad_token_id=PAD, ds_config=config, fresh_head_seed=0, **load)
+            more: dict[str, Any] = load | bits | {"pad_token_id": PAD, "fresh_head_seed": 0}
+            model = classifiers.load_classifier(path, ds_config=config, **more)
         else:
-            model = loading.load_causal_lm(path, ds_config=config, **load)
+            model = loading.load_causal_lm(path, ds_config=config, **load, **bits)
         if lora:
             torch.manual_seed(0)
             model = with_adapters(model, LoraArguments(4, "q_proj,down_proj", True))

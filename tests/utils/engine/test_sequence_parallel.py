@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from tests.families import FAMILIES as SHAPES, save
+from tests.marks import slow
 from tests.utils.engine.sequence_checks import (
     beside,
     greedy,
@@ -72,11 +73,21 @@ ALL = [
 
 
 def settings_of_whole(settings):
-    return {name: settings[name] for name in ("lora", "dtype", "micro_batch") if name in settings} | {"stage": 1}
+    kept = ("lora", "base_bits", "dtype", "micro_batch")
+    return {name: settings[name] for name in kept if name in settings} | {"stage": 1}
 
 
 @pytest.mark.parametrize(("step", "settings"), CASES)
 def test_divided_rows_train_as_whole_ones(rank_pair, tiny_model, whole, step, settings):
+    expected = whole(step, **settings_of_whole(settings))
+    for found in rank_pair.run(trained, step, str(tiny_model), ranks=2, **settings):
+        assert difference(found, expected) < TOLERANCE["fp32"]
+
+
+@pytest.mark.parametrize(("step", "stage"), [(1, 3), slow(2, 1), slow("dpo", 2)])
+def test_divided_rows_train_adapters_on_a_base_in_4_bits(rank_pair, tiny_model, whole, step, stage):
+    pytest.importorskip("bitsandbytes", reason="requirements-optional.txt")
+    settings = {"stage": stage, "lora": True, "base_bits": 4}
     expected = whole(step, **settings_of_whole(settings))
     for found in rank_pair.run(trained, step, str(tiny_model), ranks=2, **settings):
         assert difference(found, expected) < TOLERANCE["fp32"]
