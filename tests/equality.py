@@ -2,6 +2,7 @@
 
     python -m tests.equality            prints the table of docs/results.md (about a quarter of an hour)
     python -m tests.equality 4          its rows of bases in 4 bits, which need bitsandbytes
+    python -m tests.equality divided    its rows of two ranks that take a row together (--sequence_parallel)
 
 A case is a step trained for a few optimizer steps on eight fixed rows, over ZeRO stage, ranks, accumulation, full or
 LoRA, precision and offload. Its losses are held against those of one rank, without accumulation and offload, at ZeRO 0
@@ -10,10 +11,11 @@ in fp32 and at ZeRO 1 in bf16. Runs in this process (one rank) and on the rank p
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,7 @@ from training.utils.arguments import DPOArguments, LoraArguments
 from training.utils.data import SIDES
 from training.utils.engine import engine as engines
 from training.utils.engine.reference import load_reference
+from training.utils.engine.sequence_parallel import ULYSSES
 from training.utils.engine.zero_config import deepspeed_config
 from training.utils.generation.requests import RolloutBackend, RolloutBatch, RolloutRequest
 from training.utils.generation.sampling import SamplingConfig
@@ -49,7 +52,7 @@ from training.utils.model import classifiers, loading
 from training.utils.model.language_modelling import negative_log_likelihood
 from training.utils.model.lora import with_adapters
 from training.utils.model.reward_model import RewardStats
-from training.utils.run.distributed import data_rank, data_size, init_distributed, reduce_sums
+from training.utils.run.distributed import data_rank, data_size, init_distributed, reduce_sums, share_rows
 from training.utils.run.runtime import prepare_runtime
 
 # Largest difference of a loss, relative to the larger of it and 1; bf16 weights have three digits.
@@ -72,10 +75,12 @@ class Case:
     tensor_parallel: int = 1
     served: bool = False  # step 3's rollouts come from a process with weights of its own
     base_bits: int = 0
+    sequence_parallel: int = 1
 
     def baseline(self) -> Case:
         """What its losses are held against."""
-        stage, plain = 0 if self.dtype == "fp32" else 1, replace(self, tensor_parallel=1, served=False)
+        stage = 0 if self.dtype == "fp32" else 1
+        plain = replace(self, tensor_parallel=1, sequence_parallel=1, served=False)
         return replace(plain, zero_stage=stage, ranks=1, accumulation=1, offload=False)
 
 
@@ -92,6 +97,8 @@ FACTORS: dict[str, Sequence[Any]] = {
 POSSIBLE = (Case(*values) for values in itertools.product(*FACTORS.values()))
 ALL = [case for case in POSSIBLE if case.tensor_parallel == 1 or (case.ranks == 2 and not case.lora)]
 FOUR_BIT = [replace(case, base_bits=4) for case in ALL if case.lora]
+ON_TWO = [case for case in ALL if (case.ranks, case.tensor_parallel) == (2, 1)]
+DIVIDED = [replace(case, sequence_parallel=2) for case in ON_TWO if case.step != 3]
 SERVED = [replace(case, served=True) for case in ALL if (case.step, case.dtype, case.tensor_parallel) == (3, "fp32", 1)]
 
 
@@ -131,7 +138,9 @@ def train_sequences(case: Case, path: str, fault: bool = False) -> list[float]:
         tensor_parallel=case.tensor_parallel,
         overrides=TINY_SHARDS,
     )
-    made: dict[str, Any] = {"dtype": case.dtype, "ds_config": config, "base_bits": case.base_bits}
+    attention = ULYSSES if case.sequence_parallel > 1 else "sdpa"
+    made: dict[str, Any] = {"dtype": case.dtype, "attn_implementation": attention}
+    made |= {"ds_config": config, "base_bits": case.base_bits}
     model: Any
     if case.step == 2:
         model = classifiers.load_classifier(path, pad_token_id=PAD, **made)
@@ -145,7 +154,7 @@ def train_sequences(case: Case, path: str, fault: bool = False) -> list[float]:
         wrapped.to(device), config, learning_rate=3e-3, weight_decay=0.1, num_warmup_steps=0, total_steps=100
     )
     if case.step == "dpo":
-        copied: dict[str, Any] = {"dtype": case.dtype, "attn_implementation": "sdpa", "offload": case.offload}
+        copied: dict[str, Any] = {"dtype": case.dtype, "attn_implementation": attention, "offload": case.offload}
         copied["tensor_parallel"] = case.tensor_parallel
         frozen = load_reference(path, adapters_only=case.lora, zero_stage=case.zero_stage, device=device, **copied)
         preferences = Preferences(engine, frozen, DPOArguments())
@@ -241,10 +250,22 @@ def train_ppo(case: Case, path: str, reward_path: str, fault: bool = False) -> l
     return losses
 
 
+@contextlib.contextmanager
+def shared_rows(ranks: int) -> Iterator[None]:
+    """Inside, so many ranks take each row together; with 1 all stays as it is."""
+    if ranks > 1:
+        share_rows(ranks)
+    try:
+        yield
+    finally:
+        if ranks > 1:
+            share_rows(1)
+
+
 def run_case(values: dict[str, Any], path: str, reward_path: str, fault: bool = False) -> list[float]:
     """Losses of a case, on as many ranks as there are."""
     case = Case(**values)
-    with divided(case.tensor_parallel, path, reward_path):
+    with divided(case.tensor_parallel, path, reward_path), shared_rows(case.sequence_parallel):
         if case.step == 3:
             return train_ppo(case, path, reward_path, fault)
         return train_sequences(case, reward_path if case.step == 2 else path, fault)
@@ -286,7 +307,9 @@ def table(matrix: Matrix, cases: Iterable[Case] = ALL) -> str:
     groups: dict[tuple, dict[int, list[float]]] = {}
     for case in cases:
         full = "full" if case.tensor_parallel == 1 else "full, held by two ranks"
+        rows = ", rows divided" if case.sequence_parallel > 1 else ""
         weights = "4-bit base" if case.base_bits else "LoRA" if case.lora else full
+        weights += rows
         row = groups.setdefault((case.step, weights, case.dtype), {})
         row.setdefault(case.zero_stage, []).append(matrix.difference(case))
     lines = [
@@ -307,7 +330,8 @@ def main(argv: Sequence[str]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = save_tiny_model(Path(folder) / "model")
             reward = save_tiny_reward_model(str(path), Path(folder) / "reward")
-            print(table(Matrix(path, reward, pair), FOUR_BIT if argv == ["4"] else ALL))
+            cases = {"4": FOUR_BIT, "divided": DIVIDED}.get(" ".join(argv), ALL)
+            print(table(Matrix(path, reward, pair), cases))
     finally:
         pair.close()
 

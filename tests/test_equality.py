@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.equality import ALL, SERVED, TOLERANCE, Case, Matrix, pairs_of, pairwise
+from tests.equality import ALL, DIVIDED, SERVED, TOLERANCE, Case, Matrix, pairs_of, pairwise
 from tests.hardware import computes_bf16
 from tests.step3.hybrid_checks import save_tiny_reward_model
 
@@ -57,6 +57,16 @@ def served(monkeypatch):
 @pytest.mark.parametrize("lora", [False, True])
 def test_rollouts_of_a_server_are_the_same(matrix, served, lora):
     different = {c: d for c in SERVED if c.lora == lora and (d := matrix.difference(c)) > TOLERANCE["fp32"]}
+    assert not different
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [1, 2, "dpo"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_rows_that_two_ranks_take_together_are_the_same(matrix, step, dtype):
+    cases = [case for case in DIVIDED if (case.step, case.dtype) == (step, dtype)]
+    assert len(cases) == 32
+    different = {case: d for case in cases if (d := matrix.difference(case)) > TOLERANCE[dtype]}
     assert not different
 
 
