@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 import time
 from typing import Any
 
@@ -25,7 +26,7 @@ from training.utils.engine.tensor_parallel import agree, is_divided
 from training.utils.errors import UserError
 from training.utils.generation.decode_attention import decode_attention_enabled
 from training.utils.generation.decode_loop import decode, seconds_since
-from training.utils.generation.graphs import Responses, stands_still
+from training.utils.generation.graphs import SWITCH, Responses, why_not
 from training.utils.generation.packed_linear import packed_linear
 from training.utils.generation.requests import RolloutBackend, RolloutBatch, RolloutRequest, assemble
 from training.utils.generation.sampling import SamplingConfig, penalise_repetition, row_keys
@@ -179,9 +180,8 @@ class FastBackend:
         """
         inner = without_adapters(model)
         if not _keeps_keys_and_values_alone(inner):
-            if not self._said:
-                say(f"{type(inner).__name__} keeps a state of its own while it decodes: --rollout_engine hf does it")
-                self._said = True
+            name = type(inner).__name__
+            self._say_once(f"{name} keeps a state of its own while it decodes: --rollout_engine hf does it")
             return HfBackend(self.synced).generate(model, request, sampling)
         rows, limit, device = len(request.prompt_ids), sampling.max_new_tokens, request.prompt_ids.device
         out = Responses(
@@ -189,18 +189,31 @@ class FastBackend:
             logprobs=torch.zeros(rows, limit, device=device),
             lengths=torch.full((rows,), limit, dtype=torch.long, device=device),
         )
+        still = sampling.repetition_penalty == 1.0 and self._by_graphs(inner, device)
         with contextlib.ExitStack() as stack:
             if self.pack_weights and rows and limit >= MIN_STEPS_TO_PACK:
                 stack.enter_context(packed_linear(inner, rows))
-            own_attention = (
-                self.decode_attention and not self.synced and stack.enter_context(decode_attention_enabled(inner))
-            )
+            own_attention = self.decode_attention and not (self.synced or still)
+            own_attention = own_attention and stack.enter_context(decode_attention_enabled(inner))
             # DeepSpeed counts a step at the outermost module's forward, so the hooked model is called as a whole
             callee = model if self.synced else inner
-            still = self._by_graphs(inner, device) and sampling.repetition_penalty == 1.0
             decode(callee, request, sampling, out, transposed_keys=own_attention, synced=self.synced, still=still)
         return assemble(request, out.ids, out.lengths, out.logprobs, out.prefill_seconds)
 
     def _by_graphs(self, model: nn.Module, device: torch.device) -> bool:
+        """Whether a token's kernels are started at once: wanted, no ranks meet in a step, the family allows it."""
         wanted = device.type == "cuda" if self.graphs is None else self.graphs
-        return wanted and not self.synced and not is_divided(model) and stands_still(model)
+        if not wanted or self.synced or is_divided(model):
+            return False
+        if self.graphs is None and os.environ.get(SWITCH) == "0":
+            self._say_once(f"{SWITCH}=0: tokens are decoded without CUDA graphs")
+            return False
+        reason = why_not(model)
+        if reason:
+            self._say_once(f"{type(model).__name__} is decoded without CUDA graphs: {reason}")
+        return not reason
+
+    def _say_once(self, line: str) -> None:
+        if not self._said:
+            say(line)
+            self._said = True

@@ -8,20 +8,23 @@ on the device, which the step itself moves on. https://docs.pytorch.org/docs/sta
 
 A graph serves up to `TOKENS_OF_A_GRAPH` tokens of the rows it was made for. It lives no longer than the response, so
 it never sees weights that have been replaced. Before a graph is made its step runs once without, as CUDA wants it; that
-is a step like any other. On a CPU the same steps run without a graph, which serves the tests alone.
+is a step like any other. TRIPOD_CUDA_GRAPHS=0 in the environment decodes without graphs. On a CPU the same steps run
+without a graph, which serves the tests alone.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
+from transformers import Cache, DynamicCache
 
 from training.utils.generation.cache import decode_layers, keep_rows, make_cache
 from training.utils.generation.decode_attention import within_rounding
@@ -32,10 +35,14 @@ from training.utils.run.watchdog import beat
 TOKENS_OF_A_GRAPH = 256
 # Fewer tokens than this are not worth a graph, nor is it worth one to leave ended rows behind for so few.
 TOKENS_WORTH_A_GRAPH = 32
+# Of so few rows the weights are what a step reads: a graph of fewer would be no faster.
+FEW_ROWS = 8
 # The host asks who is still going once in so many tokens: a question waits for the device, a token too many is idle.
 LOOK_EVERY = 8
 # Matrix kernels want rows of a mask to begin at multiples of so many numbers.
 COLUMNS_ALIGNED = 8
+
+SWITCH = "TRIPOD_CUDA_GRAPHS"
 
 
 @dataclass
@@ -104,8 +111,9 @@ class _Steps:
         out.lengths[self.places] = torch.where(ends, self.number + 1, out.lengths[self.places])
         self.going &= ~ends
         self.ids.copy_(tokens[:, None])
-        for moved in (self.positions, self.column, self.number):
-            moved += 1
+        self.positions += self.going[:, None]  # those of ended rows stay where the model has a position
+        self.column += 1
+        self.number += 1
 
     def run(self, count: int, step: Callable[[], None]) -> int:
         """Make the steps, by a graph on a GPU; ends early where too few rows are left. Returns how many were made."""
@@ -117,8 +125,9 @@ class _Steps:
         for made in range(1, count):
             if made % LOOK_EVERY == 0:
                 beat()
-                left = int(self.going.sum())
-                if not left or (left <= len(self.going) // 2 and count - made >= TOKENS_WORTH_A_GRAPH):
+                left, lines = int(self.going.sum()), len(self.going)
+                few = lines > FEW_ROWS and left <= lines // 2 and count - made >= TOKENS_WORTH_A_GRAPH
+                if not left or few:
                     return made
             step()
         return count
@@ -128,7 +137,7 @@ class _Steps:
 
         Each graph has memory of its own: torch 2.11 fails where a pool is taken whose graphs are gone.
         """
-        stream = torch.cuda.Stream(self.seen.device)
+        stream = _side_stream(self.seen.device)
         stream.wait_stream(torch.cuda.current_stream(self.seen.device))
         with torch.cuda.stream(stream):
             step()
@@ -151,76 +160,127 @@ class _Steps:
         return Rows(*(tensor[kept] for tensor in state))
 
 
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures of a process: matrix kernels keep a workspace for every stream that they have been on."""
+    return torch.cuda.Stream(device)
+
+
 def decode_still(
     model: Any, cache: Cache, rows: Rows | None, first: int, sampling: SamplingConfig, stop_ids: Tensor, out: Responses
 ) -> None:
     """Decode from token number ``first`` on until every row has met a stop token or its limit, filling ``out``.
 
     Args:
-        model: a causal LM for which `stands_still` holds.
+        model: a causal LM for which `why_not` has no reason.
         cache: all in reserved memory, with `COLUMNS_ALIGNED` columns to spare, prompts in it.
         stop_ids: [S] on the device.
     """
     while rows is not None and first < sampling.max_new_tokens:
-        count = min(TOKENS_OF_A_GRAPH, sampling.max_new_tokens - first)
+        remaining = sampling.max_new_tokens - first
+        count = remaining if remaining < TOKENS_OF_A_GRAPH + TOKENS_WORTH_A_GRAPH else TOKENS_OF_A_GRAPH
         steps = _Steps(model, cache, rows, first, count)
 
         def step(steps: _Steps = steps) -> None:
             steps.once(sampling, stop_ids, out)
 
-        made = steps.run(count, step)
+        try:
+            made = steps.run(count, step)
+        except RuntimeError as error:
+            if stop_ids.is_cuda:
+                error.add_note(
+                    f"It happened while decoding by CUDA graphs; {SWITCH}=0 in the environment does without."
+                )
+            raise
         first += made
         rows = steps.rest(made)
 
 
-_still: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_reasons: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
-def stands_still(model: Any) -> bool:
-    """Whether a step of a model is the same kernels for every token: no sizes that grow, no questions to the device.
+def why_not(model: nn.Module) -> str:
+    """Why a step of this model is not the same kernels for every token; empty if it is. Tried once per model."""
+    if model not in _reasons:
+        _reasons[model] = _reason_of_its_family(model) or _reason_found(model)
+    return _reasons[model]
+
+
+def _reason_of_its_family(model: Any) -> str:
+    """What its class and its configuration say against it: sizes that grow, questions to the device.
 
     transformers says of a family that it can be compiled whole, and what it lays down for that is what a graph needs.
-    Not with 4-bit weights, nor rotary embeddings that change with the length. A small forward is compared once.
     """
-    takes = inspect.signature(model.forward).parameters
-    rotary = str(getattr(model.config, "rope_parameters", None) or getattr(model.config, "rope_scaling", None))
-    fits = (
-        getattr(model, "_can_compile_fullgraph", False)
-        and "position_ids" in takes
-        and getattr(model.config, "_attn_implementation", None) in ("sdpa", "eager")
-        and not any(kind in rotary for kind in ("dynamic", "longrope"))
-        and all(parameter.is_floating_point() for parameter in model.parameters())
-    )
-    if fits and model not in _still:
-        _still[model] = _gives_the_same(model)
-    return bool(fits) and _still[model]
+    config = model.config.get_text_config()
+    rotary = str(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None))
+    experts = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    reasons = {
+        "transformers does not compile it whole": not getattr(model, "_can_compile_fullgraph", False),
+        "it takes no position_ids": "position_ids" not in inspect.signature(model.forward).parameters,
+        "its positions are a bias made of a mask of tokens": bool(getattr(config, "alibi", False)),
+        "its rotary embedding changes with the length": "dynamic" in rotary or "longrope" in rotary,
+        "its experts take as many tokens as come": any(getattr(config, name, None) for name in experts),
+        "its attention is neither sdpa nor eager": getattr(config, "_attn_implementation", "") not in ("sdpa", "eager"),
+        "not all of its layers keep every token": not decode_layers(make_cache(model, 1, 1, 1, transposed_keys=False)),
+        "its weights are quantised": not all(p.is_floating_point() for p in model.parameters()),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
 
 
 @torch.no_grad()
-def _gives_the_same(model: Any) -> bool:
-    """Whether the logits of a token after a prompt, padded on the left, are those of a plain forward."""
-    weight = next(model.parameters())
-    ids = (torch.arange(1, 11).reshape(2, 5) % model.config.get_text_config().vocab_size).to(weight.device)
+def _reason_found(model: Any) -> str:
+    """What a few tokens show: other logits than a plain forward's, or an operation that waits for the device.
+
+    The prompts are padded on the left, and several tokens follow: a mask that is lost makes a difference, and so does
+    a position that the host counts.
+    """
+    weight, prompt, tokens = next(model.parameters()), 4, 3
+    ids = torch.arange(1, 2 * (prompt + tokens) + 1, device=weight.device).reshape(2, -1)
+    ids = ids % model.config.get_text_config().vocab_size
     mask = torch.ones_like(ids)
     mask[0, :2] = 0
     positions, everyone = (mask.cumsum(1) - 1).clamp(min=0), torch.arange(2, device=weight.device)
 
-    def forward(columns: slice, cache: Cache) -> Tensor:
-        inputs = {"input_ids": ids[:, columns], "attention_mask": mask[:, : columns.stop]}
-        return model(**inputs, position_ids=positions[:, columns], past_key_values=cache, use_cache=True).logits[:, -1]
+    def plain(columns: slice, cache: Cache) -> Tensor:
+        inputs = {"attention_mask": mask[:, : columns.stop], "position_ids": positions[:, columns]}
+        return model(ids[:, columns], **inputs, past_key_values=cache, use_cache=True).logits[:, -1].float()
 
-    def after_the_prompt() -> Cache:
-        cache = make_cache(model, 2, 4, 1 + COLUMNS_ALIGNED, transposed_keys=False)
-        for layer in decode_layers(cache):
-            layer.aim(0, 0, everyone, everyone)
-        forward(slice(0, 4), cache)
-        for layer in decode_layers(cache):
-            layer.one_token_each()
-        return cache
+    usual = DynamicCache(config=model.config)
+    plain(slice(0, prompt), usual)
+    expected = [plain(slice(column, column + 1), usual) for column in range(prompt, prompt + tokens)]
 
-    cache = after_the_prompt()
-    if not decode_layers(cache):
-        return False
-    rows = Rows(everyone, everyone, ids[:, 4], positions[:, 3], mask[:, :4])
-    other = _Steps(model, cache, rows, 0, 1).logits()
-    return within_rounding(other.float(), forward(slice(4, 5), after_the_prompt()).float(), weight.dtype)
+    cache = make_cache(model, 2, prompt, tokens + COLUMNS_ALIGNED, transposed_keys=False)
+    for layer in decode_layers(cache):
+        layer.aim(0, 0, everyone, everyone)
+    plain(slice(0, prompt), cache)
+    for layer in decode_layers(cache):
+        layer.one_token_each()
+    rows = Rows(everyone, everyone, ids[:, prompt], positions[:, prompt - 1], mask[:, :prompt])
+    steps, found = _Steps(model, cache, rows, 0, tokens), []
+    for number in range(tokens):
+        steps.ids.copy_(ids[:, prompt + number, None])
+        try:
+            with _no_waiting(number > 0 and weight.is_cuda):  # a model may settle things at its first token
+                found.append(steps.logits().float())
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        steps.positions += 1
+        steps.column += 1
+    same = within_rounding(torch.stack(found), torch.stack(expected), weight.dtype)
+    return "" if same else "its logits are others when a step stands still"
+
+
+@contextlib.contextmanager
+def _no_waiting(on: bool) -> Iterator[None]:
+    """Inside, what makes the host wait for a GPU is an error, as it would be in a capture."""
+    if not on:
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)

@@ -140,7 +140,7 @@ def truncate(scores: Tensor, top_k: int, top_p: float) -> None:
     if top_p < 1.0:
         ascending, order = scores.sort(dim=-1)
         excluded = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
-        excluded[:, -1] = False
+        excluded[:, -1].fill_(False)
         scores.masked_fill_(torch.zeros_like(excluded).scatter_(1, order, excluded), -math.inf)
 
 
