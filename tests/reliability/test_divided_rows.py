@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.marks import slow
 from tests.reliability.tiny_runs import metrics, step_arguments
 
 DIVIDED = ("--sequence_parallel", "2")
@@ -38,24 +39,24 @@ def assert_alike(found: Path, expected: Path) -> None:
 
 @pytest.mark.parametrize(
     ("step", "stage"),
-    [(1, "2"), pytest.param(2, "3", marks=pytest.mark.slow), pytest.param("dpo", "3", marks=pytest.mark.slow)],
+    [(1, "2"), slow(2, "3"), slow("dpo", "3")],
 )
 def test_a_run_with_divided_rows_equals_one_with_whole_rows(launcher, inputs, tmp_path, step, stage):
-    slow = ("--learning_rate", "1e-4")
-    run(launcher, inputs, step, tmp_path / "whole", 1, *KIND[step], *slow)
-    text = run(launcher, inputs, step, tmp_path / "divided", 2, *DIVIDED, "--zero_stage", stage, *KIND[step], *slow)
+    small = ("--learning_rate", "1e-4")
+    run(launcher, inputs, step, tmp_path / "whole", 1, *KIND[step], *small)
+    text = run(launcher, inputs, step, tmp_path / "divided", 2, *DIVIDED, "--zero_stage", stage, *KIND[step], *small)
     assert_alike(tmp_path / "divided", tmp_path / "whole")
     assert step == 1 or "each by itself" in text
 
 
 def test_a_run_goes_on_with_rows_that_are_no_longer_divided(launcher, inputs, tmp_path):
-    slow = ("--learning_rate", "1e-4", "--max_seq_len", "480")
-    run(launcher, inputs, 1, tmp_path / "whole", 1, *slow)
+    small = ("--learning_rate", "1e-4", "--max_seq_len", "480")
+    run(launcher, inputs, 1, tmp_path / "whole", 1, *small)
     output = tmp_path / "other"
-    arguments = step_arguments(1, inputs, output, *slow, *DIVIDED)
+    arguments = step_arguments(1, inputs, output, *small, *DIVIDED)
     fault = {"kind": "raise", "step": 3}
     launched = launcher.start_ranks(1, arguments, output.with_suffix(".log"), 2, fault)
     assert all(one.wait() != 0 for one in launched), launched[0].text()[-3000:]
-    text = run(launcher, inputs, 1, output, 2, *slow, "--per_device_train_batch_size", "1")
+    text = run(launcher, inputs, 1, output, 2, *small, "--per_device_train_batch_size", "1")
     assert "going on from" in text
     assert_alike(output, tmp_path / "whole")

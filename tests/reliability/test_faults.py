@@ -435,7 +435,7 @@ def assert_close(step, one, other):
 
 @pytest.mark.parametrize(
     ("ranks", "more"),
-    [slow(2, ()), (0, ("--zero_stage", "3")), slow(2, ("--zero_stage", "2")), (2, ("--tensor_parallel", "2"))],
+    [slow(2, ()), slow(0, ("--zero_stage", "3")), slow(2, ("--zero_stage", "2")), (2, ("--tensor_parallel", "2"))],
 )
 def test_other_ranks_or_another_stage_go_on_and_say_so(launcher, inputs, whole, stopped, tmp_path, ranks, more):
     output = stopped(tmp_path / "out")

@@ -146,7 +146,7 @@ def killed_at_file_call(
     return output
 
 
-@pytest.mark.parametrize("step", [slow(1), slow(2), "dpo", 3])
+@pytest.mark.parametrize("step", [slow(1), slow(2), slow("dpo"), 3])
 def test_a_kill_while_finishing_changes_nothing(launcher, inputs, tmp_path, step):
     """From the last checkpoint on, where files are moved to where they stay; `file_calls_survived` takes all calls."""
     whole, calls = file_calls(launcher, inputs, step, tmp_path)

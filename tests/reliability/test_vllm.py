@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.marks import slow
 from tests.reliability.test_kills import assert_same, killed_and_resumed, uninterrupted
 from tests.reliability.tiny_runs import step_arguments
 
@@ -41,9 +42,9 @@ def requests_before(iteration: int) -> int:
 @pytest.mark.parametrize(
     ("dies_at", "stopped"),
     [
-        (requests_before(1) + 1, "stopped after step 1"),  # rollouts
+        slow(requests_before(1) + 1, "stopped after step 1"),  # rollouts
         (requests_before(1) + 2, "stopped after step 2"),  # the evaluation after them
-        pytest.param(1, "stopped after step 0", marks=pytest.mark.slow),  # the first evaluation
+        slow(1, "stopped after step 0"),  # the first evaluation
     ],
 )
 def test_its_death_ends_the_run_with_a_checkpoint_and_its_last_lines(inputs, served, tmp_path, dies_at, stopped):

@@ -35,6 +35,7 @@ def test_ninety_five_percent_of_the_optimum_with_lora_at_zero_3(toy_models):
     check(toy_models, seed=0, lora=8, stage=3, advantage="grpo")  # a critic would double the time
 
 
+@pytest.mark.slow
 def test_a_reward_that_is_flat_above_half_is_not_climbed(toy_models):
     """The bound can be missed: with the reward clipped at half the optimum nothing pulls the policy higher."""
     with pytest.raises(AssertionError, match="0\\."):

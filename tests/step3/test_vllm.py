@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.marks import slow
 from tests.step3.hybrid_checks import prompts, request, save_tiny_reward_model, trajectory
 from tests.step3.vllm_checks import before_and_after, killed_on_rank_1, sampled, server
 from training.utils.errors import UserError
@@ -35,7 +36,7 @@ def log_probs_agree(one, other):
 
 @pytest.mark.parametrize(
     ("stage", "lora"),
-    [(0, 4), (3, 0), (3, 4), *(pytest.param(s, r, marks=pytest.mark.slow) for s, r in ((0, 0), (1, 4), (2, 0)))],
+    [(0, 4), (3, 0), *(slow(s, r) for s, r in ((3, 4), (0, 0), (1, 4), (2, 0)))],
 )
 def test_greedy_tokens_equal_before_and_after_steps_on_two_ranks(tiny_model, rank_pair, stage, lora):
     results = rank_pair.run(before_and_after, str(tiny_model), stage=stage, lora=lora)
@@ -46,7 +47,7 @@ def test_greedy_tokens_equal_before_and_after_steps_on_two_ranks(tiny_model, ran
             torch.testing.assert_close(seen["logprobs"]["vllm"], seen["logprobs"]["fast"], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(("stage", "lora"), [(3, 4), pytest.param(2, 0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("stage", "lora"), [(3, 4), slow(2, 0)])
 def test_ppo_is_the_same_as_with_fast(tiny_model, rank_pair, tmp_path, stage, lora):
     reward = str(save_tiny_reward_model(str(tiny_model), tmp_path / "reward"))
     own, served = (

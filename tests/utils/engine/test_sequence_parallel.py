@@ -57,7 +57,7 @@ def whole(tiny_model):
 
 
 CASES = [
-    (1, {"stage": 2}),
+    slow(1, {"stage": 2}),
     (1, {"stage": 3, "lora": True, "checkpointing": True}),
     (2, {"stage": 1, "lora": True}),
     ("dpo", {"stage": 3, "micro_batch": 3}),
@@ -227,7 +227,7 @@ def test_log_probs_of_the_output_layer_in_pieces_have_the_gradients_of_all_logit
         assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("classifier", [False, True])
+@pytest.mark.parametrize("classifier", [False, slow(True)])
 def test_the_plan_counts_a_rank_s_share_of_the_rows(rank_pair, tiny_model, monkeypatch, classifier):
     peaks = {}
     for ranks, attention in ((1, "sdpa"), (2, sequence_parallel.ULYSSES)):

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.families import save as save_family
+from tests.marks import slow
 from tests.rank_pair import RankPair
 from tests.tiny import save_tiny_model
 from tests.utils.checkpoint.resume_checks import interrupted_divided, resumed_divided, resumed_elsewhere
@@ -80,7 +81,7 @@ def test_saved_model_is_whole_and_the_engine(untied_model, rank_pair, tmp_path, 
     torch.testing.assert_close(again, first["log_probs"], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [slow(1), 3])
 def test_goes_on_bit_for_bit_and_closely_with_another_number(tiny_model, rank_pair, tmp_path, stage):
     """From two ranks that hold a model to the same, to one rank, and to two ranks with a whole model each."""
     folder, kind = str(tmp_path / "c"), {"dtype": "fp32"}
