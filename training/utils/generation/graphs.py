@@ -118,8 +118,8 @@ class _Steps:
     def run(self, count: int, step: Callable[[], None]) -> int:
         """Make the steps, by a graph on a GPU; ends early where too few rows are left. Returns how many were made."""
         beat()
-        if self.seen.is_cuda:
-            step = self._captured(step) if count > 1 else step
+        if self.seen.is_cuda and count > 1:
+            step = self._captured(step)
         else:
             step()
         for made in range(1, count):
