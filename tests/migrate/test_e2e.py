@@ -4,10 +4,12 @@ import pytest
 
 import train
 from training.migrate import e2e
+from training.migrate.e2e_scripts import SCRIPTS
 from training.migrate.predecessors import others_of
-from training.migrate.translate import translate
+from training.migrate.translate import OURS, translate
 from training.utils import arguments
 from training.utils.errors import UserError
+from training.utils.run.recipes import flags_of, read_recipe
 
 
 @pytest.fixture(autouse=True)
@@ -110,3 +112,45 @@ def test_every_flag_of_theirs_is_taken_and_said():
     assert "python -m training.migrate" in told[-1]
     assert not arguments.told_others(["--seed", "1", "--local_rank=0"], others_of("step1"))
     assert len(arguments.told_others(["--deepspeed"], others_of("step1"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("step", "deployment", "size"), [(step, *key) for step, scripts in SCRIPTS.items() for key in scripts]
+)
+def test_a_script_s_step_is_what_its_own_command_would_be(step, deployment, size):
+    """train.py's flags of a step, those of its recipe before them, against the translation of the script's command."""
+    models = {"--actor-model": "facebook/opt-1.3b", "--reward-model": "350m"}
+    models["--reward-model" if step == 2 else "--actor-model"] = size
+    e2e.HOSTFILE.write_text("a slots=3\n")
+    given = " ".join(f"{flag} {name}" for flag, name in models.items())
+    found = translate(f"python e2e_rlhf.py {given} --deployment-type {deployment}")
+    values = dict(zip(found.arguments, found.arguments[1:], strict=False))
+    ours, roles = OURS[f"step{step}"], {3: "--actor_model_name_or_path A --critic_model_name_or_path C"}
+    start = [*flags_of(read_recipe("start")[1][f"step{step}"], []), *roles.get(step, "--model_name_or_path M").split()]
+    parsed = [
+        arguments.parse(ours.groups, argv, prog="p", description="")
+        for argv in (
+            [*start, "--data_path", values["--data_path"], "--data_split", values["--data_split"],
+             *values[f"--step{step}_args"].split()],
+            translate(
+                f"deepspeed --num_gpus {values.get('--num_gpus', '1')} "
+                f"{next(p for p in e2e.STEP_PATHS if f'step{step}' in p)} "
+                f"{roles.get(step, '--model_name_or_path M')} {SCRIPTS[step][deployment, size]}",
+                "DeepSpeed-Chat",
+            ).arguments,
+        )
+    ]  # fmt: skip
+    assert parsed[0] == parsed[1]
+
+
+def test_stages_of_e2e_rlhf_count_before_a_script_s_and_an_unknown_script_is_named():
+    command = "python e2e_rlhf.py --actor-model 13b --reward-model 350m --deployment-type single_node"
+    found = translate(f"{command} --actor-zero-stage 2")
+    args = dict(zip(found.arguments, found.arguments[1:], strict=False))
+    assert (
+        args["--step3_args"].endswith(" --actor_zero_stage 2") and "--actor_learning_rate 5e-4" in args["--step3_args"]
+    )
+    found = translate(command.replace("13b", "30b"))
+    assert "--step1_args" not in found.arguments and "--step2_args" in found.arguments
+    assert any("single_node/run_30b.sh of step 1: translate it" in line for line in found.lines)
+    assert "--step1_args '" in translate(command).text()

@@ -6,9 +6,11 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from training.migrate.program import Program, Translation
+from training.migrate.e2e_scripts import SCRIPTS
+from training.migrate.program import Program, Translation, as_text
 from training.utils.arguments import OtherFlag
 from training.utils.errors import UserError
+from training.utils.run.recipes import read_recipe
 
 SIZE = "facebook/opt-{}"  # of a model that is named by its size alone
 HOSTFILE = Path("/job/hostfile")  # DeepSpeed's default
@@ -33,6 +35,14 @@ E2E: Mapping[str, OtherFlag] = {
 STAGES = {"--actor-zero-stage": ((1, "--zero_stage"), (3, "--actor_zero_stage")),
           "--reward-zero-stage": ((2, "--zero_stage"), (3, "--critic_zero_stage"))}  # fmt: skip
 FOLDERS = {"--actor-model": ("actor-models", "step1"), "--reward-model": ("reward-models", "step2")}
+STEP_PATHS = tuple(
+    f"DeepSpeed-Chat/training/{name}/main.py"
+    for name in ("step1_supervised_finetuning", "step2_reward_model_finetuning", "step3_rlhf_finetuning")
+)
+# What train.py gives a step itself -> the steps that need it in a command of their own
+NOT_OF_A_STEP = {"--model_name_or_path": ("step1", "step2"), "--output_dir": (), "--data_split": (),
+                 "--actor_model_name_or_path": ("step3",), "--critic_model_name_or_path": ("step3",)}  # fmt: skip
+DATA, RECIPE = "Dahoas/rm-static", "start"
 NAMES = {"--actor-model": "--actor_model_name_or_path", "--reward-model": "--reward_model_name_or_path"}
 
 
@@ -136,8 +146,38 @@ def rewritten(argv: Sequence[str]) -> list[str]:
     return rest
 
 
+def script_flags(step: int, deployment: str, size: str, ranks: int) -> tuple[str, list[str]] | None:
+    """What a script of e2e_rlhf.py gives its step, as flags here, and what has changed; None if it is not known.
+
+    Raises:
+        UserError: it can not be had here.
+    """
+    from training.migrate.translate import OURS, defaults_of, translate  # which knows the programs, this one too
+
+    if (deployment, size) not in SCRIPTS[step]:
+        return None
+    program = next(path for path in STEP_PATHS if f"step{step}_" in path)
+    models = " ".join(f"{flag} MODEL" for flag in NOT_OF_A_STEP if f"step{step}" in NOT_OF_A_STEP[flag])
+    command = f"deepspeed --num_gpus {ranks} {program} {models} {SCRIPTS[step][deployment, size]}"
+    made = translate(command, "DeepSpeed-Chat")
+    words, flags = list(made.arguments), dict[str, list[str]]()
+    while words:
+        values = flags.setdefault(words.pop(0), [])
+        while words and not words[0].startswith("--"):
+            values.append(words.pop(0))
+    flags = {name: values for name, values in flags.items() if name not in NOT_OF_A_STEP}
+    if flags.get("--data_path") == [DATA]:
+        del flags["--data_path"]
+    defaults = defaults_of(OURS[f"step{step}"])
+    for name in read_recipe(RECIPE)[1][f"step{step}"]:  # what the script leaves open is not for the recipe to say
+        if f"--{name}" not in flags:
+            flags[f"--{name}"] = as_text(defaults[f"--{name}"])
+    text = " ".join(word for name, values in flags.items() for word in (name, *values))
+    return text, [line for line in made.lines if "MODEL" not in line and "--data_" not in line]
+
+
 def settle_e2e(t: Translation) -> None:
-    """Its models, stages and ranks, and the data of its scripts."""
+    """Its models, stages and ranks, and what its scripts give their steps."""
     steps = [int(text) for text in t.given.get("--step", [])] or [1, 2, 3]
     given = {name: str(t.theirs(name)) for name in E2E if name != "--step" and t.theirs(name) not in (None, "")}
     try:
@@ -145,14 +185,25 @@ def settle_e2e(t: Translation) -> None:
             t.set(name, value, "as e2e_rlhf.py has it")
     except UserError as error:
         t.refused.append(str(error))
-    t.set("--data_path", "Dahoas/rm-static", "the data of its scripts")
+    t.set("--data_path", DATA, "the data of its scripts")
     t.set("--data_split", "2,4,4", "the data of its scripts")
-    t.set("--recipe", "start", "this project's values for own data")
-    folder, size = given["--deployment-type"], given["--actor-model"].removeprefix("facebook/opt-")
-    t.lines.append(
-        f"its batch sizes and rates are in {folder}/run_{size}.sh of each step: translate those, and give them as "
-        "--step1_args, --step2_args, --step3_args"
-    )
+    t.set("--recipe", RECIPE, "this project's values for own data")
+    folder = given["--deployment-type"]
+    for step in steps:
+        size = given["--reward-model" if step == 2 else "--actor-model"].removeprefix("facebook/opt-")
+        script, name = f"{folder}/run_{size}.sh of step {step}", f"--step{step}_args"
+        try:
+            found = script_flags(step, folder, size, int(t.values.get("--num_gpus", ["1"])[0]))
+        except UserError as error:
+            t.refused.append(f"{script}: {error}")
+            continue
+        if found is None:
+            t.lines.append(f"batch sizes and rates are in {script}: translate it, and give them as {name}")
+            continue
+        flags, changed = found
+        asked = t.values.pop(name, [""])[0]  # what e2e_rlhf.py gives a script counts
+        t.set(name, f"{flags} {asked}".strip(), script)
+        t.lines += [f"step {step}: {line}" for line in changed]
 
 
 PROGRAM = Program("all three steps", ("e2e_rlhf.py", "deepspeed-chat/train.py"), "train", E2E, settle=settle_e2e)

@@ -83,7 +83,7 @@ class Translated:
         """For a terminal or a script: what has changed as comments, then the command, a flag a line."""
         rows: list[list[str]] = [self.start()]
         for word in self.arguments:
-            if word.startswith("--"):
+            if word.startswith("--") and " " not in word:  # else it is the flags of a step
                 rows.append([])
             rows[-1].append(word)
         head = [f"# {self.predecessor.name}, {self.theirs.title}", *(f"#   {line}" for line in self.lines)]
