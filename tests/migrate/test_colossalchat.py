@@ -69,7 +69,9 @@ SFT_MEANS = {
         ("ddp", "", {"--zero_stage": 0, "--offload": False}),
         ("3d", "--tp 1 --zero_stage 1 --zero_cpu_offload", {"--zero_stage": 1, "--offload": True}),
         ("3d", "--tp 2 --zero_stage 2", {"--zero_stage": 2, "--tensor_parallel": 2}),
-        ("3d", "--sp 2 --sp_mode all_to_all --zero_stage 1", {"--zero_stage": 1, "--sequence_parallel": 2}),
+        ("3d", "--tp 1 --sp 2 --sp_mode all_to_all --enable_sequence_parallelism --zero_stage 1",
+         {"--zero_stage": 1, "--tensor_parallel": 1, "--sequence_parallel": 2}),
+        ("3d", "--tp 2 --sp 4 --enable_sequence_parallelism", {"--tensor_parallel": 2, "--sequence_parallel": 1}),
         ("zero2", "--sp 2", {"--zero_stage": 2, "--sequence_parallel": 1}),
         ("zero2", "--grad_checkpoint", {"--zero_stage": 2, "--gradient_checkpointing": True}),
         ("zero2", "--use_flash_attn", {"--zero_stage": 2, "--attn_implementation": "flash_attention_2"}),
@@ -235,8 +237,10 @@ def test_preparing_data_is_looking_at_it(tmp_path):
     ("text", "words"),
     [
         ("train_sft.py --pretrain A --dataset d --plugin 3d --pp 4", ["--pp 4", "no pipeline", "--batch_size 1 for 4"]),
-        ("train_sft.py --pretrain A --dataset d --plugin 3d --sp 4 --pp 2", ["--pp 2: no pipeline parallelism"]),
-        (PPO + " --plugin 3d --sp 4 --pp 2", ["--pp 2 --sp 4", "pipeline and sequence"]),
+        ("train_sft.py --pretrain A --dataset d --plugin 3d --sp 4 --pp 2", ["--pp 2: no pipeline parallelism here"]),
+        ("train_rm.py --pretrain A --dataset d --plugin 3d --tp 2 --sp 3 --sp_mode all_to_all",
+         ["--tp 2 --sp 3: --tensor_parallel and --sequence_parallel do not go together", "--sp 6 without --tp"]),
+        (PPO + " --plugin 3d --sp 4 --pp 2", ["--pp 2 --sp 4", "no pipeline and sequence parallelism in step 3"]),
         (PPO + " --plugin 3d --pp 4 --tp 2 --experience_batch_size 8", ["--experience_batch_size 2 for 8"]),
         (PPO, ["2 x --experience_batch_size 16 = 32", "16 x --accumulation_steps 8 = 128", "nearest is "
                "--accumulation_steps 2"]),
@@ -296,10 +300,13 @@ def test_gradient_clipping_reaches_the_configuration():
         read_user_config("{gradient_clipping: 1}")
 
 
-@pytest.mark.parametrize("rows", [100, 1001])
-def test_the_default_warm_up_is_a_share_of_the_steps(tmp_path, rows):
+@pytest.mark.parametrize(
+    ("rows", "width", "shares"),
+    [(100, "", 2), (1001, "", 2), (1001, "--plugin 3d --tp 2", 1), (1001, "--plugin 3d --sp 2", 1)],
+)
+def test_the_default_warm_up_is_a_share_of_the_steps(tmp_path, rows, width, shares):
     data = tmp_path / "a.jsonl"
     data.write_text('{"prompt": "a", "response": "b"}\n' * rows)
     text = f"colossalai run --nproc_per_node 2 train_sft.py --pretrain A --dataset {data} --batch_size 1"
-    found = values_of(f"{text} --accumulation_steps 4")
-    assert found["--num_warmup_steps"] == int(3 * 0.025 * (rows // 2 // 4))
+    found = values_of(f"{text} --accumulation_steps 4 {width}")
+    assert found["--num_warmup_steps"] == int(3 * 0.025 * (rows // shares // 4))

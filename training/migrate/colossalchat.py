@@ -33,7 +33,12 @@ COMMON: dict[str, OtherFlag] = {
     "--zero_stage": OtherFlag(int, 0, said=PLUGIN_3D, choices=(0, 1, 2), settled=True),
     "--zero_cpu_offload": OtherFlag(bool, said=PLUGIN_3D, settled=True),
     **{name: OtherFlag(int, 1, said=PLUGIN_3D, minimum=1, settled=True) for name in WIDTHS},
-    "--sp_mode": OtherFlag(str, "split_gather", said="of --sp", choices=("split_gather", "ring", "all_to_all")),
+    "--sp_mode": OtherFlag(
+        str,
+        "split_gather",
+        said="all_to_all alone has ranks beside --tp's",
+        choices=("split_gather", "ring", "all_to_all"),
+    ),
     "--enable_sequence_parallelism": OtherFlag(bool, said="of --sp"),
     "--grad_clip": OtherFlag(
         float, 1.0, said="gradient_clipping of --deepspeed_config, 1.0 without", minimum=0, settled=True
@@ -163,22 +168,38 @@ ON_POLICY = {
 }
 
 
+def widths_of(t: Translation) -> dict[str, int]:
+    """Their flag -> ranks that take rows together, where they are several; of the flags that count there."""
+    widths = {name: ranks for name in WIDTHS if (ranks := t.theirs(name)) > 1}
+    mode = t.theirs("--sp_mode")
+    if widths.keys() >= {"--tp", "--sp"} and mode != "all_to_all":  # else their program stops
+        t.lines.append(f"--sp {widths.pop('--sp')}: left out, as --sp_mode {mode} leaves it, which has --tp's ranks")
+    return widths
+
+
 def settle_plugin(t: Translation, stages: Sequence[str], batches: Sequence[str]) -> None:
     """The plugin as ZeRO stages; ``batches`` are their flags of rows per group of ranks."""
     plugin = t.theirs("--plugin")
     if plugin == "3d":
-        ours = {name: flag for name, flag in OUR_WIDTHS.items() if flag in t.defaults}
-        for name, flag in ours.items():
-            if (ranks := t.theirs(name)) > 1:
-                t.set(flag, ranks, f"{name} {ranks}")
-        refused = [name for name in WIDTHS if name not in ours and t.theirs(name) > 1]
-        width = math.prod(t.theirs(name) for name in refused)
-        wide = [f"{name} {t.theirs(name)}" for name in refused]
+        widths = widths_of(t)
+        ours = {name: flag for name, flag in OUR_WIDTHS.items() if name in widths and flag in t.defaults}
+        if len(ours) > 1:
+            t.refused.append(
+                f"--tp {widths['--tp']} --sp {widths['--sp']}: {' and '.join(ours.values())} do not go together; the "
+                f"nearest, with the same rows in a step, is --sp {widths['--tp'] * widths['--sp']} without --tp"
+            )
+        else:
+            for name, flag in ours.items():
+                t.set(flag, widths[name], f"{name} {widths[name]}")
+        refused = [name for name in widths if name not in ours]
+        width = math.prod(widths[name] for name in refused)
+        wide = [f"{name} {widths[name]}" for name in refused]
         if width > 1:
             rows = [f"{name} {-(-t.theirs(name) // width)} for {t.theirs(name)}" for name in batches]
             kinds = " and ".join(WIDTHS[name] for name in refused)
+            where = "in step 3" if "--sp" in refused else "here"
             t.refused.append(
-                f"{' '.join(wide)}: no {kinds} parallelism here; the nearest is --plugin gemini (ZeRO-3 divides "
+                f"{' '.join(wide)}: no {kinds} parallelism {where}; the nearest is --plugin gemini (ZeRO-3 divides "
                 f"the model over all ranks) without it, and as {width} ranks that shared rows then have their own, "
                 f"{', '.join(rows)}"
             )

@@ -31,13 +31,15 @@ def settle_warm_up(t: Translation, share: float, batch: int, accumulation: int, 
     Args:
         t: with ``--data_path`` and ``--num_train_epochs`` among its values.
         share: of the optimizer steps of all epochs.
-        batch, accumulation: rows of a rank in a micro-batch, and micro-batches in a step.
+        batch, accumulation: rows of a rank, or of the ranks that take rows together, in a micro-batch, and
+            micro-batches in a step.
         why: their flag, or where it stands.
         whole: an epoch leaves rows out that fill no batch, and the share is rounded down; else up, as the Trainer does.
     """
     if "--num_warmup_steps" in t.values or share == 0:
         return
-    epochs, rows = int(t.values.get("--num_train_epochs", ["1"])[0]), batch * t.ranks
+    together = math.prod(int(t.values.get(flag, ["1"])[0]) for flag in ("--tensor_parallel", "--sequence_parallel"))
+    epochs, rows = int(t.values.get("--num_train_epochs", ["1"])[0]), batch * max(t.ranks // together, 1)
     data = t.values.get("--data_path", [])
     if read := count_rows(data) if data else None:
         steps = epochs * max((read // rows if whole else math.ceil(read / rows)) // accumulation, 0 if whole else 1)
