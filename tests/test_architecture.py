@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import LONG
+
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
@@ -99,3 +101,8 @@ def test_files_and_names_on_the_page_are_there(page):
     for row in re.findall(r"^\| .*$", text[text.find("## Where") :], re.M):
         for file, name in re.findall(r"`(training/[\w./]+\.py)`, `(?:\w+\.)?(\w+)`", row):
             assert re.search(rf"(def|class) {name}\b|^{name} =", (ROOT / file).read_text(), re.M), (file, name)
+
+
+def test_long_test_files_are_there():
+    assert len(set(LONG)) == len(LONG)
+    assert not [name for name in LONG if not (ROOT / "tests" / name).is_file()]
