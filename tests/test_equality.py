@@ -1,5 +1,6 @@
 """ZeRO stage, ranks, accumulation, LoRA, precision and offload in every combination leave the losses as they are."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,12 @@ def served(monkeypatch):
 def test_rollouts_of_a_server_are_the_same(matrix, served, lora):
     different = {c: d for c in SERVED if c.lora == lora and (d := matrix.difference(c)) > TOLERANCE["fp32"]}
     assert not different
+
+
+def test_a_case_of_rows_that_two_ranks_take_together(matrix):
+    case = replace(plain("dpo", "fp32"), zero_stage=2, ranks=2, sequence_parallel=2)
+    assert case in DIVIDED and matrix.difference(case) <= TOLERANCE["fp32"]
+    assert matrix.difference(case, fault=True) > 2 * TOLERANCE["fp32"]
 
 
 @pytest.mark.slow
