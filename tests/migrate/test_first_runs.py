@@ -1,4 +1,4 @@
-"""The first lines of DeepSpeed-Chat and alpaca-rlhf really run, each step on what the one before it left.
+"""The first lines of DeepSpeed-Chat, alpaca-rlhf and open-chatgpt really run, each step on what the one before it left.
 
 Lines stand as in their scripts and pages but for models, data and folders. At their ends, for a test on a CPU: fp32 in
 place of fp16, and their hub data set by the path of a small clone of the same columns.
@@ -166,6 +166,31 @@ def test_deepspeed_chats_lines_for_one_gpu(opt, data, tmp_path):
     assert steps_of(rlhf) == 2
     check_first_iteration(rlhf)
     assert (rlhf / "actor" / "model.safetensors").is_file() and (rlhf / "critic" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_open_chatgpts_line(tmp_path):
+    """train_vicuna.sh on two of its GPUs, and ShareGPT's conversations."""
+    base, output = save_tiny_model(tmp_path / "llama-7b", tie=False), tmp_path / "vicuna"
+    rows = [
+        {"id": str(n), "conversations": [{"from": "human", "value": f"What is {n} and one?"},
+                                         {"from": "gpt", "value": f"It is {n + 1}."}]}
+        for n in range(160)
+    ]  # fmt: skip
+    (tmp_path / "sharegpt.json").write_text(json.dumps(rows))
+    told = run_line(
+        f"torchrun --nproc_per_node=2 --master_port={free_port()} fastchat/train/train_mem.py "
+        f"--model_name_or_path {base} --data_path {tmp_path}/sharegpt.json --bf16 True --output_dir {output} "
+        "--num_train_epochs 3 --per_device_train_batch_size 2 --per_device_eval_batch_size 16 "
+        "--gradient_accumulation_steps 16 --evaluation_strategy steps --eval_steps 1500 --save_strategy steps "
+        "--save_steps 1500 --save_total_limit 8 --learning_rate 2e-5 --weight_decay 0. --warmup_ratio 0.04 "
+        "--lr_scheduler_type cosine --logging_steps 1 --fsdp 'full_shard auto_wrap' "
+        "--fsdp_transformer_layer_cls_to_wrap LlamaDecoderLayer --tf32 True --model_max_length 512 "
+        "--gradient_checkpointing True --lazy_preprocess True --dtype fp32"
+    )
+    assert "--chat_template vicuna" in told and "--zero_stage 3" in told
+    assert steps_of(output) == 9  # nine tenths of 160 rows in steps of 2 ranks x 2 rows x 16, three times
+    assert "model.layers.0.mlp.down_proj.weight" in changed(base, output)
 
 
 @pytest.mark.slow
