@@ -20,7 +20,7 @@ from training.step3_rlhf_finetuning.ppo_trainer import SamplerDifference, check_
 from training.step3_rlhf_finetuning.roles import build_actor
 from training.utils.engine.zero_config import DTYPES
 from training.utils.errors import UserError
-from training.utils.generation import graphs
+from training.utils.generation import cuda_graphs
 from training.utils.generation.decode_loop import seconds_since
 from training.utils.generation.engines import FastBackend, rollout_backend
 from training.utils.generation.sampling import SamplingConfig
@@ -78,12 +78,12 @@ def test_the_twin_is_the_engine_before_and_after_steps(device, tiny_model, stage
 @pytest.mark.parametrize("family", ["llama", "opt", "neox", "gpt2"])
 def test_graphs_give_what_the_growing_loop_gives(device, monkeypatch, family, tokens_of_a_graph):
     """In fp32, by several graphs and by one; and with other weights others, as a graph of the old ones would not."""
-    monkeypatch.setattr(graphs, "TOKENS_OF_A_GRAPH", tokens_of_a_graph)
+    monkeypatch.setattr(cuda_graphs, "TOKENS_OF_A_GRAPH", tokens_of_a_graph)
     model, plain = build_family(family).to(device), tokens_request(stop_ids=tuple(range(5, 8)))
     moved = {name: value.to(device) for name, value in vars(plain).items() if isinstance(value, torch.Tensor)}
     asked, made = dataclasses.replace(plain, **moved), []
-    captured = graphs._Steps._captured
-    monkeypatch.setattr(graphs._Steps, "_captured", lambda *a: made.append(1) or captured(*a))
+    captured = cuda_graphs._Steps._captured
+    monkeypatch.setattr(cuda_graphs._Steps, "_captured", lambda *a: made.append(1) or captured(*a))
     found = []
     for sampling in (GREEDY_48, SamplingConfig(48, temperature=2.0), SamplingConfig(48, temperature=2.0, top_p=0.9)):
         grown, still = (
@@ -153,7 +153,7 @@ def test_fp16_learns_as_fp32_does(device, fp16_everywhere, tiny_model, stage):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_a_length_not_seen_before_costs_no_plan(device, training):
-    """cuDNN's attention, which PyTorch would take on Hopper, makes one for each shape: 40 times what it computes."""
+    """cuDNN's attention, which PyTorch would take on Hopper, makes one for each shape, far longer than it computes."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     query = torch.randn(4, 8, 64 if training else 1, 64, device=device, dtype=dtype, requires_grad=training)
 

@@ -134,8 +134,7 @@ def test_a_script_s_step_is_what_its_own_command_would_be(step, deployment, size
              *values[f"--step{step}_args"].split()],
             translate(
                 f"deepspeed --num_gpus {values.get('--num_gpus', '1')} "
-                f"{next(p for p in e2e.STEP_PATHS if f'step{step}' in p)} "
-                f"{roles.get(step, '--model_name_or_path M')} {SCRIPTS[step][deployment, size]}",
+                f"{ours.script} {roles.get(step, '--model_name_or_path M')} {SCRIPTS[step][deployment, size]}",
                 "DeepSpeed-Chat",
             ).arguments,
         )

@@ -10,7 +10,7 @@ from training.migrate.e2e_scripts import SCRIPTS
 from training.migrate.program import Program, Translation, as_text
 from training.utils.arguments import OtherFlag
 from training.utils.errors import UserError
-from training.utils.run.recipes import read_recipe
+from training.utils.run.recipes import GIVEN, read_recipe
 
 SIZE = "facebook/opt-{}"  # of a model that is named by its size alone
 HOSTFILE = Path("/job/hostfile")  # DeepSpeed's default
@@ -35,13 +35,6 @@ E2E: Mapping[str, OtherFlag] = {
 STAGES = {"--actor-zero-stage": ((1, "--zero_stage"), (3, "--actor_zero_stage")),
           "--reward-zero-stage": ((2, "--zero_stage"), (3, "--critic_zero_stage"))}  # fmt: skip
 FOLDERS = {"--actor-model": ("actor-models", "step1"), "--reward-model": ("reward-models", "step2")}
-STEP_PATHS = tuple(
-    f"DeepSpeed-Chat/training/{name}/main.py"
-    for name in ("step1_supervised_finetuning", "step2_reward_model_finetuning", "step3_rlhf_finetuning")
-)
-# What train.py gives a step itself -> the steps that need it in a command of their own
-NOT_OF_A_STEP = {"--model_name_or_path": ("step1", "step2"), "--output_dir": (), "--data_split": (),
-                 "--actor_model_name_or_path": ("step3",), "--critic_model_name_or_path": ("step3",)}  # fmt: skip
 DATA, RECIPE = "Dahoas/rm-static", "start"
 NAMES = {"--actor-model": "--actor_model_name_or_path", "--reward-model": "--reward_model_name_or_path"}
 
@@ -156,24 +149,24 @@ def script_flags(step: int, deployment: str, size: str, ranks: int) -> tuple[str
 
     if (deployment, size) not in SCRIPTS[step]:
         return None
-    program = next(path for path in STEP_PATHS if f"step{step}_" in path)
-    models = " ".join(f"{flag} MODEL" for flag in NOT_OF_A_STEP if f"step{step}" in NOT_OF_A_STEP[flag])
-    command = f"deepspeed --num_gpus {ranks} {program} {models} {SCRIPTS[step][deployment, size]}"
-    made = translate(command, "DeepSpeed-Chat")
+    ours = OURS[f"step{step}"]
+    paths = [f"--{name}" for name in GIVEN[f"step{step}"]]  # train.py gives them
+    command = ["deepspeed --num_gpus", str(ranks), ours.script, *(f"{flag} PATH" for flag in paths)]
+    made = translate(" ".join([*command, SCRIPTS[step][deployment, size]]), "DeepSpeed-Chat")
     words, flags = list(made.arguments), dict[str, list[str]]()
     while words:
         values = flags.setdefault(words.pop(0), [])
         while words and not words[0].startswith("--"):
             values.append(words.pop(0))
-    flags = {name: values for name, values in flags.items() if name not in NOT_OF_A_STEP}
+    flags = {name: values for name, values in flags.items() if name not in (*paths, "--data_split")}
     if flags.get("--data_path") == [DATA]:
         del flags["--data_path"]
-    defaults = defaults_of(OURS[f"step{step}"])
+    defaults = defaults_of(ours)
     for name in read_recipe(RECIPE)[1][f"step{step}"]:  # what the script leaves open is not for the recipe to say
         if f"--{name}" not in flags:
             flags[f"--{name}"] = as_text(defaults[f"--{name}"])
     text = " ".join(word for name, values in flags.items() for word in (name, *values))
-    return text, [line for line in made.lines if "MODEL" not in line and "--data_" not in line]
+    return text, [line for line in made.lines if "--data_" not in line]
 
 
 def settle_e2e(t: Translation) -> None:

@@ -16,7 +16,7 @@ else a second, frozen copy. Writes a Hugging Face folder, metrics.jsonl, health.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -157,23 +157,26 @@ def main(argv: Sequence[str]) -> int:
     logger.close()
     tuning.save(engine, tuning.output_dir)
     phases.end("save")
-    before, after = progress["before"], progress["after"]
-    low, high = wilson_interval(after["accuracy"], rows.report.held_out_prompts)
+    verdict = compared(progress["before"], progress["after"], rows.report.held_out_prompts)
+    about = {"loss_kind": step.loss, "beta": step.strength, "base_model": model_path}
+    remarks = {"remarks": [remark.text for remark in monitor.remarks]}
+    tuning.finish("dpo", model_args.model_name_or_path or model_path, verdict | about | remarks)
+    return 0
+
+
+def compared(before: Mapping[str, float], after: Mapping[str, float], held_out: int) -> dict[str, float]:
+    """What the summary says of the held-out pairs, by their metrics before and after training; accuracy with its 95%
+    interval over ``held_out`` prompts."""
+    low, high = wilson_interval(after["accuracy"], held_out)
     sides = ("loss", "margin", "chosen_log_prob", "rejected_log_prob")
-    results = {
-        "held_out": rows.report.held_out_prompts,
-        "loss_kind": step.loss,
-        "beta": step.strength,
+    return {
+        "held_out": held_out,
         "accuracy_after": after["accuracy"],
         "accuracy_low": low,
         "accuracy_high": high,
         **{f"{name}_{when}": found[name] for name in sides for when, found in (("before", before), ("after", after))},
         **{name: after[name] for name in ("chosen_reward", "rejected_reward", "chosen_change", "kl") if name in after},
-        "base_model": model_path,
-        "remarks": [remark.text for remark in monitor.remarks],
     }
-    tuning.finish("dpo", model_args.model_name_or_path or model_path, results)
-    return 0
 
 
 if __name__ == "__main__":

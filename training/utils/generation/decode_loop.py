@@ -19,8 +19,8 @@ from transformers import Cache, DynamicCache
 
 from training.utils.engine.tensor_parallel import agree, is_divided
 from training.utils.generation.cache import decode_layers, keep_rows, make_cache
-from training.utils.generation.graphs import COLUMNS_ALIGNED, TOKENS_WORTH_A_GRAPH, Responses, Rows, decode_still
-from training.utils.generation.requests import RolloutRequest
+from training.utils.generation.cuda_graphs import COLUMNS_ALIGNED, TOKENS_WORTH_A_GRAPH, Rows, decode_still
+from training.utils.generation.requests import Responses, RolloutRequest
 from training.utils.generation.sampling import SamplingConfig, next_tokens, row_keys
 from training.utils.model.forward import without_adapters
 from training.utils.run.distributed import all_reduce_max
@@ -174,7 +174,7 @@ def decode(
         out: filled in; at entry every length is the limit.
         transposed_keys: lay the key cache out for `decode_attention`.
         synced: every forward is a collective: all ranks make the same number of them, prompts in one.
-        still: from the second token on as `graphs` does it, where enough are to come.
+        still: from the second token on as `cuda_graphs` does it, where enough are to come.
     """
     device = request.prompt_ids.device
     if len(request.prompt_ids):

@@ -24,11 +24,11 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from training.utils.engine.tensor_parallel import agree, is_divided
 from training.utils.errors import UserError
+from training.utils.generation.cuda_graphs import SWITCH, why_not
 from training.utils.generation.decode_attention import decode_attention_enabled
 from training.utils.generation.decode_loop import decode, seconds_since
-from training.utils.generation.graphs import SWITCH, Responses, why_not
 from training.utils.generation.packed_linear import packed_linear
-from training.utils.generation.requests import RolloutBackend, RolloutBatch, RolloutRequest, assemble
+from training.utils.generation.requests import Responses, RolloutBackend, RolloutBatch, RolloutRequest, assemble
 from training.utils.generation.sampling import SamplingConfig, penalise_repetition, row_keys
 from training.utils.model.forward import without_adapters
 from training.utils.run.distributed import say
@@ -155,8 +155,8 @@ class FastBackend:
     synced: set it when the model's parameters are gathered layer by layer (hooked ZeRO-3): all ranks then make the same
     number of forwards. pack_weights: on the CPU, keep a second copy of the linear weights while decoding, laid out for
     its matrix kernels (`packed_linear`). decode_attention: on the CPU, answer single queries with `decode_attention`.
-    graphs: start a token's kernels at once (`graphs`), unless a repetition penalty or the family forbids it; None: on a
-    GPU. On a CPU the same steps without a graph.
+    graphs: start a token's kernels at once (`cuda_graphs`), unless a repetition penalty or the family forbids it;
+    None: on a GPU. On a CPU the same steps without a graph.
     """
 
     def __init__(

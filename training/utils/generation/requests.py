@@ -36,6 +36,19 @@ class RolloutRequest:
     rows: tuple[int, ...] = ()
 
 
+@dataclass
+class Responses:
+    """What decoding fills in, rows in the request's order: ids and logprobs [B, max_new_tokens], lengths [B].
+
+    prefill_seconds: until the prompts were computed.
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+    lengths: Tensor
+    prefill_seconds: float = 0.0
+
+
 @dataclass(frozen=True)
 class RolloutBatch:
     """Prompts with their responses, R being the longest response of the batch.

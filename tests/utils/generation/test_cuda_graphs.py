@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import families
 from tests.utils.generation.test_rollout import FAMILIES, assert_same, build, request, responses, shared_beginnings
-from training.utils.generation import decode_loop, engines, graphs
+from training.utils.generation import cuda_graphs, decode_loop, engines
 from training.utils.generation.engines import FastBackend
 from training.utils.generation.requests import RolloutBatch, RolloutRequest
 from training.utils.generation.sampling import SamplingConfig
@@ -29,11 +29,11 @@ STILL = ("llama", "qwen2", "gpt2", "opt", "neox")
 @pytest.fixture(autouse=True)
 def small_graphs(monkeypatch):
     """Several graphs in a short response: after 7 tokens, and where half of the rows have left."""
-    for module in (graphs, decode_loop):
+    for module in (cuda_graphs, decode_loop):
         monkeypatch.setattr(module, "TOKENS_WORTH_A_GRAPH", 4)
-    monkeypatch.setattr(graphs, "TOKENS_OF_A_GRAPH", 7)
-    monkeypatch.setattr(graphs, "LOOK_EVERY", 2)
-    monkeypatch.setattr(graphs, "FEW_ROWS", 1)
+    monkeypatch.setattr(cuda_graphs, "TOKENS_OF_A_GRAPH", 7)
+    monkeypatch.setattr(cuda_graphs, "LOOK_EVERY", 2)
+    monkeypatch.setattr(cuda_graphs, "FEW_ROWS", 1)
 
 
 def respond(model: Any, asked: Any, sampling: SamplingConfig, *, graphs: bool) -> RolloutBatch:
@@ -50,7 +50,7 @@ def both(model: Any, asked: Any, sampling: SamplingConfig) -> tuple[RolloutBatch
 @pytest.mark.parametrize("family", STILL)
 def test_the_tokens_are_those_of_the_growing_loop(family: str, sampling: SamplingConfig) -> None:
     model = build(family)
-    assert not graphs.why_not(model)
+    assert not cuda_graphs.why_not(model)
     for asked in (request(stop_ids=STOPS), shared_beginnings(request((3, 9, 1, 6, 9, 4, 8), stop_ids=STOPS), 9)):
         grown, still = both(model, asked, sampling)
         assert_same(still, grown)
@@ -60,8 +60,10 @@ def test_the_tokens_are_those_of_the_growing_loop(family: str, sampling: Samplin
 
 def test_rows_that_have_ended_are_left_behind_and_nothing_is_written_past_their_end(monkeypatch) -> None:
     model, made = build("llama"), []
-    original = graphs._Steps.run
-    monkeypatch.setattr(graphs._Steps, "run", lambda s, *a: made.append((len(s.ids), original(s, *a))) or made[-1][1])
+    original = cuda_graphs._Steps.run
+    monkeypatch.setattr(
+        cuda_graphs._Steps, "run", lambda s, *a: made.append((len(s.ids), original(s, *a))) or made[-1][1]
+    )
     grown, still = both(model, request(stop_ids=STOPS), SAMPLINGS[0])
     lengths = still.response_mask.sum(1)
     assert len(set(lengths.tolist())) >= 4, "rows must end at different steps for this to mean anything"
@@ -95,15 +97,15 @@ class _Recorder(TorchDispatchMode):
 @pytest.mark.parametrize("family", STILL)
 def test_each_step_is_the_same_operations_and_none_waits(family: str, sampling: SamplingConfig, monkeypatch) -> None:
     """What a graph bakes in, numbers among it, must not change from step to step."""
-    model, recorders, once = build(family), [], graphs._Steps.once
-    assert not graphs.why_not(model)
+    model, recorders, once = build(family), [], cuda_graphs._Steps.once
+    assert not cuda_graphs.why_not(model)
 
     def recorded(*given: Any) -> None:
         recorders.append(_Recorder())
         with recorders[-1]:
             once(*given)
 
-    monkeypatch.setattr(graphs._Steps, "once", recorded)
+    monkeypatch.setattr(cuda_graphs._Steps, "once", recorded)
     respond(model, request((3, 9)), SamplingConfig(**(vars(sampling) | {"max_new_tokens": 8})), graphs=True)
     assert len(recorders) == 7 and not recorders[0].waiting
     assert all(recorder.kernels == recorders[0].kernels for recorder in recorders)
@@ -120,8 +122,8 @@ def test_the_recorder_sees_what_it_is_for() -> None:
 
 def test_a_row_that_has_ended_stays_in_the_models_range(monkeypatch) -> None:
     """GPT-2 has 64 positions: the longer row ends soon, and would be at its 80th while the other goes on."""
-    monkeypatch.setattr(graphs, "FEW_ROWS", 8)
-    monkeypatch.setattr(graphs, "TOKENS_OF_A_GRAPH", 64)
+    monkeypatch.setattr(cuda_graphs, "FEW_ROWS", 8)
+    monkeypatch.setattr(cuda_graphs, "TOKENS_OF_A_GRAPH", 64)
     model = build("gpt2")
     ids = torch.randint(3, 97, (2, 50), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
@@ -143,7 +145,7 @@ def test_a_row_that_has_ended_stays_in_the_models_range(monkeypatch) -> None:
 
 @pytest.mark.parametrize("fault", ["positions", "seen", "column"])
 def test_a_planted_fault_in_what_a_step_moves_on_is_noticed(monkeypatch, fault: str) -> None:
-    model, original = build("opt"), graphs._Steps.once
+    model, original = build("opt"), cuda_graphs._Steps.once
 
     def faulty(steps: Any, *args: Any) -> None:
         original(steps, *args)
@@ -153,7 +155,7 @@ def test_a_planted_fault_in_what_a_step_moves_on_is_noticed(monkeypatch, fault: 
             getattr(steps, fault).sub_(1)
 
     grown, _ = both(model, request(), SAMPLINGS[0])
-    monkeypatch.setattr(graphs._Steps, "once", faulty)
+    monkeypatch.setattr(cuda_graphs._Steps, "once", faulty)
     still = respond(model, request(), SAMPLINGS[0], graphs=True)
     same = torch.equal(still.input_ids, grown.input_ids)
     assert not same or (still.logprobs - grown.logprobs).abs().max() > 1e-2
@@ -167,16 +169,16 @@ def test_a_repetition_penalty_is_for_the_growing_loop(monkeypatch) -> None:
 
 def test_models_that_do_not_stand_still(monkeypatch) -> None:
     for family in set(FAMILIES) - set(STILL):  # a bias by distance from the mask, a sliding window
-        assert graphs.why_not(build(family)), family
+        assert cuda_graphs.why_not(build(family)), family
         assert_same(*both(build(family), request(stop_ids=STOPS), SAMPLINGS[0]))
     scaled = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    assert "rotary" in graphs.why_not(build("llama", rope_parameters=scaled))
+    assert "rotary" in cuda_graphs.why_not(build("llama", rope_parameters=scaled))
     quantised = build("llama")
     quantised.lm_head.weight = torch.nn.Parameter(torch.zeros(4, dtype=torch.uint8), requires_grad=False)
-    assert "quantised" in graphs.why_not(quantised)
+    assert "quantised" in cuda_graphs.why_not(quantised)
     other = build("llama")
-    monkeypatch.setattr(graphs._Steps, "logits", lambda steps: torch.zeros(2, other.config.vocab_size))
-    assert "logits" in graphs.why_not(other), "a family whose steps give something else"
+    monkeypatch.setattr(cuda_graphs._Steps, "logits", lambda steps: torch.zeros(2, other.config.vocab_size))
+    assert "logits" in cuda_graphs.why_not(other), "a family whose steps give something else"
 
 
 @pytest.mark.parametrize(
@@ -195,7 +197,7 @@ def test_families_that_grow_are_named_once(family: str, reason: str, monkeypatch
 def test_a_bias_of_positions_and_a_mask_that_is_not_taken_are_reasons(monkeypatch) -> None:
     monkeypatch.setitem(families.FAMILIES, "falcon", families.FAMILIES["falcon"] | {"alibi": True})
     model = families.build("falcon")  # as falcon-rw-1b
-    assert "bias" in graphs.why_not(model)
+    assert "bias" in cuda_graphs.why_not(model)
     assert_same(*both(model, request(), SamplingConfig(8, greedy=True)))
     other = build("llama")
     forward = other.forward
@@ -206,7 +208,7 @@ def test_a_bias_of_positions_and_a_mask_that_is_not_taken_are_reasons(monkeypatc
         return forward(*args, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
 
     other.forward = narrow
-    assert graphs.why_not(other) == "ValueError: a mask of tokens, please"
+    assert cuda_graphs.why_not(other) == "ValueError: a mask of tokens, please"
 
 
 def test_a_position_that_the_host_counts_is_noticed(monkeypatch) -> None:
@@ -219,9 +221,9 @@ def test_a_position_that_the_host_counts_is_noticed(monkeypatch) -> None:
             position_ids = position_ids * 0 + past_key_values.get_seq_length() - torch.tensor([[2], [0]])
         return forward(*args, position_ids=position_ids, past_key_values=past_key_values, **kwargs)
 
-    assert not graphs.why_not(build("gpt2"))
+    assert not cuda_graphs.why_not(build("gpt2"))
     model.forward = counting
-    assert "logits" in graphs.why_not(model)
+    assert "logits" in cuda_graphs.why_not(model)
 
 
 def test_who_gets_graphs(monkeypatch) -> None:
@@ -231,7 +233,7 @@ def test_who_gets_graphs(monkeypatch) -> None:
     assert FastBackend()._by_graphs(model, gpu) and not FastBackend()._by_graphs(model, cpu)
     assert not FastBackend(synced=True)._by_graphs(model, gpu)
     assert not FastBackend(graphs=False)._by_graphs(model, gpu) and not said
-    monkeypatch.setenv(graphs.SWITCH, "0")
+    monkeypatch.setenv(cuda_graphs.SWITCH, "0")
     assert not FastBackend()._by_graphs(model, gpu)
     assert said == ["TRIPOD_CUDA_GRAPHS=0: tokens are decoded without CUDA graphs"]
 
@@ -240,7 +242,7 @@ def test_graphs_are_made_and_replayed_on_one_side_stream(monkeypatch) -> None:
     """With a stand-in for CUDA: its graph is the call that it would have captured."""
     model, asked, capturing, made, streams = build("llama"), request(stop_ids=STOPS), [], [], []
     expected = respond(model, asked, SAMPLINGS[0], graphs=False)
-    once, captured = graphs._Steps.once, graphs._Steps._captured
+    once, captured = cuda_graphs._Steps.once, cuda_graphs._Steps._captured
 
     class Graph:
         replay: Any
@@ -268,9 +270,9 @@ def test_graphs_are_made_and_replayed_on_one_side_stream(monkeypatch) -> None:
     stand_ins = {"CUDAGraph": Graph, "Stream": Stream, "current_stream": lambda *_: main, "graph": capture}
     for name, stand_in in (stand_ins | {"stream": lambda _: contextlib.nullcontext()}).items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
-    graphs._side_stream.cache_clear()
-    monkeypatch.setattr(graphs._Steps, "once", step)
-    run = graphs._Steps.run
+    cuda_graphs._side_stream.cache_clear()
+    monkeypatch.setattr(cuda_graphs._Steps, "once", step)
+    run = cuda_graphs._Steps.run
 
     def on_a_gpu(steps: Any, count: int, make: Any) -> int:
         first = [True]
@@ -284,7 +286,7 @@ def test_graphs_are_made_and_replayed_on_one_side_stream(monkeypatch) -> None:
 
         return run(steps, count, next_step)
 
-    monkeypatch.setattr(graphs._Steps, "run", on_a_gpu)
+    monkeypatch.setattr(cuda_graphs._Steps, "run", on_a_gpu)
     assert_same(respond(model, asked, SAMPLINGS[0], graphs=True), expected)
-    graphs._side_stream.cache_clear()
+    cuda_graphs._side_stream.cache_clear()
     assert len(made) > 2 and len(streams) == 2

@@ -28,6 +28,7 @@ from transformers import Cache, DynamicCache
 
 from training.utils.generation.cache import decode_layers, keep_rows, make_cache
 from training.utils.generation.decode_attention import within_rounding
+from training.utils.generation.requests import Responses
 from training.utils.generation.sampling import SamplingConfig, next_tokens
 from training.utils.run.watchdog import beat
 
@@ -58,19 +59,6 @@ class Rows:
     tokens: Tensor
     positions: Tensor
     mask: Tensor
-
-
-@dataclass
-class Responses:
-    """What decoding fills in, rows in the request's order: ids and logprobs [B, max_new_tokens], lengths [B].
-
-    prefill_seconds: until the prompts were computed.
-    """
-
-    ids: Tensor
-    logprobs: Tensor
-    lengths: Tensor
-    prefill_seconds: float = 0.0
 
 
 class _Steps:
