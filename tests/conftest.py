@@ -61,11 +61,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _own_folders(tmp_path_factory, monkeypatch):
-    """No test writes into the user's cache or the repository's output folder."""
+def _own_environment(tmp_path_factory, monkeypatch):
+    """No test writes into the user's cache or output folder, or leaves variables to the programs that others start.
+
+    DeepSpeed, accelerate and transformers set some: accelerate a ``MASTER_PORT`` where there is a ``LOCAL_RANK``.
+    """
+    before = dict(os.environ)
     base = tmp_path_factory.getbasetemp()
     monkeypatch.setenv("TRIPOD_CACHE", str(base / "cache"))
     monkeypatch.setenv("TRIPOD_OUTPUT", str(base / "output"))
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,6 +2,8 @@
 
 import datetime
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -169,3 +171,23 @@ def test_rows_that_ranks_take_together_count_once(rank_pair):
 def test_ranks_that_can_not_be_divided_are_refused():
     with pytest.raises(UserError, match="1 ranks can not be divided into groups of 2"):
         share_rows(2)
+
+
+@pytest.mark.parametrize("left", [{"MASTER_PORT": "29500"}, {"MASTER_ADDR": "192.0.2.1", "MASTER_PORT": "1"}])
+def test_one_rank_meets_nobody_at_an_address_that_is_left_over(left):
+    """As accelerate and cluster profiles leave them: DeepSpeed would look for MPI, torch for the host (192.0.2.1)."""
+    program = "from training.utils.run.distributed import *; print(init_distributed(20), world_size())"
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    }
+    done = subprocess.run([sys.executable, "-c", program], env=environment | left, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == ["cpu 1"], done.stderr[-2000:]
+
+
+def test_several_ranks_that_do_not_know_where_they_meet_are_refused(monkeypatch):
+    for name in ("RANK", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    with pytest.raises(UserError, match="WORLD_SIZE is 2 in the environment, but RANK, MASTER_ADDR is not"):
+        init_distributed()

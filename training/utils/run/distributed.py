@@ -34,14 +34,16 @@ _sharing = 1  # ranks that take the same rows
 def init_distributed(timeout: float = DEFAULT_TIMEOUT) -> torch.device:
     """Join the process group and return this rank's device.
 
-    Works under ``deepspeed``, ``torchrun`` and plain ``python`` (a group of one). A second call in the same
-    process keeps the group that is there.
+    Works under ``deepspeed``, ``torchrun`` and plain ``python``. One rank meets nobody: its group is in its own memory
+    and needs no port, which another program could hold, whatever addresses the environment has left over. A second
+    call in the same process keeps the group that is there.
 
     Args:
         timeout: how long a collective may wait for the other ranks, in seconds.
 
     Raises:
-        UserError: a launcher that gives no ranks has started several processes.
+        UserError: a launcher that gives no ranks has started several processes, or one that does not say where they
+            meet.
     """
     import deepspeed
 
@@ -50,7 +52,12 @@ def init_distributed(timeout: float = DEFAULT_TIMEOUT) -> torch.device:
             f"started by MPI or Slurm ({named[0]}), which do not say RANK and WORLD_SIZE: each process would train "
             f"alone; see docs/several_machines.md for the ways to start on several hosts"
         )
-    launched = "MASTER_PORT" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1 and (missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]):
+        raise UserError(
+            f"WORLD_SIZE is {ranks} in the environment, but {', '.join(missing)} is not: start with deepspeed or "
+            f"torchrun, which set them all, or unset WORLD_SIZE for one process"
+        )
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
     os.environ.setdefault("LOCAL_RANK", "0")
@@ -66,9 +73,9 @@ def init_distributed(timeout: float = DEFAULT_TIMEOUT) -> torch.device:
         _limit = limit
         # gloo on CPU: DeepSpeed's own default there would look for Intel's oneCCL first
         backend = "gloo" if accelerator.device_name() == "cpu" else accelerator.communication_backend_name()
-        if not launched:  # a group of one meets in its own memory: no port that another program could hold
+        if ranks == 1:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
-        deepspeed.init_distributed(dist_backend=backend, timeout=limit, verbose=False)
+        deepspeed.init_distributed(dist_backend=backend, timeout=limit, auto_mpi_discovery=False, verbose=False)
         release_shared_buffer()
     return torch.device(accelerator.current_device_name())
 
