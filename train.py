@@ -23,7 +23,6 @@ import json
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -70,7 +69,7 @@ from training.utils.run.folders import (
 )
 from training.utils.run.hosts import check_hosts, read_hostfile, with_ranks
 from training.utils.run.manifest import describe_environment, hash_inputs, read_manifest, write_json
-from training.utils.run.processes import Ended, last_lines, run_logged
+from training.utils.run.processes import Ended, last_lines, run_logged, unused_port
 from training.utils.run.recipes import GIVEN, flags_of, located, read_recipe
 from training.utils.run.runtime import has_accelerator, prepare_runtime
 
@@ -140,10 +139,7 @@ class Step:
 
     def command(self, launcher: Sequence[str]) -> list[str]:
         """The process to start, by `with_ranks`; a free port lets runs share a machine."""
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        return [*launcher, "--master_port", str(port), self.script, *self.once, *self.argv]
+        return [*launcher, "--master_port", str(unused_port()), self.script, *self.once, *self.argv]
 
 
 def own_args(name: str, text: str) -> list[str]:

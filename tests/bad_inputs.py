@@ -226,6 +226,18 @@ CASES = [
         ["--rollout_engine vllm", "--tensor_parallel"],
     ),
     Case(
+        "vLLM processes that one rank does not have",
+        3,
+        lambda w: _rl(w, "--rollout_engine", "vllm", "--vllm_tensor_parallel", "2", "--plan"),
+        ["--vllm_tensor_parallel 2", "does not divide the 1 ranks"],
+    ),
+    Case(
+        "vLLM processes without vLLM",
+        3,
+        lambda w: _rl(w, "--vllm_tensor_parallel", "2"),
+        ["--vllm_tensor_parallel", "--rollout_engine vllm"],
+    ),
+    Case(
         "an interpreter without vLLM",
         "generate",
         lambda w: _generate(w, "--rollout_engine", "vllm", "--vllm_python", sys.executable),

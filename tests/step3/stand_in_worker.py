@@ -16,6 +16,7 @@ from typing import Any
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from training.utils.generation import vllm_worker  # noqa: E402
@@ -35,6 +36,7 @@ class StandIn:
     def __init__(self) -> None:
         self.model: Any = None
         self.requests = 0
+        self.group = 1
 
     def hello(self, model: str, tokenizer: str, text: str) -> dict[str, Any]:
         """As vLLM's, of what transformers knows."""
@@ -50,6 +52,9 @@ class StandIn:
         """Random weights, others than the model's own."""
         from transformers import AutoConfig, AutoModelForCausalLM
 
+        if options["group"]:
+            _, self.group = vllm_worker.join_group(options["group"])
+            dist.init_process_group("gloo")
         torch.set_num_threads(1)
         torch.manual_seed(99)
         config = AutoConfig.from_pretrained(options["model"])
@@ -61,12 +66,20 @@ class StandIn:
         found = dict(weights)
         self.model.load_state_dict(found)  # tied weights under each of their names too
 
+    def in_step(self, asked: Any) -> None:
+        """Processes that hold a model together have a collective in every layer: all must be asked the same."""
+        if self.group > 1:
+            heard: list[Any] = [None] * self.group
+            dist.all_gather_object(heard, asked)
+            assert heard == [asked] * self.group, "asked differently"
+
     def generate(self, prompts: list[list[int]], seeds: list[int], sampling: dict[str, Any], moving: Any) -> Any:
         """A forward of the whole row for each token."""
         self.requests += 1
         if self.requests == DIES_AT:
             print("the stand-in dies here", flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
+        self.in_step((prompts, seeds, sampling))
         stops = set(sampling.pop("stop_ids"))
         how, keys = SamplingConfig(**sampling), torch.tensor(seeds)
         ids: list[list[int]] = [[] for _ in prompts]
@@ -93,6 +106,7 @@ class StandIn:
 
     def score(self, rows: list[list[int]]) -> list[list[float]]:
         """Row by row."""
+        self.in_step(rows)
         found = []
         for row in rows:
             ids = torch.tensor([row])

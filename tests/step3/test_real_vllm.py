@@ -34,9 +34,9 @@ def model(tmp_path_factory):
     return str(save_tiny_model(tmp_path_factory.mktemp("wide") / "model", head_width=32))
 
 
-@pytest.mark.parametrize(("stage", "lora"), [(0, 0), (0, 4), (3, 0), (3, 4)])
-def test_greedy_tokens_equal_before_and_after_steps_on_two_ranks(model, rank_pair, stage, lora):
-    for first, second in rank_pair.run(before_and_after, model, stage=stage, lora=lora, python=PYTHON):
+@pytest.mark.parametrize(("stage", "lora", "ranks"), [(0, 0, 1), (0, 4, 1), (3, 0, 1), (3, 4, 1), (0, 0, 2), (3, 4, 2)])
+def test_greedy_tokens_equal_before_and_after_steps_on_two_ranks(model, rank_pair, stage, lora, ranks):
+    for first, second in rank_pair.run(before_and_after, model, stage=stage, lora=lora, python=PYTHON, ranks=ranks):
         before, after = first["logprobs"]["vllm"], second["logprobs"]["vllm"]
         assert before.shape != after.shape or (before - after).abs().max() > 1e-3, "the steps moved nothing"
         for seen in (first, second):

@@ -1,5 +1,6 @@
 """Rollouts by a process with weights of its own: the protocol, against a stand-in that decodes with transformers."""
 
+import contextlib
 import json
 import os
 import signal
@@ -12,12 +13,19 @@ import torch
 
 from tests.marks import slow
 from tests.step3.hybrid_checks import prompts, request, save_tiny_reward_model, trajectory
-from tests.step3.vllm_checks import before_and_after, killed_on_rank_1, sampled, server
+from tests.step3.vllm_checks import (
+    asked_differently,
+    before_and_after,
+    drawn_together,
+    killed_on_rank_1,
+    sampled,
+    server,
+)
 from training.utils.errors import UserError
-from training.utils.generation import vllm, vllm_python
+from training.utils.generation import vllm, vllm_process, vllm_python
 from training.utils.generation.requests import RolloutsLost
 from training.utils.generation.sampling import SamplingConfig
-from training.utils.model.loading import load_causal_lm
+from training.utils.model.loading import load_causal_lm, load_config
 from training.utils.model.tokenizer import load_tokenizer
 
 STAND_IN = str(Path(__file__).with_name("stand_in_worker.py"))
@@ -35,11 +43,16 @@ def log_probs_agree(one, other):
 
 
 @pytest.mark.parametrize(
-    ("stage", "lora"),
-    [(0, 4), (3, 0), *(slow(s, r) for s, r in ((3, 4), (0, 0), (1, 4), (2, 0)))],
+    ("stage", "lora", "ranks"),
+    [
+        (0, 4, 1),
+        (3, 0, 1),
+        (3, 4, 2),
+        *(slow(*case) for case in ((3, 4, 1), (0, 0, 1), (1, 4, 1), (2, 0, 1), (0, 0, 2))),
+    ],
 )
-def test_greedy_tokens_equal_before_and_after_steps_on_two_ranks(tiny_model, rank_pair, stage, lora):
-    results = rank_pair.run(before_and_after, str(tiny_model), stage=stage, lora=lora)
+def test_greedy_tokens_equal_before_and_after_steps_on_two_ranks(tiny_model, rank_pair, stage, lora, ranks):
+    results = rank_pair.run(before_and_after, str(tiny_model), stage=stage, lora=lora, ranks=ranks)
     for first, second in results:
         assert first["tokens"]["vllm"] != second["tokens"]["vllm"]
         for seen in (first, second):
@@ -82,7 +95,7 @@ def test_another_seed_or_row_draws_other_tokens(tiny_model):
 
 
 def test_large_tensors_and_several_buckets(tiny_model, monkeypatch):
-    monkeypatch.setattr(vllm, "BUCKET_BYTES", 3000)  # the embeddings alone are 51,200
+    monkeypatch.setattr(vllm_process, "BUCKET_BYTES", 3000)  # the embeddings alone are 51,200
     found = sampled(str(tiny_model))
     assert log_probs_agree(found["vllm"], found["fast"])
 
@@ -127,16 +140,59 @@ def test_a_model_with_other_embeddings_is_decoded_here(tiny_model):
     assert backend.pushes == before
 
 
-def test_a_worker_killed_on_one_rank_is_lost_on_both(tiny_model, rank_pair):
-    first, second = rank_pair.run(killed_on_rank_1, str(tiny_model))
+def test_processes_that_hold_a_model_together_draw_each_row_as_one_would(tiny_model, rank_pair):
+    for found in rank_pair.run(drawn_together, str(tiny_model), 2):
+        assert log_probs_agree(found["vllm"], found["fast"])
+    for told in rank_pair.run(asked_differently, str(tiny_model)):
+        assert "ranks that share a vLLM ask differently" in told
+
+
+@pytest.mark.parametrize(
+    ("ranks", "size", "on_host", "words"),
+    [
+        (2, 3, 3, "2 does not divide the 3 ranks"),
+        (4, 8, 2, "4 does not divide the 2 ranks of this machine, which a model may not leave"),
+        (3, 3, 3, "3 does not divide the 4 attention and 2 key-value heads"),
+        (4, 4, 4, ""),  # two processes hold the same key-value head
+        (2, 4, 2, ""),
+    ],
+)
+def test_processes_that_can_not_hold_a_model_together(tiny_model, monkeypatch, ranks, size, on_host, words):
+    monkeypatch.setattr(vllm, "world_size", lambda: size)
+    monkeypatch.setattr(vllm, "local_ranks", lambda: on_host)
+    with pytest.raises(UserError, match=words) if words else contextlib.nullcontext():
+        vllm.check_division(ranks, str(tiny_model))
+
+
+def test_what_a_process_of_a_group_is_given(tiny_model, monkeypatch):
+    options = vllm.VllmOptions("python", str(tiny_model), str(tiny_model), "bf16", 8, 200)
+    config = load_config(str(tiny_model))
+    of_one = vllm.cache_room(config, options)
+    assert of_one == 8 * 3 * 128 * 2 * 2 * 2 * 8 * 2  # rows of three blocks; layers, k and v, heads of 8, two bytes
+    of_two, of_four = (vllm.cache_room(config, replace(options, ranks=ranks)) for ranks in (2, 4))
+    assert (of_two, of_four) == (of_one, 2 * of_one)  # twice the rows and half the heads; of two heads no quarter
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    seen = [vllm_process._environment(ranks)["CUDA_VISIBLE_DEVICES"] for ranks in (1, 2, 4)]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,5,GPU-3a,1")
+    seen += [vllm_process._environment(ranks)["CUDA_VISIBLE_DEVICES"] for ranks in (1, 2)]
+    assert seen == ["3", "2,3", "0,1,2,3", "1", "GPU-3a,1"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_worker_killed_on_one_rank_is_lost_on_both(tiny_model, rank_pair, ranks):
+    first, second = rank_pair.run(killed_on_rank_1, str(tiny_model), ranks=ranks)
     assert first == second and len(first) == 2
+    if ranks == 2:  # of the other process, whose collective fails, may be told first
+        assert all("vLLM (process " in told and "its log is" in told for told in first)
+        return
     assert "was ended by signal 9; its log is" in first[0] and "vllm-rank1.log" in first[0]
 
 
-def test_errors_silence_and_the_end_of_the_rank(tiny_model, monkeypatch, capsys):
+def test_errors_silence_and_the_end_of_the_rank(tiny_model, capsys):
     backend = server(str(tiny_model), fresh=True)
     worker = backend.worker
-    monkeypatch.setattr(vllm, "SILENCE", 1.0)
     os.kill(worker.process.pid, signal.SIGSTOP)
     with pytest.raises(RolloutsLost, match="has not answered for 1 s"):
         worker.ask({"do": "sleep"}, 1.0)
@@ -145,13 +201,13 @@ def test_errors_silence_and_the_end_of_the_rank(tiny_model, monkeypatch, capsys)
 
 
 def test_a_worker_that_fails_says_why(tiny_model, monkeypatch):
-    worker = vllm.Worker(sys.executable, server(str(tiny_model)).worker.log.with_name("other.log"))
+    worker = vllm_process.Worker(sys.executable, server(str(tiny_model)).worker.log.with_name("other.log"))
     with pytest.raises(RolloutsLost, match="failed: ValueError: what is 'nonsense'?"):
         worker.ask({"do": "nonsense"})
 
 
 def test_a_worker_ends_with_its_rank(tiny_model):
-    worker = vllm.Worker(sys.executable, server(str(tiny_model)).worker.log.with_name("other.log"))
+    worker = vllm_process.Worker(sys.executable, server(str(tiny_model)).worker.log.with_name("other.log"))
     process = worker.process
     del worker
     assert process.wait(10) != 0

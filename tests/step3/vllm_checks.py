@@ -21,26 +21,27 @@ from training.utils.model.tokenizer import load_tokenizer
 from training.utils.run.distributed import init_distributed, rank
 
 LENGTH = 32
-_servers: dict[tuple[str, ...], VllmBackend] = {}  # of this process: a case takes the one that is there
+_servers: dict[tuple[str, str, int], VllmBackend] = {}  # of this process: a case takes the one that is there
 
 
-def server(path: str, python: str = "", *, rows: int = 8, fresh: bool = False) -> VllmBackend:
+def server(path: str, python: str = "", *, rows: int = 8, fresh: bool = False, ranks: int = 1) -> VllmBackend:
     """A started server of a model; the same one for the same arguments unless a ``fresh`` one is wanted."""
     device = init_distributed()
-    if fresh or (path, python) not in _servers:
-        options = VllmOptions(find_vllm(python), path, path, "fp32", rows, LENGTH)
+    if fresh or (path, python, ranks) not in _servers:
+        options = VllmOptions(find_vllm(python), path, path, "fp32", rows, LENGTH, ranks=ranks)
         made = VllmBackend(options, load_tokenizer(path))
         made.start(device)
         if fresh:
             return made
-        _servers[path, python] = made
-    return _servers[path, python]
+        _servers[path, python, ranks] = made
+    return _servers[path, python, ranks]
 
 
 def greedy(actor: HybridEngine, backend: VllmBackend) -> dict[str, Any]:
     """Greedy answers of ``hf``, ``fast`` and the server to prompts of this rank, and the engine's log-probs of them."""
-    how = SamplingConfig(3 if rank() else 9, greedy=True)
-    mine = request(prompts(6)[rank() :: 2], list(range(3)))
+    alone = backend.options.ranks == 1  # then ranks need not ask alike; together, one may ask for fewer rows
+    how = SamplingConfig(3 if rank() and alone else 9, greedy=True)
+    mine = request(prompts(6)[rank() :: 2][: 3 if alone or rank() else 2], [0, 1, 2][: 3 if alone or rank() else 2])
     actor.server = None
     with actor.generation_mode() as twin:
         found = {name: rollout_backend(name).generate(twin, mine, how) for name in ("hf", "fast")}
@@ -53,10 +54,10 @@ def greedy(actor: HybridEngine, backend: VllmBackend) -> dict[str, Any]:
     }
 
 
-def before_and_after(path: str, *, stage: int, lora: int = 0, python: str = "") -> list[dict[str, Any]]:
+def before_and_after(path: str, *, stage: int, lora: int = 0, python: str = "", ranks: int = 1) -> list[dict[str, Any]]:
     """`greedy` before and after two optimizer steps."""
     torch.manual_seed(0)
-    actor, backend = build_actor(path, build(stage, 1e-2, lora)), server(path, python)
+    actor, backend = build_actor(path, build(stage, 1e-2, lora)), server(path, python, ranks=ranks)
     first = greedy(actor, backend)
     train_two_steps(actor)
     return [first, greedy(actor, backend)]
@@ -70,9 +71,27 @@ def sampled(path: str, python: str = "", **how: Any) -> dict[str, RolloutBatch]:
     return {name: b.generate(model, asked, sampling) for name, b in (("fast", FastBackend()), ("vllm", backend))}
 
 
-def killed_on_rank_1(path: str) -> list[str]:
+def drawn_together(path: str, ranks: int) -> dict[str, RolloutBatch]:
+    """This rank's sampled rollouts by ``fast`` and by a server whose processes hold the model together."""
+    model, backend = load_causal_lm(path, dtype="fp32").eval(), server(path, ranks=ranks)
+    rows = 3 - rank()
+    asked, sampling = request(prompts(4)[rank() :][:rows], [10 * rank() + i for i in range(rows)]), SamplingConfig(8)
+    return {name: b.generate(model, asked, sampling) for name, b in (("fast", FastBackend()), ("vllm", backend))}
+
+
+def asked_differently(path: str) -> str:
+    """What a rank is told whose neighbour asks for more tokens."""
+    model, backend = load_causal_lm(path, dtype="fp32").eval(), server(path, ranks=2)
+    try:
+        backend.generate(model, request(prompts(2), [0, 1]), SamplingConfig(2 + rank()))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def killed_on_rank_1(path: str, ranks: int = 1) -> list[str]:
     """What each rank is told when the process beside rank 1 is killed: while answering, and when asked again."""
-    model, backend = load_causal_lm(path, dtype="fp32").eval(), server(path, fresh=True)
+    model, backend = load_causal_lm(path, dtype="fp32").eval(), server(path, fresh=True, ranks=ranks)
     asked, said = request(prompts(2), [0, 1]), []
     backend.generate(model, asked, SamplingConfig(2))
     if rank() == 1:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from training.utils.arguments import DEMO, flags_in
 from training.utils.errors import UserError
 from training.utils.run.folders import is_finished, make_dir, repository_root, shown
 from training.utils.run.manifest import read_manifest, write_json
-from training.utils.run.processes import last_lines, run_logged
+from training.utils.run.processes import last_lines, run_logged, unused_port
 from training.utils.run.recipes import GIVEN
 
 PROGRAMS = {
@@ -194,11 +193,7 @@ class Rounds:
 
     def _start(self, name: str, number: int, given: Sequence[str], ranks: bool = False) -> int:
         """Run one of `PROGRAMS`, its output in the round's log of that name; the exit code."""
-        before = [shown(sys.executable)]
-        if ranks:
-            with socket.socket() as s:
-                s.bind(("127.0.0.1", 0))
-                before = [*self.launcher, "--master_port", str(s.getsockname()[1])]
+        before = [*self.launcher, "--master_port", str(unused_port())] if ranks else [shown(sys.executable)]
         command = [*before, self._program(name), *given]
         print(f"\n== round {number}: {name}\n{shlex.join(command)}\n", flush=True)
         log = self.folder(number) / f"{name}.log"

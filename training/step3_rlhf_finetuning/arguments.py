@@ -55,6 +55,7 @@ class RolloutArguments:
     samples_per_prompt: int = flag(1, "responses to each prompt of an iteration", minimum=1)
     rollout_engine: str = flag("fast", "how tokens are decoded", choices=("fast", "hf", "vllm"))
     vllm_python: str = flag("", "interpreter that has vLLM (default: that of make setup-vllm, else this one)")
+    vllm_tensor_parallel: int = flag(1, "ranks whose vLLM processes hold the model together", minimum=1)
     temperature: float = flag(1.0, "sampling temperature, applied in training log-probs too", above=0)
     top_p: float = flag(1.0, "nucleus sampling; below 1 the sampler is no longer the policy", above=0, maximum=1)
     top_k: int = flag(0, "sample from the k likeliest tokens; above 0 the sampler is no longer the policy", minimum=0)
@@ -226,6 +227,8 @@ def check(groups: list[Any]) -> list[Any]:
             "--rollout_engine vllm has a whole model beside each rank: it does not go with --tensor_parallel "
             f"{zero.tensor_parallel}; give --rollout_engine fast"
         )
+    if rollout.vllm_tensor_parallel > 1 and rollout.rollout_engine != "vllm":
+        raise UserError("--vllm_tensor_parallel is read with --rollout_engine vllm alone")
     if not output.plan:  # which may be made before vLLM is installed
         check_vllm(rollout.rollout_engine, rollout.vllm_python)
     for_each_role(train.lr_scheduler_type, "--lr_scheduler_type")

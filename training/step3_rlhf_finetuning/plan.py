@@ -22,6 +22,7 @@ from training.utils.generation.engines import MIN_STEPS_TO_PACK
 from training.utils.generation.packed_linear import packed_bytes
 from training.utils.generation.vllm import cache_tokens
 from training.utils.memory import plan as plans
+from training.utils.memory.generation import key_heads
 from training.utils.memory.live import FakeModel, PassMemory
 from training.utils.memory.training import ranks_told
 from training.utils.memory.zero import BYTES, RoleMemory, frozen_role, trained_role
@@ -106,7 +107,7 @@ class RoleCosts:
 
 
 def decoding_parts(
-    costs: RoleCosts, rows: int, dtype: str, engine: str, gathered: int, *, on_cpu: bool
+    costs: RoleCosts, rows: int, dtype: str, rollout: RolloutArguments, gathered: int, *, on_cpu: bool
 ) -> dict[str, int]:
     """What decoding allocates, by name.
 
@@ -114,12 +115,13 @@ def decoding_parts(
         costs: of the roles.
         rows: decoded together.
         dtype: of the weights and the cache.
-        engine: ``fast``, ``hf`` or ``vllm``, which on a CPU holds what it needs all the time.
+        rollout: the flags; on a CPU vLLM holds what it needs all the time.
         gathered: bytes of the twin's whole parameters at stage 3.
         on_cpu: with small groups of prompts, and linear weights that are laid out once more for the CPU's kernels.
     """
+    engine = rollout.rollout_engine
     if engine == "vllm":
-        return {} if on_cpu else served_parts(costs, rows, dtype)
+        return {} if on_cpu else served_parts(costs, rows, dtype, rollout.vllm_tensor_parallel)
     vocabulary = plans.vocabulary(costs.actor)
     tokens = costs.prompt + costs.response
     cache = rows * tokens * costs.cache_bytes_per_token
@@ -138,12 +140,18 @@ def decoding_parts(
     }
 
 
-def served_parts(costs: RoleCosts, rows: int, dtype: str) -> dict[str, int]:
-    """What vLLM allocates on its rank's device while it is awake, by name; arguments as of `decoding_parts`."""
-    cache = cache_tokens(rows, costs.prompt + costs.response) * costs.cache_bytes_per_token
+def served_parts(costs: RoleCosts, rows: int, dtype: str, ranks: int) -> dict[str, int]:
+    """What vLLM allocates on its rank's device while it is awake, by name.
+
+    Args:
+        costs, rows, dtype: as of `decoding_parts`.
+        ranks: whose processes hold the model together, and decode the rows of all.
+    """
+    tokens = cache_tokens(rows * ranks, costs.prompt + costs.response)
+    cache = tokens * costs.cache_bytes_per_token // min(ranks, key_heads(without_adapters(costs.actor.module).config))
     group = max(1, PREFILL_TOKENS_OF_ACCELERATORS // costs.prompt + 1)
     return {
-        "vLLM's weights": plans.base_parameters(costs.actor) * BYTES[dtype],
+        "vLLM's weights": plans.base_parameters(costs.actor) * BYTES[dtype] // ranks,
         "its KV cache": cache,
         "its prompts and logits": costs.prefill(min(rows, group), costs.prompt).peak,
     }
@@ -191,8 +199,8 @@ def rlhf_plan(
     if train.enable_ema:
         memory["ema"] = RoleMemory({"moving average": 4 * -(-plans.role_size(costs.actor).trained // ranks)})
     if rollout.rollout_engine == "vllm":
-        served = served_parts(costs, settings.other_batch, dtype) if on_cpu else {"while it sleeps": ASLEEP_BYTES}
-        memory["vLLM"] = RoleMemory(served)
+        served = served_parts(costs, settings.other_batch, dtype, rollout.vllm_tensor_parallel)
+        memory["vLLM"] = RoleMemory(served if on_cpu else {"while it sleeps": ASLEEP_BYTES})
     kind: dict[str, Any] = {"mix": mix, "on_cpu": on_cpu, "tensor_parallel": zero.tensor_parallel}
     phases = _phases(costs, settings, memory, dtype, rollout, **kind)
     return plans.Plan(memory, phases, on_cpu, _notes(costs, settings))
@@ -210,9 +218,8 @@ def _phases(
     tensor_parallel: int,
 ) -> list[plans.Phase]:
     rows, actor, critic = settings.batch, memory["actor"], memory.get("critic")
-    engine = rollout.rollout_engine
     whole = plans.role_size(costs.actor).weights(BYTES[dtype]) if actor.gathered else 0  # not only what is live
-    decoding = decoding_parts(costs, settings.other_batch, dtype, engine, whole, on_cpu=on_cpu)
+    decoding = decoding_parts(costs, settings.other_batch, dtype, rollout, whole, on_cpu=on_cpu)
     logits = plans.logits_bytes(costs.actor, rows, costs.response, dtype)
     scored = costs.scoring("actor", rows)
     score = {"gathered parameters": actor.gathered, "logits": logits, "activations": scored.peak - logits}

@@ -39,7 +39,7 @@ from training.utils.engine.zero_config import read_user_config
 from training.utils.errors import UserError
 from training.utils.generation.decode_loop import ROWS_OF_ACCELERATORS
 from training.utils.generation.requests import RolloutRequest
-from training.utils.generation.vllm import VllmBackend, VllmOptions
+from training.utils.generation.vllm import VllmBackend, VllmOptions, check_division
 from training.utils.generation.vllm_python import find_vllm
 from training.utils.model import classifiers, loading
 from training.utils.model.limits import check_length
@@ -167,6 +167,7 @@ def find_models(flags: Flags) -> Models:
     check_models(actor, critic, reward, zero, tokenizer, flags.length)
     scored = reward.path if reward and not reward.reads_text else ""
     divide_model(zero.tensor_parallel, *filter(None, dict.fromkeys([actor, critic, scored])))
+    check_division(flags.rollout.vllm_tensor_parallel, actor)
     return Models(actor, critic, reward, functions, tokenizer, overrides)
 
 
@@ -243,6 +244,7 @@ def vllm_server(flags: Flags, models: Models, folder: Path | None = None) -> Vll
         rows=rollout.per_device_generation_batch_size,
         length=flags.length,
         folder=folder,
+        ranks=rollout.vllm_tensor_parallel,
     )
     return VllmBackend(options, models.tokenizer)
 

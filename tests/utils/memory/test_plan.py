@@ -193,6 +193,11 @@ def test_vllm_holds_its_memory_while_it_generates_and_on_a_cpu_always(tiny_model
     parts = next(phase for phase in on_gpu.phases if phase.name == "generation").parts
     assert parts["vLLM's weights"] == 4 * plans.role_size(costs.actor).parameters
     assert parts["its KV cache"] == SETTINGS.other_batch * 256 * 2 * 2 * 2 * 8 * 4  # two blocks; layers, k and v, heads
+    together = replace(rollout, vllm_tensor_parallel=2)
+    divided = rlhf_plan(costs, SETTINGS, replace(role, dtype="fp32"), together, train, zero, {}, (0, 0), on_cpu=False)
+    halved = next(phase for phase in divided.phases if phase.name == "generation").parts
+    assert halved["vLLM's weights"] == parts["vLLM's weights"] // 2
+    assert halved["its KV cache"] == parts["its KV cache"]  # of twice the rows, half the heads
     assert on_gpu.roles["vLLM"].total == ASLEEP_BYTES
     assert on_cpu.roles["vLLM"].resident == parts
     assert not next(phase for phase in on_cpu.phases if phase.name == "generation").parts

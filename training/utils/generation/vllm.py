@@ -6,6 +6,10 @@ their Hugging Face names, adapters merged and ZeRO-3's shards gathered on the wa
 memory. Requests carry token ids, each row's own seed, the stop ids and the sampling settings; tokens and log-probs come
 back.
 
+With ``--vllm_tensor_parallel`` neighbouring ranks' processes hold the model together, a part of every layer each.
+Every rank still sends its process all weights, of which vLLM keeps that process's part; and all processes of a group
+are asked the same, the rows of all its ranks, which keeps them in step (vLLM's "external launcher").
+
 Does it hold the weights it was sent? The log-probs of a fixed batch say so, after the first push and then every
 `VERIFY_EVERY`-th. Does it still live? Its end closes the socket, and silence has a limit: either ends the run, on all
 ranks together, with the last lines of its log.
@@ -13,13 +17,9 @@ ranks together, with the last lines of its log.
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
 import tempfile
-import time
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,25 +27,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training.utils.errors import UserError, print_last
-from training.utils.generation import vllm_worker
+from training.utils.errors import UserError
 from training.utils.generation.engines import FastBackend
 from training.utils.generation.requests import RolloutBatch, RolloutRequest, RolloutsLost, assemble
 from training.utils.generation.sampling import SamplingConfig, row_keys
-from training.utils.generation.vllm_python import WORKER, other_interpreter
-from training.utils.memory.generation import cache_bytes
+from training.utils.generation.vllm_process import Worker
+from training.utils.memory.generation import cache_bytes, key_heads
 from training.utils.model.export import plain_weights, tied_names, unwrap
 from training.utils.model.forward import without_adapters
 from training.utils.model.loading import load_config
 from training.utils.model.logprobs import response_log_probs
-from training.utils.run.distributed import gather_objects, on_all_ranks, rank, say
-from training.utils.run.processes import last_lines
+from training.utils.run.distributed import gather_objects, on_all_ranks, rank, say, world_size
+from training.utils.run.processes import unused_port
+from training.utils.run.runtime import local_ranks
 from training.utils.run.watchdog import beat
 
-BUCKET_BYTES = 64 << 20  # of weights in shared memory at a time; a larger tensor goes alone
 START_LIMIT = 1800.0  # seconds for vLLM to import, to compile, to record its CUDA graphs
-SILENCE = 300.0  # seconds without a sign of life after which it is given up
-LOG_LINES = 8  # of its log, in the message of a run that ends because of it
 VERIFY_EVERY = 16
 VERIFIED_ROWS, VERIFIED_TOKENS = 4, 64
 RESCORED_ROWS = 8  # in one forward
@@ -64,8 +61,9 @@ class VllmOptions:
         python: the interpreter that has it, from `training.utils.generation.vllm_python.find_vllm`.
         model, tokenizer: folders or hub names: configuration and tokenizer are read, no weights.
         dtype: of weights and cache.
-        rows: decoded together at most. length: longest prompt plus response, in tokens.
+        rows: decoded together at most, of each rank. length: longest prompt plus response, in tokens.
         folder: where its log goes; None for a new temporary one.
+        ranks: neighbours whose processes hold the model together.
     """
 
     python: str
@@ -75,6 +73,7 @@ class VllmOptions:
     rows: int
     length: int
     folder: Path | None = None
+    ranks: int = 1
 
 
 def cache_tokens(rows: int, length: int) -> int:
@@ -82,145 +81,32 @@ def cache_tokens(rows: int, length: int) -> int:
     return rows * (-(-length // BLOCK_TOKENS) + 1) * BLOCK_TOKENS
 
 
-def _environment() -> dict[str, str]:
-    """The worker's: of several GPUs it sees this rank's."""
-    mine = other_interpreter() | {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # weights come from an iterator, which no process can be sent
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "1",
-    }
-    if torch.cuda.is_available():
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        visible = [v for v in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if v]
-        mine["CUDA_VISIBLE_DEVICES"] = visible[local] if visible else str(local)
-    return mine
+def cache_room(config: Any, options: VllmOptions) -> int:
+    """Bytes of the keys and values that one process holds: of its heads, which are whole ones, for all ranks' rows."""
+    tokens = cache_tokens(options.rows * options.ranks, options.length)
+    return cache_bytes(config, tokens, 4 if options.dtype == "fp32" else 2) // min(options.ranks, key_heads(config))
 
 
-class Worker:
-    """The process, from the rank's side; it ends with the last reference to this.
+def check_division(ranks: int, model: str) -> None:
+    """Refuse processes that can not hold a model together.
 
     Args:
-        python: its interpreter.
-        log: the file that its output goes to.
+        ranks: ``--vllm_tensor_parallel``.
+        model: folder or hub name.
+
+    Raises:
+        UserError: they do not divide the ranks, a host's ranks or the model's layers.
     """
-
-    def __init__(self, python: str, log: Path) -> None:
-        self.log = log
-        script = os.environ.get(WORKER) or vllm_worker.__file__
-        ours, theirs = socket.socketpair()
-        descriptor = os.memfd_create("weights")
-        with log.open("ab") as output, theirs:
-            self.process = subprocess.Popen(
-                [python, script, str(theirs.fileno()), str(descriptor), str(os.getpid())],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                pass_fds=(theirs.fileno(), descriptor),
-                start_new_session=True,  # Ctrl-C is the rank's, which may need answers until its checkpoint is written
-                env=_environment(),
-            )
-        self.channel, self.memory = vllm_worker.Channel(ours), vllm_worker.SharedMemory(descriptor)
-        self.close = weakref.finalize(self, _end, self.process, ours, descriptor)
-
-    def ask(self, message: dict[str, Any], limit: float = SILENCE, *, patient: bool = False) -> dict[str, Any]:
-        """Send a message and wait for its answer.
-
-        Args:
-            message: see `training.utils.generation.vllm_worker`.
-            limit: seconds without a sign of life.
-            patient: tell the watchdog that this rank moves while it waits, up to the limit.
-
-        Raises:
-            RolloutsLost: it has ended, says that it failed, or is silent.
-        """
-        self._send(message)
-        return self._receive(limit, patient)
-
-    def _send(self, message: dict[str, Any]) -> None:
-        try:
-            self.channel.send(message)
-        except OSError as error:
-            raise self._lost(self._how_it_ended()) from error
-
-    def _receive(self, limit: float = SILENCE, patient: bool = False) -> dict[str, Any]:
-        heard = time.monotonic()
-        while True:
-            try:
-                message = self.channel.receive(wait=1.0)
-            except (EOFError, OSError) as error:
-                raise self._lost(self._how_it_ended()) from error
-            if message is None and time.monotonic() - heard > limit:
-                raise self._lost(f"has not answered for {limit:.0f} s")
-            if patient or message is not None:
-                beat()
-            if message is None:
-                continue
-            if "error" in message:
-                raise self._lost(f"failed: {message['error']}")
-            if "moving" not in message:
-                return message
-            heard = time.monotonic()
-
-    def _how_it_ended(self) -> str:
-        try:
-            code = self.process.wait(timeout=5.0)
-        except subprocess.TimeoutExpired:
-            return "closed the connection"
-        return f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
-
-    def _lost(self, what: str) -> RolloutsLost:
-        self.close()
-        lines = "\n".join(f"  | {line}" for line in last_lines(self.log, LOG_LINES))
-        print_last(f"the last lines of {self.log}:\n{lines}")
-        return RolloutsLost(f"vLLM (process {self.process.pid}) {what}; its log is {self.log}")
-
-    def push(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Send weights, a bucket at a time.
-
-        All of them are asked for, also when the process is lost on the way: at ZeRO-3 the other ranks take part.
-
-        Raises:
-            RolloutsLost: see `ask`.
-        """
-        lost: RolloutsLost | None = None
-        bucket: list[list[Any]] = []
-        offset = 0
-        try:
-            self._send({"do": "weights"})
-        except RolloutsLost as error:
-            lost = error
-        for name, tensor in weights:
-            beat()
-            if lost is not None:
-                continue
-            size = tensor.numel() * tensor.element_size()
-            try:
-                if bucket and offset + size > BUCKET_BYTES:
-                    self._send_bucket(bucket)
-                    bucket, offset = [], 0
-                self.memory.resize(max(len(self.memory), BUCKET_BYTES, size), grow=True)
-                raw = tensor.detach().contiguous().view(-1).view(torch.uint8)
-                self.memory.at(offset, size).copy_(raw)
-                bucket.append([name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), offset, size])
-                offset += -(-size // 64) * 64  # tensors begin where any type may
-            except RolloutsLost as error:
-                lost = error
-        if lost is not None:
-            raise lost
-        self._send_bucket(bucket)
-        self.ask({"bucket": []})
-
-    def _send_bucket(self, bucket: list[list[Any]]) -> None:
-        self.ask({"bucket": bucket, "size": len(self.memory)})
-
-
-def _end(process: subprocess.Popen, end: socket.socket, descriptor: int) -> None:
-    """End the process, which holds nothing that is worth waiting for."""
-    end.close()
-    os.close(descriptor)
-    process.kill()
-    process.wait()
+    if ranks == 1:
+        return
+    name = f"--vllm_tensor_parallel {ranks}"
+    for count, what in ((world_size(), "ranks"), (local_ranks(), "ranks of this machine, which a model may not leave")):
+        if count % ranks:
+            raise UserError(f"{name} does not divide the {count} {what}")
+    config = load_config(model)
+    heads, keys = config.get_text_config().num_attention_heads, key_heads(config)
+    if heads % ranks or (keys % ranks and ranks % keys):  # of fewer heads than processes each has one
+        raise UserError(f"{name} does not divide the {heads} attention and {keys} key-value heads of {model}")
 
 
 class VllmBackend:
@@ -247,7 +133,7 @@ class VllmBackend:
         self._vocabulary = load_config(options.model).get_text_config().vocab_size
         self._fixed: list[list[int]] = []
         folder = options.folder or Path(tempfile.mkdtemp(prefix="vllm-"))
-        self.worker = Worker(options.python, folder / f"vllm-rank{rank()}.log")
+        self.worker = Worker(options.python, folder / f"vllm-rank{rank()}.log", options.ranks)
         version = on_all_ranks(lambda: self._hello(tokenizer)) if together else self._hello(tokenizer)
         say(f"{version} decodes, in a process of its own whose output goes to {self.worker.log}")
 
@@ -269,12 +155,39 @@ class VllmBackend:
         """Build vLLM's engine on this rank's device; a collective where ranks work together."""
         if device.type == "cpu":
             say("on a CPU vLLM is no faster than --rollout_engine fast")
-        options = {k: v for k, v in asdict(self.options).items() if k not in ("python", "tokenizer", "folder")}
-        message = {"do": "start", "device": device.type} | options
-        tokens = cache_tokens(self.options.rows, self.options.length)
-        room = cache_bytes(load_config(self.options.model), tokens, 4 if self.options.dtype == "fp32" else 2)
-        message |= {"dtype": _DTYPES[self.options.dtype], "cache_bytes": room}
+        options, config = self.options, load_config(self.options.model)
+        message = {
+            "do": "start",
+            "device": device.type,
+            "model": options.model,
+            "dtype": _DTYPES[options.dtype],
+            "rows": options.rows * options.ranks,
+            "length": options.length,
+            "cache_bytes": cache_room(config, options),
+            "group": self._group(),
+        }
         self._on_all(lambda: self.worker.ask(message, START_LIMIT, patient=True))
+
+    def _group(self) -> list[int] | None:
+        """This process's place in its group, the group's size, and the port where it meets."""
+        place, size = rank() % self.options.ranks, self.options.ranks
+        return [place, size, gather_objects([unused_port()])[rank() - place]] if size > 1 else None
+
+    def _of_group(self, rows: list[Any], alike: Any = None) -> tuple[list[Any], slice]:
+        """The rows of all ranks of the group, and which of them are this rank's; a collective where it has several.
+
+        Args:
+            rows: of this rank.
+            alike: what must be the same on all of them, as their processes work in step.
+        """
+        if self.options.ranks == 1:
+            return rows, slice(0, len(rows))
+        place = rank() % self.options.ranks
+        group = gather_objects([(rows, alike)])[rank() - place :][: self.options.ranks]
+        if any(other != alike for _, other in group):
+            raise ValueError(f"ranks that share a vLLM ask differently: {[other for _, other in group]}")
+        start = sum(len(others) for others, _ in group[:place])
+        return [row for others, _ in group for row in others], slice(start, start + len(rows))
 
     def _on_all(self, work: Any) -> Any:
         """Do something at which a worker may be lost; then it is on all ranks."""
@@ -317,7 +230,12 @@ class VllmBackend:
         if self._to_verify:
             self._verify(model, request)
             self._to_verify = False
-        found = self._on_all(lambda: self.worker.ask(_message(request, sampling)))
+        how = asdict(sampling) | {"stop_ids": list(request.stop_ids)}
+        seeds = row_keys(request.seed, request.iteration, request.row_ids).tolist()
+        rows, mine = self._of_group(list(zip(_prompts(request), seeds, strict=True)), how)
+        asked = {"prompts": [prompt for prompt, _ in rows], "seeds": [seed for _, seed in rows], "sampling": how}
+        answers = self._on_all(lambda: self.worker.ask({"do": "generate"} | asked))
+        found = {name: answers[name][mine] for name in ("ids", "logprobs")}
         rollout = _rollout(request, sampling, found)
         changed = sampling.top_p < 1 or sampling.top_k > 0 or sampling.repetition_penalty != 1
         if changed or (sampling.greedy and sampling.temperature != 1):  # vLLM's are of the distribution it drew from
@@ -343,7 +261,7 @@ class VllmBackend:
             RolloutsLost: the weights that vLLM has are not the policy's.
         """
         if not self._fixed:
-            rows = _prompts(request)[:VERIFIED_ROWS]
+            rows = self._of_group(_prompts(request))[0][:VERIFIED_ROWS]
             self._fixed = [(row if len(row) > 1 else row * 2)[:VERIFIED_TOKENS] for row in rows]
         device = request.prompt_ids.device
         width = max(map(len, self._fixed))
@@ -378,13 +296,6 @@ def _weights(model: Any) -> Iterator[tuple[str, Tensor]]:
 def _prompts(request: RolloutRequest) -> list[list[int]]:
     """The prompts' tokens, without their padding."""
     return [ids[mask.bool()].tolist() for ids, mask in zip(request.prompt_ids, request.prompt_mask, strict=True)]
-
-
-def _message(request: RolloutRequest, sampling: SamplingConfig) -> dict[str, Any]:
-    """What the worker is asked."""
-    seeds = row_keys(request.seed, request.iteration, request.row_ids).tolist()
-    how = asdict(sampling) | {"stop_ids": list(request.stop_ids)}
-    return {"do": "generate", "prompts": _prompts(request), "seeds": seeds, "sampling": how}
 
 
 def _rollout(request: RolloutRequest, sampling: SamplingConfig, found: dict[str, Any]) -> RolloutBatch:

@@ -7,7 +7,9 @@ of sockets, a piece of shared memory without a name, and its own process number;
 A message is its length in 8 bytes, then JSON. The rank asks, this process answers:
 
     hello     model, tokenizer, text        -> version, tokens; or problem, where the model can not be served here
-    start     the engine's options          -> started
+    start     the engine's options, among them the place in a group, its size and its port where several of these
+              processes hold the model together; all are then asked the same
+                                            -> started
     weights   (nothing)                     then for each bucket, which lies in the shared memory:
               bucket, size                  -> taken; an empty bucket ends them -> loaded
     generate  prompts, seeds, sampling      -> ids, logprobs: of each row; before that `moving` from time to time
@@ -103,6 +105,21 @@ class SharedMemory:
         return self._bytes[offset : offset + size]
 
 
+def join_group(group: Sequence[int]) -> tuple[int, int]:
+    """Say in the environment, as a launcher would, where the processes that hold a model together meet.
+
+    Args:
+        group: this process's place in it, its size, and a port of this machine.
+
+    Returns:
+        Place and size.
+    """
+    place, size, port = group
+    told = {"RANK": place, "LOCAL_RANK": place, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in told.items()} | {"MASTER_ADDR": "127.0.0.1"})
+    return place, size
+
+
 class VllmModel:
     """vLLM's engine in this process. `serve` asks any model for these methods; what they take is the messages'."""
 
@@ -133,11 +150,15 @@ class VllmModel:
 
         on_cpu = options["device"] == "cpu"
         more: dict[str, Any] = {}
+        place = 0
+        if options["group"]:
+            place, size = join_group(options["group"])
+            more |= {"tensor_parallel_size": size, "distributed_executor_backend": "external_launcher"}
         if on_cpu:
             more["enforce_eager"] = True
             os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(-(-options["cache_bytes"] // (1 << 30)))
         else:
-            free, total = torch.cuda.mem_get_info()
+            free, total = torch.cuda.mem_get_info(place)
             more["kv_cache_memory_bytes"] = options["cache_bytes"]
             more["gpu_memory_utilization"] = 0.9 * free / total  # only so much is asked for; the cache's size is given
             more["enable_sleep_mode"] = True

@@ -28,6 +28,12 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(map(_bytes, model.parameters()))
 
 
+def key_heads(config: Any) -> int:
+    """Heads of a causal LM that have keys and values of their own."""
+    text = config.get_text_config()
+    return int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+
+
 def cache_bytes(config: Any, tokens: int, item: int) -> int:
     """Of keys and values in all layers.
 
@@ -36,11 +42,9 @@ def cache_bytes(config: Any, tokens: int, item: int) -> int:
         tokens: of all rows.
         item: bytes of a number.
     """
-    config = config.get_text_config()
-    heads = config.num_attention_heads
-    key_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return 2 * tokens * int(config.num_hidden_layers * key_heads * head_width) * item
+    text = config.get_text_config()
+    head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * tokens * int(text.num_hidden_layers * key_heads(config) * head_width) * item
 
 
 def saved_bytes(model: nn.Module) -> int:

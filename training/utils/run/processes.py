@@ -9,6 +9,7 @@ import re
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import termios
@@ -24,6 +25,13 @@ STARTED_BY = "TRIPOD_STARTED_BY"  # tells a child the process that it may not ou
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+def unused_port() -> int:
+    """A port of the loopback interface that nothing listens on, at present: for ranks to meet at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @dataclass
