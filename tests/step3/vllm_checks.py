@@ -39,9 +39,10 @@ def server(path: str, python: str = "", *, rows: int = 8, fresh: bool = False, r
 
 def greedy(actor: HybridEngine, backend: VllmBackend) -> dict[str, Any]:
     """Greedy answers of ``hf``, ``fast`` and the server to prompts of this rank, and the engine's log-probs of them."""
-    alone = backend.options.ranks == 1  # then ranks need not ask alike; together, one may ask for fewer rows
-    how = SamplingConfig(3 if rank() and alone else 9, greedy=True)
-    mine = request(prompts(6)[rank() :: 2][: 3 if alone or rank() else 2], [0, 1, 2][: 3 if alone or rank() else 2])
+    together = backend.options.ranks > 1  # ranks that share a vLLM ask alike, of different numbers of rows
+    how = SamplingConfig(3 if rank() and not together else 9, greedy=True)
+    rows = 2 if together and not rank() else 3
+    mine = request(prompts(6)[rank() :: 2][:rows], list(range(rows)))
     actor.server = None
     with actor.generation_mode() as twin:
         found = {name: rollout_backend(name).generate(twin, mine, how) for name in ("hf", "fast")}
