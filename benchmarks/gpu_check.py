@@ -7,8 +7,9 @@
 
 The stages, each a process of its own with a time limit (`LIMITS`), are in `gpu_stages.py`: the tests marked gpu;
 `fast` against `hf`; tokens per second of step 1 and pairs per second of step 2; an iteration of step 3 with an actor of
-OPT-1.3B's shape and a critic of OPT-350M's, 256 + 256 tokens; the memory plan against the allocator's peak. A stage
-that fails, or takes longer, does not keep the others from running. What was found is on the disk after each stage.
+OPT-1.3B's shape and a critic of OPT-350M's, 256 + 256 tokens; the memory plan against the allocator's peak. Those that
+time something come first, each alone, then the others at once. A stage that fails, or takes longer, does not keep the
+others from running. What was found is on the disk after each.
 
 Ends with 0 if every stage was fine, 1 if one was not, 2 without a GPU.
 """
@@ -43,6 +44,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "results.md"
 BEGIN, END = "<!-- written by benchmarks/gpu_check.py --tables -->", "<!-- end of what it wrote -->"
 LIMITS = {"tests": 540, "rollout": 180, "step1": 150, "step2": 120, "step3": 270, "memory": 240}  # seconds, 25 minutes
+UNTIMED = ("tests", "memory")  # nothing else of a check hangs on what runs beside it
+POLL = 0.2  # seconds
 PUBLISHED = 6.27  # answers per second of DeepSpeed-Chat: OPT-1.3B + 350M at 256 + 256 tokens on one A100
 
 
@@ -115,31 +118,47 @@ def limit_of(stage: str, device: str) -> int:
     return LIMITS[stage] * (4 if device == "cpu" else 1)
 
 
-def run_stage(stage: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """One stage in a process of its own: whether it was fine, how long it took, what it found or why it failed."""
-    found = folder / f"{stage}.json"
+def together(stages: Sequence[str]) -> list[list[str]]:
+    """What runs at the same time: a stage that times something alone, in the order given; then the others at once."""
+    others = [stage for stage in stages if stage in UNTIMED]
+    return [[stage] for stage in stages if stage not in UNTIMED] + [others] * bool(others)
+
+
+def run_stages(stages: Sequence[str], arguments: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]:
+    """Stages at the same time, each a process: whether it was fine, its seconds, what it found or why it failed."""
     environment = os.environ | {"TRIPOD_TEST_DEVICE": arguments.device, "TRIPOD_CACHE": str(folder / "cache")}
     environment |= {"DS_ACCELERATOR": arguments.device}
     if arguments.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    limit, started = limit_of(stage, arguments.device), time.monotonic()
-    process = subprocess.Popen(
-        command_of(stage, arguments, folder),
-        cwd=ROOT,
-        env=environment,
-        start_new_session=True,
-        stdin=subprocess.DEVNULL,
-    )
-    failure = ""
+    own: dict[str, Any] = {"cwd": ROOT, "env": environment, "start_new_session": True, "stdin": subprocess.DEVNULL}
+    started = time.monotonic()
+    running = {stage: subprocess.Popen(command_of(stage, arguments, folder), **own) for stage in stages}
+    results: dict[str, dict[str, Any]] = {}
     try:
-        process.wait(limit)
-    except subprocess.TimeoutExpired:
-        failure = f"not done after {limit} s"
-    finally:  # Ctrl-C, too, ends it with what it has started itself
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    code = process.wait()
-    result: dict[str, Any] = {"seconds": round(time.monotonic() - started, 1)}
+        while running:
+            time.sleep(POLL)
+            seconds = time.monotonic() - started
+            for stage, process in list(running.items()):
+                late = seconds > limit_of(stage, arguments.device)
+                if process.poll() is not None or late:
+                    results[stage] = _outcome(stage, running.pop(stage), arguments, folder, seconds)
+    finally:  # Ctrl-C, too, ends them with what they have started themselves
+        for process in running.values():
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    return results
+
+
+def _outcome(
+    stage: str, process: subprocess.Popen[bytes], arguments: argparse.Namespace, folder: Path, seconds: float
+) -> dict[str, Any]:
+    """What became of a stage that has ended, or is ended here because its time is over."""
+    failure = ""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        failure = f"not done after {limit_of(stage, arguments.device)} s"
+    code, found = process.wait(), folder / f"{stage}.json"
+    result: dict[str, Any] = {"seconds": round(seconds, 1)}
     result |= json.loads(found.read_text(encoding="utf-8")) if found.is_file() else {}
     if code and not failure:
         failure = result.get("failure") or f"ended with exit code {code}"
@@ -167,19 +186,24 @@ def child(arguments: argparse.Namespace) -> int:
 
 
 def check(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run the stages one after another, and write what is known after each."""
+    """Run the stages, and write what is known after each."""
     about = machine(arguments.device)
     now = datetime.datetime.now(datetime.UTC)
-    found: dict[str, Any] = {"machine": about, "date": f"{now:%Y-%m-%d}", "tiny": arguments.tiny, "stages": {}}
+    found: dict[str, Any] = {"machine": about, "date": f"{now:%Y-%m-%d}", "tiny": arguments.tiny}
+    results: dict[str, dict[str, Any]] = {}
     target = arguments.json
     if target is None and arguments.device == "cuda":
         card = re.sub(r"[^a-z0-9]+", "-", about["card"].lower()).strip("-")
         target = RESULTS / f"gpu-{card}-{now:%Y%m%d-%H%M}.json"
     with tempfile.TemporaryDirectory(prefix="gpu_check-") as folder:
-        for stage in arguments.stages:
-            print(f"== {stage}, at most {limit_of(stage, arguments.device)} s", flush=True)
-            result = found["stages"][stage] = run_stage(stage, arguments, Path(folder))
-            print(f"== {stage}: {result.get('failure') or 'fine'}, {result['seconds']} s", flush=True)
+        for stages in together(arguments.stages):
+            for stage in stages:
+                print(f"== {stage}, at most {limit_of(stage, arguments.device)} s", flush=True)
+            results |= run_stages(stages, arguments, Path(folder))
+            for stage in stages:
+                told = results[stage].get("failure") or "fine"
+                print(f"== {stage}: {told}, {results[stage]['seconds']} s", flush=True)
+            found["stages"] = {stage: results[stage] for stage in arguments.stages if stage in results}
             if target is not None:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

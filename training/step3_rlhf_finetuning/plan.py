@@ -100,6 +100,7 @@ class RoleCosts:
     def cache_bytes_per_token(self) -> int:
         """Bytes of keys and values of one token in all layers."""
         ids, mask = plans.fake_batch(1, 8)
+        self.actor.module.eval()
         with torch.no_grad():
             cache = self.actor(input_ids=ids, attention_mask=mask, use_cache=True).past_key_values
         tensors = [t for layer in cache.layers for t in vars(layer).values() if isinstance(t, torch.Tensor)]

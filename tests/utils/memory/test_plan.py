@@ -120,6 +120,20 @@ def test_every_family_can_be_planned(family, classifier, tmp_path):
     assert plan.peak() > plan.resident() >= 12 * plans.role_size(costs.model).parameters  # weights and moments
 
 
+def test_a_family_that_draws_which_layers_to_leave_out_can_be_planned(tmp_path):
+    """OPT's forward asks for the value of a number that it has drawn, which a tensor without storage has not."""
+    path = tmp_path / "opt"
+    AutoModelForCausalLM.from_config(FAMILIES["opt"]).save_pretrained(path)
+    roles = RoleCosts(fake(path), fake(path, classifier=True), None, 16, 16, 0)
+    for decoder in (
+        m for role in (roles.actor, roles.critic) for m in role.module.modules() if hasattr(m, "layerdrop")
+    ):
+        decoder.layerdrop = 0.1
+    assert roles.cache_bytes_per_token == 2 * 2 * 32 * 4  # keys and values of two layers, fp32
+    assert roles.training("actor", 2, False).peak > 0 and roles.training("critic", 2, False).peak > 0
+    assert roles.scoring("actor", 2).peak > 0
+
+
 def test_advice_stops_where_it_fits(tiny_model):
     costs = SequenceCosts(fake(tiny_model), 256, classifier=False)
 

@@ -155,6 +155,11 @@ class FakeModel:
     def training_pass(self, loss: Callable[[FakeModel], torch.Tensor]) -> PassMemory:
         """Memory of ``loss(model)`` and its backward, a scalar."""
         self.module.train()
+        for module in self.module.modules():
+            if hasattr(
+                module, "layerdrop"
+            ):  # its forward draws whether to leave a layer out; a fake number has no value
+                module.training = False
         with self.counting() as memory, contextlib.ExitStack() as hooks:
 
             def whole(parameter: torch.Tensor) -> None:
