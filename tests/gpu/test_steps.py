@@ -19,6 +19,7 @@ from tests.equality import pairwise
 from tests.marks import slow
 from tests.reliability.tiny_runs import step_arguments
 from tests.reliability.zygote import MODULES
+from tests.utils.engine.engine_checks import TINY_SHARDS
 from training.step3_rlhf_finetuning.ppo_trainer import first_ratio_rounding
 from training.utils.run.runtime import has_nvidia
 
@@ -49,6 +50,8 @@ LOSS = {1: "train/loss", 2: "train/loss", "dpo": "train/loss", 3: "policy/loss"}
 def arguments_of(case: Case, inputs: Path, output: Path) -> list[str]:
     """The command of a case on the tiny inputs, without checkpoints."""
     more = ["--dtype", case.dtype, "--save_every", "0"] + ["--offload"] * case.offload
+    if case.zero_stage == 3:
+        more += ["--deepspeed_config", json.dumps(TINY_SHARDS)]
     role = ("actor_", "critic_") if case.step == 3 else ("",)
     for name in role:
         more += [f"--{name}zero_stage", str(case.zero_stage)]

@@ -33,13 +33,14 @@ def make_engine(
     tensor_parallel: int = 1,
 ) -> Any:
     """A new engine on the tiny model; at ZeRO 3 the smallest parameters stay whole, as they do by default."""
-    shards = {"zero_optimization": {"stage3_param_persistence_threshold": 40}}
+    device = init_distributed()
+    zero = TINY_SHARDS["zero_optimization"] | ({"stage3_param_persistence_threshold": 40} if stage == 3 else {})
     config = deepspeed_config(
         zero_stage=stage,
         dtype=dtype,
         offload=offload,
         tensor_parallel=tensor_parallel,
-        overrides=shards if stage == 3 else TINY_SHARDS,
+        overrides={"zero_optimization": zero},
     )
     bits = lora.base_bits if lora else 0
     model: Any = loading.load_causal_lm(model_path, dtype=dtype, ds_config=config, base_bits=bits)
@@ -47,7 +48,7 @@ def make_engine(
         torch.manual_seed(0)
         model = with_adapters(model, lora)
     return engines.initialize_engine(
-        model.to(init_distributed()),
+        model.to(device),
         config,
         learning_rate=1e-2,
         weight_decay=0.1,

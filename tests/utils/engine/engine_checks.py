@@ -25,7 +25,13 @@ from training.utils.model.lora import with_adapters
 from training.utils.run import distributed
 from training.utils.run.distributed import data_rank, data_size, init_distributed, rank, reduce_sums, world_size
 
-TINY_SHARDS = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+TINY_SHARDS = {  # at stage 3 a tiny model's parameters come and go, and some are fetched early, as a large one's do
+    "zero_optimization": {
+        "stage3_param_persistence_threshold": 0,
+        "stage3_max_reuse_distance": 0,
+        "stage3_prefetch_bucket_size": 100,
+    }
+}
 ROWS = 8
 
 

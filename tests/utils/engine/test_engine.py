@@ -16,6 +16,7 @@ from training.utils.engine.zero_config import MAX_GRAD_NORM, deepspeed_config
 from training.utils.model.export import full_state_dict
 from training.utils.model.logprobs import response_log_probs
 from training.utils.model.lora import with_adapters
+from training.utils.run.distributed import init_distributed
 
 FP32 = {"rtol": 0, "atol": 1e-5}
 
@@ -119,6 +120,7 @@ def test_one_rank_steps_as_zero_does_bit_for_bit(tiny_model, monkeypatch, stage,
 @pytest.mark.parametrize("used", [True, False])
 def test_a_parameter_without_a_gradient_decays_as_in_zero(monkeypatch, used):
     """Such as an expert that no token went to."""
+    init_distributed()
 
     def weights(plain):
         monkeypatch.setattr(engines, "is_plain", lambda config, ranks: plain)

@@ -110,8 +110,25 @@ def _finish_engine(engine: Any, buffers: dict[str, torch.Tensor], config: dict[s
     """What is left to do after ``deepspeed.initialize``."""
     bound_waits()
     _restore_buffers(engine.module, buffers)
+    if getattr(engine.optimizer, "parameter_offload", None) is not None:
+        _drop_what_no_backward_takes(engine.module, engine.optimizer.parameter_offload.get_param_coordinator())
     if "tensor_parallel" in config:
         check_split(engine.module)
+
+
+def _drop_what_no_backward_takes(module: nn.Module, coordinator: Any) -> None:
+    """After a forward without gradients, free what ZeRO-3 has fetched ahead for the backward that it foresees.
+
+    It would stay in flight until the next forward: whoever gathers in between, an export or a rollout, would read a
+    parameter that is not there yet, and could not free it.
+    """
+
+    def after_forward(*_: Any) -> None:
+        """At a record of modules that is complete; before that nothing is fetched ahead."""
+        if not torch.is_grad_enabled() and coordinator.is_complete_trace():
+            coordinator.reset_step()
+
+    module.register_forward_hook(after_forward)
 
 
 def _restore_buffers(model: nn.Module, buffers: dict[str, torch.Tensor]) -> None:
