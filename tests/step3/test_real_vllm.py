@@ -1,12 +1,15 @@
 """vLLM itself as rollout engine, on a CPU: slow, and skipped where ``make setup-vllm`` was not run."""
 
+import json
 import os
+import signal
 
 import pytest
 import torch
 
 from tests.reliability.conftest import inputs, launcher  # noqa: F401
 from tests.reliability.test_kills import assert_same, uninterrupted
+from tests.reliability.test_vllm import workers_of
 from tests.reliability.tiny_runs import step_arguments
 from tests.step3.test_toy_task import BOUND, ITERATIONS
 from tests.step3.toy import learn, recent, save_toy_models
@@ -32,6 +35,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(PYTHON.startswith(":"), reaso
 def model(tmp_path_factory):
     """As tests/tiny.py's, with heads as wide as vLLM's kernels for CPUs want them."""
     return str(save_tiny_model(tmp_path_factory.mktemp("wide") / "model", head_width=32))
+
+
+@pytest.fixture(scope="module")
+def served(launcher, inputs, model, tmp_path_factory):  # noqa: F811
+    """The folder of a run that nothing interrupted, and its flags."""
+    flags = ("--rollout_engine", "vllm", "--vllm_python", PYTHON, "--actor_model_name_or_path", model)
+    flags += ("--importance_cap", "2")
+    return uninterrupted(launcher, inputs, 3, tmp_path_factory.mktemp("served"), flags)[0], flags
 
 
 @pytest.mark.parametrize(("stage", "lora", "ranks"), [(0, 0, 1), (0, 4, 1), (3, 0, 1), (3, 4, 1), (0, 0, 2), (3, 4, 2)])
@@ -75,13 +86,27 @@ def test_ninety_five_percent_of_the_optimum(tmp_path):
     assert recent(history) >= BOUND, [round(x, 2) for x in history]
 
 
-def test_a_run_that_is_killed_resumes(launcher, inputs, model, tmp_path):  # noqa: F811
-    served = ("--rollout_engine", "vllm", "--vllm_python", PYTHON, "--actor_model_name_or_path", model)
-    whole, _ = uninterrupted(launcher, inputs, 3, tmp_path, served)
+@pytest.mark.parametrize("victim", ["the run", "vLLM"])
+def test_a_run_that_is_killed_resumes(launcher, inputs, model, served, tmp_path, victim):  # noqa: F811
+    whole, flags = served
     output = tmp_path / "killed"
-    arguments, log = step_arguments(3, inputs, output, *served), tmp_path / "log"
+    arguments, log = step_arguments(3, inputs, output, *flags), tmp_path / "log"
     run = launcher.start(3, arguments, log)
     run.wait_for(lambda: (output / "checkpoints" / "step-00000002").is_dir())
-    run.kill()
+    if victim == "the run":
+        run.kill()
+    else:
+        for process in workers_of(output):
+            os.kill(int(process), signal.SIGKILL)
+        assert run.wait() == 1
+        assert "was ended by signal 9; its log is" in log.read_text() and "checkpoint: " in log.read_text()
     assert launcher.start(3, arguments, log).wait() == 0, log.read_text()[-3000:]
     assert_same(3, whole, output)
+
+
+def test_importance_weights_are_one_in_fp32(served):
+    """Sampler and trainer round alike there; a token's weight is their ratio, at most the cap."""
+    lines = (served[0] / "metrics.jsonl").read_text().splitlines()
+    found = [record for record in map(json.loads, lines) if "rollout/importance" in record]
+    assert found
+    assert all(abs(record["rollout/importance"] - 1) < 1e-3 and record["rollout/capped"] == 0 for record in found)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GPT2Config, LlamaConfig, MambaConfig, OPTConfig
 
 from tests.marks import slow
 from tests.step3.hybrid_checks import prompts, request, save_tiny_reward_model, trajectory
@@ -162,6 +163,23 @@ def test_processes_that_can_not_hold_a_model_together(tiny_model, monkeypatch, r
     monkeypatch.setattr(vllm, "local_ranks", lambda: on_host)
     with pytest.raises(UserError, match=words) if words else contextlib.nullcontext():
         vllm.check_division(ranks, str(tiny_model))
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (LlamaConfig(num_attention_heads=4, intermediate_size=63), r"63 units of an MLP .* \(intermediate_size\)"),
+        (OPTConfig(num_attention_heads=4, ffn_dim=63), r"63 units of an MLP .* \(ffn_dim\)"),
+        (MambaConfig(), r"divides attention heads, and .* \(mamba\) has none"),
+        (GPT2Config(), ""),
+    ],
+)
+def test_layers_that_processes_can_not_divide(tmp_path, monkeypatch, config, words):
+    config.save_pretrained(tmp_path)
+    monkeypatch.setattr(vllm, "world_size", lambda: 2)
+    monkeypatch.setattr(vllm, "local_ranks", lambda: 2)
+    with pytest.raises(UserError, match=words) if words else contextlib.nullcontext():
+        vllm.check_division(2, str(tmp_path))
 
 
 def test_what_a_process_of_a_group_is_given(tiny_model, monkeypatch):

@@ -87,6 +87,9 @@ def cache_room(config: Any, options: VllmOptions) -> int:
     return cache_bytes(config, tokens, 4 if options.dtype == "fp32" else 2) // min(options.ranks, key_heads(config))
 
 
+MLP_WIDTHS = ("intermediate_size", "moe_intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")  # of the families
+
+
 def check_division(ranks: int, model: str) -> None:
     """Refuse processes that can not hold a model together.
 
@@ -104,9 +107,16 @@ def check_division(ranks: int, model: str) -> None:
         if count % ranks:
             raise UserError(f"{name} does not divide the {count} {what}")
     config = load_config(model)
-    heads, keys = config.get_text_config().num_attention_heads, key_heads(config)
+    text = config.get_text_config()
+    if not getattr(text, "num_attention_heads", 0):
+        raise UserError(f"{name} divides attention heads, and {model} ({text.model_type}) has none")
+    heads, keys = text.num_attention_heads, key_heads(config)
     if heads % ranks or (keys % ranks and ranks % keys):  # of fewer heads than processes each has one
         raise UserError(f"{name} does not divide the {heads} attention and {keys} key-value heads of {model}")
+    for kind in MLP_WIDTHS:
+        width = getattr(text, kind, None)
+        if isinstance(width, int) and width % ranks:
+            raise UserError(f"{name} does not divide the {width} units of an MLP of {model} ({kind})")
 
 
 class VllmBackend:
