@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,6 +52,7 @@ def test_greedy_tokens_equal_before_and_after_steps_on_two_ranks(model, rank_pai
         before, after = first["logprobs"]["vllm"], second["logprobs"]["vllm"]
         assert before.shape != after.shape or (before - after).abs().max() > 1e-3, "the steps moved nothing"
         for seen in (first, second):
+            assert not list(Path("/dev/shm").glob("*cpushm*")), "a killed one would leave it to the next"
             assert seen["tokens"]["vllm"] == seen["tokens"]["fast"] == seen["tokens"]["hf"]
             torch.testing.assert_close(seen["logprobs"]["vllm"], seen["logprobs"]["fast"], rtol=0, atol=1e-4)
 

@@ -22,6 +22,7 @@ An answer ``error`` ends this process: what it held is not known any more. Anoth
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import mmap
@@ -34,6 +35,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
@@ -120,6 +122,32 @@ def join_group(group: Sequence[int]) -> tuple[int, int]:
     return place, size
 
 
+@contextlib.contextmanager
+def own_shared_memory(group: Sequence[int]) -> Iterator[None]:
+    """Inside, vLLM's processes of a group on a CPU name what they share by the group's port; after it, not at all.
+
+    vLLM 0.32 names it alike in all groups that a launcher has started: two of a machine would meet in it, and none
+    could start where a killed one has left its own.
+    """
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed as Shared
+
+    place, _, port = group
+    made, given = [], Shared.make_group_name
+
+    def name_of(communicator: Any) -> str:
+        """The name of what a group of ranks shares; each of them adds its place."""
+        made.append(f"tripod-{port}-{given(communicator).strip('/-')}")
+        return made[-1]
+
+    Shared.make_group_name = staticmethod(name_of)
+    try:
+        yield
+    finally:
+        Shared.make_group_name = staticmethod(given)
+        for name in made:  # all have mapped it: it ends with the processes, however they end
+            Path(f"/dev/shm/{name}_{place}").unlink(missing_ok=True)
+
+
 class VllmModel:
     """vLLM's engine in this process. `serve` asks any model for these methods; what they take is the messages'."""
 
@@ -146,8 +174,6 @@ class VllmModel:
 
     def start(self, options: dict[str, Any]) -> None:
         """Build the engine, with random weights: the rank's come before the first request."""
-        from vllm import LLM
-
         on_cpu = options["device"] == "cpu"
         more: dict[str, Any] = {}
         place = 0
@@ -162,7 +188,15 @@ class VllmModel:
             more["kv_cache_memory_bytes"] = options["cache_bytes"]
             more["gpu_memory_utilization"] = 0.9 * free / total  # only so much is asked for; the cache's size is given
             more["enable_sleep_mode"] = True
-        llm = LLM(
+        apart = own_shared_memory(options["group"]) if on_cpu and options["group"] else contextlib.nullcontext()
+        with apart:
+            llm = self._engine(options, more)
+        self.llm, self.engine = llm, llm.llm_engine
+
+    def _engine(self, options: dict[str, Any], more: dict[str, Any]) -> Any:
+        from vllm import LLM
+
+        return LLM(
             model=options["model"],
             dtype=options["dtype"],
             skip_tokenizer_init=True,
@@ -176,7 +210,6 @@ class VllmModel:
             trust_remote_code=os.environ.get("TRIPOD_TRUST_REMOTE_CODE") == "1",
             **more,
         )
-        self.llm, self.engine = llm, llm.llm_engine
 
     def load(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
         """Put in weights under Hugging Face names; what was computed with others is forgotten."""
