@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import threading
 import time
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from tests.reliability.file_kills import kill_at_file_call
 from training.utils.checkpoint import store
 from training.utils.engine import engine
+from training.utils.run import distributed
 
 
 def plant(
@@ -19,9 +21,10 @@ def plant(
     """Let a fault happen in this process if it is that rank.
 
     Args:
-        kind: ``raise``, an exception; ``sleep``, for ``seconds``; ``full``, no room on the disk while saving;
-            ``kill``, see `kill_at_file_call`; ``abort``, as NCCL does it: a thread that is not Python's aborts the
-            process while it waits in a collective, and the other ranks wait on, without an exception.
+        kind: ``form``, killed when groups have formed, and the memory they share still has its name; ``raise``, an
+            exception; ``sleep``, for ``seconds``; ``full``, no room on the disk while saving; ``kill``, see
+            `kill_at_file_call`; ``abort``, as NCCL does it: a thread that is not Python's aborts the process while it
+            waits in a collective, and the other ranks wait on, without an exception.
         rank: where.
         step: the optimizer step, from 1; for ``full`` the file of all checkpoints, for ``kill`` the file call.
         seconds: for ``sleep``.
@@ -32,6 +35,9 @@ def plant(
         return
     if kind == "kill":
         kill_at_file_call(folder, step, calls_file)
+        return
+    if kind == "form":
+        distributed.release_shared_buffer = _killed  # type: ignore[assignment]
         return
     calls = 0
     where: Any = store if kind == "full" else engine
@@ -54,3 +60,8 @@ def plant(
         return original(*args, **kwargs)
 
     setattr(where, name, faulty)
+
+
+def _killed() -> None:
+    print(f"killed beside the buffers of port {os.environ['MASTER_PORT']}", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -20,6 +20,7 @@ from tests.reliability.tiny_runs import SCRIPTS, metrics, step_arguments, weight
 from tests.step3.hybrid_checks import save_tiny_reward_model
 from tests.tiny import save_tiny_model
 from training.utils.checkpoint import store
+from training.utils.run import runtime
 from training.utils.run.folders import python_path
 
 SOON = 60.0  # seconds in which every rank has ended after one has failed
@@ -226,6 +227,22 @@ def test_a_killed_rank_ends_the_others(launcher, inputs, tmp_path):
     codes, seconds = ended_soon(runs)
     assert codes == [1, -signal.SIGKILL] and seconds < SOON
     assert "the connection to another rank is lost" in runs[0].text() and "Traceback" not in runs[0].text()
+
+
+@pytest.mark.parametrize("rank", [0, slow(1)])
+def test_a_rank_killed_while_groups_form_ends_the_others_and_leaves_nothing(launcher, inputs, tmp_path, rank):
+    output = tmp_path / "out"
+    runs = started(launcher, inputs, output, {"kind": "form", "rank": rank})
+    codes, seconds = ended_soon(runs)
+    assert codes[rank] == -signal.SIGKILL and codes[1 - rank] == 1 and seconds < SOON
+    port = re.findall(r"beside the buffers of port (\d+)", runs[0].text())[0]
+    left = list(runtime.SHARED_MEMORY.glob(f"deepspeed_allreduce_buffer_*_{port}_*"))
+    assert left, "nothing to remove"
+    for buffer in left:
+        os.utime(buffer, (0, 0))  # long ago
+    again = started(launcher, inputs, output)
+    assert ended_soon(again)[0] == [0, 0], again[0].text()[-2000:]
+    assert not [buffer for buffer in left if buffer.exists()]
 
 
 @pytest.mark.parametrize("rank", [slow(0), 1])
