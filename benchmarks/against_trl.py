@@ -193,7 +193,7 @@ def run_tripod(arguments: argparse.Namespace, folder: Path, iterations: int, see
     peak = run(command, arguments.threads, folder.with_suffix(".log"))
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     measured = [
-        iteration({phase: r[f"time/{phase}"] for phase in PHASES}, int(r["rollout/tokens"]), r["source/score"])
+        iteration({phase: r[f"time/{phase}"] for phase in PHASES}, int(r["rollout/tokens"]), r["source/manner"])
         for r in records
         if "time/train" in r
     ]
