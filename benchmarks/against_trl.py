@@ -164,7 +164,7 @@ def run_tripod(arguments: argparse.Namespace, folder: Path, iterations: int, see
     flags = {
         "actor_model_name_or_path": arguments.sft,
         "critic_model_name_or_path": "none",
-        "reward_function": f"{CHECK}:manner",
+        "reward_function": f"{CHECK}:{CHECK.stem}",
         "data_path": DEMO / "prompts.jsonl",
         "eval_data_path": f"{DEMO / 'held_out.jsonl'}:4",  # it always answers some at the start and the end, untimed
         "data_output_path": folder.parent / "data",
@@ -193,7 +193,7 @@ def run_tripod(arguments: argparse.Namespace, folder: Path, iterations: int, see
     peak = run(command, arguments.threads, folder.with_suffix(".log"))
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     measured = [
-        iteration({phase: r[f"time/{phase}"] for phase in PHASES}, int(r["rollout/tokens"]), r["source/manner"])
+        iteration({phase: r[f"time/{phase}"] for phase in PHASES}, int(r["rollout/tokens"]), r[f"source/{CHECK.stem}"])
         for r in records
         if "time/train" in r
     ]

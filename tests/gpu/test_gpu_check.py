@@ -97,6 +97,12 @@ def test_a_stage_that_fails_or_stands_still_keeps_no_other_from_running(checks, 
     assert checks.main([*argv[:-3], "step1"]) == 0
 
 
+def test_what_is_timed_runs_alone_and_first(checks):
+    assert checks.together(STAGES) == [["rollout"], ["step1"], ["step2"], ["step3"], ["tests", "memory"]]
+    assert checks.together(["memory", "step3"]) == [["step3"], ["memory"]]
+    assert checks.together(["step1"]) == [["step1"]]
+
+
 def test_the_limits_make_25_minutes(checks):
     assert tuple(checks.LIMITS) == STAGES == tuple(module("gpu_stages").STAGES)
     assert sum(checks.LIMITS.values()) <= 25 * 60

@@ -49,6 +49,7 @@ RESCORED_ROWS = 8  # in one forward
 # Of |vLLM - trainer| in nats: largest in fp32, mean in 16 bit. Weights that did not arrive are off by whole nats.
 MOST_DIFFERENCE = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.1}
 BLOCK_TOKENS = 128  # of a sequence's keys and values; vLLM's own on CPUs, more than on GPUs
+MLP_WIDTHS = ("intermediate_size", "moe_intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")  # configs' names
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _PROBE = "The quick brown fox: 12,345 + ünïcode\n  and two lines."
 
@@ -85,9 +86,6 @@ def cache_room(config: Any, options: VllmOptions) -> int:
     """Bytes of the keys and values that one process holds: of its heads, which are whole ones, for all ranks' rows."""
     tokens = cache_tokens(options.rows * options.ranks, options.length)
     return cache_bytes(config, tokens, 4 if options.dtype == "fp32" else 2) // min(options.ranks, key_heads(config))
-
-
-MLP_WIDTHS = ("intermediate_size", "moe_intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")  # of the families
 
 
 def check_division(ranks: int, model: str) -> None:

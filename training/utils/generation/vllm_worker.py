@@ -190,10 +190,10 @@ class VllmModel:
             more["enable_sleep_mode"] = True
         apart = own_shared_memory(options["group"]) if on_cpu and options["group"] else contextlib.nullcontext()
         with apart:
-            llm = self._engine(options, more)
+            llm = self._build(options, more)
         self.llm, self.engine = llm, llm.llm_engine
 
-    def _engine(self, options: dict[str, Any], more: dict[str, Any]) -> Any:
+    def _build(self, options: dict[str, Any], more: dict[str, Any]) -> Any:
         from vllm import LLM
 
         return LLM(

@@ -156,9 +156,7 @@ class FakeModel:
         """Memory of ``loss(model)`` and its backward, a scalar."""
         self.module.train()
         for module in self.module.modules():
-            if hasattr(
-                module, "layerdrop"
-            ):  # its forward draws whether to leave a layer out; a fake number has no value
+            if hasattr(module, "layerdrop"):  # it draws whether to leave a layer out: a fake number has no value
                 module.training = False
         with self.counting() as memory, contextlib.ExitStack() as hooks:
 
