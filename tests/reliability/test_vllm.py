@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.marks import slow
-from tests.reliability.test_kills import assert_same, killed_and_resumed, uninterrupted
+from tests.reliability.test_kills import STAND_IN, assert_same, killed_and_resumed, uninterrupted
 from tests.reliability.tiny_runs import step_arguments
 
-STAND_IN = str(Path(__file__).parents[1] / "step3" / "stand_in_worker.py")
 SERVED = ("--rollout_engine", "vllm", "--eval_every", "1", "--num_iterations", "3")
 
 
