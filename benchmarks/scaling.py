@@ -96,6 +96,7 @@ class Case:
     machine: str = "a100"
     rows: int = 32  # responses of an iteration
     batch: int = 4  # rows of a micro-batch
+    scored: int = 0  # rows of a forward that scores; 0: of a micro-batch
     prompt: int = 256
     response: int = 256
     zero_stage: int = 0  # 0: the first of `SETTINGS` that fits
@@ -176,7 +177,7 @@ def phases(case: Case, machine: Machine, roles: dict[str, Role], *, twin: bool) 
         twin: the gathered actor fits, so that a round of rollouts gathers once; else each token gathers each layer.
     """
     actor, tokens, sharded = roles["actor"], case.prompt + case.response, case.zero_stage == 3
-    micro_batches = -(-case.rows // case.batch)
+    micro_batches, scorings = -(-case.rows // case.batch), -(-case.rows // (case.scored or case.batch))
     weights = actor.parameters * WIDTH
     cache = case.rows * (case.prompt + case.response / 2) * actor.cache
     step = max(
@@ -190,7 +191,7 @@ def phases(case: Case, machine: Machine, roles: dict[str, Role], *, twin: bool) 
     yield phase("generation: prompts", prefill, 0.0, machine, case.gpus)
     yield phase("generation: responses", case.response * step, gathered, machine, case.gpus)
     for name, role, count in (("log-probs (actor, reference)", actor, 2), ("values, rewards", roles["critic"], 2)):
-        moved = count * micro_batches * gathered_bytes(role.parameters, case.gpus) if sharded else 0.0
+        moved = count * scorings * gathered_bytes(role.parameters, case.gpus) if sharded else 0.0
         operations = count * role.forward(case.rows, tokens)
         yield phase(f"scoring: {name}", machine.compute_seconds(operations), moved, machine, case.gpus)
     for name, role in roles.items():
@@ -250,7 +251,7 @@ def memory(case: Case, scratch: Path) -> tuple[dict[str, Role], dict[tuple[int, 
     train = flags.OptimizationArguments(**batch)  # type: ignore[arg-type]
     found = {}
     for stage, offload in SETTINGS:
-        settings = plans.Settings(stage, offload, True, case.batch, case.rows, True)
+        settings = plans.Settings(stage, offload, True, case.batch, case.rows, True, case.scored)
         zero, of_roles = flags.RoleZeroArguments(stage, stage, offload=offload), flags.RoleArguments(dtype="bf16")
         plan = rlhf_plan(costs, settings, of_roles, rollout, train, zero, {}, (stage, stage), on_cpu=False)
         twin = next(p for p in plan.phases if p.name == "generation").parts["gathered twin"]
@@ -271,7 +272,8 @@ def show(case: Case, machine: Machine, scratch: Path) -> None:
     free = machine.memory_gib
     print(f"\n### {case.actor} actor, {case.critic} critic, {case.gpus} GPUs ({case.machine})\n")
     print(
-        f"On each GPU {case.rows} rows of {case.prompt} + {case.response} tokens, micro-batches of {case.batch}, bf16, "
+        f"On each GPU {case.rows} rows of {case.prompt} + {case.response} tokens, micro-batches of {case.batch}, "
+        f"{case.scored or case.batch} scored together, bf16, "
         "gradient checkpointing.\n"
     )
     print(f"| ZeRO | held, GiB | training, scoring, saving | generation | through hooks | in {free:g} GiB |")
@@ -325,7 +327,7 @@ def verdict(need: dict[str, float], free: float) -> str:
 def chosen(arguments: argparse.Namespace) -> list[tuple[Case, Machine]]:
     """The cases of the command line."""
     cases = [CASES[arguments.case]] if arguments.case else list(CASES.values())
-    given = {name: value for name in ("actor", "critic", "gpus", "zero_stage", "rows", "batch", "offload")
+    given = {name: value for name in ("actor", "critic", "gpus", "zero_stage", "rows", "batch", "scored", "offload")
              if (value := getattr(arguments, name)) is not None}  # fmt: skip
     if arguments.actor:
         cases = [replace(CASES["7b"], **{"critic": arguments.actor} | given)]
@@ -351,6 +353,7 @@ def main() -> int:
     parser.add_argument("--zero_stage", type=int, choices=(1, 2, 3))
     parser.add_argument("--rows", type=int, help="responses of an iteration, per GPU")
     parser.add_argument("--batch", type=int, help="rows of a micro-batch")
+    parser.add_argument("--scored", type=int, help="rows of a forward that scores (default: of a micro-batch)")
     parser.add_argument("--offload", action="store_true", default=None)
     arguments = parser.parse_args()
     try:

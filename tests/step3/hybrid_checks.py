@@ -154,6 +154,7 @@ def trajectory(
     iterations: int = 3,
     accumulation: int = 1,
     micro_batch: int = 2,
+    scored: int = 0,
     ppo_epochs: int = 2,
     lora: int = 0,
     dtype: str = "fp32",
@@ -170,6 +171,7 @@ def trajectory(
 ) -> list[dict[str, float]]:
     """Metrics of a few PPO iterations over the same ``rows`` prompts, dealt to the ranks as the program deals them.
 
+    ``scored`` rows are in a forward that scores (0: ``micro_batch``).
     ``backend`` replaces the ``engine`` of that name, of which ``vllm`` is a process with weights of its own; ``order``
     seeds a shuffle of the samples (0: as dealt); ``hooked`` generates through the ZeRO-3 hooks.
     """
@@ -193,6 +195,7 @@ def trajectory(
         ppo_epochs=ppo_epochs,
         per_device_training_batch_size=micro_batch,
         gradient_accumulation_steps=accumulation,
+        per_device_scoring_batch_size=scored,
         kl_coef=kl_coef,
     )
     sampling = SamplingConfig(answer_length)

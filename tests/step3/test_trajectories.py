@@ -11,6 +11,7 @@ import pytest
 from tests.marks import slow
 from tests.step3.hybrid_checks import save_tiny_reward_model
 from tests.step3.trajectory_checks import record, replayed
+from training.step3_rlhf_finetuning import forward
 
 LOSSES = ("policy/loss", "critic/loss", "reward/mean", "kl/per_token", "policy/entropy")
 
@@ -102,6 +103,20 @@ def test_two_ranks_and_stages(models, recorded, rank_pair, stage, critic_stage, 
 def test_stages_on_one_rank(models, recorded, stage):
     history, rows = recorded
     assert_same(history, replayed(*models, rows, stage=stage, micro_batch=8))
+
+
+@pytest.mark.parametrize(("scored", "forwards"), [(0, 4), (3, 3), (8, 1), (100, 1)])
+def test_rows_that_are_scored_together(models, recorded, monkeypatch, scored, forwards):
+    """Each forward of the reward model is a pass over its weights; it scores eight rows five times."""
+    history, rows = recorded
+    calls = []
+    last_token_scores = forward.last_token_scores
+    monkeypatch.setattr(forward, "last_token_scores", lambda *args: calls.append(1) or last_token_scores(*args))
+    other = replayed(*models, rows, stage=0, micro_batch=2, accumulation=4, scored=scored)
+    assert_same(history, other)
+    assert len(calls) == 5 * forwards
+    assert other[0]["kl/per_token"] == 0
+    assert other[0]["policy/first_ratio"] == pytest.approx(1, abs=0 if not scored else 1e-6)
 
 
 def stale(history):

@@ -51,6 +51,9 @@ class RolloutArguments:
     max_prompt_seq_len: int = flag(256, "longest prompt in tokens; longer ones lose their oldest turns", minimum=4)
     max_answer_seq_len: int = flag(256, "longest response in tokens", minimum=1)
     per_device_generation_batch_size: int = flag(16, "responses per rank that are decoded together", minimum=1)
+    per_device_scoring_batch_size: int = flag(
+        0, "rows per rank of a forward that scores; 0: --per_device_training_batch_size", minimum=0
+    )
     generation_batches: int = flag(1, "generation batches per iteration", minimum=1)
     samples_per_prompt: int = flag(1, "responses to each prompt of an iteration", minimum=1)
     rollout_engine: str = flag("fast", "how tokens are decoded", choices=("fast", "hf", "vllm"))
@@ -278,6 +281,11 @@ def check_batches(rollout: RolloutArguments, train: OptimizationArguments) -> No
             f"an iteration has {pieces} micro-batches per rank, not a multiple of --gradient_accumulation_steps "
             f"{train.gradient_accumulation_steps}; --generation_batches {rollout.generation_batches * times} makes one"
         )
+
+
+def scoring_rows(rollout: RolloutArguments, train: OptimizationArguments) -> int:
+    """Rows per rank of a forward that scores: of each role whose parameters are sharded a pass over its weights."""
+    return rollout.per_device_scoring_batch_size or train.per_device_training_batch_size
 
 
 def check_advantage(ppo: PPOArguments, rollout: RolloutArguments) -> None:

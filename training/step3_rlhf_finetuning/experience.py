@@ -13,7 +13,12 @@ import torch
 from torch import Tensor
 
 from training.step3_rlhf_finetuning import ppo
-from training.step3_rlhf_finetuning.arguments import OptimizationArguments, PPOArguments, RolloutArguments
+from training.step3_rlhf_finetuning.arguments import (
+    OptimizationArguments,
+    PPOArguments,
+    RolloutArguments,
+    scoring_rows,
+)
 from training.step3_rlhf_finetuning.forward import score_log_probs, score_values
 from training.step3_rlhf_finetuning.ppo import token_rewards
 from training.step3_rlhf_finetuning.prompts import PromptSet
@@ -186,7 +191,7 @@ class Scoring:
 
     def _score_one(self, rollout: RolloutBatch, request: RolloutRequest) -> tuple[ScoredBatch, dict[str, float]]:
         flags, mask, critic = self.ppo, rollout.response_mask, self.roles.critic
-        size, temperature = self.train.per_device_training_batch_size, self.rollout.temperature
+        size, temperature = scoring_rows(self.rollout, self.train), self.rollout.temperature
         with self.roles.actor.scoring_mode() as engine:
             log_probs, entropy = score_log_probs(engine, rollout, size, temperature, entropy=True)
             assert entropy is not None

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from training.step3_rlhf_finetuning.arguments import scoring_rows
 from training.step3_rlhf_finetuning.evaluation import (
     Answer,
     BatchSizes,
@@ -397,7 +398,7 @@ def open_evaluation(
         roles,
         trainer.backend,
         trainer.sampling,
-        BatchSizes(rollout.per_device_generation_batch_size, train.per_device_training_batch_size),
+        BatchSizes(rollout.per_device_generation_batch_size, scoring_rows(rollout, train)),
         logger,
         every=o.flags.evaluate.eval_every,
         iterations=len(o.schedule),

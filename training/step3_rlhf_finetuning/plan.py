@@ -37,6 +37,7 @@ FLAGS = {
     "checkpointing": "--actor_gradient_checkpointing --critic_gradient_checkpointing",
     "batch": "--per_device_training_batch_size {} (accumulate more)",
     "other_batch": "--per_device_generation_batch_size {}",
+    "scored_batch": "--per_device_scoring_batch_size {}",
 }
 
 ASLEEP_BYTES = 1 << 30  # of a process that has CUDA and recorded graphs, on its device: an estimate, not measured
@@ -220,16 +221,21 @@ def _phases(
 ) -> list[plans.Phase]:
     rows, actor, critic = settings.batch, memory["actor"], memory.get("critic")
     whole = plans.role_size(costs.actor).weights(BYTES[dtype]) if actor.gathered else 0  # not only what is live
+    logits_of = functools.partial(plans.logits_bytes, costs.actor, columns=costs.response, dtype=dtype)
     decoding = decoding_parts(costs, settings.other_batch, dtype, rollout, whole, on_cpu=on_cpu)
-    logits = plans.logits_bytes(costs.actor, rows, costs.response, dtype)
-    scored = costs.scoring("actor", rows)
-    score = {"gathered parameters": actor.gathered, "logits": logits, "activations": scored.peak - logits}
+    scored_rows = settings.scored_batch or rows
+    scored, whole_logits = costs.scoring("actor", scored_rows), logits_of(scored_rows)
+    score = {
+        "gathered parameters": actor.gathered,
+        "logits": whole_logits,
+        "activations": scored.peak - whole_logits,
+    }
     phases = [  # evaluation does the same with as many rows at a time
         plans.Phase("generation", decoding),
         plans.Phase("scoring: log-probs", score),
     ]
     if costs.reward is not None:
-        rewarded = costs.scoring("reward", rows)
+        rewarded = costs.scoring("reward", scored_rows)
         reward = {"gathered parameters": memory["reward"].gathered, "activations": rewarded.peak}
         phases.append(plans.Phase("scoring: rewards", reward))
     train = functools.partial(
@@ -238,7 +244,7 @@ def _phases(
     passes = {role: costs.training(role, rows, settings.checkpointing) for role in costs.trained}
     kept = 0 if critic is None else critic.pending  # of the critic, while the actor steps
     before = kept if settings.accumulates else 0
-    phases += train("actor", actor, passes["actor"], logits, others=before, others_at_step=kept)
+    phases += train("actor", actor, passes["actor"], logits_of(rows), others=before, others_at_step=kept)
     if mix:  # after PPO's micro-batches, before the step; the loss is on every token that something predicts
         every = plans.logits_bytes(costs.actor, rows, costs.prompt + costs.response - 1, dtype)
         beside = costs.pretraining(rows, settings.checkpointing)
@@ -305,6 +311,7 @@ def show_rlhf_plan(models: Models, flags: Flags) -> int:
         batch=train.per_device_training_batch_size,
         other_batch=rollout.per_device_generation_batch_size,
         accumulates=train.gradient_accumulation_steps > 1,
+        scored_batch=rollout.per_device_scoring_batch_size,
     )
     asked, on_cpu = (zero.actor_zero_stage, zero.critic_zero_stage), plans.device().type == "cpu"
 

@@ -23,7 +23,7 @@ from tests.bad_inputs import STEPS
 from tests.families import save as save_family
 from tests.utils.engine.engine_checks import divided
 from training.step3_rlhf_finetuning import arguments as rlhf_arguments
-from training.step3_rlhf_finetuning.plan import ASLEEP_BYTES, RoleCosts, rlhf_plan
+from training.step3_rlhf_finetuning.plan import ASLEEP_BYTES, FLAGS, RoleCosts, rlhf_plan
 from training.utils.arguments import LoraArguments
 from training.utils.engine import engine as engines
 from training.utils.engine.tensor_parallel import FAMILIES as DIVISIBLE
@@ -193,6 +193,26 @@ def test_a_rollout_gathers_the_whole_actor_however_few_layers_training_holds(tin
     generation = next(phase for phase in plan.phases if phase.name == "generation")
     assert plan.roles["actor"].gathered == 4 * 1000
     assert generation.parts["gathered twin"] == 4 * plans.role_size(costs.actor).parameters
+
+
+def test_rows_that_are_scored_together_are_planned_and_lowered(tiny_model, monkeypatch):
+    costs = RoleCosts(fake(tiny_model), None, fake(tiny_model, classifier=True), 16, 16, 1000)
+    names = ("RoleArguments", "RolloutArguments", "OptimizationArguments", "RoleZeroArguments")
+    role, rollout, train, zero = (getattr(rlhf_arguments, name)() for name in names)
+
+    def plan(settings):
+        more = (rollout, train, zero, {}, (0, 0))
+        return rlhf_plan(costs, settings, replace(role, dtype="fp32"), *more, on_cpu=False)
+
+    few, many = plan(SETTINGS), plan(replace(SETTINGS, scored_batch=64))
+    for name in ("scoring: log-probs", "scoring: rewards"):
+        small, large = (next(p for p in found.phases if p.name == name).parts for found in (few, many))
+        assert large["activations"] > 2 * small["activations"]
+    logits = [next(p for p in found.phases if p.name == "scoring: log-probs").parts["logits"] for found in (few, many)]
+    assert logits[1] == 64 / SETTINGS.batch * logits[0] == 64 * 16 * 400 * 4
+    assert [p for p in few.phases if "scoring" not in p.name] == [p for p in many.phases if "scoring" not in p.name]
+    said = plans.advice(replace(SETTINGS, checkpointing=True, scored_batch=64), plan, FLAGS, few.peak())
+    assert "--per_device_scoring_batch_size 32" in said[1]
 
 
 def test_vllm_holds_its_memory_while_it_generates_and_on_a_cpu_always(tiny_model):

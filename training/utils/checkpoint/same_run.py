@@ -28,7 +28,7 @@ ROUNDING = frozenset({
     "zero_stage", "actor_zero_stage", "critic_zero_stage", "offload", "offload_reference_model", "offload_reward_model",
     "gradient_checkpointing", "actor_gradient_checkpointing", "critic_gradient_checkpointing", "deepspeed_config",
     "attn_implementation", "per_device_eval_batch_size", "tensor_parallel", "sequence_parallel",
-    "vllm_tensor_parallel",
+    "vllm_tensor_parallel", "per_device_scoring_batch_size",
 })  # fmt: skip
 # Compared by what they lead to: models and data by content, batches by the rows of an optimizer step
 BY_CONTENT = frozenset({

@@ -101,6 +101,7 @@ class Settings:
         batch: rows per rank and micro-batch of training.
         other_batch: rows per rank in evaluation (step 3: in generation).
         accumulates: several micro-batches per step.
+        scored_batch: rows per rank of a forward that scores (step 3); 0: as many as ``batch``.
     """
 
     zero_stage: int
@@ -109,6 +110,7 @@ class Settings:
     batch: int
     other_batch: int
     accumulates: bool
+    scored_batch: int = 0
 
 
 def in_words(dtype: str, lora: LoraArguments) -> str:
@@ -229,7 +231,7 @@ def cheaper(settings: Settings, *, on_cpu: bool) -> Iterator[tuple[str, Any]]:
         yield "checkpointing", True
     if data_size() > 1:
         yield from (("zero_stage", stage) for stage in range(max(settings.zero_stage, 1) + 1, 4))
-    for name in ("other_batch", "batch"):
+    for name in ("other_batch", "scored_batch", "batch"):
         size = getattr(settings, name)
         yield from ((name, part) for part in range(size // 2, 0, -1) if size % part == 0)
     if not settings.offload and not on_cpu:
