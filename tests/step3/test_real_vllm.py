@@ -46,9 +46,18 @@ def served(launcher, inputs, model, tmp_path_factory):  # noqa: F811
     return uninterrupted(launcher, inputs, 3, tmp_path_factory.mktemp("served"), flags)[0], flags
 
 
-@pytest.mark.parametrize(("stage", "lora", "ranks"), [(0, 0, 1), (0, 4, 1), (3, 0, 1), (3, 4, 1), (0, 0, 2), (3, 4, 2)])
-def test_greedy_tokens_equal_before_and_after_steps_on_two_ranks(model, rank_pair, stage, lora, ranks):
-    for first, second in rank_pair.run(before_and_after, model, stage=stage, lora=lora, python=PYTHON, ranks=ranks):
+@pytest.mark.parametrize(
+    ("stage", "lora", "ranks", "bits"),
+    [
+        *((0, 0, 1, 0), (0, 4, 1, 0), (3, 0, 1, 0), (3, 4, 1, 0), (0, 0, 2, 0), (3, 4, 2, 0)),
+        *((0, 4, 1, 4), (3, 4, 2, 4)),
+    ],
+)
+def test_greedy_tokens_equal_before_and_after_steps_on_two_ranks(model, rank_pair, stage, lora, ranks, bits):
+    if bits:
+        pytest.importorskip("bitsandbytes", reason="requirements-optional.txt")
+    settings = {"stage": stage, "lora": lora, "base_bits": bits, "ranks": ranks}
+    for first, second in rank_pair.run(before_and_after, model, python=PYTHON, **settings):
         before, after = first["logprobs"]["vllm"], second["logprobs"]["vllm"]
         assert before.shape != after.shape or (before - after).abs().max() > 1e-3, "the steps moved nothing"
         for seen in (first, second):

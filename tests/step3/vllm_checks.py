@@ -55,10 +55,13 @@ def greedy(actor: HybridEngine, backend: VllmBackend) -> dict[str, Any]:
     }
 
 
-def before_and_after(path: str, *, stage: int, lora: int = 0, python: str = "", ranks: int = 1) -> list[dict[str, Any]]:
+def before_and_after(
+    path: str, *, stage: int, lora: int = 0, base_bits: int = 0, python: str = "", ranks: int = 1
+) -> list[dict[str, Any]]:
     """`greedy` before and after two optimizer steps."""
     torch.manual_seed(0)
-    actor, backend = build_actor(path, build(stage, 1e-2, lora)), server(path, python, ranks=ranks)
+    built = build(stage, 1e-2, lora, base_bits=base_bits)
+    actor, backend = build_actor(path, built), server(path, python, ranks=ranks)
     first = greedy(actor, backend)
     train_two_steps(actor)
     return [first, greedy(actor, backend)]
