@@ -112,7 +112,8 @@ class PPO:
         self.schedule = prompts.prompt_schedule(rows["length"], responses // rollout.samples_per_prompt, **passes)
         total_steps = self.iterations * settings.steps_per_iteration(parsed.ppo, rollout, train)
         pad_id = self.tokenizer.pad_token_id
-        build = Build(parsed.roles, train, parsed.zero, models.overrides, total_steps, pad_id, self._device)
+        shares = rollout.samples_per_prompt > 1
+        build = Build(parsed.roles, train, parsed.zero, models.overrides, total_steps, pad_id, self._device, shares)
         server = settings.vllm_server(parsed, models)
         self.roles = build_roles(models.actor, models.reward, models.functions, build, critic=bool(models.critic))
         sampling = SamplingConfig(

@@ -10,7 +10,6 @@ import torch
 
 from tests.utils.engine.engine_checks import TINY_SHARDS
 from training.step2_reward_model_finetuning.pairs import (
-    answer_rewards,
     held_out_rewards,
     pair_weights,
     score_pairs,
@@ -21,6 +20,7 @@ from training.utils.engine import engine as engines
 from training.utils.engine.zero_config import deepspeed_config
 from training.utils.model import classifiers
 from training.utils.model.export import full_state_dict
+from training.utils.model.reward_model import answer_rewards
 from training.utils.run.distributed import init_distributed, reduce_sums
 from training.utils.sharing import find_sharing
 

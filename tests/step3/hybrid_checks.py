@@ -40,8 +40,9 @@ from training.utils.generation.sampling import SamplingConfig
 from training.utils.model import loading
 from training.utils.model.export import full_state_dict
 from training.utils.model.logprobs import response_log_probs
-from training.utils.model.reward_model import RewardStats
+from training.utils.model.reward_model import RewardStats, answer_rewards
 from training.utils.run.distributed import data_rank, data_size, init_distributed, rank, world_size
+from training.utils.sharing import find_sharing
 
 PAD, STOPS = 0, (2,)
 NO_TEXTS = PromptSet(None, None, STOPS, 0)  # for rewards that read tokens alone
@@ -52,7 +53,9 @@ def of(group: Any, values: dict[str, Any]) -> Any:
     return group(**{f.name: values[f.name] for f in dataclasses.fields(group) if f.name in values})
 
 
-def build(stage: int = 0, rate: float = 1e-2, lora: int = 0, *, total_steps: int = 1000, **flags: Any) -> Build:
+def build(
+    stage: int = 0, rate: float = 1e-2, lora: int = 0, *, total_steps: int = 1000, shares: bool = False, **flags: Any
+) -> Build:
     """What roles are built with: adapters alone train where there are any, the critic's flags are the actor's."""
     values = {"dtype": "fp32", "per_device_training_batch_size": 2, "only_optimize_lora": lora > 0} | flags
     alike = {"zero_stage": stage, "learning_rate": rate}
@@ -60,7 +63,7 @@ def build(stage: int = 0, rate: float = 1e-2, lora: int = 0, *, total_steps: int
     groups = [
         of(g, values | {"actor_lora_dim": lora}) for g in (RoleArguments, OptimizationArguments, RoleZeroArguments)
     ]
-    return Build(*groups, TINY_SHARDS, total_steps, PAD, init_distributed())
+    return Build(*groups, TINY_SHARDS, total_steps, PAD, init_distributed(), shares)
 
 
 def scoring(roles: Roles, **flags: Any) -> Scoring:
@@ -155,6 +158,8 @@ def trajectory(
     accumulation: int = 1,
     micro_batch: int = 2,
     scored: int = 0,
+    samples: int = 1,
+    shares: bool = False,
     ppo_epochs: int = 2,
     lora: int = 0,
     dtype: str = "fp32",
@@ -168,10 +173,12 @@ def trajectory(
     order: int = 0,
     stop_ids: tuple[int, ...] = STOPS,
     tensor_parallel: int = 1,
+    **more: Any,
 ) -> list[dict[str, float]]:
     """Metrics of a few PPO iterations over the same ``rows`` prompts, dealt to the ranks as the program deals them.
 
-    ``scored`` rows are in a forward that scores (0: ``micro_batch``).
+    ``scored`` rows are in a forward that scores (0: ``micro_batch``). With ``samples`` each prompt has as many of the
+    rows, one beside the other; where a model ``shares`` it sees them behind their prompt. ``more`` are flags of PPO.
     ``backend`` replaces the ``engine`` of that name, of which ``vllm`` is a process with weights of its own; ``order``
     seeds a shuffle of the samples (0: as dealt); ``hooked`` generates through the ZeRO-3 hooks.
     """
@@ -186,17 +193,23 @@ def trajectory(
         critic_zero_stage=of_critic,
         per_device_training_batch_size=micro_batch,
         tensor_parallel=tensor_parallel,
+        shares=shares,
     )
     load: dict[str, Any] = {"pad_token_id": PAD, "dtype": dtype, "device": made.device}
-    rewards = build_rewards(reward, {}, zero_stage=of_critic, tensor_parallel=tensor_parallel, **load)
-    roles = Roles(build_actor(actor_path, made), build_critic(actor_path, reward, made), rewards)
+    together: dict[str, Any] = {"tensor_parallel": tensor_parallel, "shares": shares}
+    rewards = build_rewards(reward, {}, zero_stage=of_critic, **together, **load)
+    policy, critic = build_actor(actor_path, made), build_critic(actor_path, reward, made)
+    values_sharing = find_sharing(critic, answer_rewards, PAD) if shares else None
+    roles = Roles(policy, critic, rewards, None, values_sharing)
     scored = scoring(
         roles,
         ppo_epochs=ppo_epochs,
         per_device_training_batch_size=micro_batch,
         gradient_accumulation_steps=accumulation,
         per_device_scoring_batch_size=scored,
+        samples_per_prompt=samples,
         kl_coef=kl_coef,
+        **more,
     )
     sampling = SamplingConfig(answer_length)
     roles.actor.hooked = hooked
@@ -208,10 +221,12 @@ def trajectory(
     if tensor_parallel > 1:
         backend = generation_backend(roles.actor, engine, rows=rows, length=64)
     trainer = PPOTrainer(roles, scored, backend, sampling, dtype)
-    all_prompts = prompts(rows)
+    all_prompts = [prompt for prompt in prompts(rows // samples) for _ in range(samples)]
+    lengths = [len(prompt) for prompt in all_prompts[::samples]]
     history = []
     for number in range(iterations):
-        dealt = deal(list(range(rows)), [len(p) for p in all_prompts], data_size(), 1)[0][data_rank()]
+        dealt = deal(list(range(rows // samples)), lengths, data_size(), 1)[0][data_rank()]
+        dealt = [prompt * samples + sample for prompt in dealt for sample in range(samples)]
         if order:
             random.Random(order + number).shuffle(dealt)
         history.append(

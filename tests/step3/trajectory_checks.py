@@ -15,6 +15,8 @@ from training.utils.engine import engine as engines
 from training.utils.generation.engines import rollout_backend
 from training.utils.generation.requests import RolloutBatch, RolloutRequest
 from training.utils.generation.sampling import SamplingConfig
+from training.utils.model import forward
+from training.utils.model.forward import tree_mask
 
 RUN: dict[str, Any] = {
     "iterations": 5,
@@ -83,6 +85,11 @@ def _own_weights(model: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(model.config._name_or_path, dtype=torch.float32).eval()
 
 
+def _behind_each_other(parts: torch.Tensor) -> torch.Tensor:
+    """The mask of a plain row: each answer sees those before it."""
+    return tree_mask(parts.clamp(max=1))
+
+
 _backward, _initialize, _values = engines.backward, engines.initialize_engine, experience.score_values
 
 # name -> (where, attribute, what stands there instead): one classic mistake for each kind of test
@@ -91,6 +98,7 @@ FAULTS: dict[str, tuple[Any, str, Any]] = {
     "a step at every micro-batch": (engines, "backward", _step_at_every_micro_batch),
     "a phantom optimizer step": (engines, "initialize_engine", _phantom_step),
     "a twin with weights of its own": (roles, "make_twin", _own_weights),
+    "answers see each other": (forward, "tree_mask", _behind_each_other),
     "rows in another order": (experience, "score_values", lambda *args: _values(*args).flip(0)),
 }
 
@@ -117,8 +125,8 @@ def replayed(actor: str, reward: str, rows: Recording | None, *, fault: str = ""
         return trajectory(actor, reward, backend=backend, **RUN, **run)
 
 
-def record(actor: str, reward: str) -> tuple[list[dict[str, float]], Recording]:
+def record(actor: str, reward: str, **run: Any) -> tuple[list[dict[str, float]], Recording]:
     """The reference: one rank, all eight rows in one micro-batch, ZeRO 0; its metrics and its rollouts."""
     recorder = Recorder()
-    history = trajectory(actor, reward, backend=recorder, stage=0, micro_batch=8, **RUN)
+    history = trajectory(actor, reward, backend=recorder, stage=0, **{"micro_batch": 8} | RUN | run)
     return history, recorder.rows

@@ -12,7 +12,7 @@ from tests import families
 from tests.step2.ranking_checks import PAD, RATE, fixed_rankings
 from tests.utils.engine.engine_checks import TINY_SHARDS
 from training.step2_dpo_finetuning.pairs import Preferences, answer_log_probs, answer_tokens
-from training.step2_reward_model_finetuning.pairs import answer_rewards, held_out_rewards
+from training.step2_reward_model_finetuning.pairs import held_out_rewards
 from training.utils import sharing as sharings
 from training.utils.arguments import DPOArguments, LoraArguments
 from training.utils.data import Sharing, collate_pairs, pair_micro_batches, rankings_of
@@ -22,6 +22,7 @@ from training.utils.engine.zero_config import deepspeed_config
 from training.utils.model import classifiers, loading
 from training.utils.model.forward import enable_gradient_checkpointing, tree_mask
 from training.utils.model.lora import with_adapters
+from training.utils.model.reward_model import answer_rewards
 from training.utils.run.distributed import init_distributed, reduce_sums
 
 ANY = Sharing(sys.maxsize, 1 << 20)  # so wide that attention costs nothing

@@ -25,7 +25,7 @@ from training.utils.data import (
 )
 from training.utils.engine.reference import reference_policy
 from training.utils.metrics import watched
-from training.utils.model.logprobs import response_kl, response_log_probs
+from training.utils.model.logprobs import answer_sums, response_kl
 from training.utils.run.distributed import data_rank, data_size, gather_rows, reduce_sums
 
 Batch = dict[str, Tensor]
@@ -34,9 +34,7 @@ KL_PROMPTS = 64  # held-out prompts whose chosen answers tell the KL: it needs a
 
 def answer_log_probs(model: Any, batch: Batch) -> Tensor:
     """Log-prob of each whole answer of the batch's pairs, ``[2, P]`` fp32."""
-    rows = (batch["input_ids"], batch["attention_mask"], batch["response_mask"])
-    log_probs, _ = response_log_probs(model, *rows, shared=batch if "shared_ids" in batch else None)
-    return log_probs.sum(1)[torch.stack([batch[side] for side in SIDES])]
+    return answer_sums(model, batch)[torch.stack([batch[side] for side in SIDES])]
 
 
 def answer_tokens(batch: Batch) -> Tensor:

@@ -44,7 +44,6 @@ prepare_runtime()
 
 from training.step2_reward_model_finetuning.pairs import (  # noqa: E402
     PAIRS_BEFORE,
-    answer_rewards,
     held_out_rewards,
     pair_weights,
     score_pairs,
@@ -69,7 +68,7 @@ from training.utils.metrics import MetricsLogger  # noqa: E402
 from training.utils.model import classifiers, loading  # noqa: E402
 from training.utils.model.limits import check_length, divide_rows  # noqa: E402
 from training.utils.model.lora import check_lora  # noqa: E402
-from training.utils.model.reward_model import RewardStats, few_held_out  # noqa: E402
+from training.utils.model.reward_model import RewardStats, answer_rewards, few_held_out  # noqa: E402
 from training.utils.run import watchdog  # noqa: E402
 from training.utils.run.distributed import is_main, reduce_sums, say  # noqa: E402
 from training.utils.run.folders import latest_output  # noqa: E402

@@ -18,21 +18,11 @@ from training.utils.data import (
     spread_rows,
 )
 from training.utils.metrics import watched
-from training.utils.model.reward_model import last_token_scores
+from training.utils.model.reward_model import answer_rewards
 from training.utils.run.distributed import data_rank, data_size, gather_rows
 
 # Held-out pairs that a model is judged by before it is trained: most have a fresh head, whose accuracy is a coin's
 PAIRS_BEFORE = 64
-
-
-def answer_rewards(scorer: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Rewards of a batch of `collate_answers`: ``[S]``, fp32."""
-    if "shared_ids" in batch:
-        scores = scorer(batch["shared_ids"], batch["shared_mask"], batch["shared_positions"])
-        scores = scores[batch["shared_row"][:, None], batch["shared_columns"]]
-    else:
-        scores = scorer(batch["input_ids"], batch["attention_mask"])
-    return last_token_scores(scores, batch["response_mask"])
 
 
 def score_pairs(scorer: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -288,6 +288,11 @@ def scoring_rows(rollout: RolloutArguments, train: OptimizationArguments) -> int
     return rollout.per_device_scoring_batch_size or train.per_device_training_batch_size
 
 
+def scored_alike(rollout: RolloutArguments, train: OptimizationArguments) -> bool:
+    """Whether rows are scored in the pieces they are trained in, which alone makes old and new log-probs equal."""
+    return scoring_rows(rollout, train) == train.per_device_training_batch_size
+
+
 def check_advantage(ppo: PPOArguments, rollout: RolloutArguments) -> None:
     """Refuse an advantage over other answers where each prompt is answered once.
 

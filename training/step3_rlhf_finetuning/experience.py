@@ -192,13 +192,17 @@ class Scoring:
     def _score_one(self, rollout: RolloutBatch, request: RolloutRequest) -> tuple[ScoredBatch, dict[str, float]]:
         flags, mask, critic = self.ppo, rollout.response_mask, self.roles.critic
         size, temperature = scoring_rows(self.rollout, self.train), self.rollout.temperature
+        sharing = self.roles.actor.sharing
         with self.roles.actor.scoring_mode() as engine:
-            log_probs, entropy = score_log_probs(engine, rollout, size, temperature, entropy=True)
+            log_probs, entropy = score_log_probs(engine, rollout, size, temperature, entropy=True, sharing=sharing)
             assert entropy is not None
         with self.roles.actor.reference_mode() as reference:
-            reference_log_probs, _ = score_log_probs(reference, rollout, size, temperature)
+            reference_log_probs, _ = score_log_probs(reference, rollout, size, temperature, sharing=sharing)
         reward, raw = self.roles.rewards.score(rollout, request.rows, self.prompts, size)
-        values = torch.zeros_like(log_probs) if critic is None else score_values(critic, rollout, size)
+        if critic is None:
+            values = torch.zeros_like(log_probs)
+        else:
+            values = score_values(critic, rollout, size, self.roles.values_sharing)
         finite = reward.isfinite()
         for by_token in (log_probs, reference_log_probs, values):
             finite = finite & (by_token.isfinite() | ~mask).all(1)

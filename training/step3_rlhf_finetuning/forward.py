@@ -1,6 +1,7 @@
 """A model's numbers for a rollout: log-probs, values and scores of its tokens, a few rows at a time.
 
-The layout stays that of the rollout, ``[B, R]`` over the response's columns.
+The layout stays that of the rollout, ``[B, R]`` over the response's columns, also where the model sees the answers to a
+prompt behind it in one row.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from training.utils.data import Sharing, collate_answers
 from training.utils.generation.requests import RolloutBatch
 from training.utils.model.logprobs import response_log_probs
-from training.utils.model.reward_model import last_token_scores
+from training.utils.model.reward_model import last_token_scores, token_scores
 from training.utils.run.watchdog import beat
 
 
@@ -23,8 +25,48 @@ def full_response_mask(mask: Tensor, total_length: int) -> Tensor:
     return torch.cat([blank, mask.bool()], dim=1)
 
 
+def behind_prompts(
+    input_ids: Tensor, attention_mask: Tensor, mask: Tensor, sharing: Sharing | None
+) -> dict[str, Tensor] | None:
+    """The same rows with the answers to a prompt behind it, None where that does not pay or ``sharing`` is None.
+
+    Args:
+        input_ids, attention_mask: ``[B, T]`` of a rollout, padded on both sides.
+        mask: ``[B, R]`` of its responses.
+        sharing: of the model, see `training.utils.sharing.find_sharing`.
+
+    Returns:
+        The ``shared_`` tensors of `training.utils.data.batches.collate_answers`, in the rollout's columns.
+    """
+    if sharing is None:
+        return None
+    width, groups, answers = input_ids.shape[1], dict[tuple[int, ...], list[int]](), []
+    paddings = attention_mask.argmax(1).tolist()
+    for i, (ids, length, own) in enumerate(
+        zip(input_ids.tolist(), attention_mask.sum(1).tolist(), mask.sum(1).tolist(), strict=True)
+    ):
+        tokens = ids[paddings[i] : paddings[i] + length]
+        answers.append({"input_ids": tokens, "response_mask": [0] * (length - own) + [1] * own})
+        groups.setdefault(tuple(tokens[: length - own]), []).append(i)
+    found = collate_answers(answers, list(groups.values()), 0, sharing)
+    if "shared_ids" not in found:
+        return None
+    columns = torch.zeros(len(answers), width, dtype=torch.long)
+    for i, (row, padding) in enumerate(zip(answers, paddings, strict=True)):
+        length = len(row["input_ids"])
+        columns[i, padding : padding + length] = found["shared_columns"][i, :length]
+    shared = {name: tensor for name, tensor in found.items() if name.startswith("shared_")}
+    return {name: tensor.to(input_ids.device) for name, tensor in (shared | {"shared_columns": columns}).items()}
+
+
 def actor_log_probs(
-    model: Any, input_ids: Tensor, attention_mask: Tensor, mask: Tensor, temperature: float, entropy: bool = False
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    mask: Tensor,
+    temperature: float,
+    entropy: bool = False,
+    sharing: Sharing | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probs (and entropies) of the response tokens, ``[B, R]`` fp32, by any causal LM or its engine."""
     total = input_ids.shape[1]
@@ -35,18 +77,22 @@ def actor_log_probs(
         full_response_mask(mask, total),
         temperature=temperature,
         entropy=entropy,
+        shared=behind_prompts(input_ids, attention_mask, mask, sharing),
     )
     start = total - mask.shape[1]
     return log_probs[:, start:], entropies[:, start:] if entropies is not None else None
 
 
-def state_values(critic: Any, input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> Tensor:
+def state_values(
+    critic: Any, input_ids: Tensor, attention_mask: Tensor, mask: Tensor, sharing: Sharing | None = None
+) -> Tensor:
     """The critic's value of the state before each response token, ``[B, R]`` fp32, 0 outside the mask.
 
     The state before token t ends with token t - 1, so its value is the score one column to the left.
     """
     start = input_ids.shape[1] - mask.shape[1]
-    return critic(input_ids, attention_mask)[:, start - 1 : -1] * mask
+    shared = behind_prompts(input_ids, attention_mask, mask, sharing)
+    return token_scores(critic, input_ids, attention_mask, shared)[:, start - 1 : -1] * mask
 
 
 def in_pieces(batch_size: int, total: int) -> list[slice]:
@@ -61,47 +107,38 @@ def scored_pieces(batch_size: int, total: int) -> Iterator[slice]:
         yield piece
 
 
+def _parts(rollout: RolloutBatch, batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Ids, attention and response mask of ``batch_size`` rows at a time."""
+    for piece in scored_pieces(batch_size, rollout.input_ids.shape[0]):
+        yield rollout.input_ids[piece], rollout.attention_mask[piece], rollout.response_mask[piece]
+
+
 @torch.no_grad()
 def score_log_probs(
-    model: nn.Module, rollout: RolloutBatch, batch_size: int, temperature: float, entropy: bool = False
+    model: nn.Module,
+    rollout: RolloutBatch,
+    batch_size: int,
+    temperature: float,
+    entropy: bool = False,
+    sharing: Sharing | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`actor_log_probs` of a rollout, ``batch_size`` rows at a time."""
-    parts = [
-        actor_log_probs(
-            model,
-            rollout.input_ids[piece],
-            rollout.attention_mask[piece],
-            rollout.response_mask[piece],
-            temperature,
-            entropy,
-        )
-        for piece in scored_pieces(batch_size, rollout.input_ids.shape[0])
-    ]
+    parts = [actor_log_probs(model, *part, temperature, entropy, sharing) for part in _parts(rollout, batch_size)]
     log_probs = torch.cat([p[0] for p in parts])
     return log_probs, torch.cat([p[1] for p in parts if p[1] is not None]) if entropy else None
 
 
 @torch.no_grad()
-def score_values(critic: Any, rollout: RolloutBatch, batch_size: int) -> Tensor:
+def score_values(critic: Any, rollout: RolloutBatch, batch_size: int, sharing: Sharing | None = None) -> Tensor:
     """`state_values` of a rollout, ``batch_size`` rows at a time."""
-    return torch.cat(
-        [
-            state_values(critic, rollout.input_ids[piece], rollout.attention_mask[piece], rollout.response_mask[piece])
-            for piece in scored_pieces(batch_size, rollout.input_ids.shape[0])
-        ]
-    )
+    return torch.cat([state_values(critic, *part, sharing) for part in _parts(rollout, batch_size)])
 
 
 @torch.no_grad()
-def score_rewards(reward: Any, rollout: RolloutBatch, batch_size: int) -> Tensor:
+def score_rewards(reward: Any, rollout: RolloutBatch, batch_size: int, sharing: Sharing | None = None) -> Tensor:
     """Raw reward of each response, ``[B]`` fp32: the reward model's score at its last token."""
-    total = rollout.input_ids.shape[1]
-    return torch.cat(
-        [
-            last_token_scores(
-                reward(rollout.input_ids[piece], rollout.attention_mask[piece]),
-                full_response_mask(rollout.response_mask[piece], total),
-            )
-            for piece in scored_pieces(batch_size, rollout.input_ids.shape[0])
-        ]
-    )
+    found = []
+    for ids, attention_mask, mask in _parts(rollout, batch_size):
+        scores = token_scores(reward, ids, attention_mask, behind_prompts(ids, attention_mask, mask, sharing))
+        found.append(last_token_scores(scores, full_response_mask(mask, ids.shape[1])))
+    return torch.cat(found)

@@ -28,6 +28,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
+from training.utils.data import Sharing
 from training.utils.engine.reference import reference_policy
 from training.utils.generation.vllm import VllmBackend
 from training.utils.memory.generation import fits, free_bytes, generation_bytes, saved_bytes
@@ -62,14 +63,24 @@ class HybridEngine:
         hooked: generation goes through the engine's ZeRO-3 hooks, as the whole model does not fit on a rank, or there
             is no twin; ranks must then decode in step (``rollout_backend(..., synced=True)``).
         server: what decodes with weights of its own, None where the twin does.
+        sharing: how answers to a prompt may go through engine and reference behind it, None for a row each.
     """
 
-    def __init__(self, engine: Any, twin: Any, reference: nn.Module | None, *, merge_lora: bool = False) -> None:
+    def __init__(
+        self,
+        engine: Any,
+        twin: Any,
+        reference: nn.Module | None,
+        *,
+        merge_lora: bool = False,
+        sharing: Sharing | None = None,
+    ) -> None:
         self.engine = engine
         self.reference = reference
         self.gather_seconds = 0.0
         self.hooked = False
         self.server: VllmBackend | None = None
+        self.sharing = sharing
         self._merge_lora = merge_lora
         self._has_twin = twin is not None
         self._twin = twin if self._has_twin else engine.module.eval()

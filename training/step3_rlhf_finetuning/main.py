@@ -25,7 +25,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # outside the environment, to say so
 
 from training.migrate.predecessors import others_of
-from training.step3_rlhf_finetuning.arguments import ALIASES, ARGUMENTS, check
+from training.step3_rlhf_finetuning.arguments import ALIASES, ARGUMENTS, check, scored_alike
 from training.utils import arguments
 from training.utils.run import watchdog
 from training.utils.run.demo import check_training_data
@@ -64,7 +64,8 @@ def build_trainer(o: Opened) -> PPOTrainer:
     rollout, ppo, train = o.flags.rollout, o.flags.ppo, o.flags.train
     total_steps = len(o.schedule) * settings.steps_per_iteration(ppo, rollout, train)
     pad_id, models = o.models.tokenizer.pad_token_id, o.models
-    build = Build(o.flags.roles, train, o.flags.zero, models.overrides, total_steps, pad_id, o.device)
+    shares = rollout.samples_per_prompt > 1
+    build = Build(o.flags.roles, train, o.flags.zero, models.overrides, total_steps, pad_id, o.device, shares)
     server = settings.vllm_server(o.flags, models, o.output_dir)
     roles = build_roles(models.actor, models.reward, models.functions, build, critic=bool(models.critic))
     rows = rollout.per_device_generation_batch_size
@@ -114,7 +115,8 @@ def main(argv: Sequence[str]) -> int:
     for number in range(run.step, len(opened.schedule)):
         with outputs.saved_if_lost(run, number):
             metrics = trainer.iteration(opened.requests(number), number)
-        check_first_ratio(metrics["policy/first_ratio"], flags.roles.dtype, trainer.device)
+        alike = scored_alike(flags.rollout, flags.train)
+        check_first_ratio(metrics["policy/first_ratio"], flags.roles.dtype, trainer.device, alike)
         logger.log(number + 1, metrics)
         bar.update()
         bar.set_postfix(reward=f"{metrics['reward/score']:.2f}", kl=f"{metrics['kl/per_sequence']:.2f}")

@@ -231,7 +231,8 @@ class PPOTrainer:
                 engines.backward(engine, objective, tokens)
                 statistics["value_loss"] = torch.zeros(())
                 if critic is not None:
-                    values = state_values(critic, piece.input_ids, piece.attention_mask, piece.mask)
+                    sharing = self.roles.values_sharing
+                    values = state_values(critic, piece.input_ids, piece.attention_mask, piece.mask, sharing)
                     error = ppo.value_loss(
                         values, piece.values, piece.returns, piece.mask, clip_value=self.ppo.clip_value
                     )
@@ -261,6 +262,7 @@ class PPOTrainer:
             piece.mask,
             self.sampling.temperature,
             entropy=flags.entropy_coef > 0,
+            sharing=self.roles.actor.sharing,
         )
         loss, statistics = ppo.policy_loss(
             log_probs,
@@ -366,18 +368,27 @@ FIRST_RATIO = {"fp32": 1e-3, "fp16": 5e-3, "bf16": 2e-2}
 OTHER_KERNELS = {"fp32": 1e-4, "fp16": 2e-3, "bf16": 1e-2}
 
 
-def first_ratio_rounding(dtype: str, device: torch.device) -> float:
-    """How far the first ratio may be from 1 by rounding alone, in a precision on a device."""
-    return 0.0 if device.type == "cpu" else OTHER_KERNELS[dtype]
+def first_ratio_rounding(dtype: str, device: torch.device, alike: bool = True) -> float:
+    """How far the first ratio may be from 1 by rounding alone.
+
+    Args:
+        dtype, device: the run's.
+        alike: as many rows are scored together as are trained together.
+    """
+    return 0.0 if device.type == "cpu" and alike else OTHER_KERNELS[dtype]
 
 
-def check_first_ratio(ratio: float, dtype: str, device: torch.device) -> None:
+def check_first_ratio(ratio: float, dtype: str, device: torch.device, alike: bool = True) -> None:
     """Stop if the policy's first ratio, of weights that have not moved, is not 1; warn once if rounding is not why.
+
+    Args:
+        ratio: of the first minibatch.
+        dtype, device, alike: see `first_ratio_rounding`.
 
     Raises:
         UserError: with the likely cause.
     """
-    if abs(ratio - 1) > first_ratio_rounding(dtype, device):
+    if abs(ratio - 1) > first_ratio_rounding(dtype, device, alike):
         _say_once("warning: the ratio of the first minibatch is not 1 by more than rounding, policy/first_ratio has it")
     if not abs(ratio - 1) <= FIRST_RATIO[dtype]:  # NaN is off too
         raise UserError(

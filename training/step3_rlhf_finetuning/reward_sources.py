@@ -17,6 +17,7 @@ from torch import Tensor
 from training.step3_rlhf_finetuning.forward import score_rewards
 from training.step3_rlhf_finetuning.prompts import PromptSet
 from training.step3_rlhf_finetuning.rewards import TextFunction, call_text_function
+from training.utils.data import Sharing
 from training.utils.engine.tensor_parallel import agree
 from training.utils.generation.requests import RolloutBatch, response_texts
 from training.utils.model.reward_model import RewardStats
@@ -54,16 +55,20 @@ class RewardSource(Protocol):
 
 @dataclass(frozen=True)
 class TokenReward:
-    """A frozen `TokenScorer` with the actor's tokenizer: the score at the response's last token."""
+    """A frozen `TokenScorer` with the actor's tokenizer: the score at the response's last token.
+
+    ``sharing`` says how answers to a prompt may go through it behind the prompt, None for a row each.
+    """
 
     scorer: Any
     stats: RewardStats | None = None
     weight: float = 1.0
+    sharing: Sharing | None = None
     name: str = "model"
 
     def score(self, rollout: RolloutBatch, rows: Sequence[int], prompts: PromptSet, batch_size: int) -> Tensor:
         """See `RewardSource`; neither rows nor prompts are looked at."""
-        return score_rewards(self.scorer, rollout, batch_size)
+        return score_rewards(self.scorer, rollout, batch_size, self.sharing)
 
 
 @dataclass(frozen=True)

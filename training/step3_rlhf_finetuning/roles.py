@@ -24,6 +24,7 @@ from training.step3_rlhf_finetuning.reward_sources import (
 )
 from training.step3_rlhf_finetuning.rewards import TextFunction
 from training.utils.checkpoint.ema import MovingAverage
+from training.utils.data import Sharing
 from training.utils.engine import engine as engines
 from training.utils.engine.reference import load_reference
 from training.utils.engine.zero_config import deepspeed_config
@@ -32,10 +33,12 @@ from training.utils.generation.requests import RolloutBackend
 from training.utils.generation.vllm import VllmBackend
 from training.utils.model import classifiers, loading
 from training.utils.model.forward import enable_gradient_checkpointing
+from training.utils.model.logprobs import answer_sums
 from training.utils.model.lora import with_adapters
-from training.utils.model.reward_model import RewardStats
+from training.utils.model.reward_model import RewardStats, answer_rewards
 from training.utils.model.text_reward import load_text_reward_model
 from training.utils.run.distributed import say
+from training.utils.sharing import find_sharing
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class Build:
         total_steps: optimizer steps of the run.
         pad_token_id: of the actor's tokenizer.
         device: this rank's.
+        shares: prompts are answered several times, so that a model may see the answers to a prompt behind it.
     """
 
     args: RoleArguments
@@ -75,6 +79,7 @@ class Build:
     total_steps: int
     pad_token_id: int
     device: torch.device
+    shares: bool = False
 
     def loading(self) -> dict[str, Any]:
         """Precision and attention, which all models of a run have alike."""
@@ -91,12 +96,14 @@ class Roles:
             advantages need no critic.
         rewards: what responses are worth.
         ema: the moving average of the actor, None without one.
+        values_sharing: how answers to a prompt may go through the critic behind it, None for a row each.
     """
 
     actor: HybridEngine
     critic: Any
     rewards: RewardMix
     ema: MovingAverage | None = None
+    values_sharing: Sharing | None = None
 
     def trained(self) -> dict[str, Any]:
         """The engines that train, by role."""
@@ -147,7 +154,8 @@ def build_actor(path: str, build: Build) -> HybridEngine:
         tensor_parallel=zero.tensor_parallel,
         **build.loading(),
     )
-    return HybridEngine(engine, twin, reference, merge_lora=zero.merge_lora_for_generation)
+    sharing = find_sharing(engine, answer_sums, build.pad_token_id, "the actor") if build.shares else None
+    return HybridEngine(engine, twin, reference, merge_lora=zero.merge_lora_for_generation, sharing=sharing)
 
 
 def starts_from(sft: str, reward: RewardModelSettings | None) -> str:
@@ -193,6 +201,7 @@ def build_rewards(
     zero_stage: int = 0,
     offload: bool = False,
     tensor_parallel: int = 1,
+    shares: bool = False,
 ) -> RewardMix:
     """Load the reward model, if there is one, and put it together with the functions; a collective.
 
@@ -201,6 +210,7 @@ def build_rewards(
         pad_token_id: of the actor's tokenizer.
         dtype, device, attn_implementation, zero_stage, offload: see `training.utils.engine.engine.load_frozen_scorer`.
         tensor_parallel: ranks that hold it together; one that reads the text is whole on each rank.
+        shares: see `Build`.
     """
     sources: list[RewardSource] = []
     if reward is not None:
@@ -218,7 +228,8 @@ def build_rewards(
         else:
             shared: dict[str, Any] = {"pad_token_id": pad_token_id, "tensor_parallel": tensor_parallel}
             scorer = engines.load_frozen_scorer(reward.path, **shared, **load)
-            sources.append(TokenReward(scorer, reward.stats, reward.weight))
+            sharing = find_sharing(scorer, answer_rewards, pad_token_id, "the reward model") if shares else None
+            sources.append(TokenReward(scorer, reward.stats, reward.weight, sharing))
     sources += [FunctionReward(function, name, weight) for name, (function, weight) in functions.items()]
     return RewardMix(sources)
 
@@ -248,11 +259,16 @@ def build_roles(
         zero_stage=build.zero.critic_zero_stage,
         offload=build.zero.offload_reward_model,
         tensor_parallel=build.zero.tensor_parallel,
+        shares=build.shares,
         **build.loading(),
     )
     policy = build_actor(sft, build)
     values = build_critic(sft, reward, build) if critic else None
-    return Roles(policy, values, rewards, MovingAverage(policy.engine) if build.train.enable_ema else None)
+    average = MovingAverage(policy.engine) if build.train.enable_ema else None
+    sharing = None
+    if critic and build.shares:
+        sharing = find_sharing(values, answer_rewards, build.pad_token_id, "the critic")
+    return Roles(policy, values, rewards, average, sharing)
 
 
 def generation_backend(

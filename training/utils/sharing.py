@@ -31,22 +31,26 @@ LIMITS = ("max_position_embeddings", "sliding_window", "window_size", "attention
 
 
 @torch.no_grad()
-def find_sharing(model: Any, answers_of: Callable[[Any, Batch], torch.Tensor], pad_id: int) -> Sharing | None:
+def find_sharing(
+    model: Any, answers_of: Callable[[Any, Batch], torch.Tensor], pad_id: int, name: str = "the model"
+) -> Sharing | None:
     """How `collate_answers` may put answers behind their common beginning, None where each needs a row; says which.
 
     Args:
         model: an engine or a model that trains or is frozen; left in evaluation mode. A collective.
         answers_of: model and batch -> numbers of its answers, from shared rows if the batch has them.
         pad_id: of the tokenizer.
+        name: of the model, for the line that says which.
     """
     model.eval()
     module: Any = model.module if hasattr(model, "module") else model
     inner = without_adapters(getattr(module, "classifier", module))
-    reason = _why_never(inner) or _why_not(model, answers_of, inner, pad_id)
+    device = model.device if hasattr(model, "module") else inner.device
+    reason = _why_never(inner) or _why_not(model, answers_of, inner, pad_id, device)
     if reason := next(filter(None, gather_objects([reason])), ""):
-        say(f"answers to one prompt go through the model each by itself: {reason}")
+        say(f"answers to one prompt go through {name} each by itself: {reason}")
         return None
-    say("answers to one prompt go through the model behind it together, where that is cheaper")
+    say(f"answers to one prompt go through {name} behind it together, where that is cheaper")
     return Sharing(_longest(inner), inner.config.get_text_config().hidden_size)
 
 
@@ -69,11 +73,13 @@ def _why_never(model: Any) -> str:
     return ""
 
 
-def _why_not(model: Any, answers_of: Callable[[Any, Batch], torch.Tensor], inner: Any, pad_id: int) -> str:
+def _why_not(
+    model: Any, answers_of: Callable[[Any, Batch], torch.Tensor], inner: Any, pad_id: int, device: torch.device
+) -> str:
     """What is wrong with the answers of a small batch of shared rows, empty if nothing is."""
     batch = collate_pairs(_probe(inner.config.get_text_config().vocab_size), pad_id, Sharing(sys.maxsize, 1 << 20))
-    batch = {name: tensor.to(inner.device) for name, tensor in batch.items()}
-    places = torch.arange(batch["shared_ids"].shape[1], device=inner.device).expand_as(batch["shared_ids"])
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    places = torch.arange(batch["shared_ids"].shape[1], device=device).expand_as(batch["shared_ids"])
     if places.shape[1] > _longest(inner):
         return "its attention does not reach across a row"
     leaking = {"shared_mask": batch["shared_mask"].clamp(max=1), "shared_positions": places}

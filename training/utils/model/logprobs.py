@@ -75,6 +75,12 @@ def response_log_probs(
     return blank.index_put(where, log_probs), blank.index_put(where, entropies) if entropy else None
 
 
+def answer_sums(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Log-prob of each whole answer of a batch of `training.utils.data.batches.collate_answers`: ``[S]``, fp32."""
+    rows = (batch["input_ids"], batch["attention_mask"], batch["response_mask"])
+    return response_log_probs(model, *rows, shared=batch if "shared_ids" in batch else None)[0].sum(1)
+
+
 def _own_targets(
     input_ids: torch.Tensor, response_mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
