@@ -112,6 +112,7 @@ def test_more_than_another_kernel_is_said_and_ends_the_run(tiny_model, tmp_path,
     _say_once.cache_clear()
     with pytest.raises(UserError, match="before any update it must be 1"):
         check_first_ratio(other["policy/first_ratio"], "fp32", torch.device("cuda"))
+    check_first_ratio(1.00005, "fp32", torch.device("cpu"), alike=False)  # other rows were scored together
     for _ in range(2):
         check_first_ratio(1.0005, "fp32", torch.device("cpu"))
     assert capsys.readouterr().out.count("not 1 by more than rounding") == 1

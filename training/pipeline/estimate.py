@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -214,10 +214,11 @@ def rlhf_work(groups: Sequence[Any], shape: Shape, prompts: Rows, held_out: Rows
         return Work(forward(shape, held_out.prompt, 0) + rewards(held_out, length), length * token)
 
     adapters = zero.lora("actor"), zero.lora("critic")
-    scored = 2 * log_probs(prompts) + (1 + critic) * rewards(prompts, answer)  # log-probs: actor, reference
-    trained = passes(adapters[0].lora_dim > 0, roles.actor_gradient_checkpointing) * log_probs(prompts)
-    trained += critic * passes(adapters[1].lora_dim > 0, roles.critic_gradient_checkpointing) * rewards(prompts, answer)
-    prefill = forward(shape, prompts.prompt, 0) / rollout.samples_per_prompt  # once for all answers to a prompt
+    each = replace(prompts, prompt=prompts.prompt / rollout.samples_per_prompt)  # once for all answers to a prompt
+    scored = 2 * log_probs(each) + (1 + critic) * rewards(each, answer)  # log-probs: actor, reference
+    trained = passes(adapters[0].lora_dim > 0, roles.actor_gradient_checkpointing) * log_probs(each)
+    trained += critic * passes(adapters[1].lora_dim > 0, roles.critic_gradient_checkpointing) * rewards(each, answer)
+    prefill = forward(shape, each.prompt, 0)
     training = iterations * rows * (prefill + scored + ppo.ppo_epochs * trained)
     decoding = iterations * rows * answer * token
 
