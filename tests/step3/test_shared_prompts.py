@@ -56,6 +56,17 @@ def test_one_answer_to_a_prompt_stays_alone():
     assert forward.behind_prompts(ids, mask, response, ALWAYS) is None
 
 
+def test_columns_without_a_token_are_left_out():
+    ids, mask, response = (part[[1, 3, 5]] for part in rollout())  # prompts of one and two tokens, padded to three
+    rows = forward.seen(ids, mask, response, None)
+    assert rows.ids.tolist() == [[0, 21, 3, 4, 5], [31, 32, 6, 0, 0], [0, 21, 7, 0, 0]] and rows.start == 2
+    rows = forward.seen(ids[1:], mask[1:], response[1:], None)
+    assert rows.ids.tolist() == [[31, 32, 6], [0, 21, 7]] and rows.mask.tolist() == [[True], [True]]
+    empty = torch.zeros_like(response[:1])
+    rows = forward.seen(ids[:1], mask[:1] * torch.tensor([1, 1, 1, 0, 0, 0]), empty, None)
+    assert rows.ids.tolist() == [[21, 3]] and rows.mask.tolist() == [[False]], "the backward needs a column"
+
+
 @pytest.fixture(scope="module")
 def models(tiny_model, tmp_path_factory):
     return str(tiny_model), str(save_tiny_reward_model(str(tiny_model), tmp_path_factory.mktemp("models") / "reward"))

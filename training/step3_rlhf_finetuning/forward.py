@@ -7,10 +7,11 @@ prompt behind it in one row.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from training.utils.data import Sharing, collate_answers
 from training.utils.generation.requests import RolloutBatch
@@ -59,6 +60,34 @@ def behind_prompts(
     return {name: tensor.to(input_ids.device) for name, tensor in (shared | {"shared_columns": columns}).items()}
 
 
+class Seen(NamedTuple):
+    """Rows of a rollout as a model sees them.
+
+    Attributes:
+        ids, attention_mask: ``[B, T]``, T from the first to the last column with a token of any row.
+        mask: ``[B, R]`` of the responses, at least one column.
+        shared: see `behind_prompts`.
+    """
+
+    ids: Tensor
+    attention_mask: Tensor
+    mask: Tensor
+    shared: dict[str, Tensor] | None
+
+    @property
+    def start(self) -> int:
+        """Column of the first response token."""
+        return self.ids.shape[1] - self.mask.shape[1]
+
+
+def seen(input_ids: Tensor, attention_mask: Tensor, mask: Tensor, sharing: Sharing | None) -> Seen:
+    """Rows ``[B, T]`` of a rollout, and their response mask ``[B, R]``, without what none of them has a token in."""
+    start, found = input_ids.shape[1] - mask.shape[1], attention_mask.any(0).nonzero()
+    columns = slice(int(found[0]), max(int(found[-1]), start) + 1)
+    rows = input_ids[:, columns], attention_mask[:, columns], mask[:, : columns.stop - start]
+    return Seen(*rows, behind_prompts(*rows, sharing))
+
+
 def actor_log_probs(
     model: Any,
     input_ids: Tensor,
@@ -69,18 +98,19 @@ def actor_log_probs(
     sharing: Sharing | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probs (and entropies) of the response tokens, ``[B, R]`` fp32, by any causal LM or its engine."""
-    total = input_ids.shape[1]
+    rows = seen(input_ids, attention_mask, mask, sharing)
     log_probs, entropies = response_log_probs(
         model,
-        input_ids,
-        attention_mask,
-        full_response_mask(mask, total),
+        rows.ids,
+        rows.attention_mask,
+        full_response_mask(rows.mask, rows.ids.shape[1]),
         temperature=temperature,
         entropy=entropy,
-        shared=behind_prompts(input_ids, attention_mask, mask, sharing),
+        shared=rows.shared,
     )
-    start = total - mask.shape[1]
-    return log_probs[:, start:], entropies[:, start:] if entropies is not None else None
+    more = (0, mask.shape[1] - rows.mask.shape[1])
+    of_entropies = None if entropies is None else pad(entropies[:, rows.start :], more)
+    return pad(log_probs[:, rows.start :], more), of_entropies
 
 
 def state_values(
@@ -90,9 +120,18 @@ def state_values(
 
     The state before token t ends with token t - 1, so its value is the score one column to the left.
     """
-    start = input_ids.shape[1] - mask.shape[1]
-    shared = behind_prompts(input_ids, attention_mask, mask, sharing)
-    return token_scores(critic, input_ids, attention_mask, shared)[:, start - 1 : -1] * mask
+    rows = seen(input_ids, attention_mask, mask, sharing)
+    scores = token_scores(critic, rows.ids, rows.attention_mask, rows.shared)
+    return pad(scores[:, rows.start - 1 : -1] * rows.mask, (0, mask.shape[1] - rows.mask.shape[1]))
+
+
+def response_rewards(
+    reward: Any, input_ids: Tensor, attention_mask: Tensor, mask: Tensor, sharing: Sharing | None = None
+) -> Tensor:
+    """A reward model's score at the last token of each response, ``[B]`` fp32."""
+    rows = seen(input_ids, attention_mask, mask, sharing)
+    scores = token_scores(reward, rows.ids, rows.attention_mask, rows.shared)
+    return last_token_scores(scores, full_response_mask(rows.mask, rows.ids.shape[1]))
 
 
 def in_pieces(batch_size: int, total: int) -> list[slice]:
@@ -137,8 +176,4 @@ def score_values(critic: Any, rollout: RolloutBatch, batch_size: int, sharing: S
 @torch.no_grad()
 def score_rewards(reward: Any, rollout: RolloutBatch, batch_size: int, sharing: Sharing | None = None) -> Tensor:
     """Raw reward of each response, ``[B]`` fp32: the reward model's score at its last token."""
-    found = []
-    for ids, attention_mask, mask in _parts(rollout, batch_size):
-        scores = token_scores(reward, ids, attention_mask, behind_prompts(ids, attention_mask, mask, sharing))
-        found.append(last_token_scores(scores, full_response_mask(mask, ids.shape[1])))
-    return torch.cat(found)
+    return torch.cat([response_rewards(reward, *part, sharing) for part in _parts(rollout, batch_size)])
