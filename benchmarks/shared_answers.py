@@ -1,0 +1,129 @@
+"""What step 3 saves by forwarding a prompt once for all its answers, and no column that is padding in every row.
+
+    python benchmarks/shared_answers.py                     the embedded model, the demo's prompts and sampling settings
+    python benchmarks/shared_answers.py --samples_per_prompt 1 --threads 1
+
+Answers prompts by ``fast``, divides each generation batch into micro-batches as the update does, and prints the tokens
+that go through the model, padding counted, and the processor time of a forward and backward of the answers' log-probs,
+the ways in turn on the same micro-batches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from training.utils.run.runtime import prepare_runtime  # noqa: E402
+
+prepare_runtime()
+
+import torch  # noqa: E402
+
+from training.step3_rlhf_finetuning import forward, prompts  # noqa: E402
+from training.utils.arguments import DataArguments  # noqa: E402
+from training.utils.data import Sharing, prepare_data, spread_rows, stop_token_ids  # noqa: E402
+from training.utils.generation.engines import rollout_backend  # noqa: E402
+from training.utils.generation.requests import RolloutBatch  # noqa: E402
+from training.utils.generation.sampling import SamplingConfig  # noqa: E402
+from training.utils.model.loading import load_causal_lm, resolve_model  # noqa: E402
+from training.utils.model.logprobs import response_log_probs  # noqa: E402
+from training.utils.model.tokenizer import load_tokenizer  # noqa: E402
+
+Piece = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # ids and attention mask [B, T], response mask [B, R]
+WAYS = ("all columns", "columns with a token", "answers behind their prompt")
+
+
+def rollouts(model: Any, path: str, arguments: argparse.Namespace) -> list[RolloutBatch]:
+    """Answers to prompts of the demo, spread over the file."""
+    tokenizer, samples = load_tokenizer(path), arguments.samples_per_prompt
+    with tempfile.TemporaryDirectory() as scratch:
+        data = DataArguments(data_path=["demo"], data_output_path=scratch)
+        rows = prepare_data("prompts", data, tokenizer, max_length=304, max_prompt_length=256, seed=1).train
+    prompt_set = prompts.PromptSet(rows, tokenizer, tuple(stop_token_ids(tokenizer)), 1)
+    chosen = spread_rows(len(rows), arguments.batches * arguments.rows // samples)
+    per_batch, found = arguments.rows // samples, []
+    for number in range(arguments.batches):
+        mine = [row for row in chosen[number * per_batch : (number + 1) * per_batch] for _ in range(samples)]
+        request = prompt_set.request(mine, torch.device("cpu"), iteration=number, row_ids=list(range(len(mine))))
+        found.append(rollout_backend("fast").generate(model, request, SamplingConfig(48, temperature=0.7)))
+    return found
+
+
+def ways(model: Any, sharing: Sharing) -> dict[str, tuple[Callable[[Piece], torch.Tensor], Callable[[Piece], int]]]:
+    """By name: the log-probs of a micro-batch, and the tokens that go through the model for them."""
+
+    def whole(piece: Piece) -> torch.Tensor:
+        """As the rollout has them."""
+        ids, attention_mask, mask = piece
+        return response_log_probs(model, ids, attention_mask, forward.full_response_mask(mask, ids.shape[1]))[0]
+
+    def tokens(piece: Piece, kind: Sharing | None) -> int:
+        """Of rows as `forward.seen` gives them."""
+        rows = forward.seen(*piece, kind)
+        return (rows.ids if rows.shared is None else rows.shared["shared_ids"]).numel()
+
+    by_seen = [
+        (lambda piece, kind=kind: forward.actor_log_probs(model, *piece, 1.0, sharing=kind)[0],
+         lambda piece, kind=kind: tokens(piece, kind))
+        for kind in (None, sharing)
+    ]  # fmt: skip
+    return dict(zip(WAYS, [(whole, lambda piece: piece[0].numel()), *by_seen], strict=True))
+
+
+def seconds(model: Any, log_probs: Callable[[Piece], torch.Tensor], piece: Piece) -> float:
+    """Processor time of a forward and backward."""
+    start = time.process_time()
+    log_probs(piece).sum().backward()
+    taken = time.process_time() - start
+    model.zero_grad()
+    return taken
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse flags, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", default="embedded")
+    parser.add_argument("--samples_per_prompt", type=int, default=4)
+    parser.add_argument("--rows", type=int, default=24, help="of a generation batch")
+    parser.add_argument("--micro_batch", type=int, default=12)
+    parser.add_argument("--batches", type=int, default=2, help="generation batches")
+    parser.add_argument("--rounds", type=int, default=3, help="times that each is done, all ways in turn")
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(arguments.threads)
+    path = resolve_model(arguments.model_name_or_path)
+    model = load_causal_lm(path, dtype="fp32").eval()
+    batches = rollouts(model, path, arguments)
+    sharing = Sharing(8192, model.config.get_text_config().hidden_size)
+    pieces = [
+        (batch.input_ids[piece], batch.attention_mask[piece], batch.response_mask[piece])
+        for batch in batches
+        for piece in forward.in_pieces(arguments.micro_batch, len(batch.input_ids))
+    ]
+    real = sum(int(piece[1].sum()) for piece in pieces)
+    all_ways = ways(model, sharing)
+    times: dict[str, list[float]] = {name: [] for name in all_ways}
+    for _ in range(arguments.rounds):
+        for name, (log_probs, _) in all_ways.items():
+            times[name].append(sum(seconds(model, log_probs, piece) for piece in pieces))
+    first = times[WAYS[0]]
+    print(f"tokens that are no padding, a row for each answer: {real}\n")
+    print("| forwarded | tokens | processor s | times as fast |\n|---|---|---|---|")
+    for name, (_, tokens) in all_ways.items():
+        ratios = [a / b for a, b in zip(first, times[name], strict=True)]
+        told = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f})"
+        print(f"| {name} | {sum(map(tokens, pieces))} | {statistics.median(times[name]):.1f} | {told} |")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
