@@ -1,8 +1,8 @@
 """The toy task is learned: 95% of the optimum within a fixed number of iterations, whatever the settings.
 
 Rounding differs between processors, and sampled tokens with it, so a run ends when it is there, as most are in two
-thirds of `ITERATIONS`, and may take twice as many. `make test` learns it with a critic and without, full; the slow tests
-do the rest, adapters and ZeRO-3 among it.
+thirds of `ITERATIONS`, and may take twice as many. `make test` learns it with a critic and without; the slow tests do
+the rest, adapters and ZeRO-3 among it.
 """
 
 import pytest
