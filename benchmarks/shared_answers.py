@@ -72,11 +72,17 @@ def ways(model: Any, sharing: Sharing) -> dict[str, tuple[Callable[[Piece], torc
         rows = forward.seen(*piece, kind)
         return (rows.ids if rows.shared is None else rows.shared["shared_ids"]).numel()
 
-    by_seen = [
-        (lambda piece, kind=kind: forward.actor_log_probs(model, *piece, 1.0, sharing=kind)[0],
-         lambda piece, kind=kind: tokens(piece, kind))
-        for kind in (None, sharing)
-    ]  # fmt: skip
+    def trimmed(kind: Sharing | None) -> tuple[Callable[[Piece], torch.Tensor], Callable[[Piece], int]]:
+        """As step 3 forwards rows."""
+
+        def log_probs(piece: Piece) -> torch.Tensor:
+            """Of the micro-batch's answers."""
+            ids, attention_mask, mask = piece
+            return forward.actor_log_probs(model, ids, attention_mask, mask, 1.0, sharing=kind)[0]
+
+        return log_probs, lambda piece: tokens(piece, kind)
+
+    by_seen = [trimmed(None), trimmed(sharing)]
     return dict(zip(WAYS, [(whole, lambda piece: piece[0].numel()), *by_seen], strict=True))
 
 
