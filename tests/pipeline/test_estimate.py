@@ -70,7 +70,8 @@ def test_step_3_without_a_critic() -> None:
     flags = ("--advantage", "rloo", "--samples_per_prompt", "4", "--per_device_generation_batch_size", "16")
     flags += ("--max_answer_seq_len", "5", "--num_iterations", "6", "--eval_every", "2", "--eval_function", "a.py:b")
     work = rlhf(*flags)
-    log_probs, reward, token = 2 * (10 * BODY + 4 * HEAD), 2 * 10 * BODY, 2 * (BODY + HEAD)
+    # a prompt of 6 tokens once for its four answers of 4
+    log_probs, reward, token = 2 * (5.5 * BODY + 4 * HEAD), 2 * 5.5 * BODY, 2 * (BODY + HEAD)
     iterations = 6 * 16 * (2 * 6 * BODY / 4 + 2 * log_probs + reward + 3 * log_probs)
     # evaluations during training: 2, 4, of 32 prompts; base, SFT and RLHF answer 40, half a time more the kept one
     tuned = 2 * 32 + 2.5 * 40
@@ -86,7 +87,7 @@ def test_step_3_without_a_critic() -> None:
 def test_step_3_with_a_critic() -> None:
     flags = ("--eval_every", "0", "--num_iterations", "1", "--samples_per_prompt", "2")
     with_critic, without = rlhf(*flags), rlhf(*flags, "--advantage", "rloo")
-    assert with_critic.training - without.training == pytest.approx(16 * (1 + 3) * 2 * 10 * BODY)
+    assert with_critic.training - without.training == pytest.approx(16 * (1 + 3) * 2 * 7 * BODY)
     assert with_critic.updated - without.updated == 2 * BODY
     # 32 prompts twice over, 8 prompts an iteration
     assert rlhf("--num_train_epochs", "2", "--samples_per_prompt", "2").updated == 8 * 2 * (2 * BODY + HEAD)

@@ -37,7 +37,7 @@ CHAT_DATA = (
     "--tensorboard_path logs --compute_fp32_loss --seed 1234 --deepspeed"
 )
 CHAT_STEP_1 = " --sft_only_data_path MultiTurnAlpaca --eot_token <|endoftext|> --print_loss"
-MOST_FLAGS = {1: 48, 2: 46, "dpo": 50, 3: 85}
+MOST_FLAGS = {1: 48, 2: 46, "dpo": 50, 3: 86}
 
 
 def parse(step, line):
