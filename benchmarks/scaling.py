@@ -27,6 +27,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 WIDTH = 2  # bytes of a weight and of a gradient that is reduced, in bf16
+STATES = 12  # bytes of a trained weight's fp32 master and two moments
 LIVE = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters and stage3_max_reuse_distance
 GIB, GB = 2**30, 1e9
 
@@ -167,7 +168,7 @@ def training_bytes(
     return reduced * all_reduced + ring(gpus) * WIDTH * trained  # and the weights that others have stepped
 
 
-def phases(case: Case, machine: Machine, roles: dict[str, Role], *, twin: bool) -> Iterator[Phase]:
+def phases(case: Case, machine: Machine, roles: dict[str, Role], *, twin: bool, rests: bool = False) -> Iterator[Phase]:
     """The phases of one iteration.
 
     Args:
@@ -175,6 +176,7 @@ def phases(case: Case, machine: Machine, roles: dict[str, Role], *, twin: bool) 
         machine: of each GPU.
         roles: actor and critic; reference and reward model have their shapes.
         twin: the gathered actor fits, so that a round of rollouts gathers once; else each token gathers each layer.
+        rests: it does while the optimizers' states are in the host's memory.
     """
     actor, tokens, sharded = roles["actor"], case.prompt + case.response, case.zero_stage == 3
     micro_batches, scorings = -(-case.rows // case.batch), -(-case.rows // (case.scored or case.batch))
@@ -187,6 +189,10 @@ def phases(case: Case, machine: Machine, roles: dict[str, Role], *, twin: bool) 
     )
     gathers = 0 if not sharded else 1 if twin else case.response
     gathered = gathers * gathered_bytes(actor.parameters, case.gpus)
+    share = sum(role.parameters for role in roles.values()) / case.gpus
+    if rests:
+        moved = 2 * STATES * share
+        yield Phase("generation: states to the host and back", 0.0, moved, moved / (machine.host * GB))
     prefill = machine.compute_seconds(actor.forward(case.rows, case.prompt))
     yield phase("generation: prompts", prefill, 0.0, machine, case.gpus)
     yield phase("generation: responses", case.response * step, gathered, machine, case.gpus)
@@ -200,7 +206,6 @@ def phases(case: Case, machine: Machine, roles: dict[str, Role], *, twin: bool) 
         )
         operations = 4 * role.forward(case.rows, tokens)  # forward, again, and twice as much backwards
         yield phase(f"training: {name}", machine.compute_seconds(operations), moved, machine, case.gpus)
-    share = sum(role.parameters for role in roles.values()) / case.gpus
     if case.offload:  # fp32 gradients to the host, 16-bit weights back; Adam reads and writes 28 bytes a weight there
         there, moving = 28 * share / (machine.host_memory * GB), (4 + WIDTH) * share / (machine.host * GB)
         yield Phase("step, on the host", there, (4 + WIDTH) * share, moving)
@@ -224,7 +229,8 @@ def folder_of(shape: str, scratch: Path) -> str:
     return str(scratch / shape)
 
 
-Needs = dict[str, float]  # GiB of a GPU: held, and the peaks of training, of generation, of generation through hooks
+# GiB of a GPU: held, and the peaks of training, of generation, of it with the states at rest, and through hooks
+Needs = dict[str, float]
 
 
 def memory(case: Case, scratch: Path) -> tuple[dict[str, Role], dict[tuple[int, bool], Needs]]:
@@ -233,6 +239,7 @@ def memory(case: Case, scratch: Path) -> tuple[dict[str, Role], dict[tuple[int, 
     from training.step3_rlhf_finetuning.plan import RoleCosts, rlhf_plan
     from training.utils.arguments import LoraArguments
     from training.utils.memory import plan as plans
+    from training.utils.memory.zero import MASTER, MOMENTS
 
     os.environ["WORLD_SIZE"] = str(case.gpus)
     actor, critic = (
@@ -257,10 +264,12 @@ def memory(case: Case, scratch: Path) -> tuple[dict[str, Role], dict[tuple[int, 
         twin = next(p for p in plan.phases if p.name == "generation").parts["gathered twin"]
         need = {p.name: plan.need(p) / GIB for p in plan.phases}
         at_generation = need.pop("generation")
+        states = sum(role.resident.get(name, 0) for role in plan.roles.values() for name in (MASTER, MOMENTS))
         found[stage, offload] = {
             "held": plan.resident() / GIB,
             "peak": max(need.values()),
             "generation": at_generation,
+            "rested": at_generation - (states / GIB if stage == 3 and not offload else 0.0),
             "hooked": at_generation - twin / GIB,
         }
     return roles, found
@@ -276,10 +285,13 @@ def show(case: Case, machine: Machine, scratch: Path) -> None:
         f"{case.scored or case.batch} scored together, bf16, "
         "gradient checkpointing.\n"
     )
-    print(f"| ZeRO | held, GiB | training, scoring, saving | generation | through hooks | in {free:g} GiB |")
-    print("|---|---|---|---|---|---|")
+    print(
+        "| ZeRO | held, GiB | training, scoring, saving | generation | states at rest | through hooks | "
+        f"in {free:g} GiB |"
+    )
+    print("|---|---|---|---|---|---|---|")
     for setting, need in needs.items():
-        cells = " | ".join(f"{need[name]:.1f}" for name in ("held", "peak", "generation", "hooked"))
+        cells = " | ".join(f"{need[name]:.1f}" for name in ("held", "peak", "generation", "rested", "hooked"))
         print(f"| {told(*setting)} | {cells} | {verdict(need, free)} |")
     if not case.zero_stage:
         fit = [setting for setting, need in needs.items() if verdict(need, free) != NOT]
@@ -288,9 +300,9 @@ def show(case: Case, machine: Machine, scratch: Path) -> None:
             return
         case = replace(case, zero_stage=fit[0][0], offload=fit[0][1])
     setting = (case.zero_stage, case.offload)
-    twin = setting not in needs or needs[setting]["generation"] <= free
+    way = verdict(needs[setting], free) if setting in needs else FITS
     print(f"\nZeRO {told(*setting)}:\n")
-    show_phases(case, list(phases(case, machine, roles, twin=twin)))
+    show_phases(case, list(phases(case, machine, roles, twin=way != HOOKS, rests=way == RESTS)))
 
 
 def told(stage: int, offload: bool) -> str:
@@ -314,14 +326,14 @@ def show_phases(case: Case, found: list[Phase]) -> None:
     )
 
 
-NOT = "does not fit"
+NOT, FITS, RESTS, HOOKS = "does not fit", "fits", "fits, states at rest", "fits, through the hooks"
 
 
-def verdict(need: dict[str, float], free: float) -> str:
+def verdict(need: Needs, free: float) -> str:
     """Whether a stage fits, and how it generates."""
-    if max(need["peak"], need["hooked"]) > free:
+    if need["peak"] > free or min(need["hooked"], need["rested"]) > free:
         return NOT
-    return "fits" if need["generation"] <= free else "fits, through the hooks"
+    return FITS if need["generation"] <= free else RESTS if need["rested"] <= free else HOOKS
 
 
 def chosen(arguments: argparse.Namespace) -> list[tuple[Case, Machine]]:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -103,6 +104,26 @@ def test_phases_by_hand():
     assert found["training: actor"].moved == 2 * (10**9 + 10**9)
     hooked = {p.name: p for p in scaling.phases(case, machine, {"actor": role, "critic": role}, twin=False)}
     assert hooked["generation: responses"].moved == 50 * answers.moved
+    machine = replace(machine, host=20)
+    rested = list(scaling.phases(case, machine, {"actor": role, "critic": role}, twin=True, rests=True))
+    assert rested[0].moved == 2 * 12 * 10**9 and rested[0].moving == pytest.approx(1.2)
+    assert rested[1:] == list(found.values())
+
+
+@pytest.mark.parametrize(
+    ("generation", "rested", "hooked", "said"),
+    [
+        (70, 60, 50, scaling.FITS),
+        (90, 70, 50, scaling.RESTS),
+        (90, 85, 50, scaling.HOOKS),
+        (90, 85, 82, scaling.NOT),
+        (90, 70, 82, scaling.RESTS),  # states that are larger than what is gathered
+    ],
+)
+def test_the_first_way_to_generate_that_fits(generation, rested, hooked, said):
+    need = {"held": 40.0, "peak": 60.0, "generation": generation, "rested": rested, "hooked": hooked}
+    assert scaling.verdict(need, 80.0) == said
+    assert scaling.verdict(need | {"peak": 81.0}, 80.0) == scaling.NOT
 
 
 def run_program(*arguments: str) -> subprocess.CompletedProcess[str]:

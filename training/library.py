@@ -125,6 +125,7 @@ class PPO:
             rows=rollout.per_device_generation_batch_size,
             length=parsed.length,
             server=server,
+            trained=self.roles.trained().values(),
         )
         scoring = Scoring(self.roles, self._prompts, parsed.ppo, rollout, train)
         self.trainer = PPOTrainer(self.roles, scoring, backend, sampling, parsed.roles.dtype)

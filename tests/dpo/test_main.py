@@ -59,7 +59,7 @@ def test_the_fall_of_chosen_answers_is_said_in_words(tmp_path):
     assert monitor.remarks[-1].metric == "train/chosen_change", "the third step in a row below -0.1"
 
 
-@pytest.mark.parametrize("loss", [slow("ipo"), slow("hinge"), "kto", slow("simpo"), "orpo"])
+@pytest.mark.parametrize("loss", [slow("ipo"), slow("hinge"), "kto", slow("simpo"), slow("orpo")])
 def test_every_loss_learns(dpo, loss):
     _, metrics = dpo("--loss", loss, "--learning_rate", "3e-3", "--num_train_epochs", "4")
     losses = [record["train/loss"] for record in metrics if "train/loss" in record]

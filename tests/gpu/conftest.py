@@ -36,8 +36,8 @@ def device(request) -> torch.device:
 
 
 @pytest.fixture(params=[pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.gpu)])
-def device_of_programs(request) -> torch.device:
-    """The same for tests that start programs, which takes a CPU long."""
+def device_of_long_tests(request) -> torch.device:
+    """The same for tests that take a CPU long, or whose CPU part others hold in every run."""
     return only_here(request.param)
 
 

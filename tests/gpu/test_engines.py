@@ -18,6 +18,7 @@ from tests.utils.engine.engine_checks import collate, fixed_rows, train
 from tests.utils.generation.test_rollout import build as build_family, request as tokens_request
 from training.step3_rlhf_finetuning.ppo_trainer import SamplerDifference, check_sampler, sampler_difference
 from training.step3_rlhf_finetuning.roles import build_actor
+from training.utils.engine.states import resting_bytes, states_on_host
 from training.utils.engine.zero_config import DTYPES
 from training.utils.errors import UserError
 from training.utils.generation import cuda_graphs
@@ -29,6 +30,19 @@ from training.utils.model.logprobs import response_log_probs
 from training.utils.phases import Phases
 
 GREEDY, GREEDY_48 = SamplingConfig(24, greedy=True), SamplingConfig(48, greedy=True)
+
+
+def test_optimizer_states_make_room_on_a_gpu(device, tiny_model):
+    actor = build_actor(str(tiny_model), build(3, 1e-2, 0))
+    train_two_steps(actor)
+    trained = sum(p.ds_numel for p in actor.engine.module.parameters())
+    assert resting_bytes(actor.engine) == (0 if device.type == "cpu" else 12 * trained)
+    if device.type == "cpu":
+        return
+    before = torch.cuda.memory_allocated()
+    with states_on_host(actor.engine):
+        freed = before - torch.cuda.memory_allocated()
+    assert freed == pytest.approx(12 * trained, rel=0.05) and torch.cuda.memory_allocated() == before
 
 
 def decoded(model: Any) -> dict[str, list[list[int]]]:
@@ -76,8 +90,9 @@ def test_the_twin_is_the_engine_before_and_after_steps(device, tiny_model, stage
 
 @pytest.mark.parametrize("tokens_of_a_graph", [7, 256])
 @pytest.mark.parametrize("family", ["llama", "opt", "neox", "gpt2"])
-def test_graphs_give_what_the_growing_loop_gives(device, monkeypatch, family, tokens_of_a_graph):
+def test_graphs_give_what_the_growing_loop_gives(device_of_long_tests, monkeypatch, family, tokens_of_a_graph):
     """In fp32, by several graphs and by one; and with other weights others, as a graph of the old ones would not."""
+    device = device_of_long_tests
     monkeypatch.setattr(cuda_graphs, "TOKENS_OF_A_GRAPH", tokens_of_a_graph)
     model, plain = build_family(family).to(device), tokens_request(stop_ids=tuple(range(5, 8)))
     moved = {name: value.to(device) for name, value in vars(plain).items() if isinstance(value, torch.Tensor)}

@@ -72,11 +72,11 @@ def test_a_pass_takes_what_the_plan_says(device, tmp_path, dtype, checkpointing)
 
 
 @pytest.mark.parametrize("stage", [0, 3])
-def test_a_step_takes_what_its_plan_says(device_of_programs, tmp_path, stage):
+def test_a_step_takes_what_its_plan_says(device_of_long_tests, tmp_path, stage):
     """Programs in processes of their own; on a CPU a tiny model's few MiB are within what resident memory shows."""
     from tests.tiny import tiny_tokenizer
 
-    device = device_of_programs
+    device = device_of_long_tests
     path = save_model(tmp_path / "m", device.type)
     tiny_tokenizer().save_pretrained(path)
     size = {"cpu": ("64", "2"), "cuda": ("512", "8")}[device.type]

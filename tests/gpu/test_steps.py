@@ -43,7 +43,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "offload": (False, True),
 }
 CASES = pairwise([Case(*values) for values in itertools.product(*FACTORS.values())], tuple(FACTORS))
-FIRST = [next(case for case in CASES if case.step == step) for step in FACTORS["step"]]  # on a CPU in every run
+FIRST = [next(case for case in CASES if case.step == step) for step in (1, 3)]  # on a CPU in every run
 LOSS = {1: "train/loss", 2: "train/loss", "dpo": "train/loss", 3: "policy/loss"}
 
 

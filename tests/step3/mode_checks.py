@@ -13,6 +13,8 @@ from training.step3_rlhf_finetuning import hybrid_engine
 from training.step3_rlhf_finetuning.forward import score_log_probs
 from training.step3_rlhf_finetuning.hybrid_engine import HybridEngine
 from training.step3_rlhf_finetuning.roles import build_actor, generation_backend
+from training.utils.checkpoint.engine_state import parts as parts_of
+from training.utils.engine.states import adam_of, flat_partitions
 from training.utils.generation import decode_loop
 from training.utils.generation.engines import rollout_backend
 from training.utils.generation.sampling import SamplingConfig
@@ -159,14 +161,52 @@ def modes(path: str, *, stage: int, lora: int = 0, checkpointing: bool = False) 
     }
 
 
-def decision(path: str, *, stage: int, free: int | None) -> tuple[bool, bool]:
-    """Whether the actor chose the hooks, and whether its backend decodes in step, if rank 1 had so much memory."""
+def decision(path: str, *, stage: int, free: int | None, states: int = 0) -> tuple[bool, bool, bool]:
+    """Whether the actor chose the hooks, its backend decodes in step, and the optimizer's states make room.
+
+    Args:
+        free: bytes that rank 1 would have; None for what it has.
+        states: bytes that each rank would have in optimizer states on an accelerator.
+    """
     actor = build_actor(path, build(stage))
-    original = generation.free_bytes
+    originals = generation.free_bytes, hybrid_engine.resting_bytes
+    hybrid_engine.resting_bytes = lambda engine: states
     if free is not None and rank() == 1:
         generation.free_bytes = lambda: free
     try:
-        backend: Any = generation_backend(actor, "fast", rows=4, length=32)
+        backend: Any = generation_backend(actor, "fast", rows=4, length=32, trained=[actor.engine])
     finally:
-        generation.free_bytes = original
-    return actor.hooked, backend.synced
+        generation.free_bytes, hybrid_engine.resting_bytes = originals
+    return actor.hooked, backend.synced, list(actor.resting) == [actor.engine]
+
+
+def rested(path: str, *, rests: bool) -> dict[str, Any]:
+    """Four optimizer steps of an actor at ZeRO-3 with two rounds of generation after the first two, and what it held.
+
+    ``rests`` keeps its optimizer's states elsewhere meanwhile.
+    """
+    torch.manual_seed(0)
+    actor = build_actor(path, build(3, 1e-2))
+    train_two_steps(actor)
+    if rests:
+        actor.resting = [actor.engine]
+    zero = actor.engine.optimizer
+    states = [
+        *flat_partitions(zero),
+        *(t for s in adam_of(zero).state.values() for t in (s["exp_avg"], s["exp_avg_sq"])),
+    ]
+    before, places = [state.detach().clone() for state in states], [state.data_ptr() for state in states]
+    asked, tokens, moved = request(prompts(6)[rank() :: 2], [3 * rank() + i for i in range(3)]), [], []
+    for _ in range(2):
+        with actor.generation_mode() as twin:
+            moved.append([state.data_ptr() != place for state, place in zip(states, places, strict=True)])
+            tokens.append(rollout_backend("fast").generate(twin, asked, SamplingConfig(6)).input_ids.tolist())
+    same = [torch.equal(old, new) for old, new in zip(before, states, strict=True)]
+    train_two_steps(actor)
+    with gathered(list(actor.engine.module.parameters())):
+        weights = [p.detach().clone() for p in actor.engine.module.parameters()]
+    parts = {
+        part.name: {k: v.detach().clone() for k, v in part.values.items()}
+        for part in parts_of(actor.engine, moments=True)
+    }
+    return {"moved": moved, "same": same, "tokens": tokens, "weights": weights, "parts": parts}

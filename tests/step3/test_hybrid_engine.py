@@ -7,10 +7,11 @@ from transformers import AutoModelForCausalLM
 
 from tests.marks import slow
 from tests.step3.hybrid_checks import save_tiny_reward_model, trajectory, twin_equals_engine
-from tests.step3.mode_checks import decision, hooked_and_twin, merge_and_restore, modes
+from tests.step3.mode_checks import decision, hooked_and_twin, merge_and_restore, modes, rested
 from tests.utils.engine.engine_checks import collate, fixed_rows
 from training.utils.arguments import LoraArguments
 from training.utils.generation.engines import rollout_backend
+from training.utils.memory import generation
 from training.utils.memory.generation import free_bytes, generation_bytes
 from training.utils.model.logprobs import response_log_probs
 from training.utils.model.lora import with_adapters
@@ -68,7 +69,27 @@ def test_modes_free_what_they_held_and_keep_to_their_own_flags(tiny_model, rank_
 
 @pytest.mark.parametrize(("stage", "free", "hooked"), [(3, None, False), (3, 1000, True), (2, 1000, False)])
 def test_the_hooks_are_chosen_by_all_ranks_where_one_is_short_of_memory(tiny_model, rank_pair, stage, free, hooked):
-    assert rank_pair.run(decision, str(tiny_model), stage=stage, free=free) == [(hooked, hooked)] * 2
+    assert rank_pair.run(decision, str(tiny_model), stage=stage, free=free) == [(hooked, hooked, False)] * 2
+
+
+@pytest.mark.parametrize(("states", "rests"), [(10**9, True), (10, False)])
+def test_states_make_room_where_that_is_enough(tiny_model, rank_pair, states, rests):
+    found = rank_pair.run(decision, str(tiny_model), stage=3, free=1000, states=states)
+    assert found == [(not rests, not rests, rests)] * 2
+
+
+def test_states_rest_where_the_host_has_room(monkeypatch):
+    monkeypatch.setattr(generation, "free_bytes", lambda: 1000)
+    monkeypatch.setattr(generation, "host_memory", lambda: 100)
+    assert [generation.fits(10, torch.device("cpu"), on_host=size) for size in (0, 89, 91)] == [True, True, False]
+
+
+def test_states_that_rested_are_what_they_were(tiny_model, rank_pair):
+    for rests, stays in zip(*(rank_pair.run(rested, str(tiny_model), rests=r) for r in (True, False)), strict=True):
+        assert all(map(all, rests["moved"])) and not any(map(any, stays["moved"]))
+        assert all(rests["same"]) and rests["tokens"] == stays["tokens"]
+        torch.testing.assert_close(rests["weights"], stays["weights"], rtol=0, atol=0)
+        torch.testing.assert_close(rests["parts"], stays["parts"], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("variable", ["LOCAL_SIZE", "LOCAL_WORLD_SIZE"])  # deepspeed's launcher, torchrun

@@ -105,7 +105,7 @@ def test_stages_on_one_rank(models, recorded, stage):
     assert_same(history, replayed(*models, rows, stage=stage, micro_batch=8))
 
 
-@pytest.mark.parametrize(("scored", "forwards"), [(0, 4), (3, 3), (8, 1), (100, 1)])
+@pytest.mark.parametrize(("scored", "forwards"), [slow(0, 4), (3, 3), slow(8, 1), (100, 1)])
 def test_rows_that_are_scored_together(models, recorded, monkeypatch, scored, forwards):
     """Each forward of the reward model is a pass over its weights; it scores eight rows five times."""
     history, rows = recorded

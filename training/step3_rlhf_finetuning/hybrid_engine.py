@@ -6,8 +6,9 @@ twin, which has none. Every optimizer step is visible to the twin at once and no
 rank holds only a part of each parameter, one gather surrounds a whole round of rollouts: no collective runs while
 tokens are decoded, so ranks may stop at different lengths.
 
-Where the gathered model would not fit, generation goes through the engine's own hooks instead, which gather each layer
-at each token: the same tokens, much slower, and the ranks decode in step.
+Where the gathered model does not fit beside the optimizers' states, these rest in host memory while it is whole. Where
+it does not fit without them either, generation goes through the engine's own hooks instead, which gather each layer at
+each token: the same tokens, much slower, and the ranks decode in step.
 
 Where ranks hold the model together (tensor parallelism) there is no twin: DeepSpeed cuts the layers of the model that
 it is given, and a copy made before would use the cut weights without the sums over ranks. Generation then runs on the
@@ -21,7 +22,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from torch import nn
 
 from training.utils.data import Sharing
 from training.utils.engine.reference import reference_policy
+from training.utils.engine.states import resting_bytes, states_on_host
 from training.utils.generation.vllm import VllmBackend
 from training.utils.memory.generation import fits, free_bytes, generation_bytes, saved_bytes
 from training.utils.model.export import gathered
@@ -62,6 +64,7 @@ class HybridEngine:
         gather_seconds: time spent gathering (and merging) parameters since it was last reset.
         hooked: generation goes through the engine's ZeRO-3 hooks, as the whole model does not fit on a rank, or there
             is no twin; ranks must then decode in step (``rollout_backend(..., synced=True)``).
+        resting: engines whose optimizers' states are in host memory while the actor is whole.
         server: what decodes with weights of its own, None where the twin does.
         sharing: how answers to a prompt may go through engine and reference behind it, None for a row each.
     """
@@ -79,6 +82,7 @@ class HybridEngine:
         self.reference = reference
         self.gather_seconds = 0.0
         self.hooked = False
+        self.resting: Sequence[Any] = ()
         self.server: VllmBackend | None = None
         self.sharing = sharing
         self._merge_lora = merge_lora
@@ -92,11 +96,14 @@ class HybridEngine:
             owner, _, leaf = name.rpartition(".")
             self._twin.get_submodule(owner)._buffers[leaf] = buffer
 
-    def choose_generation(self, *, rows: int, length: int, packed: bool) -> None:
-        """Set `hooked` if the gathered model does not fit beside all roles, and say so; a collective.
+    def choose_generation(self, *, rows: int, length: int, packed: bool, trained: Iterable[Any] = ()) -> None:
+        """Set `resting` or `hooked` if the gathered model does not fit beside all roles, and say so; a collective.
 
-        Call it when every role is built. The arguments are those of
-        `training.utils.memory.generation.generation_bytes`.
+        Call it when every role is built.
+
+        Args:
+            rows, length, packed: see `training.utils.memory.generation.generation_bytes`.
+            trained: engines whose optimizers' states may rest meanwhile, beside the actor's.
         """
         if not any(hasattr(parameter, "ds_id") for parameter in self._twin.parameters()):
             return  # below ZeRO-3 every rank holds the whole model, or its part of every layer, anyway
@@ -108,6 +115,15 @@ class HybridEngine:
             return
         needed = generation_bytes(self._twin, rows=rows, length=length, packed=packed, merged=self._merge_lora)
         if fits(needed, self.engine.device):
+            return
+        engines = list(dict.fromkeys([self.engine, *trained]))
+        states = sum(map(resting_bytes, engines))
+        if states and fits(needed - states, self.engine.device, on_host=states):
+            self.resting = engines
+            say(
+                "the whole actor does not fit on a rank beside the optimizers' states: while it generates, their "
+                f"{states / 1e9:.2f} GB are in host memory"
+            )
             return
         self.hooked = True
         merge = "; --merge_lora_for_generation has no effect then" if self._merge_lora else ""
@@ -124,7 +140,11 @@ class HybridEngine:
 
     @contextlib.contextmanager
     def _gathered_twin(self) -> Iterator[Any]:
-        with gathered(list(self._twin.parameters())), torch.no_grad():
+        with contextlib.ExitStack() as stack:
+            for engine in self.resting:
+                stack.enter_context(states_on_host(engine))
+            stack.enter_context(gathered(list(self._twin.parameters())))
+            stack.enter_context(torch.no_grad())
             yield self._twin
 
     @contextlib.contextmanager

@@ -68,8 +68,14 @@ def build_trainer(o: Opened) -> PPOTrainer:
     build = Build(o.flags.roles, train, o.flags.zero, models.overrides, total_steps, pad_id, o.device, shares)
     server = settings.vllm_server(o.flags, models, o.output_dir)
     roles = build_roles(models.actor, models.reward, models.functions, build, critic=bool(models.critic))
-    rows = rollout.per_device_generation_batch_size
-    backend = generation_backend(roles.actor, rollout.rollout_engine, rows=rows, length=o.flags.length, server=server)
+    backend = generation_backend(
+        roles.actor,
+        rollout.rollout_engine,
+        rows=rollout.per_device_generation_batch_size,
+        length=o.flags.length,
+        server=server,
+        trained=roles.trained().values(),
+    )
     sampling = SamplingConfig(
         rollout.max_answer_seq_len, temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k
     )

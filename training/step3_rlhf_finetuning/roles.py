@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -272,7 +272,13 @@ def build_roles(
 
 
 def generation_backend(
-    actor: HybridEngine, name: str, *, rows: int, length: int, server: VllmBackend | None = None
+    actor: HybridEngine,
+    name: str,
+    *,
+    rows: int,
+    length: int,
+    server: VllmBackend | None = None,
+    trained: Iterable[Any] = (),
 ) -> RolloutBackend:
     """Decide how the actor generates, now that all roles hold their memory, and how tokens are decoded; a collective.
 
@@ -281,10 +287,11 @@ def generation_backend(
         name: ``hf``, ``fast`` or ``vllm``.
         rows: decoded together. length: longest prompt plus response, in tokens.
         server: of ``vllm``, which takes its memory now.
+        trained: engines whose optimizers' states may make room, beside the actor's.
     """
     actor.server = server
     packed = name == "fast" and actor.engine.device.type == "cpu"
-    actor.choose_generation(rows=0 if server else rows, length=length, packed=packed)
+    actor.choose_generation(rows=0 if server else rows, length=length, packed=packed, trained=trained)
     if server is not None:
         server.start(actor.engine.device)
         return server

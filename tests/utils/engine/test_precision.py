@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.bad_inputs import STEPS
+from tests.marks import slow
 from training.utils import fine_tuning
 from training.utils.checkpoint import store
 from training.utils.checkpoint.resume import Run
@@ -265,7 +266,7 @@ def test_step_1_goes_on_in_its_precision_on_another_kind_of_cpu(
     assert f", in {dtype}, from" in (tmp_path / "run" / "step1" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("bf16", [slow(False), True])
 def test_a_plan_is_made_for_what_auto_becomes(tiny_model, tiny_data, tmp_path, monkeypatch, cpu, capsys, bf16):
     program = importlib.import_module(STEPS[1])
     monkeypatch.setattr(fine_tuning, "init_distributed", lambda *_: pytest.fail("a plan needs no process group"))

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import families
+from tests.marks import slow
 from tests.utils.generation.test_rollout import FAMILIES, assert_same, build, request, responses, shared_beginnings
 from training.utils.generation import cuda_graphs, decode_loop, engines
 from training.utils.generation.engines import FastBackend
@@ -18,12 +19,18 @@ from training.utils.generation.requests import RolloutBatch, RolloutRequest
 from training.utils.generation.sampling import SamplingConfig
 
 STOPS = tuple(range(5, 9))
-SAMPLINGS = [
-    SamplingConfig(30, temperature=2.0),
-    SamplingConfig(30, temperature=1.5, top_p=0.9, top_k=20),
-    SamplingConfig(30, greedy=True),
-]
+FREE = SamplingConfig(30, temperature=2.0)
+SAMPLINGS = {
+    "free": FREE,
+    "truncated": SamplingConfig(30, temperature=1.5, top_p=0.9, top_k=20),
+    "greedy": SamplingConfig(30, greedy=True),
+}
 STILL = ("llama", "qwen2", "gpt2", "opt", "neox")
+
+
+def named(value: Any) -> str | None:
+    """A case's name: a family's own, a sampling's in `SAMPLINGS`."""
+    return next((name for name, sampling in SAMPLINGS.items() if sampling is value), None)
 
 
 @pytest.fixture(autouse=True)
@@ -46,8 +53,16 @@ def both(model: Any, asked: Any, sampling: SamplingConfig) -> tuple[RolloutBatch
     return respond(model, asked, sampling, graphs=False), respond(model, asked, sampling, graphs=True)
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["free", "truncated", "greedy"])
-@pytest.mark.parametrize("family", STILL)
+# each family with one way to draw in every run of the suite, each way with one family and more
+IN_EVERY_RUN = dict(zip(STILL, ["free", "truncated", "greedy", "truncated", "free"], strict=True))
+CASES = [
+    (family, sampling) if IN_EVERY_RUN[family] == name else slow(family, sampling)
+    for family in STILL
+    for name, sampling in SAMPLINGS.items()
+]
+
+
+@pytest.mark.parametrize(("family", "sampling"), CASES, ids=named)
 def test_the_tokens_are_those_of_the_growing_loop(family: str, sampling: SamplingConfig) -> None:
     model = build(family)
     assert not cuda_graphs.why_not(model)
@@ -64,7 +79,7 @@ def test_rows_that_have_ended_are_left_behind_and_nothing_is_written_past_their_
     monkeypatch.setattr(
         cuda_graphs._Steps, "run", lambda s, *a: made.append((len(s.ids), original(s, *a))) or made[-1][1]
     )
-    grown, still = both(model, request(stop_ids=STOPS), SAMPLINGS[0])
+    grown, still = both(model, request(stop_ids=STOPS), FREE)
     lengths = still.response_mask.sum(1)
     assert len(set(lengths.tolist())) >= 4, "rows must end at different steps for this to mean anything"
     assert_same(still, grown)
@@ -93,7 +108,7 @@ class _Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["free", "truncated", "greedy"])
+@pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=named)
 @pytest.mark.parametrize("family", STILL)
 def test_each_step_is_the_same_operations_and_none_waits(family: str, sampling: SamplingConfig, monkeypatch) -> None:
     """What a graph bakes in, numbers among it, must not change from step to step."""
@@ -154,9 +169,9 @@ def test_a_planted_fault_in_what_a_step_moves_on_is_noticed(monkeypatch, fault: 
         else:
             getattr(steps, fault).sub_(1)
 
-    grown, _ = both(model, request(), SAMPLINGS[0])
+    grown, _ = both(model, request(), FREE)
     monkeypatch.setattr(cuda_graphs._Steps, "once", faulty)
-    still = respond(model, request(), SAMPLINGS[0], graphs=True)
+    still = respond(model, request(), FREE, graphs=True)
     same = torch.equal(still.input_ids, grown.input_ids)
     assert not same or (still.logprobs - grown.logprobs).abs().max() > 1e-2
 
@@ -170,7 +185,7 @@ def test_a_repetition_penalty_is_for_the_growing_loop(monkeypatch) -> None:
 def test_models_that_do_not_stand_still(monkeypatch) -> None:
     for family in set(FAMILIES) - set(STILL):  # a bias by distance from the mask, a sliding window
         assert cuda_graphs.why_not(build(family)), family
-        assert_same(*both(build(family), request(stop_ids=STOPS), SAMPLINGS[0]))
+        assert_same(*both(build(family), request(stop_ids=STOPS), FREE))
     scaled = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     assert "rotary" in cuda_graphs.why_not(build("llama", rope_parameters=scaled))
     quantised = build("llama")
@@ -241,7 +256,7 @@ def test_who_gets_graphs(monkeypatch) -> None:
 def test_graphs_are_made_and_replayed_on_one_side_stream(monkeypatch) -> None:
     """With a stand-in for CUDA: its graph is the call that it would have captured."""
     model, asked, capturing, made, streams = build("llama"), request(stop_ids=STOPS), [], [], []
-    expected = respond(model, asked, SAMPLINGS[0], graphs=False)
+    expected = respond(model, asked, FREE, graphs=False)
     once, captured = cuda_graphs._Steps.once, cuda_graphs._Steps._captured
 
     class Graph:
@@ -287,6 +302,6 @@ def test_graphs_are_made_and_replayed_on_one_side_stream(monkeypatch) -> None:
         return run(steps, count, next_step)
 
     monkeypatch.setattr(cuda_graphs._Steps, "run", on_a_gpu)
-    assert_same(respond(model, asked, SAMPLINGS[0], graphs=True), expected)
+    assert_same(respond(model, asked, FREE, graphs=True), expected)
     cuda_graphs._side_stream.cache_clear()
     assert len(made) > 2 and len(streams) == 2

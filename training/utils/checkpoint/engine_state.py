@@ -23,11 +23,11 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 
+from training.utils.engine.states import MOMENTS, adam_of, flat_partitions
 from training.utils.engine.tensor_parallel import Split, split_of
 from training.utils.errors import UserError
 from training.utils.run.distributed import rank_in_row, speaks_for_rows, world_size
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTER = "master"
 _SEPARATOR = "|"  # occurs in no parameter name
 
@@ -68,25 +68,13 @@ class Part:
         return parameter.reshape(-1)[self.start : self.start + self.values[MASTER].numel()]
 
 
-def _adam(zero: Any) -> Any:
-    """The optimizer within DeepSpeed's; an engine with a plain step has no other."""
-    return getattr(zero, "optimizer", zero)
-
-
-def _flat_partitions(zero: Any) -> list[Tensor]:
-    """This rank's flat fp32 masters, one for each parameter group (ZeRO 3: sub-group); of a plain step the weights."""
-    if hasattr(zero, "fp32_partitioned_groups_flat"):
-        return list(zero.fp32_partitioned_groups_flat)
-    return [p for group in _adam(zero).param_groups for p in group["params"]]
-
-
 def _make_moments(zero: Any) -> None:
     """Give the optimizer the state that its first step would make."""
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-    counts_in_python = isinstance(_adam(zero), DeepSpeedCPUAdam)
-    for flat in _flat_partitions(zero):
-        state = _adam(zero).state[flat]
+    counts_in_python = isinstance(adam_of(zero), DeepSpeedCPUAdam)
+    for flat in flat_partitions(zero):
+        state = adam_of(zero).state[flat]
         if not state:
             state["step"] = 0 if counts_in_python else torch.zeros((), dtype=torch.float32, device=flat.device)
             state |= {key: torch.zeros_like(flat.data) for key in MOMENTS}
@@ -103,7 +91,7 @@ def _link_moments(zero: Any) -> None:
 
 
 def _has_moments(zero: Any) -> bool:
-    return all(_adam(zero).state.get(flat) for flat in _flat_partitions(zero))
+    return all(adam_of(zero).state.get(flat) for flat in flat_partitions(zero))
 
 
 def parts(engine: Any, *, moments: bool) -> Iterator[Part]:
@@ -188,14 +176,14 @@ def engine_counters(engine: Any) -> dict[str, Any]:
     """Everything else of an engine, as JSON: counters, schedule, loss scale, Adam's step counts; equal on all ranks."""
     zero = engine.optimizer
     scaler = getattr(zero, "loss_scaler", None)
-    steps = [_adam(zero).state[flat]["step"] for flat in _flat_partitions(zero)] if _has_moments(zero) else []
+    steps = [adam_of(zero).state[flat]["step"] for flat in flat_partitions(zero)] if _has_moments(zero) else []
     return {
         "global_steps": engine.global_steps,
         "global_samples": engine.global_samples,
         "micro_steps": engine.micro_steps,
         "skipped_steps": engine.skipped_steps,
         "schedule": engine.lr_scheduler.state_dict(),
-        "learning_rates": [group["lr"] for group in _adam(zero).param_groups],
+        "learning_rates": [group["lr"] for group in adam_of(zero).param_groups],
         "loss_scale": {k: v for k, v in vars(scaler).items() if isinstance(v, int | float)} if scaler else {},
         "adam_step": max((int(s) for s in steps), default=0),
     }
@@ -312,12 +300,12 @@ def _load_counters(engine: Any, counters: dict[str, Any], moments: bool) -> None
     for name in ("global_steps", "global_samples", "micro_steps", "skipped_steps"):
         setattr(engine, name, counters[name])
     engine.lr_scheduler.load_state_dict(dict(counters["schedule"]))
-    for group, rate in zip(_adam(zero).param_groups, counters["learning_rates"], strict=True):
+    for group, rate in zip(adam_of(zero).param_groups, counters["learning_rates"], strict=True):
         group["lr"] = rate
     for name, value in counters["loss_scale"].items() if hasattr(zero, "loss_scaler") else ():
         setattr(zero.loss_scaler, name, value)
-    for flat in _flat_partitions(zero) if moments else []:
-        state = _adam(zero).state[flat]
+    for flat in flat_partitions(zero) if moments else []:
+        state = adam_of(zero).state[flat]
         if torch.is_tensor(state["step"]):
             state["step"].fill_(counters["adam_step"])
         else:

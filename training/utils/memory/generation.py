@@ -9,7 +9,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from training.utils.engine import four_bit
-from training.utils.memory.plan import available_memory
+from training.utils.memory.plan import available_memory, host_memory
 from training.utils.model.forward import without_adapters
 from training.utils.model.lora import adapted_parameter, is_lora, lora_layers
 from training.utils.run.distributed import all_reduce_max
@@ -79,7 +79,13 @@ def free_bytes() -> int:
     return available_memory()
 
 
-def fits(needed: int, device: torch.device) -> bool:
-    """Whether every rank has `needed` bytes free; a collective, so that all ranks decide alike."""
-    short = torch.tensor(float(needed > FREE_SHARE * free_bytes()), device=device)
+def fits(needed: int, device: torch.device, *, on_host: int = 0) -> bool:
+    """Whether every rank has `needed` bytes free; a collective, so that all ranks decide alike.
+
+    Args:
+        device: the rank's.
+        on_host: bytes that it needs in the host's memory beside an accelerator.
+    """
+    is_short = needed > FREE_SHARE * free_bytes() or on_host > FREE_SHARE * host_memory()
+    short = torch.tensor(float(is_short), device=device)
     return all_reduce_max(short).item() == 0

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from training.utils.arguments import LoraArguments
@@ -130,7 +131,13 @@ def available_memory() -> int:
         return int(torch.cuda.mem_get_info(local)[0])  # DeepSpeed's own reads no UUID in CUDA_VISIBLE_DEVICES
     if accelerator.device_name() != "cpu":
         return int(accelerator.available_memory(local))
-    free = int(accelerator.available_memory())
+    return host_memory()
+
+
+def host_memory() -> int:
+    """Bytes of the machine's or the container's own memory that one rank may take, by local ranks."""
+    accelerator = get_accelerator()
+    free = int((accelerator if accelerator.device_name() == "cpu" else CPU_Accelerator()).available_memory())
     group = Path("/sys/fs/cgroup")
     if (group / "memory.max").is_file() and (limit := (group / "memory.max").read_text().strip()) != "max":
         statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
