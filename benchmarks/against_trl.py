@@ -34,6 +34,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -112,6 +113,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.error("give --trl_python, and --sft for step 3")
     if min(arguments.rounds, arguments.iterations, arguments.held_out) < 1:
         parser.error("--rounds, --iterations and --held_out must be at least 1")
+    if arguments.sft and not arguments.sft.is_dir():
+        parser.error(f"--sft {arguments.sft}: no such folder")
+    if not arguments.child and not has_trl(arguments.trl_python):
+        parser.error(f"--trl_python {arguments.trl_python}: no Python that has trl; see --help")
     if arguments.dtype == "auto" and not arguments.child:
         import torch
 
@@ -122,6 +127,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if arguments.dtype == "fp32":
         arguments.trl_weights = ["fp32"]
     return arguments
+
+
+def has_trl(python: str) -> bool:
+    """Whether this is an interpreter that finds TRL."""
+    look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('trl') is None)"
+    return shutil.which(python) is not None and subprocess.run([python, "-c", look], check=False).returncode == 0
 
 
 def environment(threads: int) -> dict[str, str]:

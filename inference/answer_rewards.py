@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from training.step3_rlhf_finetuning.rewards import (
+from training.step3_rlhf_finetuning.reward_functions import (
     Messages,
     TextFunction,
     call_text_function,

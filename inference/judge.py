@@ -141,7 +141,12 @@ def judge_by_functions(specs: Sequence[str], lines: Sequence[Line], file: PartFi
     Raises:
         UserError: no such function, one raises, or gives no numbers.
     """
-    from training.step3_rlhf_finetuning.rewards import MODEL, call_text_function, parse_reward_functions, split_weight
+    from training.step3_rlhf_finetuning.reward_functions import (
+        MODEL,
+        call_text_function,
+        parse_reward_functions,
+        split_weight,
+    )
 
     if any(split_weight(spec)[0] == MODEL for spec in specs):
         raise UserError(f"--judge {MODEL}: functions judge here, no reward model")

@@ -50,7 +50,7 @@ LONG = (
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """``-n auto``: a worker often waits for processes that it has started; each has up to 1 GiB."""
-    return min(4, available_cores() + 2)
+    return min(4, available_cores() + 1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -132,7 +132,7 @@ def sampled_and_scored(path: str, dtype: str, shift: int = 0) -> SamplerDifferen
     return sampler_difference([rollout.logprobs], [scored], [rollout.response_mask])
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("dtype", [slow("fp32"), "bf16", slow("fp16")])
 def test_the_start_up_check_passes_the_sampler_and_catches_another_policy(device, tiny_model, dtype):
     check_sampler(sampled_and_scored(str(tiny_model), dtype), dtype)
     with pytest.raises(UserError, match="the sampler is not the policy"):

@@ -49,6 +49,7 @@ def test_a_run_with_divided_rows_equals_one_with_whole_rows(launcher, inputs, tm
     assert step == 1 or "each by itself" in text
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_rows_that_are_no_longer_divided(launcher, inputs, tmp_path):
     small = ("--learning_rate", "1e-4", "--max_seq_len", "480")
     run(launcher, inputs, 1, tmp_path / "whole", 1, *small)

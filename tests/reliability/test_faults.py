@@ -264,6 +264,7 @@ def test_an_aborted_rank_is_named_and_ends_the_others(launcher, inputs, tmp_path
     assert not list(output.glob(".aborted-*"))
 
 
+@pytest.mark.slow
 def test_a_slow_rank_changes_nothing(launcher, inputs, tmp_path):
     slow = started(launcher, inputs, tmp_path / "slow", {"kind": "sleep", "rank": 1, "step": 2, "seconds": 3.0})
     assert ended_soon(slow)[0] == [0, 0]
@@ -426,11 +427,11 @@ def test_a_run_outlives_the_reader_of_its_output(inputs, tmp_path):
 
 
 def test_a_suspended_run_does_not_stand_still(launcher, inputs, tmp_path):
-    arguments = step_arguments(1, inputs, tmp_path / "out", "--hang_timeout", "25", "--num_train_epochs", "4")
+    arguments = step_arguments(1, inputs, tmp_path / "out", "--hang_timeout", "15", "--num_train_epochs", "4")
     run = launcher.start(1, arguments, tmp_path / "log")
     run.wait_for(lambda: checkpoints(tmp_path / "out"))
     os.kill(run.pid, signal.SIGSTOP)
-    time.sleep(28)
+    time.sleep(18)
     os.kill(run.pid, signal.SIGCONT)
     assert run.wait() == 0, run.text()[-2000:]
 

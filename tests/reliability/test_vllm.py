@@ -63,6 +63,7 @@ def test_its_death_ends_the_run_with_a_checkpoint_and_its_last_lines(inputs, ser
     assert_same(3, whole, output)
 
 
+@pytest.mark.slow  # what its death leaves is in every run: the test above
 def test_a_killed_run_resumes_and_leaves_no_process(inputs, served, tmp_path):
     start, whole, seconds = served
     output = tmp_path / "killed"

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from training.step3_rlhf_finetuning import ppo
+from training.utils.model.reward_model import RewardStats
 
 MASK = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]], dtype=torch.bool)
 
@@ -164,3 +165,11 @@ def test_explained_variance():
     constant = ppo.explained_variance_from(ppo.explained_variance(torch.full((1, 4), 2.0), returns, mask))
     assert perfect == pytest.approx(1.0)
     assert constant == pytest.approx(0.0, abs=1e-9)
+
+
+def test_scores_are_normalised_then_clipped_then_penalised():
+    raw, ended = torch.tensor([1.0, 3.0, 9.0]), torch.tensor([True, True, False])
+    stats = RewardStats(1.0, 2.0, 5, "fp32")
+    scores = ppo.sequence_scores(ppo.clipped(stats.normalise(raw), 2.5), ended, missing_eos_penalty=0.5)
+    assert scores.tolist() == [0.0, 1.0, 2.0]
+    assert ppo.sequence_scores(ppo.clipped(raw, 0), ended, missing_eos_penalty=0).tolist() == [1.0, 3.0, 9.0]

@@ -27,7 +27,7 @@ def check(toy_models, *, ppo_epochs=4, lora=0, iterations=None, **settings):
     assert recent(history) >= BOUND, [round(x, 2) for x in history]
 
 
-@pytest.mark.parametrize("advantage", ["gae", slow("rloo"), "grpo"])
+@pytest.mark.parametrize("advantage", ["gae", slow("rloo"), slow("grpo")])
 def test_ninety_five_percent_of_the_optimum(toy_models, advantage):
     check(toy_models, seed=0, advantage=advantage)
 

@@ -32,3 +32,12 @@ def test_correlation():
 def test_histogram():
     assert intervals.histogram([0, 1, 2, 4, 4], bins=4) == {"edges": [0, 1, 2, 3, 4], "counts": [1, 1, 1, 2]}
     assert sum(intervals.histogram([5, 5], bins=3)["counts"]) == 2
+
+
+def test_win_rate_counts_a_tie_half():
+    result = intervals.win_rate([1.0, 2.0, 3.0, 4.0], [0.0, 2.0, 5.0, 1.0], seed=0)
+    assert result["win_rate"] == (1 + 0.5 + 0 + 1) / 4
+    assert (result["win_rate_low"], result["win_rate_high"]) == pytest.approx((0.2194, 0.9081), abs=1e-4)  # Wilson's
+    assert result["ties"] == 1
+    sure = intervals.win_rate([1.0] * 50, [0.0] * 50, seed=0)
+    assert (sure["win_rate_low"], sure["win_rate_high"]) == (1.0, 1.0)

@@ -77,8 +77,7 @@ from training.step3_rlhf_finetuning.evaluation import (  # noqa: E402
     load_eval_functions,
 )
 from training.step3_rlhf_finetuning.prompts import PromptSet  # noqa: E402
-from training.step3_rlhf_finetuning.reward_sources import RewardMix  # noqa: E402
-from training.step3_rlhf_finetuning.rewards import (  # noqa: E402
+from training.step3_rlhf_finetuning.reward_functions import (  # noqa: E402
     MODEL,
     NONE,
     TextFunction,
@@ -86,6 +85,7 @@ from training.step3_rlhf_finetuning.rewards import (  # noqa: E402
     parse_reward_functions,
     split_weight,
 )
+from training.step3_rlhf_finetuning.reward_sources import RewardMix  # noqa: E402
 from training.step3_rlhf_finetuning.roles import build_rewards  # noqa: E402
 from training.utils import evaluation_programs, intervals  # noqa: E402
 from training.utils.data import prepare_data, spread_rows, stop_token_ids  # noqa: E402

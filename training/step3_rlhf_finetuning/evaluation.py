@@ -18,17 +18,16 @@ import torch
 
 from training.step3_rlhf_finetuning.forward import in_pieces, score_log_probs
 from training.step3_rlhf_finetuning.prompts import PromptSet
-from training.step3_rlhf_finetuning.reward_sources import RewardMix
-from training.step3_rlhf_finetuning.rewards import (
+from training.step3_rlhf_finetuning.reward_functions import (
     TextFunction,
     call_text_function,
     load_text_function,
     unused_name,
-    win_rate,
 )
+from training.step3_rlhf_finetuning.reward_sources import RewardMix
 from training.utils.generation.requests import RolloutBackend, RolloutBatch, has_ended, response_texts
 from training.utils.generation.sampling import SamplingConfig
-from training.utils.intervals import bootstrap_interval, mean
+from training.utils.intervals import bootstrap_interval, mean, win_rate
 from training.utils.run.distributed import data_rank, data_size, gather_rows, say
 from training.utils.run.watchdog import beat
 
@@ -69,7 +68,7 @@ def load_eval_functions(specs: Sequence[str]) -> list[EvalFunction]:
     """The values of ``--eval_function``; a second function of the same name is ``name_2``.
 
     Raises:
-        UserError: see `training.step3_rlhf_finetuning.rewards.load_text_function`.
+        UserError: see `training.step3_rlhf_finetuning.reward_functions.load_text_function`.
     """
     found: list[EvalFunction] = []
     for spec in filter(None, specs):

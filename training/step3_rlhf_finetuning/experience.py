@@ -20,9 +20,7 @@ from training.step3_rlhf_finetuning.arguments import (
     scoring_rows,
 )
 from training.step3_rlhf_finetuning.forward import score_log_probs, score_values
-from training.step3_rlhf_finetuning.ppo import token_rewards
 from training.step3_rlhf_finetuning.prompts import PromptSet
-from training.step3_rlhf_finetuning.rewards import clipped, sequence_scores
 from training.step3_rlhf_finetuning.roles import Roles
 from training.utils.generation.requests import RolloutBatch, RolloutRequest, has_ended
 from training.utils.run.distributed import all_reduce_sum, reduce_sums
@@ -88,7 +86,7 @@ def make_experience(
 ) -> Experience:
     """Put one rollout's scores together; advantages and returns are still 0."""
     mask = rollout.response_mask
-    rewards = token_rewards(log_probs, reference_log_probs, scores, mask, kl_coef=kl_coef)
+    rewards = ppo.token_rewards(log_probs, reference_log_probs, scores, mask, kl_coef=kl_coef)
     blank = torch.zeros_like(rewards)
     return Experience(
         rollout.input_ids,
@@ -144,6 +142,7 @@ class Scoring:
         self.ppo = ppo
         self.rollout = rollout
         self.train = train
+        self._rows = scoring_rows(rollout, train)
 
     def score(
         self, rollouts: Sequence[RolloutBatch], requests: Sequence[RolloutRequest]
@@ -191,7 +190,7 @@ class Scoring:
 
     def _score_one(self, rollout: RolloutBatch, request: RolloutRequest) -> tuple[ScoredBatch, dict[str, float]]:
         flags, mask, critic = self.ppo, rollout.response_mask, self.roles.critic
-        size, temperature = scoring_rows(self.rollout, self.train), self.rollout.temperature
+        size, temperature = self._rows, self.rollout.temperature
         sharing = self.roles.actor.sharing
         with self.roles.actor.scoring_mode() as engine:
             log_probs, entropy = score_log_probs(engine, rollout, size, temperature, entropy=True, sharing=sharing)
@@ -217,8 +216,9 @@ class Scoring:
         if flags.importance_cap:
             importance = ppo.truncated_importance(log_probs, sampled, mask, cap=flags.importance_cap)
         ended = has_ended(rollout, request.stop_ids)
-        held = clipped(reward, flags.clip_reward)
-        scores = sequence_scores(held, ended, missing_eos_penalty=flags.missing_eos_penalty).masked_fill(~finite, 0.0)
+        held = ppo.clipped(reward, flags.clip_reward)
+        scores = ppo.sequence_scores(held, ended, missing_eos_penalty=flags.missing_eos_penalty)
+        scores = scores.masked_fill(~finite, 0.0)
         experience = make_experience(
             rollout,
             log_probs=log_probs,

@@ -33,7 +33,6 @@ from training.step3_rlhf_finetuning.evaluation import (
 )
 from training.step3_rlhf_finetuning.ppo_trainer import PPOTrainer
 from training.step3_rlhf_finetuning.prompts import PromptSet, sample_rows
-from training.step3_rlhf_finetuning.rewards import win_rate
 from training.step3_rlhf_finetuning.roles import Roles
 from training.step3_rlhf_finetuning.settings import Opened
 from training.utils.checkpoint.resume import BEST
@@ -43,7 +42,7 @@ from training.utils.errors import UserError
 from training.utils.generation.requests import RolloutBackend
 from training.utils.generation.sampling import SamplingConfig
 from training.utils.health_rules import MAX_KL
-from training.utils.intervals import mean
+from training.utils.intervals import mean, win_rate
 from training.utils.metrics import MetricsLogger
 from training.utils.model import loading
 from training.utils.model.export import save_model

@@ -18,6 +18,22 @@ WHITEN_EPSILON = 1e-8
 GROUP_EPSILON = 1e-4  # added to a group's standard deviation: a group of nearly equal scores teaches next to nothing
 
 
+def clipped(rewards: Tensor, clip_reward: float) -> Tensor:
+    """Rewards held in [-clip_reward, clip_reward]; 0 turns it off."""
+    return rewards.clamp(-clip_reward, clip_reward) if clip_reward > 0 else rewards
+
+
+def sequence_scores(rewards: Tensor, ended: Tensor, *, missing_eos_penalty: float) -> Tensor:
+    """The reward that PPO maximises for each response, before the KL penalty: ``[B]``.
+
+    Args:
+        rewards: ``[B]``, normalised, weighted and `clipped`.
+        ended: ``[B]`` bool, whether the response has its end token.
+        missing_eos_penalty: subtracted from responses cut off at the length limit.
+    """
+    return rewards - missing_eos_penalty * (~ended).to(rewards.dtype)
+
+
 def token_rewards(
     log_probs: Tensor, reference_log_probs: Tensor, scores: Tensor, mask: Tensor, *, kl_coef: float
 ) -> Tensor:

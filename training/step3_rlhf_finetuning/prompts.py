@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from training.step3_rlhf_finetuning.arguments import RolloutArguments
-from training.step3_rlhf_finetuning.rewards import Messages
+from training.step3_rlhf_finetuning.reward_functions import Messages
 from training.utils.data import collate_prompts, epoch_batches
 from training.utils.generation.requests import RolloutRequest
 from training.utils.run.distributed import data_rank, data_size

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from training.step3_rlhf_finetuning.forward import score_rewards
 from training.step3_rlhf_finetuning.prompts import PromptSet
-from training.step3_rlhf_finetuning.rewards import TextFunction, call_text_function
+from training.step3_rlhf_finetuning.reward_functions import TextFunction, call_text_function
 from training.utils.data import Sharing
 from training.utils.engine.tensor_parallel import agree
 from training.utils.generation.requests import RolloutBatch, response_texts
@@ -103,7 +103,7 @@ class FunctionReward:
         """See `RewardSource`; a collective, so that an error on one rank ends all.
 
         Raises:
-            UserError: see `training.step3_rlhf_finetuning.rewards.call_text_function`.
+            UserError: see `training.step3_rlhf_finetuning.reward_functions.call_text_function`.
         """
         texts = response_texts(rollout, prompts.tokenizer)
         values = on_all_ranks(

@@ -15,6 +15,7 @@ from training.step3_rlhf_finetuning.arguments import (
     for_each_role,
 )
 from training.step3_rlhf_finetuning.hybrid_engine import HybridEngine, make_twin
+from training.step3_rlhf_finetuning.reward_functions import TextFunction
 from training.step3_rlhf_finetuning.reward_sources import (
     FunctionReward,
     RewardMix,
@@ -22,7 +23,6 @@ from training.step3_rlhf_finetuning.reward_sources import (
     TextReward,
     TokenReward,
 )
-from training.step3_rlhf_finetuning.rewards import TextFunction
 from training.utils.checkpoint.ema import MovingAverage
 from training.utils.data import Sharing
 from training.utils.engine import engine as engines

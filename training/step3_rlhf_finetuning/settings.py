@@ -22,7 +22,7 @@ from training.step3_rlhf_finetuning.arguments import (
     check_batches,
 )
 from training.step3_rlhf_finetuning.prompts import PromptSet
-from training.step3_rlhf_finetuning.rewards import (
+from training.step3_rlhf_finetuning.reward_functions import (
     NONE,
     TextFunction,
     check_without_model,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 RESAMPLES = 2000  # of each bootstrap
 Z95 = 1.959964
@@ -55,6 +56,24 @@ def share_interval(values: Sequence[float], *, seed: int) -> list[float]:
     if len(values) < FEW_ROWS:
         return wilson_interval(mean(values), len(values))
     return bootstrap_interval(values, seed=seed)
+
+
+def win_rate(ours: Sequence[float], theirs: Sequence[float], *, seed: int) -> dict[str, Any]:
+    """Share of prompts at which ours is worth more, a tie half, with a 95% interval over prompts.
+
+    Args:
+        ours, theirs: one value for each prompt, in the same order.
+        seed: of the bootstrap.
+
+    Returns:
+        ``win_rate``, ``win_rate_low``, ``win_rate_high`` (see `share_interval`), and how many
+        ``ties``.
+    """
+    pairs = list(zip(ours, theirs, strict=True))
+    wins = [(a > b) + 0.5 * (a == b) for a, b in pairs]
+    low, high = share_interval(wins, seed=seed)
+    ties = sum(a == b for a, b in pairs)
+    return {"win_rate": mean(wins), "win_rate_low": low, "win_rate_high": high, "ties": ties}
 
 
 def correlation(a: Sequence[float], b: Sequence[float], weights: Sequence[float] | None = None) -> float:

@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset, concatenate_datasets
 
 from tests.bad_inputs import STEPS
-from training.step3_rlhf_finetuning.rewards import load_text_function
+from training.step3_rlhf_finetuning.reward_functions import load_text_function
 from training.utils.checkpoint import same_run
 from training.utils.errors import UserError
 

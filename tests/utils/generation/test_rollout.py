@@ -30,7 +30,7 @@ from transformers import (
 from training.utils.errors import UserError
 from training.utils.generation import cache, decode_attention, decode_loop, packed_linear
 from training.utils.generation.engines import FastBackend, rollout_backend
-from training.utils.generation.requests import RolloutBatch, RolloutRequest
+from training.utils.generation.requests import RolloutBatch, RolloutRequest, has_ended
 from training.utils.generation.sampling import SamplingConfig
 from training.utils.run.distributed import rank
 
@@ -479,3 +479,11 @@ def test_bad_sampling_is_one_clear_line(field: str, value: float) -> None:
 def test_unknown_backend_is_one_clear_line() -> None:
     with pytest.raises(UserError, match="hf or fast"):
         rollout_backend("vllm")
+
+
+@pytest.mark.parametrize("pad", [0, 2])
+def test_the_end_token_is_found_with_pad_equal_to_eos_and_not(pad):
+    ids = torch.tensor([[9, 9, 5, 2, pad], [9, 9, 5, 6, 7], [9, 9, pad, pad, pad]])
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1], [0, 0, 0]], dtype=torch.bool)
+    rollout = RolloutBatch(ids, torch.ones_like(ids), 2, mask, torch.zeros(3, 3))
+    assert has_ended(rollout, (2,)).tolist() == [True, False, False]

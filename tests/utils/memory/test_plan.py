@@ -21,6 +21,7 @@ from transformers import (
 
 from tests.bad_inputs import STEPS
 from tests.families import save as save_family
+from tests.marks import slow
 from tests.utils.engine.engine_checks import divided
 from training.step3_rlhf_finetuning import arguments as rlhf_arguments
 from training.step3_rlhf_finetuning.plan import ASLEEP_BYTES, FLAGS, RoleCosts, rlhf_plan
@@ -156,7 +157,7 @@ def arguments(step, model):
     return [*roles, *lengths, "--no-normalize_reward", "--plan"]
 
 
-@pytest.mark.parametrize("step", [1, 2, 3])
+@pytest.mark.parametrize("step", [1, slow(2), 3])
 def test_programs_plan_and_load_nothing(step, tiny_model, tmp_path, capsys, monkeypatch):
     """From a folder without weights: only the configuration is there."""
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):

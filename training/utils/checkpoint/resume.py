@@ -12,7 +12,7 @@ A step program opens its run before it loads a model, loads the checkpoint into 
         run.after_step(number, progress)           # saves when it is time, and when the run is asked to stop
 
 Data order is a function of seed and step, and rollouts draw from counters, so a position is a number. How the files are
-made is told in `checkpoint_store`, how engines are kept in `engine_state`, what makes a run the same in `same_run`.
+made is told in `store`, how engines are kept in `engine_state`, what makes a run the same in `same_run`.
 """
 
 from __future__ import annotations

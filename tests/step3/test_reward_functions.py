@@ -1,48 +1,13 @@
-"""Sequence rewards, user functions and win rates."""
+"""Users' functions: loaded, called, and what is said of those that fail."""
 
 import os
 import pickle
 import sys
 
 import pytest
-import torch
 
-from training.step3_rlhf_finetuning.rewards import (
-    call_text_function,
-    clipped,
-    load_text_function,
-    sequence_scores,
-    win_rate,
-)
+from training.step3_rlhf_finetuning.reward_functions import call_text_function, load_text_function
 from training.utils.errors import UserError
-from training.utils.generation.requests import RolloutBatch, has_ended
-from training.utils.model.reward_model import RewardStats
-
-
-def test_scores_are_normalised_then_clipped_then_penalised():
-    raw, ended = torch.tensor([1.0, 3.0, 9.0]), torch.tensor([True, True, False])
-    stats = RewardStats(1.0, 2.0, 5, "fp32")
-    scores = sequence_scores(clipped(stats.normalise(raw), 2.5), ended, missing_eos_penalty=0.5)
-    assert scores.tolist() == [0.0, 1.0, 2.0]
-    assert sequence_scores(clipped(raw, 0), ended, missing_eos_penalty=0).tolist() == [1.0, 3.0, 9.0]
-
-
-@pytest.mark.parametrize("pad", [0, 2])
-def test_the_end_token_is_found_with_pad_equal_to_eos_and_not(pad):
-    ids = torch.tensor([[9, 9, 5, 2, pad], [9, 9, 5, 6, 7], [9, 9, pad, pad, pad]])
-    mask = torch.tensor([[1, 1, 0], [1, 1, 1], [0, 0, 0]], dtype=torch.bool)
-    rollout = RolloutBatch(ids, torch.ones_like(ids), 2, mask, torch.zeros(3, 3))
-    assert has_ended(rollout, (2,)).tolist() == [True, False, False]
-
-
-def test_win_rate_counts_a_tie_half():
-    result = win_rate([1.0, 2.0, 3.0, 4.0], [0.0, 2.0, 5.0, 1.0], seed=0)
-    assert result["win_rate"] == (1 + 0.5 + 0 + 1) / 4
-    assert (result["win_rate_low"], result["win_rate_high"]) == pytest.approx((0.2194, 0.9081), abs=1e-4)  # Wilson's
-    assert result["ties"] == 1
-    sure = win_rate([1.0] * 50, [0.0] * 50, seed=0)
-    assert (sure["win_rate_low"], sure["win_rate_high"]) == (1.0, 1.0)
-
 
 PROMPTS = [[{"role": "user", "content": f"p{i}"}] for i in range(3)]
 ANSWERS = ["a", "bb", "ccc"]

@@ -1,4 +1,4 @@
-"""What a response is worth: the sequence reward before the KL penalty, and user-defined functions."""
+"""Users' functions of responses, ``file.py:name``: loaded, weighed, called and checked."""
 
 from __future__ import annotations
 
@@ -10,13 +10,9 @@ import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from training.utils import intervals
 from training.utils.errors import UserError
-
-if TYPE_CHECKING:
-    from torch import Tensor  # inference/judge.py has users' functions and no need of torch
 
 MODEL = "model"  # names the reward model among the sources of --reward_function
 NONE = "none"  # --critic_model_name_or_path none: there is no reward model
@@ -193,37 +189,3 @@ def _is_finite(value: Any) -> bool:
         return math.isfinite(float(value))
     except (TypeError, ValueError):
         return False
-
-
-def clipped(rewards: Tensor, clip_reward: float) -> Tensor:
-    """Rewards held in [-clip_reward, clip_reward]; 0 turns it off."""
-    return rewards.clamp(-clip_reward, clip_reward) if clip_reward > 0 else rewards
-
-
-def sequence_scores(rewards: Tensor, ended: Tensor, *, missing_eos_penalty: float) -> Tensor:
-    """The reward that PPO maximises for each response, before the KL penalty: ``[B]``.
-
-    Args:
-        rewards: ``[B]``, normalised, weighted and `clipped`.
-        ended: ``[B]`` bool, whether the response has its end token.
-        missing_eos_penalty: subtracted from responses cut off at the length limit.
-    """
-    return rewards - missing_eos_penalty * (~ended).to(rewards.dtype)
-
-
-def win_rate(ours: Sequence[float], theirs: Sequence[float], *, seed: int) -> dict[str, Any]:
-    """Share of prompts at which ours is worth more, a tie half, with a 95% interval over prompts.
-
-    Args:
-        ours, theirs: one value for each prompt, in the same order.
-        seed: of the bootstrap.
-
-    Returns:
-        ``win_rate``, ``win_rate_low``, ``win_rate_high`` (see `intervals.share_interval`), and how many
-        ``ties``.
-    """
-    pairs = list(zip(ours, theirs, strict=True))
-    wins = [(a > b) + 0.5 * (a == b) for a, b in pairs]
-    low, high = intervals.share_interval(wins, seed=seed)
-    ties = sum(a == b for a, b in pairs)
-    return {"win_rate": intervals.mean(wins), "win_rate_low": low, "win_rate_high": high, "ties": ties}
