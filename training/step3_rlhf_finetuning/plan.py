@@ -25,7 +25,7 @@ from training.utils.memory import plan as plans
 from training.utils.memory.generation import key_heads
 from training.utils.memory.live import FakeModel, PassMemory
 from training.utils.memory.training import ranks_told
-from training.utils.memory.zero import BYTES, RoleMemory, frozen_role, trained_role
+from training.utils.memory.zero import BYTES, MASTER, MOMENTS, RoleMemory, frozen_role, trained_role
 from training.utils.model import classifiers
 from training.utils.model.forward import without_adapters
 from training.utils.model.language_modelling import negative_log_likelihood
@@ -205,7 +205,17 @@ def rlhf_plan(
         memory["vLLM"] = RoleMemory(served if on_cpu else {"while it sleeps": ASLEEP_BYTES})
     kind: dict[str, Any] = {"mix": mix, "on_cpu": on_cpu, "tensor_parallel": zero.tensor_parallel}
     phases = _phases(costs, settings, memory, dtype, rollout, **kind)
-    return plans.Plan(memory, phases, on_cpu, _notes(costs, settings))
+    whole = phases[0].parts.get("gathered twin", 0)
+    notes = [_without_gathering(memory, whole, settings.offload or on_cpu)] if whole else []
+    return plans.Plan(memory, phases, on_cpu, notes + _notes(costs, settings))
+
+
+def _without_gathering(memory: dict[str, RoleMemory], whole: int, on_host: bool) -> str:
+    """What a run does where generation, with ``whole`` bytes of the gathered actor, is what does not fit."""
+    trained = [memory[role] for role in ("actor", "critic") if role in memory and memory[role].gathered]
+    states = 0 if on_host else sum(role.resident.get(name, 0) for role in trained for name in (MASTER, MOMENTS))
+    rests = f"optimizer states wait in the host's memory ({-states / plans.MIB:+,.0f}), or " if states else ""
+    return f"where generation does not fit, {rests}it goes through the ZeRO-3 hooks ({-whole / plans.MIB:+,.0f})"
 
 
 def _phases(

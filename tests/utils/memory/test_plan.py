@@ -193,7 +193,11 @@ def test_a_rollout_gathers_the_whole_actor_however_few_layers_training_holds(tin
     plan = rlhf_plan(costs, settings, replace(role, dtype="fp32"), rollout, train, zero, few, (3, 3), on_cpu=False)
     generation = next(phase for phase in plan.phases if phase.name == "generation")
     assert plan.roles["actor"].gathered == 4 * 1000
-    assert generation.parts["gathered twin"] == 4 * plans.role_size(costs.actor).parameters
+    whole = 4 * plans.role_size(costs.actor).parameters
+    assert generation.parts["gathered twin"] == whole
+    states = 12 * plans.role_size(costs.actor).parameters / 2  # of two ranks
+    said = next(note for note in plan.notes if note.startswith("where generation does not fit"))
+    assert f"host's memory ({-states / plans.MIB:+,.0f})" in said and f"hooks ({-whole / plans.MIB:+,.0f})" in said
 
 
 def test_rows_that_are_scored_together_are_planned_and_lowered(tiny_model, monkeypatch):
