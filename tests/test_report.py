@@ -140,7 +140,7 @@ def test_a_whole_run_has_every_part(tmp_path):
         PROMPT, *ANSWERS.values(), "cut at the longest allowed length",
         "47.6 → 26.1", "90% [85%, 95%]", "80% [70%, 90%]", "1.25 GiB",
         "against warm empty, 32", "90.0% [84%, 94%]", "160 pairs, 0 ties", "90.0% [85%, 95%]", "160 prompts, 12 ties",
-        "80.0% [70%, 90%] by manner; 160 prompts, 31 ties", "by content (160 prompts, 150 ties)",
+        "80.0% [70%, 90%] by manner; 160 prompts, 31 ties", "RLHF, by content160 prompts, 150 ties",
         "+0.200 [+0.150, +0.250]", "+0.100 [+0.050, +0.150]", "+0.300 [+0.220, +0.380]", "manner 1.00",
         "2 CPU cores, no GPU",
         "torch 2.13.0", "seed 77", "deepspeed --data_path 'my data.jsonl'", "3 rows read", "c0ffeec0ffee",

@@ -7,6 +7,7 @@ import weakref
 from typing import Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from tests.step3.hybrid_checks import build, prompts, request, train_two_steps
 from training.step3_rlhf_finetuning import hybrid_engine
@@ -195,11 +196,11 @@ def rested(path: str, *, rests: bool) -> dict[str, Any]:
         *flat_partitions(zero),
         *(t for s in adam_of(zero).state.values() for t in (s["exp_avg"], s["exp_avg_sq"])),
     ]
-    before, places = [state.detach().clone() for state in states], [state.data_ptr() for state in states]
-    asked, tokens, moved = request(prompts(6)[rank() :: 2], [3 * rank() + i for i in range(3)]), [], []
+    before, storages = [s.detach().clone() for s in states], [StorageWeakRef(s.untyped_storage()) for s in states]
+    asked, tokens, gone = request(prompts(6)[rank() :: 2], [3 * rank() + i for i in range(3)]), [], []
     for _ in range(2):
         with actor.generation_mode() as twin:
-            moved.append([state.data_ptr() != place for state, place in zip(states, places, strict=True)])
+            gone.append([storage.expired() for storage in storages])
             tokens.append(rollout_backend("fast").generate(twin, asked, SamplingConfig(6)).input_ids.tolist())
     same = [torch.equal(old, new) for old, new in zip(before, states, strict=True)]
     train_two_steps(actor)
@@ -209,4 +210,4 @@ def rested(path: str, *, rests: bool) -> dict[str, Any]:
         part.name: {k: v.detach().clone() for k, v in part.values.items()}
         for part in parts_of(actor.engine, moments=True)
     }
-    return {"moved": moved, "same": same, "tokens": tokens, "weights": weights, "parts": parts}
+    return {"gone": gone, "same": same, "tokens": tokens, "weights": weights, "parts": parts}

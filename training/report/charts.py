@@ -115,12 +115,13 @@ def interval_chart(title: str, rows: Sequence[tuple[str, float, float | None, fl
 
     Args:
         title: above the chart.
-        rows: label, share, low and high end of the interval (None without one).
+        rows: label, share, low and high end of the interval (None without one); what a label has in brackets is
+            below it, so that long ones leave room for the share.
         middle: what one half means.
     """
     if not rows:
         return ""
-    left, right, height = 20, WIDTH - 20, 58 * len(rows) + 50
+    left, right, height = 20, WIDTH - 20, 72 * len(rows) + 50
     x = lambda share: left + (right - left) * min(max(share, 0.0), 1.0)  # noqa: E731  a scale, used five times below
     base = height - 34
     parts = []
@@ -130,10 +131,12 @@ def interval_chart(title: str, rows: Sequence[tuple[str, float, float | None, fl
         parts.append(f'<text class="tick" x="{x(share)}" y="{base + 16}" text-anchor="middle">{share:.0%}</text>')
     parts.append(f'<text class="axis" x="{x(0.5)}" y="{base + 31}" text-anchor="middle">{e(middle)}</text>')
     for i, (label, share, low, high) in enumerate(rows):
-        y = 8 + 58 * i + 40
+        y = 8 + 72 * i + 54
+        name, _, beside = label.removesuffix(")").partition(" (")
         text = f"{share:.0%}" + (f" [{low:.0%}, {high:.0%}]" if low is not None and high is not None else "")
-        parts.append(f'<text class="row" x="{left}" y="{y - 18}">{e(label)}</text>')
-        parts.append(f'<text class="row value" x="{right}" y="{y - 18}" text-anchor="end">{text}</text>')
+        parts.append(f'<text class="row" x="{left}" y="{y - 32}">{e(name)}</text>')
+        parts.append(f'<text class="tick" x="{left}" y="{y - 17}">{e(beside)}</text>')
+        parts.append(f'<text class="row value" x="{right}" y="{y - 32}" text-anchor="end">{text}</text>')
         if low is not None and high is not None:
             parts.append(f'<line class="whisker c1" x1="{x(low)}" x2="{x(high)}" y1="{y}" y2="{y}"/>')
         parts.append(f'<circle class="dot c1" cx="{x(share):.1f}" cy="{y}" r="6"><title>{text}</title></circle>')
