@@ -61,7 +61,7 @@ class HybridEngine:
         merge_lora: generate from weights with the adapters added, see `training.utils.model.lora.adapters_merged`.
 
     Attributes:
-        gather_seconds: time spent gathering (and merging) parameters since it was last reset.
+        gather_seconds: time spent gathering (and merging) parameters and undoing it, since it was last reset.
         hooked: generation goes through the engine's ZeRO-3 hooks, as the whole model does not fit on a rank, or there
             is no twin; ranks must then decode in step (``rollout_backend(..., synced=True)``).
         resting: engines whose optimizers' states are in host memory while the actor is whole.
@@ -176,6 +176,8 @@ class HybridEngine:
                 stack.enter_context(adapters_merged(module))
             self.gather_seconds += time.perf_counter() - start
             yield module
+            start = time.perf_counter()
+        self.gather_seconds += time.perf_counter() - start
         get_accelerator().empty_cache()  # blocks of the KV cache's sizes, which training can not use
 
     @contextlib.contextmanager
