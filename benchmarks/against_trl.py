@@ -113,7 +113,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.error("give --trl_python, and --sft for step 3")
     if min(arguments.rounds, arguments.iterations, arguments.held_out) < 1:
         parser.error("--rounds, --iterations and --held_out must be at least 1")
-    if arguments.sft and not arguments.sft.is_dir():
+    if arguments.step == 3 and not arguments.child and not arguments.sft.is_dir():
         parser.error(f"--sft {arguments.sft}: no such folder")
     if not arguments.child and not has_trl(arguments.trl_python):
         parser.error(f"--trl_python {arguments.trl_python}: no Python that has trl; see --help")

@@ -300,9 +300,9 @@ def show(case: Case, machine: Machine, scratch: Path) -> None:
             return
         case = replace(case, zero_stage=fit[0][0], offload=fit[0][1])
     setting = (case.zero_stage, case.offload)
-    way = verdict(needs[setting], free) if setting in needs else FITS
+    twin, rests = gathers(needs[setting], free) if setting in needs else (True, False)
     print(f"\nZeRO {told(*setting)}:\n")
-    show_phases(case, list(phases(case, machine, roles, twin=way != HOOKS, rests=way == RESTS)))
+    show_phases(case, list(phases(case, machine, roles, twin=twin, rests=rests)))
 
 
 def told(stage: int, offload: bool) -> str:
@@ -329,11 +329,18 @@ def show_phases(case: Case, found: list[Phase]) -> None:
 NOT, FITS, RESTS, HOOKS = "does not fit", "fits", "fits, states at rest", "fits, through the hooks"
 
 
+def gathers(need: Needs, free: float) -> tuple[bool, bool]:
+    """Whether a rollout has the whole actor, and whether only while the optimizers' states are at rest."""
+    fits = need["generation"] <= free
+    return fits or need["rested"] <= free, not fits and need["rested"] <= free
+
+
 def verdict(need: Needs, free: float) -> str:
     """Whether a stage fits, and how it generates."""
-    if need["peak"] > free or min(need["hooked"], need["rested"]) > free:
+    twin, rests = gathers(need, free)
+    if need["peak"] > free or not (twin or need["hooked"] <= free):
         return NOT
-    return FITS if need["generation"] <= free else RESTS if need["rested"] <= free else HOOKS
+    return RESTS if rests else FITS if twin else HOOKS
 
 
 def chosen(arguments: argparse.Namespace) -> list[tuple[Case, Machine]]:

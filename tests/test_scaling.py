@@ -124,6 +124,8 @@ def test_the_first_way_to_generate_that_fits(generation, rested, hooked, said):
     need = {"held": 40.0, "peak": 60.0, "generation": generation, "rested": rested, "hooked": hooked}
     assert scaling.verdict(need, 80.0) == said
     assert scaling.verdict(need | {"peak": 81.0}, 80.0) == scaling.NOT
+    whole, at_rest = min(generation, rested) <= 80, rested <= 80 < generation
+    assert scaling.gathers(need, 80.0) == (whole, at_rest), "also of what does not fit: its phases may be asked for"
 
 
 def run_program(*arguments: str) -> subprocess.CompletedProcess[str]:

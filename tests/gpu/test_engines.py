@@ -36,9 +36,11 @@ def test_optimizer_states_make_room_on_a_gpu(device, tiny_model):
     actor = build_actor(str(tiny_model), build(3, 1e-2, 0))
     train_two_steps(actor)
     trained = sum(p.ds_numel for p in actor.engine.module.parameters())
-    assert resting_bytes(actor.engine) == (0 if device.type == "cpu" else 12 * trained)
+    freed, on_host = resting_bytes(actor.engine)
     if device.type == "cpu":
+        assert freed == on_host == 0
         return
+    assert freed == pytest.approx(12 * trained, rel=0.05) and freed <= on_host <= 2 * freed
     before = torch.cuda.memory_allocated()
     with states_on_host(actor.engine):
         freed = before - torch.cuda.memory_allocated()

@@ -171,7 +171,7 @@ def decision(path: str, *, stage: int, free: int | None, states: int = 0) -> tup
     """
     actor = build_actor(path, build(stage))
     originals = generation.free_bytes, hybrid_engine.resting_bytes
-    hybrid_engine.resting_bytes = lambda engine: states
+    hybrid_engine.resting_bytes = lambda engine: (states, states)
     if free is not None and rank() == 1:
         generation.free_bytes = lambda: free
     try:
@@ -179,6 +179,23 @@ def decision(path: str, *, stage: int, free: int | None, states: int = 0) -> tup
     finally:
         generation.free_bytes, hybrid_engine.resting_bytes = originals
     return actor.hooked, backend.synced, list(actor.resting) == [actor.engine]
+
+
+def moments_at_the_decision(path: str) -> list[bool]:
+    """Whether Adam's moments, which no step has made yet, take their memory before the memory is looked at."""
+    actor, seen = build_actor(path, build(3)), []
+    original, zero = generation.free_bytes, actor.engine.optimizer
+
+    def looked() -> int:
+        seen.append(all(adam_of(zero).state.get(flat) for flat in flat_partitions(zero)))
+        return original()
+
+    generation.free_bytes = looked
+    try:
+        generation_backend(actor, "fast", rows=4, length=32)
+    finally:
+        generation.free_bytes = original
+    return seen
 
 
 def rested(path: str, *, rests: bool) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.marks import slow
 from tests.step3.hybrid_checks import save_tiny_reward_model, trajectory, twin_equals_engine
-from tests.step3.mode_checks import decision, hooked_and_twin, merge_and_restore, modes, rested
+from tests.step3.mode_checks import decision, hooked_and_twin, merge_and_restore, modes, moments_at_the_decision, rested
 from tests.utils.engine.engine_checks import collate, fixed_rows
 from training.utils.arguments import LoraArguments
 from training.utils.generation.engines import rollout_backend
@@ -76,6 +76,10 @@ def test_the_hooks_are_chosen_by_all_ranks_where_one_is_short_of_memory(tiny_mod
 def test_states_make_room_where_that_is_enough(tiny_model, rank_pair, states, rests):
     found = rank_pair.run(decision, str(tiny_model), stage=3, free=1000, states=states)
     assert found == [(not rests, not rests, rests)] * 2
+
+
+def test_memory_is_looked_at_when_moments_have_theirs(tiny_model, rank_pair):
+    assert rank_pair.run(moments_at_the_decision, str(tiny_model)) == [[True]] * 2
 
 
 def test_states_rest_where_the_host_has_room(monkeypatch):

@@ -110,13 +110,12 @@ def path_chart(title: str, x_label: str, y_label: str, points: Sequence[Point], 
     return _figure(title, "".join(parts), "", f"{title}: {y_label} against {x_label}")
 
 
-def interval_chart(title: str, rows: Sequence[tuple[str, float, float | None, float | None]], middle: str) -> str:
+def interval_chart(title: str, rows: Sequence[tuple[str, str, float, float | None, float | None]], middle: str) -> str:
     """Shares with their intervals, one row each, and a line at one half.
 
     Args:
         title: above the chart.
-        rows: label, share, low and high end of the interval (None without one); what a label has in brackets is
-            below it, so that long ones leave room for the share.
+        rows: label, what stands below it beside the share, share, low and high end of the interval (None without).
         middle: what one half means.
     """
     if not rows:
@@ -130,13 +129,12 @@ def interval_chart(title: str, rows: Sequence[tuple[str, float, float | None, fl
         parts.append(f'<line class="grid{strong}" x1="{x(share)}" x2="{x(share)}" y1="8" y2="{base}"/>')
         parts.append(f'<text class="tick" x="{x(share)}" y="{base + 16}" text-anchor="middle">{share:.0%}</text>')
     parts.append(f'<text class="axis" x="{x(0.5)}" y="{base + 31}" text-anchor="middle">{e(middle)}</text>')
-    for i, (label, share, low, high) in enumerate(rows):
+    for i, (label, beside, share, low, high) in enumerate(rows):
         y = 8 + 72 * i + 54
-        name, _, beside = label.removesuffix(")").partition(" (")
         text = f"{share:.0%}" + (f" [{low:.0%}, {high:.0%}]" if low is not None and high is not None else "")
-        parts.append(f'<text class="row" x="{left}" y="{y - 32}">{e(name)}</text>')
+        parts.append(f'<text class="row" x="{left}" y="{y - 32}">{e(label)}</text>')
         parts.append(f'<text class="tick" x="{left}" y="{y - 17}">{e(beside)}</text>')
-        parts.append(f'<text class="row value" x="{right}" y="{y - 32}" text-anchor="end">{text}</text>')
+        parts.append(f'<text class="row value" x="{right}" y="{y - 17}" text-anchor="end">{text}</text>')
         if low is not None and high is not None:
             parts.append(f'<line class="whisker c1" x1="{x(low)}" x2="{x(high)}" y1="{y}" y2="{y}"/>')
         parts.append(f'<circle class="dot c1" cx="{x(share):.1f}" cy="{y}" r="6"><title>{text}</title></circle>')

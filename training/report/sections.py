@@ -103,8 +103,7 @@ def wins(run: RunRecord) -> str:
         share = number(judge.get("win_rate"))
         if share is not None:
             of = cards.counted(judge, "n", "prompt")
-            label = f"RLHF, by {judge['name']}" + (f" ({of})" if of else "")
-            rows.append((label, share, number(judge.get("low")), number(judge.get("high"))))
+            rows.append((f"RLHF, by {judge['name']}", of, share, number(judge.get("low")), number(judge.get("high"))))
     rows += _evaluated_rates(step.evaluation or {})
     intervals = charts.interval_chart("Answers that beat SFT's, 95% intervals", rows, "50%: no difference")
     reward, kl = dict(step.curve("reward/mean")), dict(step.curve("kl/per_sequence"))
@@ -167,7 +166,7 @@ def _judges_table(checks: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _evaluated_rates(found: Mapping[str, Any]) -> list[tuple[str, float, float | None, float | None]]:
+def _evaluated_rates(found: Mapping[str, Any]) -> list[tuple[str, str, float, float | None, float | None]]:
     """Win rates over SFT that step 3's evaluate.py found: policies by judges."""
     rows = []
     for policy, entry in mapping(found.get("models")).items():
@@ -176,7 +175,7 @@ def _evaluated_rates(found: Mapping[str, Any]) -> list[tuple[str, float, float |
             if key.startswith("win_rate_by_") and share is not None:
                 low, high = interval if len(interval) == 2 else (None, None)
                 judge = key.removeprefix("win_rate_by_").replace("_", " ")
-                rows.append((f"evaluated: {policy}, by {judge}", share, low, high))
+                rows.append((f"evaluated: {policy}, by {judge}", "", share, low, high))
     return rows[:MOST_RATES]
 
 

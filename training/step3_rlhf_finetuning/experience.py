@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -155,8 +156,10 @@ class Scoring:
         """
         batches: list[ScoredBatch] = []
         sums: dict[str, float] = {}
-        for rollout, request in zip(rollouts, requests, strict=True):
-            batch, part = self._score_one(rollout, request)
+        with self.roles.actor.reference_mode() as reference:  # once: it may gather the whole actor
+            references = [self._log_probs(reference, rollout)[0] for rollout in rollouts]
+        for rollout, request, reference_log_probs in zip(rollouts, requests, references, strict=True):
+            batch, part = self._score_one(rollout, request, reference_log_probs)
             batches.append(batch)
             sums = {name: sums.get(name, 0.0) + value for name, value in part.items()}
         total = reduce_sums(sums, rollouts[0].input_ids.device)
@@ -188,20 +191,22 @@ class Scoring:
             **{f"rollout/{name}": total[name] / tokens for name in ("importance", "capped") if name in total},
         }
 
-    def _score_one(self, rollout: RolloutBatch, request: RolloutRequest) -> tuple[ScoredBatch, dict[str, float]]:
+    def _log_probs(self, model: Any, rollout: RolloutBatch, entropy: bool = False) -> tuple[Tensor, Tensor | None]:
+        temperature, sharing = self.rollout.temperature, self.roles.actor.sharing
+        return score_log_probs(model, rollout, self._rows, temperature, entropy=entropy, sharing=sharing)
+
+    def _score_one(
+        self, rollout: RolloutBatch, request: RolloutRequest, reference_log_probs: Tensor
+    ) -> tuple[ScoredBatch, dict[str, float]]:
         flags, mask, critic = self.ppo, rollout.response_mask, self.roles.critic
-        size, temperature = self._rows, self.rollout.temperature
-        sharing = self.roles.actor.sharing
         with self.roles.actor.scoring_mode() as engine:
-            log_probs, entropy = score_log_probs(engine, rollout, size, temperature, entropy=True, sharing=sharing)
+            log_probs, entropy = self._log_probs(engine, rollout, entropy=True)
             assert entropy is not None
-        with self.roles.actor.reference_mode() as reference:
-            reference_log_probs, _ = score_log_probs(reference, rollout, size, temperature, sharing=sharing)
-        reward, raw = self.roles.rewards.score(rollout, request.rows, self.prompts, size)
+        reward, raw = self.roles.rewards.score(rollout, request.rows, self.prompts, self._rows)
         if critic is None:
             values = torch.zeros_like(log_probs)
         else:
-            values = score_values(critic, rollout, size, self.roles.values_sharing)
+            values = score_values(critic, rollout, self._rows, self.roles.values_sharing)
         finite = reward.isfinite()
         for by_token in (log_probs, reference_log_probs, values):
             finite = finite & (by_token.isfinite() | ~mask).all(1)

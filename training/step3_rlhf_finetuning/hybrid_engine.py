@@ -114,25 +114,23 @@ class HybridEngine:
             say("ranks hold the actor together at ZeRO-3: generating through its hooks, which is slow; ZeRO 2 is not")
             return
         needed = generation_bytes(self._twin, rows=rows, length=length, packed=packed, merged=self._merge_lora)
+        engines = list(dict.fromkeys([self.engine, *trained]))
+        states, on_host = map(sum, zip(*map(resting_bytes, engines), strict=True))  # and makes moments: they count
         if fits(needed, self.engine.device):
             return
-        engines = list(dict.fromkeys([self.engine, *trained]))
-        states = sum(map(resting_bytes, engines))
-        if states and fits(needed - states, self.engine.device, on_host=states):
+        what = "generating" if self.server is None else "scoring by the reference"
+        short = (
+            f"the whole actor does not fit on a rank (a rollout needs {needed / 1e9:.2f} GB, {free_bytes() / 1e9:.2f} "
+            f"are free): {what} "
+        )
+        if states and fits(needed - states, self.engine.device, on_host=on_host):
             self.resting = engines
-            say(
-                "the whole actor does not fit on a rank beside the optimizers' states: while it generates, their "
-                f"{states / 1e9:.2f} GB are in host memory"
-            )
+            say(f"{short}while {states / 1e9:.2f} GB of optimizer states are in host memory")
             return
         self.hooked = True
         merge = "; --merge_lora_for_generation has no effect then" if self._merge_lora else ""
-        what = "generating" if self.server is None else "scoring by the reference"
         slow = ", which gather each layer at each token and are slow" if self.server is None else ""
-        say(
-            f"the whole actor does not fit on a rank (a rollout needs {needed / 1e9:.2f} GB, {free_bytes() / 1e9:.2f} "
-            f"are free): {what} through the ZeRO-3 hooks{slow}{merge}"
-        )
+        say(f"{short}through the ZeRO-3 hooks{slow}{merge}")
 
     def another_fits(self) -> bool:
         """Whether every rank has room for one more whole model of the actor's size, in --dtype; a collective."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -205,17 +206,22 @@ def rlhf_plan(
         memory["vLLM"] = RoleMemory(served if on_cpu else {"while it sleeps": ASLEEP_BYTES})
     kind: dict[str, Any] = {"mix": mix, "on_cpu": on_cpu, "tensor_parallel": zero.tensor_parallel}
     phases = _phases(costs, settings, memory, dtype, rollout, **kind)
-    whole = phases[0].parts.get("gathered twin", 0)
-    notes = [_without_gathering(memory, whole, settings.offload or on_cpu)] if whole else []
-    return plans.Plan(memory, phases, on_cpu, notes + _notes(costs, settings))
+    plan = plans.Plan(memory, phases, on_cpu)
+    return replace(plan, notes=_without_gathering(plan, zero.tensor_parallel) + _notes(costs, settings))
 
 
-def _without_gathering(memory: dict[str, RoleMemory], whole: int, on_host: bool) -> str:
-    """What a run does where generation, with ``whole`` bytes of the gathered actor, is what does not fit."""
-    trained = [memory[role] for role in ("actor", "critic") if role in memory and memory[role].gathered]
-    states = 0 if on_host else sum(role.resident.get(name, 0) for role in trained for name in (MASTER, MOMENTS))
-    rests = f"optimizer states wait in the host's memory ({-states / plans.MIB:+,.0f}), or " if states else ""
-    return f"where generation does not fit, {rests}it goes through the ZeRO-3 hooks ({-whole / plans.MIB:+,.0f})"
+def _without_gathering(plan: plans.Plan, tensor_parallel: int) -> list[str]:
+    """What a run does at ZeRO-3 where generation with the whole actor is what does not fit."""
+    generation = next(phase for phase in plan.phases if phase.name == "generation")
+    if not (whole := generation.parts.get("gathered twin", 0)):
+        return []
+    trained = [plan.roles[role] for role in ("actor", "critic") if role in plan.roles and plan.roles[role].gathered]
+    on_device = [(r, name) for r in trained for name in (MASTER, MOMENTS) if name not in r.host and not plan.on_cpu]
+    states = sum(role.resident.get(name, 0) for role, name in on_device) if tensor_parallel == 1 else 0
+    need = plan.need(generation)
+    rests = f"optimizer states wait in the host's memory ({(need - states) / plans.MIB:,.0f}), or " if states else ""
+    hooks = f"it goes through the ZeRO-3 hooks ({(need - whole) / plans.MIB:,.0f})"
+    return [f"where generation does not fit, {rests}{hooks}"]
 
 
 def _phases(

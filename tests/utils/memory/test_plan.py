@@ -196,8 +196,13 @@ def test_a_rollout_gathers_the_whole_actor_however_few_layers_training_holds(tin
     whole = 4 * plans.role_size(costs.actor).parameters
     assert generation.parts["gathered twin"] == whole
     states = 12 * plans.role_size(costs.actor).parameters / 2  # of two ranks
-    said = next(note for note in plan.notes if note.startswith("where generation does not fit"))
-    assert f"host's memory ({-states / plans.MIB:+,.0f})" in said and f"hooks ({-whole / plans.MIB:+,.0f})" in said
+    need, said = plan.need(generation), plan.notes[0]
+    for words, size in (("host's memory", need - states), ("the ZeRO-3 hooks", need - whole)):
+        assert f"{words} ({size / plans.MIB:,.0f})" in said
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    halves = replace(zero, tensor_parallel=2)  # of a model that ranks hold together: there is no twin
+    plan = rlhf_plan(costs, settings, replace(role, dtype="fp32"), rollout, train, halves, few, (3, 3), on_cpu=False)
+    assert "fit, it goes through the ZeRO-3 hooks" in plan.notes[0]
 
 
 def test_rows_that_are_scored_together_are_planned_and_lowered(tiny_model, monkeypatch):

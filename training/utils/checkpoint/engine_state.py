@@ -23,7 +23,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 
-from training.utils.engine.states import MOMENTS, adam_of, flat_partitions
+from training.utils.engine.states import MOMENTS, adam_of, flat_partitions, make_moments
 from training.utils.engine.tensor_parallel import Split, split_of
 from training.utils.errors import UserError
 from training.utils.run.distributed import rank_in_row, speaks_for_rows, world_size
@@ -66,18 +66,6 @@ class Part:
         if self.split is not None:
             parameter = parameter.split(self.split.sizes, self.split.dim)[rank_in_row()]
         return parameter.reshape(-1)[self.start : self.start + self.values[MASTER].numel()]
-
-
-def _make_moments(zero: Any) -> None:
-    """Give the optimizer the state that its first step would make."""
-    from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-    counts_in_python = isinstance(adam_of(zero), DeepSpeedCPUAdam)
-    for flat in flat_partitions(zero):
-        state = adam_of(zero).state[flat]
-        if not state:
-            state["step"] = 0 if counts_in_python else torch.zeros((), dtype=torch.float32, device=flat.device)
-            state |= {key: torch.zeros_like(flat.data) for key in MOMENTS}
 
 
 def _link_moments(zero: Any) -> None:
@@ -277,7 +265,7 @@ def load_engine(engine: Any, files: list[Path], counters: dict[str, Any]) -> Non
     moments = any((name, MOMENTS[0]) in saved for name in trained)
     with _editing(zero):
         if moments:
-            _make_moments(zero)
+            make_moments(zero)
         for part in parts(engine, moments=moments):
             for kind, view in part.values.items():
                 view.copy_(saved.read(part, kind))
