@@ -83,6 +83,7 @@ def said_by_user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
 
 
+@pytest.mark.slow  # tests/migrate/test_first_runs.py trains by another project's in every run
 def test_the_first_line_trains(tiny_model, files, tmp_path):
     train_line(sft_line(tiny_model, files, tmp_path / "sft"), 1, tmp_path / "log", ranks=2)
     check_sft(tmp_path / "sft")
