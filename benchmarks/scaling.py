@@ -236,10 +236,9 @@ Needs = dict[str, float]
 def memory(case: Case, scratch: Path) -> tuple[dict[str, Role], dict[tuple[int, bool], Needs]]:
     """The roles' numbers, and what each GPU needs with each of `SETTINGS`."""
     from training.step3_rlhf_finetuning import arguments as flags
-    from training.step3_rlhf_finetuning.plan import RoleCosts, rlhf_plan
+    from training.step3_rlhf_finetuning.plan import RoleCosts, rlhf_plan, states_that_rest
     from training.utils.arguments import LoraArguments
     from training.utils.memory import plan as plans
-    from training.utils.memory.zero import MASTER, MOMENTS
 
     os.environ["WORLD_SIZE"] = str(case.gpus)
     actor, critic = (
@@ -264,12 +263,11 @@ def memory(case: Case, scratch: Path) -> tuple[dict[str, Role], dict[tuple[int, 
         twin = next(p for p in plan.phases if p.name == "generation").parts["gathered twin"]
         need = {p.name: plan.need(p) / GIB for p in plan.phases}
         at_generation = need.pop("generation")
-        states = sum(role.resident.get(name, 0) for role in plan.roles.values() for name in (MASTER, MOMENTS))
         found[stage, offload] = {
             "held": plan.resident() / GIB,
             "peak": max(need.values()),
             "generation": at_generation,
-            "rested": at_generation - (states / GIB if stage == 3 and not offload else 0.0),
+            "rested": at_generation - states_that_rest(plan) / GIB,
             "hooked": at_generation - twin / GIB,
         }
     return roles, found

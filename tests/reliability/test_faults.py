@@ -245,8 +245,7 @@ def test_a_rank_killed_while_groups_form_ends_the_others_and_leaves_nothing(laun
     assert not [buffer for buffer in left if buffer.exists()]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [slow(0), 1])
 def test_an_aborted_rank_is_named_and_ends_the_others(launcher, inputs, tmp_path, rank):
     """NCCL's way to end a collective that timed out: SIGABRT, no exception here or on the ranks that wait."""
     output = tmp_path / "out"

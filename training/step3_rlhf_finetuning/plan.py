@@ -210,14 +210,20 @@ def rlhf_plan(
     return replace(plan, notes=_without_gathering(plan, zero.tensor_parallel) + _notes(costs, settings))
 
 
+def states_that_rest(plan: plans.Plan) -> int:
+    """Bytes of masters and moments on the device at ZeRO-3, which may be in the host's memory during generation."""
+    if plan.on_cpu:
+        return 0
+    trained = [plan.roles[role] for role in ("actor", "critic") if role in plan.roles and plan.roles[role].gathered]
+    return sum(r.resident.get(name, 0) for r in trained for name in (MASTER, MOMENTS) if name not in r.host)
+
+
 def _without_gathering(plan: plans.Plan, tensor_parallel: int) -> list[str]:
     """What a run does at ZeRO-3 where generation with the whole actor is what does not fit."""
     generation = next(phase for phase in plan.phases if phase.name == "generation")
     if not (whole := generation.parts.get("gathered twin", 0)):
         return []
-    trained = [plan.roles[role] for role in ("actor", "critic") if role in plan.roles and plan.roles[role].gathered]
-    on_device = [(r, name) for r in trained for name in (MASTER, MOMENTS) if name not in r.host and not plan.on_cpu]
-    states = sum(role.resident.get(name, 0) for role, name in on_device) if tensor_parallel == 1 else 0
+    states = states_that_rest(plan) if tensor_parallel == 1 else 0
     need = plan.need(generation)
     rests = f"optimizer states wait in the host's memory ({(need - states) / plans.MIB:,.0f}), or " if states else ""
     hooks = f"it goes through the ZeRO-3 hooks ({(need - whole) / plans.MIB:,.0f})"
