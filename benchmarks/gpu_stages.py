@@ -48,8 +48,9 @@ from training.utils.generation.engines import FastBackend, HfBackend
 from training.utils.generation.requests import RolloutRequest
 from training.utils.generation.sampling import SamplingConfig
 from training.utils.model import classifiers, loading
+from training.utils.model.forward import TokenScorer
 from training.utils.model.language_modelling import negative_log_likelihood
-from training.utils.model.reward_model import RewardStats
+from training.utils.model.reward_stats import RewardStats
 from training.utils.phases import Phases
 from training.utils.run.distributed import init_distributed
 from training.utils.run.folders import python_path
@@ -274,7 +275,7 @@ def step2(sizes: Sizes, folder: Path) -> dict[str, Any]:
     """The reward model: pairs per second, all weights."""
     bench, length = Bench(sizes, folder), sizes.prompt + sizes.response
     model = classifiers.load_classifier(bench.reward(), dtype=bench.dtype, pad_token_id=PAD)
-    engine = _engine(classifiers.TokenScorer(model), bench)
+    engine = _engine(TokenScorer(model), bench)
     prompts = bench.ids(sizes.rows, sizes.prompt).repeat(2, 1)
     ids = torch.cat([prompts, bench.ids(2 * sizes.rows, sizes.response, 1)], dim=1)
     mask = torch.ones_like(ids)

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from training.utils.model.forward import TokenScorer  # noqa: E402
 from training.utils.run.runtime import prepare_runtime  # noqa: E402
 
 prepare_runtime()
@@ -108,7 +109,7 @@ def main(argv: Sequence[str]) -> None:
     tokenizer = load_tokenizer(path)
     pad_id = tokenizer.pad_token_id
     kind: dict[str, Any] = {"dtype": "fp32", "pad_token_id": pad_id, "fresh_head_seed": 1}
-    model: Any = classifiers.TokenScorer(classifiers.load_classifier(path, **kind)).train()
+    model: Any = TokenScorer(classifiers.load_classifier(path, **kind)).train()
     sharing = Sharing(8192, model.config.get_text_config().hidden_size)
     sizes = " | ".join(f"{size} in a micro-batch" for size in SIZES)
     print(f"| pairs | {sizes} | times as fast, fp32, {arguments.threads} thread |\n|---|{'---|' * len(SIZES)}---|")

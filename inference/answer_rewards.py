@@ -18,7 +18,7 @@ from training.step3_rlhf_finetuning.reward_functions import (
 from training.utils.arguments import AUTO
 from training.utils.engine.precision import for_device
 from training.utils.model import classifiers, loading
-from training.utils.model.reward_model import STATS_FILE, RewardStats
+from training.utils.model.reward_stats import STATS_FILE, RewardStats
 from training.utils.model.text_reward import TextRewardModel, load_text_reward_model
 from training.utils.run.distributed import say
 

@@ -43,15 +43,16 @@ from training.step3_rlhf_finetuning.roles import (
 from training.utils.arguments import DPOArguments, LoraArguments
 from training.utils.data import SIDES
 from training.utils.engine import engine as engines
-from training.utils.engine.reference import load_reference
+from training.utils.engine.frozen import load_reference
 from training.utils.engine.sequence_parallel import ULYSSES
 from training.utils.engine.zero_config import deepspeed_config
 from training.utils.generation.requests import RolloutBackend, RolloutBatch, RolloutRequest
 from training.utils.generation.sampling import SamplingConfig
 from training.utils.model import classifiers, loading
+from training.utils.model.forward import TokenScorer
 from training.utils.model.language_modelling import negative_log_likelihood
 from training.utils.model.lora import with_adapters
-from training.utils.model.reward_model import RewardStats
+from training.utils.model.reward_stats import RewardStats
 from training.utils.run.distributed import data_rank, data_size, init_distributed, reduce_sums, share_rows
 from training.utils.run.runtime import prepare_runtime
 
@@ -150,7 +151,7 @@ def train_sequences(case: Case, path: str, fault: bool = False) -> list[float]:
     if case.lora:
         torch.manual_seed(0)
         model = with_adapters(model, LoraArguments(4, "q_proj,down_proj", True))
-    wrapped = classifiers.TokenScorer(model) if case.step == 2 else model
+    wrapped = TokenScorer(model) if case.step == 2 else model
     engine = engines.initialize_engine(
         wrapped.to(device), config, learning_rate=3e-3, weight_decay=0.1, num_warmup_steps=0, total_steps=100
     )

@@ -27,6 +27,7 @@ from training.utils.generation.engines import rollout_backend
 from training.utils.generation.requests import RolloutRequest
 from training.utils.generation.sampling import SamplingConfig
 from training.utils.model import classifiers, export, loading
+from training.utils.model.forward import TokenScorer
 from training.utils.model.logprobs import response_log_probs
 from training.utils.model.lora import check_lora, with_adapters
 
@@ -198,9 +199,7 @@ def trains(lora: bool) -> Callable[[str, Path], str]:
 def rewards(folder: str, _: Path) -> str:
     """A reward model of the family: the score of a row's last token, alone and beside a longer row."""
     classifiers.check_reward_family(folder)
-    scorer = classifiers.TokenScorer(
-        classifiers.load_classifier(folder, dtype="fp32", pad_token_id=PAD, fresh_head_seed=1)
-    ).eval()
+    scorer = TokenScorer(classifiers.load_classifier(folder, dtype="fp32", pad_token_id=PAD, fresh_head_seed=1)).eval()
     asked = prompts((9, 5))
     rows = [ids[mask.bool()] for ids, mask in zip(asked.prompt_ids, asked.prompt_mask, strict=True)]
     ids = torch.stack([torch.nn.functional.pad(row, (0, 9 - len(row)), value=PAD) for row in rows])

@@ -20,8 +20,8 @@ from tests.glossary import never_logged, unexplained
 from tests.reliability.tiny_runs import SCRIPTS, Launcher, deepspeed_command
 from training.utils.data import render
 from training.utils.engine.precision import cpu_computes_bf16
-from training.utils.model.classifiers import TokenScorer
-from training.utils.model.reward_model import RewardStats
+from training.utils.model.forward import TokenScorer
+from training.utils.model.reward_stats import RewardStats
 
 ROOT = Path(__file__).resolve().parents[1]
 CHECK = f"{ROOT / 'training' / 'data' / 'demo' / 'manner.py'}:manner"

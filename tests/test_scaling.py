@@ -18,9 +18,9 @@ def moved_bytes(path: str, stage: int, micro_batches: int, overrides: dict[str, 
     from deepspeed.comm.comm import comms_logger
 
     from training.utils.engine import engine as engines
+    from training.utils.engine.engine import gathered
     from training.utils.engine.zero_config import deepspeed_config
     from training.utils.model import loading
-    from training.utils.model.export import gathered
     from training.utils.model.logprobs import response_log_probs
     from training.utils.run.distributed import init_distributed, world_size
 

@@ -14,7 +14,7 @@ from tests.bad_inputs import STEPS as PROGRAMS
 from tests.data.real_data import FED, path_of
 from tests.step3.hybrid_checks import save_tiny_reward_model
 from training.utils.errors import run_program
-from training.utils.model.reward_model import FEW
+from training.utils.model.reward_stats import FEW
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,9 @@ from transformers import AutoModel, AutoTokenizer, GPT2Config, GPTNeoXConfig, Ll
 from tests.tiny import VOCABULARY, tiny_tokenizer
 from training.migrate import reward_model
 from training.utils.errors import UserError, run_program
-from training.utils.model.classifiers import TokenScorer, load_classifier
-from training.utils.model.reward_model import RewardStats
+from training.utils.model.classifiers import load_classifier
+from training.utils.model.forward import TokenScorer
+from training.utils.model.reward_stats import RewardStats
 from training.utils.run.inputs import check_model_path
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCABULARY + 8}

@@ -20,7 +20,7 @@ from training.utils.engine import engine as engines
 from training.utils.engine.zero_config import deepspeed_config
 from training.utils.model import classifiers
 from training.utils.model.export import full_state_dict
-from training.utils.model.reward_model import answer_rewards
+from training.utils.model.forward import TokenScorer, answer_rewards
 from training.utils.run.distributed import init_distributed, reduce_sums
 from training.utils.sharing import find_sharing
 
@@ -65,7 +65,7 @@ def train_rankings(
     model: Any = classifiers.load_classifier(
         path, dtype="fp32", pad_token_id=PAD, ds_config=config, fresh_head_seed=SEED
     )
-    engine = engines.initialize_engine(classifiers.TokenScorer(model).to(device), config, **RATE)
+    engine = engines.initialize_engine(TokenScorer(model).to(device), config, **RATE)
     dataset = datasets.Dataset.from_list(fixed_rankings())
     rankings = rankings_of(dataset)
     sharing = find_sharing(engine, answer_rewards, PAD) if shares else None

@@ -15,7 +15,8 @@ from tests.step2.ranking_checks import PAD
 from tests.tiny import tiny_tokenizer
 from training.step2_reward_model_finetuning import main as step2
 from training.utils.data import render
-from training.utils.model.classifiers import TokenScorer, load_classifier
+from training.utils.model.classifiers import load_classifier
+from training.utils.model.forward import TokenScorer
 
 SEED = 3
 ROWS = [

@@ -39,8 +39,9 @@ from training.utils.generation.requests import RolloutRequest
 from training.utils.generation.sampling import SamplingConfig
 from training.utils.model import loading
 from training.utils.model.export import full_state_dict
+from training.utils.model.forward import answer_rewards
 from training.utils.model.logprobs import response_log_probs
-from training.utils.model.reward_model import RewardStats, answer_rewards
+from training.utils.model.reward_stats import RewardStats
 from training.utils.run.distributed import data_rank, data_size, init_distributed, rank, world_size
 from training.utils.sharing import find_sharing
 
@@ -258,8 +259,9 @@ def early_twin(path: str, stage: int) -> list[list[list[int]]]:
 
 def save_tiny_reward_model(path: str, folder: Path) -> Path:
     """A reward model with the tiny model's backbone and a fresh head."""
-    from training.utils.model.classifiers import TokenScorer, load_classifier
+    from training.utils.model.classifiers import load_classifier
     from training.utils.model.export import save_model
+    from training.utils.model.forward import TokenScorer
     from training.utils.model.tokenizer import load_tokenizer
 
     model = load_classifier(path, dtype="fp32", pad_token_id=PAD, fresh_head_seed=1)

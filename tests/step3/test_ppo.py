@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from training.step3_rlhf_finetuning import ppo
-from training.utils.model.reward_model import RewardStats
+from training.utils.model.reward_stats import RewardStats
 
 MASK = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]], dtype=torch.bool)
 

@@ -34,7 +34,7 @@ from training.utils.generation.requests import RolloutBatch
 from training.utils.generation.sampling import SamplingConfig
 from training.utils.model.classifiers import load_classifier, scores_tokens
 from training.utils.model.loading import load_causal_lm
-from training.utils.model.reward_model import RewardStats
+from training.utils.model.reward_stats import RewardStats
 from training.utils.model.text_reward import load_text_reward_model
 from training.utils.model.tokenizer import load_tokenizer
 

@@ -17,12 +17,11 @@ from training.utils import sharing as sharings
 from training.utils.arguments import DPOArguments, LoraArguments
 from training.utils.data import Sharing, collate_pairs, pair_micro_batches, rankings_of
 from training.utils.engine import engine as engines
-from training.utils.engine.reference import load_reference
+from training.utils.engine.frozen import load_reference
 from training.utils.engine.zero_config import deepspeed_config
 from training.utils.model import classifiers, loading
-from training.utils.model.forward import enable_gradient_checkpointing, tree_mask
+from training.utils.model.forward import TokenScorer, answer_rewards, enable_gradient_checkpointing, tree_mask
 from training.utils.model.lora import with_adapters
-from training.utils.model.reward_model import answer_rewards
 from training.utils.run.distributed import init_distributed, reduce_sums
 
 ANY = Sharing(sys.maxsize, 1 << 20)  # so wide that attention costs nothing
@@ -51,7 +50,7 @@ def model_of(tmp_path_factory):
         if kind == "language":
             return loading.load_causal_lm(path, dtype=dtype)
         load = {"dtype": dtype, "pad_token_id": PAD, "fresh_head_seed": 1}
-        return classifiers.TokenScorer(classifiers.load_classifier(path, **load))
+        return TokenScorer(classifiers.load_classifier(path, **load))
 
     return build
 
@@ -146,7 +145,7 @@ def test_with_adapters_recomputed_activations_and_any_attention(tiny_model, kind
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
     enable_gradient_checkpointing(model)
-    model = classifiers.TokenScorer(model) if kind == "reward" else model
+    model = TokenScorer(model) if kind == "reward" else model
     assert sharings.find_sharing(model, KINDS[kind], PAD) is not None
     assert_equal_with_gradients(model.train(), KINDS[kind], collate_pairs(fixed_rankings(), PAD, ANY), 2e-5)
 

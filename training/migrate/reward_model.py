@@ -67,12 +67,13 @@ from transformers import AutoConfig, AutoModelForSequenceClassification  # noqa:
 from training.step2_reward_model_finetuning.pairs import held_out_rewards, pair_weights  # noqa: E402
 from training.step2_reward_model_finetuning.preference import pair_metrics  # noqa: E402
 from training.utils.data import prepare_data, rankings_of, stop_token_ids  # noqa: E402
-from training.utils.engine import engine as engines, precision  # noqa: E402
+from training.utils.engine import precision  # noqa: E402
+from training.utils.engine.frozen import load_frozen_scorer  # noqa: E402
 from training.utils.metrics import write_summary  # noqa: E402
-from training.utils.model.classifiers import TokenScorer  # noqa: E402
 from training.utils.model.export import save_model  # noqa: E402
+from training.utils.model.forward import TokenScorer  # noqa: E402
 from training.utils.model.loading import reason_of, remote_code  # noqa: E402
-from training.utils.model.reward_model import RewardStats  # noqa: E402
+from training.utils.model.reward_stats import RewardStats  # noqa: E402
 from training.utils.model.tokenizer import load_tokenizer  # noqa: E402
 from training.utils.run.distributed import init_distributed, say  # noqa: E402
 
@@ -261,7 +262,7 @@ def main(argv: Sequence[str]) -> int:
     output.mkdir(parents=True, exist_ok=True)
     save_model(TokenScorer(model), tokenizer, output, stop_ids=stop_token_ids(tokenizer))
     pad_id = tokenizer.pad_token_id
-    scorer = engines.load_frozen_scorer(str(output), dtype=args.dtype, pad_token_id=pad_id, device=device)
+    scorer = load_frozen_scorer(str(output), dtype=args.dtype, pad_token_id=pad_id, device=device)
     rewards = held_out_rewards(scorer, pairs, args.per_device_eval_batch_size, pad_id, device)
     best = [rewards[mine.start] for mine in rankings_of(pairs)]  # as step 2: of a ranking its best answer counts
     stats, metrics = RewardStats.of(best, args.dtype), pair_metrics(rewards, pair_weights(pairs))

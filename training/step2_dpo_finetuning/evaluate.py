@@ -45,7 +45,8 @@ from training.step2_dpo_finetuning import main as dpo  # noqa: E402
 from training.step2_dpo_finetuning.pairs import Preferences, answer_log_probs, means  # noqa: E402
 from training.utils import evaluation_programs  # noqa: E402
 from training.utils.data import prepare_data  # noqa: E402
-from training.utils.engine import engine as engines, precision  # noqa: E402
+from training.utils.engine import precision  # noqa: E402
+from training.utils.engine.frozen import load_frozen_causal_lm  # noqa: E402
 from training.utils.errors import UserError, run_program  # noqa: E402
 from training.utils.model import loading  # noqa: E402
 from training.utils.model.limits import check_length  # noqa: E402
@@ -83,8 +84,7 @@ def main(argv: Sequence[str]) -> int:
     settled = precision.settle(args)
     load: dict[str, Any] = {"dtype": args.dtype, "attn_implementation": "sdpa"}
     policy, frozen = (
-        engines.load_frozen_causal_lm(name, zero_stage=0, offload=False, device=device, **load)
-        for name in (str(folder), path)
+        load_frozen_causal_lm(name, zero_stage=0, offload=False, device=device, **load) for name in (str(folder), path)
     )
     pad_id = tokenizer.pad_token_id
     preferences = Preferences(policy, frozen, settings, find_sharing(policy, answer_log_probs, pad_id))

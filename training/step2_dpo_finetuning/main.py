@@ -63,7 +63,7 @@ from training.step2_dpo_finetuning.pairs import (  # noqa: E402
 from training.utils.checkpoint.resume import METRICS, resume_output_dir  # noqa: E402
 from training.utils.data import pair_micro_batches, rankings_of  # noqa: E402
 from training.utils.engine import engine as engines, precision  # noqa: E402
-from training.utils.engine.reference import load_reference  # noqa: E402
+from training.utils.engine.frozen import load_reference  # noqa: E402
 from training.utils.engine.tensor_parallel import divide_model  # noqa: E402
 from training.utils.engine.zero_config import read_user_config  # noqa: E402
 from training.utils.fine_tuning import build_engine, open_run, step_metrics  # noqa: E402

@@ -23,7 +23,7 @@ from training.utils.data import (
     rankings_of,
     spread_rows,
 )
-from training.utils.engine.reference import reference_policy
+from training.utils.engine.frozen import reference_policy
 from training.utils.metrics import watched
 from training.utils.model.logprobs import answer_sums, response_kl
 from training.utils.run.distributed import data_rank, data_size, gather_rows, reduce_sums
@@ -47,7 +47,7 @@ class Preferences:
 
     Args:
         engine: the policy's.
-        frozen: see `training.utils.engine.reference.load_reference`.
+        frozen: see `training.utils.engine.frozen.load_reference`.
         settings: the loss and its constants.
         sharing: whether both forward the common beginning of answers once, see `collate_answers`.
     """

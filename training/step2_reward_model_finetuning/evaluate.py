@@ -38,10 +38,12 @@ from training.step2_reward_model_finetuning import main as step2  # noqa: E402
 from training.step2_reward_model_finetuning.pairs import held_out_rewards  # noqa: E402
 from training.utils import evaluation_programs  # noqa: E402
 from training.utils.data import Sharing, prepare_data, rankings_of  # noqa: E402
-from training.utils.engine import engine as engines, precision  # noqa: E402
+from training.utils.engine import precision  # noqa: E402
+from training.utils.engine.frozen import load_frozen_scorer  # noqa: E402
 from training.utils.errors import run_program  # noqa: E402
+from training.utils.model.forward import answer_rewards  # noqa: E402
 from training.utils.model.limits import check_length  # noqa: E402
-from training.utils.model.reward_model import RewardStats, answer_rewards  # noqa: E402
+from training.utils.model.reward_stats import RewardStats  # noqa: E402
 from training.utils.model.tokenizer import load_tokenizer  # noqa: E402
 from training.utils.preferences import Pair, judge, pairs_of, tell, worst_of  # noqa: E402
 from training.utils.run.distributed import init_distributed  # noqa: E402
@@ -68,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
     device = init_distributed()
     settled = precision.settle(args)
     pad_id = tokenizer.pad_token_id
-    scorer = engines.load_frozen_scorer(str(folder), dtype=args.dtype, pad_token_id=pad_id, device=device)
+    scorer = load_frozen_scorer(str(folder), dtype=args.dtype, pad_token_id=pad_id, device=device)
     sharing = find_sharing(scorer, answer_rewards, pad_id)
     pairs = judged_pairs(scorer, rows, args.per_device_eval_batch_size, pad_id, device, sharing)
     found = judge(pairs)

@@ -24,6 +24,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))  # outside the environ
 
 from training.migrate.predecessors import others_of
 from training.utils import arguments
+from training.utils.model.forward import TokenScorer
 from training.utils.run.demo import check_training_data
 from training.utils.run.runtime import prepare_runtime
 
@@ -60,15 +61,17 @@ from training.step2_reward_model_finetuning.preference import (  # noqa: E402
 from training.utils.checkpoint.resume import resume_output_dir  # noqa: E402
 from training.utils.data import pair_micro_batches, rankings_of  # noqa: E402
 from training.utils.engine import engine as engines, precision  # noqa: E402
+from training.utils.engine.frozen import load_frozen_scorer  # noqa: E402
 from training.utils.engine.tensor_parallel import divide_model  # noqa: E402
 from training.utils.engine.zero_config import read_user_config  # noqa: E402
 from training.utils.fine_tuning import FineTuning, build_engine, open_run, step_metrics  # noqa: E402
 from training.utils.memory.training import show_sequence_plan  # noqa: E402
 from training.utils.metrics import MetricsLogger  # noqa: E402
 from training.utils.model import classifiers, loading  # noqa: E402
+from training.utils.model.forward import answer_rewards  # noqa: E402
 from training.utils.model.limits import check_length, divide_rows  # noqa: E402
 from training.utils.model.lora import check_lora  # noqa: E402
-from training.utils.model.reward_model import RewardStats, answer_rewards, few_held_out  # noqa: E402
+from training.utils.model.reward_stats import RewardStats, few_held_out  # noqa: E402
 from training.utils.run import watchdog  # noqa: E402
 from training.utils.run.distributed import is_main, reduce_sums, say  # noqa: E402
 from training.utils.run.folders import latest_output  # noqa: E402
@@ -103,7 +106,7 @@ def main(argv: Sequence[str]) -> int:
         new = {"fresh_head_seed": train.seed, "base_bits": lora.base_bits}
         return classifiers.load_classifier(model_path, ds_config=config, **new, **made)
 
-    engine = build_engine(tuning, load, overrides, rows=2, wrap=classifiers.TokenScorer)
+    engine = build_engine(tuning, load, overrides, rows=2, wrap=TokenScorer)
     sharing = find_sharing(engine, answer_rewards, pad_id)
     eval_batch = (train.per_device_eval_batch_size, pad_id, device, sharing)
     progress, logger = run.progress, tuning.logger()
@@ -174,7 +177,7 @@ def judge_saved(
     """
     held_out, ds = tuning.rows.held_out, tuning.flags.ds
     loaded: dict[str, Any] = {"zero_stage": ds.zero_stage, "offload": ds.offload, "tensor_parallel": ds.tensor_parallel}
-    frozen = engines.load_frozen_scorer(str(tuning.output_dir), device=tuning.device, **loaded, **made)
+    frozen = load_frozen_scorer(str(tuning.output_dir), device=tuning.device, **loaded, **made)
     pairs = held_out_rewards(frozen, held_out, *eval_batch)
     weighed = pair_weights(held_out)
     after = pair_metrics(pairs, weighed)

@@ -18,7 +18,7 @@ from training.utils.data import (
     spread_rows,
 )
 from training.utils.metrics import watched
-from training.utils.model.reward_model import answer_rewards
+from training.utils.model.forward import answer_rewards
 from training.utils.run.distributed import data_rank, data_size, gather_rows
 
 # Held-out pairs that a model is judged by before it is trained: most have a fresh head, whose accuracy is a coin's

@@ -98,7 +98,7 @@ from training.utils.generation.vllm import VllmBackend, VllmOptions  # noqa: E40
 from training.utils.metrics import progress_bar  # noqa: E402
 from training.utils.model import classifiers, loading  # noqa: E402
 from training.utils.model.limits import check_length  # noqa: E402
-from training.utils.model.reward_model import STATS_FILE  # noqa: E402
+from training.utils.model.reward_stats import STATS_FILE  # noqa: E402
 from training.utils.model.text_reward import load_text_reward_model  # noqa: E402
 from training.utils.model.tokenizer import load_tokenizer, same_tokenizer  # noqa: E402
 from training.utils.run.distributed import init_distributed, say  # noqa: E402

@@ -15,8 +15,8 @@ from torch.nn.functional import pad
 
 from training.utils.data import Sharing, collate_answers
 from training.utils.generation.requests import RolloutBatch
+from training.utils.model.forward import last_token_scores, token_scores
 from training.utils.model.logprobs import response_log_probs
-from training.utils.model.reward_model import last_token_scores, token_scores
 from training.utils.run.watchdog import beat
 
 

@@ -30,11 +30,11 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from training.utils.data import Sharing
-from training.utils.engine.reference import reference_policy
+from training.utils.engine.engine import gathered
+from training.utils.engine.frozen import reference_policy
 from training.utils.engine.states import resting_bytes, states_on_host
 from training.utils.generation.vllm import VllmBackend
 from training.utils.memory.generation import fits, free_bytes, generation_bytes, saved_bytes
-from training.utils.model.export import gathered
 from training.utils.model.lora import adapters_merged
 from training.utils.run.distributed import ranks_of_a_row, say
 

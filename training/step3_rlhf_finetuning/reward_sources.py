@@ -20,7 +20,7 @@ from training.step3_rlhf_finetuning.reward_functions import TextFunction, call_t
 from training.utils.data import Sharing
 from training.utils.engine.tensor_parallel import agree
 from training.utils.generation.requests import RolloutBatch, response_texts
-from training.utils.model.reward_model import RewardStats
+from training.utils.model.reward_stats import RewardStats
 from training.utils.model.text_reward import TextRewardModel
 from training.utils.run.distributed import on_all_ranks
 

@@ -26,16 +26,16 @@ from training.step3_rlhf_finetuning.reward_sources import (
 from training.utils.checkpoint.ema import MovingAverage
 from training.utils.data import Sharing
 from training.utils.engine import engine as engines
-from training.utils.engine.reference import load_reference
+from training.utils.engine.frozen import load_frozen_scorer, load_reference
 from training.utils.engine.zero_config import deepspeed_config
 from training.utils.generation.engines import rollout_backend
 from training.utils.generation.requests import RolloutBackend
 from training.utils.generation.vllm import VllmBackend
 from training.utils.model import classifiers, loading
-from training.utils.model.forward import enable_gradient_checkpointing
+from training.utils.model.forward import TokenScorer, answer_rewards, enable_gradient_checkpointing
 from training.utils.model.logprobs import answer_sums
 from training.utils.model.lora import with_adapters
-from training.utils.model.reward_model import RewardStats, answer_rewards
+from training.utils.model.reward_stats import RewardStats
 from training.utils.model.text_reward import load_text_reward_model
 from training.utils.run.distributed import say
 from training.utils.sharing import find_sharing
@@ -136,7 +136,7 @@ def _initialize(role: str, model: Any, build: Build, config: dict[str, Any]) -> 
 
 
 def build_actor(path: str, build: Build) -> HybridEngine:
-    """The actor and its reference policy, see `training.utils.engine.reference`."""
+    """The actor and its reference policy, see `training.utils.engine.frozen`."""
     config, zero = _ds_config("actor", build), build.zero
     lora = zero.lora("actor")
     bare = loading.load_causal_lm(path, ds_config=config, base_bits=lora.base_bits, **build.loading())
@@ -185,7 +185,7 @@ def build_critic(sft: str, reward: RewardModelSettings | None, build: Build) -> 
     if reward is not None and from_reward:
         mean, std = (reward.stats.mean, reward.stats.std) if reward.stats else (0.0, 1.0)
         std /= reward.weight
-    engine = _initialize("critic", classifiers.TokenScorer(model, mean, std), build, config)
+    engine = _initialize("critic", TokenScorer(model, mean, std), build, config)
     engine.eval()
     return engine
 
@@ -208,7 +208,7 @@ def build_rewards(
     Args:
         reward, functions: see `build_roles`.
         pad_token_id: of the actor's tokenizer.
-        dtype, device, attn_implementation, zero_stage, offload: see `training.utils.engine.engine.load_frozen_scorer`.
+        dtype, device, attn_implementation, zero_stage, offload: see `training.utils.engine.frozen.load_frozen_scorer`.
         tensor_parallel: ranks that hold it together; one that reads the text is whole on each rank.
         shares: see `Build`.
     """
@@ -227,7 +227,7 @@ def build_rewards(
             sources.append(TextReward(model, reward.stats, reward.weight))
         else:
             shared: dict[str, Any] = {"pad_token_id": pad_token_id, "tensor_parallel": tensor_parallel}
-            scorer = engines.load_frozen_scorer(reward.path, **shared, **load)
+            scorer = load_frozen_scorer(reward.path, **shared, **load)
             sharing = find_sharing(scorer, answer_rewards, pad_token_id, "the reward model") if shares else None
             sources.append(TokenReward(scorer, reward.stats, reward.weight, sharing))
     sources += [FunctionReward(function, name, weight) for name, (function, weight) in functions.items()]

@@ -44,7 +44,7 @@ from training.utils.generation.vllm_python import find_vllm
 from training.utils.model import classifiers, loading
 from training.utils.model.limits import check_length
 from training.utils.model.lora import check_lora
-from training.utils.model.reward_model import RewardStats
+from training.utils.model.reward_stats import RewardStats
 from training.utils.model.text_reward import load_reward_tokenizer
 from training.utils.model.tokenizer import check_vocabulary, load_tokenizer, same_tokenizer
 from training.utils.phases import Phases

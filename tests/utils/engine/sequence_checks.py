@@ -13,11 +13,11 @@ from training.step2_reward_model_finetuning.preference import bradley_terry_loss
 from training.utils.arguments import DPOArguments, LoraArguments
 from training.utils.data import SIDES
 from training.utils.engine import engine as engines, sequence_parallel
-from training.utils.engine.reference import load_reference
+from training.utils.engine.frozen import load_reference
 from training.utils.engine.zero_config import deepspeed_config
 from training.utils.memory.live import LiveMemory
 from training.utils.model import classifiers, loading
-from training.utils.model.forward import enable_gradient_checkpointing
+from training.utils.model.forward import TokenScorer, enable_gradient_checkpointing
 from training.utils.model.language_modelling import negative_log_likelihood
 from training.utils.model.logprobs import response_log_probs
 from training.utils.model.lora import with_adapters
@@ -98,7 +98,7 @@ def trained(
         if lora:
             torch.manual_seed(0)
             model = with_adapters(model, LoraArguments(4, "q_proj,down_proj", True))
-        wrapped = classifiers.TokenScorer(model) if step == 2 else model
+        wrapped = TokenScorer(model) if step == 2 else model
         if checkpointing:
             enable_gradient_checkpointing(wrapped)
         engine = engines.initialize_engine(
@@ -210,7 +210,7 @@ def live_memory(path: str, classifier: bool, length: int, checkpointing: bool) -
         load: dict[str, Any] = {"dtype": "fp32", "attn_implementation": sequence_parallel.ULYSSES}
         if classifier:
             load |= {"pad_token_id": PAD, "fresh_head_seed": 0}
-            model = classifiers.TokenScorer(classifiers.load_classifier(path, **load))
+            model = TokenScorer(classifiers.load_classifier(path, **load))
         else:
             model = loading.load_causal_lm(path, **load)
         model.train()

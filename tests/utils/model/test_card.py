@@ -12,6 +12,7 @@ from tests.step3.hybrid_checks import save_tiny_reward_model
 from training.utils.data import render
 from training.utils.model import classifiers
 from training.utils.model.card import read_front_matter, write_model_card
+from training.utils.model.forward import TokenScorer
 
 TALK = [
     {"role": "user", "content": "Why is the sky blue?"},
@@ -61,7 +62,7 @@ def test_the_reward_models_code_gives_the_projects_score(tiny_model, tmp_path, m
     card = write(folder, "reward", (str(tiny_model), str(tiny_model)))
     printed, found = run_code(card, folder, monkeypatch, capsys)
     ids = torch.tensor([render(tokenizer, TALK).input_ids])
-    scorer = classifiers.TokenScorer(classifiers.load_classifier(str(folder), dtype="fp32", pad_token_id=0)).eval()
+    scorer = TokenScorer(classifiers.load_classifier(str(folder), dtype="fp32", pad_token_id=0)).eval()
     with torch.no_grad():
         expected = scorer(ids, torch.ones_like(ids))[0]
         whole = tokenizer.apply_chat_template(TALK, return_tensors="pt", return_dict=True)

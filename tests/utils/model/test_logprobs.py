@@ -9,9 +9,10 @@ from transformers import AutoModelForCausalLM
 from tests.utils.engine.engine_checks import collate, fixed_rows
 from training.utils.memory.live import LiveMemory
 from training.utils.model import logprobs
-from training.utils.model.classifiers import TokenScorer, load_classifier
+from training.utils.model.classifiers import load_classifier
+from training.utils.model.forward import TokenScorer, last_token_scores
 from training.utils.model.logprobs import response_log_probs
-from training.utils.model.reward_model import RewardStats, last_token_scores
+from training.utils.model.reward_stats import RewardStats
 
 
 @pytest.fixture(scope="module")

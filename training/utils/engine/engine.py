@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.runtime import bf16_optimizer
-from torch import nn
+from torch import Tensor, nn
 
-from training.utils.engine.plain_step import clip_before_step
 from training.utils.engine.tensor_parallel import check_split
-from training.utils.engine.zero_config import frozen_config, is_plain
-from training.utils.model.classifiers import TokenScorer, load_classifier
-from training.utils.model.loading import load_causal_lm
+from training.utils.engine.zero_config import is_plain
 from training.utils.model.lora import is_adapter
 from training.utils.run.distributed import bound_waits, world_size
 from training.utils.run.watchdog import beat
@@ -24,6 +22,7 @@ from training.utils.run.watchdog import beat
 # The 16-bit optimizer prints eighteen lines about memory for every engine, whatever the log level
 bf16_optimizer.see_memory_usage = lambda *_args, **_kwargs: None
 
+NORM_CHUNK = 65_536  # elements whose fp64 copies stay in a processor's cache: 8x as fast as a matrix at once
 ADAM_BETAS = (0.9, 0.95)  # DeepSpeed-Chat's and InstructGPT's
 MAX_SKIPPED = 10  # optimizer steps in a row; a single one is noise, ten are a run that learns nothing any more
 
@@ -58,6 +57,53 @@ def parameter_groups(model: nn.Module, weight_decay: float, lora_learning_rate: 
             shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty placeholder
             groups[2 if lora_learning_rate and is_adapter(name) else len(shape) < 2].append(parameter)
     return [{"params": params} | of_group for params, of_group in zip(groups, settings, strict=True) if params]
+
+
+def global_norm(optimizer: torch.optim.Optimizer) -> Tensor:
+    """Norm of all gradients, fp32: summed in fp64, rounded once for each parameter group, as DeepSpeed does it."""
+    norms = []
+    for group in optimizer.param_groups:
+        gradients = [parameter.grad.reshape(-1) for parameter in group["params"]]
+        if gradients[0].device.type == "cpu":
+            gradients = [piece for gradient in gradients for piece in gradient.split(NORM_CHUNK)]
+        squares = torch.stack(torch._foreach_norm(gradients, 2, torch.float64)).square()
+        norms.append(squares.sum().float().sqrt())
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def clip_before_step(optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
+    """Let each step of an optimizer clip gradients first, and change nothing if they are not finite: the plain step.
+
+    DeepSpeed's ZeRO optimizers keep a flat copy of all masters beside the weights, and at each step copy the gradients
+    into one flat buffer and the masters back. On one rank, with weights in fp32, the weights are the masters and
+    nothing is sharded (`training.utils.engine.zero_config.is_plain`): DeepSpeed then runs its stage 0, which steps the
+    optimizer it is given, and what that stage lacks is added here. The arithmetic is that of stages 1 and 2, to the
+    last bit.
+
+    DeepSpeed's engine reads the attributes that are set: ``_global_grad_norm``, and ``overflow``, at which it counts
+    the step as skipped and leaves the schedule where it is.
+
+    Args:
+        optimizer: of one rank; its ``step`` must pass over parameters without a gradient, as torch's do.
+        max_grad_norm: global norm above which gradients are scaled down; 0 for never.
+    """
+
+    def before(optimizer: Any, *_: Any) -> None:
+        """Norm, finiteness, clipping."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for parameter in parameters:
+            if parameter.grad is None:  # an expert that no token went to: decays like all others
+                parameter.grad = torch.zeros_like(parameter)
+        norm = global_norm(optimizer)
+        optimizer.overflow = not bool(torch.isfinite(norm))
+        optimizer._global_grad_norm = math.inf if optimizer.overflow else norm
+        if optimizer.overflow:
+            for parameter in parameters:
+                parameter.grad = None
+        elif max_grad_norm > 0 and (clip := (norm + 1e-6) / max_grad_norm) > 1:
+            torch._foreach_mul_([parameter.grad for parameter in parameters], 1.0 / clip)
+
+    optimizer.register_step_pre_hook(before)
 
 
 def initialize_engine(
@@ -98,7 +144,7 @@ def initialize_engine(
     schedule = get_scheduler(lr_scheduler_type, optimizer, num_warmup_steps, max(total_steps, 1))
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)
-    _finish_engine(engine, buffers, config)
+    finish_engine(engine, buffers, config)
     if plain:
         engine.enable_backward_allreduce = False  # would copy all gradients into one buffer and back
     if engine.fp16_enabled():  # else it raises at the smallest scale; the programs count, and end with a checkpoint
@@ -106,8 +152,14 @@ def initialize_engine(
     return engine
 
 
-def _finish_engine(engine: Any, buffers: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
-    """What is left to do after ``deepspeed.initialize``."""
+def finish_engine(engine: Any, buffers: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    """What is left to do after ``deepspeed.initialize``.
+
+    Args:
+        engine: just made, with or without an optimizer.
+        buffers: copies of the model's, from before.
+        config: the engine's.
+    """
     bound_waits()
     _restore_buffers(engine.module, buffers)
     if getattr(engine.optimizer, "parameter_offload", None) is not None:
@@ -139,6 +191,17 @@ def _restore_buffers(model: nn.Module, buffers: dict[str, torch.Tensor]) -> None
         cast = buffers_of_module[leaf]
         assert cast is not None
         buffers_of_module[leaf] = buffer.to(cast.device)
+
+
+@contextlib.contextmanager
+def gathered(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Inside, parameters that ZeRO-3 shards are whole on every rank; a collective, changes are not kept."""
+    sharded = [p for p in parameters if hasattr(p, "ds_id")]
+    if not sharded:
+        yield
+        return
+    with deepspeed.zero.GatheredParameters(sharded):
+        yield
 
 
 def dtype_name(engine: Any) -> str:
@@ -195,59 +258,3 @@ def optimizer_step(engine: Any) -> StepResult:
     scaled = engine.fp16_enabled() and engine.optimizer.dynamic_loss_scale
     searching = scaled and engine.optimizer.cur_scale > 1  # DeepSpeed halves it down to 1
     return StepResult(grad_norm, learning_rate, skipped, skipped and not searching)
-
-
-def frozen_role(model: nn.Module, config: dict[str, Any] | None, device: torch.device) -> Any:
-    """A role that never trains: no gradients; the ranks share its parameters where there is a configuration.
-
-    Args:
-        model: loaded under ``sharded_loading(config)``.
-        config: from `training.utils.engine.zero_config.frozen_config`.
-        device: where the model goes without one.
-
-    Returns:
-        A module (an engine with a configuration) in evaluation mode.
-    """
-    model.requires_grad_(False)
-    if config is None:
-        return model.to(device).eval()
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    engine, *_ = deepspeed.initialize(model=model, config=config)
-    _finish_engine(engine, buffers, config)
-    engine.eval()
-    return engine
-
-
-def load_frozen_scorer(
-    path: str,
-    *,
-    dtype: str,
-    pad_token_id: int,
-    device: torch.device,
-    zero_stage: int = 0,
-    attn_implementation: str = "sdpa",
-    offload: bool = False,
-    tensor_parallel: int = 1,
-) -> Any:
-    """A frozen reward model that scores every token, see `TokenScorer`, `frozen_config` and `frozen_role`."""
-    config = frozen_config(zero_stage=zero_stage, dtype=dtype, offload=offload, tensor_parallel=tensor_parallel)
-    model = load_classifier(
-        path, dtype=dtype, pad_token_id=pad_token_id, attn_implementation=attn_implementation, ds_config=config
-    )
-    return frozen_role(TokenScorer(model), config, device)
-
-
-def load_frozen_causal_lm(
-    path: str,
-    *,
-    zero_stage: int,
-    dtype: str,
-    attn_implementation: str,
-    offload: bool,
-    device: torch.device,
-    tensor_parallel: int = 1,
-) -> Any:
-    """A frozen causal LM, see `load_causal_lm`, `frozen_config` and `frozen_role`."""
-    config = frozen_config(zero_stage=zero_stage, dtype=dtype, offload=offload, tensor_parallel=tensor_parallel)
-    model = load_causal_lm(path, dtype=dtype, attn_implementation=attn_implementation, ds_config=config)
-    return frozen_role(model, config, device)

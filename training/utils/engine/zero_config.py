@@ -48,7 +48,9 @@ def effective_stage(zero_stage: int) -> int:
 
 
 def is_plain(config: dict[str, Any], ranks: int) -> bool:
-    """Whether a role takes `training.utils.engine.plain_step`: one rank, fp32, nothing offloaded, below stage 3.
+    """Whether a role takes the plain step: one rank, fp32, nothing offloaded, below stage 3.
+
+    See `training.utils.engine.engine.clip_before_step`.
 
     Args:
         config: from `deepspeed_config`.

@@ -25,8 +25,7 @@ from training.utils.engine.zero_config import DTYPES
 from training.utils.errors import UserError
 from training.utils.memory.live import FakeModel, PassMemory
 from training.utils.memory.zero import BYTES, RoleMemory, RoleSize
-from training.utils.model.classifiers import TokenScorer
-from training.utils.model.forward import without_adapters
+from training.utils.model.forward import TokenScorer, without_adapters
 from training.utils.model.loading import config_without_dropout, no_dropout, remote_code, with_attention
 from training.utils.model.lora import is_adapter, with_adapters
 from training.utils.run.distributed import data_size, say

@@ -1,4 +1,4 @@
-"""Reward models and critics: a classifier with one output, loaded, checked, and scoring every token."""
+"""Reward models and critics on disk: a classifier with one output, checked and loaded."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from training.utils.engine import sequence_parallel
 from training.utils.errors import UserError
-from training.utils.model.forward import forward_inputs, without_adapters
 from training.utils.model.loading import load_config, load_strictly, reason_of, remote_code
 
 LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM")  # ends of their class names in a config.json
@@ -115,7 +113,8 @@ def parameter_count(path: str) -> int:
 
 
 def scores_tokens(path: str) -> bool:
-    """Whether a reward model is a causal backbone with a ``score`` head, which can score every token (`TokenScorer`).
+    """Whether a reward model is a causal backbone with a ``score`` head, which can score every token
+    (`training.utils.model.forward.TokenScorer`).
 
     Others, such as DeBERTa, give one number for a whole text through their own forward (`load_text_classifier`).
 
@@ -142,39 +141,3 @@ def _fresh_head(head: nn.Linear, seed: int) -> None:
     with gather, torch.no_grad():
         if head.weight.numel():
             head.weight.copy_(values)
-
-
-class TokenScorer(nn.Module):
-    """A sequence-classification model that scores every token instead of the last one.
-
-    The reward of a response is the score at its last token; the critic's values are all of them. With
-    ``mean`` and ``std`` the output is ``(score - mean) / std``: a critic that starts from the reward model
-    then starts on the scale of the normalised rewards it must predict.
-    """
-
-    def __init__(self, classifier: Any, mean: float = 0.0, std: float = 1.0) -> None:
-        super().__init__()
-        self.classifier = classifier
-        self.mean = mean
-        self.std = std
-
-    @property
-    def config(self) -> Any:
-        """The classifier's configuration (DeepSpeed and transformers look for it)."""
-        return self.classifier.config
-
-    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
-        """Recompute activations of the backbone in the backward pass."""
-        self.classifier.gradient_checkpointing_enable(**kwargs)
-
-    def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Score every token: ids and mask ``[B, T]`` -> ``[B, T]`` fp32, any value at padding; see `forward_inputs`."""
-        inner = without_adapters(self.classifier)
-        backbone = inner.base_model
-        inputs = forward_inputs(backbone, input_ids, attention_mask, position_ids)
-        scores = inner.score(backbone(**inputs, use_cache=False).last_hidden_state).squeeze(-1).to(torch.float32)
-        if sequence_parallel.is_split(inner):
-            scores = sequence_parallel.joined(scores, input_ids.shape[1])
-        return (scores - self.mean) / self.std

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import os
 import shutil
@@ -10,10 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 from safetensors.torch import load_file
-from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -22,8 +19,9 @@ from transformers import (
 )
 
 from training.utils.engine import four_bit
+from training.utils.engine.engine import gathered
 from training.utils.engine.tensor_parallel import whole
-from training.utils.model.classifiers import TokenScorer
+from training.utils.model.forward import TokenScorer
 from training.utils.model.loading import remote_code
 from training.utils.model.lora import (
     adapted_parameter,
@@ -43,17 +41,6 @@ def unwrap(engine: Any) -> Any:
     """The transformers (or PEFT) model inside an engine and a `TokenScorer`."""
     module = engine.module if hasattr(engine, "module") else engine
     return module.classifier if isinstance(module, TokenScorer) else module
-
-
-@contextlib.contextmanager
-def gathered(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Inside, parameters that ZeRO-3 shards are whole on every rank; a collective, changes are not kept."""
-    sharded = [p for p in parameters if hasattr(p, "ds_id")]
-    if not sharded:
-        yield
-        return
-    with deepspeed.zero.GatheredParameters(sharded):
-        yield
 
 
 def plain_weights(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:

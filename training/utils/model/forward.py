@@ -1,11 +1,13 @@
-"""How a model is called: positions that count real tokens, adapters looked through, activations recomputed."""
+"""How a model is called, and the scores of a reward model or critic; log-probs are in `logprobs.py`."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from training.utils.engine import sequence_parallel
 
@@ -61,3 +63,80 @@ def tree_mask(parts: torch.Tensor) -> torch.Tensor:
 def enable_gradient_checkpointing(model: Any) -> None:
     """Recompute activations in the backward pass; with LoRA inputs must carry a gradient to reach the adapters."""
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+class TokenScorer(nn.Module):
+    """A sequence-classification model that scores every token instead of the last one.
+
+    The reward of a response is the score at its last token; the critic's values are all of them. With
+    ``mean`` and ``std`` the output is ``(score - mean) / std``: a critic that starts from the reward model
+    then starts on the scale of the normalised rewards it must predict.
+    """
+
+    def __init__(self, classifier: Any, mean: float = 0.0, std: float = 1.0) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.mean = mean
+        self.std = std
+
+    @property
+    def config(self) -> Any:
+        """The classifier's configuration (DeepSpeed and transformers look for it)."""
+        return self.classifier.config
+
+    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        """Recompute activations of the backbone in the backward pass."""
+        self.classifier.gradient_checkpointing_enable(**kwargs)
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Score every token: ids and mask ``[B, T]`` -> ``[B, T]`` fp32, any value at padding; see `forward_inputs`."""
+        inner = without_adapters(self.classifier)
+        backbone = inner.base_model
+        inputs = forward_inputs(backbone, input_ids, attention_mask, position_ids)
+        scores = inner.score(backbone(**inputs, use_cache=False).last_hidden_state).squeeze(-1).to(torch.float32)
+        if sequence_parallel.is_split(inner):
+            scores = sequence_parallel.joined(scores, input_ids.shape[1])
+        return (scores - self.mean) / self.std
+
+
+def last_token_scores(scores: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:
+    """The reward of each row: its score at the last response token.
+
+    Args:
+        scores: ``[B, T]``, one per token.
+        response_mask: ``[B, T]``, 0/1 or bool; a row without any response token gives its score at column 0.
+
+    Returns:
+        ``[B]``, in the dtype of ``scores``.
+    """
+    columns = torch.arange(response_mask.shape[1], device=response_mask.device)
+    last = (response_mask.long() * columns).argmax(dim=1)
+    return scores.gather(1, last.unsqueeze(1)).squeeze(1)
+
+
+def token_scores(
+    scorer: Any,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    shared: Mapping[str, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """What a `TokenScorer` says of every token: ``[B, T]`` fp32, anything at padding.
+
+    Args:
+        scorer: it, or its engine.
+        input_ids, attention_mask: ``[B, T]``.
+        shared: see `training.utils.model.logprobs.response_log_probs`.
+    """
+    if shared is None:
+        return scorer(input_ids, attention_mask)
+    scores = scorer(shared["shared_ids"], shared["shared_mask"], shared["shared_positions"])
+    return scores[shared["shared_row"][:, None], shared["shared_columns"]]
+
+
+def answer_rewards(scorer: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Rewards of a batch of `training.utils.data.batches.collate_answers`: ``[S]``, fp32."""
+    shared = batch if "shared_ids" in batch else None
+    scores = token_scores(scorer, batch["input_ids"], batch["attention_mask"], shared)
+    return last_token_scores(scores, batch["response_mask"])

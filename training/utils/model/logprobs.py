@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from training.utils.engine import sequence_parallel
-from training.utils.model.export import gathered
+from training.utils.engine.engine import gathered
 from training.utils.model.forward import forward_inputs, without_adapters
 
 # Positions whose fp32 log-softmax exists at once: 128 x 49,152 x 4 bytes = 25 MB.

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from training.utils.data import read_any
-from training.utils.engine import engine as engines
+from training.utils.engine.frozen import frozen_role, load_frozen_scorer
 from training.utils.engine.zero_config import frozen_config
 from training.utils.errors import UserError
 from training.utils.model import classifiers, loading
@@ -136,7 +136,7 @@ def load_text_reward_model(
 
     Args:
         path: a folder or hub name.
-        dtype, device, zero_stage, offload, attn_implementation: see `training.utils.engine.engine.load_frozen_scorer`.
+        dtype, device, zero_stage, offload, attn_implementation: see `training.utils.engine.frozen.load_frozen_scorer`.
 
     Raises:
         UserError: no model or tokenizer there, no reward head, or more than one output.
@@ -145,7 +145,7 @@ def load_text_reward_model(
     tokenizer = load_reward_tokenizer(path)
     if classifiers.scores_tokens(path):
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-        scorer = engines.load_frozen_scorer(
+        scorer = load_frozen_scorer(
             path,
             zero_stage=zero_stage,
             dtype=dtype,
@@ -159,5 +159,5 @@ def load_text_reward_model(
     model = classifiers.load_text_classifier(
         path, dtype=dtype, attn_implementation=attn_implementation, ds_config=config
     )
-    role = engines.frozen_role(model, config, device)
+    role = frozen_role(model, config, device)
     return TextRewardModel(role, tokenizer, own_forward=True)

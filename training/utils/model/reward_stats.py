@@ -1,14 +1,13 @@
-"""What a reward model says about a batch, and the statistics that step 3 normalises with."""
+"""The statistics of a reward model's scores, which step 3 normalises with."""
 
 from __future__ import annotations
 
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -31,47 +30,6 @@ def few_held_out(pairs: int) -> str:
         f"warning: pairs held out: {pairs}, fewer than {FEW}: a poor measure of the reward model, and a poor scale for "
         "the rewards of step 3; give more data, or --eval_data_path"
     )
-
-
-def last_token_scores(scores: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:
-    """The reward of each row: its score at the last response token.
-
-    Args:
-        scores: ``[B, T]``, one per token.
-        response_mask: ``[B, T]``, 0/1 or bool; a row without any response token gives its score at column 0.
-
-    Returns:
-        ``[B]``, in the dtype of ``scores``.
-    """
-    columns = torch.arange(response_mask.shape[1], device=response_mask.device)
-    last = (response_mask.long() * columns).argmax(dim=1)
-    return scores.gather(1, last.unsqueeze(1)).squeeze(1)
-
-
-def token_scores(
-    scorer: Any,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    shared: Mapping[str, torch.Tensor] | None = None,
-) -> torch.Tensor:
-    """What a `training.utils.model.classifiers.TokenScorer` says of every token: ``[B, T]`` fp32, anything at padding.
-
-    Args:
-        scorer: it, or its engine.
-        input_ids, attention_mask: ``[B, T]``.
-        shared: see `training.utils.model.logprobs.response_log_probs`.
-    """
-    if shared is None:
-        return scorer(input_ids, attention_mask)
-    scores = scorer(shared["shared_ids"], shared["shared_mask"], shared["shared_positions"])
-    return scores[shared["shared_row"][:, None], shared["shared_columns"]]
-
-
-def answer_rewards(scorer: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Rewards of a batch of `training.utils.data.batches.collate_answers`: ``[S]``, fp32."""
-    shared = batch if "shared_ids" in batch else None
-    scores = token_scores(scorer, batch["input_ids"], batch["attention_mask"], shared)
-    return last_token_scores(scores, batch["response_mask"])
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from training.utils.model.reward_model import FEW, STATS_FILE, RewardStats, few_held_out
+from training.utils.model.reward_stats import FEW, STATS_FILE, RewardStats, few_held_out
 
 # Four preferred answers that happen to lie within 0.03 of each other; the rejected ones lie 0.6 below
 FOUR = [(0.50, -0.10), (0.53, -0.05), (0.51, 0.02), (0.49, -0.15)]
