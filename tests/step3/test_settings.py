@@ -4,9 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.families import save
 from tests.step3.hybrid_checks import of
 from training.step3_rlhf_finetuning import settings
-from training.step3_rlhf_finetuning.arguments import ARGUMENTS, RolloutArguments
+from training.step3_rlhf_finetuning.arguments import ARGUMENTS, RoleZeroArguments, RolloutArguments
+from training.utils.errors import UserError
 
 
 def test_a_step_of_half_a_prompt_can_not_be_dealt():
@@ -38,3 +40,11 @@ def test_a_gpu_that_would_mostly_wait_is_said(monkeypatch, capsys, device, rows,
     values = {"per_device_generation_batch_size": rows}
     settings.warn(settings.Flags(*(of(group, values) for group in ARGUMENTS)))
     assert ("--per_device_generation_batch_size 64" in capsys.readouterr().out) == hint
+
+
+@pytest.mark.parametrize("role", ["actor", "critic"])
+def test_a_name_of_no_layer_is_refused_by_the_roles_own_flag(tmp_path, role):
+    model = save("llama", tmp_path / "model")
+    zero = of(RoleZeroArguments, {f"{role}_lora_dim": 4, f"{role}_lora_module_name": "nothing"})
+    with pytest.raises(UserError, match=f"^--{role}_lora_module_name nothing matches no linear layer"):
+        settings.check_models(model, model, None, zero, None, 8)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib
+import json
+import re
 
 import pytest
 
@@ -9,6 +11,7 @@ from tests.bad_inputs import STEPS
 from training.migrate.predecessors import others_of
 from training.step3_rlhf_finetuning import arguments as rlhf_arguments
 from training.utils import arguments
+from training.utils.engine import zero_config
 from training.utils.engine.zero_config import deepspeed_config, merge
 from training.utils.errors import UserError
 
@@ -112,3 +115,13 @@ def test_stage_0_runs_as_stage_1_and_bf16_accumulates_in_fp32():
     config = deepspeed_config(zero_stage=0, dtype="bf16")
     assert config["zero_optimization"]["stage"] == 1
     assert config["data_types"]["grad_accum_dtype"] == "fp32"
+
+
+@pytest.mark.parametrize("key", sorted(zero_config._OWNED))
+def test_what_a_deepspeed_file_may_not_set_is_refused_by_flags_that_every_step_has(key):
+    with pytest.raises(UserError, match=f"{key} is not for the file") as refused:
+        zero_config.read_user_config(json.dumps({key: 1}))
+    for step in (1, 2, "dpo", 3):
+        groups = importlib.import_module(STEPS[step]).ARGUMENTS
+        known = {field.name for group in groups for field in dataclasses.fields(group)}
+        assert set(re.findall(r"--(\w+)", str(refused.value))) - {"deepspeed_config"} <= known, step

@@ -417,7 +417,7 @@ def check_models(
     """
     for role, path in (("actor", actor), ("critic", critic)):
         if path:
-            check_lora(path, zero.lora(role))
+            check_lora(path, zero.lora(role), f"--{role}_lora_module_name")
     readers = [actor, critic, reward.path if reward and not reward.reads_text else ""]
     for path in dict.fromkeys(filter(None, readers)):
         check_length(path, length, "--max_prompt_seq_len + --max_answer_seq_len")

@@ -48,7 +48,7 @@ def divide_model(ranks: int, *paths: str) -> None:
         if config.model_type not in FAMILIES:
             raise UserError(
                 f"--tensor_parallel {ranks}: DeepSpeed's AutoTP does not train {config.model_type} ({path}), but "
-                f"{', '.join(FAMILIES)}; ZeRO takes every family: --zero_stage 3"
+                f"{', '.join(FAMILIES)}; ZeRO stage 3 takes every family"
             )
         heads = config.num_attention_heads
         for count, kind in ((heads, "attention"), (getattr(config, "num_key_value_heads", None) or heads, "key-value")):

@@ -19,11 +19,11 @@ MAX_GRAD_NORM = 1.0  # DeepSpeed-Chat's and TRL's value
 # (batch arithmetic, loss normalisation, schedule).
 _OWNED = {
     "managed_gradient_accumulation": "the programs normalise over the global token count themselves",
-    "train_batch_size": "use --per_device_train_batch_size",
-    "train_micro_batch_size_per_gpu": "use --per_device_train_batch_size",
+    "train_batch_size": "use the step's own flags for batch sizes",
+    "train_micro_batch_size_per_gpu": "use the step's own flags for batch sizes",
     "gradient_accumulation_steps": "use --gradient_accumulation_steps",
     "scheduler": "use --num_warmup_steps",
-    "optimizer": "use --learning_rate and --weight_decay",
+    "optimizer": "use the step's own flags for learning rate and weight decay",
     "tensor_parallel": "use --tensor_parallel",
     "hybrid_engine": "DeepSpeed's hybrid engine accelerates no model family of transformers 5; step 3 has its own",
 }

@@ -9,7 +9,7 @@ from training.utils.arguments import ModelArguments
 from training.utils.engine.sequence_parallel import FAMILIES, ULYSSES
 from training.utils.errors import UserError
 from training.utils.model.loading import load_config
-from training.utils.run.distributed import share_rows, world_size
+from training.utils.run.distributed import say, share_rows, world_size
 
 
 def max_positions(model_path: str) -> int | None:
@@ -27,7 +27,7 @@ def check_length(model_path: str, length: int, flags: str) -> None:
     if limit is not None and length > limit:
         raise UserError(f"{flags} asks for {length} tokens, the model has positions for {limit}")
     if (bound := _longrope_bound(load_config(model_path).get_text_config())) and length > bound:
-        print(
+        say(
             f"warning: {model_path} changes its frequencies (longrope) for a whole batch as soon as one row has more "
             f"than {bound} tokens, so a row's log-probs depend on its neighbours; keep {flags} within {bound}"
         )

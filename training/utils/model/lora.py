@@ -18,14 +18,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LORA_ALPHA_OVER_RANK = 2  # the usual choice in PEFT's examples
+NAMES_FLAG = "--lora_module_name"
 
 
-def target_modules(model: nn.Module, names: str) -> list[str] | str:
-    """Resolve ``--lora_module_name`` to the linear layers it means.
+def target_modules(model: nn.Module, names: str, flag: str = NAMES_FLAG) -> list[str] | str:
+    """Resolve names of layers to the linear layers they mean.
 
     Args:
         model: the model before injection.
         names: ``all-linear``, or comma-separated parts of module names.
+        flag: that they come from.
 
     Raises:
         UserError: a name that matches no linear layer; the model's own names are listed.
@@ -41,7 +43,7 @@ def target_modules(model: nn.Module, names: str) -> list[str] | str:
         hits = [name for name in backbone if part in name]
         if not hits:
             leaves = sorted({name.split(".")[-1] for name in backbone})
-            raise UserError(f"--lora_module_name {part} matches no linear layer; this model has {', '.join(leaves)}")
+            raise UserError(f"{flag} {part} matches no linear layer; this model has {', '.join(leaves)}")
         matched.update(hits)
     return sorted(matched)
 
@@ -55,8 +57,13 @@ def _routers(model: nn.Module) -> list[str]:
     ]
 
 
-def check_lora(model_path: str, lora: LoraArguments) -> None:
-    """Check ``--lora_module_name`` on a model without weights, before the real one is loaded.
+def check_lora(model_path: str, lora: LoraArguments, flag: str = NAMES_FLAG) -> None:
+    """Check the names of layers on a model without weights, before the real one is loaded.
+
+    Args:
+        model_path: from `training.utils.model.loading.resolve_model`.
+        lora: the flags.
+        flag: that the names come from.
 
     Raises:
         UserError: as `with_adapters`, or nothing of the model can be kept in 4 bits.
@@ -71,10 +78,10 @@ def check_lora(model_path: str, lora: LoraArguments) -> None:
         model = AutoModelForCausalLM.from_config(load_config(model_path), **remote_code())
         if lora.base_bits and not four_bit.packable(model):
             raise UserError(f"{model_path}: no linear layer that --base_bits {lora.base_bits} could round")
-        with_adapters(model, lora)
+        with_adapters(model, lora, flag)
 
 
-def with_adapters(model: PreTrainedModel, lora: LoraArguments) -> Any:
+def with_adapters(model: PreTrainedModel, lora: LoraArguments, flag: str = NAMES_FLAG) -> Any:
     """Add adapters to a causal LM or a sequence-classification model, and freeze what they stand for.
 
     The adapted layers' own weights are frozen, their biases and everything else (embeddings, norms, the layers without
@@ -84,6 +91,7 @@ def with_adapters(model: PreTrainedModel, lora: LoraArguments) -> Any:
     Args:
         model: the model; its modules are changed in place.
         lora: the flags.
+        flag: that the names of layers come from.
 
     Returns:
         A `PeftModel`; the model itself if ``lora_dim`` is 0.
@@ -100,7 +108,7 @@ def with_adapters(model: PreTrainedModel, lora: LoraArguments) -> Any:
         r=lora.lora_dim,
         lora_alpha=lora.lora_alpha or LORA_ALPHA_OVER_RANK * lora.lora_dim,
         lora_dropout=lora.lora_dropout,
-        target_modules=target_modules(model, lora.lora_module_name),
+        target_modules=target_modules(model, lora.lora_module_name, flag),
         exclude_modules=_routers(model),
         task_type=TaskType.SEQ_CLS if is_classifier else TaskType.CAUSAL_LM,
         modules_to_save=["score"] if is_classifier else None,
@@ -109,7 +117,7 @@ def with_adapters(model: PreTrainedModel, lora: LoraArguments) -> Any:
     try:
         peft_model = get_peft_model(model, config, autocast_adapter_dtype=False)
     except ValueError as error:  # such as Mamba's projections, which its kernels read without the adapter
-        raise UserError(f"--lora_module_name {lora.lora_module_name}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{flag} {lora.lora_module_name}: {str(error).splitlines()[0]}") from error
     if not lora.only_optimize_lora:
         adapted = {id(adapted_parameter(layer)) for layer in lora_layers(peft_model).values()}
         for name, parameter in trained:  # of the reward head a copy trains
