@@ -47,6 +47,7 @@ from training.utils import arguments
 from training.utils.arguments import DEMO, flags_in
 from training.utils.errors import UserError, run_program
 from training.utils.run.demo import MODEL, check_sources_named, is_own, named_sources, trained_on_demo
+from training.utils.run.files import write_json
 from training.utils.run.folders import (
     LATER,
     LATEST,
@@ -68,7 +69,7 @@ from training.utils.run.folders import (
     title,
 )
 from training.utils.run.hosts import check_hosts, read_hostfile, with_ranks
-from training.utils.run.manifest import describe_environment, hash_inputs, read_manifest, write_json
+from training.utils.run.manifest import MANIFEST, describe_environment, hash_inputs, read_manifest
 from training.utils.run.processes import Ended, last_lines, run_logged, unused_port
 from training.utils.run.recipes import GIVEN, flags_of, located, read_recipe
 from training.utils.run.runtime import has_accelerator, prepare_runtime
@@ -324,7 +325,7 @@ def run_step(step: Step, command: list[str], run: Path, manifest: dict[str, Any]
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     manifest.setdefault("steps", {})[step.name] = entry
-    write_json(run / "manifest.json", manifest)
+    write_json(run / MANIFEST, manifest)
     start = time.monotonic()
     ended = run_logged(command, run / f"{step.name}.log")
     if ended.code == 0 and not is_finished(step.directory):
@@ -333,7 +334,7 @@ def run_step(step: Step, command: list[str], run: Path, manifest: dict[str, Any]
     entry["exit_code"] = ended.code
     if ended.code == 0:
         entry["metrics"] = json.loads((step.directory / "summary.json").read_text(encoding="utf-8"))
-    write_json(run / "manifest.json", manifest)
+    write_json(run / MANIFEST, manifest)
     return ended
 
 
@@ -343,7 +344,7 @@ def record_end(step: Step, run: Path, manifest: dict[str, Any]) -> None:
     if "exit_code" not in entry:
         entry["exit_code"] = 0
         entry["metrics"] = json.loads((step.directory / "summary.json").read_text(encoding="utf-8"))
-        write_json(run / "manifest.json", manifest)
+        write_json(run / MANIFEST, manifest)
 
 
 def tell_failure(step: Step, command: list[str], ended: Ended, run: Path, again: str) -> None:
@@ -433,7 +434,7 @@ def main(
     if options.resume == "auto" and not Path(options.output_dir).is_dir():
         raise UserError(f"--resume auto: --output_dir {options.output_dir} holds no run to go on with")
     run = Path(options.output_dir).absolute() if options.output_dir else output_root() / "unmade"
-    manifest = read_manifest(run / "manifest.json")
+    manifest = read_manifest(run)
     shared = manifest.get("shared", {}) | shared  # a run goes on with its own data, and its own recipe
     options.pipeline = options.pipeline or str(manifest.get("pipeline"))
     if options.pipeline not in PIPELINES:  # of an earlier version's run

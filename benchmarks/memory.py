@@ -42,7 +42,7 @@ def make_batch(arguments: argparse.Namespace, vocabulary: int, device: Any) -> t
 def policies(arguments: argparse.Namespace, path: str, lora: bool) -> Callable[[], None]:
     """Build actor and reference, score with both, update the actor."""
     from training.step3_rlhf_finetuning.arguments import OptimizationArguments, RoleArguments, RoleZeroArguments
-    from training.step3_rlhf_finetuning.forward import actor_log_probs
+    from training.step3_rlhf_finetuning.forward import rollout_log_probs
     from training.step3_rlhf_finetuning.roles import Build, build_actor
     from training.utils.engine import engine as engines
     from training.utils.run.distributed import init_distributed
@@ -59,12 +59,12 @@ def policies(arguments: argparse.Namespace, path: str, lora: bool) -> Callable[[
         actor = build_actor(path, Build(*groups, overrides={}, total_steps=10, pad_token_id=0, device=device))
         batch = make_batch(arguments, actor.engine.module.config.vocab_size, device)
         with actor.scoring_mode() as engine:
-            actor_log_probs(engine, *batch, 1.0)
+            rollout_log_probs(engine, *batch, 1.0)
         with actor.reference_mode() as reference:
-            actor_log_probs(reference, *batch, 1.0)
+            rollout_log_probs(reference, *batch, 1.0)
         for _ in range(2):
             with actor.training_mode() as engine:
-                log_probs, _ = actor_log_probs(engine, *batch, 1.0)
+                log_probs, _ = rollout_log_probs(engine, *batch, 1.0)
                 engines.backward(engine, -log_probs.sum(), batch[2].sum().item())
                 engines.optimizer_step(engine)
 
@@ -73,7 +73,7 @@ def policies(arguments: argparse.Namespace, path: str, lora: bool) -> Callable[[
 
 def logits(arguments: argparse.Namespace, path: str, responses_only: bool) -> Callable[[], None]:
     """Log-probs of the responses of one batch and their gradient; the model is there before."""
-    from training.step3_rlhf_finetuning.forward import actor_log_probs
+    from training.step3_rlhf_finetuning.forward import rollout_log_probs
     from training.utils.model.loading import load_causal_lm
     from training.utils.run.distributed import init_distributed
 
@@ -84,7 +84,7 @@ def logits(arguments: argparse.Namespace, path: str, responses_only: bool) -> Ca
     def run() -> None:
         """One forward and backward."""
         if responses_only:
-            log_probs, _ = actor_log_probs(model, ids, mask, response, 1.0)
+            log_probs, _ = rollout_log_probs(model, ids, mask, response, 1.0)
         else:
             everything = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
             chosen = everything.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]

@@ -78,7 +78,7 @@ def ways(model: Any, sharing: Sharing) -> dict[str, tuple[Callable[[Piece], torc
         def log_probs(piece: Piece) -> torch.Tensor:
             """Of the micro-batch's answers."""
             ids, attention_mask, mask = piece
-            return forward.actor_log_probs(model, ids, attention_mask, mask, 1.0, sharing=kind)[0]
+            return forward.rollout_log_probs(model, ids, attention_mask, mask, 1.0, sharing=kind)[0]
 
         return log_probs, lambda piece: tokens(piece, kind)
 
@@ -114,7 +114,7 @@ def main(argv: Sequence[str]) -> None:
     pieces = [
         (batch.input_ids[piece], batch.attention_mask[piece], batch.response_mask[piece])
         for batch in batches
-        for piece in forward.in_pieces(arguments.micro_batch, len(batch.input_ids))
+        for piece in forward.row_slices(arguments.micro_batch, len(batch.input_ids))
     ]
     real = sum(int(piece[1].sum()) for piece in pieces)
     all_ways = ways(model, sharing)

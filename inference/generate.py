@@ -30,7 +30,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # outside the environment, to say so
 
 from training.utils import arguments
-from training.utils.arguments import AUTO, MAX_SEED, PRECISIONS, OtherFlag, flag
+from training.utils.arguments import AUTO, MAX_SEED, PRECISIONS, ROLLOUT_ENGINES, OtherFlag, flag
 from training.utils.errors import UserError, print_last, run_resumable
 from training.utils.generation.vllm_python import check_vllm
 from training.utils.run.demo import check_sources_named
@@ -90,7 +90,7 @@ class DecodingArguments:
     max_prompt_seq_len: int = flag(256, "longest prompt in tokens; longer ones lose their oldest turns", minimum=4)
     max_answer_seq_len: int = flag(256, "longest answer in tokens", minimum=1)
     per_device_generation_batch_size: int = flag(16, "answers per rank that are decoded together", minimum=1)
-    rollout_engine: str = flag("fast", "how tokens are decoded", choices=("fast", "hf", "vllm"))
+    rollout_engine: str = flag("fast", "how tokens are decoded", choices=ROLLOUT_ENGINES)
     vllm_python: str = flag("", "interpreter that has vLLM (default: that of make setup-vllm, else this one)")
     temperature: float = flag(1.0, "sampling temperature; 0 takes the likeliest token", minimum=0)
     top_p: float = flag(1.0, "sample from the likeliest tokens that hold this share; 1 keeps all", above=0, maximum=1)

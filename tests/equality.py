@@ -30,7 +30,7 @@ from tests.utils.engine.engine_checks import ROWS, TINY_SHARDS, collate, divided
 from training.step2_dpo_finetuning.pairs import Preferences, answer_log_probs, answer_tokens
 from training.step2_reward_model_finetuning.pairs import score_pairs
 from training.step2_reward_model_finetuning.preference import bradley_terry_loss
-from training.step3_rlhf_finetuning.forward import actor_log_probs
+from training.step3_rlhf_finetuning.forward import rollout_log_probs
 from training.step3_rlhf_finetuning.ppo_trainer import PPOTrainer
 from training.step3_rlhf_finetuning.prompts import deal
 from training.step3_rlhf_finetuning.roles import (
@@ -207,7 +207,7 @@ class Dictated:
         ids = torch.cat([request.prompt_ids, tokens.masked_fill(~mask, PAD)], dim=1)
         attention = torch.cat([request.prompt_mask, mask.long()], dim=1)
         with torch.no_grad():
-            log_probs, _ = actor_log_probs(model, ids, attention, mask, sampling.temperature)
+            log_probs, _ = rollout_log_probs(model, ids, attention, mask, sampling.temperature)
         return RolloutBatch(ids, attention, request.prompt_ids.shape[1], mask, log_probs)
 
 

@@ -392,7 +392,7 @@ def test_recipes_are_sections_of_flags(recipe: Path) -> None:
 
 FREE_A_BLOCK = """
 import ctypes, os, sys
-from training.utils.run.runtime import keep_freed_memory
+from training.utils.run.runtime import give_back_freed_memory, keep_freed_memory
 if "keep" in sys.argv:
     keep_freed_memory()
 libc = ctypes.CDLL(None)
@@ -404,6 +404,8 @@ block = libc.malloc(size)
 ctypes.memset(block, 1, size)
 used = resident()
 libc.free(block)
+if "give back" in sys.argv:
+    give_back_freed_memory()
 print((used - resident()) / size)
 """
 
@@ -420,6 +422,7 @@ def test_freed_memory_is_kept() -> None:
 
     assert given_back() > 0.9
     assert given_back("keep") < 0.1
+    assert given_back("keep", "give back") > 0.9
 
 
 @pytest.mark.parametrize(

@@ -33,13 +33,11 @@ import torch  # noqa: E402  threads and PATH must be set before
 from safetensors.torch import save_file  # noqa: E402
 
 from training.step3_rlhf_finetuning import prompts, settings  # noqa: E402
-from training.step3_rlhf_finetuning.experience import Experience, Scoring  # noqa: E402
-from training.step3_rlhf_finetuning.ppo_trainer import PPOTrainer  # noqa: E402
-from training.step3_rlhf_finetuning.roles import Build, build_roles, generation_backend  # noqa: E402
+from training.step3_rlhf_finetuning.experience import Experience  # noqa: E402
+from training.step3_rlhf_finetuning.ppo_trainer import build_trainer  # noqa: E402
 from training.utils.checkpoint import engine_state  # noqa: E402
 from training.utils.data import prepare_data, stop_token_ids  # noqa: E402
 from training.utils.engine import precision  # noqa: E402
-from training.utils.generation.sampling import SamplingConfig  # noqa: E402
 from training.utils.model import classifiers, export, loading  # noqa: E402
 from training.utils.model.lora import is_lora  # noqa: E402
 from training.utils.run.distributed import (  # noqa: E402
@@ -107,28 +105,10 @@ class PPO:
         rows = prepare_data("prompts", parsed.data, self.tokenizer, seed=train.seed, **options).train
         stop_ids = tuple(stop_token_ids(self.tokenizer))
         self._prompts = prompts.PromptSet(rows, self.tokenizer, stop_ids, train.seed)
-        responses = rollout.per_device_generation_batch_size * rollout.generation_batches * data_size()
-        passes = {"epochs": train.num_train_epochs, "iterations": train.num_iterations, "seed": train.seed}
-        self.schedule = prompts.prompt_schedule(rows["length"], responses // rollout.samples_per_prompt, **passes)
-        total_steps = self.iterations * settings.steps_per_iteration(parsed.ppo, rollout, train)
-        pad_id = self.tokenizer.pad_token_id
-        shares = rollout.samples_per_prompt > 1
-        build = Build(parsed.roles, train, parsed.zero, models.overrides, total_steps, pad_id, self._device, shares)
-        server = settings.vllm_server(parsed, models)
-        self.roles = build_roles(models.actor, models.reward, models.functions, build, critic=bool(models.critic))
-        sampling = SamplingConfig(
-            rollout.max_answer_seq_len, temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k
-        )
-        backend = generation_backend(
-            self.roles.actor,
-            rollout.rollout_engine,
-            rows=rollout.per_device_generation_batch_size,
-            length=parsed.length,
-            server=server,
-            trained=self.roles.trained().values(),
-        )
-        scoring = Scoring(self.roles, self._prompts, parsed.ppo, rollout, train)
-        self.trainer = PPOTrainer(self.roles, scoring, backend, sampling, parsed.roles.dtype)
+        self._batches = settings.batches_of_all_ranks(rollout, train, data_size())
+        self.schedule = settings.schedule_of(rows["length"], self._batches, rollout, train)
+        self.trainer = build_trainer(parsed, models, self._prompts, self.iterations, self._device)
+        self.roles = self.trainer.roles
         self._found: dict[str, float] = {}
 
     @property
@@ -145,10 +125,8 @@ class PPO:
         Returns:
             This rank's generation batches, advantages included.
         """
-        rollout, train = self._flags.rollout, self._flags.train
-        per_step = settings.prompts_per_step(
-            rollout, settings.batches_of_all_ranks(rollout, train, data_size()), data_size()
-        )
+        rollout = self._flags.rollout
+        per_step = settings.prompts_per_step(rollout, self._batches, data_size())
         requests = prompts.dealt_requests(
             self._prompts, self.schedule[number], rollout, per_step, iteration=number, device=self._device
         )

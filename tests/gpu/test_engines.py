@@ -16,8 +16,8 @@ from tests.step3.hybrid_checks import build, prompts, request, train_two_steps
 from tests.utils.checkpoint.resume_checks import ADAPTERS, interrupted
 from tests.utils.engine.engine_checks import collate, fixed_rows, train
 from tests.utils.generation.test_rollout import build as build_family, request as tokens_request
-from training.step3_rlhf_finetuning.ppo_trainer import SamplerDifference, check_sampler, sampler_difference
 from training.step3_rlhf_finetuning.roles import build_actor
+from training.step3_rlhf_finetuning.sampler_check import SamplerDifference, check_sampler, sampler_difference
 from training.utils.engine.states import resting_bytes, states_on_host
 from training.utils.engine.zero_config import DTYPES
 from training.utils.errors import UserError

@@ -20,7 +20,7 @@ from tests.marks import slow
 from tests.reliability.tiny_runs import step_arguments
 from tests.reliability.zygote import MODULES
 from tests.utils.engine.engine_checks import TINY_SHARDS
-from training.step3_rlhf_finetuning.ppo_trainer import first_ratio_rounding
+from training.step3_rlhf_finetuning.sampler_check import first_ratio_rounding
 from training.utils.run.runtime import has_nvidia
 
 

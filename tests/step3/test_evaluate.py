@@ -9,8 +9,14 @@ import pytest
 
 from tests.tiny import save_tiny_model
 from training.step3_rlhf_finetuning import evaluate, main as step3, settings
-from training.step3_rlhf_finetuning.arguments import parse_counts
-from training.step3_rlhf_finetuning.evaluate import StepArguments, assemble, judged_by, of_the_run, sources_of_the_run
+from training.step3_rlhf_finetuning.evaluate import (
+    StepArguments,
+    assemble,
+    judged_by,
+    of_the_run,
+    parse_counts,
+    sources_of_the_run,
+)
 from training.step3_rlhf_finetuning.evaluation import Answer, best_of_kl, chosen_of, kl_to_reach
 from training.utils import arguments, evaluation_programs, intervals
 from training.utils.errors import UserError
@@ -29,11 +35,11 @@ def test_kl_of_best_of_n():
 
 
 def test_counts():
-    assert parse_counts("16,1,4,4", "--best_of") == [1, 4, 16]
-    assert parse_counts(" ", "--best_of") == []
+    assert parse_counts("16,1,4,4") == [1, 4, 16]
+    assert parse_counts(" ") == []
     for text in ("1,x", "0", "-2", "4,", "3,4"):
         with pytest.raises(UserError, match="--best_of"):
-            parse_counts(text, "--best_of")
+            parse_counts(text)
 
 
 def test_groups_of_n_choose_by_reward():

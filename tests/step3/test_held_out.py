@@ -181,6 +181,7 @@ def test_each_function_holds_base_sft_and_rlhf_against_each_other(monkeypatch, t
     assert (size["difference_low"], size["difference_high"], size["ties"]) == (6.0, 6.0, 0)
     assert (one["win_rate"], one["ties"], one["difference"]) == (0.5, ROWS, 0.0)
 
+    outputs.publish_actor(world.folder(tmp_path))
     outputs.write_answers(world.folder(tmp_path), world.evaluation)
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert [a["row"] for a in answers] == list(range(ROWS))
@@ -209,6 +210,7 @@ def test_of_a_large_set_a_spread_sample_is_answered_and_said(monkeypatch, tmp_pa
     assert (summary["prompts"], summary["held_out_prompts"]) == (len(rows), ROWS)
     assert [answer.row for answer in world.evaluation.after] == rows, "the actor of iteration 2, which is kept"
     assert summary["eval_functions"][0]["n"] == len(rows) and "base" in summary["eval_functions"][0]
+    outputs.publish_actor(world.folder(tmp_path))
     outputs.write_answers(world.folder(tmp_path), world.evaluation)
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == len(rows)
     assert all(
@@ -229,6 +231,7 @@ def test_without_functions_the_base_model_answers_what_is_shown(monkeypatch, tmp
     world.evaluation.begin()
     world.train()
     assert "eval_functions" not in world.evaluation.finish()
+    outputs.publish_actor(world.folder(tmp_path))
     outputs.write_answers(world.folder(tmp_path), world.evaluation)
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert [a["row"] for a in answers if a["base"] is not None] == [0, 1, 2]

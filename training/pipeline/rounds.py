@@ -21,8 +21,9 @@ from training.utils import arguments
 from training.utils.answers import Line, prompt_id, read_answers, write_lines
 from training.utils.arguments import DEMO, flags_in
 from training.utils.errors import UserError
+from training.utils.run.files import read_object, write_json
 from training.utils.run.folders import is_finished, make_dir, repository_root, shown
-from training.utils.run.manifest import read_manifest, write_json
+from training.utils.run.manifest import read_manifest
 from training.utils.run.processes import last_lines, run_logged, unused_port
 from training.utils.run.recipes import GIVEN
 
@@ -127,7 +128,7 @@ class Rounds:
         if (folder / "rankings").is_dir():  # training may have begun with them
             return 0
         named = ["--model", f"round{number - 1}={shown(self.folder(number - 1) / 'step3' / 'actor')}"]
-        argv = read_manifest(self.run / "manifest.json")["steps"]["step3"]["arguments"]
+        argv = read_manifest(self.run)["steps"]["step3"]["arguments"]
         like = [token for flag in SAMPLED_LIKE for token in _given(argv, flag)]
         like = like if "data_path" in flags_in(like) else ["--data_path", DEMO, *like]
         own = shlex.split(self.flags.generate_args)
@@ -149,7 +150,7 @@ class Rounds:
 
     def _training(self, number: int) -> int:
         """Steps 2 and 3 of a round, by train.py, with the flags of the run's own; the exit code."""
-        folder, steps = self.folder(number), read_manifest(self.run / "manifest.json")["steps"]
+        folder, steps = self.folder(number), read_manifest(self.run)["steps"]
         sections = {step: section_of(steps[step]["arguments"], step) for step in ("step2", "step3")}
         rankings = [shown(self.folder(i) / "rankings") for i in range(1, number + 1)]
         for name in ("data_path", "eval_data_path"):
@@ -168,7 +169,7 @@ class Rounds:
     def _agreement(self, number: int) -> int:
         """How far reward models agree with held-out judgements: the new one with all, the one before with the new."""
         path = self.run / ROUNDS_FILE
-        known: dict[str, Any] = read_manifest(path)
+        known = read_object(path)
         if str(number) in known.get("agreement", {}):
             return 0
         found: dict[str, Any] = {}
@@ -178,7 +179,7 @@ class Rounds:
             given = ["--path", shown(step2), "--data_path", *rankings, "--eval_data_path", *rankings]
             if code := self._start("evaluate", number, given):
                 return code
-            by_source = read_manifest(step2 / EVALUATION_FILE).get("by_source", {})
+            by_source = read_object(step2 / EVALUATION_FILE).get("by_source", {})
             found[f"reward model of round {model}"] = {
                 f"round {i}": by_source[source]
                 for i, source in zip(rounds, rankings, strict=True)
@@ -206,7 +207,7 @@ class Rounds:
 
     def _tell(self) -> None:
         """The rounds side by side: reward, independent checks, KL, agreement with held-out judgements."""
-        known = read_manifest(self.run / ROUNDS_FILE)
+        known = read_object(self.run / ROUNDS_FILE)
         rows = [self._numbers(number, known) for number in range(self.flags.rounds + 1)]
         names = list(dict.fromkeys(name for row in rows for name in row))
         head = ["", "SFT", *("PPO" if not number else f"round {number}" for number in range(len(rows)))]

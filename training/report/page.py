@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from training.report import cards, curves, evaluations, provenance, resources, s
 from training.report.run import RunRecord, read_run
 from training.report.style import CSS
 from training.report.text import e
+from training.utils.run.files import write_whole
 
 FILE = "report.html"
 # Anchor, heading, and what draws the section; "" from a section leaves it out.
@@ -55,7 +55,5 @@ def write_report(run_dir: Path, file: Path | None = None) -> Path:
         OSError: the file can not be written.
     """
     target = file or run_dir / FILE
-    scratch = target.with_name(target.name + ".tmp")
-    scratch.write_text(render_report(read_run(run_dir)), encoding="utf-8")
-    os.replace(scratch, target)
+    write_whole(target, render_report(read_run(run_dir)))
     return target

@@ -115,7 +115,7 @@ def read_run(path: Path) -> RunRecord:
     """
     if not path.is_dir():
         raise UserError(f"{path}: no such run directory")
-    manifest = read_manifest(path / "manifest.json")
+    manifest = read_manifest(path)
     if not manifest and not any((path / name).is_dir() for name in STEPS):
         raise UserError(f"{path} holds no run: neither manifest.json nor {', '.join(STEPS)}")
     notes: list[str] = []

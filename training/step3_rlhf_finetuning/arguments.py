@@ -14,6 +14,7 @@ from training.utils.arguments import (
     DTYPE_HELP,
     MAX_SEED,
     PRECISIONS,
+    ROLLOUT_ENGINES,
     SCHEDULES,
     LoraArguments,
     check_base_bits,
@@ -56,7 +57,7 @@ class RolloutArguments:
     )
     generation_batches: int = flag(1, "generation batches per iteration", minimum=1)
     samples_per_prompt: int = flag(1, "responses to each prompt of an iteration", minimum=1)
-    rollout_engine: str = flag("fast", "how tokens are decoded", choices=("fast", "hf", "vllm"))
+    rollout_engine: str = flag("fast", "how tokens are decoded", choices=ROLLOUT_ENGINES)
     vllm_python: str = flag("", "interpreter that has vLLM (default: that of make setup-vllm, else this one)")
     vllm_tensor_parallel: int = flag(1, "ranks whose vLLM processes hold the model together", minimum=1)
     temperature: float = flag(1.0, "sampling temperature, applied in training log-probs too", above=0)
@@ -303,23 +304,3 @@ def check_advantage(ppo: PPOArguments, rollout: RolloutArguments) -> None:
         raise UserError(
             f"--advantage {ppo.advantage} compares answers to the same prompt: --samples_per_prompt must be at least 2"
         )
-
-
-def parse_counts(text: str, flag: str) -> list[int]:
-    """``1,4,16`` -> [1, 4, 16], in rising order and each once; empty text gives none.
-
-    Raises:
-        UserError: not whole numbers from 1 on, or the largest is no multiple of another.
-    """
-    try:
-        counts = sorted({int(part) for part in text.split(",")}) if text.strip() else []
-    except ValueError:
-        counts = [0]
-    if any(n < 1 for n in counts):
-        raise UserError(f"{flag} {text}: write whole numbers from 1 on with commas between them, such as 1,4,16")
-    for n in counts:
-        if counts[-1] % n:
-            raise UserError(
-                f"{flag} {text}: {n} does not divide {counts[-1]}; all share the same {counts[-1]} answers to a prompt"
-            )
-    return counts

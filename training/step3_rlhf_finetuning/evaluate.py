@@ -23,6 +23,7 @@ from typing import Any
 
 from training.step3_rlhf_finetuning import arguments as rlhf_arguments
 from training.utils import arguments
+from training.utils.errors import UserError, run_program
 from training.utils.generation.vllm_python import check_vllm, find_vllm
 from training.utils.run.folders import is_finished, step_folder
 from training.utils.run.runtime import prepare_runtime
@@ -43,17 +44,38 @@ class StepArguments:
     best_of: str = arguments.flag("1,4,16", "draw best-of-n from the SFT model for these n, empty for none")
     max_answer_seq_len: int = arguments.flag(0, "longest answer in tokens (default: the run's)", minimum=0)
     temperature: float = arguments.flag(0.0, "sampling temperature (default: the run's)", minimum=0)
-    rollout_engine: str = arguments.flag("fast", "how tokens are decoded", choices=("fast", "hf", "vllm"))
+    rollout_engine: str = arguments.flag("fast", "how tokens are decoded", choices=arguments.ROLLOUT_ENGINES)
     vllm_python: str = arguments.flag("", "interpreter that has vLLM (default: that of make setup-vllm, else this one)")
 
 
 ARGUMENTS = [arguments.EvaluationArguments, StepArguments, arguments.DataArguments]
 
 
+def parse_counts(text: str) -> list[int]:
+    """``--best_of``: ``1,4,16`` -> [1, 4, 16], in rising order and each once; empty text gives none.
+
+    Raises:
+        UserError: not whole numbers from 1 on, or the largest is no multiple of another.
+    """
+    try:
+        counts = sorted({int(part) for part in text.split(",")}) if text.strip() else []
+    except ValueError:
+        counts = [0]
+    if any(n < 1 for n in counts):
+        raise UserError(f"--best_of {text}: write whole numbers from 1 on with commas between them, such as 1,4,16")
+    for n in counts:
+        if counts[-1] % n:
+            raise UserError(
+                f"--best_of {text}: {n} does not divide {counts[-1]}; all share the same {counts[-1]} answers to a "
+                "prompt"
+            )
+    return counts
+
+
 def parse_flags(argv: Sequence[str]) -> list[Any]:
     """The flags, by `ARGUMENTS`; without torch, so that ``--help`` and mistakes answer at once."""
     groups = arguments.parse(ARGUMENTS, argv, prog="step3/evaluate.py", description=__doc__)
-    rlhf_arguments.parse_counts(groups[1].best_of, "--best_of")
+    parse_counts(groups[1].best_of)
     check_vllm(groups[1].rollout_engine, groups[1].vllm_python)
     step_folder(groups[0].path, "step3")
     return groups
@@ -90,7 +112,6 @@ from training.step3_rlhf_finetuning.roles import build_rewards  # noqa: E402
 from training.utils import evaluation_programs, intervals  # noqa: E402
 from training.utils.data import prepare_data, spread_rows, stop_token_ids  # noqa: E402
 from training.utils.engine import precision  # noqa: E402
-from training.utils.errors import UserError, run_program  # noqa: E402
 from training.utils.generation.engines import rollout_backend  # noqa: E402
 from training.utils.generation.requests import RolloutBackend  # noqa: E402
 from training.utils.generation.sampling import SamplingConfig  # noqa: E402
@@ -388,7 +409,7 @@ def all_judges(
 def main(argv: Sequence[str]) -> int:
     """Evaluate; returns the exit code. See the module's docstring for what it writes."""
     args, step, data = parse_flags(argv)
-    counts = rlhf_arguments.parse_counts(step.best_of, "--best_of")
+    counts = parse_counts(step.best_of)
     folder = step_folder(args.path, "step3")
     recorded = evaluation_programs.recorded_arguments(folder, step3.ARGUMENTS, step3.OTHERS | step3.ALIASES)
     rollout, ppo = recorded[rlhf_arguments.RolloutArguments], recorded[rlhf_arguments.PPOArguments]

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from training.step3_rlhf_finetuning.forward import in_pieces, score_log_probs
+from training.step3_rlhf_finetuning.forward import row_slices, score_log_probs
 from training.step3_rlhf_finetuning.prompts import PromptSet
 from training.step3_rlhf_finetuning.reward_functions import (
     TextFunction,
@@ -171,7 +171,7 @@ def answer_held_out(
     while len(by_length) % data_size():
         by_length.append(by_length[-1])
     mine = by_length[data_rank() :: data_size()]
-    batches = [mine[piece] for piece in in_pieces(sizes.decoded, len(mine))]
+    batches = [mine[piece] for piece in row_slices(sizes.decoded, len(mine))]
     beat("answering held-out prompts")
     with generation as model:
         rollouts = [backend.generate(model, prompts.request(batch, device), sampling) for batch in batches]

@@ -75,34 +75,6 @@ class Experience:
         return replace(self, **{name: part[index] for name, part in parts.items() if part is not None})
 
 
-def make_experience(
-    rollout: RolloutBatch,
-    *,
-    log_probs: Tensor,
-    reference_log_probs: Tensor,
-    values: Tensor,
-    scores: Tensor,
-    valid: Tensor,
-    kl_coef: float,
-) -> Experience:
-    """Put one rollout's scores together; advantages and returns are still 0."""
-    mask = rollout.response_mask
-    rewards = ppo.token_rewards(log_probs, reference_log_probs, scores, mask, kl_coef=kl_coef)
-    blank = torch.zeros_like(rewards)
-    return Experience(
-        rollout.input_ids,
-        rollout.attention_mask,
-        mask,
-        log_probs,
-        reference_log_probs,
-        values,
-        rewards,
-        blank,
-        blank,
-        valid,
-    )
-
-
 @dataclass(frozen=True)
 class ScoredBatch:
     """One generation batch and everything that was found out about it.
@@ -210,31 +182,35 @@ class Scoring:
         finite = reward.isfinite()
         for by_token in (log_probs, reference_log_probs, values):
             finite = finite & (by_token.isfinite() | ~mask).all(1)
-        reward = reward.masked_fill(~finite, 0.0)
-        found = {"log_probs": log_probs, "reference_log_probs": reference_log_probs, "values": values}
         # a row that is left out must not reach the sums over all rows through 0 * NaN
-        log_probs, reference_log_probs, values, entropy, sampled = (
+        reward = reward.masked_fill(~finite, 0.0)
+        own, reference, spread, sampled = (
             part.masked_fill(~finite.unsqueeze(1), 0.0)
-            for part in (log_probs, reference_log_probs, values, entropy, rollout.logprobs)
+            for part in (log_probs, reference_log_probs, entropy, rollout.logprobs)
         )
         importance = None
         if flags.importance_cap:
-            importance = ppo.truncated_importance(log_probs, sampled, mask, cap=flags.importance_cap)
+            importance = ppo.truncated_importance(own, sampled, mask, cap=flags.importance_cap)
         ended = has_ended(rollout, request.stop_ids)
         held = ppo.clipped(reward, flags.clip_reward)
         scores = ppo.sequence_scores(held, ended, missing_eos_penalty=flags.missing_eos_penalty)
         scores = scores.masked_fill(~finite, 0.0)
-        experience = make_experience(
-            rollout,
-            log_probs=log_probs,
-            reference_log_probs=reference_log_probs,
-            values=values,
-            scores=scores,
+        kl_coef = 0.0 if flags.advantage == "grpo" else flags.kl_coef
+        rewards = ppo.token_rewards(own, reference, scores, mask, kl_coef=kl_coef)
+        blank = torch.zeros_like(rewards)  # until advantages are
+        experience = Experience(
+            rollout.input_ids,
+            rollout.attention_mask,
+            mask,
+            log_probs,  # as they are, for the trace: no update uses a row that is left out
+            reference_log_probs,
+            values,
+            rewards,
+            advantages=blank,
+            returns=blank,
             valid=finite,
-            kl_coef=0.0 if flags.advantage == "grpo" else flags.kl_coef,
+            importance=importance,
         )
-        # as they are, for the trace: no update uses a row that is left out
-        experience = replace(experience, importance=importance, **found)
         sums = {
             **{f"source/{name}": values.masked_fill(~finite, 0.0).sum().item() for name, values in raw.items()},
             "rows": float(len(reward)),
@@ -246,10 +222,10 @@ class Scoring:
             "beyond_clip": (held != reward).sum().item(),
             "scores": scores.double().sum().item(),
             "scores_squared": scores.double().square().sum().item(),
-            "kl": ((log_probs - reference_log_probs) * mask).sum().item(),
-            "entropy": (entropy * mask).sum().item(),
+            "kl": ((own - reference) * mask).sum().item(),
+            "entropy": (spread * mask).sum().item(),
             "ended": ended.sum().item(),
-            "difference": ((sampled - log_probs).abs() * mask).sum().item(),
+            "difference": ((sampled - own).abs() * mask).sum().item(),
         }
         if importance is not None:
             sums["importance"] = (importance * mask).sum().item()

@@ -88,7 +88,7 @@ def seen(input_ids: Tensor, attention_mask: Tensor, mask: Tensor, sharing: Shari
     return Seen(*rows, behind_prompts(*rows, sharing))
 
 
-def actor_log_probs(
+def rollout_log_probs(
     model: Any,
     input_ids: Tensor,
     attention_mask: Tensor,
@@ -125,30 +125,15 @@ def state_values(
     return pad(scores[:, rows.start - 1 : -1] * rows.mask, (0, mask.shape[1] - rows.mask.shape[1]))
 
 
-def response_rewards(
-    reward: Any, input_ids: Tensor, attention_mask: Tensor, mask: Tensor, sharing: Sharing | None = None
-) -> Tensor:
-    """A reward model's score at the last token of each response, ``[B]`` fp32."""
-    rows = seen(input_ids, attention_mask, mask, sharing)
-    scores = token_scores(reward, rows.ids, rows.attention_mask, rows.shared)
-    return last_token_scores(scores, full_response_mask(rows.mask, rows.ids.shape[1]))
-
-
-def in_pieces(batch_size: int, total: int) -> list[slice]:
+def row_slices(batch_size: int, total: int) -> list[slice]:
     """Row slices of at most ``batch_size``."""
     return [slice(i, min(i + batch_size, total)) for i in range(0, total, batch_size)]
 
 
-def scored_pieces(batch_size: int, total: int) -> Iterator[slice]:
-    """`in_pieces`, each a sign of life for the watchdog."""
-    for piece in in_pieces(batch_size, total):
-        beat()
-        yield piece
-
-
 def _parts(rollout: RolloutBatch, batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Ids, attention and response mask of ``batch_size`` rows at a time."""
-    for piece in scored_pieces(batch_size, rollout.input_ids.shape[0]):
+    """Ids, attention and response mask of ``batch_size`` rows at a time, each a sign of life for the watchdog."""
+    for piece in row_slices(batch_size, rollout.input_ids.shape[0]):
+        beat()
         yield rollout.input_ids[piece], rollout.attention_mask[piece], rollout.response_mask[piece]
 
 
@@ -161,8 +146,8 @@ def score_log_probs(
     entropy: bool = False,
     sharing: Sharing | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`actor_log_probs` of a rollout, ``batch_size`` rows at a time."""
-    parts = [actor_log_probs(model, *part, temperature, entropy, sharing) for part in _parts(rollout, batch_size)]
+    """`rollout_log_probs` of a rollout, ``batch_size`` rows at a time."""
+    parts = [rollout_log_probs(model, *part, temperature, entropy, sharing) for part in _parts(rollout, batch_size)]
     log_probs = torch.cat([p[0] for p in parts])
     return log_probs, torch.cat([p[1] for p in parts if p[1] is not None]) if entropy else None
 
@@ -176,4 +161,9 @@ def score_values(critic: Any, rollout: RolloutBatch, batch_size: int, sharing: S
 @torch.no_grad()
 def score_rewards(reward: Any, rollout: RolloutBatch, batch_size: int, sharing: Sharing | None = None) -> Tensor:
     """Raw reward of each response, ``[B]`` fp32: the reward model's score at its last token."""
-    return torch.cat([response_rewards(reward, *part, sharing) for part in _parts(rollout, batch_size)])
+    found = []
+    for part in _parts(rollout, batch_size):
+        rows = seen(*part, sharing)
+        scores = token_scores(reward, rows.ids, rows.attention_mask, rows.shared)
+        found.append(last_token_scores(scores, full_response_mask(rows.mask, rows.ids.shape[1])))
+    return torch.cat(found)

@@ -48,7 +48,7 @@ from training.utils.model import loading
 from training.utils.model.export import save_model
 from training.utils.model.tokenizer import check_vocabulary
 from training.utils.run.distributed import gather_objects, say
-from training.utils.run.manifest import read_manifest
+from training.utils.run.files import read_object
 
 # An evaluation during training answers this many prompts: it then costs about as much as the rollouts of one
 # iteration of the demo.
@@ -326,7 +326,7 @@ def answers_to(answers: Sequence[Answer], rows: Sequence[int]) -> list[Answer]:
 
 def base_model_of(actor_path: str) -> str:
     """The model that step 1 started from, as its summary says; empty where it does not."""
-    return str(read_manifest(Path(actor_path) / "summary.json").get("base_model") or "")
+    return str(read_object(Path(actor_path) / "summary.json").get("base_model") or "")
 
 
 def base_answers(

@@ -46,51 +46,28 @@ prepare_runtime()
 
 from training.step3_rlhf_finetuning import outputs, settings  # noqa: E402
 from training.step3_rlhf_finetuning.evaluation import load_eval_functions  # noqa: E402
-from training.step3_rlhf_finetuning.experience import Scoring  # noqa: E402
 from training.step3_rlhf_finetuning.held_out import open_evaluation  # noqa: E402
 from training.step3_rlhf_finetuning.plan import show_rlhf_plan  # noqa: E402
-from training.step3_rlhf_finetuning.ppo_trainer import PPOTrainer, check_first_ratio  # noqa: E402
+from training.step3_rlhf_finetuning.ppo_trainer import build_trainer  # noqa: E402
 from training.step3_rlhf_finetuning.pretraining_mix import PretrainingMix  # noqa: E402
-from training.step3_rlhf_finetuning.roles import Build, build_roles, generation_backend  # noqa: E402
-from training.step3_rlhf_finetuning.settings import Opened  # noqa: E402
+from training.step3_rlhf_finetuning.sampler_check import check_first_ratio  # noqa: E402
 from training.utils.checkpoint.resume import resume_output_dir  # noqa: E402
 from training.utils.engine import precision  # noqa: E402
-from training.utils.generation.sampling import SamplingConfig  # noqa: E402
 from training.utils.metrics import progress_bar  # noqa: E402
 
 
-def build_trainer(o: Opened) -> PPOTrainer:
-    """Load every model, and put together what an iteration needs."""
-    rollout, ppo, train = o.flags.rollout, o.flags.ppo, o.flags.train
-    total_steps = len(o.schedule) * settings.steps_per_iteration(ppo, rollout, train)
-    pad_id, models = o.models.tokenizer.pad_token_id, o.models
-    shares = rollout.samples_per_prompt > 1
-    build = Build(o.flags.roles, train, o.flags.zero, models.overrides, total_steps, pad_id, o.device, shares)
-    server = settings.vllm_server(o.flags, models, o.output_dir)
-    roles = build_roles(models.actor, models.reward, models.functions, build, critic=bool(models.critic))
-    backend = generation_backend(
-        roles.actor,
-        rollout.rollout_engine,
-        rows=rollout.per_device_generation_batch_size,
-        length=o.flags.length,
-        server=server,
-        trained=roles.trained().values(),
-    )
-    sampling = SamplingConfig(
-        rollout.max_answer_seq_len, temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k
-    )
-    mix = o.mix and PretrainingMix(
+def pretraining_mix(o: settings.Opened) -> PretrainingMix | None:
+    """What the actor's steps learn beside the answers, None without ``--unsupervised_data_path``."""
+    train = o.flags.train
+    return o.mix and PretrainingMix(
         o.mix,
         train.unsup_coef,
         rows=o.run.batches["rows per step"],
         micro_batch_size=train.per_device_training_batch_size,
-        pad_id=pad_id,
+        pad_id=o.models.tokenizer.pad_token_id,
         device=o.device,
         seed=train.seed,
     )
-    scoring, run = Scoring(roles, o.training, ppo, rollout, train), o.run
-    dtype = o.flags.roles.dtype
-    return PPOTrainer(roles, scoring, backend, sampling, dtype, o.phases, mix, run.stop_if_asked, run.guard)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -106,7 +83,18 @@ def main(argv: Sequence[str]) -> int:
         return show_rlhf_plan(models, flags)
     opened = settings.open_run(argv, flags, models)
     run, phases, output_dir = opened.run, opened.phases, opened.output_dir
-    trainer = build_trainer(opened)
+    trainer = build_trainer(
+        opened.flags,
+        models,
+        opened.training,
+        len(opened.schedule),
+        opened.device,
+        output_dir,
+        phases=phases,
+        pretraining=pretraining_mix(opened),
+        before_update=run.stop_if_asked,
+        guard=run.guard,
+    )
     roles = trainer.roles
     phases.end("load")
 
@@ -140,12 +128,13 @@ def main(argv: Sequence[str]) -> int:
 
     # Save: the actor is the best one so far, by held-out reward at bounded KL
     shards = flags.reliability.max_shard_size
-    outputs.save_roles(roles, models.tokenizer, output_dir, opened.training.stop_ids, shards)
+    outputs.save_critic_and_ema(roles, models.tokenizer, output_dir, opened.training.stop_ids, shards)
     phases.end("save")
     with outputs.saved_if_lost(run, run.step):
         summary = evaluator.finish()
     run.stop_if_asked()
     logger.close()
+    outputs.publish_actor(output_dir)
     outputs.write_answers(output_dir, evaluator)
     starts = {"actor": models.actor} | ({"critic": models.critic} if models.critic else {})
     summary |= opened.summary()

@@ -17,19 +17,18 @@ from typing import Any
 from training.step3_rlhf_finetuning.evaluation import Answer, Values
 from training.step3_rlhf_finetuning.experience import ScoredBatch
 from training.step3_rlhf_finetuning.held_out import HeldOutEvaluation
-from training.step3_rlhf_finetuning.hybrid_engine import HybridEngine
 from training.step3_rlhf_finetuning.ppo_trainer import PPOTrainer
 from training.step3_rlhf_finetuning.prompts import PromptSet, sample_rows
 from training.step3_rlhf_finetuning.roles import Roles
 from training.utils.checkpoint.resume import BEST, METRICS, Run
 from training.utils.data import StepData
-from training.utils.generation.requests import RolloutBackend, RolloutsLost, has_ended, response_texts
-from training.utils.generation.sampling import SamplingConfig
+from training.utils.generation.requests import RolloutsLost, has_ended, response_texts
 from training.utils.health import HealthMonitor
 from training.utils.metrics import MetricsLogger, write_summary
 from training.utils.model.card import write_model_card
 from training.utils.model.export import move_into, save_model
 from training.utils.run.distributed import gather_rows, is_main, say
+from training.utils.run.files import write_json, write_whole
 
 SAMPLES_FILE = "samples.json"
 ANSWERS_FILE = "answers.jsonl"
@@ -58,15 +57,6 @@ def saved_if_lost(run: Run, number: int, evaluator: HeldOutEvaluation | None = N
         run.stop_if(str(lost), "with the reason out of the way the same command goes on")
 
 
-def sample_answer(
-    prompts: PromptSet, row: int, actor: HybridEngine, backend: RolloutBackend, sampling: SamplingConfig
-) -> str:
-    """What the actor answers one held-out prompt with now; a collective."""
-    with actor.generation_mode() as twin:
-        rollout = backend.generate(twin, prompts.request([row], actor.engine.device), sampling)
-    return response_texts(rollout, prompts.tokenizer)[0]
-
-
 def monitored_logger(output_dir: Path, report_to: str, run: Run) -> MetricsLogger:
     """Where the metrics go, continued where a resumed run stood, and watched by the monitor."""
     monitor = HealthMonitor(output_dir)
@@ -78,7 +68,9 @@ def monitored_logger(output_dir: Path, report_to: str, run: Run) -> MetricsLogge
 def show_progress(iteration: int, trainer: PPOTrainer, held_out: PromptSet, logger: MetricsLogger) -> None:
     """Show one held-out prompt's answer, always the same prompt, and some rollouts of the iteration; a collective."""
     row = sample_rows(held_out)[-1]
-    text = sample_answer(held_out, row, trainer.roles.actor, trainer.backend, trainer.sampling)
+    with trainer.roles.actor.generation_mode() as twin:
+        rollout = trainer.backend.generate(twin, held_out.request([row], trainer.device), trainer.sampling)
+    text = response_texts(rollout, held_out.tokenizer)[0]
     table = rollout_table(trainer.scored[0], trainer.scoring.prompts)
     say(f"[{iteration}] {held_out.messages(row)[-1]['content']}\n    -> {text}\n{as_text(table)}")
     logger.text(iteration, "sample", text)
@@ -131,7 +123,7 @@ def write_samples(
             if row in known
         }
         records.append({"prompt": prompts.messages(row), "answers": given})
-    _write(folder / SAMPLES_FILE, json.dumps(records, indent=2, ensure_ascii=False) + "\n")
+    write_json(folder / SAMPLES_FILE, records)
 
 
 def write_all_answers(
@@ -154,18 +146,11 @@ def write_all_answers(
             "ended": {model: a.ended for model, a in given.items()},
         }
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-    _write(folder / ANSWERS_FILE, "".join(lines))
+    write_whole(folder / ANSWERS_FILE, "".join(lines))
 
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(path)
 
 
 TRACE_FOLDER = "trace"
@@ -228,13 +213,16 @@ def write_trace(folder: Path, batches: Sequence[ScoredBatch], prompts: PromptSet
     path = folder / TRACE_FOLDER / f"iteration-{iteration:06d}.jsonl"
     path.parent.mkdir(exist_ok=True)
     lines = [json.dumps(record, ensure_ascii=False) for record in sorted(records, key=lambda r: r["sample"])]
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    scratch.replace(path)
+    write_whole(path, "\n".join(lines) + "\n")
 
 
-def save_roles(roles: Roles, tokenizer: Any, output_dir: Path, stop_ids: Sequence[int], max_shard_size: str) -> None:
-    """Save the critic and the moving average of the actor, where there are any; a collective."""
+def save_critic_and_ema(
+    roles: Roles, tokenizer: Any, output_dir: Path, stop_ids: Sequence[int], max_shard_size: str
+) -> None:
+    """Save the critic and the moving average of the actor, where there are any; a collective.
+
+    The actor's weights are those that the evaluation kept, see `publish_actor`.
+    """
     save: dict[str, Any] = {"stop_ids": stop_ids, "max_shard_size": max_shard_size}
     if roles.critic is not None:
         scorer = roles.critic.module
@@ -245,11 +233,16 @@ def save_roles(roles: Roles, tokenizer: Any, output_dir: Path, stop_ids: Sequenc
             save_model(roles.actor.engine, tokenizer, output_dir / "ema", **save)
 
 
+def publish_actor(output_dir: Path) -> None:
+    """Put the kept actor, the best by held-out reward at bounded KL, in its place."""
+    if is_main():
+        move_into(output_dir / BEST, output_dir / "actor")
+
+
 def write_answers(output_dir: Path, evaluator: HeldOutEvaluation) -> None:
-    """Put the kept actor in its place, and write what base, SFT and RLHF model answer: answers.jsonl, samples.json."""
+    """Write what base, SFT and RLHF model answer: answers.jsonl, samples.json."""
     if not is_main():
         return
-    move_into(output_dir / BEST, output_dir / "actor")
     given = {"base": evaluator.base_answers, "sft": evaluator.before, "rlhf": evaluator.after}
     answers = {model: {answer.row: answer for answer in found} for model, found in given.items()}
     rows = [row for row in sample_rows(evaluator.prompts) if row in answers["rlhf"]]

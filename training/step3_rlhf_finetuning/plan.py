@@ -14,7 +14,7 @@ from training.step3_rlhf_finetuning.arguments import (
     RoleZeroArguments,
     RolloutArguments,
 )
-from training.step3_rlhf_finetuning.forward import actor_log_probs, state_values
+from training.step3_rlhf_finetuning.forward import rollout_log_probs, state_values
 from training.step3_rlhf_finetuning.settings import Flags, Models
 from training.utils.arguments import LoraArguments
 from training.utils.engine.zero_config import deepspeed_config
@@ -26,7 +26,7 @@ from training.utils.memory import plan as plans
 from training.utils.memory.generation import key_heads
 from training.utils.memory.live import FakeModel, PassMemory
 from training.utils.memory.training import ranks_told
-from training.utils.memory.zero import BYTES, MASTER, MOMENTS, RoleMemory, frozen_role, trained_role
+from training.utils.memory.zero import BYTES, MASTER, MOMENTS, RoleMemory, frozen_memory, trained_memory
 from training.utils.model import classifiers
 from training.utils.model.forward import without_adapters
 from training.utils.model.language_modelling import negative_log_likelihood
@@ -77,7 +77,7 @@ class RoleCosts:
         if role != "actor":
             return state_values(model, ids, mask, model.on_device(response))
         ids = model.on_device(ids)
-        return actor_log_probs(model, ids, mask, response, 1.0, entropy=not torch.is_grad_enabled())[0]
+        return rollout_log_probs(model, ids, mask, response, 1.0, entropy=not torch.is_grad_enabled())[0]
 
     def _training(self, role: str, rows: int, checkpointing: bool) -> PassMemory:
         model: FakeModel = getattr(self, role)
@@ -96,7 +96,7 @@ class RoleCosts:
     def _prefill(self, rows: int, length: int) -> PassMemory:
         ids, mask = plans.fake_batch(rows, length)
         last = torch.zeros(rows, 1, dtype=torch.bool).logical_not()
-        return self.actor.forward_pass(lambda m: actor_log_probs(m, m.on_device(ids), mask, last, 1.0)[0])
+        return self.actor.forward_pass(lambda m: rollout_log_probs(m, m.on_device(ids), mask, last, 1.0)[0])
 
     @functools.cached_property
     def cache_bytes_per_token(self) -> int:
@@ -190,10 +190,10 @@ def rlhf_plan(
         config = deepspeed_config(zero_stage=stage, dtype=dtype, offload=settings.offload, **shared)
         size = plans.role_size(getattr(costs, role))
         accumulates = settings.accumulates or (mix and role == "actor")
-        memory[role] = trained_role(
+        memory[role] = trained_memory(
             size, config=config, dtype=dtype, ranks=ranks, on_cpu=on_cpu, accumulates=accumulates
         )
-    bare = functools.partial(frozen_role, dtype=dtype, ranks=ranks)
+    bare = functools.partial(frozen_memory, dtype=dtype, ranks=ranks)
     if not (zero.actor_lora_dim and zero.only_optimize_lora):
         count = plans.base_parameters(costs.actor)
         memory["reference"] = bare(count, zero_stage=stages[0], offload=zero.offload_reference_model)

@@ -2,19 +2,14 @@
 
 One loop serves the three advantages of `training.step3_rlhf_finetuning.experience`. With ``rloo`` and ``grpo`` there is
 no critic: none is built, scored or trained; GRPO's KL term is in `PPOTrainer._policy_objective`.
-
-Is the sampler the policy? Its log-probs of the sampled tokens are held against the training forward's. Decoding one
-token at a time with a cache and scoring a whole row at once are two computations of the same number. They differ by
-rounding; if they differ by more, responses come from another policy than the one that is trained, and PPO learns from a
-lie. So the first iteration compares them and stops the run if they disagree. Later iterations log the mean difference.
 """
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,20 +17,18 @@ from torch import Tensor
 
 from training.step3_rlhf_finetuning import ppo
 from training.step3_rlhf_finetuning.experience import Experience, ScoredBatch, Scoring
-from training.step3_rlhf_finetuning.forward import actor_log_probs, in_pieces, state_values
+from training.step3_rlhf_finetuning.forward import rollout_log_probs, row_slices, state_values
 from training.step3_rlhf_finetuning.pretraining_mix import PretrainingMix
-from training.step3_rlhf_finetuning.roles import Roles
+from training.step3_rlhf_finetuning.prompts import PromptSet
+from training.step3_rlhf_finetuning.roles import Build, Roles, build_roles, generation_backend
+from training.step3_rlhf_finetuning.sampler_check import check_sampler, sampler_difference
+from training.step3_rlhf_finetuning.settings import Flags, Models, steps_per_iteration, vllm_server
 from training.utils.engine import engine as engines
-from training.utils.errors import UserError
 from training.utils.generation.requests import RolloutBackend, RolloutRequest
 from training.utils.generation.sampling import SamplingConfig
 from training.utils.phases import Phases
-from training.utils.run.distributed import all_reduce_sum, gather_rows, reduce_sums, say
+from training.utils.run.distributed import all_reduce_sum, reduce_sums, say
 from training.utils.run.watchdog import beat
-
-# Measured on SmolLM2-135M: fp32 max 2e-5; bf16 mean 0.04, 99th percentile 0.18. Families with recurrent layers come to
-# 1.3e-4 in fp32 (zamba2, qwen3_next); a mask that is lost to 0.1 and more. In 16 bit the largest of thousands of tokens
-# says nothing: one unlucky token may be far off while all the others agree.
 
 BAD_REWARDS = "rewards, log-probs or values that are not finite"
 BAD_GRADIENTS = "gradients of the {} that are not finite"
@@ -163,7 +156,7 @@ class PPOTrainer:
         """On the first iteration, stop if the sampler is not the policy that is trained; a resumed run only says.
 
         Raises:
-            UserError: see `training.step3_rlhf_finetuning.ppo_trainer`.
+            UserError: see `training.step3_rlhf_finetuning.sampler_check`.
         """
         if self._checked:
             return
@@ -181,7 +174,7 @@ class PPOTrainer:
         """PPO epochs over the experience; returns means over all tokens of all minibatches.
 
         The first epoch takes rows in the order and the pieces they were scored in, so that its first minibatch
-        has a ratio of 1 (`first_ratio_rounding` says how exactly); later epochs shuffle.
+        has a ratio of 1 (`sampler_check.first_ratio_rounding` says how exactly); later epochs shuffle.
 
         Args:
             experiences: this rank's generation batches.
@@ -255,7 +248,7 @@ class PPOTrainer:
     def _policy_objective(self, engine: Any, piece: Experience) -> tuple[Tensor, dict[str, Tensor]]:
         """What the actor's step minimises on a micro-batch, summed over tokens, and detached sums for the metrics."""
         flags = self.ppo
-        log_probs, entropy = actor_log_probs(
+        log_probs, entropy = rollout_log_probs(
             engine,
             piece.input_ids,
             piece.attention_mask,
@@ -277,6 +270,46 @@ class PPOTrainer:
             kl = ppo.reference_kl(log_probs, piece.reference_log_probs, piece.mask)
             objective = objective + flags.kl_coef * kl
         return objective, statistics | {"policy_loss": loss.detach()}
+
+
+def build_trainer(
+    flags: Flags,
+    models: Models,
+    prompts: PromptSet,
+    iterations: int,
+    device: torch.device,
+    folder: Path | None = None,
+    **of_the_program: Any,
+) -> PPOTrainer:
+    """Load every model, and put together what an iteration needs; a collective.
+
+    Args:
+        flags, models: see `training.step3_rlhf_finetuning.settings`.
+        prompts: what is trained on.
+        iterations: of the whole run, over which learning rates fall.
+        device: this rank's.
+        folder: where a vLLM's log goes; a new temporary one without it.
+        of_the_program: see `PPOTrainer`, from ``phases`` on.
+    """
+    rollout, train = flags.rollout, flags.train
+    total_steps = iterations * steps_per_iteration(flags.ppo, rollout, train)
+    pad_id, shares = models.tokenizer.pad_token_id, rollout.samples_per_prompt > 1
+    build = Build(flags.roles, train, flags.zero, models.overrides, total_steps, pad_id, device, shares)
+    server = vllm_server(flags, models, folder)
+    roles = build_roles(models.actor, models.reward, models.functions, build, critic=bool(models.critic))
+    backend = generation_backend(
+        roles.actor,
+        rollout.rollout_engine,
+        rows=rollout.per_device_generation_batch_size,
+        length=flags.length,
+        server=server,
+        trained=roles.trained().values(),
+    )
+    sampling = SamplingConfig(
+        rollout.max_answer_seq_len, temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k
+    )
+    scoring = Scoring(roles, prompts, flags.ppo, rollout, train)
+    return PPOTrainer(roles, scoring, backend, sampling, flags.roles.dtype, **of_the_program)
 
 
 def _added(parts: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -321,106 +354,4 @@ def _role_metrics(role: str, steps: Sequence[engines.StepResult | None]) -> dict
 def _minibatch_rows(count: int, size: int, epoch: int, generator: torch.Generator) -> list[list[int]]:
     """Row numbers of each micro-batch: in order in the first epoch, shuffled later."""
     order = torch.randperm(count, generator=generator).tolist() if epoch else list(range(count))
-    return [order[piece] for piece in in_pieces(size, count)]
-
-
-MAX_DIFFERENCE_FP32 = 1e-3
-MEAN_DIFFERENCE_16BIT = 0.1
-P99_DIFFERENCE_16BIT = 0.5
-
-
-@dataclass(frozen=True)
-class SamplerDifference:
-    """Of |sampler - trainer| over the sampled tokens, in nats: mean, 99th percentile, largest; and their number."""
-
-    mean: float
-    p99: float
-    largest: float
-    tokens: int
-
-    def __str__(self) -> str:
-        return f"mean {self.mean:.2e}, 99th percentile {self.p99:.2e}, max {self.largest:.2e}"
-
-
-def sampler_difference(
-    sampler: Sequence[Tensor], trainer: Sequence[Tensor], masks: Sequence[Tensor]
-) -> SamplerDifference:
-    """Compare log-probs over all batches of all ranks; a collective.
-
-    Args:
-        sampler, trainer: log-probs [B, R] of each batch, from decoding and from the training forward.
-        masks: [B, R] bool, true on response tokens.
-    """
-    mine = [(s - t).abs()[m].double() for s, t, m in zip(sampler, trainer, masks, strict=True)]
-    values = torch.tensor(gather_rows(torch.cat(mine).tolist()), dtype=torch.float64)
-    if not len(values):
-        return SamplerDifference(0.0, 0.0, 0.0, 0)
-    ordered = values.sort().values  # NaN sorts last, so it is the largest
-    p99 = ordered[int(0.99 * (len(ordered) - 1))].item()
-    return SamplerDifference(values.mean().item(), p99, ordered[-1].item(), len(values))
-
-
-# What two forwards of the same tokens may differ by, as the mean ratio of a minibatch of the policy with itself: beyond
-# this a run ends
-FIRST_RATIO = {"fp32": 1e-3, "fp16": 5e-3, "bf16": 2e-2}
-# What other kernels make of it. On a CPU scoring and training run the same ones, and the ratio is exactly 1. Elsewhere
-# scaled_dot_product_attention and matrix libraries may choose others where a gradient is asked for.
-OTHER_KERNELS = {"fp32": 1e-4, "fp16": 2e-3, "bf16": 1e-2}
-
-
-def first_ratio_rounding(dtype: str, device: torch.device, alike: bool = True) -> float:
-    """How far the first ratio may be from 1 by rounding alone.
-
-    Args:
-        dtype, device: the run's.
-        alike: as many rows are scored together as are trained together.
-    """
-    return 0.0 if device.type == "cpu" and alike else OTHER_KERNELS[dtype]
-
-
-def check_first_ratio(ratio: float, dtype: str, device: torch.device, alike: bool = True) -> None:
-    """Stop if the policy's first ratio, of weights that have not moved, is not 1; warn once if rounding is not why.
-
-    Args:
-        ratio: of the first minibatch.
-        dtype, device, alike: see `first_ratio_rounding`.
-
-    Raises:
-        UserError: with the likely cause.
-    """
-    if abs(ratio - 1) > first_ratio_rounding(dtype, device, alike):
-        _say_once("warning: the ratio of the first minibatch is not 1 by more than rounding, policy/first_ratio has it")
-    if not abs(ratio - 1) <= FIRST_RATIO[dtype]:  # NaN is off too
-        raise UserError(
-            f"the ratio of the first minibatch is {ratio:.4f}, and before any update it must be 1 (allowed in {dtype}: "
-            f"within {FIRST_RATIO[dtype]}): two forwards of the same tokens differ, so something in the model draws "
-            "random numbers or depends on its mode, such as a router's noise or a dropout under a name of its own"
-        )
-
-
-@functools.cache
-def _say_once(line: str) -> None:
-    say(line)
-
-
-def check_sampler(difference: SamplerDifference, dtype: str) -> None:
-    """Stop if the difference is more than rounding.
-
-    Args:
-        difference: of the first iteration.
-        dtype: the run's precision: fp32 is judged by its largest difference, 16 bit by mean and 99th percentile.
-
-    Raises:
-        UserError: with the figures, the tolerance, and what to try.
-    """
-    if dtype == "fp32":
-        fine, allowed = difference.largest <= MAX_DIFFERENCE_FP32, f"max {MAX_DIFFERENCE_FP32}"
-    else:
-        fine = difference.mean <= MEAN_DIFFERENCE_16BIT and difference.p99 <= P99_DIFFERENCE_16BIT
-        allowed = f"mean {MEAN_DIFFERENCE_16BIT}, 99th percentile {P99_DIFFERENCE_16BIT}"
-    if not fine:
-        raise UserError(
-            f"the sampler is not the policy that is trained: log-probs of {difference.tokens} sampled tokens differ "
-            f"from the training forward's by {difference} (allowed in {dtype}: {allowed}); --rollout_engine hf tells "
-            f"whether decoding is to blame{'' if dtype == 'fp32' else ', --dtype fp32 whether rounding is'}"
-        )
+    return [order[piece] for piece in row_slices(size, count)]

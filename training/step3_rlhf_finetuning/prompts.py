@@ -126,41 +126,23 @@ def dealt_requests(
     iteration: int,
     device: torch.device,
 ) -> list[RolloutRequest]:
-    """This rank's generation batches of an iteration: `deal`, then `iteration_requests`; ``rollout`` are the flags."""
-    dealt = deal(chosen, prompts.dataset["length"], data_size(), rollout.generation_batches, per_step)
-    return iteration_requests(
-        prompts,
-        chosen,
-        [batch[data_rank()] for batch in dealt],
-        samples_per_prompt=rollout.samples_per_prompt,
-        iteration=iteration,
-        device=device,
-    )
+    """This rank's generation batches of an iteration.
 
-
-def iteration_requests(
-    prompts: PromptSet,
-    chosen: Sequence[int],
-    positions: Sequence[Sequence[int]],
-    *,
-    samples_per_prompt: int,
-    iteration: int,
-    device: torch.device,
-) -> list[RolloutRequest]:
-    """One rank's generation batches of an iteration.
+    The sampling noise of an answer hangs on its prompt's position in ``chosen`` and its number among the answers to it,
+    so it does not depend on the number of ranks.
 
     Args:
         prompts: step 3's training prompts.
         chosen: the iteration's prompt numbers.
-        positions: this rank's positions in ``chosen``, for each generation batch; the sampling noise hangs
-            on position and sample, so it does not depend on the number of ranks.
-        samples_per_prompt: each prompt is repeated this often, side by side.
+        rollout: the flags; each prompt is repeated ``samples_per_prompt`` times, side by side.
+        per_step: see `deal`.
         iteration, device: see `RolloutRequest`.
     """
+    dealt = deal(chosen, prompts.dataset["length"], data_size(), rollout.generation_batches, per_step)
     requests = []
-    for batch in positions:
-        repeated = [(p, s) for p in batch for s in range(samples_per_prompt)]
-        ids = [p * samples_per_prompt + s for p, s in repeated]
+    for batch in dealt:
+        repeated = [(p, s) for p in batch[data_rank()] for s in range(rollout.samples_per_prompt)]
+        ids = [p * rollout.samples_per_prompt + s for p, s in repeated]
         requests.append(prompts.request([chosen[p] for p, _ in repeated], device, iteration=iteration, row_ids=ids))
     return requests
 

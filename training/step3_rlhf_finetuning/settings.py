@@ -213,9 +213,7 @@ def open_run(argv: Sequence[str], flags: Flags, models: Models) -> Opened:
     training, held_out = (
         prompts.PromptSet(part, models.tokenizer, stop_ids, train.seed) for part in (rows.train, rows.held_out)
     )
-    per_iteration = run.batches["responses per iteration"] // rollout.samples_per_prompt
-    passes = {"epochs": train.num_train_epochs, "iterations": train.num_iterations, "seed": train.seed}
-    schedule = prompts.prompt_schedule(rows.train["length"], per_iteration, **passes)
+    schedule = schedule_of(rows.train["length"], run.batches, rollout, train)
     phases.end("data", "loading the models of all roles")
     flags = replace(flags, rollout=rollout, train=train)
     return Opened(
@@ -292,6 +290,15 @@ def divide_batches(
     train = replace(train, per_device_training_batch_size=training, gradient_accumulation_steps=accumulation)
     check_batches(rollout, train)
     return rollout, train
+
+
+def schedule_of(
+    lengths: Sequence[int], batches: Mapping[str, int], rollout: RolloutArguments, train: OptimizationArguments
+) -> list[list[int]]:
+    """`training.step3_rlhf_finetuning.prompts.prompt_schedule` by the flags and `batches_of_all_ranks`."""
+    per_iteration = batches["responses per iteration"] // rollout.samples_per_prompt
+    passes = {"epochs": train.num_train_epochs, "iterations": train.num_iterations, "seed": train.seed}
+    return prompts.prompt_schedule(lengths, per_iteration, **passes)
 
 
 def prompts_per_step(rollout: RolloutArguments, batches: Mapping[str, int], ranks: int) -> int:

@@ -1,1 +1,1 @@
-"""What the three steps share: arguments, models, data, DeepSpeed engines, checkpoints, metrics."""
+"""What all steps share: arguments, data, models, DeepSpeed engines, generation, memory, runs, checkpoints, metrics."""

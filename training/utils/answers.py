@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from training.utils.errors import UserError
+from training.utils.run.files import write_json
 from training.utils.run.folders import locked, make_dir, shown
-from training.utils.run.manifest import write_json
 
 SETTINGS_FILE = "settings.json"
 Line = dict[str, Any]

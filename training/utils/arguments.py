@@ -43,6 +43,7 @@ CLOSE = 0.8  # likeness of a flag to one that may be meant
 MAX_SEED = 2**32 - 1  # what every library that is seeded takes
 
 # transformers' names of learning rate schedules, as DeepSpeed-Chat offers them
+ROLLOUT_ENGINES = ("fast", "hf", "vllm")
 SCHEDULES = ("cosine", "linear", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
 

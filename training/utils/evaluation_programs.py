@@ -12,8 +12,9 @@ from training.utils import arguments
 from training.utils.errors import UserError
 from training.utils.run.demo import recorded_argv
 from training.utils.run.distributed import say
+from training.utils.run.files import write_json
 from training.utils.run.folders import repository_root, shown
-from training.utils.run.manifest import read_manifest, write_json
+from training.utils.run.manifest import recorded_run
 
 EVALUATION_FILE = "evaluation.json"
 
@@ -33,9 +34,7 @@ def recorded_arguments(
     Returns:
         Group -> its flags.
     """
-    found = read_manifest(folder / "summary.json").get("run_with")
-    if found is None:
-        found = read_manifest(folder.parent / "manifest.json").get("steps", {}).get(folder.name, {})
+    found = recorded_run(folder)
     started = [Path(found["folder"])] if "folder" in found else []
     folders = [*started, repository_root(), folder.parent, *folder.parent.parents, Path.cwd()]
     argv = [_located(token, folders) for token in found.get("arguments", [])]

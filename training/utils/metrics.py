@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from training.utils.run.distributed import is_main
+from training.utils.run.files import write_json
 from training.utils.run.watchdog import beat
 
 T = TypeVar("T")
@@ -117,8 +118,5 @@ def watched(items: Sequence[T], description: str) -> Iterable[T]:
 
 def write_summary(directory: Path, summary: Mapping[str, Any]) -> None:
     """Write ``summary.json`` whole or not at all; its presence says that the step is finished."""
-    if not is_main():
-        return
-    scratch = directory / "summary.json.tmp"
-    scratch.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    scratch.replace(directory / "summary.json")
+    if is_main():
+        write_json(directory / "summary.json", summary)

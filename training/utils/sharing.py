@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from training.utils.data import Sharing, collate_pairs
-from training.utils.model.forward import without_adapters
+from training.utils.model.forward import module_of, without_adapters
 from training.utils.run.distributed import gather_objects, say
 
 Batch = dict[str, torch.Tensor]
@@ -43,9 +43,9 @@ def find_sharing(
         name: of the model, for the line that says which.
     """
     model.eval()
-    module: Any = model.module if hasattr(model, "module") else model
+    module = module_of(model)
     inner = without_adapters(getattr(module, "classifier", module))
-    device = model.device if hasattr(model, "module") else inner.device
+    device = inner.device if module is model else model.device
     reason = _why_never(inner) or _why_not(model, answers_of, inner, pad_id, device)
     if reason := next(filter(None, gather_objects([reason])), ""):
         say(f"answers to one prompt go through {name} each by itself: {reason}")

@@ -226,7 +226,7 @@ def test_an_mlp_in_pieces_gives_the_same_gradients(tokens, rows):
         return [inputs.grad, *(parameter.grad.clone() for parameter in mlp.parameters())]
 
     plain = gradients()
-    sequence_parallel.in_pieces(model)
+    sequence_parallel.mlps_in_pieces(model)
     for found, expected in zip(gradients(), plain, strict=True):
         assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
 

@@ -8,7 +8,7 @@ from training.utils.arguments import LoraArguments
 from training.utils.engine.zero_config import deepspeed_config, is_plain
 from training.utils.memory.plan import fake_role, training_phases
 from training.utils.memory.training import SequenceCosts
-from training.utils.memory.zero import BYTES, RoleSize, frozen_role, trained_role
+from training.utils.memory.zero import BYTES, RoleSize, frozen_memory, trained_memory
 
 N = 1_000_000
 SIZE = RoleSize(N, N, 1000)
@@ -28,19 +28,19 @@ SIZE = RoleSize(N, N, 1000)
 )
 def test_resident_bytes_per_parameter(stage, dtype, ranks, held):
     config = deepspeed_config(zero_stage=stage, dtype=dtype)
-    role = trained_role(SIZE, config=config, dtype=dtype, ranks=ranks, on_cpu=True)
+    role = trained_memory(SIZE, config=config, dtype=dtype, ranks=ranks, on_cpu=True)
     assert role.total == held * N
 
 
 def test_adapters_alone_train_and_have_optimizer_states():
     size = RoleSize(N + 1000, 1000, 100)
     config = deepspeed_config(zero_stage=2, dtype="bf16")
-    role = trained_role(size, config=config, dtype="bf16", ranks=1, on_cpu=True)
+    role = trained_memory(size, config=config, dtype="bf16", ranks=1, on_cpu=True)
     assert role.total == 2 * (N + 1000) + 12 * 1000
 
 
 def test_offload_moves_states_to_the_host():
-    role = trained_role(
+    role = trained_memory(
         SIZE, config=deepspeed_config(zero_stage=2, dtype="bf16", offload=True), dtype="bf16", ranks=2, on_cpu=False
     )
     assert sum(size for name, size in role.resident.items() if name in role.host) == (4 + 8 + 4 + 2) * N // 2
@@ -49,14 +49,14 @@ def test_offload_moves_states_to_the_host():
 def test_the_bucket_is_whole_on_an_accelerator():
     config = deepspeed_config(zero_stage=2, dtype="bf16")
     there, here = (
-        trained_role(SIZE, config=config, dtype="bf16", ranks=1, on_cpu=on_cpu).reduction for on_cpu in (False, True)
+        trained_memory(SIZE, config=config, dtype="bf16", ranks=1, on_cpu=on_cpu).reduction for on_cpu in (False, True)
     )
     assert there - here == 2 * (500_000_000 - N)
 
 
 def test_frozen_roles_are_sharded_at_stage_3_only():
-    assert frozen_role(N, zero_stage=2, dtype="bf16", ranks=4).total == 2 * N
-    sharded = frozen_role(N, zero_stage=3, dtype="bf16", ranks=4)
+    assert frozen_memory(N, zero_stage=2, dtype="bf16", ranks=4).total == 2 * N
+    sharded = frozen_memory(N, zero_stage=3, dtype="bf16", ranks=4)
     assert (sharded.total, sharded.gathered) == (N // 2, 2 * N)
 
 
@@ -68,7 +68,7 @@ def wide_model(tmp_path_factory):
 def check(measured, dtype, ranks, accumulation=1, within=0.07):
     """Resident, backward and step against the formulas; here too the reserved bucket counts whole."""
     size, config = measured["size"], measured["config"]
-    role = trained_role(size, config=config, dtype=dtype, ranks=ranks, on_cpu=False, accumulates=accumulation > 1)
+    role = trained_memory(size, config=config, dtype=dtype, ranks=ranks, on_cpu=False, accumulates=accumulation > 1)
     stage = config["zero_optimization"]["stage"]
     bucket = role.resident.get("reduction bucket", 0)
     if stage == 3:
@@ -121,7 +121,7 @@ def test_gradients_are_let_go_bucket_by_bucket(wide_model, rank_pair, stage, dty
     """With buckets that are a tenth of the model: from stage 2 on a large model's gradients are never all there."""
     measured, _ = rank_pair.run(deepspeed_memory, str(wide_model), stage=stage, dtype=dtype, bucket=BUCKET // 160)
     size, config = measured["size"], measured["config"]
-    role = trained_role(size, config=config, dtype=dtype, ranks=2, on_cpu=False)
+    role = trained_memory(size, config=config, dtype=dtype, ranks=2, on_cpu=False)
     passes = SequenceCosts(
         fake_role(str(wide_model), dtype, "sdpa", LoraArguments(), classifier=False), 5, classifier=False
     ).training(1, False)

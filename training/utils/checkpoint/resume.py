@@ -108,7 +108,7 @@ class Run:
         """Find what ``--resume`` names and check that it belongs to this run; a collective.
 
         Args:
-            step: ``step1``, ``step2`` or ``step3``.
+            step: ``step1``, ``step2``, ``dpo`` or ``step3``.
             output_dir: the step's folder; checkpoints lie in it.
             settings: the shared flags.
             groups, models, data, batches: see `training.utils.checkpoint.same_run.describe`.

@@ -62,7 +62,7 @@ def describe(
     """A run as JSON, to be compared by `refuse_other_run`, `refuse_other_ranks` and `inexact_because`.
 
     Args:
-        step: ``step1``, ``step2`` or ``step3``.
+        step: ``step1``, ``step2``, ``dpo`` or ``step3``.
         groups: parsed groups of flags.
         models: flag -> folder or hub name of what the run starts from.
         data: name -> dataset.

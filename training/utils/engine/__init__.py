@@ -1,1 +1,1 @@
-"""DeepSpeed: its configuration, the precision, one engine for one trained role."""
+"""DeepSpeed: its configuration, the precision, an engine for each role, models and rows that several ranks hold."""

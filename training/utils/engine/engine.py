@@ -142,9 +142,7 @@ def initialize_engine(
         clip_before_step(optimizer, config["gradient_clipping"])
         config = config | {"zero_optimization": {"stage": 0}, "gradient_clipping": 0.0}
     schedule = get_scheduler(lr_scheduler_type, optimizer, num_warmup_steps, max(total_steps, 1))
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)
-    finish_engine(engine, buffers, config)
+    engine = initialized(model, config, optimizer=optimizer, lr_scheduler=schedule)
     if plain:
         engine.enable_backward_allreduce = False  # would copy all gradients into one buffer and back
     if engine.fp16_enabled():  # else it raises at the smallest scale; the programs count, and end with a checkpoint
@@ -152,20 +150,23 @@ def initialize_engine(
     return engine
 
 
-def finish_engine(engine: Any, buffers: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
-    """What is left to do after ``deepspeed.initialize``.
+def initialized(model: nn.Module, config: dict[str, Any], **trained_by: Any) -> Any:
+    """``deepspeed.initialize``, and what it leaves to do: the engine of a model.
 
     Args:
-        engine: just made, with or without an optimizer.
-        buffers: copies of the model's, from before.
+        model: on any device; its buffers keep their precision.
         config: the engine's.
+        trained_by: ``optimizer`` and ``lr_scheduler`` of a role that trains.
     """
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    engine, *_ = deepspeed.initialize(model=model, config=config, **trained_by)
     bound_waits()
     _restore_buffers(engine.module, buffers)
     if getattr(engine.optimizer, "parameter_offload", None) is not None:
         _drop_what_no_backward_takes(engine.module, engine.optimizer.parameter_offload.get_param_coordinator())
     if "tensor_parallel" in config:
         check_split(engine.module)
+    return engine
 
 
 def _drop_what_no_backward_takes(module: nn.Module, coordinator: Any) -> None:

@@ -108,7 +108,7 @@ def scale_offset(parameter: Any) -> torch.Tensor:
 def unpacked(parameter: nn.Parameter) -> torch.Tensor:
     """A parameter's weights as its layer multiplies with them: of a packed one a new tensor ``[out, in]``.
 
-    Its codes must be whole, see `training.utils.model.export.gathered`.
+    Its codes must be whole, see `training.utils.engine.engine.gathered`.
     """
     if not is_packed(parameter):
         return parameter.detach()

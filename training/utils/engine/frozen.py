@@ -11,14 +11,13 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-import deepspeed
 import torch
 from torch import nn
 
-from training.utils.engine.engine import finish_engine
+from training.utils.engine.engine import initialized
 from training.utils.engine.zero_config import frozen_config
 from training.utils.model.classifiers import load_classifier
-from training.utils.model.forward import TokenScorer
+from training.utils.model.forward import TokenScorer, module_of
 from training.utils.model.loading import load_causal_lm
 from training.utils.run.distributed import say
 
@@ -37,9 +36,7 @@ def frozen_role(model: nn.Module, config: dict[str, Any] | None, device: torch.d
     model.requires_grad_(False)
     if config is None:
         return model.to(device).eval()
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    engine, *_ = deepspeed.initialize(model=model, config=config)
-    finish_engine(engine, buffers, config)
+    engine = initialized(model, config)
     engine.eval()
     return engine
 
@@ -111,6 +108,5 @@ def reference_policy(policy: Any, frozen: Any) -> Iterator[Any]:
         if frozen is not None:
             yield frozen
             return
-        model = policy.module if hasattr(policy, "module") else policy
-        with model.disable_adapter():
+        with module_of(policy).disable_adapter():
             yield policy

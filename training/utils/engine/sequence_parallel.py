@@ -203,7 +203,7 @@ class _Asked:
     temperature: float = 1.0
 
 
-def in_pieces(model: Any) -> None:
+def mlps_in_pieces(model: Any) -> None:
     """Let a model's MLPs go over columns in `PIECES`, and its output layer give log-probs where it is asked for them.
 
     At ZeRO-3 the parameters of an MLP are gathered once for all pieces, so ranks with other rows stay in step.
@@ -245,7 +245,7 @@ def asked(model: Any, targets: torch.Tensor | None, temperature: float = 1.0) ->
     """Inside, a model's forward gives, where its logits would be, log-probs of tokens or the output layer's inputs.
 
     Args:
-        model: after `in_pieces`.
+        model: after `mlps_in_pieces`.
         targets: ``[B, C]`` tokens at the positions that the output layer is run on; None for its inputs.
         temperature: see `training.utils.model.logprobs.response_log_probs`.
     """

@@ -272,7 +272,7 @@ def training_phases(
 
     Args:
         role: its name.
-        memory: from `training.utils.memory.zero.trained_role`.
+        memory: from `training.utils.memory.zero.trained_memory`.
         passes: of one micro-batch's forward and backward.
         logits: bytes of its logits, 0 for a role without.
         checkpointing: activations are computed again, and what they were computed with is gathered again.
@@ -338,7 +338,7 @@ def fake_role(
         for layer in four_bit.packable(model) if lora.base_bits else ():
             layer.four_bit = True  # type: ignore[assignment]
         if sequence_parallel.is_split(model):
-            sequence_parallel.in_pieces(model)
+            sequence_parallel.mlps_in_pieces(model)
         model = with_adapters(model, lora)
         return TokenScorer(model) if classifier else model
 

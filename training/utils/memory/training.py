@@ -11,7 +11,7 @@ from training.utils.engine import sequence_parallel
 from training.utils.engine.zero_config import deepspeed_config, effective_stage, is_plain
 from training.utils.memory import plan as plans
 from training.utils.memory.live import FakeModel, PassMemory
-from training.utils.memory.zero import BYTES, frozen_role, trained_role
+from training.utils.memory.zero import BYTES, frozen_memory, trained_memory
 from training.utils.model.logprobs import response_log_probs
 from training.utils.run.distributed import world_size
 from training.utils.run.folders import title
@@ -84,7 +84,9 @@ def sequence_plan(
     ranks = world_size() // tensor_parallel
     shared: dict[str, Any] = {"tensor_parallel": tensor_parallel, "overrides": overrides}
     config = deepspeed_config(zero_stage=stage, dtype=dtype, offload=settings.offload, **shared)
-    role = trained_role(size, config=config, dtype=dtype, ranks=ranks, on_cpu=on_cpu, accumulates=settings.accumulates)
+    role = trained_memory(
+        size, config=config, dtype=dtype, ranks=ranks, on_cpu=on_cpu, accumulates=settings.accumulates
+    )
     rows, eval_rows = per_row * settings.batch, per_row * settings.other_batch
     whole = not costs.classifier and not sequence_parallel.is_split(costs.model.module)  # all logits exist at once
     logits = {n: whole and plans.logits_bytes(costs.model, n, costs.length - 1, dtype) for n in (rows, eval_rows)}
@@ -97,7 +99,7 @@ def sequence_plan(
     memory = {"model": role}
     if reference is not None:
         count = plans.base_parameters(costs.model)
-        memory["reference"] = frozen_role(count, zero_stage=stage, dtype=dtype, ranks=ranks, **reference)
+        memory["reference"] = frozen_memory(count, zero_stage=stage, dtype=dtype, ranks=ranks, **reference)
     phases = [
         plans.Phase("evaluation", evaluation),
         *plans.training_phases(
@@ -111,7 +113,7 @@ def sequence_plan(
         plans.saving_phase(size.parameters * tensor_parallel, BYTES[dtype]),  # at most: embeddings are not cut
     ]
     if costs.classifier:
-        again = frozen_role(size.parameters, zero_stage=stage, dtype=dtype, ranks=ranks, offload=settings.offload)
+        again = frozen_memory(size.parameters, zero_stage=stage, dtype=dtype, ranks=ranks, offload=settings.offload)
         reloaded = {"reloaded": again.total, "gathered parameters": again.gathered, "activations": scored.peak}
         phases.append(plans.Phase("reward statistics", reloaded))
     other = costs.training(rows, not settings.checkpointing)

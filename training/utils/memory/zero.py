@@ -72,7 +72,7 @@ class RoleMemory:
         return sum(self.resident.values())
 
 
-def trained_role(
+def trained_memory(
     size: RoleSize, *, config: dict[str, Any], dtype: str, ranks: int, on_cpu: bool, accumulates: bool = False
 ) -> RoleMemory:
     """Memory of a role that trains with AdamW, after its first step.
@@ -131,13 +131,13 @@ def trained_role(
     return RoleMemory(held, host, gathered, 0, reduction, norm if offload else 4 * share, full, kept)
 
 
-def frozen_role(parameters: int, *, zero_stage: int, dtype: str, ranks: int, offload: bool = False) -> RoleMemory:
+def frozen_memory(parameters: int, *, zero_stage: int, dtype: str, ranks: int, offload: bool = False) -> RoleMemory:
     """Memory of a role that never trains: whole below stage 3, sharded and gathered for each forward at stage 3.
 
     Args:
         parameters: their number.
         zero_stage: of the trained role that it accompanies.
-        dtype: see `trained_role`.
+        dtype: see `trained_memory`.
         ranks: in the process group.
         offload: at stage 3 its parameters are in the host's memory.
     """

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from training.utils.data import render
 from training.utils.model.loading import EMBEDDED
 from training.utils.run.distributed import is_main
+from training.utils.run.files import write_whole
 from training.utils.run.folders import STEPS, shown
 from training.utils.run.manifest import version_of
 
@@ -240,6 +241,4 @@ def _licence(origin: Mapping[str, str]) -> str:
 
 
 def _write(card: Path, sections: Sequence[str]) -> None:
-    scratch = card.with_name(card.name + ".tmp")
-    scratch.write_text("\n\n".join(part for part in sections if part) + "\n", encoding="utf-8")
-    scratch.replace(card)
+    write_whole(card, "\n\n".join(part for part in sections if part) + "\n")

@@ -21,12 +21,13 @@ from transformers import (
 from training.utils.engine import four_bit
 from training.utils.engine.engine import gathered
 from training.utils.engine.tensor_parallel import whole
-from training.utils.model.forward import TokenScorer
+from training.utils.model.forward import TokenScorer, module_of
 from training.utils.model.loading import remote_code
 from training.utils.model.lora import (
     adapted_parameter,
     adapter_parameters,
     is_adapter,
+    is_classifier,
     is_lora,
     lora_layers,
     merged_weight,
@@ -34,12 +35,13 @@ from training.utils.model.lora import (
     plain_name,
 )
 from training.utils.run.distributed import is_main, long_work, say
+from training.utils.run.runtime import give_back_freed_memory
 from training.utils.run.watchdog import beat
 
 
 def unwrap(engine: Any) -> Any:
     """The transformers (or PEFT) model inside an engine and a `TokenScorer`."""
-    module = engine.module if hasattr(engine, "module") else engine
+    module = module_of(engine)
     return module.classifier if isinstance(module, TokenScorer) else module
 
 
@@ -111,6 +113,7 @@ def save_model(
         RuntimeError: the saved model differs from the engine's.
     """
     say(f"saving {directory.name}, and comparing it with the engine ...")
+    give_back_freed_memory()  # else activations' and gradients' stays taken beside the files that are read back
     model = unwrap(engine)
     beat(f"saving {directory.name}")
     weights = full_state_dict(engine)
@@ -167,11 +170,6 @@ def _write(
         scratch, state_dict=dict(weights), max_shard_size=max_shard_size
     )
     tokenizer.save_pretrained(scratch)
-
-
-def is_classifier(model: Any) -> bool:
-    """Whether a transformers model gives scores."""
-    return type(model).__name__.endswith("ForSequenceClassification")
 
 
 def _generation_config(original: GenerationConfig, stop_ids: Sequence[int], pad_id: int) -> GenerationConfig:

@@ -12,6 +12,11 @@ from torch import nn
 from training.utils.engine import sequence_parallel
 
 
+def module_of(model: Any) -> Any:
+    """The module in a DeepSpeed engine; any other as it is."""
+    return model.module if hasattr(model, "module") else model
+
+
 def without_adapters(model: Any) -> Any:
     """The transformers model inside a PEFT wrapper, its adapter layers in place; any other model as it is."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,4 +1,4 @@
-"""Tokenizer, causal language model, reward model and critic: from a hub name, a folder or a GGUF file.
+"""What a flag names -> a folder or hub name, and weights from it: strictly, and without dropout or noise.
 
 ``python -m training.utils.model.loading`` converts the embedded model once and prints the folder.
 """
@@ -221,7 +221,7 @@ def load_strictly(
     no_dropout(loaded)
     exact_buffers(loaded)
     if sequence_parallel.is_split(loaded):
-        sequence_parallel.in_pieces(loaded)
+        sequence_parallel.mlps_in_pieces(loaded)
     return loaded
 
 

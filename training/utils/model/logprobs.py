@@ -13,7 +13,7 @@ from torch import nn
 
 from training.utils.engine import sequence_parallel
 from training.utils.engine.engine import gathered
-from training.utils.model.forward import forward_inputs, without_adapters
+from training.utils.model.forward import forward_inputs, module_of, without_adapters
 
 # Positions whose fp32 log-softmax exists at once: 128 x 49,152 x 4 bytes = 25 MB.
 CHUNK_POSITIONS = 128
@@ -256,7 +256,7 @@ def _response_columns(response_mask: torch.Tensor) -> tuple[torch.Tensor, torch.
 
 def _transformers_model(model: Any) -> Any:
     """The transformers model in an engine or PEFT's wrapper."""
-    return without_adapters(model.module if hasattr(model, "module") else model)
+    return without_adapters(module_of(model))
 
 
 def _logits_at(

@@ -103,15 +103,15 @@ def with_adapters(model: PreTrainedModel, lora: LoraArguments, flag: str = NAMES
         return model
     from peft import LoraConfig, TaskType, get_peft_model
 
-    is_classifier = type(model).__name__.endswith("ForSequenceClassification")
+    scores = is_classifier(model)
     config = LoraConfig(
         r=lora.lora_dim,
         lora_alpha=lora.lora_alpha or LORA_ALPHA_OVER_RANK * lora.lora_dim,
         lora_dropout=lora.lora_dropout,
         target_modules=target_modules(model, lora.lora_module_name, flag),
         exclude_modules=_routers(model),
-        task_type=TaskType.SEQ_CLS if is_classifier else TaskType.CAUSAL_LM,
-        modules_to_save=["score"] if is_classifier else None,
+        task_type=TaskType.SEQ_CLS if scores else TaskType.CAUSAL_LM,
+        modules_to_save=["score"] if scores else None,
     )
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     try:
@@ -121,9 +121,14 @@ def with_adapters(model: PreTrainedModel, lora: LoraArguments, flag: str = NAMES
     if not lora.only_optimize_lora:
         adapted = {id(adapted_parameter(layer)) for layer in lora_layers(peft_model).values()}
         for name, parameter in trained:  # of the reward head a copy trains
-            head = is_classifier and name.startswith("score.")
+            head = scores and name.startswith("score.")
             parameter.requires_grad_(not head and id(parameter) not in adapted)
     return peft_model
+
+
+def is_classifier(model: Any) -> bool:
+    """Whether a transformers model gives scores."""
+    return type(model).__name__.endswith("ForSequenceClassification")
 
 
 def is_lora(model: nn.Module) -> bool:

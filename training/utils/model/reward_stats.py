@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from training.utils.errors import UserError
+from training.utils.run.files import write_json
 
 STATS_FILE = "reward_stats.json"
 MIN_STD = 1e-6  # a reward model that gives every answer the same score can not be normalised
@@ -86,9 +87,7 @@ class RewardStats:
 
     def write(self, folder: Path) -> None:
         """Write ``reward_stats.json``, whole or not at all."""
-        scratch = folder / (STATS_FILE + ".tmp")
-        scratch.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-        scratch.replace(folder / STATS_FILE)
+        write_json(folder / STATS_FILE, asdict(self))
 
     @classmethod
     def read(cls, folder: str | Path) -> RewardStats:

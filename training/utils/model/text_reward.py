@@ -17,6 +17,7 @@ from training.utils.engine.frozen import frozen_role, load_frozen_scorer
 from training.utils.engine.zero_config import frozen_config
 from training.utils.errors import UserError
 from training.utils.model import classifiers, loading
+from training.utils.model.forward import module_of
 from training.utils.model.tokenizer import check_vocabulary, load_tokenizer
 
 Messages = Sequence[dict[str, str]]
@@ -37,8 +38,7 @@ class TextRewardModel:
         self.model = model
         self.tokenizer = tokenizer
         self.own_forward = own_forward
-        inner = model.module if hasattr(model, "module") else model
-        self.limit: int | None = getattr(inner.config.get_text_config(), "max_position_embeddings", None)
+        self.limit: int | None = getattr(module_of(model).config.get_text_config(), "max_position_embeddings", None)
 
     def encode(self, messages: Messages) -> list[int]:
         """Token ids in the chat template; without room the oldest turns go first, then the left side."""

@@ -9,7 +9,7 @@ from typing import Any
 from training.utils.arguments import DEMO, flags_in
 from training.utils.errors import UserError
 from training.utils.run.folders import is_finished, repository_root, runs_newest_first, shown, title
-from training.utils.run.manifest import read_manifest
+from training.utils.run.manifest import recorded_run
 
 EMBEDDED = "embedded"  # the bundled model
 LATEST_OF = {  # flag of a model -> the step whose latest output it stands for where it is not given, after step 1
@@ -42,10 +42,7 @@ def named_sources(argv: Sequence[str]) -> list[str]:
 
 def recorded_argv(step_dir: Path) -> list[str] | None:
     """The arguments of the run whose output a folder is; None where they are not recorded."""
-    found = read_manifest(step_dir / "summary.json").get("run_with")
-    if found is None:
-        found = read_manifest(step_dir.parent / "manifest.json").get("steps", {}).get(step_dir.name, {})
-    return found.get("arguments")
+    return recorded_run(step_dir).get("arguments")
 
 
 def trained_on_own(step_dir: Path) -> bool:
@@ -79,9 +76,9 @@ def check_training_data(groups: Sequence[Any]) -> None:
         return
     models = {f"--{name}": flags[name] for name in flags if name.endswith(MODEL) and flags[name]}
     check_sources_named(sources, models)
-    for name, step in (
-        LATEST_OF.items() if "sft_only_data_path" not in flags else ()
-    ):  # step 1 starts from the bundled one
+    if "sft_only_data_path" in flags:  # step 1 starts from the bundled one
+        return
+    for name, step in LATEST_OF.items():
         newest = next((run / step for run in runs_newest_first() if is_finished(run / step)), None)
         if flags.get(name) == "" and newest is not None and trained_on_own(newest):
             check_sources_named(sources, {f"--{name}, the latest {title(step)},": str(newest)})
@@ -97,7 +94,9 @@ def check_sources_named(sources: Sequence[str], models: Mapping[str, str]) -> No
     Raises:
         UserError: no source is named, and a model is neither the bundled one nor trained on the demo.
     """
-    for flag, model in models.items() if not sources else ():
+    if sources:
+        return
+    for flag, model in models.items():
         if model not in ("", "none", EMBEDDED) and not trained_on_demo(model):
             raise UserError(
                 f"{flag} {shown(model) if Path(model).exists() else model}: name the data too, --data_path FILE; "

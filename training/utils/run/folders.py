@@ -188,7 +188,7 @@ def latest_run() -> Path:
 
 
 def latest_output(step: str) -> Path:
-    """The newest run's folder of a finished ``step`` (``"step1"``, ``"step2"`` or ``"step3"``).
+    """The newest run's folder of a finished ``step`` (``"step1"``, ``"step2"``, ``"dpo"`` or ``"step3"``).
 
     Raises:
         UserError: no run has that step finished; names the command that makes it.
@@ -239,7 +239,7 @@ def prepare_output_dir(output_dir: str, step: str) -> Path:
     Args:
         output_dir: the flag's value; empty for the latest run, or for a new one where the latest run already has
             this step or a later one, so that nothing is overwritten.
-        step: ``"step1"``, ``"step2"`` or ``"step3"``.
+        step: ``"step1"``, ``"step2"``, ``"dpo"`` or ``"step3"``.
 
     Raises:
         UserError: the folder can not be written, holds a finished step, or another process writes to it; or several

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
 import os
 import platform
 import shutil
@@ -15,6 +14,7 @@ from typing import Any
 
 from training.utils.checkpoint.digests import read_digest
 from training.utils.errors import UserError
+from training.utils.run.files import read_object
 from training.utils.run.runtime import available_cores
 
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "peft", "accelerate", "tensorboard", "gguf", "gradio")
@@ -22,41 +22,45 @@ NOT_INPUT = {"__pycache__", "checkpoints"}  # folders inside a folder of inputs 
 NAMED_INPUTS = ("model_name_or_path", "data_path")  # flags whose values are inputs also when they are no files
 
 
+MANIFEST, SUMMARY = "manifest.json", "summary.json"
 _SHAPE: dict[str, type] = {"steps": dict, "versions": dict, "machine": dict, "run_with": dict}
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(run: Path) -> dict[str, Any]:
     """The manifest of a run, or an empty one.
 
     Raises:
         UserError: the file is there and is no JSON object, or its parts are of other kinds than they are written.
     """
-    if not path.is_file():
-        return {}
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # JSON's and UTF-8's are ValueErrors
-        raise UserError(f"{path} is not readable as JSON: {error}") from error
-    if not isinstance(manifest, dict):
-        raise UserError(f"{path} is not a manifest: it holds no JSON object")
-    for name, kind in _SHAPE.items() if path.name == "manifest.json" else ():
+    path = run / MANIFEST
+    manifest = read_object(path)
+    for name, kind in _SHAPE.items():
         if not isinstance(manifest.get(name, kind()), kind):
             raise UserError(f"{path} is damaged: {name} is a {type(manifest[name]).__name__}")
-    for name, step in manifest.get("steps", {}).items() if path.name == "manifest.json" else ():
-        if not isinstance(step, dict) or not isinstance(step.get("arguments", []), list):
+    for name, step in manifest.get("steps", {}).items():
+        if not _is_started(step):
             raise UserError(f"{path} is damaged: the entry of {name} is not one")
     return manifest
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file whole or not at all."""
-    scratch = path.with_name(path.name + ".tmp")
-    with scratch.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
+def _is_started(found: Any) -> bool:
+    return isinstance(found, dict) and isinstance(found.get("arguments", []), list)
+
+
+def recorded_run(step_dir: Path) -> dict[str, Any]:
+    """How the step whose output a folder is was started, from its summary or train.py's manifest: ``arguments`` and,
+    in a summary, the ``folder`` it was started in; empty where neither has it.
+
+    Raises:
+        UserError: the file is there and is damaged.
+    """
+    path = step_dir / SUMMARY
+    found = read_object(path).get("run_with")
+    if found is None:
+        return read_manifest(step_dir.parent).get("steps", {}).get(step_dir.name, {})
+    if not _is_started(found):
+        raise UserError(f"{path} is damaged: run_with is not what a step writes")
+    return found
 
 
 def describe_environment(root: Path) -> dict[str, Any]:

@@ -44,9 +44,10 @@ BUILD_START = 30.0  # seconds from torch's lock to its compiler at work, on a ma
 def prepare_runtime() -> None:
     """Make DeepSpeed usable from this interpreter without an activated environment; exits with 2 if it can not be.
 
-    Puts the interpreter's ``bin`` first on PATH (DeepSpeed starts its ``ninja`` from there), looks for a C++
-    compiler and the Python headers, sets intra-op threads to cores / local ranks, and silences known chatter.
-    Safe to call again. Rank 0 alone prints what is missing.
+    Puts the interpreter's ``bin`` first on PATH (DeepSpeed starts its ``ninja`` from there), looks for a C++ compiler
+    and the Python headers, clears away what killed processes left of builds and of shared memory, sets intra-op
+    threads to cores / local ranks and how freed memory is kept, and silences known chatter. Safe to call again. Rank 0
+    alone prints what is missing.
     """
 
     def check(_: object) -> int:
@@ -215,6 +216,12 @@ def keep_freed_memory() -> None:
     libc = ctypes.CDLL(None)
     libc.mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)
     libc.mallopt(M_TRIM_THRESHOLD, MOST_KEPT)
+
+
+def give_back_freed_memory() -> None:
+    """Give the system what `keep_freed_memory` keeps, and other free memory: before work that is of another kind."""
+    if not has_accelerator() and platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def let_segments_grow() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.step3.hybrid_checks import save_tiny_reward_model, trajectory
-from training.step3_rlhf_finetuning.ppo_trainer import (
+from training.step3_rlhf_finetuning.sampler_check import (
     SamplerDifference,
     _say_once,
     check_first_ratio,

@@ -1,0 +1,42 @@
+"""A run's small files: JSON objects read with one line of what is wrong, texts written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from training.utils.errors import UserError
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, an empty one where there is no file.
+
+    Raises:
+        UserError: the file is there and holds no JSON object.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # JSON's and UTF-8's are ValueErrors
+        raise UserError(f"{path} is not readable as JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged: it holds no JSON object")
+    return found
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file whole or not at all, also where the machine stops."""
+    scratch = path.with_name(path.name + ".tmp")
+    with scratch.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(scratch, path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """`write_whole` of a value as JSON."""
+    write_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
