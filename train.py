@@ -21,6 +21,7 @@ import datetime
 import functools
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -40,7 +41,7 @@ from training.migrate.e2e import rewritten
 from training.pipeline import estimate
 from training.pipeline.own_data import START, check_pairs, check_paths, check_sources, without_demo
 from training.pipeline.rounds import RoundArguments, Rounds, check_run
-from training.pipeline.shared_flags import SharedArguments, given_flags, refuse_flags_of_some_steps
+from training.pipeline.shared_flags import SharedArguments, given_flags, parse_step, refuse_flags_of_some_steps
 from training.pipeline.showcase import answers_text, summary_table
 from training.report.page import write_report
 from training.utils import arguments
@@ -169,12 +170,13 @@ def own_data(inputs: InputArguments, shared: Mapping[str, Any]) -> bool:
 
 
 def _unless_given(flags: Sequence[str], given: Sequence[str]) -> list[str]:
-    """``flags`` without ``--data_path`` if ``given`` has it, which counts: no data are named that are not used."""
-    if "data_path" not in flags_in(given) or "--data_path" not in flags:
-        return list(flags)
-    at = flags.index("--data_path")
-    end = next((i for i in range(at + 1, len(flags)) if flags[i].startswith("--")), len(flags))
-    return [*flags[:at], *flags[end:]]
+    """``flags`` without those that ``given`` has, which count."""
+    kept, mine = [], True
+    for token in flags:
+        if token.startswith("--"):
+            mine = not flags_in([token]).keys() & flags_in(given).keys()
+        kept += [token] if mine else []
+    return kept
 
 
 def check_steps(steps: Sequence[Step], run: Path, recorded: Mapping[str, Any]) -> None:
@@ -193,6 +195,7 @@ def check_steps(steps: Sequence[Step], run: Path, recorded: Mapping[str, Any]) -
     made = [shown(run / name) for name in STEPS]
     for step in steps:
         if not is_finished(step.directory):
+            parse_step(step.name, step.argv)
             check_paths(step.argv, made)
             if step.name in ("step2", "dpo"):
                 check_pairs(step.name, step.argv)
@@ -246,6 +249,9 @@ def plan_steps(
     folders = [Path(recipe_path).resolve().parent, ROOT]
     numbers = {"step1": 1, "step2": 2, "dpo": 2, "step3": 3}
     wanted = [name for name in PIPELINES[options.pipeline] if numbers[name] in options.step]
+    for name in STEPS:
+        if getattr(inputs, f"{name}_args") and name not in PIPELINES[options.pipeline]:
+            raise UserError(f"--{name}_args: there is no {title(name)} in --pipeline {options.pipeline}")
     if not wanted:
         raise UserError(f"--step {' '.join(map(str, options.step))}: there is none in --pipeline {options.pipeline}")
     starts: dict[str, str] = {}
@@ -431,10 +437,12 @@ def main(
         check_hosts(options.hostfile)
     if options.resume == "auto" and not options.output_dir:
         options.output_dir = str(latest_run())
-    if options.resume == "auto" and not Path(options.output_dir).is_dir():
+    if options.resume == "auto" and not Path(options.output_dir).expanduser().is_dir():
         raise UserError(f"--resume auto: --output_dir {options.output_dir} holds no run to go on with")
-    run = Path(options.output_dir).absolute() if options.output_dir else output_root() / "unmade"
+    run = Path(options.output_dir).expanduser().absolute() if options.output_dir else output_root() / "unmade"
     manifest = read_manifest(run)
+    if manifest and "started_as" not in manifest:
+        raise UserError(f"--output_dir {options.output_dir} holds a {MANIFEST} that no run made; choose another folder")
     shared = manifest.get("shared", {}) | shared  # a run goes on with its own data, and its own recipe
     options.pipeline = options.pipeline or str(manifest.get("pipeline"))
     if options.pipeline not in PIPELINES:  # of an earlier version's run
@@ -453,6 +461,12 @@ def main(
         check_data_named(planned, run, {} if chosen else models)
     if own:
         tell_dropped(recipe)
+    for name in STEPS:
+        if getattr(inputs, f"{name}_args") and name not in [step.name for step in planned]:
+            print(
+                f"note: --{name}_args has no effect: --step {' '.join(map(str, options.step))} leaves it out",
+                flush=True,
+            )
     if options.plan:
         slots = list(read_hostfile(options.hostfile).values()) if options.hostfile else [1]
         on_each = [options.num_gpus or count for count in slots]
@@ -499,6 +513,9 @@ def main(
 def _joined(argv: Sequence[str]) -> list[str]:
     """``--step1_args VALUE`` as one token, because a value that starts with a dash looks like a flag."""
     tokens = list(argv)
+    names = [token.partition("=")[0] for token in tokens if re.match(r"--\w+_args(=|$)", token)]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"{twice} is given twice: put all of its flags into one string")
     for i in range(len(tokens) - 1, 0, -1):
         if tokens[i - 1] in {f"--{name}_args" for name in (*STEPS, "generate", "judge")}:
             value = tokens.pop(i)

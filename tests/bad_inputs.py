@@ -54,17 +54,25 @@ def _bytes(path: Path, data: bytes) -> str:
     return str(path)
 
 
+def _twice(value: Path, *flags: str) -> list[str]:
+    return [part for flag in flags for part in (flag, str(value))]
+
+
 def _sft(w: World, *more: str) -> list[str]:
-    return ["--model_name_or_path", str(w.model), "--output_dir", str(w.tmp / "out"), "--data_path", "demo", *more]
+    return ["--model_name_or_path", str(w.model), "--output_dir", str(w.tmp / "out"), *_demo(more), *more]
+
+
+def _demo(more: tuple[str, ...]) -> list[str]:
+    return [] if "--data_path" in more else ["--data_path", "demo"]
 
 
 def _rl(w: World, *more: str) -> list[str]:
     roles = ["--actor_model_name_or_path", str(w.model), "--critic_model_name_or_path", str(w.reward)]
-    return [*roles, "--output_dir", str(w.tmp / "out"), "--data_path", "demo", *more]
+    return [*roles, "--output_dir", str(w.tmp / "out"), *_demo(more), *more]
 
 
 def _generate(w: World, *more: str) -> list[str]:
-    return ["--model", f"one={w.model}", "--output", str(w.tmp / "a.jsonl"), "--data_path", "demo:8", *more]
+    return ["--model", f"one={w.model}", "--output", str(w.tmp / "a.jsonl"), *_demo(more), *more]
 
 
 def _their_reward_model(w: World) -> str:
@@ -487,7 +495,7 @@ CASES = [
         "DeepSpeed JSON sets what is ours",
         1,
         lambda w: _sft(w, "--deepspeed_config", _write(w.tmp / "ds.json", '{"train_batch_size": 8}')),
-        ["train_batch_size", "--per_device_train_batch_size"],
+        ["train_batch_size", "flags for batch sizes"],
     ),
     Case(
         "unwritable output",
@@ -495,6 +503,44 @@ CASES = [
         lambda w: _sft(w, "--output_dir", _write(w.tmp / "file", "") + "/x"),
         ["--output_dir", "file"],
     ),
+    Case(
+        "the model itself as output",
+        1,
+        lambda w: _sft(w, *_twice(shutil.copytree(w.model, w.tmp / "base"), "--model_name_or_path", "--output_dir")),
+        ["--output_dir", "base holds config.json", "write over", "another folder"],
+    ),
+    Case(
+        "the actor within the output",
+        3,
+        lambda w: _rl(
+            w,
+            "--actor_model_name_or_path",
+            str(shutil.copytree(w.model, w.tmp / "p" / "actor")),
+            "--output_dir",
+            str(w.tmp / "p"),
+        ),
+        ["--output_dir", "holds actor/config.json", "write over"],
+    ),
+    Case(
+        "a project as output",
+        2,
+        lambda w: _sft(w, "--output_dir", str(Path(_write(w.tmp / "README.md", "mine")).parent)),
+        ["--output_dir", "holds README.md", "write over"],
+    ),
+    Case(
+        "sources named twice",
+        1,
+        lambda w: _sft(w, *_twice(w.data, "--data_path", "--data_path")),
+        ["--data_path is given twice"],
+    ),
+    Case(
+        "functions named twice, with dashes",
+        3,
+        lambda w: _rl(w, "--eval_function", "a.py:b", "--eval-function=c.py:d"),
+        ["--eval_function is given twice"],
+    ),
+    Case("no source behind the flag", 2, lambda w: _sft(w, "--eval_data_path"), ["--eval_data_path", "at least one"]),
+    Case("an empty source", 2, lambda w: _sft(w, "--eval_data_path", ""), ["--eval_data_path: an empty value"]),
     Case(
         "finished output",
         1,

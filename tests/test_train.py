@@ -38,7 +38,7 @@ code = subprocess.Popen([sys.executable, *sys.argv[at:]], env=os.environ | {"LOC
 sys.exit(max(code, 0))
 """
 
-# A step: says its arguments, writes what a step writes; --fail CODE, --hang and --silent let it misbehave.
+# A step: says its arguments, writes what a step writes; --data_output_path fail:CODE, hang or silent lets it misbehave.
 STEP = """
 import json, pathlib, signal, sys, time
 argv = sys.argv[1:]
@@ -48,10 +48,11 @@ print("arguments", *argv, flush=True)
 for i in range(3):
     sys.stderr.write(f"\\rbar {i}")
 sys.stderr.write("\\n")
-if "--fail" in argv:
+kind, _, code = argv[argv.index("--data_output_path") + 1].partition(":") if "--data_output_path" in argv else [""] * 3
+if kind == "fail":
     print("this line says why", file=sys.stderr)
-    sys.exit(int(argv[argv.index("--fail") + 1]))
-if "--hang" in argv:
+    sys.exit(int(code))
+if kind == "hang":
     def end(*_):
         time.sleep(0.5)
         (out / "cleaned").touch()
@@ -63,7 +64,7 @@ if "--hang" in argv:
 if out.name == "step3":
     (out / "actor").mkdir(exist_ok=True)
     (out / "samples.json").write_text(json.dumps(SAMPLES))
-if "--silent" not in argv:
+if kind != "silent":
     (out / "summary.json").write_text(json.dumps(SUMMARY[out.name]))
 """
 
@@ -150,18 +151,18 @@ def test_a_device_with_a_uuid_is_left_to_torchrun(bench: Bench, monkeypatch, cap
 
 
 def test_each_step_feeds_the_next(bench: Bench, capfd: pytest.CaptureFixture) -> None:
-    assert bench.train("--num_gpus", "2", "--step3_args", "--gamma 0.9 --text 'two words'") == 0
+    assert bench.train("--num_gpus", "2", "--step3_args", "--gamma 0.9 --system_message 'two words'") == 0
     assert (
         bench.arguments("step1") == "--model_name_or_path embedded --output_dir output/tiny/step1 --num_train_epochs 2"
     )
     assert bench.arguments("step2") == "--model_name_or_path output/tiny/step1 --output_dir output/tiny/step2"
     assert bench.arguments("step3") == (
         "--actor_model_name_or_path output/tiny/step1 --critic_model_name_or_path output/tiny/step2 "
-        "--output_dir output/tiny/step3 --ppo_epochs 1 --gamma 0.9 --text two words"
+        "--output_dir output/tiny/step3 --ppo_epochs 1 --gamma 0.9 --system_message two words"
     )
     out = capfd.readouterr().out
     printed = [line for line in out.splitlines() if "--num_gpus 2" in line]
-    assert len(printed) == 3 and printed[2].endswith("--text 'two words'")
+    assert len(printed) == 3 and printed[2].endswith("--system_message 'two words'")
     for step, command in zip(("step1", "step2", "step3"), printed, strict=True):
         assert out.index(command) < out.index("bar 2", out.index(command)), "the command comes before the output"
         done = subprocess.run(command, shell=True, capture_output=True, text=True)  # it works as printed
@@ -280,7 +281,7 @@ def test_log_keeps_lines_not_bars(bench: Bench) -> None:
 
 
 def test_failure_names_step_and_how_to_go_on(bench: Bench, capfd: pytest.CaptureFixture) -> None:
-    assert bench.train("--step2_args", "--fail 7") == 7
+    assert bench.train("--step2_args", "--data_output_path fail:7") == 7
     error = capfd.readouterr().err
     assert "step 2 failed with exit code 7" in error and "    this line says why" in error
     again = next(line for line in error.splitlines() if line.startswith("To run this step alone again:"))
@@ -292,12 +293,12 @@ def test_failure_names_step_and_how_to_go_on(bench: Bench, capfd: pytest.Capture
 
 
 def test_success_without_output_is_a_failure(bench: Bench, capfd: pytest.CaptureFixture) -> None:
-    assert bench.train("--step1_args=--silent") == 1
+    assert bench.train("--step1_args=--data_output_path silent") == 1
     assert "step 1 failed with exit code 1" in capfd.readouterr().err
 
 
 def test_continues(bench: Bench, capfd: pytest.CaptureFixture) -> None:
-    assert bench.train("--step2_args", "--fail 2") == 2
+    assert bench.train("--step2_args", "--data_output_path fail:2") == 2
     first = bench.manifest()["steps"]["step1"]
     capfd.readouterr()
     # with its own recipe, not the default one
@@ -315,7 +316,7 @@ def test_continues(bench: Bench, capfd: pytest.CaptureFixture) -> None:
 
 def test_resume_auto_goes_on_with_the_latest_run(bench: Bench, capfd: pytest.CaptureFixture) -> None:
     assert bench.train() == 0
-    assert bench.train("--step2_args", "--fail 3") == 3
+    assert bench.train("--step2_args", "--data_output_path fail:3") == 3
     again = capfd.readouterr().err + "".join(bench.manifest("tiny-2")["started_as"][-1])
     assert "tiny-2" in again
     # the recipe is the run's own: none is given
@@ -327,7 +328,7 @@ def test_resume_auto_goes_on_with_the_latest_run(bench: Bench, capfd: pytest.Cap
 
 
 def test_resume_never_starts_unfinished_steps_over(bench: Bench, capfd: pytest.CaptureFixture) -> None:
-    assert bench.train("--step2_args", "--fail 3") == 3
+    assert bench.train("--step2_args", "--data_output_path fail:3") == 3
     assert bench.train("--output_dir", "output/tiny", "--resume", "never") == 0
     assert "--resume never" in bench.arguments("step3")
     capfd.readouterr()
@@ -422,7 +423,7 @@ def test_models_by_flag_and_by_recipe(bench: Bench) -> None:
 
 def test_recipe_values(bench: Bench) -> None:
     (bench.folder / "recipes").mkdir()
-    (bench.folder / "recipes" / "data.py").touch()
+    (bench.folder / "recipes" / "own.jsonl").touch()
     (bench.folder / "x.jsonl").touch()
     recipe = bench.folder / "recipes" / "r.yaml"
     recipe.write_text(
@@ -432,16 +433,16 @@ def test_recipe_values(bench: Bench) -> None:
               gradient_checkpointing: false
               data_path: [demo, x.jsonl]
               learning_rate: 1e-5
-              shift: -3
-              nothing: null
-              function: ./data.py:score
-              other: ./missing.py
+              system_message: -3
+              data_split: null
+              eval_data_path: ./own.jsonl:4
+              data_output_path: ./missing.py
         """)
     )
     assert bench.train("--recipe", str(recipe), "--step", "1") == 0
     assert bench.arguments("step1", "r").partition("step1 ")[2] == (
-        "--offload --no-gradient_checkpointing --data_path demo x.jsonl --learning_rate 1e-5 --shift=-3 "
-        "--function recipes/data.py:score --other ./missing.py"
+        "--offload --no-gradient_checkpointing --data_path demo x.jsonl --learning_rate 1e-5 --system_message=-3 "
+        "--eval_data_path recipes/own.jsonl:4 --data_output_path ./missing.py"
     )
 
 
@@ -459,6 +460,17 @@ BAD = [
     (["--step1_args", "--output_dir x"], "--output_dir is given by train.py"),
     (["--step1_args", "'open"], "--step1_args: No closing quotation"),
     (["--output_dir", "file/run"], "--output_dir .*file/run can not be made"),
+    (["--output_dir", "site"], "--output_dir site holds a manifest.json that no run made"),
+    (["--step3_args", "--ppo_epoch 2"], "^step 3.*: unknown flag --ppo_epoch; did you mean --ppo_epochs"),
+    (["--step2_args", "--learning_rate fast"], "^step 2.*: argument --learning_rate: invalid float value: 'fast'"),
+    (["--step3_args", "--advantage grpo"], "^step 3.*: --advantage grpo compares"),
+    (["--recipe", "unknown.yaml"], "^step 2.*: unknown flag --learning_rat; did you mean --learning_rate"),
+    (["--pipeline", "sft,dpo", "--dpo_args", "--offload_reference_model"], "^DPO: --offload_reference_model moves"),
+    (["--dpo_args", "--beta 0.5"], "--dpo_args: there is no DPO in --pipeline"),
+    (["--pipeline", "sft,dpo", "--step2_args", "--loss log_exp"], "--step2_args: there is no .* in --pipeline sft,dpo"),
+    (["--step1_args", "--seed 1", "--step1_args=--seed 2"], "--step1_args is given twice"),
+    (["--data_path", "demo", "--data_path", "demo:4"], "--data_path is given twice"),
+    (["--data_path"], "--data_path: expected at least one argument"),
     (["--output_dir", "bad"], "manifest.json is not readable as JSON"),
 ]
 
@@ -472,12 +484,15 @@ def test_bad_flags_end_before_anything_runs(bench: Bench, argv: list[str], messa
         "broken.yaml": "step1: {a: [}",
         "output.yaml": "step1: {output_dir: x}",
         "nested.yaml": "step1: {optimizer: {lr: 1}}",
+        "unknown.yaml": "step2: {learning_rat: 1}",
         "file": "",
     }
     for name, text in files.items():
         (bench.folder / name).write_text(text)
     (bench.folder / "bad").mkdir()
     (bench.folder / "bad" / "manifest.json").write_text("{")
+    (bench.folder / "site").mkdir()
+    (bench.folder / "site" / "manifest.json").write_text('{"name": "a page"}')
     with pytest.raises(UserError, match=message):
         bench.train(*argv)
     assert not bench.output.exists()
@@ -553,7 +568,7 @@ def test_shared_flags_reach_every_step_and_win_over_the_recipe(bench: Bench) -> 
         argv = bench.arguments(step)
         for words in ("--data_path mine.jsonl", "--dtype fp32", "--no-offload", "--num_warmup_steps 2"):
             assert f"{words} " in f"{argv} ", (step, words)
-        assert "--seed 7" in argv and argv.count("--data_path") == 1
+        assert ("--seed 8" if step == "step2" else "--seed 7") in argv and argv.count("--data_path") == 1
         assert not any(word in argv for word in ("--seed 1 ", "bf16", "--offload", "demo", "other.csv"))
     assert bench.arguments("step2").endswith("--seed 8")
     assert bench.arguments("step1").startswith("--model_name_or_path my/base ")
@@ -588,7 +603,7 @@ def test_own_data_take_nothing_of_the_demo_recipe(bench: Bench, capfd: pytest.Ca
 
 
 def test_own_data_stay_when_the_run_goes_on(bench: Bench) -> None:
-    assert own_run(bench, "--data_path", "mine.jsonl", "--step3_args=--fail 3") == 3
+    assert own_run(bench, "--data_path", "mine.jsonl", "--step3_args=--data_output_path fail:3") == 3
     assert train.main(["--resume", "auto"], launcher=bench.launcher, scripts=bench.scripts) == 0
     lines = (bench.output / "start" / "step3.log").read_text().splitlines()
     assert all("--data_path mine.jsonl" in line for line in lines if line.startswith("arguments "))
@@ -603,7 +618,7 @@ REFUSED = [
     (["--data_path", "none.csv"], "--data_path none.csv: no such file"),
     (["--data_path", "mine.jsonl", "--model_name_or_path", "./none"], "./none: no such folder"),
     (["--data_path", "mine.jsonl", "--step3_args", "--eval_function none.py:f"], "--eval_function none.py:f: no such"),
-    (["--data_path"], "--data_path: give at least one value"),
+    (["--data_path"], "--data_path: expected at least one argument"),
     (["--learning_rate", "1e-5"], "--learning_rate is a flag of step 1, step 2, DPO alone: .* or --dpo_args"),
     (["--kl_coef=1"], "--kl_coef is a flag of step 3 alone: .*--step3_args"),
     (["--loss", "log_exp"], "--loss is a flag of step 2, DPO alone: .*--step2_args or --dpo_args"),
@@ -645,7 +660,7 @@ def test_the_demos_recipe_is_not_taken_for_a_named_model(bench: Bench) -> None:
 def test_own_data_given_to_each_step_are_asked_for_again(bench: Bench) -> None:
     """Else the unfinished steps of the run would go on with the demo."""
     each = [text for n in (1, 2, 3) for text in (f"--step{n}_args", "--data_path mine.jsonl")]
-    assert own_run(bench, *each[:-1], each[-1] + " --fail 3") == 3
+    assert own_run(bench, *each[:-1], each[-1] + " --data_output_path fail:3") == 3
     with pytest.raises(UserError, match="step 1 has data of its own, step 3 would train on the demo"):
         own_run(bench, "--resume", "auto")
 
@@ -725,7 +740,7 @@ def check_the_end(bench: Bench, number: signal.Signals, start: Callable[[], None
         f"import sys; sys.path.insert(0, {str(folders.repository_root())!r}); import train\n"
         f"sys.exit(train.main(sys.argv[1:], launcher={bench.launcher!r}, scripts={bench.scripts!r}))\n"
     )
-    argv = [sys.executable, driver, "--recipe", bench.recipe, "--step1_args=--hang"]
+    argv = [sys.executable, driver, "--recipe", bench.recipe, "--step1_args=--data_output_path hang"]
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=start)
     step = bench.output / "tiny" / "step1"
     _wait_for((step / "hanging").exists)

@@ -48,3 +48,28 @@ def test_a_name_of_no_layer_is_refused_by_the_roles_own_flag(tmp_path, role):
     zero = of(RoleZeroArguments, {f"{role}_lora_dim": 4, f"{role}_lora_module_name": "nothing"})
     with pytest.raises(UserError, match=f"^--{role}_lora_module_name nothing matches no linear layer"):
         settings.check_models(model, model, None, zero, None, 8)
+
+
+@pytest.mark.parametrize("flag", settings.OF_THE_CRITIC)
+def test_without_a_critic_its_flags_are_said_to_be_idle(flag):
+    other = {"critic_lora_module_name": "q_proj", "critic_gradient_checkpointing": True, "whiten_advantages": False}
+    values = {flag: other.get(flag, 1 if flag == "critic_lora_dim" else 0.5)}
+    by_critic, without = (
+        settings.idle_flags(settings.Flags(*(of(group, values | {"advantage": name}) for group in ARGUMENTS)))
+        for name in ("gae", "rloo")
+    )
+    assert flag in without and "no critic" in without[flag]
+    assert flag not in by_critic or flag == "critic_lora_module_name" and "--critic_lora_dim" in by_critic[flag]
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "needs"),
+    [
+        ("actor_lora_module_name", "q_proj", {"actor_lora_dim": 4}),
+        ("critic_lora_module_name", "q_proj", {"critic_lora_dim": 4}),
+        ("unsup_coef", 3.0, {"unsupervised_data_path": ["demo"]}),
+    ],
+)
+def test_a_flag_that_needs_another_is_idle_without_it(flag, value, needs):
+    for values, idle in (({flag: value}, {flag}), ({flag: value} | needs, set())):
+        assert settings.idle_flags(settings.Flags(*(of(group, values) for group in ARGUMENTS))).keys() == idle

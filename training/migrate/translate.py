@@ -42,9 +42,9 @@ class Ours:
 
 
 OURS: Mapping[str, Ours] = {
-    "step1": Ours(STEPS["step1"], arguments.STEP1),
-    "step2": Ours(STEPS["step2"], arguments.STEP2),
-    "dpo": Ours(STEPS["dpo"], arguments.DPO),
+    "step1": Ours(STEPS["step1"], arguments.STEP1, arguments.check_fine_tuning),
+    "step2": Ours(STEPS["step2"], arguments.STEP2, arguments.check_fine_tuning),
+    "dpo": Ours(STEPS["dpo"], arguments.DPO, arguments.check_fine_tuning),
     "step3": Ours(STEPS["step3"], step3.ARGUMENTS, step3.check),
     "evaluate1": Ours("training/step1_supervised_finetuning/evaluate.py", launched=False),
     "evaluate2": Ours("training/step2_reward_model_finetuning/evaluate.py", launched=False),

@@ -19,9 +19,7 @@ from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.migrate.predecessors import others_of
-from training.pipeline.shared_flags import GROUPS
-from training.step3_rlhf_finetuning import arguments as rlhf_arguments
+from training.pipeline.shared_flags import parse_step
 from training.utils import arguments
 from training.utils.arguments import AUTO, DataArguments, LoraArguments
 from training.utils.data.kinds import KINDS, Kind
@@ -272,9 +270,7 @@ def works(argvs: Mapping[str, Sequence[str]], shape: Shape, ranks: int) -> dict[
     found: dict[str, tuple[str, Work]] = {}
     template, answer = "", 0.0
     for name, argv in argvs.items():
-        flags = arguments.parse(
-            GROUPS[name], argv, prog=name, description="", others=others_of(name) | rlhf_arguments.ALIASES
-        )
+        flags = parse_step(name, argv)
         by_group = {type(group): group for group in flags}
         data: DataArguments = by_group[DataArguments]
         template = data.chat_template or template  # the saved tokenizer carries it on

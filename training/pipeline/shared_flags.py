@@ -7,8 +7,9 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from training.step3_rlhf_finetuning.arguments import ARGUMENTS as STEP3
-from training.utils.arguments import DPO, STEP1, STEP2, flags_in
+from training.migrate.predecessors import others_of
+from training.step3_rlhf_finetuning.arguments import ALIASES, ARGUMENTS as STEP3, check
+from training.utils.arguments import DPO, STEP1, STEP2, check_fine_tuning, flags_in, parse
 from training.utils.errors import UserError
 from training.utils.run.folders import title
 
@@ -39,16 +40,23 @@ SharedArguments: type = dataclasses.make_dataclass(
 )
 
 
-def given_flags(shared: Any) -> dict[str, Any]:
-    """The flags of `SharedArguments` that were given, with their values.
+def parse_step(name: str, argv: Sequence[str]) -> list[Any]:
+    """What a step's program makes of its arguments, without starting it.
 
     Raises:
-        UserError: a flag that takes values has none.
+        UserError: it would refuse them.
     """
-    found = {name: value for name, value in vars(shared).items() if value is not None}
-    if (empty := next((name for name, value in found.items() if value == []), None)) is not None:
-        raise UserError(f"--{empty}: give at least one value")
-    return found
+    others = others_of(name) | (ALIASES if name == "step3" else {})
+    try:
+        groups = parse(GROUPS[name], argv, prog=f"{name}/main.py", description="", others=others)
+        return check(groups) if name == "step3" else check_fine_tuning(groups)
+    except UserError as error:
+        raise UserError(f"{title(name)}: {error}") from None
+
+
+def given_flags(shared: Any) -> dict[str, Any]:
+    """The flags of `SharedArguments` that were given, with their values."""
+    return {name: value for name, value in vars(shared).items() if value is not None}
 
 
 def refuse_flags_of_some_steps(argv: Sequence[str], known: Sequence[type]) -> None:

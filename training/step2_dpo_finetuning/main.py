@@ -24,7 +24,6 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))  # outside the environ
 
 from training.migrate.predecessors import others_of
 from training.utils import arguments
-from training.utils.errors import UserError
 from training.utils.run.demo import check_training_data
 from training.utils.run.runtime import prepare_runtime
 
@@ -33,20 +32,9 @@ OTHERS = others_of("dpo")
 
 
 def parse_flags(argv: Sequence[str]) -> list[Any]:
-    """The flags, by `ARGUMENTS`; without torch, so that ``--help`` and mistakes answer at once.
-
-    Raises:
-        UserError: as `arguments.parse`, and a reference to offload where there is none, or none at ZeRO-3.
-    """
+    """The flags, by `ARGUMENTS`; without torch, so that ``--help`` and mistakes answer at once."""
     prog = "step2_dpo_finetuning/main.py"
-    groups = arguments.parse_fine_tuning(ARGUMENTS, argv, prog=prog, description=__doc__, others=OTHERS)
-    _, _, lora, _, ds, _, _, step = groups
-    if step.offload_reference_model and ds.zero_stage < 3:
-        raise UserError("--offload_reference_model moves the parameters of ZeRO-3: it needs --zero_stage 3")
-    if step.offload_reference_model and (lora.only_optimize_lora or step.loss in arguments.WITHOUT_REFERENCE):
-        why = "--only_optimize_lora" if lora.only_optimize_lora else f"--loss {step.loss}"
-        raise UserError(f"--offload_reference_model has nothing to move: with {why} there is no second model")
-    return groups
+    return arguments.parse_fine_tuning(ARGUMENTS, argv, prog=prog, description=__doc__, others=OTHERS)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))  # outside the environ
 
 from training.migrate.predecessors import others_of
 from training.utils import arguments
-from training.utils.model.forward import TokenScorer
 from training.utils.run.demo import check_training_data
 from training.utils.run.runtime import prepare_runtime
 
@@ -68,7 +67,7 @@ from training.utils.fine_tuning import FineTuning, build_engine, open_run, step_
 from training.utils.memory.training import show_sequence_plan  # noqa: E402
 from training.utils.metrics import MetricsLogger  # noqa: E402
 from training.utils.model import classifiers, loading  # noqa: E402
-from training.utils.model.forward import answer_rewards  # noqa: E402
+from training.utils.model.forward import TokenScorer, answer_rewards  # noqa: E402
 from training.utils.model.limits import check_length, divide_rows  # noqa: E402
 from training.utils.model.lora import check_lora  # noqa: E402
 from training.utils.model.reward_stats import RewardStats, few_held_out  # noqa: E402

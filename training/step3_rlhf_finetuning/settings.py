@@ -30,7 +30,7 @@ from training.step3_rlhf_finetuning.reward_functions import (
     split_weight,
 )
 from training.step3_rlhf_finetuning.roles import RewardModelSettings, starts_from
-from training.utils.arguments import DataArguments, OutputArguments, ReliabilityArguments
+from training.utils.arguments import DataArguments, OutputArguments, ReliabilityArguments, default_of
 from training.utils.checkpoint.resume import Run, resume_output_dir
 from training.utils.data import StepData, prepare_data, prepare_pretraining, stop_token_ids
 from training.utils.engine import four_bit, precision
@@ -309,9 +309,9 @@ def prompts_per_step(rollout: RolloutArguments, batches: Mapping[str, int], rank
 
 def warn(flags: Flags) -> None:
     """Warn about flags without effect, a sampler that is not the policy, and a GPU that would mostly wait."""
-    rollout, ppo, train, evaluate = flags.rollout, flags.ppo, flags.train, flags.evaluate
-    if flags.zero.critic_lora_dim and ppo.advantage != "gae":
-        say(f"warning: --critic_lora_dim has no effect: with --advantage {ppo.advantage} there is no critic")
+    rollout, train, evaluate = flags.rollout, flags.train, flags.evaluate
+    for name, why in idle_flags(flags).items():
+        say(f"warning: --{name} has no effect: {why}")
     if train.num_iterations and max(evaluate.trace, default=0) > train.num_iterations:
         say(f"warning: --trace {max(evaluate.trace)}: the run ends after --num_iterations {train.num_iterations}")
     if rollout.top_p < 1 or rollout.top_k > 0:
@@ -324,6 +324,28 @@ def warn(flags: Flags) -> None:
             f"hint: {rows} responses decoded together leave a GPU waiting; --per_device_generation_batch_size "
             f"{ROWS_OF_ACCELERATORS} or more takes hardly longer, where memory is left"
         )
+
+
+# What only a critic, and advantages by one, take
+OF_THE_CRITIC = (
+    *("critic_learning_rate", "critic_weight_decay", "critic_gradient_checkpointing", "critic_lora_dim"),
+    *("critic_lora_module_name", "clip_value", "gamma", "gae_lambda", "whiten_advantages"),
+)
+
+
+def idle_flags(flags: Flags) -> dict[str, str]:
+    """Flags that are not as they stand by default and have nothing to do, with the reason."""
+    found: dict[str, str] = {}
+    if flags.ppo.advantage != "gae":
+        found |= dict.fromkeys(OF_THE_CRITIC, f"with --advantage {flags.ppo.advantage} there is no critic")
+    for role in ("actor", "critic"):
+        if not getattr(flags.zero, f"{role}_lora_dim"):
+            found.setdefault(f"{role}_lora_module_name", f"--{role}_lora_dim is not given")
+    if not flags.train.unsupervised_data_path:
+        found["unsup_coef"] = "--unsupervised_data_path is not given"
+    groups = (flags.ppo, flags.train, flags.zero, flags.roles)
+    changed = {f.name for group in groups for f in fields(group) if getattr(group, f.name) != default_of(f)}
+    return {name: why for name, why in found.items() if name in changed}
 
 
 def model_paths(args: RoleArguments, functions: Sequence[str]) -> tuple[str, str]:

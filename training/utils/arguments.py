@@ -365,15 +365,26 @@ def check_tensor_parallel(ranks: int, lora_flags: Mapping[str, int]) -> None:
 
 
 def parse_fine_tuning(groups: Sequence[type], argv: Sequence[str], **options: Any) -> list[Any]:
-    """`parse` for steps 1 and 2 and DPO, whose flags are checked together.
+    """`parse` and `check_fine_tuning`."""
+    return check_fine_tuning(parse(groups, argv, **options))
+
+
+def check_fine_tuning(groups: list[Any]) -> list[Any]:
+    """Refuse flags of steps 1 and 2 or DPO that contradict each other; gives them back.
 
     Raises:
-        UserError: as `parse`, or flags contradict each other.
+        UserError: names them; of DPO also a reference to offload where there is none, or none at ZeRO-3.
     """
-    parsed = parse(groups, argv, **options)
-    flags = {type(group): group for group in parsed}
-    check_tensor_parallel(flags[DeepSpeedArguments].tensor_parallel, {"lora_dim": flags[LoraArguments].lora_dim})
-    return parsed
+    flags = {type(group): group for group in groups}
+    ds, lora, step = flags[DeepSpeedArguments], flags[LoraArguments], flags.get(DPOArguments)
+    check_tensor_parallel(ds.tensor_parallel, {"lora_dim": lora.lora_dim})
+    if step is not None and step.offload_reference_model:
+        if ds.zero_stage < 3:
+            raise UserError("--offload_reference_model moves the parameters of ZeRO-3: it needs --zero_stage 3")
+        if lora.only_optimize_lora or step.loss in WITHOUT_REFERENCE:
+            why = "--only_optimize_lora" if lora.only_optimize_lora else f"--loss {step.loss}"
+            raise UserError(f"--offload_reference_model has nothing to move: with {why} there is no second model")
+    return groups
 
 
 # The flags of steps 1 and 2 and of DPO; those of step 3 are in its folder, arguments.py
@@ -408,7 +419,7 @@ def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field, hint: An
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     kwargs: dict[str, Any] = {"default": default, "help": field.metadata["help"], "choices": field.metadata["choices"]}
     if origin is list:
-        kwargs["nargs"] = "+" if default else "*"
+        kwargs["nargs"] = "+"
         kwargs["type"] = inner[0]
         kwargs["action"] = "extend" if field.metadata["repeated"] else "store"
     elif origin in (typing.Union, types.UnionType):
@@ -430,6 +441,8 @@ def default_of(field: dataclasses.Field) -> Any:
 
 def _check_range(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
     for v in value if isinstance(value, list) else [value]:
+        if v == "" and isinstance(value, list):
+            raise UserError(f"--{name}: an empty value")
         if isinstance(v, str) and metadata["pattern"] and not re.fullmatch(metadata["pattern"], v):
             raise UserError(f"--{name} {v}: {metadata['help']}")
         if not isinstance(v, (int, float)) or isinstance(v, bool):
@@ -454,15 +467,18 @@ def parse(
     prog: str,
     description: str,
     others: Mapping[str, OtherFlag] | None = None,
+    recorded: bool = False,
 ) -> list[Any]:
     """Parse ``argv`` into one instance of each dataclass in ``groups``, in order.
 
     Args:
         groups: dataclasses whose fields were made with `flag`; the docstring's first line titles the group.
-        argv: the arguments after the program's name. Of a flag that is given twice, the last one counts.
+        argv: the arguments after the program's name. Of a flag that is given twice, the last one counts; one that takes
+            several values may not be, lest half of them be lost, unless its values are put together (`flag`).
         prog: the program's name in ``--help`` and in messages.
         description: what ``--help`` says first.
         others: flags of other programs that are understood, too; `told_others` says what they are taken for.
+        recorded: a run was started with these arguments; they are not judged again.
 
     Raises:
         UserError: unknown flags (all of them, with the nearest known ones), a value of the wrong type or out of range.
@@ -483,9 +499,12 @@ def parse(
         if name not in own:
             _add_other(parser, name, other, own.get(other.ours))
     known = {name for action in parser._actions for name in action.option_strings}
-    values, unknown = parser.parse_known_args([with_underscores(token, known) for token in argv])
+    tokens = [with_underscores(token, known) for token in argv]
+    values, unknown = parser.parse_known_args(tokens)
     if unknown:
         _reject_unknown(unknown, sorted(known), prog, bool(others))
+    if not recorded:
+        _reject_repeated(tokens, parser)
     instances = []
     for group in groups:
         fields = dataclasses.fields(group)
@@ -581,6 +600,17 @@ def flags_in(argv: Sequence[str]) -> dict[str, list[str]]:
         else:
             values.append(token)
     return found
+
+
+def _reject_repeated(tokens: Sequence[str], parser: Parser) -> None:
+    """Refuse a second list of values for one flag, of which argparse would forget the first."""
+    lists = {name: a.dest for a in parser._actions if a.nargs == "+" for name in a.option_strings}
+    lists = {n: d for n, d in lists.items() if not isinstance(parser._option_string_actions[n], argparse._ExtendAction)}
+    seen: set[str] = set()
+    for name in (token.partition("=")[0] for token in tokens):
+        if name in lists and lists[name] in seen:
+            raise UserError(f"{name} is given twice: put all of its values behind one {name}")
+        seen.add(lists.get(name, ""))
 
 
 def _reject_unknown(tokens: Sequence[str], known: Sequence[str], prog: str, followed: bool) -> typing.NoReturn:

@@ -38,7 +38,7 @@ def recorded_arguments(
     started = [Path(found["folder"])] if "folder" in found else []
     folders = [*started, repository_root(), folder.parent, *folder.parent.parents, Path.cwd()]
     argv = [_located(token, folders) for token in found.get("arguments", [])]
-    parsed = arguments.parse(groups, argv, prog=folder.name, description="", others=others)
+    parsed = arguments.parse(groups, argv, prog=folder.name, description="", others=others, recorded=True)
     return dict(zip(groups, parsed, strict=True))
 
 

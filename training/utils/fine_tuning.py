@@ -200,6 +200,8 @@ def open_run(
     options: dict[str, Any] = {"max_length": flags.model.max_seq_len, "seed": train.seed, "run_dir": output_dir}
     rows = prepare_data(kind, data, tokenizer, **options, **data_options)
     rows.announce()
+    if not flags.lora.lora_dim and flags.lora.lora_module_name != LoraArguments.lora_module_name:
+        say("warning: --lora_module_name has no effect: --lora_dim is not given")
     per_rank = train.per_device_train_batch_size * train.gradient_accumulation_steps
     run = Run.open(
         step,

@@ -18,9 +18,10 @@ from typing import Any
 
 from training.utils.checkpoint.digests import read_digest
 from training.utils.errors import UserError
+from training.utils.run.folders import CHECKPOINTS
 
 FORMAT = 1  # of the files; another version is refused
-FOLDER = "checkpoints"
+FOLDER = CHECKPOINTS
 INDEX = "index.json"
 STATE = "state.json"
 LATEST = "latest"

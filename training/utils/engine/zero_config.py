@@ -178,7 +178,9 @@ def read_user_config(path: str) -> dict[str, Any]:
     if not path:
         return {}
     try:
-        config = json.loads(path if path.lstrip().startswith("{") else Path(path).read_text(encoding="utf-8"))
+        config = json.loads(
+            path if path.lstrip().startswith("{") else Path(path).expanduser().read_text(encoding="utf-8")
+        )
     except UnicodeDecodeError as error:
         raise UserError(f"--deepspeed_config {path}: not a text file") from error
     except OSError as error:

@@ -38,6 +38,11 @@ LATEST = "latest"
 RANK_TIMEOUT = 120.0  # seconds that a rank waits for rank 0 to choose the run's folder
 
 LOCK = ".lock"
+CHECKPOINTS = "checkpoints"
+WRITTEN = (  # by steps
+    *("config.json", "README.md", "metrics.jsonl", "health.jsonl", "answers.jsonl", "samples.json"),
+    *("reward_stats.json", "actor/config.json", "critic/config.json", "ema/config.json"),
+)
 
 _calls = itertools.count()
 _held: dict[Path, contextlib.ExitStack] = {}  # locks on folders, which end with the process
@@ -206,7 +211,7 @@ def step_folder(path: str, step: str) -> Path:
     Raises:
         UserError: it is not there, or the step has not finished.
     """
-    folder = Path(path).absolute() if path else latest_output(step)
+    folder = Path(path).expanduser().absolute() if path else latest_output(step)
     if not folder.is_dir():
         raise UserError(f"--path {path}: no such folder")
     if not is_finished(folder):
@@ -254,9 +259,12 @@ def prepare_output_dir(output_dir: str, step: str) -> Path:
 
 def _output_dir(output_dir: str, step: str) -> Path:
     if output_dir:
-        path = make_dir(Path(output_dir).absolute())
+        path = make_dir(Path(output_dir).expanduser().absolute())
         if is_finished(path):
             raise UserError(f"--output_dir {output_dir} already holds a finished run; choose another, or remove it")
+        if foreign := _foreign(path):
+            raise UserError(f"--output_dir {output_dir} holds {foreign}, which no run of this step made and which it "
+                            "would write over; choose another folder")  # fmt: skip
         if _rank() == 0 and path.name == step:
             point_latest(path.parent)
         return path
@@ -266,6 +274,16 @@ def _output_dir(output_dir: str, step: str) -> Path:
     if world > local:
         raise UserError("several hosts can not agree on a new run: give --output_dir")
     return _agree(step)
+
+
+def _foreign(folder: Path) -> str:
+    """A file of a folder that a step would replace and that none has made, such as a model's; empty if there is none.
+
+    A step's folder has its lock from the first moment on, and checkpoints, wherever it was copied to.
+    """
+    if (folder / LOCK).exists() or (folder / CHECKPOINTS).is_dir():
+        return ""
+    return next((name for name in WRITTEN if (folder / name).exists()), "")
 
 
 def _choose_output_dir(step: str) -> Path:

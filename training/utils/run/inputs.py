@@ -50,7 +50,7 @@ def check_flag(name: str, values: Sequence[Any]) -> None:
             _check_function(text, f"--{name}")
         elif name == "chat_template":
             read_template_file(text)
-        elif name in FILES and not text.lstrip().startswith("{") and not Path(text).is_file():
+        elif name in FILES and not text.lstrip().startswith("{") and not Path(text).expanduser().is_file():
             raise UserError(f"--{name} {text}: no such file")
 
 

@@ -15,10 +15,11 @@ from typing import Any
 from training.utils.checkpoint.digests import read_digest
 from training.utils.errors import UserError
 from training.utils.run.files import read_object
+from training.utils.run.folders import CHECKPOINTS
 from training.utils.run.runtime import available_cores
 
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "peft", "accelerate", "tensorboard", "gguf", "gradio")
-NOT_INPUT = {"__pycache__", "checkpoints"}  # folders inside a folder of inputs that are none
+NOT_INPUT = {"__pycache__", CHECKPOINTS}  # folders inside a folder of inputs that are none
 NAMED_INPUTS = ("model_name_or_path", "data_path")  # flags whose values are inputs also when they are no files
 
 

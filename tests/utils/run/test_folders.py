@@ -1,0 +1,44 @@
+"""Where a step writes: nothing that it has not made is written over, and a tilde is the user's home."""
+
+import pytest
+
+from training.utils.errors import UserError
+from training.utils.run import folders
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", folders.WRITTEN)
+def test_what_no_step_has_made_is_not_written_over(home, name):
+    file = home / "out" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    with pytest.raises(UserError, match=f"holds {name}, which no run of this step made"):
+        folders.prepare_output_dir("out", "step3")
+    assert file.read_text() == "mine" and not (home / "out" / folders.LOCK).exists()
+
+
+@pytest.mark.parametrize("mark", [folders.LOCK, folders.CHECKPOINTS])
+def test_a_steps_own_folder_goes_on(home, mark):
+    (home / "out").mkdir()
+    (home / "out" / mark).touch() if mark == folders.LOCK else (home / "out" / mark).mkdir()
+    (home / "out" / "metrics.jsonl").touch()
+    assert folders.prepare_output_dir("out", "step1") == home / "out"
+
+
+def test_a_log_alone_is_no_hindrance(home):
+    (home / "out").mkdir()
+    (home / "out" / "training.log").touch()
+    assert folders.prepare_output_dir("out", "step1") == home / "out"
+
+
+def test_a_tilde_that_the_shell_left_is_the_users_home(home):
+    assert folders.prepare_output_dir("~/run/step1", "step1") == home / "run" / "step1"
+    (home / "run" / "step1" / "summary.json").write_text("{}")
+    assert folders.step_folder("~/run/step1", "step1") == home / "run" / "step1"
+    assert not (home / "~").exists()
