@@ -9,14 +9,17 @@ from typing import Any
 from training.pipeline.showcase import judges
 from training.report.run import RunRecord, StepRecord, number
 from training.report.text import heading
-from training.utils.health_rules import LEAST_CHOSEN_CHANGE, LEAST_EOS_RATE, MAX_KL, MOST_KL_PER_TOKEN
+from training.utils.health_rules import HEALTHY, LEAST_CHOSEN_CHANGE, LEAST_EOS_RATE, MAX_KL, MOST_KL_PER_TOKEN
 
 # Where a number stops being comfortable; docs/metrics.md and docs/evaluation.md say why.
 FEW_HELD_OUT = 100  # prompts below which an interval is wide
 CEILING = 0.98  # of the reward model's accuracy
 LENGTH_MARGIN = 0.05  # accuracy above "always the longer" (or shorter) that shows more than a taste for length
 LENGTH_RATIO = 1.5
-CLIPPED = 0.3
+STILL_FALLING = 0.02  # of the held-out loss, from one evaluation to the next
+POOR_ACCURACY = 0.6
+JUDGES_APART = 0.15  # win rates of the reward model and of an evaluation function
+POOR_CRITIC = 0.1  # of the explained variance
 BROKEN = ("failed", "stopped", "unfinished")  # states of a step that has ended early, or is at work
 
 
@@ -72,7 +75,7 @@ def _step1(step: StepRecord) -> list[str]:
             f"Step 1's held-out loss was lowest at step {best:.0f} of {steps:.0f} (that model was kept): more training "
             "of this kind only memorises. Use fewer --num_train_epochs, or more data."
         ]
-    if len(losses) >= 3 and losses[-2][1] - losses[-1][1] > 0.02 * losses[-1][1]:
+    if len(losses) >= 3 and losses[-2][1] - losses[-1][1] > STILL_FALLING * losses[-1][1]:
         return [
             f"Step 1's held-out loss was still falling at its end ({losses[-2][1]:.3f} to {losses[-1][1]:.3f}): more "
             "--num_train_epochs or more data would help."
@@ -93,7 +96,7 @@ def _step2(step: StepRecord) -> list[str]:
             f"({max(longer, 1 - longer):.1%}): give step 2 pairs of similar length, or more pairs. What step 3 learns "
             "from it would be length."
         )
-    elif accuracy < 0.6:
+    elif accuracy < POOR_ACCURACY:
         lines.append(
             f"The reward model prefers the right answer in only {accuracy:.1%} of held-out pairs: more or cleaner "
             "pairs, or a smaller --learning_rate; step 3 can not be better than its judge."
@@ -115,7 +118,7 @@ def _dpo(step: StepRecord) -> list[str]:
             f"DPO made preferred answers less likely, too ({change:+.2f} nats per token): raise --beta, lower its "
             "--learning_rate, or try --loss orpo."
         )
-    if accuracy is not None and accuracy < 0.6:
+    if accuracy is not None and accuracy < POOR_ACCURACY:
         lines.append(f"DPO tells only {accuracy:.1%} of held-out pairs apart: more pairs, a higher --learning_rate.")
     if kl is not None and kl > MOST_KL_PER_TOKEN:
         lines.append(f"DPO moved {kl:.2f} nats per token from the SFT model, which is far: raise --beta.")
@@ -144,7 +147,7 @@ def _drift(step: StepRecord) -> list[str]:
     win = number(s.get("win_rate"))
     for check in judges(s):
         other = number(check.get("win_rate"))
-        if win is not None and other is not None and win - other > 0.15:
+        if win is not None and other is not None and win - other > JUDGES_APART:
             lines.append(
                 f"The reward model sees {win:.0%} wins, the independent check {check['name']} {other:.0%}: part of the "
                 "gain pleases the reward model alone. Stop earlier (fewer --num_iterations) or hold on tighter (higher "
@@ -180,10 +183,10 @@ def _responses(s: Mapping[str, Any]) -> list[str]:
 def _optimisation(step: StepRecord) -> list[str]:
     lines = []
     clipped = step.curve("policy/clip_fraction")
-    if clipped and clipped[-1][1] > CLIPPED:
+    if clipped and clipped[-1][1] > HEALTHY["policy/clip_fraction"][1]:
         lines.append(f"{clipped[-1][1]:.0%} of the policy's ratios were clipped: halve --actor_learning_rate.")
     explained = step.curve("critic/explained_variance")
-    if len(explained) >= 5 and sum(y for _, y in explained[-5:]) / 5 < 0.1:
+    if len(explained) >= 5 and sum(y for _, y in explained[-5:]) / 5 < POOR_CRITIC:
         lines.append(
             "The critic explains almost none of the returns; that is usual for a short run. For a longer one raise "
             "--critic_learning_rate; until then --gae_lambda 1 keeps it from misleading the policy."
