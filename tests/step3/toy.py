@@ -23,7 +23,7 @@ ANSWER_LENGTH = 6
 PROMPTS = 16
 LEARNING_RATE = {"full": 3e-3, "lora": 1.5e-2}  # a model this small stands, and needs, far more than a real one
 CRITIC_LEARNING_RATE = 1e-2
-ENTROPY_COEF = 0.01  # with much less a prompt may settle on another token before the favourite is tried
+ENTROPY_COEF = 0.015  # with 0.01 and less a prompt may settle on another token before the favourite is tried
 
 
 def save_toy_models(folder: Path) -> tuple[str, str]:
