@@ -179,12 +179,13 @@ def _unless_given(flags: Sequence[str], given: Sequence[str]) -> list[str]:
     return kept
 
 
-def check_steps(steps: Sequence[Step], run: Path, recorded: Mapping[str, Any]) -> None:
+def check_steps(steps: Sequence[Step], run: Path, recorded: Mapping[str, Any], *, weights: bool) -> None:
     """Refuse, before anything is made, what steps would end with.
 
     Args:
         steps: those to run, in ``run``.
         recorded: what the manifest says about each step that has been run.
+        weights: whether models need them; a plan does without.
 
     Raises:
         UserError: a path is not there, a step would train on the demo unasked, or there are no pairs for step 2.
@@ -196,7 +197,7 @@ def check_steps(steps: Sequence[Step], run: Path, recorded: Mapping[str, Any]) -
     for step in steps:
         if not is_finished(step.directory):
             parse_step(step.name, step.argv)
-            check_paths(step.argv, made)
+            check_paths(step.argv, made, weights=weights)
             if step.name in ("step2", "dpo"):
                 check_pairs(step.name, step.argv)
 
@@ -452,7 +453,7 @@ def main(
     own = own_data(inputs, shared)
     recipe = options.recipe or manifest.get("recipe", {}).get("name", START if own else DEMO)
     planned = plan_steps(options, inputs, shared, recipe, run, scripts)  # bad flags end here, before a folder is made
-    check_steps(planned, run, manifest.get("steps", {}))
+    check_steps(planned, run, manifest.get("steps", {}), weights=not options.plan)
     if rounds.rounds:
         check_run(run, [step.name for step in planned])
     if not options.plan:

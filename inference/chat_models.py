@@ -260,12 +260,18 @@ def _chat_model(
 ) -> ChatModel:
     own = Path(adapter_dir) if adapter_dir else None
     has_tokenizer = own is not None and (own / "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(str(own) if has_tokenizer else base, chat_template=chat_template)
+    source = str(own) if has_tokenizer else base
+    tokenizer = load_tokenizer(source, chat_template=chat_template, named=f"--path {source}")
     generation = weights.model.generation_config
     if own is not None and (own / "generation_config.json").is_file():
-        generation = GenerationConfig.from_pretrained(str(own))
+        try:
+            generation = GenerationConfig.from_pretrained(str(own))
+        except LOAD_ERRORS as error:
+            raise UserError(f"--path {own}: generation_config.json is damaged: {_first_line(error)}") from error
     eos = generation.eos_token_id if generation is not None else None
     stops = [] if eos is None else [eos] if isinstance(eos, int) else eos
+    if not isinstance(stops, list) or not all(isinstance(stop, int) for stop in stops):
+        raise UserError(f"--path {own or base}: generation_config.json is damaged: eos_token_id is {eos}")
     if eos is None or chat_template:
         stops = [*stops, *stop_token_ids(tokenizer)]
     config = weights.model.config.get_text_config()

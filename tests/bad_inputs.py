@@ -87,6 +87,21 @@ def _without_statistics(w: World) -> str:
     return str(shutil.copytree(w.reward, w.tmp / "reward", ignore=shutil.ignore_patterns("reward_stats.json")))
 
 
+def _without(w: World, name: str = "model.safetensors", text: str = "") -> str:
+    """A model whose folder lacks a file, or has another one in its place."""
+    folder = Path(shutil.copytree(w.model, w.tmp / "damaged"))
+    (folder / name).unlink(missing_ok=True)
+    if text:
+        _write(folder / name, text)
+    return str(folder)
+
+
+def _sharded(w: World, index: str) -> str:
+    folder = Path(_without(w))
+    _write(folder / "model.safetensors.index.json", index)
+    return str(folder)
+
+
 def _short_reward(w: World) -> str:
     folder = shutil.copytree(w.reward, w.tmp / "short")
     config = json.loads((folder / "config.json").read_text())
@@ -192,6 +207,71 @@ CASES = [
     ),
     Case(
         "missing gguf", 1, lambda w: _sft(w)[2:] + ["--model_name_or_path", "none.gguf"], ["none.gguf", "no such file"]
+    ),
+    *(
+        Case(
+            f"a model without weights in {step}",
+            step,
+            lambda w, flags=flags: flags(w, _without(w)),
+            [f"{name} ", "damaged: the folder holds no weights (model.safetensors)"],
+        )
+        for step, name, flags in (
+            (1, "--model_name_or_path", lambda w, model: [*_sft(w)[2:], "--model_name_or_path", model]),
+            (2, "--model_name_or_path", lambda w, model: [*_sft(w)[2:], "--model_name_or_path", model]),
+            ("dpo", "--model_name_or_path", lambda w, model: [*_sft(w)[2:], "--model_name_or_path", model]),
+            (3, "--actor_model_name_or_path", lambda w, model: _rl(w, "--actor_model_name_or_path", model)),
+            ("generate", "--model", lambda w, model: [*_generate(w)[2:], "--model", f"one={model}"]),
+        )
+    ),
+    *(
+        Case(
+            f"a model with {text} as its index of weights",
+            1,
+            lambda w, text=text: [*_sft(w)[2:], "--model_name_or_path", _sharded(w, text)],
+            words,
+        )
+        for text, words in (
+            ('{"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}', ["2 of its files", "1.safetensors among"]),
+            ("{}", ["model.safetensors.index.json is damaged"]),
+            ('{"weight_map": {"a": 3}}', ["model.safetensors.index.json is damaged"]),
+            ("[]", ["model.safetensors.index.json is damaged"]),
+            ("{", ["model.safetensors.index.json is not readable as JSON"]),
+        )
+    ),
+    *(
+        Case(
+            f"a model with {text} as its {file}",
+            1,
+            lambda w, file=file, text=text: [*_sft(w)[2:], "--model_name_or_path", _without(w, file, text)],
+            [word],
+        )
+        for file, text, word in (
+            *(("tokenizer.json", text, "tokenizer.json is damaged: ") for text in ("{}", "[]", "null", "3", '"x"')),
+            ("tokenizer.json", '{"added_tokens": 3}', "tokenizer.json is damaged: "),
+            *(
+                (f"{name}.json", text, f"{name}.json is damaged: it holds no JSON object")
+                for name in ("config", "generation_config", "tokenizer_config", "special_tokens_map", "added_tokens")
+                for text in ("[]", "null", "3")
+            ),
+            ("config.json", "{}", "its configuration can not be used: Unrecognized model"),
+            ("config.json", '{"model_type": "llama", "hidden_size": "x"}', "'hidden_size' expected int, got str"),
+            ("config.json", '{"model_type": "llama", "architectures": 3}', "architectures is no list of names"),
+            ("tokenizer_config.json", '{"eos_token": 3}', "TypeError: Special token eos_token has to be"),
+            ("tokenizer_config.json", '{"tokenizer_class": []}', "no tokenizer can be loaded from it (TypeError"),
+            ("tokenizer_config.json", '{"eos_token": "<|im_end|>", "model_max_length": "x"}', "no tokenizer can be"),
+        )
+    ),
+    Case(
+        "a page instead of a GGUF file",
+        1,
+        lambda w: [*_sft(w)[2:], "--model_name_or_path", _write(w.tmp / "a.gguf", "<html>")],
+        ["a.gguf", "no GGUF file, or damaged"],
+    ),
+    Case(
+        "a cut GGUF file",
+        1,
+        lambda w: [*_sft(w)[2:], "--model_name_or_path", _bytes(w.tmp / "a.gguf", b"GGUF" + bytes(40))],
+        ["a.gguf", "can not be converted"],
     ),
     Case("empty folder as model", 2, lambda w: _sft(w)[2:] + ["--model_name_or_path", str(w.tmp)], ["no config.json"]),
     Case(
@@ -495,7 +575,7 @@ CASES = [
         "DeepSpeed JSON sets what is ours",
         1,
         lambda w: _sft(w, "--deepspeed_config", _write(w.tmp / "ds.json", '{"train_batch_size": 8}')),
-        ["train_batch_size", "flags for batch sizes"],
+        ["train_batch_size", "own flags for batch sizes"],
     ),
     Case(
         "unwritable output",

@@ -128,7 +128,7 @@ def _no_model(tmp_path, folders):
 def _no_weights(tmp_path, folders):
     shutil.copytree(folders["sft"], tmp_path / "m")
     (tmp_path / "m" / "model.safetensors").unlink()
-    return str(tmp_path / "m"), "can not be loaded"
+    return str(tmp_path / "m"), "the folder holds no weights"
 
 
 def _cut_weights(tmp_path, folders):
@@ -165,6 +165,38 @@ def _adapter_config(tmp_path, folders, **changes):
     return str(tmp_path / "a")
 
 
+def _adapter_of_a_wrong_kind(tmp_path, folders):
+    return _adapter_config(tmp_path, folders, peft_type=3), "adapter can not be loaded"
+
+
+def _adapter_stops_at_a_word(tmp_path, folders):
+    (_adapter(tmp_path, folders) / "generation_config.json").write_text('{"eos_token_id": ["stop"]}')
+    return str(tmp_path / "a"), "generation_config.json is damaged: eos_token_id is"
+
+
+def _adapter_generates_by_a_list(tmp_path, folders):
+    (_adapter(tmp_path, folders) / "generation_config.json").write_text("[]")
+    return str(tmp_path / "a"), "generation_config.json is damaged"
+
+
+def _stops_at_a_word(tmp_path, folders):
+    folder = shutil.copytree(folders["sft"], tmp_path / "m")
+    (folder / "generation_config.json").write_text('{"eos_token_id": {"stop": 3}}')
+    return str(folder), "generation_config.json is damaged: eos_token_id is"
+
+
+def _config_of_a_wrong_kind(tmp_path, folders):
+    folder = shutil.copytree(folders["sft"], tmp_path / "m")
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | {"head_dim": {}}))
+    return str(folder), "its configuration can not be used: .*head_dim"
+
+
+def _tokenizer_of_nothing(tmp_path, folders):
+    folder = shutil.copytree(folders["sft"], tmp_path / "m")
+    (folder / "tokenizer.json").write_text("{}")
+    return str(folder), "tokenizer.json is damaged"
+
+
 def _adapter_lost_base(tmp_path, folders):
     return _adapter_config(tmp_path, folders, base_model_name_or_path="/gone/base"), "base model can not be found"
 
@@ -189,6 +221,8 @@ def _adapter_foreign_base(tmp_path, folders):
     "make",
     [
         _no_folder, _no_model, _no_weights, _cut_weights, _adapter_bad_json, _adapter_cut, _adapter_no_weights,
+        _adapter_of_a_wrong_kind, _adapter_stops_at_a_word, _adapter_generates_by_a_list, _stops_at_a_word,
+        _config_of_a_wrong_kind, _tokenizer_of_nothing,
         _adapter_lost_base, _adapter_no_base, _adapter_other_rank, _adapter_lacks_layers, _adapter_foreign_base,
     ],
 )  # fmt: skip

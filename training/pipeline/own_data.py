@@ -51,19 +51,20 @@ def check_sources(argvs: Mapping[str, Sequence[str]]) -> None:
         )
 
 
-def check_paths(argv: Sequence[str], made: Sequence[str]) -> None:
+def check_paths(argv: Sequence[str], made: Sequence[str], *, weights: bool = True) -> None:
     """Refuse a step's arguments that name a file or folder that is not there, or a model of a hub out of reach.
 
     Args:
         argv: its arguments.
         made: folders that earlier steps will have made by then.
+        weights: whether models need them; a plan does without.
 
     Raises:
         UserError: names the flag.
     """
     for name, values in flags_in(argv).items():
         there = [v for v in values if v and v not in made and not is_finished(Path(v))]
-        check_flag(name, there)
+        check_flag(name, there, weights=weights)
         for value in there if name.endswith(MODELS) else ():
             hub.check_model(value, f"--{name}")
 

@@ -74,7 +74,8 @@ def main(argv: Sequence[str]) -> int:
     _, model_args, lora, train, ds, output, reliability, step = groups
     precision.check_dtype(model_args.dtype)
     overrides = read_user_config(ds.deepspeed_config)
-    model_path = loading.resolve_model(model_args.model_name_or_path or str(latest_output("step1")))
+    named = model_args.model_name_or_path or str(latest_output("step1"))
+    model_path = loading.resolve_model(named, weights=not output.plan)
     loading.check_writes(model_path, "--model_name_or_path")
     check_length(model_path, model_args.max_seq_len, "--max_seq_len")
     check_lora(model_path, lora)

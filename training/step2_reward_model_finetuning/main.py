@@ -83,7 +83,8 @@ def main(argv: Sequence[str]) -> int:
     data, model_args, lora, train, ds, output, reliability, step = groups
     precision.check_dtype(model_args.dtype)
     overrides = read_user_config(ds.deepspeed_config)
-    model_path = loading.resolve_model(model_args.model_name_or_path or str(latest_output("step1")))
+    named = model_args.model_name_or_path or str(latest_output("step1"))
+    model_path = loading.resolve_model(named, weights=not output.plan)
     check_length(model_path, model_args.max_seq_len, "--max_seq_len")
     classifiers.check_reward_family(model_path)
     check_lora(model_path, lora)

@@ -158,7 +158,7 @@ def find_models(flags: Flags) -> Models:
     args, ppo, zero = flags.roles, flags.ppo, flags.zero
     functions, weight = parse_reward_functions(ppo.reward_function, "--reward_function")
     overrides = read_user_config(zero.deepspeed_config)
-    actor, reward_path = model_paths(args, ppo.reward_function)
+    actor, reward_path = model_paths(args, ppo.reward_function, weights=not flags.output.plan)
     tokenizer = actor_tokenizer(args, flags.data, actor)
     reward = reward_model_settings(
         reward_path, tokenizer, normalize=ppo.normalize_reward, weight=weight, plan=flags.output.plan
@@ -348,30 +348,30 @@ def idle_flags(flags: Flags) -> dict[str, str]:
     return {name: why for name, why in found.items() if name in changed}
 
 
-def model_paths(args: RoleArguments, functions: Sequence[str]) -> tuple[str, str]:
+def model_paths(args: RoleArguments, functions: Sequence[str], *, weights: bool = True) -> tuple[str, str]:
     """Folders or hub names of actor and reward model; the latter empty if there is none.
 
     Args:
         args: the flags.
         functions: the values of ``--reward_function``.
+        weights: whether they are needed too; a plan does without.
 
     Raises:
         UserError: a path holds no model, there would be no reward at all, or a reward model that is not there has a
             weight.
     """
-    actor = loading.resolve_model(
-        args.actor_model_name_or_path or str(latest_output("step1")), "--actor_model_name_or_path"
-    )
+    named = args.actor_model_name_or_path or str(latest_output("step1"))
+    actor = loading.resolve_model(named, "--actor_model_name_or_path", weights=weights)
     if args.critic_model_name_or_path == NONE:
         check_without_model(functions, "--critic_model_name_or_path")
         return actor, ""
     named = args.critic_model_name_or_path or str(latest_output("step2"))
-    return actor, loading.resolve_model(named, "--critic_model_name_or_path")
+    return actor, loading.resolve_model(named, "--critic_model_name_or_path", weights=weights)
 
 
 def actor_tokenizer(args: RoleArguments, data: DataArguments, actor_path: str) -> Any:
     """The tokenizer of actor and critic, with the chat template that will be in force: the actor's, or the flags'."""
-    source = loading.resolve_model(args.tokenizer_name_or_path or actor_path, "--tokenizer_name_or_path")
+    source = loading.resolve_model(args.tokenizer_name_or_path or actor_path, "--tokenizer_name_or_path", weights=False)
     return load_tokenizer(
         source, chat_template=data.chat_template, system_message=data.system_message, stop_ids=data.stop_ids
     )

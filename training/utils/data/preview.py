@@ -272,7 +272,7 @@ def main(argv: Sequence[str]) -> int:
     if preview.validate:
         data.on_bad_row = "skip"  # to tell of all of them, not of the first alone
     try:
-        path = resolve_model(preview.model_name_or_path)
+        path = resolve_model(preview.model_name_or_path, weights=False)
         tokenizer = load_tokenizer(
             path, chat_template=data.chat_template, system_message=data.system_message, stop_ids=data.stop_ids
         )

@@ -161,16 +161,11 @@ def _template_of(file: str, model: str) -> str:
     """The chat template of the model that a conversation template names."""
     if not model:
         return ""
-    from transformers import AutoTokenizer
-
-    from training.utils.model.loading import remote_code, resolve_model
+    from training.utils.model.loading import resolve_model
+    from training.utils.model.tokenizer import read_tokenizer
 
     where = f"--chat_template {file}: chat_template"
-    path = resolve_model(model, where)
-    try:
-        found = AutoTokenizer.from_pretrained(path, **remote_code()).chat_template
-    except (OSError, ValueError) as error:
-        raise UserError(f"{where} {model}: no tokenizer can be loaded from it ({type(error).__name__})") from error
+    found = read_tokenizer(resolve_model(model, where, weights=False), f"{where} {model}").chat_template
     template = found.get("default") if isinstance(found, dict) else found
     if not template:
         raise UserError(f"{where} {model}: its tokenizer has no chat template")

@@ -33,7 +33,7 @@ from transformers import (
 
 from training.utils.engine import four_bit, sequence_parallel
 from training.utils.engine.zero_config import DTYPES
-from training.utils.errors import UserError
+from training.utils.errors import UserError, disk_failure
 from training.utils.model import hub
 from training.utils.run.folders import cache_dir
 from training.utils.run.inputs import check_model_path
@@ -58,21 +58,33 @@ def remote_code() -> dict[str, bool]:
     return {"trust_remote_code": os.environ.get(REMOTE_CODE) == "1"}
 
 
-def load_config(path: str) -> Any:
+def load_config(path: str, named: str = "") -> Any:
     """A model's configuration.
+
+    Args:
+        path: a folder or hub name.
+        named: what the user has called it, for messages; ``path`` when empty.
 
     Raises:
         UserError: it can not be read, or the model needs its own Python code, which was not allowed.
     """
     try:
-        return AutoConfig.from_pretrained(path, **remote_code())
-    except UNREADABLE as error:
-        raise UserError(f"{path}: its configuration can not be used: {reason_of(error)}") from error
+        config = AutoConfig.from_pretrained(path, **remote_code())
+    except MemoryError:
+        raise
+    except Exception as error:  # values of a wrong kind raise errors of the hub's library, which are plain ones
+        raise UserError(f"{named or path}: its configuration can not be used: {reason_of(error)}") from error
+    kinds = getattr(config, "architectures", None) or []
+    if not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
+        raise UserError(f"{named or path}: its configuration can not be used: architectures is no list of names")
+    return config
 
 
 def reason_of(error: Exception) -> str:
     """The first line of a library's error, in our words where it is about code that a model brings along."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    line, *more = (str(error).strip() or type(error).__name__).splitlines()
+    if isinstance(error, KeyError) or (line.endswith(":") and more):  # of the one there is but the key, ...
+        line = f"{type(error).__name__} {line}" if isinstance(error, KeyError) else f"{line} {more[0].strip()}"
     if "trust_remote_code" in str(error):
         return f"the model brings Python code of its own; if you trust it, set {REMOTE_CODE}=1 in the environment"
     if missing := re.search(r"Unrecognized configuration class .*\.(\w+)Config'> .*AutoModelFor(\w+)\.", line):
@@ -82,21 +94,33 @@ def reason_of(error: Exception) -> str:
     return line
 
 
-def resolve_model(name_or_path: str, flag: str = "--model_name_or_path") -> str:
+def resolve_model(name_or_path: str, flag: str = "--model_name_or_path", *, weights: bool = True) -> str:
     """Turn what a user may name into what transformers loads: a folder or a hub name.
 
     ``embedded`` and GGUF files are converted into the cache at their first use.
+
+    Args:
+        name_or_path: the flag's value.
+        flag: for messages.
+        weights: whether they are needed; a plan, or a tokenizer, does without.
 
     Raises:
         UserError: nothing there, or not a model; names ``flag``.
     """
     if name_or_path == EMBEDDED:
         return str(_convert_gguf(_embedded_gguf()))
-    check_model_path(name_or_path, flag)
+    check_model_path(name_or_path, flag, weights=weights)
     path = Path(name_or_path).expanduser()
     if path.suffix == ".gguf":
-        return str(_convert_gguf(path.resolve()))
+        try:
+            return str(_convert_gguf(path.resolve()))
+        except UNREADABLE as error:
+            if disk_failure(error):
+                raise
+            raise UserError(f"{flag} {name_or_path}: the file can not be converted: {reason_of(error)}") from error
     if path.is_dir():
+        if weights:
+            load_config(str(path), f"{flag} {name_or_path}")
         return str(path.resolve())
     hub.check_model(name_or_path, flag)
     try:

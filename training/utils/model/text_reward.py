@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from training.utils.data import read_any
 from training.utils.engine.frozen import frozen_role, load_frozen_scorer
@@ -18,7 +18,7 @@ from training.utils.engine.zero_config import frozen_config
 from training.utils.errors import UserError
 from training.utils.model import classifiers, loading
 from training.utils.model.forward import module_of
-from training.utils.model.tokenizer import check_vocabulary, load_tokenizer
+from training.utils.model.tokenizer import check_vocabulary, load_tokenizer, read_tokenizer
 
 Messages = Sequence[dict[str, str]]
 
@@ -114,10 +114,7 @@ def load_reward_tokenizer(path: str) -> PreTrainedTokenizerBase:
     Raises:
         UserError: no tokenizer there, or its ids do not fit the model's embeddings.
     """
-    try:
-        plain = AutoTokenizer.from_pretrained(path, **loading.remote_code())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no tokenizer can be loaded from it ({type(error).__name__})") from error
+    plain = read_tokenizer(path)
     tokenizer = load_tokenizer(path) if plain.chat_template else plain
     check_vocabulary(path, tokenizer)
     return tokenizer

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
+from tokenizers import Tokenizer
 from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerBase,
 )
 
 from training.utils.errors import UserError
-from training.utils.model.loading import load_config, remote_code
+from training.utils.model.loading import load_config, reason_of, remote_code
 
 UNUSUAL_TEXT = "\u2603 \u0f3a \U0001f9ff \u4e2d \u0627 \x07"  # what only byte fallback knows
 
 
 def load_tokenizer(
-    path: str, *, chat_template: str = "", system_message: str = "", stop_ids: Sequence[int] = ()
+    path: str, *, chat_template: str = "", system_message: str = "", stop_ids: Sequence[int] = (), named: str = ""
 ) -> PreTrainedTokenizerBase:
     """Load a tokenizer with a chat template and a pad token, see `_choose_pad_token`.
 
@@ -25,21 +27,55 @@ def load_tokenizer(
         chat_template: a file or a name; the tokenizer's own, or the project's default, when empty.
         system_message: put before conversations that have none.
         stop_ids: further tokens that end a response.
+        named: what the user has called it, for messages; ``path`` when empty.
 
     Raises:
         UserError: no tokenizer there, no EOS token, or a template that can not be used.
     """
     from training.utils.data import configure_chat_template
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **remote_code())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no tokenizer can be loaded from it ({type(error).__name__})") from error
+    tokenizer = read_tokenizer(path, named)
     if tokenizer.eos_token_id is None:
-        raise UserError(f"{path}: the tokenizer has no EOS token, so a model could never stop")
+        raise UserError(f"{named or path}: the tokenizer has no EOS token, so a model could never stop")
     configure_chat_template(tokenizer, chat_template, system_message, stop_ids)
     _choose_pad_token(tokenizer)
     return tokenizer
+
+
+def read_tokenizer(path: str, named: str = "") -> PreTrainedTokenizerBase:
+    """A tokenizer as its files have it.
+
+    Args:
+        path: from `resolve_model`.
+        named: what the user has called it, for messages; ``path`` when empty.
+
+    Raises:
+        UserError: no tokenizer there, or its files are damaged.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **remote_code())
+        tokenizer(UNUSUAL_TEXT)  # some settings of a wrong kind show at the first use only
+    except MemoryError:
+        raise
+    except Exception as error:  # the Rust library raises plain ones, and Python's stumble over damaged files anyhow
+        if (Path(path) / "config.json").is_file():
+            load_config(path, named)  # read along with the tokenizer; it may be what is wrong
+        kind = type(error).__name__
+        why = _damage(Path(path) / "tokenizer.json") or (
+            kind if isinstance(error, OSError) else f"{kind}: {reason_of(error)}"
+        )
+        raise UserError(f"{named or path}: no tokenizer can be loaded from it ({why})") from error
+    return tokenizer
+
+
+def _damage(file: Path) -> str:
+    """What is wrong with a ``tokenizer.json``; empty if it can be read, or is not there."""
+    try:
+        if file.is_file():
+            Tokenizer.from_file(str(file))
+    except Exception as error:
+        return f"{file.name} is damaged: {error}"
+    return ""
 
 
 def _choose_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -11,11 +11,19 @@ from typing import Any
 
 from training.utils.data.template_file import read_template_file
 from training.utils.errors import UserError
+from training.utils.run.files import read_object
+from training.utils.run.folders import shown
 
-MODELS = ("model_name_or_path", "tokenizer_name_or_path")  # ends of the names of flags
+TOKENIZER = "tokenizer_name_or_path"
+MODELS = ("model_name_or_path", TOKENIZER)  # ends of the names of flags
 DATA = ("data_path",)
 FUNCTIONS = ("reward_function", "eval_function")
 FILES = ("deepspeed_config",)
+# Of a model's folder: what holds its weights, and the objects beside them that are small
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+SMALL_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json",
+               "added_tokens.json", "adapter_config.json")  # fmt: skip
+GGUF = b"GGUF"  # what such a file begins with
 NO_BITSANDBYTES = "--base_bits 4 needs bitsandbytes: pip install -r requirements-optional.txt -c constraints.txt"
 
 
@@ -30,20 +38,20 @@ def check_inputs(groups: Sequence[Any]) -> None:
     """
     flags = {field.name: getattr(group, field.name) for group in groups for field in dataclasses.fields(group)}
     for name, value in flags.items():
-        check_flag(name, value if isinstance(value, list) else [value])
+        check_flag(name, value if isinstance(value, list) else [value], weights=not flags.get("plan"))
     if flags.get("base_bits") and not flags.get("plan") and not importlib.util.find_spec("bitsandbytes"):
         raise UserError(NO_BITSANDBYTES)
 
 
-def check_flag(name: str, values: Sequence[Any]) -> None:
-    """The same for the values of one flag, ``name`` without dashes.
+def check_flag(name: str, values: Sequence[Any], *, weights: bool = True) -> None:
+    """The same for the values of one flag, ``name`` without dashes; a plan needs no model's ``weights``.
 
     Raises:
         UserError: names the flag.
     """
     for text in filter(None, values):
         if name.endswith(MODELS):
-            check_model_path(text, f"--{name}")
+            check_model_path(text, f"--{name}", weights=weights and name != TOKENIZER)
         elif name.endswith(DATA):
             _check_data_path(text)
         elif name in FUNCTIONS:
@@ -54,8 +62,13 @@ def check_flag(name: str, values: Sequence[Any]) -> None:
             raise UserError(f"--{name} {text}: no such file")
 
 
-def check_model_path(name_or_path: str, flag: str) -> None:
+def check_model_path(name_or_path: str, flag: str, *, weights: bool = True) -> None:
     """Refuse a path that holds no model; a name without a path's look may be the hub's.
+
+    Args:
+        name_or_path: the flag's value.
+        flag: for messages.
+        weights: whether they are needed too.
 
     Raises:
         UserError: names the flag.
@@ -64,6 +77,9 @@ def check_model_path(name_or_path: str, flag: str) -> None:
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UserError(f"{flag} {name_or_path}: no such file")
+        with path.open("rb") as file:
+            if file.read(len(GGUF)) != GGUF:
+                raise UserError(f"{flag} {name_or_path}: the file is no GGUF file, or damaged")
     elif path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"{flag} {name_or_path}: the folder holds no model (no config.json)")
@@ -72,8 +88,35 @@ def check_model_path(name_or_path: str, flag: str) -> None:
                 f"{flag} {name_or_path}: a reward model as DeepSpeed-Chat or OpenAssistant save it; convert it once: "
                 f"python -m training.migrate.reward_model --path {name_or_path} --data_path PAIRS --output_dir FOLDER"
             )
+        for name in SMALL_FILES:
+            read_object(path / name)
+        if weights and (missing := _missing_weights(path)):
+            raise UserError(f"{flag} {name_or_path}: {missing}")
     elif name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1 or path.exists() or not name_or_path:
         raise UserError(f"{flag} {name_or_path or '(empty)'}: no such folder")
+
+
+def _missing_weights(folder: Path) -> str:
+    """What a model's folder lacks of its weights, in words; empty if they are there.
+
+    Of several forms transformers takes the first in the order of `WEIGHTS`.
+
+    Raises:
+        UserError: an index of weights is damaged.
+    """
+    if (folder / "adapter_config.json").is_file():
+        return "" if any(folder.glob("adapter_model.*")) else "its adapter has no weights (adapter_model.safetensors)"
+    if read_object(folder / "config.json").get("transformers_weights"):
+        return ""  # under a name of their own
+    found = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if found is None:
+        whole = next(folder.glob("*.gguf"), None)
+        return f"the folder holds no weights ({WEIGHTS[0]})" + (f"; give {shown(whole)} itself" if whole else "")
+    parts = read_object(found).get("weight_map", {}) if found.suffix == ".json" else {"": found.name}
+    if not isinstance(parts, dict) or not parts or not all(isinstance(name, str) for name in parts.values()):
+        raise UserError(f"{found} is damaged: it names no files of weights")
+    missing = sorted({name for name in parts.values() if not (folder / name).is_file()})
+    return f"{len(missing)} of its files of weights are missing, {missing[0]} among them" if missing else ""
 
 
 def _of_another_project(folder: Path) -> bool:
