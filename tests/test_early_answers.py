@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from training.utils.run import environment, runtime
+
 ROOT = Path(__file__).resolve().parents[1]
 CPU_SECONDS = 2.0  # of a process; about 0.2 on a quiet machine, and 8 if it imports what it must not
 HEAVY = ("torch", "transformers", "deepspeed", "datasets", "gradio")
@@ -141,3 +143,52 @@ def test_outside_the_environment_says_what_to_use(program, tmp_path):
     assert not (tmp_path / "output").exists()
     if program != "inference/chatbot.py":  # whose flags are in modules that need them
         assert subprocess.run([sys.executable, "-S", program, "--help"], **call).returncode == 0
+
+
+WRONG_VARIABLES = [
+    *(({name: text}, f"{name} is '{text}' in the environment: a number is needed")
+      for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMP_NUM_THREADS",
+                   "MASTER_PORT") for text in ("abc", "1.5")),
+    *(({name: ""}, f"{name} is '' in the environment") for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")),
+    *(({name: text}, f"{name} is {text} in the environment: it must be at least {least}")
+      for name, text, least in (("WORLD_SIZE", "0", 1), ("WORLD_SIZE", "-2", 1), ("RANK", "-1", 0),
+                                ("LOCAL_RANK", "-1", 0), ("LOCAL_WORLD_SIZE", "0", 1), ("LOCAL_SIZE", "-1", 1),
+                                ("OMP_NUM_THREADS", "0", 1), ("OMP_NUM_THREADS", "-4", 1))),
+    ({"MASTER_PORT": "70000"}, "MASTER_PORT is 70000 in the environment: it must be from 0 to 65535"),
+    ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is 2 in the environment and WORLD_SIZE is 2: ranks are counted from 0"),
+    ({"RANK": "1"}, "RANK is 1 in the environment and WORLD_SIZE is not set, so there is one rank"),
+    ({"LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "2"}, "LOCAL_RANK is 2 in the environment and LOCAL_WORLD_SIZE is 2"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("variables", "said"), WRONG_VARIABLES)
+def test_a_variable_that_no_program_could_use_is_named(variables, said, monkeypatch, capsys):
+    for name in environment.NUMBERS:
+        monkeypatch.delenv(name, raising=False)
+    for name, text in variables.items():
+        monkeypatch.setenv(name, text)
+    monkeypatch.setattr(sys, "argv", ["main.py"])
+    with pytest.raises(SystemExit) as ended:
+        environment.check_environment()
+    assert ended.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {said}")
+    with pytest.raises(SystemExit) as ended:
+        runtime.prepare_runtime()  # as the library calls it
+    assert ended.value.code == 2
+    monkeypatch.setattr(sys, "argv", ["main.py", "--help"])
+    environment.check_environment()
+
+
+@pytest.mark.parametrize("program", [p for p in PROGRAMS if p not in (REPORT, "benchmarks/memory_plan.py")])
+def test_every_program_looks_at_the_variables_first(program, answer):
+    result = answer(program, "", WORLD_SIZE="abc")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: WORLD_SIZE is 'abc'") and len(result.stderr.splitlines()) == 1
+
+
+def test_a_wrong_number_that_all_ranks_have_is_said_by_the_first(answer):
+    ranks = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "many"}
+    said = [answer(STEP1, "", RANK=rank, **ranks) for rank in ("0", "1")]
+    assert [result.returncode for result in said] == [2, 2]
+    assert [len(result.stderr.splitlines()) for result in said] == [1, 0]

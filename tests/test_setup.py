@@ -230,12 +230,18 @@ def test_what_is_missing_is_one_line_and_exit_code_2(bare_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("environment", "ranks"),
-    [({}, 1), ({"LOCAL_SIZE": "2"}, 2), ({"LOCAL_WORLD_SIZE": "4", "LOCAL_SIZE": "2"}, 4)],
+    [
+        ({}, 1),
+        ({"LOCAL_SIZE": "2"}, 2),
+        ({"LOCAL_WORLD_SIZE": "4", "LOCAL_SIZE": "2"}, 4),
+        ({"WORLD_SIZE": "2"}, 2),
+        ({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "", "LOCAL_SIZE": "4"}, 4),
+    ],
 )
 def test_threads_are_shared_among_local_ranks(
     environment: dict[str, str], ranks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("OMP_NUM_THREADS", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
+    for name in ("OMP_NUM_THREADS", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "WORLD_SIZE"):
         monkeypatch.setenv(name, "")  # so that it is as before afterwards, also where the code sets it
         monkeypatch.delenv(name)
     for name, value in environment.items():

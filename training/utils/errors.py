@@ -39,15 +39,21 @@ def run_program(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None
             leave_process_group()
         return code
     except UserError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if _speaks():
             print_last(f"error: {' '.join(str(error).split())}")
         return 2
     except Exception as error:
         if not (reason := disk_failure(error)):
             raise
-        if int(os.environ.get("RANK", "0")) == 0:
+        if _speaks():
             print_last(f"error: {reason}")
         return 2
+
+
+def _speaks() -> bool:
+    """Whether this is rank 0, or ``RANK`` is no number, which is what the error is about then."""
+    rank = os.environ.get("RANK", "0")
+    return not rank.isdecimal() or int(rank) == 0
 
 
 def run_resumable(main: Callable[[Sequence[str]], int]) -> int:

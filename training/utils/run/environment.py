@@ -1,4 +1,7 @@
-"""Whether this interpreter has the packages; with the standard library alone, for programs started outside .venv."""
+"""Whether this interpreter has the packages, and what launchers set is right; with the standard library alone.
+
+A program may be started outside .venv.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,55 @@ from pathlib import Path
 
 PACKAGES = ("torch", "deepspeed", "transformers", "yaml", "numpy")
 ROOT = Path(__file__).resolve().parents[3]
+# Variables that hold a number -> the least and the greatest one
+NUMBERS = {
+    "WORLD_SIZE": (1, None),
+    "RANK": (0, None),
+    "LOCAL_WORLD_SIZE": (1, None),
+    "LOCAL_SIZE": (1, None),
+    "LOCAL_RANK": (0, None),
+    "MASTER_PORT": (0, 65535),
+    "OMP_NUM_THREADS": (1, None),
+}
+EMPTY_IS_UNSET = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMP_NUM_THREADS")
+BELOW = {"RANK": "WORLD_SIZE", "LOCAL_RANK": "LOCAL_WORLD_SIZE"}  # counted from 0
+
+
+def wrong_variable() -> str:
+    """What a variable of a launcher's, or the number of threads, has that no program could go on with; else empty."""
+    numbers = {}
+    for name, (least, greatest) in NUMBERS.items():
+        if (text := os.environ.get(name)) is None or (not text and name in EMPTY_IS_UNSET):
+            continue
+        try:
+            numbers[name] = int(text)
+        except ValueError:
+            return f"{name} is {text!r} in the environment: a number is needed; set it right, or unset it"
+        if numbers[name] < least or (greatest is not None and numbers[name] > greatest):
+            bound = f"at least {least}" if greatest is None else f"from {least} to {greatest}"
+            return f"{name} is {text} in the environment: it must be {bound}; set it right, or unset it"
+    for name, size in BELOW.items():
+        count = numbers.get(size, 1 if name == "RANK" else None)
+        if name in numbers and count is not None and numbers[name] >= count:
+            there = f"{size} is {count}" if size in numbers else f"{size} is not set, so there is one rank"
+            return f"{name} is {numbers[name]} in the environment and {there}: ranks are counted from 0"
+    return ""
 
 
 def check_environment() -> None:
-    """End the process with one line and exit code 2 if the packages are not there; programs call it when they are run.
+    """End the process with one line and exit code 2 if the packages are not there, or a variable is wrong.
 
-    A program calls it above its other imports, which would end in a traceback; ``--help`` is answered without them.
+    A program calls it above its other imports, which would end in a traceback, when it is run; ``--help`` is answered
+    without.
     """
+    if {"-h", "--help"}.intersection(sys.argv[1:]):
+        return
+    if wrong := wrong_variable():
+        if wrong.startswith("RANK ") or os.environ.get("RANK", "0") == "0":
+            print(f"error: {wrong}", file=sys.stderr, flush=True)
+        raise SystemExit(2)
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if not missing or {"-h", "--help"}.intersection(sys.argv[1:]):
+    if not missing:
         return
     if int(os.environ.get("RANK", "0")) == 0:
         python = ROOT / ".venv" / "bin" / "python"

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import training
 from training.utils.errors import UserError
+from training.utils.run.runtime import local_ranks
 
 STEPS = {
     "step1": "training/step1_supervised_finetuning/main.py",
@@ -268,7 +269,7 @@ def _output_dir(output_dir: str, step: str) -> Path:
         if _rank() == 0 and path.name == step:
             point_latest(path.parent)
         return path
-    world, local = int(os.environ.get("WORLD_SIZE", "1")), _local_size()
+    world, local = int(os.environ.get("WORLD_SIZE", "1")), local_ranks()
     if world == 1:
         return _choose_output_dir(step)
     if world > local:
@@ -325,10 +326,6 @@ def _agree(step: str) -> Path:
 
 def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
-
-
-def _local_size() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ.get("WORLD_SIZE", "1"))
 
 
 def _start_time(pid: int) -> str:

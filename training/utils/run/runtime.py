@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from training.utils.errors import UserError, run_program
+from training.utils.run.environment import wrong_variable
 
 # Warnings of these versions that correct use raises and that a user can not act on. Everything else stays visible.
 HARMLESS_WARNINGS = (
@@ -51,6 +52,8 @@ def prepare_runtime() -> None:
     """
 
     def check(_: object) -> int:
+        if wrong := wrong_variable():
+            raise UserError(wrong)
         put_bin_on_path()
         check_toolchain()
         return 0
@@ -186,8 +189,12 @@ def available_cores() -> int:
 
 
 def local_ranks() -> int:
-    """Ranks on this machine, as the launcher says: ``LOCAL_WORLD_SIZE`` (torchrun) or ``LOCAL_SIZE`` (deepspeed)."""
-    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"))
+    """Ranks on this machine, as the launcher says: ``LOCAL_WORLD_SIZE`` (torchrun) or ``LOCAL_SIZE`` (deepspeed).
+
+    Where neither is set, all ranks are taken to be here.
+    """
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")
+    return int(next(filter(None, map(os.environ.get, names)), "1"))
 
 
 def set_threads() -> None:
