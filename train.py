@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import datetime
 import functools
-import json
 import os
 import re
 import shlex
@@ -48,7 +47,7 @@ from training.utils import arguments
 from training.utils.arguments import DEMO, flags_in
 from training.utils.errors import UserError, run_program
 from training.utils.run.demo import MODEL, check_sources_named, is_own, named_sources, trained_on_demo
-from training.utils.run.files import write_json
+from training.utils.run.files import read_object, write_json
 from training.utils.run.folders import (
     LATER,
     LATEST,
@@ -340,7 +339,7 @@ def run_step(step: Step, command: list[str], run: Path, manifest: dict[str, Any]
     entry["seconds"] = round(time.monotonic() - start, 1)
     entry["exit_code"] = ended.code
     if ended.code == 0:
-        entry["metrics"] = json.loads((step.directory / "summary.json").read_text(encoding="utf-8"))
+        entry["metrics"] = read_object(step.directory / "summary.json")
     write_json(run / MANIFEST, manifest)
     return ended
 
@@ -350,7 +349,7 @@ def record_end(step: Step, run: Path, manifest: dict[str, Any]) -> None:
     entry = manifest.setdefault("steps", {}).setdefault(step.name, {"arguments": step.argv})
     if "exit_code" not in entry:
         entry["exit_code"] = 0
-        entry["metrics"] = json.loads((step.directory / "summary.json").read_text(encoding="utf-8"))
+        entry["metrics"] = read_object(step.directory / "summary.json")
         write_json(run / MANIFEST, manifest)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,8 +71,8 @@ def _stats(file: Path) -> tuple[float | None, float | None, str]:
     try:
         stats = json.loads(file.read_text())
         mean, std, dtype = float(stats["mean"]), float(stats["std"]), stats.get("dtype", "fp32")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"{file} is damaged: expected mean and std ({type(error).__name__})") from error
-    if not std > 0:
-        raise UserError(f"{file}: std is {std:g}, it must be above 0")
+    if not (std > 0 and math.isfinite(std) and math.isfinite(mean)):
+        raise UserError(f"{file}: mean is {mean:g} and std {std:g}, which must be above 0; neither may be infinite")
     return mean, std, dtype if dtype in DTYPES else "fp32"

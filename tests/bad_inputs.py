@@ -83,6 +83,12 @@ def _their_reward_model(w: World) -> str:
     return str(folder)
 
 
+def _with_statistics(w: World, text: str) -> str:
+    folder = Path(_without_statistics(w))
+    _write(folder / "reward_stats.json", text)
+    return str(folder)
+
+
 def _without_statistics(w: World) -> str:
     return str(shutil.copytree(w.reward, w.tmp / "reward", ignore=shutil.ignore_patterns("reward_stats.json")))
 
@@ -132,6 +138,7 @@ def _finished(w: World, step: str, model: str = "") -> str:
     return str(folder)
 
 
+SUMMARY = "summary.json"
 GOOD = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}
 
 CASES = [
@@ -454,6 +461,24 @@ CASES = [
         lambda w: _rl(w)[:2] + ["--critic_model_name_or_path", _without_statistics(w)],
         ["reward_stats.json", "--no-normalize_reward"],
     ),
+    *(
+        Case(
+            f"reward statistics with {name}",
+            3,
+            lambda w, text=text: [*_rl(w)[:2], "--critic_model_name_or_path", _with_statistics(w, text)],
+            ["reward_stats.json", "--no-normalize_reward"],
+        )
+        for name, text in (
+            ("a mean of 400 digits", '{"mean": 1' + "0" * 400 + ', "std": 1, "count": 8, "dtype": "fp32"}'),
+            ("a std of 5000 digits", '{"mean": 0, "std": ' + "9" * 5000 + ', "count": 8, "dtype": "fp32"}'),
+            ("no number of them", '{"mean": 0, "std": 1, "count": Infinity, "dtype": "fp32"}'),
+            ("a mean that is no number", '{"mean": NaN, "std": 1, "count": 8, "dtype": "fp32"}'),
+            ("an infinite part", '{"mean": 0, "std": 1, "count": 8, "dtype": "fp32", "std_all": Infinity}'),
+            ("a list in their place", "[]"),
+            ("nothing in their place", "null"),
+            ("too many brackets", "[" * 100_000),
+        )
+    ),
     Case(
         "a language model as reward model",
         3,
@@ -562,6 +587,20 @@ CASES = [
             ('{"zero_optimization": []}', ["--deepspeed_config", "list"]),
             ('{"gradient_clipping": "x"}', ["--deepspeed_config", "gradient_clipping"]),
             ('{"zero_optimisation": {"stage": 2}}', ["--deepspeed_config", "zero_optimisation"]),
+        )
+    ),
+    *(
+        Case(
+            f"DeepSpeed JSON that is {name}",
+            1,
+            lambda w, text=text: _sft(w, "--deepspeed_config", _write(w.tmp / "ds.json", text)),
+            ["--deepspeed_config", "ds.json", words],
+        )
+        for name, text, words in (
+            ("one key twice", '{"gradient_clipping": 1.0, "gradient_clipping": 2.0}', "gradient_clipping stands twice"),
+            ("a nested key twice", '{"zero_optimization": {"a": 1, "b": 2, "a": 3}}', "a stands twice in one object"),
+            ("a number without an end", '{"gradient_clipping": ' + "9" * 5000 + "}", "digits"),
+            ("nested too deeply", '{"a": ' * 100_000, "recursion"),
         )
     ),
     Case("DeepSpeed JSON missing", 1, lambda w: _sft(w, "--deepspeed_config", "no.json"), ["no.json"]),
@@ -704,6 +743,15 @@ CASES = [
         "evaluate 1",
         lambda w: ["--path", _finished(w, "step1")],
         ["--base_model_name_or_path"],
+    ),
+    *(
+        Case(
+            f"a summary that is {text[:9]}",
+            "evaluate 1",
+            lambda w, text=text: ["--path", str(Path(_write(Path(_finished(w, "step1")) / SUMMARY, text)).parent)],
+            ["summary.json", words],
+        )
+        for text, words in (("[]", "is damaged"), ("{", "not readable as JSON"), ("[" * 100_000, "not readable"))
     ),
     Case("best of no number", "evaluate 3", lambda w: ["--best_of", "1,four"], ["--best_of", "1,4,16"]),
     Case("best of numbers that do not divide", "evaluate 3", lambda w: ["--best_of", "3,16"], ["--best_of", "3"]),

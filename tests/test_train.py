@@ -26,6 +26,7 @@ from training.utils.errors import UserError
 from training.utils.model import hub
 from training.utils.run import folders
 from training.utils.run.processes import LineLog, last_lines, run_logged
+from training.utils.run.recipes import read_recipe
 
 # Takes DeepSpeed's options, starts the program as a child like DeepSpeed's runner, and like it passes no signal on.
 LAUNCHER = """
@@ -421,6 +422,15 @@ def test_models_by_flag_and_by_recipe(bench: Bench) -> None:
     assert bench.arguments("step2", "tiny-2").startswith("--model_name_or_path g/h ")
 
 
+def test_a_recipe_may_lie_in_the_home_folder_and_share_flags(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(bench.folder))
+    text = "step1: &same {seed: 1, gamma: 2}\nstep2: &more {<<: *same, seed: 3}\nstep3: {<<: *more, seed: 4}"
+    (bench.folder / "mine.yaml").write_text(text)
+    path, sections = read_recipe("~/mine.yaml")
+    assert path == str(bench.folder / "mine.yaml")
+    assert [sections[name] for name in sections] == [{"seed": seed, "gamma": 2} for seed in (1, 3, 4)]
+
+
 def test_recipe_values(bench: Bench) -> None:
     (bench.folder / "recipes").mkdir()
     (bench.folder / "recipes" / "own.jsonl").touch()
@@ -451,6 +461,13 @@ BAD = [
     (["--num_gpus", "0"], "--num_gpus is 0, it must be at least 1"),
     (["--step", "4"], "invalid choice: 4"),
     (["--recipe", "nosuch"], "no recipe of that name; there are: .*demo"),
+    (["--recipe", "~/none.yaml"], "--recipe ~/none.yaml: no such file, and no recipe of that name; there are: .*demo"),
+    (["--recipe", "sub/none"], "no recipe of that name; there are: .*demo, "),
+    (["--recipe", "../recipes/demo"], "no recipe of that name; there are: .*demo, "),
+    (["--recipe", "twice.yaml"], "twice.yaml: not readable as YAML: line 3: step1 stands there again, as in line 1"),
+    (["--recipe", "flag.yaml"], "line 3: seed stands there again, as in line 2"),
+    (["--recipe", "flow.yaml"], "line 1: seed stands there again, as in line 1"),
+    (["--recipe", "day.yaml"], "day.yaml: not readable as YAML: "),
     (["--recipe", "section.yaml"], "unknown section stpe1; did you mean step1"),
     (["--recipe", "list.yaml"], "needs sections"),
     (["--recipe", "flags.yaml"], "section step1 holds no flags"),
@@ -479,6 +496,10 @@ BAD = [
 def test_bad_flags_end_before_anything_runs(bench: Bench, argv: list[str], message: str) -> None:
     files = {
         "section.yaml": "stpe1: {}",
+        "twice.yaml": "step1: {seed: 1}\nstep2: {seed: 1}\nstep1: {seed: 2}",
+        "flag.yaml": "step1:\n  seed: 1\n  seed: 2",
+        "flow.yaml": 'step1: {seed: 1, "seed": 2}',
+        "day.yaml": "step1: {seed: 2026-99-99}",
         "list.yaml": "[1]",
         "flags.yaml": "step1: 3",
         "broken.yaml": "step1: {a: [}",

@@ -206,7 +206,7 @@ class PPO:
         try:
             counters = json.loads((source / "counters.json").read_text(encoding="utf-8"))
             files = [source / f"rank{number}.safetensors" for number in range(counters.pop("ranks"))]
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{source}: no optimizer that save_optimizer wrote ({error})") from error
         if missing := [file.name for file in files if not file.is_file()]:
             raise UserError(f"{source}: {', '.join(missing)} is missing")

@@ -45,10 +45,10 @@ class Journal:
         for number, line in enumerate(data[:whole].splitlines(), 1):
             try:
                 self.lines.append(json.loads(line))
-            except ValueError:
-                raise UserError(
-                    f"{shown(path)}:{number} is damaged: remove the line to have its prompt judged again"
-                ) from None
+            except (ValueError, RecursionError):
+                self.lines.append({})
+            if not isinstance(self.lines[-1], dict) or not self.lines[-1]:
+                raise UserError(f"{shown(path)}:{number} is damaged: remove the line to have its prompt judged again")
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Add a line; it is on the disk when this returns, and not at all if it raises.

@@ -247,7 +247,7 @@ def lora_settings(t: Translation) -> dict[str, Any]:
     try:
         given = json.loads(Path(path).read_text(encoding="utf-8"))
         found = {"r": 0, "lora_alpha": 32, "linear_lora_dropout": 0.1, "target_modules": None} | given
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         t.refused.append(f"--lora_config {path} can not be read here ({type(error).__name__}): {instead}")
         return {}
     modules = found["target_modules"] or ["all-linear"]

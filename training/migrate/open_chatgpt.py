@@ -108,7 +108,7 @@ def settle_zero(t: Translation) -> None:
         t.set("--zero_stage", int(zero["stage"]), f"--deepspeed {path}")
         if (zero.get("offload_optimizer") or {}).get("device", "none") != "none" or zero.get("cpu_offload") is True:
             t.set("--offload", True, f"--deepspeed {path}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         if "--zero_stage" not in t.values:
             t.refused.append(f"--deepspeed {path} can not be read here ({type(error).__name__}): add --zero_stage N in "
                              "its place")  # fmt: skip

@@ -151,7 +151,7 @@ def read_config(folder: Path) -> Any:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         family = MODEL_TYPES.get(values["model_type"], values["model_type"])
         config = type(AutoConfig.for_model(family)).from_dict({**values, "model_type": family})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # as in `load_config`
         raise UserError(f"{folder}: its config.json can not be used: {reason_of(error)}") from error
     if values.get("pooling", "last") != "last":
         raise UserError(f"{folder}: rewards by pooling {values['pooling']!r}; here they are of the last token")

@@ -169,7 +169,7 @@ class Rounds:
     def _agreement(self, number: int) -> int:
         """How far reward models agree with held-out judgements: the new one with all, the one before with the new."""
         path = self.run / ROUNDS_FILE
-        known = read_object(path)
+        known = _read_rounds(path)
         if str(number) in known.get("agreement", {}):
             return 0
         found: dict[str, Any] = {}
@@ -207,7 +207,7 @@ class Rounds:
 
     def _tell(self) -> None:
         """The rounds side by side: reward, independent checks, KL, agreement with held-out judgements."""
-        known = read_object(self.run / ROUNDS_FILE)
+        known = _read_rounds(self.run / ROUNDS_FILE)
         rows = [self._numbers(number, known) for number in range(self.flags.rounds + 1)]
         names = list(dict.fromkeys(name for row in rows for name in row))
         head = ["", "SFT", *("PPO" if not number else f"round {number}" for number in range(len(rows)))]
@@ -257,9 +257,21 @@ def check_run(run: Path, planned: Sequence[str]) -> None:
             )
 
 
+def _read_rounds(path: Path) -> dict[str, Any]:
+    """What is known of the rounds so far.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    known = read_object(path)
+    agreement = known.get("agreement", {})
+    if not isinstance(agreement, dict) or not all(isinstance(found, dict) for found in agreement.values()):
+        raise UserError(f"{shown(path)} is damaged: agreement is not what a round writes; remove the file")
+    return known
+
+
 def _summary(folder: Path) -> dict[str, Any]:
-    path = folder / "step3" / "summary.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_object(folder / "step3" / "summary.json")
 
 
 def _checks(summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from training.utils.run.files import read_object
 from training.utils.run.folders import title
 
 MODELS = (("base", "base"), ("sft", "SFT"), ("rlhf", "RLHF"))
@@ -27,11 +28,14 @@ def summary_table(run: Path, seconds: Mapping[str, float]) -> str:
         path = run / step / "summary.json"
         if not path.is_file():
             continue
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        time = seconds.get(step, summary.get("seconds"))
-        found = lines(summary) or [("finished", "", "", "")]
+        summary = read_object(path)
+        try:
+            found = lines(summary) or [("finished", "", "", "")]
+            time = _duration(seconds.get(step, summary.get("seconds")))
+        except (LookupError, TypeError, ValueError, AttributeError):  # not as a step has written it
+            found, time = [("summary.json is damaged", "", "", "")], ""
         for i, line in enumerate(found):
-            rows.append((f"{title(step):<6}  {_duration(time):>9}" if i == 0 else "", *line))
+            rows.append((f"{title(step):<6}  {time:>9}" if i == 0 else "", *line))
     if not rows:
         return ""
     rows.insert(0, ("", "", "before", "after", ""))
@@ -63,7 +67,11 @@ def answers_text(run: Path, width: int = 0) -> str:
         return ""
     width = width or min(WIDEST, shutil.get_terminal_size((100, 24)).columns)
     blocks = []
-    for number, sample in enumerate(json.loads(path.read_text(encoding="utf-8")), 1):
+    try:
+        samples = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return ""
+    for number, sample in enumerate(samples if isinstance(samples, list) else [], 1):
         lines = [f"-- prompt {number} ".ljust(width, "-")]
         for message in sample.get("prompt", []):
             lines += _wrapped(message.get("content", ""), width, f"{message.get('role', '')}: ", "    ")

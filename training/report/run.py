@@ -97,9 +97,13 @@ class RunRecord:
 
 def number(value: Any) -> float | None:
     """A finite number, or None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return float(value)
+    try:
+        found = float(value)
+    except OverflowError:  # JSON's integers have no end
+        return None
+    return found if math.isfinite(found) else None
 
 
 def mapping(value: Any) -> Mapping[str, Any]:
@@ -146,7 +150,7 @@ def _json(path: Path, notes: list[str], kind: type) -> Any:
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         notes.append(f"{path.parent.name}/{path.name} can not be read: {error}")
         return None
     if not isinstance(content, kind):
@@ -164,7 +168,7 @@ def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]] | None:
     for i, line in enumerate(lines):
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             bad += bool(line.strip()) and i + 1 < len(lines)
             continue
         if isinstance(record, dict):

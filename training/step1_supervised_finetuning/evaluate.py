@@ -10,7 +10,6 @@ response by ROUGE-1, -2 and -L F-measures (Lin 2004), from torchmetrics. Writes 
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -61,6 +60,7 @@ from training.utils.model.limits import check_length, max_positions  # noqa: E40
 from training.utils.model.logprobs import response_log_probs  # noqa: E402
 from training.utils.model.tokenizer import load_tokenizer  # noqa: E402
 from training.utils.run.distributed import init_distributed, say  # noqa: E402
+from training.utils.run.files import read_object  # noqa: E402
 
 SHOWN = 3  # answers on the terminal; evaluation.json has all
 
@@ -103,7 +103,7 @@ def base_model(folder: Any, given: str) -> str:
     Raises:
         UserError: its name is not known, or it is gone.
     """
-    name = given or json.loads((folder / "summary.json").read_text(encoding="utf-8")).get("base_model", "")
+    name = given or str(read_object(folder / "summary.json").get("base_model") or "")
     if not name:
         raise UserError(f"{folder}/summary.json does not name the model that step 1 started from: give "
                         "--base_model_name_or_path")  # fmt: skip

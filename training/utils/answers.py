@@ -153,7 +153,7 @@ class PartFile:
     def _check_same(self, file: Path, what: Path) -> None:
         try:
             before = json.loads(file.read_text(encoding="utf-8"))["settings"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f"{file} is damaged: remove {shown(what)}, or name another {self.flag}") from None
         if changed := _difference(before, self.settings):
             raise UserError(
@@ -187,8 +187,10 @@ class PartFile:
             for number, line in enumerate(whole, 1):
                 try:
                     found.append(json.loads(line))
-                except ValueError:
-                    raise UserError(f"{part}:{number} is damaged: remove the line to have it made again") from None
+                except (ValueError, RecursionError):
+                    found.append({})
+                if not isinstance(found[-1], dict) or not found[-1]:
+                    raise UserError(f"{part}:{number} is damaged: remove the line to have it made again")
         return found
 
     @contextlib.contextmanager

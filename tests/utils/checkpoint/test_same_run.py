@@ -136,3 +136,22 @@ def test_every_function_that_the_docstring_names_is_there():
     text = same_run.describe.__doc__.splitlines()[0]
     names = text.split("`")[1::2]
     assert names and all(hasattr(same_run, name) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("", "chatml", "--flag was not given when checkpoint was written and is chatml now, .*; leave --flag out, or"),
+        (None, 3, "was not given when .* and is 3 now, .*; leave --flag out, or"),
+        ([], ["a", "b"], "was not given when .* and is a b now, .*; leave --flag out, or"),
+        ("chatml", "", "was chatml when .* and is not given now, .*; give --flag chatml again, or"),
+        (["a", "b"], [], "was a b when .* and is not given now, .*; give --flag a b again, or"),
+        (0, 1, "was 0 when .*; give --flag 0 again, or"),
+        (False, True, "was False when .*; give --no-flag again, or"),
+        (True, False, "was True when .*; give --flag again, or"),
+    ],
+)
+def test_how_to_give_a_flag_as_it_was(old, new, said):
+    before, now = ({**RUN, "flags": RUN["flags"] | {"flag": value}} for value in (old, new))
+    with pytest.raises(UserError, match=said):
+        same_run.refuse_other_run(before, now, Path("checkpoint"))

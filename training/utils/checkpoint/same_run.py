@@ -166,7 +166,7 @@ def refuse_other_run(before: Mapping[str, Any], now: Mapping[str, Any], checkpoi
         if old != new:
             raise UserError(
                 f"--{name} was {_shown(old)} when {checkpoint} was written and is {_shown(new)} now, which changes the "
-                f"result; give --{name} {_shown(old)} again, {over}"
+                f"result; {_as_before(name, old)}, {over}"
             )
     if before.get("fingerprints") != now.get("fingerprints"):
         say(f"{checkpoint} was written by another version, which compared models and rows in another way: that they "
@@ -240,4 +240,13 @@ def _rows_from(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> 
 
 
 def _shown(value: Any) -> str:
+    if value in ("", None, []):
+        return "not given"
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _as_before(name: str, old: Any) -> str:
+    """How to give a flag the value that it had."""
+    if isinstance(old, bool):
+        return f"give --{name if old else f'no-{name}'} again"
+    return f"leave --{name} out" if old in ("", None, []) else f"give --{name} {_shown(old)} again"

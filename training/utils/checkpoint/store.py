@@ -191,7 +191,7 @@ def read_index(checkpoint: Path) -> dict[str, Entry]:
         version, files = index["format"], index["files"]
     except OSError as error:
         raise ValueError(f"{INDEX}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{INDEX} is not readable") from error
     if version != FORMAT:
         raise UserError(f"{checkpoint} has format {version}, this version of the program reads format {FORMAT}")

@@ -20,6 +20,7 @@ import pyarrow
 
 from training.utils.data.kinds import Kind
 from training.utils.errors import UserError
+from training.utils.run.files import read_object
 
 _NOT_CODE = ("__init__.py", "preview.py", "preview_page.py", "batches.py")  # they change no token
 _BATCH = 1000  # rows, and
@@ -102,7 +103,10 @@ def _whole(folder: Path) -> bool:
     sizes = folder / "sizes.json"
     if not sizes.is_file():
         return False
-    wanted = json.loads(sizes.read_text(encoding="utf-8"))
+    try:
+        wanted = read_object(sizes)
+    except UserError:  # damaged: it is made again
+        return False
     return all((folder / n).is_file() and (folder / n).stat().st_size == size for n, size in wanted.items())
 
 

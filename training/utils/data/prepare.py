@@ -42,6 +42,7 @@ from training.utils.data.selection import (
 )
 from training.utils.data.template import RowError, configure_chat_template, render_text
 from training.utils.errors import UserError
+from training.utils.run.files import read_object
 from training.utils.run.distributed import say
 
 _BATCH = 512  # rows that are tokenised at once, and
@@ -327,7 +328,11 @@ def _record_split(made: Path, run_dir: Path) -> None:
     """Keep the row numbers of ``--data_split`` in the step's directory; the steps of one run must agree on them."""
     text = made.read_text(encoding="utf-8")
     for other in [run_dir / "data_split.json", *sorted(run_dir.parent.glob("*/data_split.json"))]:
-        if other.is_file() and not _agree(json.loads(text), json.loads(other.read_text(encoding="utf-8"))):
+        try:
+            agree = not other.is_file() or _agree(json.loads(text), read_object(other))
+        except (LookupError, TypeError, AttributeError) as error:
+            raise UserError(f"{other} is damaged: it does not say how the data were divided") from error
+        if not agree:
             raise UserError(
                 f"{other} divides the same data differently, so the steps of this run would share rows; "
                 "use the same --data_split, --seed and --column_map in all steps, or another --output_dir"

@@ -62,7 +62,7 @@ def read_template_file(name: str) -> TemplateFile:
         return _conversation_template(name, json.loads(text)) if path.suffix.lower() == ".json" else TemplateFile(text)
     except json.JSONDecodeError as error:
         raise UserError(f"--chat_template {name}: broken JSON in line {error.lineno}: {error.msg}") from None
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # not UTF-8, or a number of too many digits
         raise UserError(f"--chat_template {name}: {error}") from None
 
 

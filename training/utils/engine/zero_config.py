@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from training.utils.errors import UserError
+from training.utils.run.files import once_each
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -178,15 +179,16 @@ def read_user_config(path: str) -> dict[str, Any]:
     if not path:
         return {}
     try:
-        config = json.loads(
-            path if path.lstrip().startswith("{") else Path(path).expanduser().read_text(encoding="utf-8")
-        )
+        text = path if path.lstrip().startswith("{") else Path(path).expanduser().read_text(encoding="utf-8")
+        config = json.loads(text, object_pairs_hook=once_each)
     except UnicodeDecodeError as error:
         raise UserError(f"--deepspeed_config {path}: not a text file") from error
     except OSError as error:
         raise UserError(f"--deepspeed_config {path}: {error.strerror}") from error
     except json.JSONDecodeError as error:
         raise UserError(f"--deepspeed_config {path}: line {error.lineno} column {error.colno}: {error.msg}") from error
+    except (ValueError, RecursionError) as error:  # a key twice, a number of too many digits, nested too deeply
+        raise UserError(f"--deepspeed_config {path}: {error}") from error
     if not isinstance(config, dict):
         raise UserError(f"--deepspeed_config {path}: a JSON object is needed")
     for key, instead in _OWNED.items():

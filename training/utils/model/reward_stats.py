@@ -109,8 +109,9 @@ class RewardStats:
             )
         except FileNotFoundError as error:
             raise UserError(f"{path} is missing; step 2 writes it, or {without}") from error
-        except (KeyError, TypeError, ValueError) as error:
+        except (OSError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise UserError(f"{path} is not what step 2 writes ({error}); {without}") from error
-        if not (math.isfinite(stats.mean) and math.isfinite(stats.std) and stats.std > MIN_STD):
+        known = [value for value in (stats.mean, stats.std, stats.std_chosen, stats.std_all) if value is not None]
+        if not (all(map(math.isfinite, known)) and stats.std > MIN_STD):
             raise UserError(f"{path}: mean {stats.mean} and std {stats.std} can not normalise; {without}")
         return stats

@@ -27,6 +27,19 @@ def read_object(path: Path) -> dict[str, Any]:
     return found
 
 
+def once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object by its pairs, for ``object_pairs_hook``.
+
+    Raises:
+        ValueError: a key stands twice, so that its first value would be lost.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} stands twice in one object")
+    return found
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a text file whole or not at all, also where the machine stops."""
     scratch = path.with_name(path.name + ".tmp")

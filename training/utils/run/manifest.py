@@ -45,7 +45,10 @@ def read_manifest(run: Path) -> dict[str, Any]:
 
 
 def _is_started(found: Any) -> bool:
-    return isinstance(found, dict) and isinstance(found.get("arguments", []), list)
+    if not isinstance(found, dict) or not isinstance(found.get("folder", ""), str):
+        return False
+    arguments = found.get("arguments", [])
+    return isinstance(arguments, list) and all(isinstance(token, str) for token in arguments)
 
 
 def recorded_run(step_dir: Path) -> dict[str, Any]:

@@ -18,6 +18,8 @@ GIVEN = {
     "step3": ("output_dir", "actor_model_name_or_path", "critic_model_name_or_path"),
 }
 
+MERGE = "tag:yaml.org,2002:merge"  # the key <<, which takes over another mapping's flags
+
 
 def read_recipe(name: str) -> tuple[str, dict[str, dict[str, Any]]]:
     """The recipe's file and its sections, which may be absent or empty.
@@ -27,15 +29,17 @@ def read_recipe(name: str) -> tuple[str, dict[str, dict[str, Any]]]:
     """
     import yaml  # not there outside the environment, where --help is answered too
 
-    bundled = repository_root() / "training" / "recipes" / f"{name}.yaml"
-    path = bundled if bundled.is_file() else Path(name).expanduser()
+    bundled = {path.stem: path for path in (repository_root() / "training" / "recipes").glob("*.yaml")}
+    path = bundled.get(name) or Path(name).expanduser()
     if not path.is_file():
-        names = ", ".join(sorted(p.stem for p in bundled.parent.glob("*.yaml")))
+        names = ", ".join(sorted(bundled))
         raise UserError(f"--recipe {name}: no such file, and no recipe of that name; there are: {names}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = yaml.load(path.read_text(encoding="utf-8"), _loader()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:  # ValueError: a date that is none
         raise UserError(f"--recipe {path}: not readable as YAML: {error}") from error
+    except OSError as error:
+        raise UserError(f"--recipe {path}: {error.strerror}") from error
     if not isinstance(content, dict):
         raise UserError(f"--recipe {path}: needs sections step1, step2, step3 or dpo")
     for section, flags in content.items():
@@ -53,6 +57,27 @@ def read_recipe(name: str) -> tuple[str, dict[str, dict[str, Any]]]:
             if isinstance(value, dict):
                 raise UserError(f"--recipe {path}: {section}: {flag} can not hold a section")
     return str(path), {section: flags or {} for section, flags in content.items()}
+
+
+def _loader() -> Any:
+    """YAML's loader of plain values, which refuses a key that stands twice: the first value would be lost."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """As https://pyyaml.org/wiki/PyYAMLDocumentation has it for loaders of one's own."""
+
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            """A mapping whose keys are all different, before ``<<`` brings in another one's."""
+            node = super().compose_mapping_node(anchor)
+            lines: dict[str, int] = {}
+            for key, _ in node.value:
+                line, name = key.start_mark.line + 1, str(key.value)
+                if key.tag != MERGE and name in lines:
+                    raise yaml.YAMLError(f"line {line}: {name} stands there again, as in line {lines[name]}")
+                lines[name] = line
+            return node
+
+    return Loader
 
 
 def flags_of(section: Mapping[str, Any], folders: Sequence[Path]) -> list[str]:
