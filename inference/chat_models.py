@@ -28,7 +28,7 @@ from training.utils.data import stop_token_ids
 from training.utils.engine.precision import for_device
 from training.utils.engine.zero_config import DTYPES
 from training.utils.errors import UserError
-from training.utils.model.loading import remote_code, resolve_model
+from training.utils.model.loading import check_sizes, remote_code, resolve_model
 from training.utils.model.tokenizer import load_tokenizer
 from training.utils.run.folders import is_finished, latest_output, runs_newest_first
 
@@ -222,7 +222,11 @@ def _load_weights(base: str, arguments: LoadArguments) -> Any:
         options["device_map"] = arguments.device_map or _device(arguments)
     device = _device(arguments)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(base, **options)
+        model: Any
+        model, info = AutoModelForCausalLM.from_pretrained(
+            base, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+        check_sizes(f"--path {base}", info)
         return (model if "device_map" in options else model.to(device)).eval().requires_grad_(False)
     except torch.cuda.OutOfMemoryError as error:
         raise UserError(f"{base} does not fit on {device}; try --quantize int8, int4 or --device_map auto") from error

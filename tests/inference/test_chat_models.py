@@ -191,6 +191,13 @@ def _config_of_a_wrong_kind(tmp_path, folders):
     return str(folder), "its configuration can not be used: .*head_dim"
 
 
+def _other_sizes(tmp_path, folders):
+    folder = shutil.copytree(folders["sft"], tmp_path / "m")
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"hidden_size": 2 * values["hidden_size"]}))
+    return str(folder), r"weight is \[.*\] in its files and \[.*\] by its config.json"
+
+
 def _tokenizer_of_nothing(tmp_path, folders):
     folder = shutil.copytree(folders["sft"], tmp_path / "m")
     (folder / "tokenizer.json").write_text("{}")
@@ -222,7 +229,7 @@ def _adapter_foreign_base(tmp_path, folders):
     [
         _no_folder, _no_model, _no_weights, _cut_weights, _adapter_bad_json, _adapter_cut, _adapter_no_weights,
         _adapter_of_a_wrong_kind, _adapter_stops_at_a_word, _adapter_generates_by_a_list, _stops_at_a_word,
-        _config_of_a_wrong_kind, _tokenizer_of_nothing,
+        _config_of_a_wrong_kind, _tokenizer_of_nothing, _other_sizes,
         _adapter_lost_base, _adapter_no_base, _adapter_other_rank, _adapter_lacks_layers, _adapter_foreign_base,
     ],
 )  # fmt: skip

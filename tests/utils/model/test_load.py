@@ -159,6 +159,19 @@ def test_a_broken_model_folder_is_one_line(kind, tmp_path):
     assert "\n" not in str(refused.value) and folder in str(refused.value)
 
 
+@pytest.mark.parametrize("family", ["llama", "neox"])
+def test_weights_of_other_sizes_are_named(family, tmp_path):
+    folder = save(family, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_size": 2 * config["hidden_size"]}))
+    size = config["hidden_size"]
+    sizes = rf"\S+weight is \[.*{size}.*\] in its files and \[.*{2 * size}.*\] by its config\.json"
+    with pytest.raises(UserError, match=sizes):
+        loading.load_causal_lm(str(folder), dtype="fp32")
+    with pytest.raises(UserError, match=sizes):
+        classifiers.load_classifier(str(folder), dtype="fp32", pad_token_id=0, fresh_head_seed=1)
+
+
 def test_a_reward_head_with_a_bias_is_not_loaded_without_it(tmp_path):
     """Its rewards would be others, and nothing would say so."""
     folder = str(save("llama", tmp_path / "lm"))

@@ -220,6 +220,7 @@ def load_strictly(
             dtype=DTYPES[dtype],
             attn_implementation=attention,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below; transformers would not say which
             **further,
             **remote_code(),
         )
@@ -231,6 +232,7 @@ def load_strictly(
         raise
     except UNREADABLE as error:
         raise UserError(f"{path}: the model can not be loaded: {reason_of(error)}") from error
+    check_sizes(path, info)
     parameters = {name for name, _ in loaded.named_parameters()}
     missing = sorted(parameters.intersection(info["missing_keys"]))
     missing = [name for name in missing if not (may_miss and name.startswith(may_miss + "."))]
@@ -247,6 +249,23 @@ def load_strictly(
     if sequence_parallel.is_split(loaded):
         sequence_parallel.mlps_in_pieces(loaded)
     return loaded
+
+
+def check_sizes(named: str, info: Mapping[str, Any]) -> None:
+    """Refuse weights of other sizes than the model's, of which ``ignore_mismatched_sizes`` has made no error.
+
+    Args:
+        named: the model, for the message.
+        info: what transformers gives for ``output_loading_info``.
+
+    Raises:
+        UserError: names one and both sizes.
+    """
+    for name, in_files, wanted in sorted(info["mismatched_keys"]):
+        raise UserError(
+            f"{named}: {name} is {list(in_files)} in its files and {list(wanted)} by its config.json: they do not belong "
+            "together"
+        )
 
 
 def with_attention(build: Callable[[str], T], attention: str) -> T:
