@@ -5,12 +5,14 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from training.utils.errors import UserError
 from training.utils.run.folders import shown
+
+OPENED = b'{"act": "opened"'  # what each start appends, the first one to an empty file
 
 
 class Journal:
@@ -33,6 +35,8 @@ class Journal:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._file.seek(0)
             data = self._file.read()
+            if not data.startswith(OPENED[: len(data)]):
+                raise UserError(f"{shown(path)} is no journal of this page: give another --output_dir")
             whole = data.rfind(b"\n") + 1
             self._file.truncate(whole)
         except BlockingIOError:
@@ -48,7 +52,10 @@ class Journal:
             except (ValueError, RecursionError):
                 self.lines.append({})
             if not isinstance(self.lines[-1], dict) or not self.lines[-1]:
-                raise UserError(f"{shown(path)}:{number} is damaged: remove the line to have its prompt judged again")
+                raise UserError(
+                    f"{shown(path)}:{number} is damaged: remove the line, and the prompt's rows in the other files, to "
+                    "have it judged again"
+                )
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Add a line; it is on the disk when this returns, and not at all if it raises.
@@ -90,6 +97,22 @@ class RowsFile:
         self.rows: dict[tuple[str, str], bytes] = {}
         self._new: list[bytes] = []
         self._size = -1  # of the file as `flush` has left it; where it has another one, it is written anew
+
+    def holds_only(self, made: Collection[tuple[str, str, str]]) -> bool:
+        """Whether all rows in the file are of these, each its id, judge and time; a last one may have been cut.
+
+        Raises:
+            UserError: the file can not be read.
+        """
+        try:
+            *lines, cut = self.path.read_bytes().split(b"\n") if self.path.exists() else [b""]
+            rows = [json.loads(line) for line in lines]
+            known = all((row["id"], row["judge"], row["time"]) in made for row in rows)
+        except OSError as error:
+            raise UserError(f"{shown(self.path)}: {error.strerror}") from error
+        except (ValueError, LookupError, TypeError, RecursionError):  # no JSON, or no row of this page
+            return False
+        return known and (not cut or any(row.startswith(cut) for row in self.rows.values()))
 
     def put(self, key: tuple[str, str], row: Mapping[str, Any]) -> None:
         """Add a row."""

@@ -15,6 +15,7 @@ from training.utils.agreement import Agreement, agreement
 from training.utils.data.formats.conversations import has_half_character
 from training.utils.errors import UserError
 from training.utils.intervals import wilson_interval
+from training.utils.run.folders import shown
 
 HOLD_SECONDS = 1800  # how long a prompt is kept for a judge who has it open and says nothing
 JOURNAL, RANKINGS, DEMONSTRATIONS = "journal.jsonl", "rankings.jsonl", "demonstrations.jsonl"
@@ -35,7 +36,7 @@ class Ledger:
         judges_per_item: how many judges each prompt is shown to.
 
     Raises:
-        UserError: files that can not be written, or judgements of other answers than these.
+        UserError: files that can not be written or that no journal here has made, or judgements of other answers.
     """
 
     def __init__(self, folder: Path, material: Material, judges_per_item: int) -> None:
@@ -47,13 +48,16 @@ class Ledger:
         self.history: dict[str, list[str]] = defaultdict(list)  # judge -> prompts, as they were judged
         self.held: dict[str, dict[str, float]] = defaultdict(dict)  # prompt -> judge -> since when
         self.behind = ""  # why the files for training do not follow the journal
-        self.journal = Journal(folder / JOURNAL)
         self.rankings = RowsFile(folder / RANKINGS)
         self.demonstrations = RowsFile(folder / DEMONSTRATIONS)
+        if not (folder / JOURNAL).exists():
+            self._check_own([])  # before there is one
+        self.journal = Journal(folder / JOURNAL)
         for event in self.journal.lines:
             if event["act"] != "opened":
                 self._check_same(event)
                 self._follow(event)
+        self._check_own(self.journal.lines)
         self.journal.append({"act": "opened", "judges_per_item": judges_per_item, "time": _now()})  # the disk has room
         self._flush()
 
@@ -63,6 +67,14 @@ class Ledger:
             what = "is not among these answers" if item is None else "had other answers"
             raise UserError(f"--output_dir {self.folder} holds judgements of another file: the prompt {event['item']} "
                             f"{what}; give the file that they belong to, or another --output_dir")  # fmt: skip
+
+    def _check_own(self, events: Sequence[Event]) -> None:
+        """Refuse a file for training, which is made anew, if it holds a row that none of these events has made."""
+        made = {(event["item"], event["judge"], event["time"]) for event in events if event["act"] in ACTS}
+        for file in (self.rankings, self.demonstrations):
+            if not file.holds_only(made):
+                raise UserError(f"{shown(file.path)} is not this page's, which would write it anew: name another folder "
+                                "with --output_dir, or move the file away")  # fmt: skip
 
     def next_for(self, judge: str) -> Item | None:
         """The prompt that a judge has open, or the first that wants a judge; it is kept for them. None at the end."""

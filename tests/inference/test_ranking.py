@@ -199,6 +199,42 @@ def test_a_start_makes_the_files_for_training_anew_and_cuts_a_line_that_was_not_
     assert again.next_for("bob").id not in ("p0", open_.id), "what ann has open is still hers"
 
 
+# Rows of others in the page's files: judge.py's, another page's, no JSON, one without the end of its line
+FOREIGN = {
+    "rankings.jsonl": '{"id": "p0", "prompt": "q", "answers": [], "judge": "m"}\n',
+    "demonstrations.jsonl": '{"id": "p0", "messages": [], "judge": "ann", "time": "2026-01-01T10:00:00+0000"}\n',
+    "rankings.jsonl of text": "my notes\n",
+    "rankings.jsonl cut": '{"id": "p0", "prompt": "q"',
+    "journal.jsonl": '{"at": "08:00", "act": "breakfast"}',
+}
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("case", FOREIGN)
+def test_a_file_that_the_page_has_not_made_is_refused_and_kept(make, tmp_path, case, begun):
+    file = tmp_path / "out" / case.partition(" ")[0]
+    if begun:
+        ledger = make(2)
+        ledger.save("ann", ledger.next_for("ann").id, "ranked", [1, 2, 3], better="Mine.")
+    file.parent.mkdir(exist_ok=True)
+    content = (file.read_text() if begun and file.name != "journal.jsonl" else "") + FOREIGN[case]
+    file.write_text(content)
+    before = {path.name: path.read_bytes() for path in file.parent.iterdir()}
+    with pytest.raises(UserError, match=rf"{file.name} is .*--output_dir"):
+        make(2)
+    assert {path.name: path.read_bytes() for path in file.parent.iterdir()} == before
+
+
+def test_a_page_goes_on_where_it_was_killed_between_the_journal_and_the_other_files(make, tmp_path):
+    ledger = make(2)
+    rankings = tmp_path / "out" / "rankings.jsonl"
+    ledger.save("ann", ledger.next_for("ann").id, "ranked", [1, 2, 3])
+    undone = rankings.read_bytes()
+    ledger.undo("ann")
+    rankings.write_bytes(undone)  # as if killed before the row was taken out
+    assert not make(2).rankings.rows and not rankings.read_bytes()
+
+
 def test_judgements_of_other_answers_are_not_taken(make, tmp_path):
     ledger = make(2)
     ledger.save("ann", ledger.next_for("ann").id, "ranked", [1, 2, 3])
@@ -300,7 +336,10 @@ def test_the_program_refuses_in_one_line(tmp_path):
         ("--answers", tmp_path / "none"): "none",
         ("--answers", file, "--host", "0.0.0.0"): "--auth",
         ("--answers", file, "--output_dir", tmp_path / "file" / "x"): "--output_dir",
+        ("--answers", file, "--output_dir", tmp_path / "judged"): "judged/rankings.jsonl",
     }
+    (tmp_path / "judged").mkdir()
+    (tmp_path / "judged" / "rankings.jsonl").write_text(FOREIGN["rankings.jsonl"])
     for flags, word in cases.items():
         result = run(*flags)
         assert result.returncode == 2, (flags, result)
