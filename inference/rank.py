@@ -53,7 +53,7 @@ def output_dir(rank: RankArguments) -> Path:
     """The folder of rankings: as given, or beside the answers."""
     if rank.output_dir:
         return Path(rank.output_dir).expanduser()
-    answers = Path(rank.answers)
+    answers = Path(rank.answers).expanduser()
     against = f"_against_{Path(rank.against).stem}" if rank.against else ""
     return answers.with_name(f"{answers.stem}{against}_rankings")
 

@@ -141,5 +141,5 @@ def _names(files: Mapping[str, str], read: Mapping[str, Sequence[Mapping[str, An
                             "one model each, one file with several is ranked without --against")  # fmt: skip
         names.append(models.pop())
     if names[0] == names[1] or not all(names):
-        names = [shown(Path(path)) for path in files.values()]
+        names = [shown(Path(path).expanduser()) for path in files.values()]
     return names

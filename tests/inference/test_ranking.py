@@ -10,6 +10,7 @@ import sys
 import threading
 
 import pytest
+from rank import RankArguments, output_dir
 from ranking import ledger as ledger_module
 from ranking.items import read_material
 from ranking.ledger import Ledger, judge_name
@@ -321,6 +322,17 @@ def test_files_that_do_not_go_together(tmp_path):
     two.write_text('{"id": "q", "prompt": "Another?", "answers": ["x"]}\n')
     with pytest.raises(UserError, match="none of its prompts"):
         read_material(str(one), str(two))
+
+
+def test_a_tilde_that_the_shell_has_left_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("a", "b"):
+        write_answers(tmp_path / f"{name}.jsonl", 2, [""], say=name + " {i}")
+    assert {a["model"] for a in read_material("~/a.jsonl", "~/b.jsonl").items[0].answers} == {
+        str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")
+    }  # fmt: skip
+    assert output_dir(RankArguments(answers="~/a.jsonl")) == tmp_path / "a_rankings"
+    assert output_dir(RankArguments(answers="~/a.jsonl", output_dir="~/out")) == tmp_path / "out"
 
 
 def run(*flags, **options):

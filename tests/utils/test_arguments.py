@@ -125,3 +125,16 @@ def test_what_a_deepspeed_file_may_not_set_is_refused_by_flags_that_every_step_h
         groups = importlib.import_module(STEPS[step]).ARGUMENTS
         known = {field.name for group in groups for field in dataclasses.fields(group)}
         assert set(re.findall(r"--(\w+)", str(refused.value))) - {"deepspeed_config"} <= known, step
+
+
+def test_a_tilde_behind_an_equals_sign_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = ["--output_dir=~/run", "--model_name_or_path=~/m", "--system_message=~", "--data_output_path", "~/d"]
+    values = vars_of(arguments.parse(arguments.STEP1, words, prog="", description=""))
+    assert [values[name] for name in ("output_dir", "model_name_or_path", "system_message", "data_output_path")] == [
+        f"{tmp_path}/run", f"{tmp_path}/m", "~", "~/d"
+    ]  # fmt: skip
+
+
+def vars_of(groups):
+    return {name: value for group in groups for name, value in vars(group).items()}

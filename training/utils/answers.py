@@ -47,7 +47,7 @@ def read_answers(path: str | Path, flag: str, at_least: int = 2) -> list[Line]:
     """
     lines: list[Line] = []
     seen: dict[str, int] = {}
-    for number, line in _json_lines(Path(path), flag):
+    for number, line in _json_lines(Path(path).expanduser(), flag):
         where = f"{flag} {path}:{number}"
         _check_answers(line, where, at_least)
         line.setdefault("id", prompt_id(line["prompt"]))

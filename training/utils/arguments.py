@@ -499,7 +499,7 @@ def parse(
         if name not in own:
             _add_other(parser, name, other, own.get(other.ours))
     known = {name for action in parser._actions for name in action.option_strings}
-    tokens = [with_underscores(token, known) for token in argv]
+    tokens = [with_underscores(_with_home(token), known) for token in argv]
     values, unknown = parser.parse_known_args(tokens)
     if unknown:
         _reject_unknown(unknown, sorted(known), prog, bool(others))
@@ -537,6 +537,12 @@ def with_underscores(token: str, known: Container[str]) -> str:
     name, equals, value = token.partition("=")
     written = "--" + name[2:].replace("-", "_")
     return written + equals + value if name.startswith("--") and name not in known and written in known else token
+
+
+def _with_home(token: str) -> str:
+    """``--flag=~/x`` with the home folder for the tilde, which the shell fills in at the beginning of a word alone."""
+    name, equals, value = token.partition("=")
+    return name + equals + os.path.expanduser(value) if name.startswith("--") and value.startswith("~/") else token
 
 
 def answer_early(
