@@ -261,6 +261,9 @@ def chat_loop(model: ChatModel, sampling: SamplingArguments, system: str, keep: 
             except EOFError:
                 print()
                 return
+            except UnicodeDecodeError:
+                print("(that line is no UTF-8: it was not read)")
+                continue
             except KeyboardInterrupt:
                 print("\n(/quit or Ctrl-D leaves)")
                 continue

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from training.utils.answers import read_answers
-from training.utils.data.formats.conversations import has_half_character
 from training.utils.data.formats.rankings import MOST_ANSWERS
 from training.utils.errors import UserError
 from training.utils.run.folders import shown
@@ -81,8 +80,6 @@ def read_material(answers: str, against: str = "") -> Material:
     items = _pairs(answers, against) if against else _all_answers(answers)
     told, same, judged = [], [], []
     for item in items:
-        if has_half_character("".join([*item.texts, *(turn["content"] for turn in item.prompt)])):
-            raise UserError(f"--answers {answers}: the prompt {item.id} or an answer to it holds half a character")
         if len(item.texts) > 1:
             judged.append(item)
         elif against:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from training.utils.errors import UserError
+from training.utils.run.files import json_line
 from training.utils.run.folders import shown
 
 OPENED = b'{"act": "opened"'  # what each start appends, the first one to an empty file
@@ -65,7 +66,7 @@ class Journal:
         """
         if not self.path.exists() or not os.path.samestat(self.path.stat(), os.fstat(self._file.fileno())):
             raise UserError(f"{self.path.name} has been moved or removed while the page was open; start the page again")
-        append_bytes(self._file, (json.dumps(line, ensure_ascii=False) + "\n").encode())
+        append_bytes(self._file, (json_line(line) + "\n").encode())
 
     def close(self) -> None:
         """Let another process have it."""
@@ -116,7 +117,7 @@ class RowsFile:
 
     def put(self, key: tuple[str, str], row: Mapping[str, Any]) -> None:
         """Add a row."""
-        self.rows[key] = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+        self.rows[key] = (json_line(row) + "\n").encode()
         self._new.append(self.rows[key])
 
     def drop(self, key: tuple[str, str]) -> None:

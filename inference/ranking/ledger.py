@@ -12,8 +12,7 @@ from typing import Any
 from ranking.items import Item, Material
 from ranking.journal import Journal, RowsFile
 from training.utils.agreement import Agreement, agreement
-from training.utils.data.formats.conversations import has_half_character
-from training.utils.errors import UserError
+from training.utils.errors import UserError, half_character
 from training.utils.intervals import wilson_interval
 from training.utils.run.folders import shown
 
@@ -247,7 +246,7 @@ def _demonstration(item: Item, event: Event) -> dict[str, Any] | None:
 def _text(text: str, what: str) -> str:
     if len(text) > LONGEST_TEXT:
         raise UserError(f"The {what} has {len(text):,} characters, at most {LONGEST_TEXT:,} are kept.")
-    if has_half_character(text):
+    if half_character(text):
         raise UserError(f"The {what} holds half a character, which no file can hold.")
     return text.strip()
 

@@ -15,8 +15,10 @@ import pytest
 from tests.data import families
 from tests.data.test_prepare import pairs, prepare, sft, write
 from training.utils.data import prepare as prepare_module, selection
+from training.utils.data.formats.columns import convert
 from training.utils.data.reading import readers
 from training.utils.data.reading.sources import Source
+from training.utils.data.template import RowError, render_text
 from training.utils.errors import UserError
 
 
@@ -202,6 +204,49 @@ def test_bytes_that_are_no_utf8_in_a_csv_are_a_bad_row(tok, tmp_path):
         prepare(1, tok, str(path))
     data = prepare(1, tok, str(path), on_bad_row="skip")
     assert data.report.dropped["bad row"].count == 1 and len(data.train) + len(data.held_out) == 2
+
+
+HALF = "\ud800 x"
+SAID = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"a": HALF}}]}
+HALVES = {
+    "prompt of a pair": {"prompt": HALF, "chosen": "a", "rejected": "b"},
+    "transcript": {"prompt": f"\n\nHuman: {HALF}\n\nAssistant:", "chosen": "a", "rejected": "b"},
+    "transcript of a chat": {"messages": f"\n\nHuman: {HALF}\n\nAssistant: a"},
+    "chosen": {"prompt": "x", "chosen": HALF, "rejected": "b"},
+    "history": {"instruction": "x", "output": "y", "history": [[HALF, "a"]]},
+    "system": {"system": HALF, "prompt": "x", "response": "y"},
+    "answers": {"prompt": "x", "answers": [{"response": t, "rank": n} for n, t in enumerate([HALF, "b", "c"], 1)]},
+    "tools": {"messages": SAID, "tools": [{"name": "f", "description": HALF}]},
+    "tools as text": {"messages": SAID, "tools": json.dumps([{"name": HALF}])},
+    "call": {"messages": [SAID[0], CALL]},
+    "name of a tool": {"messages": [SAID[0], CALL | {"tool_calls": [{"name": "f"}]},
+                                    {"role": "tool", "name": HALF, "content": "1"}, SAID[1]]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", HALVES)
+def test_half_a_character_wherever_text_comes_in(kind):
+    with pytest.raises(RowError, match=r"holds half a character, \\ud800, which is no text"):
+        convert(HALVES[kind])
+
+
+def test_half_a_character_in_a_template_or_a_system_message(tok, tmp_path):
+    data, file = write(tmp_path / "a.jsonl", sft(2)), tmp_path / "a.json"
+    for given in ({"system_message": HALF}, {"chat_template": "{{ messages }}" + HALF}, {"end_of_assistant": HALF}):
+        file.write_text(json.dumps(given))
+        with pytest.raises(UserError, match=f"a.json: {next(iter(given))} holds half a character"):
+            prepare(1, families.smol_like(), data, chat_template=str(file))
+    (tmp_path / "a.jinja").write_text("{{ '\\ud800' }}" + families.SMOL)
+    with pytest.raises(UserError, match="template holds half a character"):
+        prepare(1, families.smol_like(), data, chat_template=str(tmp_path / "a.jinja"))
+    with pytest.raises(RowError, match="half a character"):
+        render_text(tok, [{"role": "user", "content": HALF}])  # what somebody types to a chat program
+
+
+def test_half_a_character_in_a_column_that_names_a_kind(tok, tmp_path):
+    rows = [row | {"rejected_kind": HALF} for row in pairs(3)]
+    assert len(prepare(2, tok, write(tmp_path / "a.jsonl", rows)).train) == 2
 
 
 def test_half_a_character_in_a_column_that_nothing_reads(tok, tmp_path):

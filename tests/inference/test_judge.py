@@ -19,7 +19,7 @@ from tests.tiny import tiny_tokenizer
 from training.utils import answers as answer_files
 from training.utils.arguments import DataArguments
 from training.utils.data import prepare_data
-from training.utils.errors import run_program, run_resumable
+from training.utils.errors import UserError, run_program, run_resumable
 
 KEY = "sk-very-secret-0123456789"
 TEXTS = ["Yes.", "A longer answer.", "The longest of all answers, by far.", "Hm"]
@@ -467,6 +467,19 @@ def test_a_bad_key_and_one_in_the_clear(answers, monkeypatch, capsys):
     captured = capsys.readouterr()
     assert "goes over the network in the clear" in captured.out and "6 tries" in captured.err
     assert KEY not in captured.out + captured.err
+
+
+def test_half_a_character_in_a_column_that_nothing_reads_is_written_and_in_an_answer_refused(tmp_path):
+    line = {"id": "a", "prompt": "q", "row": {"id": "\ud800", "name": "\u00e9"}}
+    file = answer_files.PartFile(tmp_path / "a.jsonl", "--output", {})
+    with file.opened(), file.part() as append:
+        append([line])
+        assert file.lines() == [line]
+        file.finish(file.lines(), {})
+    assert json.loads(file.path.read_text()) == line
+    answer_files.write_lines(file.path, [line | {"answers": ["x", "y \ud800"]}])
+    with pytest.raises(UserError, match=r"a.jsonl:1: the prompt or an answer holds half a character, \\ud800"):
+        answer_files.read_answers(file.path, "--answers")
 
 
 def test_ctrl_c_says_how_to_go_on(capsys, monkeypatch):

@@ -136,5 +136,11 @@ def test_a_tilde_behind_an_equals_sign_is_the_home_folder(tmp_path, monkeypatch)
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("words", [["--system_message", "\udcff a"], ["--data_path", "demo", "no\ud800"]])
+def test_half_a_character_is_no_text_of_a_flag(words):
+    with pytest.raises(UserError, match=rf"{words[0]} holds half a character, \\ud"):
+        arguments.parse(arguments.STEP1, words, prog="", description="")
+
+
 def vars_of(groups):
     return {name: value for group in groups for name, value in vars(group).items()}

@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from training.utils.errors import UserError
-from training.utils.run.files import write_json
+from training.utils.errors import UserError, half_character
+from training.utils.run.files import json_line, write_json
 from training.utils.run.folders import locked, make_dir, shown
 
 SETTINGS_FILE = "settings.json"
@@ -90,6 +90,8 @@ def _check_answers(line: Any, where: str, at_least: int) -> None:
         isinstance(answer, dict) and isinstance(answer.get("response"), str) for answer in answers
     ):
         raise UserError(f"{where}: no answers; a line is as inference/generate.py writes it")
+    if half := half_character("".join([turn["content"] for turn in line["prompt"]] + [answer["response"] for answer in answers])):
+        raise UserError(f"{where}: the prompt or an answer holds half a character, {half}, which is no text")
     if len(answers) < at_least:
         raise UserError(
             f"{where}: {len(answers)} answer{'' if len(answers) == 1 else 's'}, and {at_least} are needed to compare "
@@ -102,7 +104,7 @@ def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     scratch = path.with_name(path.name + ".tmp")
     try:
         with scratch.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            file.writelines(json_line(line) + "\n" for line in lines)
             file.flush()
             os.fsync(file.fileno())
         scratch.replace(path)
@@ -203,7 +205,7 @@ class PartFile:
 
             def append(lines: Iterable[Mapping[str, Any]]) -> None:
                 """Write lines to the end; what a full disk leaves of them is taken back."""
-                rest = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+                rest = "".join(json_line(line) + "\n" for line in lines).encode()
                 start = file.seek(0, os.SEEK_END)
                 try:
                     while rest:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from training.utils.errors import UserError, run_program
+from training.utils.errors import UserError, half_character, run_program
 from training.utils.run.environment import check_environment
 from training.utils.run.inputs import check_inputs
 from training.utils.run.runtime import local_ranks
@@ -460,6 +460,13 @@ def _check_range(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
             raise UserError(f"--{name} is {v}, it must be {' and '.join(w for w in wanted if w)}")
 
 
+def _check_text(name: str, value: Any) -> None:
+    """Half a character is in no text, but may be in the name of a file that is there: bytes that are no UTF-8."""
+    for v in value if isinstance(value, list) else [value]:
+        if isinstance(v, str) and (half := half_character(v)) and not os.path.lexists(v):
+            raise UserError(f"--{name} holds half a character, {half}, or bytes that are no UTF-8")
+
+
 def parse(
     groups: Sequence[type],
     argv: Sequence[str],
@@ -508,6 +515,8 @@ def parse(
     instances = []
     for group in groups:
         fields = dataclasses.fields(group)
+        for f in fields:
+            _check_text(f.name, getattr(values, f.name))
         instance = group(**{f.name: getattr(values, f.name) for f in fields})
         for f in fields:
             _check_range(f.name, getattr(instance, f.name), f.metadata)

@@ -84,15 +84,24 @@ def disk_failure(error: BaseException) -> str:
     return ""
 
 
-_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
-    """A text for the terminal: control characters, which data and names of others may hold, are shown as ``?``.
+    """A text for the terminal: control and half characters, which data and names of others may hold, are shown as ``?``.
 
     An escape sequence could colour, hide or rewrite what a program says, or the terminal's title.
     """
     return _CONTROLS.sub("?", text)
+
+
+_HALF = re.compile("[\ud800-\udfff]")  # a surrogate alone, which JSON can write and UTF-8 can not
+
+
+def half_character(text: str) -> str:
+    """What is half a character in a text, a surrogate that stands alone, as an escape; empty if nothing is."""
+    found = None if text.isascii() else _HALF.search(text)
+    return f"\\u{ord(found[0]):04x}" if found else ""
 
 
 def print_last(text: str) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 
 from training.utils.arguments import DataArguments
 from training.utils.data import cache, tokenise
-from training.utils.data.formats.conversations import Example, has_half_character
+from training.utils.data.formats.conversations import Example
 from training.utils.data.kinds import KINDS, Kind
 from training.utils.data.reading.rows import RawRow
 from training.utils.data.report import DataReport
@@ -41,9 +41,9 @@ from training.utils.data.selection import (
     progress,
 )
 from training.utils.data.template import RowError, configure_chat_template, render_text
-from training.utils.errors import UserError
-from training.utils.run.files import read_object
+from training.utils.errors import UserError, printable
 from training.utils.run.distributed import say
+from training.utils.run.files import json_line, read_object
 
 _BATCH = 512  # rows that are tokenised at once, and
 _MOST_CHARACTERS = 4 << 20  # characters: the tokens of long rows take many times their size
@@ -276,7 +276,7 @@ def _tokenise(
 def _rejected_kind(row: RawRow) -> str:
     """What is wrong with the rejected answer, a name for analysis: see `accuracy_by_kind` of step 2."""
     kind = row.values.get("rejected_kind") if isinstance(row.values, dict) else ""
-    return kind if isinstance(kind, str) else ""
+    return printable(kind) if isinstance(kind, str) else ""
 
 
 def _original(row: RawRow) -> str:
@@ -285,10 +285,7 @@ def _original(row: RawRow) -> str:
     def told(value: Any) -> str | None:
         return None if isinstance(value, RowError) else str(value)
 
-    text = json.dumps(row.values, ensure_ascii=False, default=told)
-    if not text.isascii() and has_half_character(text):  # in a column that nothing reads
-        return json.dumps(row.values, default=told)
-    return text
+    return json_line(row.values, told)
 
 
 def _compare_lengths(example: Example, report: DataReport) -> None:

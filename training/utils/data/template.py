@@ -20,7 +20,7 @@ from typing import Any
 from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError
 
 from training.utils.data.template_file import TemplateFile, read_template_file
-from training.utils.errors import UserError
+from training.utils.errors import UserError, half_character
 
 # A turn: role (system, user, assistant, tool) and content, and where a row has it: reasoning, tool_calls and, in the
 # first turn, tools (both as JSON), name and tool_call_id of a tool's answer, train ("no": step 1 does not learn it;
@@ -309,6 +309,8 @@ def render_text(tokenizer: Any, messages: Sequence[Message], add_generation_prom
         raise RowError(f"the chat template refuses the conversation: {error}") from None
     except (TypeError, LookupError, AttributeError, ValueError, ArithmeticError, RecursionError) as error:
         raise RowError(f"the chat template fails on the conversation: {error}") from None
+    if half := half_character(str(text)):
+        raise RowError(f"the conversation or its chat template holds half a character, {half}, which is no text")
     return str(text)
 
 

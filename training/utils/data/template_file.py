@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.utils.errors import UserError
+from training.utils.errors import UserError, half_character
 
 TEMPLATES = Path(__file__).parent / "templates"
 _KEYS = {"chat_template": str, "system_message": str, "end_of_assistant": str, "stop_ids": list}
@@ -75,6 +75,8 @@ def _conversation_template(name: str, given: Any) -> TemplateFile:
     for key, kind in _KEYS.items():
         if not isinstance(given.get(key), (kind, type(None))):
             raise UserError(f"{where}: {key} must be a {'text' if kind is str else 'list of token ids'}")
+        if half := half_character(json.dumps(given.get(key), ensure_ascii=False)):
+            raise UserError(f"{where}: {key} holds half a character, {half}, which is no text")
     template, model = given.get("chat_template") or "", ""
     if template in template_names():
         template = read_template_file(template).template

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from training.utils.errors import UserError
+from training.utils.errors import UserError, half_character
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -48,6 +49,12 @@ def write_whole(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(scratch, path)
+
+
+def json_line(value: Any, default: Callable[[Any], Any] | None = None) -> str:
+    """A value as JSON in one line, all of it escaped where it holds half a character, which no UTF-8 file can hold."""
+    text = json.dumps(value, ensure_ascii=False, default=default)
+    return json.dumps(value, default=default) if half_character(text) else text
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from training.utils.data.chat import is_image
 from training.utils.data.template import Message, RowError
+from training.utils.errors import half_character
 
 Row = Mapping[str, Any]
 
@@ -70,12 +71,11 @@ _ROLES = {
 }
 
 
-_HALF = re.compile("[\ud800-\udfff]")  # a surrogate alone, which JSON can write and UTF-8 can not
-
-
-def has_half_character(text: str) -> bool:
-    """Whether a text holds a surrogate alone, which no UTF-8 file can hold."""
-    return bool(_HALF.search(text))
+def _whole(text: str, where: str) -> str:
+    """A text as it is; `RowError` if it holds half a character."""
+    if half := half_character(text):
+        raise RowError(f"{where} holds half a character, {half}, which is no text")
+    return text
 
 
 def text_of(row: Row, name: str) -> str:
@@ -96,9 +96,7 @@ def plain_text(value: Any, where: str) -> str:
     if not isinstance(value, str):
         kind = "an image" if isinstance(value, dict) and "image_url" in value else f"a {type(value).__name__}"
         raise RowError(f"{where} holds {kind} where text should be")
-    if not value.isascii() and (half := _HALF.search(value)):
-        raise RowError(f"{where} holds half a character, \\u{ord(half[0]):04x}, which is no text")
-    if is_image(value):
+    if is_image(_whole(value, where)):
         raise Dropped("an image's address where text should be")
     return value
 
@@ -182,7 +180,7 @@ def _more(item: Mapping[str, Any], role: str, where: str) -> dict[str, str]:
         else:
             more["tool_calls"] = _calls(item[key], where)
     if role == "tool":
-        more |= {key: str(item[key]) for key in ("name", "tool_call_id") if has_value(item.get(key))}
+        more |= {key: _whole(str(item[key]), f"{key} of {where}") for key in ("name", "tool_call_id") if has_value(item.get(key))}
     return more
 
 
@@ -218,7 +216,7 @@ def _calls(value: Any, where: str) -> str:
                            "they must be an object")  # fmt: skip
         number = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
         calls.append({**number, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
-    return json.dumps(calls, ensure_ascii=False)
+    return _whole(json.dumps(calls, ensure_ascii=False), f"the call of a tool in {where}")
 
 
 def with_tools(example: Example, value: Any) -> Example:
@@ -236,8 +234,8 @@ def with_tools(example: Example, value: Any) -> Example:
         tools.append({"type": "function", "function": function})
     if not example.prompt:
         raise RowError("the row has tools, and no conversation that could use them")
-    return replace(example, prompt=[example.prompt[0] | {"tools": json.dumps(tools, ensure_ascii=False)},
-                                    *example.prompt[1:]])  # fmt: skip
+    told = _whole(json.dumps(tools, ensure_ascii=False), "the column of tools")
+    return replace(example, prompt=[example.prompt[0] | {"tools": told}, *example.prompt[1:]])
 
 
 def says_nothing(message: Message) -> bool:
@@ -306,7 +304,8 @@ def messages_of(value: Any, name: str) -> list[Message]:
     """
     value = unpacked(value, name)
     if isinstance(value, str):
-        return parse_transcript(value) or [user_turn(value)]
+        text = plain_text(value, f"column {name!r}")
+        return parse_transcript(text) or [user_turn(text)]
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, list):
