@@ -197,6 +197,12 @@ def test_a_parquet_with_two_columns_of_one_name(tok, tmp_path):
         prepare(1, tok, str(tmp_path / "a.parquet"))
 
 
+def test_a_header_with_two_names_that_differ_in_capitals(tok, tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,Prompt,chosen,rejected\na,b,c,d\n")
+    with pytest.raises(UserError, match=r"a\.csv:2: the columns 'prompt' and 'Prompt' differ only in capitals"):
+        prepare(2, tok, str(tmp_path / "a.csv"))
+
+
 def test_bytes_that_are_no_utf8_in_a_csv_are_a_bad_row(tok, tmp_path):
     path = tmp_path / "a.csv"
     path.write_bytes(b"prompt,response\nHow?,So.\nWhat?,\xe9t\xe9\nWhy?,Thus.\n")

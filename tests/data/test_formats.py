@@ -457,6 +457,32 @@ def test_mapped_and_other_columns_are_one_row(kind):
     assert summary(convert(row, "", parse_column_map(flags))[1]).removeprefix("user: ") == becomes
 
 
+PAIR = {"prompt": "exact", "Prompt": "other", "chosen": "c", "rejected": "r"}
+# Rows with columns that differ in capitals alone, --column_map, and what becomes of them: a word of the error or of all
+TWINS = {
+    "pair": (PAIR, [], "'prompt' and 'Prompt' differ only in capitals.*--column_map prompt=COLUMN"),
+    "answer": ({"prompt": "q", "Response": "a", "response": "b"}, [], "'Response' and 'response' differ"),
+    "tools": ({"messages": [], "tools": [], "Tools": [{"name": "f"}]}, [], "'tools' and 'Tools' .* rename one$"),
+    "one of three mapped": (PAIR | {"PROMPT": "x"}, ["response=PROMPT"], "'prompt' and 'Prompt' differ"),
+    "the other": (PAIR, ["prompt=Prompt"], "other"),
+    "the exact": (PAIR, ["prompt=prompt"], "exact"),
+    "a name for each": ({"prompt": "exact", "Prompt": "a"}, ["response=Prompt"], "exact"),
+    "nothing reads them": ({"prompt": "exact", "response": "a", "id": 1, "ID": 2}, [], "exact"),
+}
+
+
+@pytest.mark.parametrize("kind", TWINS)
+def test_columns_that_differ_only_in_capitals(kind):
+    row, flags, word = TWINS[kind]
+    for given in (row, dict(reversed(row.items()))):
+        if "'" in word:
+            with pytest.raises(RowError, match=word if given is row else "differ only in capitals"):
+                convert(given, "", parse_column_map(flags))
+        else:
+            [example] = convert(given, "", parse_column_map(flags))[1]
+            assert example.prompt == [{"role": "user", "content": word}]
+
+
 def test_an_adapter_needs_its_name():
     row = {"prompt": "\n\nHuman: Hi", "chosen": "Assistant: A", "rejected": "Assistant: B"}
     assert convert(row, "yitingxie/rlhf-reward-datasets")[1][0].chosen[0]["content"] == "A"

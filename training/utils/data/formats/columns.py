@@ -76,6 +76,7 @@ class ColumnMap:
 
 # Columns that a format reads where they are there, beside those that its name lists
 _OPTIONAL = frozenset({"system", "history", "input", "context", "response", "label"})
+_MAPPABLE = _OPTIONAL.union(*(format_.columns for format_ in FORMATS))
 
 
 def parse_column_map(items: Sequence[str]) -> ColumnMap:
@@ -84,7 +85,7 @@ def parse_column_map(items: Sequence[str]) -> ColumnMap:
     Raises:
         UserError: an item without "=", or a name that no format has.
     """
-    known = sorted(_OPTIONAL.union(*(format_.columns for format_ in FORMATS)))
+    known = sorted(_MAPPABLE)
     pairs = []
     for item in items:
         name, separator, column = item.partition("=")
@@ -190,6 +191,29 @@ class _Watched(Mapping[str, Any]):
         return len(self._row)
 
 
+_READ = _MAPPABLE.union({"kto_tag"}, _TOOLS, _UNREAD, *(columns for columns, _ in ADAPTERS.values()))
+
+
+def _by_lower_case(row: Row, mapped: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
+    """The columns under names in lower case; of several that differ in capitals alone the one that is not mapped.
+
+    Raises:
+        RowError: two columns would be read under one name, and ``--column_map`` does not say which is meant.
+    """
+    columns = {key.lower(): value for key, value in row.items()}
+    if len(columns) == len(row):
+        return columns
+    taken, names = {column for column, _ in mapped.values()}, dict[str, str]()
+    for key in (key for key in row if key not in taken):
+        name = key.lower()
+        if name in names and name in _READ and name not in mapped:
+            way = f", or say which with --column_map {name}=COLUMN" if name in _MAPPABLE else ""
+            raise RowError(f"the columns {names[name]!r} and {key!r} differ only in capitals, and either may be meant; "
+                           f"rename one{way}")  # fmt: skip
+        names[name] = key
+    return columns | {name: row[key] for name, key in names.items()}
+
+
 def convert(
     row: Row, source: str = "", column_map: ColumnMap | None = None, read: set[str] | None = None
 ) -> tuple[str, list[Example]]:
@@ -207,7 +231,7 @@ def convert(
         UnknownFormat: no format has these columns.
     """
     mapped = column_map.apply(row) if column_map is not None else {}
-    columns = {key.lower(): value for key, value in row.items()}
+    columns = _by_lower_case(row, mapped)
     format_ = None if mapped else _adapter(source, frozenset(columns))
     columns.update({name: value for name, (_, value) in mapped.items()})
     format_ = format_ or _find(frozenset(columns), {name: column for name, (column, _) in mapped.items()})
