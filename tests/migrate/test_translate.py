@@ -102,6 +102,14 @@ def test_a_step_that_would_end_within_an_iteration_is_refused_with_the_nearest()
         ("python a.py; python b.py", ["starts 2 programs"]),
         (f"deepspeed {STEP1} --eot_token 'a", ["No closing quotation"]),
         ("bash nowhere.sh out", ["nowhere.sh: no such file"]),
+        (f"for s in 1 2; do deepspeed {STEP1} --seed $s; done", ["is started by a loop, 'for s in 1 2'"]),
+        (f"for ((s=0; s<3; s++))\ndo\n  deepspeed {STEP1} --seed $s\ndone", ["is started by a loop"]),
+        (f"while true; do if [ -f a ]; then deepspeed {STEP1}; fi; done", ["is started by a loop, 'while true'"]),
+        (f"run() {{ deepspeed {STEP1} --seed $1; }}; run 1; run 2", ["run() is no launcher"]),
+        (f"mpirun -np 4 python {STEP1}", ["mpirun is no launcher that is known here", "deepspeed --num_gpus"]),
+        (f"accelerate launch --num_processes 8 --num_machines 2 {STEP1}", ["--num_machines 2", "--hostfile HOSTS"]),
+        (f"accelerate launch --config_file a.yaml {STEP1}", ["--config_file a.yaml", "give --num_processes N"]),
+        (f"torchrun --nproc_per_node cpu {STEP1}", ["--nproc_per_node cpu: give the number of ranks"]),
     ],
 )
 def test_what_can_not_be_had_is_one_line(text, words):
@@ -132,6 +140,12 @@ def test_a_shells_line():
         ("python alpaca_rlhf/my_deepspeed.py --num_gpus 2 x/main.py --a", ["--num_gpus", "2"], []),
         ("torchrun --standalone --nproc_per_node=4 x/main.py --a", ["--num_gpus", "4"], []),
         ("python -m torch.distributed.run --nproc-per-node 4 x/main.py --a", ["--num_gpus", "4"], []),
+        ("torchrun --master_port 9 x/main.py --a", ["--num_gpus", "1", "--master_port", "9"], []),
+        ("python3 -u -m torch.distributed.launch --nproc_per_node=4 x/main.py --a", ["--num_gpus", "4"], []),
+        ("accelerate launch --num_processes 4 --num_machines 1 x/main.py --a", ["--num_gpus", "4"], []),
+        ("accelerate launch --num-processes=4 --config_file c x/main.py --a", ["--num_gpus", "4"], []),
+        ("python -m accelerate.commands.launch --num_processes 4 x/main.py --a", ["--num_gpus", "4"], []),
+        ("for i in 1; do echo $i; done; deepspeed --num_gpus 2 x/main.py --a", ["--num_gpus", "2"], []),
         ("colossalai run --nproc_per_node 4 --hostfile h --master_port 9 x/main.py --a",
          ["--num_gpus", "4", "--hostfile", "h", "--master_port", "9"], []),
         ("deepspeed --include localhost:0,1 --bind_cores_to_rank x/main.py --a",
@@ -142,6 +156,13 @@ def test_launchers(text, launcher, environment):
     command = read_command(text)
     assert (command.launcher, command.environment) == (launcher, environment)
     assert (command.script, command.arguments) == ("x/main.py", ["--a"])
+
+
+@pytest.mark.parametrize("text", ["accelerate launch x/main.py", "torchrun --nproc-per-node=gpu x/main.py"])
+def test_launchers_that_take_all_gpus(text):
+    command = read_command(text)
+    assert (command.launcher, command.all_gpus) == ([], True)
+    assert any("--num_processes" in note for note in command.notes) == text.startswith("accelerate")
 
 
 def test_a_script_with_variables(tmp_path):

@@ -17,20 +17,32 @@ _ARRAY = re.compile(r"^\s*(?:declare -a )?(\w+)=\(([^()]*)\)", re.MULTILINE)  # 
 _REMARK = re.compile(r"\\[ \t]+#[^\n]*$", re.MULTILINE)  # behind a line that goes on, as their pages have it
 _BEFORE = ("nohup", "time", "exec", "env", "then", "do", "else", "export")  # of a command's own words
 _BOOTSTRAPS = ("my_deepspeed.py",)  # start deepspeed's launcher and take its flags
+_LOOPS = ("for", "while", "until", "select")
+_OTHERS = ("torchrun", "colossalai", "accelerate")  # launchers
+_MODULES = {
+    **dict.fromkeys(("torch.distributed.run", "torch.distributed.launch"), "torchrun"),
+    **dict.fromkeys(("accelerate.commands.launch", "accelerate.commands.accelerate_cli"), "accelerate"),
+    **dict.fromkeys(("deepspeed", "deepspeed.launcher.runner"), "deepspeed"),
+}
+_PYTHON = re.compile(r"python[\d.]*")
 # Launchers other than deepspeed: their flag -> deepspeed's; None: it has nothing to say to deepspeed
 _RANKS = {
     "--nproc_per_node": "--num_gpus",
+    "--num_processes": "--num_gpus",
     "--hostfile": "--hostfile",
     "--include": "--include",
     "--exclude": "--exclude",
     "--master_port": "--master_port",
     "--master_addr": "--master_addr",
+    "--main_process_port": "--master_port",
+    "--main_process_ip": "--master_addr",
     "--num_nodes": "--num_nodes",
     "--host": "--include",
     "--rdzv_backend": None,
     "--rdzv_id": None,
     "--standalone": None,
 }
+_HOSTS = ("--nnodes", "--num_machines")
 
 
 @dataclass
@@ -65,10 +77,18 @@ def read_command(text: str) -> Command:
     simple, notes = _simple_commands(text, {})
     found: list[Command] = []
     folder = ""
+    loops: list[str] = []
     for words in simple:
-        if words[0] == "cd" and len(words) == 2:
+        if words[0].split("(")[0] in _LOOPS:
+            loops.append(" ".join(words))
+        elif words[0] == "done" and loops:
+            loops.pop()
+        elif words[0] == "cd" and len(words) == 2:
             folder = str(PurePosixPath(folder) / words[1])
         elif (command := _started(words)) is not None:
+            if loops:
+                raise UserError(f"{command.script} is started by a loop, {loops[-1]!r}: give the command in it alone, "
+                                "and put what it becomes in its place")  # fmt: skip
             command.script = str(PurePosixPath(folder) / command.script)
             found.append(command)
     if len(found) != 1:
@@ -162,33 +182,65 @@ def _started(words: Sequence[str]) -> Command | None:
         between = before[2:]  # a wrapper that hands its arguments on
         if between and between[0].isdigit():
             command.environment.append(f"CUDA_VISIBLE_DEVICES={between.pop(0)}")
-    if between and between[0].endswith(_BOOTSTRAPS):
-        between = between[1:]
-    if name == "deepspeed" or name.startswith("--") or not any(word in ("-m", "run") for word in between[:1]):
-        command.launcher = between if name not in ("torchrun", "colossalai", "accelerate") else []
-        command.all_gpus = name == "deepspeed" and not between
-        if command.launcher == between:
-            return command
-    _other_launcher(command, between)
+    if _PYTHON.fullmatch(name):
+        name, between = _started_by_python(between)
+    if name in _OTHERS:
+        _other_launcher(command, name, between)
+    elif name in ("", "deepspeed", "bash", "sh") or name.startswith("--"):
+        command.launcher, command.all_gpus = between, name == "deepspeed" and not between
+    else:
+        raise UserError(f"{name} is no launcher that is known here: give the command of a rank, as in "
+                        f'"deepspeed --num_gpus 4 {command.script} ..."')  # fmt: skip
     return command
 
 
-def _other_launcher(command: Command, flags: Sequence[str]) -> None:
-    """The flags of torchrun and ``colossalai run`` as deepspeed's."""
+def _started_by_python(words: Sequence[str]) -> tuple[str, list[str]]:
+    """The launcher that Python runs, a module or a bootstrap, empty if none, and that one's flags."""
+    at = next((i for i, word in enumerate(words) if word == "-m" or word.endswith(_BOOTSTRAPS)), None)
+    if at is None:
+        return "", []  # flags of Python's own
+    if words[at] != "-m":
+        return "deepspeed", list(words[at + 1 :])
+    module = words[at + 1] if at + 1 < len(words) else ""
+    return _MODULES.get(module, f"python -m {module}"), list(words[at + 2 :])
+
+
+def _other_launcher(command: Command, launcher: str, flags: Sequence[str]) -> None:
+    """The flags of torchrun, ``accelerate launch`` and ``colossalai run`` as deepspeed's.
+
+    Raises:
+        UserError: several hosts, or a number of ranks that the command does not tell.
+    """
     words = [part for word in flags for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    words = words[1:] if words[:1] == ["run"] else words[2:] if words[:1] == ["-m"] else words
+    words = words[1:] if words[:1] in (["run"], ["launch"]) else words
+    said: dict[str, str] = {}
     while words:
         name = words.pop(0).replace("-", "_").replace("__", "--", 1)
-        value = words.pop(0) if words and not words[0].startswith("-") else ""
+        said[name] = words.pop(0) if words and not words[0].startswith("-") else ""
+    for name, value in said.items():
         ours = _RANKS.get(name)
-        if ours:
+        if name in _HOSTS and value not in ("1", "1:1"):
+            raise UserError(f"{name} {value}: on several hosts give deepspeed a hostfile: --hostfile HOSTS")
+        if ours == "--num_gpus" and value in ("gpu", "auto"):
+            command.all_gpus = True
+        elif ours == "--num_gpus" and not (value.isdigit() or VARIABLE.search(value)):
+            raise UserError(f"{name} {value}: give the number of ranks")
+        elif ours:
             command.launcher += [ours, value]
             if name == "--hostfile":
                 command.notes.append(f"--hostfile {value}: each line as NAME slots=N, N the ranks of that host")
-        elif name == "--nnodes" and value not in ("1", "1:1"):
-            raise UserError(f"{name} {value}: on several hosts give deepspeed a hostfile: --hostfile HOSTS")
-        elif name not in _RANKS and name != "--nnodes":
+        elif name not in _RANKS and name not in _HOSTS:
             command.notes.append(f"{name} {value}".strip() + " of the launcher is left out: deepspeed starts the ranks")
+    if "--num_gpus" in command.launcher or command.all_gpus:
+        return
+    if launcher == "accelerate":
+        if "--config_file" in said:
+            raise UserError(f"--config_file {said['--config_file']} says how many ranks accelerate starts: give "
+                            "--num_processes N beside it")  # fmt: skip
+        command.all_gpus = True
+        command.notes.append("without --num_processes all GPUs are taken, accelerate's saved configuration is not read")
+    elif launcher == "torchrun":
+        command.launcher[:0] = ["--num_gpus", "1"]  # its default; deepspeed's is all GPUs
 
 
 def quoted(word: str) -> str:
