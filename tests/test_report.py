@@ -296,6 +296,19 @@ def test_damage_is_said_and_the_rest_is_shown(tmp_path):
     assert record.steps["step1"].curve("train/loss") == [(2, 3.0)]
 
 
+def test_numbers_without_end_and_brackets_without_end_do_not_break_the_page(tmp_path):
+    run = make_run(tmp_path / "demo")
+    huge = "1" + "0" * 400
+    for name in SUMMARIES:
+        save(run / name / "summary.json", {**SUMMARIES[name], "seconds": int(huge)})
+        lines = [f'{{"step": {huge}, "train/loss": 1}}', f'{{"step": 3, "train/loss": {huge}}}', "[" * 100_000]
+        save(run / name / "metrics.jsonl", "\n".join([*lines, '{"step": 4, "train/loss": 2}', ""]))
+    save(run / "step2" / "evaluation.json", "[" * 100_000)
+    record = read_run(run)
+    assert record.steps["step1"].curve("train/loss") == [(4, 2.0)]
+    Reader(render_report(record))
+
+
 def test_numbers_of_the_wrong_kind_do_not_break_the_page(tmp_path):
     run = make_run(tmp_path / "demo")
     for name in SUMMARIES:

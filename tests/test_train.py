@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -805,6 +806,14 @@ def test_line_log(tmp_path: Path) -> None:
 
 def test_table_tolerates_missing_numbers(tmp_path: Path) -> None:
     assert summary_table(tmp_path, {}) == "" and answers_text(tmp_path) == ""
+    (tmp_path / "step3").mkdir()
+    for text in ("{", "3", "null", "[3]", "[" * 100_000):
+        (tmp_path / "step3" / "samples.json").write_text(text)
+        assert answers_text(tmp_path) == ""
+    (tmp_path / "step3" / "samples.json").unlink()
+    (tmp_path / "step3" / "summary.json").write_text('{"reward_before": "x", "reward_after": [], "seconds": "long"}')
+    assert "summary.json is damaged" in summary_table(tmp_path, {})
+    shutil.rmtree(tmp_path / "step3")
     for step, summary in (("step1", {}), ("step2", {"accuracy_after": 0.9}), ("step3", {"reward_after": 1.0})):
         (tmp_path / step).mkdir()
         (tmp_path / step / "summary.json").write_text(json.dumps(summary))

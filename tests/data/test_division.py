@@ -15,6 +15,7 @@ from tests.data.real_data import path_of
 from tests.data.test_prepare import prepare, prompts_of, write
 from training.utils.data.division import duplicates, hash_of, hold_out, split_prompts
 from training.utils.data.kinds import KINDS
+from training.utils.errors import UserError
 from training.utils.run.distributed import rank
 
 
@@ -45,6 +46,17 @@ def test_no_prompt_is_shared_by_two_sources_steps_or_sides(tok, tmp_path, seed, 
         for one, other in itertools.combinations((1, 2, 3), 2):
             assert not (trained[one] | held[one]) & (trained[other] | held[other])
         assert len((trained[1] | held[1]) | (trained[3] | held[3])) > 100
+
+
+@pytest.mark.parametrize("text", ["", "{", "{}", "[]", "3", '{"rows": []}', '{"rows": {"a": 3}}'])
+def test_a_damaged_record_of_the_division_is_named(tok, tmp_path, text):
+    path = write(tmp_path / "a.jsonl", rows_for_all_steps(range(30)))
+    prepare(1, tok, path, data_split="2,4,4", run_dir=tmp_path / "step1")
+    record = tmp_path / "step1" / "data_split.json"
+    known = json.loads(record.read_text())
+    record.write_text(text.replace('"a"', json.dumps(next(iter(known["rows"])))))
+    with pytest.raises(UserError, match=r"step1/data_split\.json .*(damaged|not readable)"):
+        prepare(2, tok, path, data_split="2,4,4", run_dir=tmp_path / "step2")
 
 
 def test_what_one_step_holds_out_of_real_solutions_no_other_step_trains_on(tok):

@@ -363,6 +363,10 @@ def test_a_damaged_cache_is_made_again(tok, tmp_path):
     again = prepare(1, tok, path, data_output_path=str(cache))
     assert not again.report.from_cache and again.train["input_ids"][:] == first
     assert len([p for p in cache.iterdir() if p.is_dir()]) == 1
+    for text in ("", "{", "[]", "3"):
+        (file.parent / "sizes.json").write_text(text)
+        again = prepare(1, tok, path, data_output_path=str(cache))
+        assert not again.report.from_cache and again.train["input_ids"][:] == first
 
 
 def test_unwritable_cache(tok, tmp_path):

@@ -71,7 +71,14 @@ def test_a_long_conversation_is_scored_by_its_end(chat_folders):
     assert math.isfinite(model.score([{"role": "user", "content": "story " * 900}, TALK[1]]))
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"mean": 1}', '{"mean": 0, "std": 0}', '{"mean": 0, "std": "x"}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("{", "[]", "null", '{"mean": 1}', '{"mean": 0, "std": 0}', '{"mean": 0, "std": "x"}', "[" * 100_000),
+        *(f'{{"mean": {number}, "std": 1}}' for number in ("1" + "0" * 400, "NaN", "Infinity", "[]")),
+        '{"mean": 0, "std": Infinity}',
+    ],
+)
 def test_damaged_stats_are_said(text, chat_folders, tmp_path):
     folder = shutil.copytree(chat_folders["reward"], tmp_path / "m")
     (folder / "reward_stats.json").write_text(text)

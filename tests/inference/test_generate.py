@@ -13,10 +13,10 @@ from tests.marks import slow
 from tests.step3.hybrid_checks import save_tiny_reward_model
 from tests.tiny import save_tiny_model, tiny_tokenizer
 from training.utils import answers as answer_files
-from training.utils.answers import prompt_id, read_answers
+from training.utils.answers import PartFile, prompt_id, read_answers
 from training.utils.arguments import DataArguments
 from training.utils.data import prepare_data
-from training.utils.errors import run_program
+from training.utils.errors import UserError, run_program
 from training.utils.generation.engines import FastBackend
 
 SHORT = ["--max_answer_seq_len", "12", "--max_prompt_seq_len", "64"]
@@ -116,6 +116,15 @@ def killed(monkeypatch):
 
     yield at
     monkeypatch.undo()
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "3", "null", "{}", "[" * 100_000])
+def test_a_damaged_line_of_a_part_is_named(line, tmp_path):
+    file = PartFile(tmp_path / "a.jsonl", "--output", {})
+    file.folder.mkdir()
+    (file.folder / "rank0.jsonl").write_text('{"id": "a"}\n' + line + "\n")
+    with pytest.raises(UserError, match=r"rank0\.jsonl:2 is damaged"):
+        file.lines()
 
 
 @pytest.mark.parametrize(("batch", "answers"), [slow(0, 0), (1, 5), slow(5, 16 + 5)])

@@ -71,7 +71,8 @@ def answers_text(run: Path, width: int = 0) -> str:
         samples = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return ""
-    for number, sample in enumerate(samples if isinstance(samples, list) else [], 1):
+    found = [sample for sample in samples if isinstance(sample, dict)] if isinstance(samples, list) else []
+    for number, sample in enumerate(found, 1):
         lines = [f"-- prompt {number} ".ljust(width, "-")]
         for message in sample.get("prompt", []):
             lines += _wrapped(message.get("content", ""), width, f"{message.get('role', '')}: ", "    ")

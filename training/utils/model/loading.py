@@ -263,8 +263,8 @@ def check_sizes(named: str, info: Mapping[str, Any]) -> None:
     """
     for name, in_files, wanted in sorted(info["mismatched_keys"]):
         raise UserError(
-            f"{named}: {name} is {list(in_files)} in its files and {list(wanted)} by its config.json: they do not belong "
-            "together"
+            f"{named}: {name} is {list(in_files)} in its files and {list(wanted)} by its config.json: they do not "
+            "belong together"
         )
 
 

@@ -15,8 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from training.utils.data import read_any
 from training.utils.engine.frozen import frozen_role, load_frozen_scorer
 from training.utils.engine.zero_config import frozen_config
-from training.utils.errors import UserError
-from training.utils.model import classifiers, loading
+from training.utils.model import classifiers
 from training.utils.model.forward import module_of
 from training.utils.model.tokenizer import check_vocabulary, load_tokenizer, read_tokenizer
 
