@@ -53,8 +53,8 @@ class Rounds(Bench):
             self.programs[name] = str(folder / f"{name}.py")
         step = folder / "step.py"  # whose actor a later round may start from
         made = '(out / "actor").mkdir(exist_ok=True)'
-        step.write_text(step.read_text().replace(made, f'{made}; (out / "actor" / "config.json").write_text("{{}}")'
-        made += '; (out / "actor" / "model.safetensors").touch()'))
+        files = '(out / "actor" / "config.json").write_text("{}"); (out / "actor" / "model.safetensors").touch()'
+        step.write_text(step.read_text().replace(made, f"{made}; {files}"))
         (folder / "rules.py").write_text(RULES)
         self.recipe.write_text(
             "step1: {num_train_epochs: 2}\nstep2: {data_path: [demo], offload: false}\n"
