@@ -11,7 +11,7 @@ import yaml
 import train
 from tests.test_train import Bench
 from training.pipeline import estimate
-from training.pipeline.rounds import divide, section_of
+from training.pipeline.rounds import ROUNDS_FILE, _read_rounds, divide, section_of
 from training.utils.errors import UserError, run_program
 from training.utils.model import hub
 from training.utils.run.folders import is_finished
@@ -263,3 +263,10 @@ def test_rankings_that_can_not_be_divided(tmp_path: Path) -> None:
     divide(path, answers, tmp_path / "rankings")
     sides = [ids(tmp_path / "rankings" / name) for name in ("train.jsonl", "eval.jsonl")]
     assert sorted(map(len, sides)) == [1, 1] and sides[0] != sides[1]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"agreement": 3}', '{"agreement": {"1": []}}'])
+def test_a_damaged_record_of_the_rounds_is_named(text, tmp_path):
+    (tmp_path / ROUNDS_FILE).write_text(text)
+    with pytest.raises(UserError, match=r"rounds\.json is (damaged|not readable)"):
+        _read_rounds(tmp_path / ROUNDS_FILE)

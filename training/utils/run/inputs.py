@@ -102,7 +102,7 @@ def _missing_weights(folder: Path) -> str:
     Of several forms transformers takes the first in the order of `WEIGHTS`.
 
     Raises:
-        UserError: an index of weights is damaged.
+        UserError: an index of weights is no JSON object.
     """
     if (folder / "adapter_config.json").is_file():
         return "" if any(folder.glob("adapter_model.*")) else "its adapter has no weights (adapter_model.safetensors)"
@@ -114,7 +114,7 @@ def _missing_weights(folder: Path) -> str:
         return f"the folder holds no weights ({WEIGHTS[0]})" + (f"; give {shown(whole)} itself" if whole else "")
     parts = read_object(found).get("weight_map", {}) if found.suffix == ".json" else {"": found.name}
     if not isinstance(parts, dict) or not parts or not all(isinstance(name, str) for name in parts.values()):
-        raise UserError(f"{found} is damaged: it names no files of weights")
+        return f"{found.name} is damaged: it names no files of weights"
     missing = sorted({name for name in parts.values() if not (folder / name).is_file()})
     return f"{len(missing)} of its files of weights are missing, {missing[0]} among them" if missing else ""
 

@@ -1,0 +1,74 @@
+"""What is looked for before torch is imported: weights in every form that transformers takes, and small files."""
+
+import json
+
+import pytest
+
+from training.utils.errors import UserError
+from training.utils.run.inputs import check_flag, check_model_path
+
+FLAG = "--model_name_or_path"
+
+
+def folder_with(folder, *names, **texts):
+    """A model's folder with its config.json and further files; ``a__json`` is the file a.json."""
+    for name in ("config.json", *names):
+        (folder / name).write_text("{}")
+    for name, text in texts.items():
+        (folder / name.replace("__", ".")).write_text(text)
+    return str(folder)
+
+
+INDEX = json.dumps({"weight_map": {"a": "1.bin", "b": "2.bin"}})
+
+
+@pytest.mark.parametrize(
+    ("names", "texts"),
+    [
+        (["model.safetensors"], {}),
+        (["pytorch_model.bin"], {}),
+        (["1.bin", "2.bin"], {"model__safetensors__index__json": INDEX}),
+        (["1.bin", "2.bin"], {"pytorch_model__bin__index__json": INDEX}),
+        (["model.safetensors"], {"pytorch_model__bin__index__json": INDEX}),  # which is not read then
+        (["adapter_config.json", "adapter_model.safetensors"], {}),
+        ([], {"config__json": '{"transformers_weights": "own.safetensors"}'}),
+    ],
+)
+def test_weights_in_any_form_are_found(names, texts, tmp_path):
+    check_model_path(folder_with(tmp_path, *names, **texts), FLAG)
+
+
+@pytest.mark.parametrize(
+    ("names", "texts", "said"),
+    [
+        ([], {}, r"the folder holds no weights \(model.safetensors\)$"),
+        (["other.safetensors", "training_args.bin"], {}, "the folder holds no weights"),
+        (["q4.gguf"], {}, r"the folder holds no weights \(model.safetensors\); give .*q4.gguf itself"),
+        (["1.bin"], {"pytorch_model__bin__index__json": INDEX}, "1 of its files of weights are missing, 2.bin among"),
+        ([], {"model__safetensors__index__json": INDEX}, "2 of its files of weights are missing, 1.bin among them"),
+        ([], {"model__safetensors__index__json": '{"weight_map": []}'}, "index.json is damaged: it names no files"),
+        (["adapter_config.json"], {}, r"its adapter has no weights \(adapter_model.safetensors\)"),
+    ],
+)
+def test_a_folder_without_weights_is_refused_but_for_a_plan_or_a_tokenizer(names, texts, said, tmp_path):
+    folder = folder_with(tmp_path, *names, **texts)
+    with pytest.raises(UserError, match=said):
+        check_model_path(folder, FLAG)
+    with pytest.raises(UserError, match=f"--critic_model_name_or_path .*{said}"):
+        check_flag("critic_model_name_or_path", [folder])
+    check_model_path(folder, FLAG, weights=False)
+    check_flag("critic_model_name_or_path", [folder], weights=False)
+    check_flag("tokenizer_name_or_path", [folder])
+
+
+def test_a_hub_name_is_left_to_the_hub():
+    check_model_path("someone/model", FLAG)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "3", "{", "[" * 100_000])
+@pytest.mark.parametrize("name", ["config", "generation_config", "tokenizer_config", "special_tokens_map"])
+def test_a_small_file_that_is_no_object_is_named(name, text, tmp_path):
+    folder = folder_with(tmp_path, "model.safetensors")
+    (tmp_path / f"{name}.json").write_text(text)
+    with pytest.raises(UserError, match=rf"/{name}\.json is (damaged|not readable)"):
+        check_model_path(folder, FLAG, weights=False)
