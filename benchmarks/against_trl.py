@@ -111,6 +111,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if not arguments.child and not (arguments.trl_python and (arguments.sft or arguments.step < 3)):
         parser.error("give --trl_python, and --sft for step 3")
+    if arguments.json and Path(arguments.json).exists():
+        parser.error(f"--json {arguments.json}: there is such a file; name another one")
     if min(arguments.rounds, arguments.iterations, arguments.held_out) < 1:
         parser.error("--rounds, --iterations and --held_out must be at least 1")
     if arguments.step == 3 and not arguments.child and not arguments.sft.is_dir():

@@ -20,6 +20,7 @@ from typing import Any
 from training.utils.intervals import bootstrap_interval, mean
 
 ROOT = Path(__file__).resolve().parents[1]
+HEADING = "# Answers of the demo"
 MODELS = (("base", "base"), ("sft", "SFT"), ("rlhf", "RLHF"))
 PAIRS = (("base", "sft"), ("base", "rlhf"), ("sft", "rlhf"))
 SHOWN = 15
@@ -96,7 +97,7 @@ def page(seed: int, answers: Sequence[dict[str, Any]]) -> str:
     rows = [answers[i * len(answers) // SHOWN] for i in range(SHOWN)]
     names = list(rows[0]["scores"])
     text = [
-        "# Answers of the demo\n",
+        f"{HEADING}\n",
         f"{SHOWN} of the {len(answers)} held-out prompts, evenly spread over the file (no choice by hand), answered "
         f"by the embedded base model, after step 1 (SFT) and after step 3 (RLHF) of the demo with seed {seed}, at the "
         "demo's sampling settings and at most 48 tokens; an answer that reached that limit ends with ... here. In "
@@ -122,6 +123,8 @@ def main() -> int:
     parser.add_argument("--output_root", type=Path, default=ROOT / "output" / "seeds")
     parser.add_argument("--page", type=Path, help="write the answers to this file")
     args = parser.parse_args()
+    if args.page and args.page.exists() and not args.page.read_text("utf-8", "replace").startswith(HEADING):
+        parser.error(f"--page {args.page}: there is such a file, and it is no page of answers; name another one")
     folders = {seed: args.output_root / f"seed-{seed}" for seed in args.seeds}
     for seed, folder in folders.items():
         if not (folder / "step3" / "summary.json").is_file():

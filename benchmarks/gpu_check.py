@@ -60,6 +60,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--stage", choices=list(LIMITS), help=argparse.SUPPRESS)  # a process for one of them
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
+    there = arguments.json.read_text("utf-8", "replace") if arguments.json and arguments.json.is_file() else ""
+    if there and not there.startswith('{\n "machine"'):
+        parser.error(f"--json {arguments.json}: there is such a file, and it holds no such figures; name another one")
     if arguments.device == "cpu" and not arguments.tiny:
         parser.error("--device cpu is for --tiny: the sizes are a GPU's")
     return arguments

@@ -24,6 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from training.utils.run.files import new_file  # noqa: E402
+
 STEP1 = ROOT / "training" / "step1_supervised_finetuning" / "main.py"
 WAYS = {
     "whole": (),
@@ -83,7 +85,7 @@ def main(argv: list[str]) -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=32_768, help="of a row")
-    parser.add_argument("--json", default="", help="write the figures there too")
+    parser.add_argument("--json", type=new_file, default="", help="write the figures there too")
     arguments = parser.parse_args(argv)
     found = {}
     with tempfile.TemporaryDirectory() as name:

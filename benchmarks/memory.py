@@ -26,6 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from training.utils.run.files import new_file  # noqa: E402
+
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 LORA_DIM = 8
 
@@ -137,7 +139,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--prompt", type=int, default=256, help="tokens of each prompt")
     parser.add_argument("--response", type=int, default=256, help="tokens of each response")
-    parser.add_argument("--json", default="", help="also write the figures to this file")
+    parser.add_argument("--json", type=new_file, default="", help="also write the figures to this file")
     parser.add_argument("--child", choices=sorted(VARIANTS), default="", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 

@@ -27,6 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from training.utils.run.files import new_file  # noqa: E402
+
 WAYS, WEIGHTS = ("plain", "ZeRO 1"), ("full", "LoRA")
 
 
@@ -85,7 +87,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=64, help="of each row")
     parser.add_argument("--lora_dim", type=int, default=16)
-    parser.add_argument("--json", default="", help="also write the figures to this file")
+    parser.add_argument("--json", type=new_file, default="", help="also write the figures to this file")
     parser.add_argument("--weights", choices=WEIGHTS, default=WEIGHTS[0], help=argparse.SUPPRESS)
     parser.add_argument("--way", choices=WAYS, default="", help=argparse.SUPPRESS)
     return parser.parse_args(argv)

@@ -40,6 +40,7 @@ from training.utils.generation.sampling import SamplingConfig
 from training.utils.model.loading import load_causal_lm, resolve_model
 from training.utils.model.tokenizer import load_tokenizer
 from training.utils.run.distributed import init_distributed
+from training.utils.run.files import new_file
 from training.utils.run.runtime import prepare_runtime
 
 PROMPTS = Path(__file__).resolve().parents[1] / "training" / "data" / "demo" / "prompts.jsonl"
@@ -69,7 +70,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--cpu_time", action="store_true", help="CPU seconds of this process: for a machine that is busy"
     )
-    parser.add_argument("--json", default="", help="also write the figures to this file")
+    parser.add_argument("--json", type=new_file, default="", help="also write the figures to this file")
     return parser.parse_args(argv)
 
 

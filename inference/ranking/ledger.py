@@ -72,8 +72,8 @@ class Ledger:
         made = {(event["item"], event["judge"], event["time"]) for event in events if event["act"] in ACTS}
         for file in (self.rankings, self.demonstrations):
             if not file.holds_only(made):
-                raise UserError(f"{shown(file.path)} is not this page's, which would write it anew: name another folder "
-                                "with --output_dir, or move the file away")  # fmt: skip
+                raise UserError(f"{shown(file.path)} is not this page's, which would write it anew: give another "
+                                "--output_dir, or move the file away")  # fmt: skip
 
     def next_for(self, judge: str) -> Item | None:
         """The prompt that a judge has open, or the first that wants a judge; it is kept for them. None at the end."""

@@ -83,6 +83,18 @@ def test_page_escapes_text(run, tmp_path):
     assert code == 2 and err.startswith("error: --html")
 
 
+def test_a_page_is_written_over_a_page_alone(run, tmp_path):
+    data, target = write(tmp_path / "a.jsonl", sft(3)), tmp_path / "page.html"
+    rows = Path(data).read_text()
+    for _ in range(2):
+        assert run("--data_path", data, "--html", str(target))[0] == 0
+    both = str(tmp_path / "b")
+    for flags in (["--html", data], ["--html", both, "--write", both]):
+        code, _, err = run("--data_path", data, *flags)
+        assert code == 2 and "name another one" in err and err.count("\n") == 1
+    assert Path(data).read_text() == rows and not (tmp_path / "b").exists()
+
+
 def test_page_of_pairs_shows_the_prompt_once(run, tmp_path):
     rows = [{"prompt": "Why " + "so " * n + "blue?", "chosen": "Light.", "rejected": "Paint."} for n in range(40)]
     target = tmp_path / "page.html"

@@ -48,6 +48,14 @@ def test_a_cpu_takes_the_tiny_sizes_alone(checks, capsys):
     assert "--tiny" in capsys.readouterr().err
 
 
+def test_figures_are_written_over_figures_alone(checks, capsys, tmp_path):
+    file = tmp_path / "rows.json"
+    file.write_text('{"prompt": "mine"}')
+    with pytest.raises(SystemExit, match="2"):
+        checks.parse(["--device", "cpu", "--tiny", "--json", str(file)])
+    assert "rows.json: there is such a file" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("stage", ["rollout", "step1", "step2", "step3"])
 def test_a_stage_measures(models, stage):
     stages = module("gpu_stages")

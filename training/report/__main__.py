@@ -16,6 +16,7 @@ from pathlib import Path
 from training.report.page import write_report
 from training.utils.arguments import Parser
 from training.utils.errors import UserError, run_program
+from training.utils.run.files import check_page
 from training.utils.run.folders import LATEST, output_root, shown
 
 
@@ -29,6 +30,8 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     run = Path(options.run_dir).expanduser() if options.run_dir else output_root() / LATEST
     target = Path(options.output).expanduser() if options.output else None
+    if target:
+        check_page(target, "--output")
     try:
         file = write_report(run, target)
     except OSError as error:

@@ -9,7 +9,7 @@ from training.report import cards, curves, evaluations, provenance, resources, s
 from training.report.run import RunRecord, read_run
 from training.report.style import CSS
 from training.report.text import e
-from training.utils.run.files import write_whole
+from training.utils.run.files import GENERATOR, write_whole
 
 FILE = "report.html"
 # Anchor, heading, and what draws the section; "" from a section leaves it out.
@@ -35,7 +35,7 @@ def render_report(run: RunRecord) -> str:
     bodies = "".join(f'<section id="{anchor}"><h2>{heading}</h2>{body}</section>' for anchor, heading, body in shown)
     notes = "".join(f'<p class="warn">{e(note)}</p>' for note in run.notes)
     return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">{GENERATOR}'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         # nothing is loaded and nothing runs, whatever a model has written
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"

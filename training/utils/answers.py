@@ -90,7 +90,8 @@ def _check_answers(line: Any, where: str, at_least: int) -> None:
         isinstance(answer, dict) and isinstance(answer.get("response"), str) for answer in answers
     ):
         raise UserError(f"{where}: no answers; a line is as inference/generate.py writes it")
-    if half := half_character("".join([turn["content"] for turn in line["prompt"]] + [answer["response"] for answer in answers])):
+    texts = [turn["content"] for turn in line["prompt"]] + [answer["response"] for answer in answers]
+    if half := half_character("".join(texts)):
         raise UserError(f"{where}: the prompt or an answer holds half a character, {half}, which is no text")
     if len(answers) < at_least:
         raise UserError(

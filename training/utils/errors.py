@@ -88,7 +88,7 @@ _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
-    """A text for the terminal: control and half characters, which data and names of others may hold, are shown as ``?``.
+    """A text for the terminal: control and half characters, which data of others may hold, are shown as ``?``.
 
     An escape sequence could colour, hide or rewrite what a program says, or the terminal's title.
     """

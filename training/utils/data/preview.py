@@ -24,6 +24,7 @@ from typing import Any
 from training.utils import arguments
 from training.utils.arguments import DataArguments, flag
 from training.utils.errors import UserError, printable, run_program
+from training.utils.run.files import check_page
 
 
 @dataclass
@@ -44,8 +45,13 @@ class PreviewArguments:
     validate: bool = flag(False, "print problems only, and exit 1 if there are any")
 
     def __post_init__(self) -> None:
-        if self.write and Path(self.write).exists():
+        write, html = Path(self.write).expanduser(), Path(self.html).expanduser()
+        if self.write and write.exists():
             raise UserError(f"--write {self.write}: there is such a file; name another one")
+        if self.write and self.html and write.absolute() == html.absolute():
+            raise UserError(f"--html and --write {self.write}: one file for both; name another one")
+        if self.html:
+            check_page(html, "--html")
 
 
 def parse_flags(argv: Sequence[str]) -> list[Any]:
@@ -134,7 +140,7 @@ def decoded_rows(data: StepData, tokenizer: Any) -> Iterator[dict[str, Any]]:
 
 def _write(path: str, rows: Iterator[dict[str, Any]]) -> None:
     try:
-        with Path(path).open("x", encoding="utf-8") as file:
+        with Path(path).expanduser().open("x", encoding="utf-8") as file:
             for row in rows:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
     except OSError as error:
@@ -300,7 +306,8 @@ def main(argv: Sequence[str]) -> int:
         _write(preview.write, decoded_rows(prepared, tokenizer))
     if preview.html:
         try:
-            Path(preview.html).write_text(page(preview.step, rows, table, prepared.train["length"][:]), "utf-8")
+            text = page(preview.step, rows, table, prepared.train["length"][:])
+            Path(preview.html).expanduser().write_text(text, "utf-8")
         except OSError as error:
             raise UserError(f"--html {preview.html}: {error.strerror}") from None
     return 0

@@ -6,6 +6,8 @@ import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from training.utils.run.files import GENERATOR
+
 _BARS = 24
 _STYLE = """
 :root { color-scheme: light dark; --text: #1d2430; --soft: #5d6675; --line: #d9dde4; --card: #fff; --page: #f4f5f7;
@@ -40,7 +42,8 @@ tr.dropped td:last-child { font-weight: 600 }
 .scale { display: flex; justify-content: space-between; color: var(--soft); font-size: .8rem; padding: .2rem 1rem 0 }
 """
 _PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<html lang="en"><head><meta charset="utf-8">{generator}
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>{style}</style></head><body>
 <h1>{title}</h1>
@@ -138,6 +141,7 @@ def page(
         lengths: tokens of every training row.
     """
     return _PAGE.format(
+        generator=GENERATOR,
         title=f"Step {step}: what the model sees",
         style=_STYLE,
         legend=_LEGENDS[step != 3],

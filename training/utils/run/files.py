@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 from collections.abc import Callable
@@ -9,6 +10,30 @@ from pathlib import Path
 from typing import Any
 
 from training.utils.errors import UserError, half_character
+
+GENERATOR = '<meta name="generator" content="tripod">'  # in the head of a page of ours, which may be written anew
+
+
+def check_page(path: Path, flag: str) -> None:
+    """Refuse to write a page over a file that is none of ours.
+
+    Raises:
+        UserError: it holds something else; names the flag.
+    """
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        head = file.read(500)
+    if head and GENERATOR.encode() not in head:
+        raise UserError(f"{flag} {path}: there is such a file, and it is no page of this program; name another one")
+
+
+def new_file(text: str) -> str:
+    """The name of a file to write that is not there yet, or nothing: a ``type`` of argparse."""
+    path = os.path.expanduser(text)
+    if path and os.path.exists(path):
+        raise argparse.ArgumentTypeError(f"{text}: there is such a file; name another one")
+    return path
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -180,7 +180,8 @@ def _more(item: Mapping[str, Any], role: str, where: str) -> dict[str, str]:
         else:
             more["tool_calls"] = _calls(item[key], where)
     if role == "tool":
-        more |= {key: _whole(str(item[key]), f"{key} of {where}") for key in ("name", "tool_call_id") if has_value(item.get(key))}
+        given = [key for key in ("name", "tool_call_id") if has_value(item.get(key))]
+        more |= {key: _whole(str(item[key]), f"{key} of {where}") for key in given}
     return more
 
 
