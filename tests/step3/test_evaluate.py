@@ -107,8 +107,8 @@ def test_a_judge_is_called_once_with_all_answers():
 def model_folder(path):
     """What is taken for a finished step, or any model, before it is loaded."""
     path.mkdir(parents=True)
-    for name in ("config.json", "summary.json"):
-        (path / name).write_text("{}")
+    for name, text in {"config.json": '{"model_type": "llama"}', "summary.json": "{}", "model.safetensors": ""}.items():
+        (path / name).write_text(text)
     return path
 
 

@@ -31,7 +31,8 @@ from training.utils.model.logprobs import response_log_probs
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 def test_models_from_disk_answer_in_the_runs_precision(tmp_path, monkeypatch, dtype):
     """The base model and the kept actor are held against answers of the engine."""
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "model.safetensors").touch()
     (tmp_path / "summary.json").write_text(json.dumps({"base_model": str(tmp_path)}))
     assert held_out.base_model_of(str(tmp_path)) == str(tmp_path)
     assert held_out.base_model_of(str(tmp_path / "none")) == ""
