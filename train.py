@@ -227,6 +227,14 @@ def tell_dropped(recipe_name: str) -> None:
         print(f"recipe {recipe_name}: the demo's {', '.join(dropped)} left out, the data are your own", flush=True)
 
 
+def tell_idle(options: RunArguments, inputs: InputArguments, planned: Sequence[Step]) -> None:
+    """Say which flags are given to a step that does not run."""
+    for name in STEPS:
+        if getattr(inputs, f"{name}_args") and name not in [step.name for step in planned]:
+            left = f"--step {' '.join(map(str, options.step))} leaves it out"
+            print(f"note: --{name}_args has no effect: {left}", flush=True)
+
+
 def plan_steps(
     options: RunArguments,
     inputs: InputArguments,
@@ -461,12 +469,7 @@ def main(
         check_data_named(planned, run, {} if chosen else models)
     if own:
         tell_dropped(recipe)
-    for name in STEPS:
-        if getattr(inputs, f"{name}_args") and name not in [step.name for step in planned]:
-            print(
-                f"note: --{name}_args has no effect: --step {' '.join(map(str, options.step))} leaves it out",
-                flush=True,
-            )
+    tell_idle(options, inputs, planned)
     if options.plan:
         slots = list(read_hostfile(options.hostfile).values()) if options.hostfile else [1]
         on_each = [options.num_gpus or count for count in slots]
