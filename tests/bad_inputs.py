@@ -59,20 +59,16 @@ def _twice(value: Path, *flags: str) -> list[str]:
 
 
 def _sft(w: World, *more: str) -> list[str]:
-    return ["--model_name_or_path", str(w.model), "--output_dir", str(w.tmp / "out"), *_demo(more), *more]
-
-
-def _demo(more: tuple[str, ...]) -> list[str]:
-    return [] if "--data_path" in more else ["--data_path", "demo"]
+    return ["--model_name_or_path", str(w.model), "--output_dir", str(w.tmp / "out"), "--data_path", "demo", *more]
 
 
 def _rl(w: World, *more: str) -> list[str]:
     roles = ["--actor_model_name_or_path", str(w.model), "--critic_model_name_or_path", str(w.reward)]
-    return [*roles, "--output_dir", str(w.tmp / "out"), *_demo(more), *more]
+    return [*roles, "--output_dir", str(w.tmp / "out"), "--data_path", "demo", *more]
 
 
 def _generate(w: World, *more: str) -> list[str]:
-    return ["--model", f"one={w.model}", "--output", str(w.tmp / "a.jsonl"), *_demo(more), *more]
+    return ["--model", f"one={w.model}", "--output", str(w.tmp / "a.jsonl"), "--data_path", "demo:8", *more]
 
 
 def _their_reward_model(w: World) -> str:
@@ -645,18 +641,6 @@ CASES = [
         2,
         lambda w: _sft(w, "--output_dir", str(Path(_write(w.tmp / "README.md", "mine")).parent)),
         ["--output_dir", "holds README.md", "write over"],
-    ),
-    Case(
-        "sources named twice",
-        1,
-        lambda w: _sft(w, *_twice(w.data, "--data_path", "--data_path")),
-        ["--data_path is given twice"],
-    ),
-    Case(
-        "functions named twice, with dashes",
-        3,
-        lambda w: _rl(w, "--eval_function", "a.py:b", "--eval-function=c.py:d"),
-        ["--eval_function is given twice"],
     ),
     Case("no source behind the flag", 2, lambda w: _sft(w, "--eval_data_path"), ["--eval_data_path", "at least one"]),
     Case("an empty source", 2, lambda w: _sft(w, "--eval_data_path", ""), ["--eval_data_path: an empty value"]),

@@ -487,7 +487,6 @@ BAD = [
     (["--dpo_args", "--beta 0.5"], "--dpo_args: there is no DPO in --pipeline"),
     (["--pipeline", "sft,dpo", "--step2_args", "--loss log_exp"], "--step2_args: there is no .* in --pipeline sft,dpo"),
     (["--step1_args", "--seed 1", "--step1_args=--seed 2"], "--step1_args is given twice"),
-    (["--data_path", "demo", "--data_path", "demo:4"], "--data_path is given twice"),
     (["--data_path"], "--data_path: expected at least one argument"),
     (["--output_dir", "bad"], "manifest.json is not readable as JSON"),
 ]

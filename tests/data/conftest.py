@@ -14,7 +14,7 @@ from training.utils.model import loading, tokenizer
 def preview_program(monkeypatch, capsys):
     """Run the program with the small tokenizer; gives (exit code, stdout, stderr)."""
     tok = families.smol_like()
-    monkeypatch.setattr(loading, "resolve_model", lambda name: name)
+    monkeypatch.setattr(loading, "resolve_model", lambda name, **_: name)
     monkeypatch.setattr(tokenizer, "load_tokenizer", lambda path, **kwargs: tok)
 
     def program(*argv: str):

@@ -144,3 +144,12 @@ def test_half_a_character_is_no_text_of_a_flag(words):
 
 def vars_of(groups):
     return {name: value for group in groups for name, value in vars(group).items()}
+
+
+def test_of_a_list_that_is_given_twice_it_is_said_that_the_last_counts(capsys):
+    arguments._note.cache_clear()
+    line = "--data_path a b --eval_data_path c --learning_rate 1 --data-path d.json --learning_rate 2"
+    for _ in range(2):  # programs parse early, and again
+        assert parse(1, line)["data_path"] == ["d.json"]
+    said = capsys.readouterr().out
+    assert said == "note: --data_path is given more than once, and the last one counts: --data_path d.json\n"

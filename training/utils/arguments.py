@@ -11,10 +11,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
 import importlib.util
 import math
 import os
 import re
+import shlex
 import sys
 import types
 import typing
@@ -480,8 +482,8 @@ def parse(
 
     Args:
         groups: dataclasses whose fields were made with `flag`; the docstring's first line titles the group.
-        argv: the arguments after the program's name. Of a flag that is given twice, the last one counts; one that takes
-            several values may not be, lest half of them be lost, unless its values are put together (`flag`).
+        argv: the arguments after the program's name. Of a flag that is given twice, the last one counts, which is said
+            of those that take several values.
         prog: the program's name in ``--help`` and in messages.
         description: what ``--help`` says first.
         others: flags of other programs that are understood, too; `told_others` says what they are taken for.
@@ -511,7 +513,7 @@ def parse(
     if unknown:
         _reject_unknown(unknown, sorted(known), prog, bool(others))
     if not recorded:
-        _reject_repeated(tokens, parser)
+        _tell_repeated(tokens, parser, values)
     instances = []
     for group in groups:
         fields = dataclasses.fields(group)
@@ -617,15 +619,21 @@ def flags_in(argv: Sequence[str]) -> dict[str, list[str]]:
     return found
 
 
-def _reject_repeated(tokens: Sequence[str], parser: Parser) -> None:
-    """Refuse a second list of values for one flag, of which argparse would forget the first."""
+def _tell_repeated(tokens: Sequence[str], parser: Parser, values: argparse.Namespace) -> None:
+    """Say which flag of several values is given twice: argparse takes the last ones, where some mean all of them."""
     lists = {name: a.dest for a in parser._actions if a.nargs == "+" for name in a.option_strings}
     lists = {n: d for n, d in lists.items() if not isinstance(parser._option_string_actions[n], argparse._ExtendAction)}
-    seen: set[str] = set()
-    for name in (token.partition("=")[0] for token in tokens):
-        if name in lists and lists[name] in seen:
-            raise UserError(f"{name} is given twice: put all of its values behind one {name}")
-        seen.add(lists.get(name, ""))
+    given = [name for name in (token.partition("=")[0] for token in tokens) if name in lists]
+    for name in dict.fromkeys(given):
+        if [lists[other] for other in given].count(lists[name]) > 1:
+            counted = shlex.join(map(str, getattr(values, lists[name])))
+            _note(f"note: {name} is given more than once, and the last one counts: {name} {counted}")
+
+
+@functools.cache
+def _note(line: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)
 
 
 def _reject_unknown(tokens: Sequence[str], known: Sequence[str], prog: str, followed: bool) -> typing.NoReturn:
