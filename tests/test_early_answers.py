@@ -149,6 +149,8 @@ WRONG_VARIABLES = [
     *(({name: text}, f"{name} is '{text}' in the environment: a number is needed")
       for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMP_NUM_THREADS",
                    "MASTER_PORT") for text in ("abc", "1.5")),
+    ({"OMP_NUM_THREADS": "2,x"}, "OMP_NUM_THREADS is '2,x' in the environment: a number is needed"),
+    ({"OMP_NUM_THREADS": "2,0"}, "OMP_NUM_THREADS is 2,0 in the environment: it must be at least 1"),
     *(({name: ""}, f"{name} is '' in the environment") for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")),
     *(({name: text}, f"{name} is {text} in the environment: it must be at least {least}")
       for name, text, least in (("WORLD_SIZE", "0", 1), ("WORLD_SIZE", "-2", 1), ("RANK", "-1", 0),
@@ -178,6 +180,12 @@ def test_a_variable_that_no_program_could_use_is_named(variables, said, monkeypa
     assert ended.value.code == 2
     monkeypatch.setattr(sys, "argv", ["main.py", "--help"])
     environment.check_environment()
+
+
+@pytest.mark.parametrize("threads", ["4", "4,2", ""])
+def test_threads_of_each_level_are_openmps(threads, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    assert not environment.wrong_variable()
 
 
 @pytest.mark.parametrize("program", [p for p in PROGRAMS if p not in (REPORT, "benchmarks/memory_plan.py")])

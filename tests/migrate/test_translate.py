@@ -145,6 +145,8 @@ def test_a_shells_line():
         ("accelerate launch --num_processes 4 --num_machines 1 x/main.py --a", ["--num_gpus", "4"], []),
         ("accelerate launch --num-processes=4 --config_file c x/main.py --a", ["--num_gpus", "4"], []),
         ("python -m accelerate.commands.launch --num_processes 4 x/main.py --a", ["--num_gpus", "4"], []),
+        ("sudo poetry run deepspeed --num_gpus 2 x/main.py --a", ["--num_gpus", "2"], []),
+        ("A=1 uv run accelerate launch --num_processes 4 x/main.py --a", ["--num_gpus", "4"], ["A=1"]),
         ("for i in 1; do echo $i; done; deepspeed --num_gpus 2 x/main.py --a", ["--num_gpus", "2"], []),
         ("colossalai run --nproc_per_node 4 --hostfile h --master_port 9 x/main.py --a",
          ["--num_gpus", "4", "--hostfile", "h", "--master_port", "9"], []),

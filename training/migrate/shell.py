@@ -15,7 +15,8 @@ _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=")
 VARIABLE = re.compile(r"\$\{?(\w+)(?:\[@\])?\}?")
 _ARRAY = re.compile(r"^\s*(?:declare -a )?(\w+)=\(([^()]*)\)", re.MULTILINE)  # dataset=(a b c), over several lines
 _REMARK = re.compile(r"\\[ \t]+#[^\n]*$", re.MULTILINE)  # behind a line that goes on, as their pages have it
-_BEFORE = ("nohup", "time", "exec", "env", "then", "do", "else", "export")  # of a command's own words
+_BEFORE = ("nohup", "time", "exec", "env", "sudo", "then", "do", "else", "export")  # of a command's own words
+_ENVIRONMENTS = ("poetry", "uv", "pipenv", "pdm", "hatch")  # with "run" behind it: the environment of what follows
 _BOOTSTRAPS = ("my_deepspeed.py",)  # start deepspeed's launcher and take its flags
 _LOOPS = ("for", "while", "until", "select")
 _OTHERS = ("torchrun", "colossalai", "accelerate")  # launchers
@@ -169,8 +170,10 @@ def _script(words: Sequence[str], variables: Mapping[str, str]) -> tuple[list[li
 def _started(words: Sequence[str]) -> Command | None:
     """What a command starts, if it starts a Python program."""
     command, rest = Command(), list(words)
-    while rest and (_ASSIGNMENT.match(rest[0]) or rest[0] in _BEFORE):
-        if (word := rest.pop(0)) not in _BEFORE:
+    while rest and (_ASSIGNMENT.match(rest[0]) or rest[0] in _BEFORE or _chooses_environment(rest)):
+        if _chooses_environment(rest):
+            rest = rest[2:]
+        elif (word := rest.pop(0)) not in _BEFORE:
             command.environment.append(word)
     at = next((i for i, word in enumerate(rest) if word.endswith(".py") and not word.endswith(_BOOTSTRAPS)), None)
     if at is None:
@@ -192,6 +195,10 @@ def _started(words: Sequence[str]) -> Command | None:
         raise UserError(f"{name} is no launcher that is known here: give the command of a rank, as in "
                         f'"deepspeed --num_gpus 4 {command.script} ..."')  # fmt: skip
     return command
+
+
+def _chooses_environment(words: Sequence[str]) -> bool:
+    return words[0] in _ENVIRONMENTS and words[1:2] == ["run"]
 
 
 def _started_by_python(words: Sequence[str]) -> tuple[str, list[str]]:

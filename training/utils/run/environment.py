@@ -32,10 +32,11 @@ def wrong_variable() -> str:
     for name, (least, greatest) in NUMBERS.items():
         if (text := os.environ.get(name)) is None or (not text and name in EMPTY_IS_UNSET):
             continue
-        try:
-            numbers[name] = int(text)
+        try:  # of threads OpenMP takes a number for each level of nesting, 4,2
+            levels = [int(part) for part in (text.split(",") if name == "OMP_NUM_THREADS" else [text])]
         except ValueError:
             return f"{name} is {text!r} in the environment: a number is needed; set it right, or unset it"
+        numbers[name] = min(levels)
         if numbers[name] < least or (greatest is not None and numbers[name] > greatest):
             bound = f"at least {least}" if greatest is None else f"from {least} to {greatest}"
             return f"{name} is {text} in the environment: it must be {bound}; set it right, or unset it"
