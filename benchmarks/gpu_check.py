@@ -7,9 +7,10 @@
 
 The stages, each a process of its own with a time limit (`LIMITS`), are in `gpu_stages.py`: the tests marked gpu;
 `fast` against `hf`; tokens per second of step 1 and pairs per second of step 2; an iteration of step 3 with an actor of
-OPT-1.3B's shape and a critic of OPT-350M's, 256 + 256 tokens; the memory plan against the allocator's peak. Those that
-time something come first, each alone, then the others at once. A stage that fails, or takes longer, does not keep the
-others from running. What was found is on the disk after each.
+OPT-1.3B's shape and a critic of OPT-350M's, 256 + 256 tokens; answers behind a shared prompt against answers apart;
+what rests in host memory; the memory plan against the allocator's peak. Those that time something come first, each
+alone, then the others at once. A stage that fails, or takes longer, does not keep the others from running. What was
+found is on the disk after each.
 
 Ends with 0 if every stage was fine, 1 if one was not, 2 without a GPU.
 """
@@ -43,7 +44,9 @@ from training.utils.errors import UserError, run_program  # noqa: E402
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "results.md"
 BEGIN, END = "<!-- written by benchmarks/gpu_check.py --tables -->", "<!-- end of what it wrote -->"
-LIMITS = {"tests": 540, "rollout": 180, "step1": 150, "step2": 120, "step3": 270, "memory": 240}  # seconds, 25 minutes
+LIMITS = {  # seconds; 25 minutes, as the last two run together
+    "rollout": 180, "step1": 150, "step2": 120, "step3": 270, "shared": 120, "host": 120, "tests": 540, "memory": 240,
+}  # fmt: skip
 UNTIMED = ("tests", "memory")  # nothing else of a check hangs on what runs beside it
 POLL = 0.2  # seconds
 PUBLISHED = 6.27  # answers per second of DeepSpeed-Chat: OPT-1.3B + 350M at 256 + 256 tokens on one A100
@@ -256,6 +259,20 @@ def tables(found: dict[str, Any]) -> str:
         speeds.append(_row("step 3, answers/s", _spread(values), more))
     if speeds:
         lines += ["", _row("training", "median (lowest - highest)", ""), "|---|---|---|", *speeds]
+    if "shared" in figures:
+        lines += ["", _row("answers to a prompt", "score, s", "train, s"), "|---|---|---|"]
+        samples = figures["shared"]["samples_per_prompt"]
+        for way in ("apart", "together"):
+            times = figures["shared"][way]
+            lines.append(_row(f"{samples}, {way}", _spread(times["score"]), _spread(times["train"])))
+    if "host" in figures:
+        states, reference = figures["host"]["states"], figures["host"]["reference"]
+        lines += ["", _row("in host memory, ZeRO-3", "seconds (lowest - highest)"), "|---|---|"]
+        size = f"{states['freed_gib']:.1f} GiB of the actor's optimizer states"
+        for way in ("away", "back"):
+            first, *later = states[way]
+            lines.append(_row(f"{size}: {way}", f"{_spread(later)}; the first time {first:.2f}"))
+        lines += [_row(f"log-probs by a reference: {place}", _spread(times)) for place, times in reference.items()]
     if "rollout" in figures:
         lines += ["", _row("rollouts", "engine", "tokens/s (lowest - highest)", "against hf"), "|---|---|---|---|"]
         for name in ("one length", "mixed lengths"):

@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,10 +38,12 @@ from training.step3_rlhf_finetuning.arguments import (
 from training.step3_rlhf_finetuning.experience import Scoring
 from training.step3_rlhf_finetuning.ppo_trainer import PPOTrainer
 from training.step3_rlhf_finetuning.prompts import PromptSet
-from training.step3_rlhf_finetuning.roles import Build, RewardModelSettings, build_roles
+from training.step3_rlhf_finetuning.roles import Build, RewardModelSettings, build_actor, build_roles
 from training.utils.data import SIDES
 from training.utils.engine import engine as engines
+from training.utils.engine.frozen import load_frozen_causal_lm
 from training.utils.engine.precision import for_device
+from training.utils.engine.states import resting_bytes, states_on_host
 from training.utils.engine.zero_config import DTYPES, deepspeed_config
 from training.utils.errors import UserError
 from training.utils.generation.engines import FastBackend, HfBackend
@@ -50,6 +52,7 @@ from training.utils.generation.sampling import SamplingConfig
 from training.utils.model import classifiers, loading
 from training.utils.model.forward import TokenScorer
 from training.utils.model.language_modelling import negative_log_likelihood
+from training.utils.model.logprobs import response_log_probs
 from training.utils.model.reward_stats import RewardStats
 from training.utils.phases import Phases
 from training.utils.run.distributed import init_distributed
@@ -59,6 +62,7 @@ from training.utils.run.runtime import available_cores
 ROOT = Path(__file__).resolve().parents[1]
 T = TypeVar("T")
 NO_GRAPHS = "fast without graphs"
+FLAGS = (RoleArguments, OptimizationArguments, RoleZeroArguments, PPOArguments, RolloutArguments)  # of step 3
 PAD, FIRST_ID = 1, 10  # OPT's pad; prompts are drawn from the ids above those that mean something
 
 
@@ -301,31 +305,38 @@ def step2(sizes: Sizes, folder: Path) -> dict[str, Any]:
     }
 
 
-def _of(group: Any, values: dict[str, Any]) -> Any:
-    return group(**{f.name: values[f.name] for f in dataclasses.fields(group) if f.name in values})
+def _groups(bench: Bench, **flags: Any) -> list[Any]:
+    """Step 3's flags by their groups, see `FLAGS`; all weights train at ZeRO-0 unless ``flags`` say otherwise."""
+    values = {
+        "dtype": bench.dtype,
+        "per_device_generation_batch_size": bench.sizes.rows,
+        "per_device_training_batch_size": bench.sizes.micro_batch,
+        "gradient_accumulation_steps": bench.sizes.rows // bench.sizes.micro_batch,
+        "missing_eos_penalty": 0.0,
+        "actor_learning_rate": 1e-7,
+        "critic_learning_rate": 1e-7,
+    } | flags
+    return [group(**{f.name: values[f.name] for f in dataclasses.fields(group) if f.name in values}) for group in FLAGS]
+
+
+def _build(bench: Bench, groups: Sequence[Any], shares: bool = False) -> Build:
+    role, train, zero, *_ = groups
+    return Build(role, train, zero, {}, 100, PAD, bench.device, shares)
+
+
+def _trainer(bench: Bench, critic: bool, shares: bool = False, **flags: Any) -> PPOTrainer:
+    groups = _groups(bench, **flags)
+    reward = RewardModelSettings(bench.reward(), RewardStats(0.0, 1.0, 100, bench.dtype), 1.0, reads_text=False)
+    roles = build_roles(bench.actor(), reward, {}, _build(bench, groups, shares), critic=critic)
+    prompts = PromptSet(None, None, (), 0)  # the reward reads tokens alone
+    scoring = Scoring(roles, prompts, groups[3], groups[4], groups[1])
+    return PPOTrainer(roles, scoring, FastBackend(), SamplingConfig(bench.sizes.response), bench.dtype, Phases())
 
 
 def step3(sizes: Sizes, folder: Path) -> dict[str, Any]:
     """An iteration of PPO with all five models: answers per second, and where the time goes."""
     bench = Bench(sizes, folder)
-    values = {
-        "dtype": bench.dtype,
-        "per_device_generation_batch_size": sizes.rows,
-        "per_device_training_batch_size": sizes.micro_batch,
-        "gradient_accumulation_steps": sizes.rows // sizes.micro_batch,
-        "missing_eos_penalty": 0.0,
-        "actor_learning_rate": 1e-7,
-        "critic_learning_rate": 1e-7,
-    }
-    flags, train, zero = (_of(group, values) for group in (RoleArguments, OptimizationArguments, RoleZeroArguments))
-    build = Build(flags, train, zero, {}, 100, PAD, bench.device)
-    reward = RewardModelSettings(bench.reward(), RewardStats(0.0, 1.0, 100, bench.dtype), 1.0, reads_text=False)
-    roles = build_roles(bench.actor(), reward, {}, build, critic=True)
-    prompts = PromptSet(None, None, (), 0)  # the reward reads tokens alone
-    scoring = Scoring(
-        roles, prompts, *(_of(g, values) for g in (PPOArguments, RolloutArguments, OptimizationArguments))
-    )
-    trainer = PPOTrainer(roles, scoring, FastBackend(), SamplingConfig(sizes.response), bench.dtype, Phases())
+    trainer = _trainer(bench, critic=True)
     records, seconds = [], []
     for number in range(1 + sizes.steps):
         metrics, taken = bench.timed(functools.partial(trainer.iteration, [bench.request(number)], number))
@@ -339,6 +350,61 @@ def step3(sizes: Sizes, folder: Path) -> dict[str, Any]:
         "records": records,
         "phases": trainer.phases.summary(),
     }
+
+
+def shared(sizes: Sizes, folder: Path) -> dict[str, Any]:
+    """Leave-one-out with several answers to a prompt: scoring and training with the answers behind it, and apart."""
+    bench, samples = Bench(sizes, folder), min(8, sizes.rows)
+    flags: dict[str, Any] = {"advantage": "rloo", "samples_per_prompt": samples}
+    ways = {"together": True, "apart": False}
+    trainers = {name: _trainer(bench, critic=False, shares=shares, **flags) for name, shares in ways.items()}
+    assert trainers["together"].roles.actor.sharing is not None, "this family's answers can share their prompt"
+    first = torch.arange(sizes.rows, device=bench.device) // samples * samples
+    found: dict[str, Any] = {"dtype": bench.dtype, "samples_per_prompt": samples}
+    for number in range(1 + sizes.steps):
+        asked = bench.request(number)
+        asked = dataclasses.replace(asked, prompt_ids=asked.prompt_ids[first])
+        for name, trainer in trainers.items():
+            metrics = trainer.iteration([asked], number)
+            if number:
+                for phase in ("score", "train"):
+                    found.setdefault(name, {}).setdefault(phase, []).append(metrics[f"time/{phase}"])
+    return found
+
+
+def host(sizes: Sizes, folder: Path) -> dict[str, Any]:
+    """ZeRO-3 on one card: what rests or stays in host memory, in seconds.
+
+    The actor's optimizer states there and back, and the log-probs of all rows by a reference on the card and by one in
+    host memory, for a training batch and for all rows in each forward.
+    """
+    bench = Bench(sizes, folder)
+    ids = bench.ids(sizes.rows, sizes.prompt + sizes.response)
+    mask = torch.ones_like(ids)
+    answer = (torch.arange(ids.shape[1], device=ids.device) >= sizes.prompt).expand_as(ids)
+    reference: dict[str, list[float]] = {}
+    load = functools.partial(load_frozen_causal_lm, bench.actor(), zero_stage=3, dtype=bench.dtype)
+
+    @torch.no_grad()
+    def score(model: Any, rows: int) -> None:
+        """The log-probs of all rows, so many in each forward."""
+        for part in zip(ids.split(rows), mask.split(rows), answer.split(rows), strict=True):
+            response_log_probs(model, *part)
+
+    for place in ("card", "host"):
+        frozen = load(attn_implementation="sdpa", offload=place == "host", device=bench.device)
+        for rows in (sizes.micro_batch, sizes.rows):
+            times = [bench.timed(functools.partial(score, frozen, rows))[1] for _ in range(1 + sizes.steps)]
+            reference[f"{place}, {rows} rows"] = times[1:]
+    actor = build_actor(bench.actor(), _build(bench, _groups(bench, actor_zero_stage=3))).engine
+    freed, taken = resting_bytes(actor)
+    away, back = [], []
+    for _ in range(1 + sizes.steps):
+        resting = states_on_host(actor)
+        away.append(bench.timed(resting.__enter__)[1])
+        back.append(bench.timed(functools.partial(resting.__exit__, None, None, None))[1])
+    states = {"freed_gib": freed / 2**30, "host_gib": taken / 2**30, "away": away, "back": back}
+    return {"dtype": bench.dtype, "states": states, "reference": reference, "peak_gib": bench.peak_gib()}
 
 
 def memory(sizes: Sizes, folder: Path) -> dict[str, Any]:
@@ -364,10 +430,12 @@ def memory(sizes: Sizes, folder: Path) -> dict[str, Any]:
 
 
 STAGES: dict[str, Callable[[Sizes, Path], dict[str, Any]]] = {
-    "tests": tests,
     "rollout": rollout,
     "step1": step1,
     "step2": step2,
     "step3": step3,
+    "shared": shared,
+    "host": host,
+    "tests": tests,
     "memory": memory,
 }
