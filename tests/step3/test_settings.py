@@ -34,12 +34,23 @@ def test_a_flag_without_effect_is_said_once(flags, words, capsys):
     assert (words in printed) if words else not printed
 
 
-@pytest.mark.parametrize(("device", "rows", "hint"), [("cpu", 16, False), ("cuda", 16, True), ("cuda", 64, False)])
-def test_a_gpu_that_would_mostly_wait_is_said(monkeypatch, capsys, device, rows, hint):
+@pytest.mark.parametrize(
+    ("device", "rows", "flags", "hints"),
+    [
+        ("cpu", 16, {"actor_zero_stage": 3}, []),
+        ("cuda", 16, {}, ["generation_batch_size 64"]),
+        ("cuda", 64, {}, []),
+        ("cuda", 128, {"critic_zero_stage": 3}, ["scoring_batch_size 64"]),
+        ("cuda", 16, {"actor_zero_stage": 3}, ["generation_batch_size 64", "scoring_batch_size 16"]),
+        ("cuda", 64, {"actor_zero_stage": 3, "per_device_scoring_batch_size": 64}, []),
+    ],
+)
+def test_a_gpu_that_would_mostly_wait_is_said(monkeypatch, capsys, device, rows, flags, hints):
     monkeypatch.setattr(settings, "get_accelerator", lambda: SimpleNamespace(device_name=lambda: device))
-    values = {"per_device_generation_batch_size": rows}
-    settings.warn(settings.Flags(*(of(group, values) for group in ARGUMENTS)))
-    assert ("--per_device_generation_batch_size 64" in capsys.readouterr().out) == hint
+    flags = {"per_device_generation_batch_size": rows} | flags
+    settings.warn(settings.Flags(*(of(group, flags) for group in ARGUMENTS)))
+    told = capsys.readouterr().out.splitlines()
+    assert [f"--per_device_{hint}" in line for hint, line in zip(hints, told, strict=True)] == [True] * len(hints)
 
 
 @pytest.mark.parametrize("role", ["actor", "critic"])

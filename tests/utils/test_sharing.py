@@ -3,6 +3,7 @@
 import functools
 import math
 import sys
+from random import Random
 
 import datasets
 import pytest
@@ -15,7 +16,15 @@ from training.step2_dpo_finetuning.pairs import Preferences, answer_log_probs, a
 from training.step2_reward_model_finetuning.pairs import held_out_rewards
 from training.utils import sharing as sharings
 from training.utils.arguments import DPOArguments, LoraArguments
-from training.utils.data import Sharing, collate_pairs, pair_micro_batches, rankings_of
+from training.utils.data import (
+    Sharing,
+    behind_beginnings,
+    collate_pairs,
+    collate_sft,
+    pair_micro_batches,
+    rankings_of,
+    shared_length,
+)
 from training.utils.engine import engine as engines
 from training.utils.engine.frozen import load_reference
 from training.utils.engine.zero_config import deepspeed_config
@@ -87,6 +96,62 @@ def test_a_beginning_ends_before_the_first_response_token():
     assert batch["shared_positions"].tolist() == [[0, 1, 2, 3, 4, 3, 4, 5]]
     cut = collate_pairs([{**pair([5, 6, 7], [8], [9]), "rejected_ids": [5, 1, 7, 9]}], 0, Sharing(99, 99))
     assert cut["shared_mask"].tolist() == [[1, 2, 2, 2, 3, 3, 3]], "beginnings that were cut differ"
+
+
+def by_hand(answers, groups):
+    """Ids, parts and positions of the shared rows, token by token; where each answer's tokens went."""
+    ids, parts, positions, where = [], [], [], [[] for _ in answers]
+    for row, members in enumerate(groups):
+        texts = [answers[i]["input_ids"] for i in members]
+        ends = [min([len(text) - 1, *(n for n, own in enumerate(answers[i]["response_mask"]) if own)])
+                for i, text in zip(members, texts, strict=True)]  # fmt: skip
+        start = next(n for n in range(99) if n == min(ends) or len({text[n] for text in texts}) > 1)
+        ids.append(texts[0][:start])
+        parts.append([1] * start)
+        positions.append(list(range(start)))
+        for part, (i, text) in enumerate(zip(members, texts, strict=True), 2):
+            where[i] = [(row, n if n < start else len(ids[-1]) + n - start) for n in range(len(text))]
+            ids[-1] = ids[-1] + text[start:]
+            parts[-1] += [part] * len(text[start:])
+            positions[-1] += range(start, len(text))
+    return ids, parts, positions, where
+
+
+def test_shared_rows_are_those_made_by_hand():
+    """Prompts that are cut, answers without a token, groups in any order, padding on both sides."""
+    random = Random(1)
+    for _ in range(200):
+        answers, prompts = [], []
+        for number in range(random.randint(1, 4)):
+            prompt = random.choices((1, 2), k=random.randint(1, 6))
+            for _ in range(random.randint(1, 3)):
+                text, own = (
+                    [*prompt[:-1], random.choice((prompt[-1], 3))],
+                    random.choices((4, 5), k=random.randint(0, 4)),
+                )
+                answers.append({"input_ids": text + own, "response_mask": [0] * len(text) + [1] * len(own)})
+                prompts.append(number)
+        order = random.sample(range(len(answers)), len(answers))
+        answers, prompts = [answers[i] for i in order], [prompts[i] for i in order]
+        groups = [[i for i, n in enumerate(prompts) if n == number] for number in dict.fromkeys(prompts)]
+        ids, parts, positions, where = by_hand(answers, groups)
+        assert [shared_length([answers[i] for i in members]) for members in groups] == [len(row) for row in ids]
+
+        batch = collate_sft(answers, PAD)
+        left = [random.randint(0, 3) for _ in answers]
+        moved = {name: torch.nn.functional.pad(tensor, (3, 0)) for name, tensor in batch.items()}
+        moved = {n: torch.stack([row.roll(-by) for row, by in zip(t, left, strict=True)]) for n, t in moved.items()}
+        shared = behind_beginnings(**moved, groups=torch.tensor(prompts), pad_id=PAD, sharing=ANY)
+        if not shared:
+            assert len(ids) * max(map(len, ids)) >= moved["input_ids"].numel()
+            continue
+        for name, rows in (("ids", ids), ("mask", parts), ("positions", positions)):
+            blank = PAD if name == "ids" else 0
+            width = shared["shared_ids"].shape[1]
+            assert shared[f"shared_{name}"].tolist() == [row + [blank] * (width - len(row)) for row in rows], name
+        for i, places in enumerate(where):
+            at = slice(3 - left[i], 3 - left[i] + len(places))
+            assert [(shared["shared_row"][i], n) for n in shared["shared_columns"][i, at]] == places
 
 
 def test_rows_are_shared_where_that_is_cheaper():

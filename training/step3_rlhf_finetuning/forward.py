@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from training.utils.data import Sharing, collate_answers
+from training.utils.data import Sharing, behind_beginnings
 from training.utils.generation.requests import RolloutBatch
 from training.utils.model.forward import last_token_scores, token_scores
 from training.utils.model.logprobs import response_log_probs
@@ -37,27 +37,14 @@ def behind_prompts(
         sharing: of the model, see `training.utils.sharing.find_sharing`.
 
     Returns:
-        The ``shared_`` tensors of `training.utils.data.batches.collate_answers`, in the rollout's columns.
+        See `training.utils.data.batches.behind_beginnings`.
     """
     if sharing is None:
         return None
-    width, groups, answers = input_ids.shape[1], dict[tuple[int, ...], list[int]](), []
-    paddings = attention_mask.argmax(1).tolist()
-    for i, (ids, length, own) in enumerate(
-        zip(input_ids.tolist(), attention_mask.sum(1).tolist(), mask.sum(1).tolist(), strict=True)
-    ):
-        tokens = ids[paddings[i] : paddings[i] + length]
-        answers.append({"input_ids": tokens, "response_mask": [0] * (length - own) + [1] * own})
-        groups.setdefault(tuple(tokens[: length - own]), []).append(i)
-    found = collate_answers(answers, list(groups.values()), 0, sharing)
-    if "shared_ids" not in found:
-        return None
-    columns = torch.zeros(len(answers), width, dtype=torch.long)
-    for i, (row, padding) in enumerate(zip(answers, paddings, strict=True)):
-        length = len(row["input_ids"])
-        columns[i, padding : padding + length] = found["shared_columns"][i, :length]
-    shared = {name: tensor for name, tensor in found.items() if name.startswith("shared_")}
-    return {name: tensor.to(input_ids.device) for name, tensor in (shared | {"shared_columns": columns}).items()}
+    response = full_response_mask(mask, input_ids.shape[1])
+    prompts = input_ids.masked_fill(response | (attention_mask == 0), -1)[:, : input_ids.shape[1] - mask.shape[1]]
+    groups = torch.unique(prompts, dim=0, return_inverse=True)[1]
+    return behind_beginnings(input_ids, attention_mask, response, groups, 0, sharing) or None
 
 
 class Seen(NamedTuple):

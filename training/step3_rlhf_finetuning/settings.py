@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from training.step3_rlhf_finetuning.arguments import (
     RoleZeroArguments,
     RolloutArguments,
     check_batches,
+    scoring_rows,
 )
 from training.step3_rlhf_finetuning.prompts import PromptSet
 from training.step3_rlhf_finetuning.reward_functions import (
@@ -318,11 +319,24 @@ def warn(flags: Flags) -> None:
         say("warning: with --top_p below 1 or --top_k above 0 the sampler is not the policy that is trained")
     if flags.zero.merge_lora_for_generation and rollout.rollout_engine == "vllm":
         say("warning: --merge_lora_for_generation has no effect: vllm always gets adapters merged")
-    rows = rollout.per_device_generation_batch_size
-    if get_accelerator().device_name() != "cpu" and rows < ROWS_OF_ACCELERATORS:
-        say(
-            f"hint: {rows} responses decoded together leave a GPU waiting; --per_device_generation_batch_size "
+    if get_accelerator().device_name() != "cpu":
+        for hint in _hints_of_a_gpu(flags):
+            say(f"hint: {hint}")
+
+
+def _hints_of_a_gpu(flags: Flags) -> Iterator[str]:
+    """What would keep a GPU waiting, see docs/results.md."""
+    rows, scored = flags.rollout.per_device_generation_batch_size, scoring_rows(flags.rollout, flags.train)
+    if rows < ROWS_OF_ACCELERATORS:
+        yield (
+            f"{rows} responses decoded together leave a GPU waiting; --per_device_generation_batch_size "
             f"{ROWS_OF_ACCELERATORS} or more takes hardly longer, where memory is left"
+        )
+    enough = min(rows, ROWS_OF_ACCELERATORS)
+    if scored < enough and 3 in (flags.zero.actor_zero_stage, flags.zero.critic_zero_stage):
+        yield (
+            f"at ZeRO-3 each forward that scores gathers all weights, now for {scored} responses at a time; "
+            f"--per_device_scoring_batch_size {enough} does it less often, where memory is left"
         )
 
 

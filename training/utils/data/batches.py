@@ -6,6 +6,7 @@ a run resumes at any step by skipping: nothing is replayed and nothing is stored
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -170,19 +171,73 @@ class Sharing:
         return cheaper and wider <= self.longest
 
 
-def common_beginning(answers: Sequence[Mapping[str, Any]]) -> int:
-    """Tokens that rows have in common before the first response token of any, at least one less than the shortest."""
-    first, *others = (row["input_ids"] for row in answers)
-    most = min(len(row["input_ids"]) - 1 for row in answers)
-    most = min([most, *(row["response_mask"].index(1) for row in answers if 1 in row["response_mask"])])
-    while any(first[:most] != ids[:most] for ids in others):  # a prompt, so almost always the first look is enough
-        most = next(at for at in range(most) if any(first[at] != ids[at] for ids in others))
-    return most
-
-
 def shared_length(answers: Sequence[Mapping[str, Any]]) -> int:
-    """Tokens of a row that has the common beginning of these answers once."""
-    return sum(len(row["input_ids"]) for row in answers) - (len(answers) - 1) * common_beginning(answers)
+    """Tokens of a row that has the common beginning of these answers once, as in `behind_beginnings`."""
+    before = [row["response_mask"].index(1) if 1 in row["response_mask"] else None for row in answers]
+    beginnings = [row["input_ids"][:-1][:end] for row, end in zip(answers, before, strict=True)]
+    common = len(os.path.commonprefix(beginnings))
+    return common + sum(len(row["input_ids"]) - common for row in answers)
+
+
+def behind_beginnings(
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    response_mask: torch.Tensor,
+    groups: torch.Tensor,
+    pad_id: int,
+    sharing: Sharing,
+) -> dict[str, torch.Tensor]:
+    """Answers as shared rows, in each of which those of a group are behind what they have in common at their beginning.
+
+    That ends before the first response token of any of them, and at least one token before the shortest does. All of it
+    on the device of the inputs with one wait for it, as every model of step 3 needs it for each micro-batch.
+
+    Args:
+        input_ids, attention_mask, response_mask: ``[S, T]`` of the answers behind their prompts, padded on either side.
+        groups: ``[S]``, a number for those that answer the same prompt.
+        pad_id: fills up what is shorter.
+        sharing: of the model.
+
+    Returns:
+        Nothing where that does not pay. Else [R, W] long: ``shared_ids``; ``shared_mask``, 0 at padding, 1 in the
+        common beginning, 2 and up in the answers; ``shared_positions``, in which each answer goes on behind the
+        beginning; and where the answers are: ``shared_row`` [S], and ``shared_columns`` [S, T] of their tokens.
+    """
+    count, columns = input_ids.shape
+    place = torch.arange(columns, device=input_ids.device).expand_as(input_ids)
+    padding = attention_mask.argmax(1, keepdim=True)
+    lengths = attention_mask.sum(1, keepdim=True)
+    unpadded = (place + padding).clamp(max=columns - 1)
+    tokens = input_ids.gather(1, unpadded)  # each answer's from column 0 on, as all of the following
+    responses = response_mask.bool().gather(1, unpadded).cumsum(1) > 0
+    same = groups[:, None] == groups
+    first = same.int().argmax(1)  # of each group
+    common = (tokens == tokens[first]) & ~responses & (place < lengths - 1)
+    beginning = torch.where(same, common.int().cumprod(1).sum(1), columns).amin(1, keepdim=True)
+    own = lengths - beginning  # tokens behind it
+    earlier = same.tril(-1).long()  # in the same group
+    offset = beginning + (earlier * own.T).sum(1, keepdim=True)
+    leads = first == torch.arange(count, device=first.device)
+    rows, width = torch.stack([leads.sum(), (offset + own).max()]).tolist()
+    if not sharing.pays((count, columns), (rows, width)):
+        return {}
+    row = (leads.cumsum(0) - 1)[first]
+    column = torch.where(place < beginning, place, place - beginning + offset)
+    target = (row[:, None], torch.where(place < lengths, column, width))  # padding falls off the end
+
+    def laid(values: torch.Tensor, blank: int) -> torch.Tensor:
+        """``[S, T]`` -> ``[R, W]``; a group's answers agree on their beginning."""
+        out = values.new_full((rows, width + 1), blank)
+        out[target] = values
+        return out[:, :width]
+
+    return {
+        "shared_ids": laid(tokens, pad_id),
+        "shared_mask": laid(torch.where(place < beginning, 1, earlier.sum(1, keepdim=True) + 2), 0),
+        "shared_positions": laid(place, 0),
+        "shared_row": row,
+        "shared_columns": column.gather(1, (place - padding).clamp(min=0)) * attention_mask,
+    }
 
 
 def collate_answers(
@@ -197,43 +252,16 @@ def collate_answers(
         sharing: None where each answer is a row of its own.
 
     Returns:
-        What `collate_sft` gives of the answers, [S, T]. Where it pays also the shared rows of the same answers, [R, W]
-        long: ``shared_ids``; ``shared_mask``, 0 at padding, 1 in the common beginning, 2 and up in the answers;
-        ``shared_positions``, in which each answer goes on behind the beginning; and where the answers are:
-        ``shared_row`` [S], and ``shared_columns`` [S, T] of their tokens.
+        What `collate_sft` gives of the answers, [S, T]; where it pays also the same as shared rows, see
+        `behind_beginnings`.
     """
     batch = collate_sft(answers, pad_id)
-    members = [[answers[i] for i in group] for group in groups]
     if sharing is None:
         return batch
-    rows, width = batch["input_ids"].shape
-    if not sharing.pays((rows, width), (len(groups), max(map(shared_length, members)))):
-        return batch
-    ids: list[list[int]] = []
-    mask: list[list[int]] = []
-    positions: list[list[int]] = []
-    columns: list[list[int]] = [[] for _ in answers]
-    shared_row = torch.empty(len(answers), dtype=torch.long)
+    group_of = torch.empty(len(answers), dtype=torch.long)
     for number, group in enumerate(groups):
-        start = common_beginning(members[number])
-        ids.append(list(answers[group[0]]["input_ids"][:start]))
-        mask.append([1] * start)
-        positions.append(list(range(start)))
-        for part, i in enumerate(group, 2):
-            own = answers[i]["input_ids"][start:]
-            shared_row[i] = number
-            columns[i] = [*range(start), *range(len(ids[-1]), len(ids[-1]) + len(own))]
-            ids[-1] += own
-            mask[-1] += [part] * len(own)
-            positions[-1] += range(start, start + len(own))
-    return {
-        **batch,
-        "shared_ids": _pad(ids, pad_id),
-        "shared_mask": _pad(mask, 0),
-        "shared_positions": _pad(positions, 0),
-        "shared_row": shared_row,
-        "shared_columns": _pad(columns, 0),
-    }
+        group_of[list(group)] = number
+    return batch | behind_beginnings(**batch, groups=group_of, pad_id=pad_id, sharing=sharing)
 
 
 def distinct_answers(
