@@ -32,6 +32,7 @@ def way(tmp_path: Path, model: str, taste: str, sampling: list[str], training: l
     return json.loads((output / "summary.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_tiny_reward_model_learns_a_judges_taste(tiny_model, tmp_path):
     """The share of characters that are ASCII, in twelve random tokens; on prompts that were held out."""
     sampling = ["--data_path", str(DEMO / "prompts.jsonl"), "--max_answer_seq_len", "12", "--max_prompt_seq_len", "48"]
