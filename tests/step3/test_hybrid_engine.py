@@ -1,5 +1,7 @@
 """The twin is the actor: token for token after optimizer steps, at every ZeRO stage, on one rank and on two."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -9,6 +11,7 @@ from tests.marks import slow
 from tests.step3.hybrid_checks import save_tiny_reward_model, trajectory, twin_equals_engine
 from tests.step3.mode_checks import decision, hooked_and_twin, merge_and_restore, modes, moments_at_the_decision, rested
 from tests.utils.engine.engine_checks import collate, fixed_rows
+from training.step3_rlhf_finetuning import hybrid_engine, roles
 from training.utils.arguments import LoraArguments
 from training.utils.generation.engines import rollout_backend
 from training.utils.memory import generation
@@ -117,6 +120,41 @@ def test_the_memory_estimate_counts_weights_copies_and_cache(tiny_model):
     adapted = with_adapters(model, LoraArguments(4, "q_proj", True))
     more = generation_bytes(adapted, rows=4, length=32, packed=False, merged=True) - plain
     assert more == 2 * (32 * 32 + 4 * (32 + 32)) * 4  # in two layers: the saved q_proj, and the adapter itself
+
+
+@pytest.mark.parametrize(("ranks", "on"), [(2, "cpu"), (2, "cuda"), (1, "cuda")])
+def test_a_gather_of_what_is_in_host_memory_copies_each_ranks_shard(tiny_model, monkeypatch, ranks, on):
+    """DeepSpeed takes all shards to the accelerator before it makes the whole parameters."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    plain = generation_bytes(model, rows=1, length=1, packed=False, merged=False)
+    weights = sum(p.nbytes for p in model.parameters())
+    for parameter in model.parameters():
+        parameter.ds_tensor = torch.zeros(parameter.numel() // 2)  # stays with the processor
+    monkeypatch.setattr(generation, "data_size", lambda: ranks)
+    monkeypatch.setattr(generation, "get_accelerator", lambda: SimpleNamespace(device_name=lambda: on))
+    found = generation_bytes(model, rows=1, length=1, packed=False, merged=False)
+    assert found == (weights + weights // 2 if (ranks, on) == (2, "cuda") else plain)
+
+
+def test_a_server_finds_the_card_as_empty_as_it_can_be(monkeypatch):
+    """What training has reserved is given back before it starts and before it takes new weights."""
+    happened = []
+    server = SimpleNamespace(
+        start=lambda device: happened.append("start"),
+        take=lambda engine: happened.append("take"),
+        rest=lambda: happened.append("rest"),
+    )
+    accelerator = SimpleNamespace(empty_cache=lambda: happened.append("empty"))
+    for module in (roles, hybrid_engine):
+        monkeypatch.setattr(module, "get_accelerator", lambda: accelerator)
+    engine = SimpleNamespace(
+        module=torch.nn.Linear(1, 1), device=torch.device("cpu"), eval=lambda: None, train=lambda: None
+    )
+    actor = hybrid_engine.HybridEngine(engine, torch.nn.Linear(1, 1), None)
+    assert roles.generation_backend(actor, "vllm", rows=1, length=1, server=server) is server
+    with actor.generation_mode():
+        happened.append("generate")
+    assert happened == ["empty", "start", "empty", "take", "generate", "rest"]
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.step3.hybrid_checks import save_tiny_reward_model, trajectory
+from training.step3_rlhf_finetuning import ppo_trainer
 from training.step3_rlhf_finetuning.sampler_check import (
+    FIRST_RATIO,
     SamplerDifference,
     _say_once,
     check_first_ratio,
@@ -108,13 +112,42 @@ def test_another_kernel_moves_the_first_ratio_by_rounding_alone(tiny_model, tmp_
 def test_more_than_another_kernel_is_said_and_ends_the_run(tiny_model, tmp_path, monkeypatch, capsys):
     reward = str(save_tiny_reward_model(str(tiny_model), tmp_path / "reward"))
     another_kernel_with_a_gradient(monkeypatch, noise=0.1)
-    [other] = trajectory(str(tiny_model), reward, stage=0, iterations=1, micro_batch=8, ppo_epochs=1)
-    _say_once.cache_clear()
     with pytest.raises(UserError, match="before any update it must be 1"):
-        check_first_ratio(other["policy/first_ratio"], "fp32", torch.device("cuda"))
+        trajectory(str(tiny_model), reward, stage=0, iterations=1, micro_batch=8, ppo_epochs=1)
+    _say_once.cache_clear()
+    capsys.readouterr()
     check_first_ratio(1.00005, "fp32", torch.device("cpu"), alike=False)  # other rows were scored together
     for _ in range(2):
         check_first_ratio(1.0005, "fp32", torch.device("cpu"))
+    assert capsys.readouterr().out.count("not 1 by more than rounding") == 1
+
+
+def test_few_tokens_may_be_off_by_chance_where_other_rows_are_scored_together():
+    """Numbers of a row's padding: 0.06 a token in bf16, so 32 tokens are beyond 0.02 in one iteration of fifty."""
+    other = {"dtype": "bf16", "device": torch.device("cuda"), "alike": False}
+    for ratio, tokens in ((1.05, 32), (0.96, 64), (1.02, 100_000)):
+        check_first_ratio(ratio, tokens=tokens, **other)
+    for ratio, tokens in ((1.08, 32), (1.03, 4096), (math.nan, 32)):
+        with pytest.raises(UserError, match="before any update"):
+            check_first_ratio(ratio, tokens=tokens, **other)
+    with pytest.raises(UserError, match="before any update"):
+        check_first_ratio(1.05, "bf16", torch.device("cpu"), alike=True, tokens=32)
+
+
+def test_a_ratio_ends_a_run_at_its_first_iteration_alone(tiny_model, tmp_path, monkeypatch, capsys):
+    """Later there is something to lose, and what draws random numbers would have been seen."""
+    reward = str(save_tiny_reward_model(str(tiny_model), tmp_path / "reward"))
+    monkeypatch.setitem(FIRST_RATIO, "fp32", 0.0)
+    seen = []
+
+    def planted(ratio, *args, **kwargs):
+        seen.append(kwargs["ends"])
+        check_first_ratio(ratio + 0.01 * (len(seen) > 1), *args, **kwargs)
+
+    monkeypatch.setattr(ppo_trainer, "check_first_ratio", planted)
+    _say_once.cache_clear()
+    trajectory(str(tiny_model), reward, stage=0, iterations=3, micro_batch=8, ppo_epochs=1)
+    assert seen == [True, False, False]
     assert capsys.readouterr().out.count("not 1 by more than rounding") == 1
 
 

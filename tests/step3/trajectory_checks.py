@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -105,17 +106,18 @@ FAULTS: dict[str, tuple[Any, str, Any]] = {
 
 @contextlib.contextmanager
 def planted(fault: str) -> Iterator[None]:
-    """While this is open the fault of that name is in the program; none for an empty name."""
+    """While this is open the fault of that name is in the program; none for an empty name.
+
+    The trajectory is to tell, so the first ratio, which most of them move, ends no run.
+    """
     if not fault:
         yield
         return
     where, attribute, instead = FAULTS[fault]
-    original = getattr(where, attribute)
-    setattr(where, attribute, instead)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(where, attribute, instead)
+        patch.setattr(ppo_trainer, "check_first_ratio", lambda *args, **kwargs: None)
         yield
-    finally:
-        setattr(where, attribute, original)
 
 
 def replayed(actor: str, reward: str, rows: Recording | None, *, fault: str = "", **run: Any) -> list[dict[str, float]]:

@@ -164,6 +164,7 @@ class HybridEngine:
         with contextlib.ExitStack() as stack:
             if self.server is not None:
                 engine = stack.enter_context(self.scoring_mode())
+                get_accelerator().empty_cache()  # what training has reserved: the server maps its memory again
                 self.server.take(engine)
                 self.gather_seconds += time.perf_counter() - start
                 yield engine

@@ -25,7 +25,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # outside the environment, to say so
 
 from training.migrate.predecessors import others_of
-from training.step3_rlhf_finetuning.arguments import ALIASES, ARGUMENTS, check, scored_alike
+from training.step3_rlhf_finetuning.arguments import ALIASES, ARGUMENTS, check
 from training.utils import arguments
 from training.utils.run import watchdog
 from training.utils.run.demo import check_training_data
@@ -50,7 +50,6 @@ from training.step3_rlhf_finetuning.held_out import open_evaluation  # noqa: E40
 from training.step3_rlhf_finetuning.plan import show_rlhf_plan  # noqa: E402
 from training.step3_rlhf_finetuning.ppo_trainer import build_trainer  # noqa: E402
 from training.step3_rlhf_finetuning.pretraining_mix import PretrainingMix  # noqa: E402
-from training.step3_rlhf_finetuning.sampler_check import check_first_ratio  # noqa: E402
 from training.utils.checkpoint.resume import resume_output_dir  # noqa: E402
 from training.utils.engine import precision  # noqa: E402
 from training.utils.metrics import progress_bar  # noqa: E402
@@ -109,8 +108,6 @@ def main(argv: Sequence[str]) -> int:
     for number in range(run.step, len(opened.schedule)):
         with outputs.saved_if_lost(run, number):
             metrics = trainer.iteration(opened.requests(number), number)
-        alike = scored_alike(flags.rollout, flags.train)
-        check_first_ratio(metrics["policy/first_ratio"], flags.roles.dtype, trainer.device, alike)
         logger.log(number + 1, metrics)
         bar.update()
         bar.set_postfix(reward=f"{metrics['reward/score']:.2f}", kl=f"{metrics['kl/per_sequence']:.2f}")

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from training.step3_rlhf_finetuning import ppo
+from training.step3_rlhf_finetuning.arguments import scored_alike
 from training.step3_rlhf_finetuning.experience import Experience, ScoredBatch, Scoring
 from training.step3_rlhf_finetuning.forward import rollout_log_probs, row_slices, state_values
 from training.step3_rlhf_finetuning.pretraining_mix import PretrainingMix
 from training.step3_rlhf_finetuning.prompts import PromptSet
 from training.step3_rlhf_finetuning.roles import Build, Roles, build_roles, generation_backend
-from training.step3_rlhf_finetuning.sampler_check import check_sampler, sampler_difference
+from training.step3_rlhf_finetuning.sampler_check import check_first_ratio, check_sampler, sampler_difference
 from training.step3_rlhf_finetuning.settings import Flags, Models, steps_per_iteration, vllm_server
 from training.utils.engine import engine as engines
 from training.utils.generation.requests import RolloutBackend, RolloutRequest
@@ -92,7 +93,7 @@ class PPOTrainer:
         self.before_update = before_update
         self.scored: list[ScoredBatch] = []
         self.guard = guard or engines.SkipGuard()
-        self._checked = False
+        self._checked = self._updated = False
         self._before: dict[str, float] = {}  # seconds of the phases outside an iteration, at the last record
 
     @property
@@ -170,6 +171,17 @@ class PPOTrainer:
         if number == 0:
             check_sampler(difference, self.dtype)
 
+    def _check_ratio(self, step: OptimizerStep) -> None:
+        """Stop, in the process's first iteration, if the policy is not itself before its first update; later only warn.
+
+        Raises:
+            UserError: see `training.step3_rlhf_finetuning.sampler_check`.
+        """
+        first, self._updated = not self._updated, True
+        if tokens := step.sums["tokens"]:
+            alike = scored_alike(self.scoring.rollout, self.train)
+            check_first_ratio(step.sums["ratio"] / tokens, self.dtype, self.device, alike, tokens, ends=first)
+
     def update(self, experiences: Sequence[Experience], number: int) -> dict[str, float]:
         """PPO epochs over the experience; returns means over all tokens of all minibatches.
 
@@ -191,6 +203,8 @@ class PPOTrainer:
             first = len(steps)
             for start in range(0, len(pieces), accumulation):
                 step = self._optimizer_step(pieces[start : start + accumulation], number * planned + len(steps))
+                if not steps:
+                    self._check_ratio(step)
                 steps.append(step)
                 self.guard.count(step.skipped)
                 if self.guard.reason:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from training.step3_rlhf_finetuning.arguments import (
     OptimizationArguments,
@@ -293,6 +294,7 @@ def generation_backend(
     packed = name == "fast" and actor.engine.device.type == "cpu"
     actor.choose_generation(rows=0 if server else rows, length=length, packed=packed, trained=trained)
     if server is not None:
+        get_accelerator().empty_cache()  # the server asks how much of the card is free
         server.start(actor.engine.device)
         return server
     return rollout_backend(name, synced=actor.hooked)

@@ -1,5 +1,6 @@
 """Log-probs of response tokens: aligned with the token they belong to, whatever the padding."""
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from training.utils.memory.live import LiveMemory
 from training.utils.model import logprobs
 from training.utils.model.classifiers import load_classifier
 from training.utils.model.forward import TokenScorer, last_token_scores
-from training.utils.model.logprobs import response_log_probs
+from training.utils.model.logprobs import response_kl, response_log_probs
 from training.utils.model.reward_stats import RewardStats
 
 
@@ -170,3 +171,13 @@ def test_there_is_no_second_copy_of_the_logits(monkeypatch):
         model.zero_grad()
     assert 1.0 <= peaks[0] < 1.35
     assert peaks[1] > 2.5  # as it is without; what the bound would not let pass
+
+
+def test_a_kl_takes_the_logits_of_both_and_no_more(monkeypatch):
+    """Twice those of the answers, which is what a pair's two answers take in the rest of an evaluation."""
+    vocabulary, columns = 20_000, 64
+    monkeypatch.setattr(logprobs, "CHUNK_POSITIONS", 8)
+    model, batch = Output(vocabulary, width=2), batch_of(4, columns, vocabulary)
+    with LiveMemory([*model.parameters()]) as memory:
+        response_kl(model, contextlib.nullcontext(model), **batch)
+    assert 2.0 <= memory.peak / (4 * columns * vocabulary * 4) < 2.4

@@ -218,8 +218,8 @@ def behind_beginnings(
     earlier = same.tril(-1).long()  # in the same group
     offset = beginning + (earlier * own.T).sum(1, keepdim=True)
     leads = first == torch.arange(count, device=first.device)
-    rows, width = torch.stack([leads.sum(), (offset + own).max()]).tolist()
-    if not sharing.pays((count, columns), (rows, width)):
+    rows, width, longest = torch.stack([leads.sum(), (offset + own).max(), lengths.max()]).tolist()
+    if not sharing.pays((count, longest), (rows, width)):
         return {}
     row = (leads.cumsum(0) - 1)[first]
     column = torch.where(place < beginning, place, place - beginning + offset)

@@ -12,7 +12,7 @@ from training.utils.engine import four_bit
 from training.utils.memory.plan import available_memory, host_memory
 from training.utils.model.forward import without_adapters
 from training.utils.model.lora import adapted_parameter, is_lora, lora_layers
-from training.utils.run.distributed import all_reduce_max
+from training.utils.run.distributed import all_reduce_max, data_size
 
 # The estimate leaves out what an allocator wastes and what kernels need for themselves.
 FREE_SHARE = 0.9
@@ -53,8 +53,15 @@ def saved_bytes(model: nn.Module) -> int:
     return weight_bytes(model) + sum(four_bit.unpacked_bytes(p) - _bytes(p) for p in packed)
 
 
+def shards_on_their_way(model: nn.Module) -> int:
+    """Copies on the accelerator of this rank's shards that are kept in host memory, which a gather by several makes."""
+    shards = [parameter.ds_tensor for parameter in model.parameters() if hasattr(parameter, "ds_tensor")]
+    away = [shard for shard in shards if shard.device.type != get_accelerator().device_name()]
+    return sum(shard.nbytes for shard in away) if data_size() > 1 else 0
+
+
 def generation_bytes(model: nn.Module, *, rows: int, length: int, packed: bool, merged: bool) -> int:
-    """Memory that a rollout needs on each rank, in bytes: gathered weights, their copies, cache and logits.
+    """Memory that a rollout needs on each rank, in bytes: gathered weights, their copies, then cache and logits.
 
     Args:
         model: the twin; its parameters may be sharded.
@@ -70,7 +77,7 @@ def generation_bytes(model: nn.Module, *, rows: int, length: int, packed: bool, 
         copies += sum(_bytes(adapted_parameter(layer)) for layer in lora_layers(model).values())
     cache = cache_bytes(config, rows * length, item)
     logits = 2 * rows * config.vocab_size * torch.float32.itemsize
-    return weights + copies + cache + logits
+    return weights + copies + max(cache + logits, shards_on_their_way(model))
 
 
 def free_bytes() -> int:

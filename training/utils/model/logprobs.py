@@ -204,12 +204,12 @@ def response_kl(
     if sequence_parallel.is_split(_transformers_model(policy)):
         return _kl_of_split_rows(policy, reference, input_ids, attention_mask, response_mask)
     kept, columns = _response_columns(response_mask)
-    own = _logits_at(policy, input_ids, attention_mask, columns - 1)[kept]
+    own = _logits_at(policy, input_ids, attention_mask, columns - 1).flatten(0, 1)
     with reference as model:
-        other = _logits_at(model, input_ids, attention_mask, columns - 1)[kept]
+        other = _logits_at(model, input_ids, attention_mask, columns - 1).flatten(0, 1)
     parts = []
-    for piece, base in zip(own.split(CHUNK_POSITIONS), other.split(CHUNK_POSITIONS), strict=True):
-        p, q = (_log_softmax(logits, 1.0) for logits in (piece, base))
+    for rows in kept.flatten().nonzero().squeeze(-1).split(CHUNK_POSITIONS):  # of both no copy as a whole
+        p, q = (_log_softmax(logits[rows], 1.0) for logits in (own, other))
         parts.append((p.exp() * (p - q)).sum(-1))
     return torch.cat(parts)
 
