@@ -39,15 +39,15 @@ if __name__ == "__main__":
 from training.migrate.e2e import rewritten
 from training.pipeline import estimate
 from training.pipeline.own_data import START, check_pairs, check_paths, check_sources, without_demo
-from training.pipeline.rounds import RoundArguments, Rounds, check_run
+from training.pipeline.rounds import RoundArguments, Rounds, check_flags, check_run
 from training.pipeline.shared_flags import SharedArguments, given_flags, parse_step, refuse_flags_of_some_steps
 from training.pipeline.showcase import answers_text, summary_table
-from training.report.page import write_report
+from training.report.page import REPORT, write_report
 from training.utils import arguments
 from training.utils.arguments import DEMO, flags_in
 from training.utils.errors import UserError, run_program
 from training.utils.run.demo import MODEL, check_sources_named, is_own, named_sources, trained_on_demo
-from training.utils.run.files import read_object, write_json
+from training.utils.run.files import check_page, read_object, write_json
 from training.utils.run.folders import (
     LATER,
     LATEST,
@@ -97,6 +97,7 @@ class RunArguments:
         None,
         "ranks, one per GPU; on a machine without one, processes (default: 1; with --hostfile all its slots)",
         minimum=1,
+        maximum=1024,  # of one host; the launcher's list of them is an argument, whose length the system limits
     )
     hostfile: str = arguments.flag("", "DeepSpeed's list of hosts; each needs this folder, and ssh without a password")
     output_dir: str = arguments.flag(
@@ -404,6 +405,18 @@ def report(run: Path) -> str:
         return f"could not be written ({error.strerror}); later: python -m training.report {shown(run)}"
 
 
+def check_folder(run: Path) -> None:
+    """Refuse a folder that is no run yet, with files that a run would write over or add to.
+
+    Raises:
+        UserError: names one.
+    """
+    logs = [run / f"{name}.log" for name in STEPS]
+    if other := next((path for path in logs if path.exists()), None):
+        raise UserError(f"--output_dir {run} holds {other.name}, which no run made; choose another folder")
+    check_page(run / REPORT, "--output_dir:")
+
+
 def parse_flags(argv: Sequence[str]) -> list[Any]:
     """The flags: instances of RunArguments, InputArguments, RoundArguments and SharedArguments.
 
@@ -451,6 +464,8 @@ def main(
     manifest = read_manifest(run)
     if manifest and "started_as" not in manifest:
         raise UserError(f"--output_dir {options.output_dir} holds a {MANIFEST} that no run made; choose another folder")
+    if not manifest:
+        check_folder(run)
     shared = manifest.get("shared", {}) | shared  # a run goes on with its own data, and its own recipe
     options.pipeline = options.pipeline or str(manifest.get("pipeline"))
     if options.pipeline not in PIPELINES:  # of an earlier version's run
@@ -462,6 +477,7 @@ def main(
     planned = plan_steps(options, inputs, shared, recipe, run, scripts)  # bad flags end here, before a folder is made
     check_steps(planned, run, manifest.get("steps", {}), weights=not options.plan)
     if rounds.rounds:
+        check_flags(rounds, programs or {})
         check_run(run, [step.name for step in planned])
     if not options.plan:
         chosen = options.recipe or "recipe" in manifest or own or shared.get("data_path")

@@ -89,6 +89,10 @@ def parse_flags(argv: Sequence[str]) -> list[Any]:
         raise UserError("--judge_model and --rubric belong to --judge_url, which is not given")
     if endpoint.judge_url:
         _check_endpoint(endpoint)
+    for spec in options.judge:
+        file, colon, _ = spec.rpartition(":")
+        if colon and not Path(file).expanduser().is_file():
+            raise UserError(f"--judge {spec}: no such file; write it as path/to/file.py:function")
     return groups
 
 

@@ -59,9 +59,10 @@ MISTAKES = [
     (GENERATE, "--model ./none", ["--model ./none", "no such folder"]),
     (GENERATE, "--model embedded --data_path none.jsonl", ["none.jsonl", "no such file"]),
     (GENERATE, "--model embedded --best_of 4", ["--best_of", "--reward_model"]),
+    (JUDGE, "--answers README.md --judge none.py:f", ["--judge none.py:f", "no such file"]),
     (JUDGE, "--answers none.jsonl", ["give a judge"]),
-    (JUDGE, "--answers none.jsonl --judge none.py:f", ["--answers none.jsonl", "No such file"]),
-    (JUDGE, "--answers README.md --judge none.py:f", ["--answers README.md:1", "not JSON"]),
+    (JUDGE, "--answers none.jsonl --judge train.py:main", ["--answers none.jsonl", "No such file"]),
+    (JUDGE, "--answers README.md --judge train.py:main", ["--answers README.md:1", "not JSON"]),
     (JUDGE, "--answers a --judge_url http://u:p@h/v1 --judge_model m", ["--judge_url", "TRIPOD_JUDGE_KEY"]),
 ]
 

@@ -507,7 +507,16 @@ def _a_file_of_another(tmp_path):
     return [str(make_run(tmp_path / "demo")), "--output", str(file)], "rows.html: there is such a file"
 
 
-@pytest.mark.parametrize("make", [_no_folder, _no_run, _broken_manifest, _no_place, _a_file_of_another])
+def _a_page_of_another_in_the_run(tmp_path):
+    run = make_run(tmp_path / "demo")
+    save(run / "report.html", "<p>mine</p>")
+    return [str(run)], "report.html: there is such a file"
+
+
+BAD = (_no_folder, _no_run, _broken_manifest, _no_place, _a_file_of_another, _a_page_of_another_in_the_run)
+
+
+@pytest.mark.parametrize("make", BAD)
 def test_bad_input_is_one_line(make, tmp_path, capsys):
     argv, words = make(tmp_path)
     assert run_program(main, argv) == 2

@@ -460,6 +460,7 @@ def test_recipe_values(bench: Bench) -> None:
 BAD = [
     (["--num_gpu", "2"], "unknown flag --num_gpu; did you mean --num_gpus"),
     (["--num_gpus", "0"], "--num_gpus is 0, it must be at least 1"),
+    (["--num_gpus", "1000000"], "--num_gpus is 1000000, it must be at least 1 and at most 1024"),
     (["--step", "4"], "invalid choice: 4"),
     (["--recipe", "nosuch"], "no recipe of that name; there are: .*demo"),
     (["--recipe", "~/none.yaml"], "--recipe ~/none.yaml: no such file, and no recipe of that name; there are: .*demo"),
@@ -479,6 +480,8 @@ BAD = [
     (["--step1_args", "'open"], "--step1_args: No closing quotation"),
     (["--output_dir", "file/run"], "--output_dir .*file/run can not be made"),
     (["--output_dir", "site"], "--output_dir site holds a manifest.json that no run made"),
+    (["--output_dir", "pages"], "--output_dir: .*report.html: there is such a file, and it is no page of this"),
+    (["--output_dir", "logs"], "--output_dir .*logs holds step2.log, which no run made"),
     (["--step3_args", "--ppo_epoch 2"], "^step 3.*: unknown flag --ppo_epoch; did you mean --ppo_epochs"),
     (["--step2_args", "--learning_rate fast"], "^step 2.*: argument --learning_rate: invalid float value: 'fast'"),
     (["--step3_args", "--advantage grpo"], "^step 3.*: --advantage grpo compares"),
@@ -507,16 +510,19 @@ def test_bad_flags_end_before_anything_runs(bench: Bench, argv: list[str], messa
         "nested.yaml": "step1: {optimizer: {lr: 1}}",
         "unknown.yaml": "step2: {learning_rat: 1}",
         "file": "",
+        "pages/report.html": "<html>my own report</html>",
+        "logs/step2.log": "my log",
+        "site/manifest.json": '{"name": "a page"}',
+        "bad/manifest.json": "{",
     }
+    for folder in ("pages", "logs", "site", "bad"):
+        (bench.folder / folder).mkdir()
     for name, text in files.items():
         (bench.folder / name).write_text(text)
-    (bench.folder / "bad").mkdir()
-    (bench.folder / "bad" / "manifest.json").write_text("{")
-    (bench.folder / "site").mkdir()
-    (bench.folder / "site" / "manifest.json").write_text('{"name": "a page"}')
     with pytest.raises(UserError, match=message):
         bench.train(*argv)
     assert not bench.output.exists()
+    assert all((bench.folder / name).read_text() == text for name, text in files.items())
 
 
 def test_bad_flag_as_a_program() -> None:

@@ -153,7 +153,7 @@ def test_a_full_disk_is_one_line(answers, rules, tmp_path, monkeypatch, capsys):
 MISTAKES = [
     ([], ["--answers"]),
     (["--answers", "none.jsonl"], ["give a judge"]),
-    (["--answers", "none.jsonl", "--judge", "a.py:f"], ["none.jsonl", "No such file"]),
+    (["--answers", "none.jsonl", "--judge", "RULES:length"], ["none.jsonl", "No such file"]),
     (["--answers", "A", "--judge", "none.py:f"], ["none.py:f", "no such file"]),
     (["--answers", "A", "--judge", "RULES:length", "model=2"], ["--judge model", "no reward model"]),
     (["--answers", "A", "--judge", "RULES:nothing"], ["no function nothing"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -226,6 +227,27 @@ def test_flags_that_can_not_be(
 ) -> None:
     assert rounds.go(*flags) == 2
     assert words in capfd.readouterr().err
+    assert not (rounds.output / "tiny").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--judge_args", "--jugde rules.py:f"), "--judge_args: .*--jugde"),
+        (("--judge_args", "--judge nowhere.py:f"), "--judge_args: --judge nowhere.py:f: no such file"),
+        (("--judge_args", "--judge_url http://localhost/v1"), "--judge_args: --judge_url needs --judge_model"),
+        (("--generate_args", "--sample_per_prompt 6"), "--generate_args: .*--sample_per_prompt"),
+        (("--generate_args", "--samples_per_prompt 1"), "--generate_args: a round compares"),
+        (("--generate_args", "--best_of 4 --reward_model embedded"), "--generate_args: a round compares"),
+    ],
+)
+def test_the_programs_of_a_round_look_at_their_flags_first(
+    flags: tuple[str, ...], words: str, rounds: Rounds, capfd: pytest.CaptureFixture
+) -> None:
+    """Before the steps, which may take days, and before a folder is made."""
+    rounds.programs = {}
+    assert rounds.go("--rounds", "1", *flags) == 2
+    assert re.search(words, capfd.readouterr().err)
     assert not (rounds.output / "tiny").exists()
 
 

@@ -9,6 +9,7 @@ prompt: ``rankings/train.jsonl`` trains the reward models of this and later roun
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import shlex
 import sys
@@ -73,6 +74,29 @@ class RoundArguments:
                 raise UserError(f"--{name}: --{own} is given by train.py")
         if not self.rounds and (self.generate_args or self.judge_args):
             raise UserError("--generate_args and --judge_args are those of --rounds, which is not given")
+
+
+def check_flags(flags: RoundArguments, replaced: Mapping[str, str]) -> None:
+    """Ask the programs of a round what they make of their flags, before the steps that come first take hours.
+
+    Args:
+        flags: the rounds'.
+        replaced: other programs than `PROGRAMS`, by name, which are not asked.
+
+    Raises:
+        UserError: one would refuse them, or there would be nothing to compare; names the flag of train.py.
+    """
+    sys.path.append(str(repository_root() / "inference"))
+    for name, given in (("generate", ["--model", "actor=embedded"]), ("judge", ["--answers", "answers.jsonl"])):
+        own = shlex.split(getattr(flags, f"{name}_args"))
+        if not own or name in replaced:
+            continue
+        try:
+            options, *_ = importlib.import_module(name).parse_flags([*given, *own])
+        except UserError as error:
+            raise UserError(f"--{name}_args: {error}") from None
+        if name == "generate" and (options.best_of or options.count == 1):
+            raise UserError("--generate_args: a round compares the answers to a prompt: --samples_per_prompt 2 or more")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from training.report.page import write_report
+from training.report.page import REPORT, write_report
 from training.utils.arguments import Parser
 from training.utils.errors import UserError, run_program
 from training.utils.run.files import check_page
@@ -29,13 +29,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--output", default="", help="the file to write (default: report.html in the run's folder)")
     options = parser.parse_args(argv)
     run = Path(options.run_dir).expanduser() if options.run_dir else output_root() / LATEST
-    target = Path(options.output).expanduser() if options.output else None
-    if target:
-        check_page(target, "--output")
+    target = Path(options.output).expanduser() if options.output else run / REPORT
+    check_page(target, "--output")
     try:
         file = write_report(run, target)
     except OSError as error:
-        raise UserError(f"the report can not be written to {target or run}: {error.strerror}") from error
+        raise UserError(f"the report can not be written to {target}: {error.strerror}") from error
     print(f"open {shown(file)}   ({file.stat().st_size / 1024:.0f} KB, no network needed)")
     return 0
 

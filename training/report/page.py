@@ -11,7 +11,7 @@ from training.report.style import CSS
 from training.report.text import e
 from training.utils.run.files import GENERATOR, write_whole
 
-FILE = "report.html"
+REPORT = "report.html"  # in a run
 # Anchor, heading, and what draws the section; "" from a section leaves it out.
 SECTIONS: tuple[tuple[str, str, Callable[[RunRecord], str]], ...] = (
     ("answers", "What the models say", sections.answers),
@@ -54,6 +54,6 @@ def write_report(run_dir: Path, file: Path | None = None) -> Path:
         UserError: no run there, see `read_run`.
         OSError: the file can not be written.
     """
-    target = file or run_dir / FILE
+    target = file or run_dir / REPORT
     write_whole(target, render_report(read_run(run_dir)))
     return target
