@@ -140,6 +140,8 @@ def test_bad_input(models, tiny_data, tmp_path):
         PPO(data, enable_ema=True, output_dir=str(tmp_path), **models)
     with pytest.raises(UserError, match="no such file"):
         PPO([str(tmp_path / "none.jsonl")], **models)
+    with pytest.raises(UserError, match="one.jsonl: no such file"):
+        PPO(str(tmp_path / "one.jsonl"), **models)
     ppo = PPO(data, **models, **FLAGS)
     config = AutoConfig.from_pretrained(models["actor_model_name_or_path"], num_hidden_layers=3)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "deeper")

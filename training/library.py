@@ -72,7 +72,7 @@ class PPO:
     """The roles of step 3 and what trains them; building it is a collective.
 
     Args:
-        data_path: where the prompts are.
+        data_path: where the prompts are, one place or several.
         strategy: one of `STRATEGIES`; what it sets wins over the flags.
         flags: step 3's, without their dashes; a list where a flag takes several values.
 
@@ -86,12 +86,13 @@ class PPO:
         UserError: as the program: a flag, a model or the data is wrong.
     """
 
-    def __init__(self, data_path: Sequence[str], *, strategy: str = "naive", **flags: Any) -> None:
+    def __init__(self, data_path: str | Sequence[str], *, strategy: str = "naive", **flags: Any) -> None:
         if strategy not in STRATEGIES:
             raise UserError(f"strategy {strategy!r}: there are {', '.join(STRATEGIES)}")
         if only := sorted(_OF_THE_PROGRAM & flags.keys()):
             raise UserError(f"{', '.join(only)}: what the program of step 3 does around its loop, not PPO")
-        argv = flags_of({**flags, "data_path": list(data_path), **STRATEGIES[strategy]}, [])
+        sources = [data_path] if isinstance(data_path, str) else list(data_path)
+        argv = flags_of({**flags, "data_path": sources, **STRATEGIES[strategy]}, [])
         parsed = settings.Flags(*check(arguments.parse(ARGUMENTS, argv, prog="PPO", description=__doc__)))
         self._device = init_distributed()
         if strategy == "naive" and world_size() > 1:
