@@ -307,7 +307,7 @@ def step2(sizes: Sizes, folder: Path) -> dict[str, Any]:
 
 def _groups(bench: Bench, **flags: Any) -> list[Any]:
     """Step 3's flags by their groups, see `FLAGS`; all weights train at ZeRO-0 unless ``flags`` say otherwise."""
-    values = {
+    values: dict[str, Any] = {
         "dtype": bench.dtype,
         "per_device_generation_batch_size": bench.sizes.rows,
         "per_device_training_batch_size": bench.sizes.micro_batch,
