@@ -172,15 +172,19 @@ class PPOTrainer:
             check_sampler(difference, self.dtype)
 
     def _check_ratio(self, step: OptimizerStep) -> None:
-        """Stop, in the process's first iteration, if the policy is not itself before its first update; later only warn.
+        """In the process's first iteration, stop if the policy is not itself before its first update.
+
+        Later there is more to lose, and what draws random numbers would have been seen; the metric is watched.
 
         Raises:
             UserError: see `training.step3_rlhf_finetuning.sampler_check`.
         """
-        first, self._updated = not self._updated, True
+        if self._updated:
+            return
+        self._updated = True
         if tokens := step.sums["tokens"]:
             alike = scored_alike(self.scoring.rollout, self.train)
-            check_first_ratio(step.sums["ratio"] / tokens, self.dtype, self.device, alike, tokens, ends=first)
+            check_first_ratio(step.sums["ratio"] / tokens, self.dtype, self.device, alike, tokens)
 
     def update(self, experiences: Sequence[Experience], number: int) -> dict[str, float]:
         """PPO epochs over the experience; returns means over all tokens of all minibatches.

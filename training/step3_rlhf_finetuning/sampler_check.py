@@ -8,7 +8,6 @@ iteration compares them and stops the run if they disagree. Later iterations log
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -83,34 +82,27 @@ def first_ratio_rounding(dtype: str, device: torch.device, alike: bool = True, t
 
 
 def check_first_ratio(
-    ratio: float, dtype: str, device: torch.device, alike: bool = True, tokens: float = math.inf, ends: bool = True
+    ratio: float, dtype: str, device: torch.device, alike: bool = True, tokens: float = math.inf
 ) -> None:
-    """Stop if the policy's first ratio, of weights that have not moved, is not 1; warn once if rounding is not why.
+    """Stop if the policy's first ratio, of weights that have not moved, is not 1; warn if rounding is not why.
 
     Args:
         ratio: of the first minibatch.
         dtype, device, alike, tokens: see `first_ratio_rounding`.
-        ends: else only warn: what draws random numbers does so from the first iteration on, and later ones have more to
-            lose.
 
     Raises:
         UserError: with the likely cause.
     """
     rounding, off = first_ratio_rounding(dtype, device, alike, tokens), abs(ratio - 1)
     if off > rounding:
-        _say_once("warning: the ratio of the first minibatch is not 1 by more than rounding, policy/first_ratio has it")
+        say("warning: the ratio of the first minibatch is not 1 by more than rounding, policy/first_ratio has it")
     allowed = FIRST_RATIO[dtype] + max(rounding - OTHER_KERNELS[dtype], 0.0)
-    if ends and not off <= allowed:  # NaN is off too
+    if not off <= allowed:  # NaN is off too
         raise UserError(
             f"the ratio of the first minibatch is {ratio:.4f}, and before any update it must be 1 (allowed in {dtype}: "
             f"within {allowed:.3g}): two forwards of the same tokens differ, so something in the model draws "
             "random numbers or depends on its mode, such as a router's noise or a dropout under a name of its own"
         )
-
-
-@functools.cache
-def _say_once(line: str) -> None:
-    say(line)
 
 
 def check_sampler(difference: SamplerDifference, dtype: str) -> None:
