@@ -98,6 +98,39 @@ def test_a_system_column_is_the_system_turn_of_every_format(name, row, becomes):
         assert all([m["role"] for m in example.prompt].count("system") == 1 for example in result)
 
 
+CONVERSATIONS = {"chosen": f"{HH} Yes.", "rejected": f"{HH} No."}
+TWO_ANSWERS = {"chosen": "Yes.", "rejected": "No."}
+
+
+@pytest.mark.parametrize("name", ["question", "instruction", "query", "input"])
+def test_beside_whole_conversations_a_question_is_metadata(name):
+    """As before such columns were read: a system turn or other turns before the answer are theirs."""
+    _, (example,) = convert({name: "Which is better?", **CONVERSATIONS})
+    assert [m["role"] for m in example.prompt] == ["user", "assistant", "user"]
+    turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
+    row = {key: [*turns, {"role": "assistant", "content": key}] for key in TWO_ANSWERS}
+    _, (example,) = convert({name: "Hi", **row})
+    assert example.prompt == turns
+
+
+def test_messages_as_context_are_the_whole_prompt():
+    row = {"context": [{"role": "user", "content": "Hi"}], "question": "Which is better?", **TWO_ANSWERS}
+    assert convert(row)[1][0].prompt == row["context"]
+
+
+def test_a_prompt_comes_before_other_names_for_one():
+    row = {"prompt": "Hi", "instruction": "Rate these.", "question": "Which?", "input": "x", **TWO_ANSWERS}
+    name, (example,) = convert(row)
+    assert name == "prompt/chosen/rejected" and example.prompt[0]["content"] == "Hi"
+
+
+def test_answers_without_a_prompt_are_told_how_to_name_it():
+    with pytest.raises(RowError, match=r"neither a prompt nor .*--column_map prompt=COLUMN"):
+        convert({"ask": "Hi", **TWO_ANSWERS})
+    assert convert({"ask": "Hi", **TWO_ANSWERS}, "", parse_column_map(["prompt=ask"]))[0] == "prompt/chosen/rejected"
+    assert convert({"question": "Hi", **TWO_ANSWERS}, "", parse_column_map(["prompt=question"]))[0] == "prompt/chosen/rejected"
+
+
 DROPPED = {
     "differing prefixes": {"chosen": f"{HH} Yes.", "rejected": f"{HH.replace('More', 'Less')} No."},
     "empty response": {"chosen": f"{HH} Yes.", "rejected": HH},
@@ -386,7 +419,7 @@ def test_no_value_of_any_column_is_a_traceback(format_):
 def test_what_a_format_did_not_think_of_names_the_format(monkeypatch):
     broken = dataclasses.replace(FORMATS[0], columns=frozenset({"zzz"}), convert=lambda row: row["zzz"]["a"])
     monkeypatch.setattr(columns, "FORMATS", (broken,))
-    with pytest.raises(RowError, match=r"the row does not fit the format context/chosen/rejected: TypeError"):
+    with pytest.raises(RowError, match=rf"the row does not fit the format {FORMATS[0].name}: TypeError"):
         convert({"zzz": 3})
 
 

@@ -9,6 +9,7 @@ which is its test. Datasets whose columns mislead are in adapters.py.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from training.utils.data.formats.conversations import (
     continuation,
     conversation,
     first_item,
+    is_parts,
     messages_of,
     parse_transcript,
     plain_text,
@@ -43,15 +45,65 @@ def prompt_chosen_rejected(row: Row, column: str = "prompt") -> list[Example]:
     asked = unpacked(row[column], column)
     empty = asked is None or (isinstance(asked, str) and not asked.strip())
     prompt = [] if empty else as_prompt(messages_of(asked, column))
-    if all(message["role"] == "system" for message in prompt):  # the answers are whole conversations
+    return _answers_to(row, prompt, isinstance(asked, str) and bool(parse_transcript(asked)))
+
+
+def _answers_to(row: Row, prompt: list[Message], transcript: bool) -> list[Example]:
+    """The answers of a row to its prompt, which was a transcript or not; without a prompt they are conversations."""
+    if all(message["role"] == "system" for message in prompt):
         return [with_system(pair, prompt[0]["content"] if prompt else "") for pair in _transcript_pair(row)]
-    transcript = isinstance(asked, str) and bool(parse_transcript(asked))
     chosen, rejected, response = (
         continuation(prompt, row.get(name), name, transcript) for name in ("chosen", "rejected", "response")
     )
     if response and not (chosen and rejected):
         return answered(prompt, response)
     return preference(prompt, chosen, rejected, response)
+
+
+def _asked_pair(asked: Callable[[Row], str | list[Message]]) -> Converter:
+    """Preferences whose prompt is called otherwise; beside whole conversations such a column is metadata."""
+
+    def convert(row: Row) -> list[Example]:
+        """One pair."""
+        if _is_conversation(row, "chosen") and _is_conversation(row, "rejected"):
+            return _transcript_pair(row)
+        found = asked(row)
+        transcript = isinstance(found, str) and bool(parse_transcript(found))
+        return _answers_to(row, as_prompt(found) if found else [], transcript)
+
+    return convert
+
+
+def _context_pair(asked: Callable[[Row], str | list[Message]]) -> Converter:
+    """`_asked_pair` of a question about a text; a context of messages is the whole prompt."""
+    pair = _asked_pair(asked)
+
+    def convert(row: Row) -> list[Example]:
+        """One pair."""
+        whole = isinstance(unpacked(row["context"], "context"), list)
+        return _context_chosen_rejected(row) if whole else pair(row)
+
+    return convert
+
+
+def _is_conversation(row: Row, name: str) -> bool:
+    """Whether an answer's column holds the turns before the answer, too."""
+    value = unpacked(row[name], name)
+    if isinstance(value, str):
+        return bool(parse_transcript(value))
+    messages = messages_of(value, name) if isinstance(value, list) and not is_parts(value) else []
+    return bool(messages) and messages[0]["role"] != "assistant"
+
+
+def _column(name: str) -> Callable[[Row], str | list[Message]]:
+    """A column that asks, as it is for `as_prompt`: a text, or messages."""
+
+    def read(row: Row) -> str | list[Message]:
+        """Its value."""
+        value = unpacked(row[name], name)
+        return messages_of(value, name) if isinstance(value, list) and not is_parts(value) else text_of(row, name)
+
+    return read
 
 
 def _context_chosen_rejected(row: Row) -> list[Example]:
@@ -69,7 +121,8 @@ def _transcript_pair(row: Row) -> list[Example]:
     else:
         chosen, rejected = parse_transcript(text_of(row, "chosen")), parse_transcript(text_of(row, "rejected"))
     if not chosen or not rejected:
-        raise RowError(r"chosen and rejected have neither a prompt nor '\n\nHuman:' and '\n\nAssistant:' turns")
+        raise RowError(r"chosen and rejected have neither a prompt nor '\n\nHuman:' and '\n\nAssistant:' turns; name "
+                       "the prompt's column: --column_map prompt=COLUMN")  # fmt: skip
     if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
         raise Dropped("transcript that does not end with the assistant")
     if chosen[:-1] != rejected[:-1]:
@@ -170,14 +223,19 @@ def _history(value: Any) -> list[Message]:
     return turns
 
 
-def _alpaca(row: Row) -> list[Example]:
-    """instruction with an optional input (dolly: context) and history; output, response or answer."""
+def _instruction(row: Row) -> str | list[Message]:
+    """Alpaca's question: instruction with an optional input (dolly: context) and history."""
     instruction = text_of(row, "instruction")
     extra = text_of(row, "input" if "input" in row else "context")
     user = f"{instruction}\n\n{extra}" if extra.strip() and instruction.strip() else instruction or extra
     history = _history(row.get("history"))
+    return [*history, user_turn(user)] if history else user
+
+
+def _alpaca(row: Row) -> list[Example]:
+    """An instruction, and output, response or answer."""
+    prompt = as_prompt(_instruction(row))
     answer = next(name for name in ("output", "response", "answer") if name in row)
-    prompt = [*history, user_turn(user)] if history else as_prompt(user)
     value = row[answer]
     if isinstance(value, list) and len(value) > 1 and all(isinstance(text, str) for text in value):
         return ranking(prompt, [assistant_turn(text) for text in value], range(len(value)))  # best first
@@ -226,11 +284,16 @@ def _passages(row: Row) -> list[Example]:
     return preference([user_turn(text_of(row, "query"))], assistant_turn(found[0]), assistant_turn(found[1]))
 
 
+def _passage_and_question(row: Row) -> str:
+    passage, question = text_of(row, "context"), text_of(row, "question")
+    return f"{passage}\n\n{question}" if passage.strip() else question
+
+
 def _squad(row: Row) -> list[Example]:
     """Reading comprehension (squad, mlqa): a passage, a question about it, answers."""
     answers = row["answers"]
     texts = answers.get("text") if isinstance(answers, dict) else answers
-    return answered(f"{text_of(row, 'context')}\n\n{text_of(row, 'question')}", first_item(texts, "text", "answers"))
+    return answered(_passage_and_question(row), first_item(texts, "text", "answers"))
 
 
 def _hc3(row: Row) -> list[Example]:
@@ -251,10 +314,14 @@ def _format(name: str, convert: Converter) -> Format:
 
 
 FORMATS = (
+    _format("context/question/chosen/rejected", _context_pair(_passage_and_question)),
+    _format("context/instruction/chosen/rejected", _context_pair(_instruction)),
     _format("context/chosen/rejected", _context_chosen_rejected),
     _format("conversations/chosen/rejected", _conversations_pair),
     _format("prompt/chosen/rejected", prompt_chosen_rejected),
     _format("messages/chosen/rejected", _conversations_pair),
+    _format("instruction/chosen/rejected", _asked_pair(_instruction)),
+    *(_format(f"{name}/chosen/rejected", _asked_pair(_column(name))) for name in ("question", "query", "input")),
     _format("chosen/rejected", _transcript_pair),
     _format("history/human_ref_A/human_ref_B/labels", _shp),
     _format("question/answer_0/answer_1/score_0/score_1", webgpt),
