@@ -48,8 +48,35 @@ MISTAKES = [
     (STEP2, "--model_name_or_path training", ["--model_name_or_path training", "no config.json"]),
     (STEP3, "--critic_model_name_or_path ./none", ["--critic_model_name_or_path ./none", "no such folder"]),
     (STEP1, "--data_path none.jsonl", ["--data_path none.jsonl", "no such file"]),
-    (STEP3, "--eval_data_path demo none.csv:5", ["none.csv", "no such file"]),
+    (STEP3, "--eval_data_path demo none.csv:5", ["--eval_data_path none.csv", "no such file"]),
     (STEP3, "--reward_function none.py:f=2", ["--reward_function none.py:f=2", "no such file"]),
+    (STEP3, "--unsupervised_data_path none.txt", ["--unsupervised_data_path none.txt", "no such file"]),
+    (STEP1, "--sft_only_data_path none.txt", ["--sft_only_data_path none.txt", "no such file"]),
+    *(
+        (program, f"--data_split {split}", [f"--data_split {split}", "for example 2,4,4"])
+        for program, split in (
+            (STEP1, "2:4:4"),
+            (STEP2, "1,2"),
+            (DPO, "0,0,0"),
+            (STEP3, "1,-1,1"),
+            (EVALUATE1, "1,2,nan"),
+            (EVALUATE2, "inf,1,1"),
+            (EVALUATE3, ","),
+            (PREVIEW, "1,2,x"),
+            (GENERATE, "2:4:4"),
+        )
+    ),
+    *(
+        (program, f"--column_map {pair}", [f"--column_map {pair}", word])
+        for program, pair, word in (
+            (STEP1, "prompt:question", "NAME=COLUMN"),
+            (STEP2, "promt=q", "did you mean prompt?"),
+            (DPO, "=q", "NAME=COLUMN"),
+            (STEP3, "prompt=", "NAME=COLUMN"),
+            (PREVIEW, "zzz=q", "no format has a column zzz"),
+            (GENERATE, "prompt", "NAME="),
+        )
+    ),
     (STEP1, "--deepspeed_config none.json", ["--deepspeed_config none.json", "no such file"]),
     (EVALUATE1, "--path none", ["--path none", "no such folder"]),
     (EVALUATE2, "", ["has finished step 2", "step2_reward_model_finetuning"]),

@@ -170,7 +170,7 @@ def test_a_bad_row_of_a_parquet_file_or_of_the_hub(tok, tmp_path, monkeypatch, k
     pyarrow.parquet.write_table(table, path)
     if hub:
         name, split = "someone/thing", datasets.Dataset(table)
-        monkeypatch.setattr(selection, "resolve", lambda text, step: Source(text, hub=(split, None)))
+        monkeypatch.setattr(selection, "resolve", lambda text, *_: Source(text, hub=(split, None)))
     if message:
         with pytest.raises(UserError, match=rf"{name}:2: {message}"):
             prepare(1, tok, name, data_output_path=str(tmp_path / "cache"))

@@ -70,6 +70,56 @@ def test_one_configuration_is_chosen_or_asked_for(tmp_path):
     assert source.unread == ("configuration main",)
 
 
+def test_data_files_in_subfolders_beside_others_are_named(tmp_path):
+    """Not read, as docs/data.md says; what is no data there is not named, nor hidden folders."""
+    write(tmp_path / "a.jsonl", sft(2))
+    for folder, names in {
+        "more": ("b.jsonl", "c.csv", "config.json"),
+        "one/deep": ("d.parquet",),
+        ".git": ("e.json",),
+    }.items():
+        (tmp_path / folder).mkdir(parents=True)
+        for name in names:
+            (tmp_path / folder / name).write_text("{}\n")
+    (tmp_path / "linked").symlink_to(tmp_path / "more")
+    source = resolve(str(tmp_path), "demonstrations")
+    assert [path.name for path in source.train] == ["a.jsonl"]
+    assert source.unread == ("more/ (2 files)", "one/ (1 file)")
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    """Also where they lead in a ring, or up to the folder that they are in."""
+    real, folder = tmp_path / "real", tmp_path / "folder"
+    for path in (real / "train", folder):
+        path.mkdir(parents=True)
+    write(real / "train" / "a.jsonl", sft(2))
+    write(tmp_path / "outside.jsonl", sft(2))
+    (folder / "data").symlink_to(real)
+    (folder / "again").symlink_to(real / "train")
+    (folder / "up").symlink_to(tmp_path)
+    (folder / "itself").symlink_to(folder)
+    (real / "ring").symlink_to(folder)
+    (folder / "endless").symlink_to(folder / "endless")
+    assert rows_of(folder) == sft(2)
+
+
+def test_a_folder_whose_only_content_is_a_link_to_nothing_says_so(tmp_path):
+    (tmp_path / "data").symlink_to(tmp_path / "gone")
+    with pytest.raises(
+        UserError, match=r"--data_path .*: the folder holds no data file, and .*data is a link to nothing"
+    ):
+        resolve(str(tmp_path), "demonstrations")
+
+
+def test_a_readme_with_a_mark_of_its_encoding(tmp_path):
+    folder = tmp_path / "clone"
+    parquet(folder / "data" / "train.parquet", sft(2))
+    parquet(folder / "other" / "train.parquet", sft(5))
+    readme(folder, [{"data_files": "data/*"}])
+    (folder / "README.md").write_bytes(b"\xef\xbb\xbf" + (folder / "README.md").read_bytes().replace(b"\n", b"\r\n"))
+    assert rows_of(folder) == sft(2)
+
+
 @pytest.mark.parametrize(
     ("configs", "reason"),
     [

@@ -128,7 +128,8 @@ def test_answers_without_a_prompt_are_told_how_to_name_it():
     with pytest.raises(RowError, match=r"neither a prompt nor .*--column_map prompt=COLUMN"):
         convert({"ask": "Hi", **TWO_ANSWERS})
     assert convert({"ask": "Hi", **TWO_ANSWERS}, "", parse_column_map(["prompt=ask"]))[0] == "prompt/chosen/rejected"
-    assert convert({"question": "Hi", **TWO_ANSWERS}, "", parse_column_map(["prompt=question"]))[0] == "prompt/chosen/rejected"
+    known = {"question": "Hi", **TWO_ANSWERS}
+    assert convert(known, "", parse_column_map(["prompt=question"]))[0] == "prompt/chosen/rejected"
 
 
 DROPPED = {
@@ -283,7 +284,7 @@ BAD = {
     "nothing says which of the completions": {"instruction": "q", "completions": ["a", "b"]},
     "33 answers to one prompt, at most 32": {"prompt": "q", "ranking": [str(i) for i in range(33)]},
     "an answer in 'answers' has none of answer": {"prompt": "q", "answers": [{"rank": 1}, {"rank": 2}]},
-    "column 'ranking' is a int": {"prompt": "q", "ranking": 3},
+    "column 'ranking' is a number": {"prompt": "q", "ranking": 3},
     "column 'ranking' should be JSON": {"prompt": "q", "ranking": "a > b"},
     "must be a tree": {"message_tree_id": 1, "prompt": "q"},
     "column 'messages' is a text, it must be a list": {"messages": "What is it?"},
@@ -295,7 +296,7 @@ BAD = {
     "they are nan, 0.5": {"question": "q", "answer_0": "a", "answer_1": "b", "score_0": float("nan"), "score_1": 0.5},
     "labels is empty": {"history": "q", "human_ref_A": "a", "human_ref_B": "b", "labels": None},
     "the prompt has no user turn": {"prompt": [], "chosen": [A], "rejected": [B]},
-    "column 'response' holds a bool": {"prompt": "q", "chosen": "a", "rejected": "b", "response": True},
+    "column 'response' holds a boolean": {"prompt": "q", "chosen": "a", "rejected": "b", "response": True},
     "message 2 of 'messages' has no role": {"messages": [{"role": "user", "content": "a"}, {"content": "b"}]},
     "message 1 of 'messages' has no content": {"messages": [{"role": "user"}]},
     "the role 'critic'": messages(("user", "a"), ("critic", "b")),
@@ -308,8 +309,9 @@ BAD = {
     "an empty user turn": messages(("user", " "), ("assistant", "b")),
     "holds an image where text": messages(("user", [{"type": "image_url", "image_url": {"url": "x"}}])),
     "column 'output' holds a list": {"instruction": "a", "output": ["b"]},
-    "column 'messages' is a int": {"messages": 3},
-    "message 1 of 'messages' is a str": {"messages": ["hi"]},
+    "column 'messages' is a number, it must be a list of messages": {"messages": 3},
+    "column 'prompt' is a number, it must be a text or a list of messages": {"prompt": 1, "chosen": 2, "rejected": 3},
+    "message 1 of 'messages' is a text": {"messages": ["hi"]},
     "must be numbers": {"question": "q", "answer_0": "a", "answer_1": "b", "score_0": "x", "score_1": 1},
     "labels is 'A'": {"history": "q", "human_ref_A": "a", "human_ref_B": "b", "labels": "A"},
     "neither a prompt nor": {"chosen": "yes", "rejected": "no"},
@@ -362,16 +364,16 @@ WRONG_TYPES = [
             ("message 1 of 'history' has no role", [{"question": "a", "answer": "b"}]),
         )
     ),
-    ("column 'info' is a str", {**SUMMARIES, "info": "p"}, ""),
-    ("column 'info' is a NoneType", {**SUMMARIES, "info": None}, ""),
+    ("column 'info' is a text", {**SUMMARIES, "info": "p"}, ""),
+    ("column 'info' is empty", {**SUMMARIES, "info": None}, ""),
     ("a list of two summaries", {**SUMMARIES, "summaries": None}, ""),
     ("a list of two summaries", {**SUMMARIES, "summaries": ["a"]}, ""),
     ("choice is 2", {**SUMMARIES, "choice": 2}, ""),
     ("choice is \\[1\\]", {**SUMMARIES, "choice": [1]}, ""),
     ("queries and answers must hold a text for each", {"queries": "q", "answers": {"ja": ["a"]}}, "mkqa-japanese"),
     ("queries and answers must hold a text for each", {"queries": {"ja": "q"}, "answers": None}, "mkqa-japanese"),
-    ("column 'answers' is a int, it must be a list", {"context": "c", "question": "q", "answers": 3}, ""),
-    ("column 'questions' is a str, it must be a list", {"questions": "q", "paragraph": "p"}, "qag_jaquad"),
+    ("column 'answers' is a number, it must be a list", {"context": "c", "question": "q", "answers": 3}, ""),
+    ("column 'questions' is a text, it must be a list", {"questions": "q", "paragraph": "p"}, "qag_jaquad"),
 ]
 
 

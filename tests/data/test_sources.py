@@ -13,12 +13,16 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from tests.data import families
+from training.utils.arguments import DataArguments
+from training.utils.data.prepare import prepare_data, prepare_pretraining
 from training.utils.data.reading import readers
 from training.utils.data.reading.readers import read_file
 from training.utils.data.reading.sources import resolve
 from training.utils.data.template import RowError
 from training.utils.errors import UserError
 from training.utils.model import hub
+from training.utils.run.inputs import check_flag
 
 ROWS = [{"prompt": f"Hi {n}\nthere", "response": f"Grüße, «{n}»"} for n in range(5)]
 
@@ -206,6 +210,49 @@ def test_what_does_not_exist(tmp_path, monkeypatch):
     (tmp_path / "a.pkl").write_bytes(b"x")
     with pytest.raises(UserError, match="not a data file"):
         resolve(str(tmp_path / "a.pkl"), "demonstrations")
+
+
+@pytest.mark.parametrize("name", ["broken.jsonl", "broken"])
+def test_a_link_to_nothing_is_called_one(tmp_path, name):
+    link = tmp_path / name
+    link.symlink_to(tmp_path / "gone.jsonl")
+    with pytest.raises(UserError, match=r"--data_path .*: a link to .*gone\.jsonl, which is not there$"):
+        resolve(str(link), "demonstrations")
+
+
+def _wrong_sources(folder: Path) -> dict[str, str]:
+    """What is wrong -> a source."""
+    (folder / "empty").mkdir()
+    write(folder / "some.jsonl")
+    files = {"broken.json": "[{", "a.pkl": "x", "bad.jsonl": "{\n", "unknown.jsonl": '{"foo": 1}\n',
+             "nothing.jsonl": "", "semicolons.csv": "prompt;response\na;b\n", "utf16.jsonl": "\ufffe"}  # fmt: skip
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-16" if name == "utf16.jsonl" else "utf-8")
+    (folder / "link.jsonl").symlink_to(folder / "gone")
+    names = [*files, "empty", "none.jsonl", "link.jsonl", "some.jsonl:0"]
+    return {name: str(folder / name) for name in names}
+
+
+@pytest.mark.parametrize("flag", ["data_path", "eval_data_path", "sft_only_data_path", "unsupervised_data_path"])
+def test_what_is_wrong_with_a_source_names_the_flag_that_gave_it(tmp_path, flag, monkeypatch):
+    monkeypatch.setenv("TRIPOD_CACHE", str(tmp_path / "cache"))
+    tok = families.smol_like()
+    good = str(write(tmp_path / "good.jsonl"))
+    (tmp_path / "wrong").mkdir()
+    for name, path in _wrong_sources(tmp_path / "wrong").items():
+        first = {"data_path": [path], "sft_only_data_path": []}.get(flag, [good])
+        data = DataArguments(data_path=first, eval_data_path=[path] if flag == "eval_data_path" else [])
+        with pytest.raises(UserError) as raised:
+            if flag == "unsupervised_data_path":
+                prepare_pretraining([path], data, tok, max_length=128, seed=0)
+            else:
+                only = [path] if flag == "sft_only_data_path" else []
+                options = {"max_length": 128, "seed": 0, "sft_only_data_path": only}
+                prepare_data("demonstrations", data, tok, **options).to_judge_by()
+        assert str(raised.value).startswith(f"--{flag} {tmp_path / 'wrong'}"), name
+        if name in ("empty", "none.jsonl", "link.jsonl", "a.pkl"):  # found without reading it
+            with pytest.raises(UserError, match=f"^--{flag} "):
+                check_flag(flag, [path])
 
 
 @pytest.mark.parametrize("name", ["Dahoas/rm-static", "MultiTurnAlpaca", "local/jsonfile"])

@@ -24,6 +24,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from training.utils.data.kinds import shares_of
 from training.utils.errors import UserError, half_character, run_program
 from training.utils.run.environment import check_environment
 from training.utils.run.inputs import check_inputs
@@ -154,6 +155,13 @@ class DataArguments:
     system_message: str = flag("", "a system message put before every conversation that has none")
     stop_ids: list[int] = flag([], "ids of further tokens that end a response", minimum=0)
     data_output_path: str = flag("", "folder for tokenised data (default: the user's cache folder)")
+
+    def __post_init__(self) -> None:
+        shares_of(self.data_split)
+        if self.column_map:
+            from training.utils.data.formats.columns import parse_column_map  # jinja2 and the formats take a moment
+
+            parse_column_map(self.column_map)
 
     def sources(self, more: Sequence[str] = ()) -> list[str]:
         """``--data_path``; without it the demo, unless there are ``more`` sources that it need not join."""

@@ -24,6 +24,7 @@ from training.utils.data import cache, tokenise
 from training.utils.data.formats.conversations import Example
 from training.utils.data.kinds import KINDS, Kind
 from training.utils.data.reading.rows import RawRow
+from training.utils.data.reading.sources import DATA_PATH
 from training.utils.data.report import DataReport
 from training.utils.data.selection import (
     DUPLICATE,
@@ -52,11 +53,12 @@ _EARLIER_NAMES = {f"step{n}": kind for n, kind in enumerate(KINDS, 1)}  # in a d
 
 @dataclass(frozen=True)
 class StepData:
-    """The rows of one step; the columns are those of `cache.SCHEMAS`."""
+    """The rows of one step; the columns are those of `cache.SCHEMAS`, ``eval_paths`` are for a message."""
 
     train: datasets.Dataset
     held_out: datasets.Dataset
     report: DataReport
+    eval_paths: tuple[str, ...] = ()
 
     def announce(self) -> None:
         """Say what was read, dropped and kept, before a program trains on it.
@@ -73,6 +75,8 @@ class StepData:
         Raises:
             UserError: there is none.
         """
+        if not len(self.held_out) and self.eval_paths:
+            raise UserError(f"--eval_data_path {' '.join(self.eval_paths)}: no row of it is left to judge the model by")
         if not len(self.held_out):
             raise UserError("no row is held out to judge the model by: give more data, or --eval_data_path")
         return self.held_out
@@ -90,6 +94,7 @@ def prepare_data(
     train_on_prompts: bool = False,
     hold_out: bool = True,
     run_dir: Path | None = None,
+    flag: str = DATA_PATH,
 ) -> StepData:
     """The rows of one kind for one step, tokenised once and memory-mapped.
 
@@ -104,13 +109,14 @@ def prepare_data(
         train_on_prompts: the mask of demonstrations is 1 everywhere.
         hold_out: without ``--eval_data_path`` keep a source's eval split, or a tenth of its prompts, from training.
         run_dir: where ``--data_split`` records its row numbers.
+        flag: that names the sources of ``arguments.data_path``, for messages.
 
     Raises:
         UserError: a source, a row (with file:line) or a flag is wrong, or no row is left.
     """
     configure_chat_template(tokenizer, arguments.chat_template, arguments.system_message, arguments.stop_ids)
     length = (max_prompt_length or max_length) if kind == "prompts" else max_length
-    request = make_request(kind, arguments, sft_only_data_path, seed, length, train_on_prompts, hold_out)
+    request = make_request(kind, arguments, sft_only_data_path, seed, length, train_on_prompts, hold_out, flag)
     fingerprints = [stream.source.fingerprint() for stream in request.streams]
     folder, ready = cache.cached(
         cache.cache_root(arguments.data_output_path),
@@ -125,7 +131,7 @@ def prepare_data(
         _record_split(folder / "data_split.json", run_dir)
     datasets.disable_progress_bars()
     train, held_out = (datasets.Dataset.from_file(str(folder / f"{part}.arrow")) for part in ("train", "held_out"))
-    return StepData(train, held_out, report)
+    return StepData(train, held_out, report, tuple(arguments.eval_data_path))
 
 
 def prepare_pretraining(
@@ -144,6 +150,7 @@ def prepare_pretraining(
     """
     whole = dataclasses.replace(arguments, data_path=list(paths), eval_data_path=[], data_split="", column_map=[])
     options: dict[str, Any] = {"max_length": max_length, "seed": seed, "train_on_prompts": True, "hold_out": False}
+    options["flag"] = "--unsupervised_data_path"
     return prepare_data("demonstrations", whole, tokenizer, **options)
 
 
@@ -179,7 +186,8 @@ def _build_unchanged(request: Request, tokenizer: Any, fingerprints: Sequence[st
 def _check_unchanged(request: Request, fingerprints: Sequence[str]) -> None:
     for stream, before in zip(request.streams, fingerprints, strict=True):
         if stream.source.fingerprint() != before:
-            raise UserError(f"{stream.source.name}: the file changed while it was read; run again when it is complete")
+            named = f"{stream.source.flag} {stream.source.name}"
+            raise UserError(f"{named}: the file changed while it was read; run again when it is complete")
 
 
 def _build(request: Request, tokenizer: Any, folder: Path) -> None:
@@ -201,10 +209,18 @@ def _build(request: Request, tokenizer: Any, folder: Path) -> None:
         why = [f"{drop.count} {reason}" for reason, drop in report.dropped.items()]
         others = sum(source.other_steps for source in report.sources.values())
         why += [f"--data_split leaves {others} to the other steps"] if others else []
-        names = ", ".join(report.sources)
         because = f"; {'; '.join(why)}" if why else ""
-        raise UserError(f"{names}: no {request.kind} to train on are left: {read} rows read{because}")
+        raise UserError(f"{_named(request)}: no {request.kind} to train on are left: {read} rows read{because}")
     (folder / "report.json").write_text(json.dumps(report.to_dict()), encoding="utf-8")
+
+
+def _named(request: Request) -> str:
+    """The sources that are trained on, each flag before its own."""
+    found: dict[str, list[str]] = {}
+    for stream in request.streams:
+        if stream.use != "held_out":
+            found.setdefault(stream.source.flag, []).append(stream.name)
+    return ", ".join(f"{flag} {' '.join(names)}" for flag, names in found.items())
 
 
 def _write(request: Request, tokenizer: Any, folder: Path, report: DataReport) -> list[np.ndarray]:
@@ -259,7 +275,7 @@ def _tokenise(
     results = _robustly(_tokeniser(request, tokenizer, report), examples)
     for (number, candidate), result in zip(batch, results, strict=True):
         if isinstance(result, RowError):
-            bad_row(result, candidate.row.place, request, report, report.sources[stream.name])
+            bad_row(result, candidate.row.place, stream, request, report, report.sources[stream.name])
         elif isinstance(result, str):
             report.drop(result, candidate.row.place)
         else:

@@ -21,14 +21,15 @@ from training.utils.arguments import DataArguments
 from training.utils.data.division import duplicates, hash_of, hold_out, split_prompts
 from training.utils.data.formats.columns import ColumnMap, UnknownFormat, convert, parse_column_map
 from training.utils.data.formats.conversations import Dropped, Example, demonstration
-from training.utils.data.kinds import KINDS, Kind
+from training.utils.data.kinds import KINDS, Kind, shares_of
 from training.utils.data.reading.rows import RawRow
-from training.utils.data.reading.sources import Source, resolve
+from training.utils.data.reading.sources import DATA_PATH, Source, resolve
 from training.utils.data.report import IGNORED, READ, REFUSED, DataReport, SourceReport
 from training.utils.data.template import RowError, forbidden_texts
 from training.utils.errors import UserError
 from training.utils.run.watchdog import beat
 
+SFT_ONLY = "--sft_only_data_path"
 SKIP, TRAIN, HELD_OUT, DUPLICATE = 0, 1, 2, 3
 
 
@@ -88,6 +89,7 @@ def make_request(
     max_length: int,
     train_on_prompts: bool,
     hold_out: bool,
+    flag: str = DATA_PATH,
 ) -> Request:
     """Resolve the sources and check the flags; arguments as those of `training.utils.data.prepare.prepare_data`.
 
@@ -96,9 +98,9 @@ def make_request(
     """
     return Request(
         kind=kind,
-        streams=_streams(kind, arguments, sft_only_data_path, hold_out),
+        streams=_streams(kind, arguments, sft_only_data_path, hold_out, flag),
         column_map=parse_column_map(arguments.column_map),
-        shares=_shares(arguments.data_split),
+        shares=shares_of(arguments.data_split),
         skip_bad_rows=arguments.on_bad_row == "skip",
         seed=seed,
         max_length=max_length,
@@ -106,12 +108,12 @@ def make_request(
     )
 
 
-def _streams(kind: Kind, arguments: DataArguments, sft_only: Sequence[str], hold_out: bool) -> list[Stream]:
+def _streams(kind: Kind, arguments: DataArguments, sft_only: Sequence[str], hold_out: bool, flag: str) -> list[Stream]:
     found = []
     whole = sft_only if kind == "demonstrations" else ()
-    paths = [(path, True) for path in arguments.sources(whole)] + [(path, False) for path in whole]
-    for path, divided in paths:
-        source = resolve(path, kind)
+    paths = [(path, flag) for path in arguments.sources(whole)] + [(path, SFT_ONLY) for path in whole]
+    for path, of_flag in paths:
+        source, divided = resolve(path, kind, of_flag), of_flag != SFT_ONLY
         if arguments.eval_data_path or not hold_out:
             found.append(Stream(source, False, "train", divided))
         elif source.has_held_out:
@@ -119,23 +121,9 @@ def _streams(kind: Kind, arguments: DataArguments, sft_only: Sequence[str], hold
         else:
             found.append(Stream(source, False, "both", divided))
     for path in arguments.eval_data_path:
-        source = resolve(path, kind)
+        source = resolve(path, kind, "--eval_data_path")
         found.append(Stream(source, source.has_held_out, "held_out"))
     return found
-
-
-def _shares(data_split: str) -> list[float]:
-    if not data_split:
-        return []
-    try:
-        shares = [float(part) for part in data_split.split(",")]
-    except ValueError:
-        shares = []
-    if len(shares) != 3 or not all(0 <= share < float("inf") for share in shares) or sum(shares) == 0:
-        raise UserError(
-            f"--data_split {data_split}: give the shares of SFT, preferences and prompts, for example 2,4,4"
-        )
-    return [share / sum(shares) for share in shares]
 
 
 # --- rows to examples --------------------------------------------------------------------------------------------
@@ -160,11 +148,11 @@ def candidates(stream: Stream, request: Request, report: DataReport | None) -> I
             continue
         except UnknownFormat as error:
             if not recognised:  # the whole source, most likely: skipping every row would hide it
-                raise UserError(f"{row.place}: {error}") from None
-            bad_row(RowError(error.short), row.place, request, report)
+                raise UserError(f"{stream.source.flag} {row.place}: {error}") from None
+            bad_row(RowError(error.short), row.place, stream, request, report)
             continue
         except RowError as error:
-            bad_row(error, row.place, request, report, counts)
+            bad_row(error, row.place, stream, request, report, counts)
             continue
         recognised = True
         counts.formats[name] = counts.formats.get(name, 0) + 1
@@ -175,11 +163,16 @@ def candidates(stream: Stream, request: Request, report: DataReport | None) -> I
 
 
 def bad_row(
-    error: RowError, place: str, request: Request, report: DataReport | None, counts: SourceReport | None = None
+    error: RowError,
+    place: str,
+    stream: Stream,
+    request: Request,
+    report: DataReport | None,
+    counts: SourceReport | None = None,
 ) -> None:
     """Raise the error with its place, or count it under ``--on_bad_row skip``."""
     if not request.skip_bad_rows:
-        raise UserError(f"{place}: {error} (--on_bad_row skip leaves such rows out)")
+        raise UserError(f"{stream.source.flag} {place}: {error} (--on_bad_row skip leaves such rows out)")
     if report is not None:
         report.drop("bad row", f"{place}: {error}")
     if counts is not None and error.about:
@@ -250,7 +243,7 @@ def _scan(stream: Stream, request: Request, forbidden: re.Pattern[str], report: 
         except Dropped as dropped:
             report.drop(str(dropped), candidate.row.place)
         except RowError as error:
-            bad_row(error, candidate.row.place, request, report)
+            bad_row(error, candidate.row.place, stream, request, report)
     bar.close()
     return _Scan(
         np.array(rows, np.uint64),

@@ -53,7 +53,7 @@ def check_flag(name: str, values: Sequence[Any], *, weights: bool = True) -> Non
         if name.endswith(MODELS):
             check_model_path(text, f"--{name}", weights=weights and name != TOKENIZER)
         elif name.endswith(DATA):
-            _check_data_path(text)
+            _check_data_path(text, f"--{name}")
         elif name in FUNCTIONS:
             _check_function(text, f"--{name}")
         elif name == "chat_template":
@@ -133,10 +133,10 @@ def _of_another_project(folder: Path) -> bool:
         return any(b"rwtransformer." in opened.read(name) for name in opened.namelist() if name.endswith("data.pkl"))
 
 
-def _check_data_path(text: str) -> None:
+def _check_data_path(text: str, flag: str) -> None:
     from training.utils.data.reading.sources import local_source  # its imports take a moment
 
-    local_source(text, "demonstrations")
+    local_source(text, "demonstrations", flag)
 
 
 def _check_function(spec: str, flag: str) -> None:

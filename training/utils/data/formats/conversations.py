@@ -78,6 +78,14 @@ def _whole(text: str, where: str) -> str:
     return text
 
 
+_KINDS = {bool: "a boolean", int: "a number", float: "a number", str: "a text", list: "a list", dict: "an object"}
+
+
+def a_kind(value: Any) -> str:
+    """What a value of JSON is, with its article."""
+    return "empty" if value is None else _KINDS.get(type(value), f"a value of type {type(value).__name__}")
+
+
 def text_of(row: Row, name: str) -> str:
     """A column as text; None is empty. WebGPT and mkqa wrap the text in a dict."""
     return plain_text(row.get(name), f"column {name!r}")
@@ -94,7 +102,7 @@ def plain_text(value: Any, where: str) -> str:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str):
-        kind = "an image" if isinstance(value, dict) and "image_url" in value else f"a {type(value).__name__}"
+        kind = "an image" if isinstance(value, dict) and "image_url" in value else a_kind(value)
         raise RowError(f"{where} holds {kind} where text should be")
     if is_image(_whole(value, where)):
         raise Dropped("an image's address where text should be")
@@ -132,7 +140,7 @@ def _text_parts(parts: Sequence[dict[str, Any]], where: str) -> str:
 
 def _message(item: Any, where: str) -> Message:
     if not isinstance(item, dict):
-        raise RowError(f"{where} is a {type(item).__name__}, it must have a role and a content")
+        raise RowError(f"{where} is {a_kind(item)}, it must have a role and a content")
     role = item.get("role", item.get("from"))
     if role is None:
         raise RowError(f"{where} has no role")
@@ -213,7 +221,7 @@ def _calls(value: Any, where: str) -> str:
             raise RowError(f"{where} calls a tool without its name")
         arguments = _json(function.get("arguments") or {}, f"the arguments of {function['name']} in {where}")
         if not isinstance(arguments, dict):
-            raise RowError(f"the arguments of {function['name']} in {where} are a {type(arguments).__name__}, "
+            raise RowError(f"the arguments of {function['name']} in {where} are {a_kind(arguments)}, "
                            "they must be an object")  # fmt: skip
         number = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
         calls.append({**number, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
@@ -294,7 +302,7 @@ def listed(value: Any, name: str) -> list[Any]:
     if isinstance(value, str):
         value = _json(value, f"column {name!r}")
     if not isinstance(value, list):
-        raise RowError(f"column {name!r} is a {type(value).__name__}, it must be a list")
+        raise RowError(f"column {name!r} is {a_kind(value)}, it must be a list")
     return value
 
 
@@ -310,7 +318,7 @@ def messages_of(value: Any, name: str) -> list[Message]:
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, list):
-        raise RowError(f"column {name!r} is a {type(value).__name__}, it must be a list of messages")
+        raise RowError(f"column {name!r} is {a_kind(value)}, it must be a text or a list of messages")
     if len(value) > MOST_MESSAGES:
         raise RowError(f"column {name!r} holds {len(value)} messages, at most {MOST_MESSAGES} are read")
     messages = [_message(item, f"message {i + 1} of {name!r}") for i, item in enumerate(value)]
@@ -479,6 +487,6 @@ def first_item(value: Any, key: str, name: str) -> str:
     if value is None or value == []:
         raise Dropped(f"no {name}")
     if not isinstance(value, list):
-        raise RowError(f"column {name!r} is a {type(value).__name__}, it must be a list")
+        raise RowError(f"column {name!r} is {a_kind(value)}, it must be a list")
     item = value[0]
     return plain_text(item.get(key) if isinstance(item, dict) else item, f"column {name!r}")

@@ -18,6 +18,7 @@ from training.utils.data.formats.conversations import (
     Dropped,
     Example,
     Row,
+    a_kind,
     answered,
     as_prompt,
     assistant_turn,
@@ -140,8 +141,8 @@ def _chat(row: Row) -> list[Example]:
     name = "messages" if "messages" in row else "conversations"
     _check_not_bad(row)
     value = unpacked(row[name], name)
-    if isinstance(value, str) and not parse_transcript(value):
-        raise RowError(f"column {name!r} is a text, it must be a list of messages (in a CSV: as JSON)")
+    if not isinstance(value, (list, dict)) and not (isinstance(value, str) and parse_transcript(value)):
+        raise RowError(f"column {name!r} is {a_kind(value)}, it must be a list of messages (in a CSV: as JSON)")
     return [conversation(messages_of(value, name))]
 
 
@@ -174,7 +175,7 @@ def _summaries(row: Row) -> list[Example]:
     """openai/summarize_from_feedback: a post or an article, two summaries, and which one was chosen."""
     info, summaries = row["info"], row["summaries"]
     if not isinstance(info, dict):
-        raise RowError(f"column 'info' is a {type(info).__name__}, it must hold a post or an article")
+        raise RowError(f"column 'info' is {a_kind(info)}, it must hold a post or an article")
     if not isinstance(summaries, list) or len(summaries) != 2:
         raise RowError("column 'summaries' must be a list of two summaries")
     second = truth_of(row["choice"], "choice")

@@ -1,14 +1,17 @@
 """Which files of a folder hold rows: what `datasets.load_dataset` and `load_from_disk` would read of it.
 
 A folder is a clone of a hub dataset (its README's YAML names the files of each split), a dataset saved by
-``save_to_disk``, or data files side by side, or in its subfolders if there are none at the top.
+``save_to_disk``, or data files side by side, or in its subfolders if there are none at the top. Links to folders are
+followed, but for those to a folder that they are in.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,32 +37,51 @@ class Files:
     unread: tuple[str, ...] = ()
 
 
-def files_of(name: str, folder: Path) -> Files:
+def files_of(where: str, folder: Path) -> Files:
     """The data files of a folder.
 
     Args:
-        name: as the user wrote it, for errors.
+        where: the flag and what the user wrote, for errors.
         folder: an existing folder.
 
     Raises:
         UserError: no data file, a link to nothing, or a README whose YAML names files that are not there.
     """
-    for found in (_saved(name, folder), _of_readme(name, folder)):
+    for found in (_saved(where, folder), _of_readme(where, folder)):
         if found is not None:
             return found
-    named = _data_files(folder.iterdir()) or _data_files(
-        path for path in folder.rglob("*") if not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+    top, below = _data_files(folder.iterdir()), _data_files(_below(folder))
+    named = top or below
     if (lost := next((p for p in named if p.is_symlink() and not p.exists()), None)) is not None:
-        raise UserError(f"--data_path {name}: {lost} is a link to a file that is not there")
+        raise UserError(f"{where}: {lost} is a link to a file that is not there")
     files = [p for p in named if p.is_file() and p.name.lower() not in _BESIDE]
     files = [p for p in files if not _METADATA.fullmatch(p.name)] or files
     if not files:
-        raise UserError(f"--data_path {name}: the folder holds no data file ({', '.join(TYPES)}, each also .gz)")
+        if (lost := next((p for p in folder.iterdir() if p.is_symlink() and not p.exists()), None)) is not None:
+            raise UserError(f"{where}: the folder holds no data file, and {lost} is a link to nothing")
+        raise UserError(f"{where}: the folder holds no data file ({', '.join(TYPES)}, each also .gz)")
     held_out = tuple(p for p in files if is_eval(p, folder))
     train = tuple(p for p in files if not is_eval(p, folder))
-    unread = tuple(p.name for p in named if p not in files)
-    return Files(train, held_out, unread) if train else Files(held_out, (), unread)
+    unread = [p.name for p in named if p not in files and p.parent == folder]
+    beside = Counter(p.relative_to(folder).parts[0] for p in below if p not in files and p.name.lower() not in _BESIDE)
+    unread += [f"{name}/ ({count} file{'s' * (count > 1)})" for name, count in sorted(beside.items())]
+    return Files(train, held_out, tuple(unread)) if train else Files(held_out, (), tuple(unread))
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """Every file in the subfolders, hidden ones left out; each folder once, so that links in a ring have an end."""
+    root = os.path.realpath(folder)
+    seen = {root}
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        found = {os.path.join(parent, name): name for name in folders if not name.startswith(".")}
+        folders.clear()
+        for path in sorted(found, key=lambda path: (os.path.islink(path), path)):
+            real = os.path.realpath(path)
+            if real not in seen and not Path(root).is_relative_to(real):
+                seen.add(real)
+                folders.append(found[path])
+        if Path(parent) != folder:
+            yield from (Path(parent, name) for name in files)
 
 
 def _data_files(paths: Iterable[Path]) -> list[Path]:
@@ -91,41 +113,41 @@ def _chosen(splits: dict[str, tuple[Path, ...]], others: Iterable[str] = ()) -> 
     return Files(splits[train], splits[held_out] if held_out else (), (*unread, *others))
 
 
-def _saved(name: str, folder: Path) -> Files | None:
+def _saved(where: str, folder: Path) -> Files | None:
     """The files of ``Dataset.save_to_disk`` or ``DatasetDict.save_to_disk``; None if the folder is neither."""
     if (folder / "dataset_dict.json").is_file():
-        splits = _json(name, folder / "dataset_dict.json").get("splits")
+        splits = _json(where, folder / "dataset_dict.json").get("splits")
         if not isinstance(splits, list) or not splits or not all(isinstance(split, str) for split in splits):
-            raise UserError(f"--data_path {name}: dataset_dict.json names no splits; save the dataset again")
-        return _chosen({split: _arrow_files(name, folder / split) for split in splits})
-    return Files(_arrow_files(name, folder)) if (folder / "state.json").is_file() else None
+            raise UserError(f"{where}: dataset_dict.json names no splits; save the dataset again")
+        return _chosen({split: _arrow_files(where, folder / split) for split in splits})
+    return Files(_arrow_files(where, folder)) if (folder / "state.json").is_file() else None
 
 
-def _arrow_files(name: str, folder: Path) -> tuple[Path, ...]:
-    listed = _json(name, folder / "state.json").get("_data_files")
+def _arrow_files(where: str, folder: Path) -> tuple[Path, ...]:
+    listed = _json(where, folder / "state.json").get("_data_files")
     names = [entry.get("filename") for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
     files = tuple(folder / found for found in names if isinstance(found, str) and Path(found).name == found)
     missing = next((path for path in files if not path.is_file()), None)
     if not files or missing:
-        raise UserError(f"--data_path {name}: {missing or folder / 'state.json'} is not there or names no file; "
+        raise UserError(f"{where}: {missing or folder / 'state.json'} is not there or names no file; "
                         "save the dataset again")  # fmt: skip
     return files
 
 
-def _json(name: str, path: Path) -> dict[str, Any]:
+def _json(where: str, path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"--data_path {name}: {path} can not be read: {error}") from None
+        raise UserError(f"{where}: {path} can not be read: {error}") from None
     return value if isinstance(value, dict) else {}
 
 
-def _of_readme(name: str, folder: Path) -> Files | None:
+def _of_readme(where: str, folder: Path) -> Files | None:
     """The files that a hub dataset's README names in its YAML; None if it names none."""
     readme = folder / "README.md"
     if not readme.is_file():
         return None
-    text = readme.read_text(encoding="utf-8", errors="replace")
+    text = readme.read_text(encoding="utf-8-sig", errors="replace")
     match = re.match(r"---\r?\n(.*?)\n---\s*\n", text, re.DOTALL)
     if match is None or "configs:" not in match[1]:
         return None
@@ -135,7 +157,7 @@ def _of_readme(name: str, folder: Path) -> Files | None:
         configs = yaml.safe_load(match[1]).get("configs")
     except (yaml.YAMLError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--data_path {name}: the YAML of {readme} can not be read: {reason}") from None
+        raise UserError(f"{where}: the YAML of {readme} can not be read: {reason}") from None
     configs = [c for c in configs if isinstance(c, dict) and c.get("data_files")] if isinstance(configs, list) else []
     if not configs:
         return None
@@ -143,11 +165,11 @@ def _of_readme(name: str, folder: Path) -> Files | None:
     flagged = [config for config in configs if config.get("default") is True]
     chosen = flagged or [config for config, of in zip(configs, named, strict=True) if of == "default"] or configs
     if len(chosen) > 1:
-        raise UserError(f"--data_path {name}: the dataset has the configurations {', '.join(named)}; give the path of "
+        raise UserError(f"{where}: the dataset has the configurations {', '.join(named)}; give the path of "
                         "one's files or folder")  # fmt: skip
     others = [f"configuration {of}" for config, of in zip(configs, named, strict=True) if config is not chosen[0]]
     root = folder / str(chosen[0].get("data_dir") or "")
-    return _chosen({split: _matching(name, folder, root, patterns) for split, patterns in _splits(chosen[0])}, others)
+    return _chosen({split: _matching(where, folder, root, patterns) for split, patterns in _splits(chosen[0])}, others)
 
 
 def _splits(config: dict[str, Any]) -> list[tuple[str, list[str]]]:
@@ -161,14 +183,14 @@ def _splits(config: dict[str, Any]) -> list[tuple[str, list[str]]]:
     return [(split, [str(p) for p in (path if isinstance(path, list) else [path])]) for split, path in paths]
 
 
-def _matching(name: str, folder: Path, root: Path, patterns: Sequence[str]) -> tuple[Path, ...]:
+def _matching(where: str, folder: Path, root: Path, patterns: Sequence[str]) -> tuple[Path, ...]:
     found: list[Path] = []
     for pattern in patterns:
         asked = root / pattern
         outside = not asked.is_relative_to(folder) or ".." in asked.relative_to(folder).parts
         files = [] if outside or not pattern.strip("/.") else sorted(p for p in root.glob(pattern) if type_of(p))
         if not files:
-            raise UserError(f"--data_path {name}: README.md names the files {pattern}, and no data file of that name "
+            raise UserError(f"{where}: README.md names the files {pattern}, and no data file of that name "
                             "is in the folder; is the clone complete?")  # fmt: skip
         found += files
     return tuple(found)

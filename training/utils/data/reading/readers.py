@@ -50,15 +50,15 @@ def type_of(path: Path) -> str:
     return ""
 
 
-def file_type(path: Path) -> str:
-    """json, jsonl, csv, tsv, txt, parquet or arrow.
+def file_type(path: Path, flag: str = "--data_path") -> str:
+    """json, jsonl, csv, tsv, txt, parquet or arrow; ``flag`` is for the message.
 
     Raises:
         UserError: another kind of file.
     """
     found = type_of(path)
     if not found:
-        raise UserError(f"--data_path {path}: not a data file; use one of {', '.join(TYPES)}, each also with .gz")
+        raise UserError(f"{flag} {path}: not a data file; use one of {', '.join(TYPES)}, each also with .gz")
     return found
 
 

@@ -31,6 +31,7 @@ _ELSEWHERE = {
     "local/jsonfile": "give the folder of train.json and eval.json itself",
     "multiturnalpaca": "give the path of the folder MultiTurnAlpaca with training_data.txt.train and .test",
 }
+DATA_PATH = "--data_path"
 _MOST_DIGITS = 15  # of a row limit
 _HUB_BUILDERS = ("arrow", "csv", "json", "parquet", "text")
 
@@ -45,6 +46,7 @@ class Source:
         limit: the most rows to take of each split, 0 for all.
         hub: a hub dataset's splits (train, held out), instead of files.
         unread: files of the folder, and splits, that are not read.
+        flag: that names the source, for messages.
     """
 
     name: str
@@ -53,11 +55,19 @@ class Source:
     limit: int = 0
     hub: tuple[Any, Any] | None = None
     unread: tuple[str, ...] = ()
+    flag: str = DATA_PATH
 
     def rows(self, held_out: bool = False) -> Iterator[RawRow]:
-        """The rows of one split, in order, up to the limit."""
+        """The rows of one split, in order, up to the limit.
+
+        Raises:
+            UserError: a file as a whole can not be read.
+        """
         rows = self._all_rows(held_out)
-        yield from itertools.islice(rows, self.limit) if self.limit else rows
+        try:
+            yield from itertools.islice(rows, self.limit) if self.limit else rows
+        except UserError as error:
+            raise UserError(f"{self.flag} {error}") from error
 
     def _all_rows(self, held_out: bool) -> Iterator[RawRow]:
         if self.hub is not None:
@@ -91,50 +101,57 @@ class Source:
                 with path.open("rb") as file:
                     digest.update(hashlib.file_digest(file, "sha256").digest())
             except OSError as error:
-                raise UserError(f"{path}: {error.strerror or error}") from None
+                raise UserError(f"{self.flag} {path}: {error.strerror or error}") from None
         return digest.hexdigest()
 
 
-def resolve(text: str, kind: Kind) -> Source:
+def resolve(text: str, kind: Kind, flag: str = DATA_PATH) -> Source:
     """Find what ``text`` names: ``demo``, a local file or folder, else a hub dataset; ``:N`` limits its rows.
+
+    Args:
+        text: the value of the flag.
+        kind: of the rows.
+        flag: for messages.
 
     Raises:
         UserError: nothing of that name, no data file in the folder, an unknown file type, or a limit of 0.
     """
-    return local_source(text, kind) or _hub(*_split_limit(text))
+    return local_source(text, kind, flag) or _hub(*_split_limit(text, flag), flag)
 
 
-def local_source(text: str, kind: Kind) -> Source | None:
+def local_source(text: str, kind: Kind, flag: str = DATA_PATH) -> Source | None:
     """`resolve` without the hub, and without its imports: None for a name that may be a hub dataset's.
 
     Raises:
         UserError: as `resolve`.
     """
-    name, limit = _split_limit(text)
+    name, limit = _split_limit(text, flag)
     if name == "demo":
-        return Source(name, (_DEMO / _DEMO_FILES[kind],), (_DEMO / "held_out.jsonl",), limit)
+        return Source(name, (_DEMO / _DEMO_FILES[kind],), (_DEMO / "held_out.jsonl",), limit, flag=flag)
     path = Path(name).expanduser()
     if os.path.isdir(path):
-        files = files_of(name, path)
-        return Source(name, files.train, files.held_out, limit, unread=files.unread)
+        files = files_of(f"{flag} {name}", path)
+        return Source(name, files.train, files.held_out, limit, unread=files.unread, flag=flag)
     if os.path.isfile(path):
-        file_type(path)
-        return Source(name, (path,), (), limit)
+        file_type(path, flag)
+        return Source(name, (path,), (), limit, flag=flag)
+    if os.path.islink(path):
+        raise UserError(f"{flag} {name}: a link to {os.readlink(path)}, which is not there")
     looks_local = name.startswith(("/", "./", "../", "~")) or any(s.lstrip(".") in TYPES for s in path.suffixes[-2:])
     if looks_local or not _HUB_NAME.match(name):
         near = _nearest(path)
-        raise UserError(f"--data_path {name}: no such file or folder" + (f"; did you mean {near}?" if near else ""))
+        raise UserError(f"{flag} {name}: no such file or folder" + (f"; did you mean {near}?" if near else ""))
     return None
 
 
-def _split_limit(text: str) -> tuple[str, int]:
+def _split_limit(text: str, flag: str) -> tuple[str, int]:
     match = re.fullmatch(r"(.+):(\d+)", text)
     if match is None or os.path.exists(Path(text).expanduser()):  # Path.exists fails on a name that is too long
         return text, 0
     if not match[2].strip("0"):
-        raise UserError(f"--data_path {text}: a limit of 0 rows leaves nothing")
+        raise UserError(f"{flag} {text}: a limit of 0 rows leaves nothing")
     if len(match[2]) > _MOST_DIGITS:
-        raise UserError(f"--data_path {match[1]}: a limit of {len(match[2])} digits; without a limit all rows are read")
+        raise UserError(f"{flag} {match[1]}: a limit of {len(match[2])} digits; without a limit all rows are read")
     return match[1], int(match[2])
 
 
@@ -144,25 +161,27 @@ def _nearest(path: Path) -> str:
     return str(path.parent / near[0]) if near else ""
 
 
-def _hub(name: str, limit: int) -> Source:
+def _hub(name: str, limit: int, flag: str) -> Source:
     import datasets
 
     if name.lower() in _ELSEWHERE:
-        raise UserError(f"--data_path {name}: {_ELSEWHERE[name.lower()]}")
+        raise UserError(f"{flag} {name}: {_ELSEWHERE[name.lower()]}")
     online = hub.is_reachable()
     try:
         builder = datasets.load_dataset_builder(name)
         kind = type(builder).__module__.split(".")
         if kind[:2] != ["datasets", "packaged_modules"] or kind[2] not in _HUB_BUILDERS:
-            raise UserError(f"--data_path {name}: not plain data files; save it as json or parquet and give the path")
+            raise UserError(f"{flag} {name}: not plain data files; save it as json or parquet and give the path")
         splits = datasets.load_dataset(name)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise UserError(
-            f"--data_path {name}: no file or folder here, and not loaded from the hub "
+            f"{flag} {name}: no file or folder here, and not loaded from the hub "
             f"({reason if online else 'this machine does not reach it, and its cache has no such dataset'}); "
             f"give the path of a file, or of a folder with the dataset's files"
         ) from None
     train, held_out = split_names(list(splits))
     unread = tuple(f"split {split}" for split in splits if split not in (train, held_out))
-    return Source(name, limit=limit, hub=(splits[train], splits[held_out] if held_out else None), unread=unread)
+    return Source(
+        name, limit=limit, hub=(splits[train], splits[held_out] if held_out else None), unread=unread, flag=flag
+    )
