@@ -1,10 +1,20 @@
-"""Flags that both chat programs share; nothing heavy is imported here, so --help and mistakes answer at once."""
+"""Flags that the chat programs share and what they name; without heavy imports, so that mistakes answer at once."""
 
 from __future__ import annotations
 
+import importlib.util
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from training.utils.arguments import AUTO, PRECISIONS, flag
+from training.utils.errors import UserError
+from training.utils.run.demo import EMBEDDED
+from training.utils.run.folders import is_finished, latest_output, runs_newest_first
+from training.utils.run.inputs import check_flag, check_model_path
+
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass
@@ -29,3 +39,87 @@ class SamplingArguments:
     top_k: int = flag(0, "sample from this many likeliest tokens; 0 keeps all", minimum=0, maximum=1000)
     repetition_penalty: float = flag(1.0, "above 1 makes tokens that were used less likely", above=0, maximum=5)
     seed: int = flag(1234, "the same seed and conversation give the same answer", minimum=0, maximum=2**31 - 1)
+
+
+def latest_models() -> tuple[dict[str, str], str]:
+    """SFT, DPO and RLHF of the newest run that has one of the latter, and its reward model ("" if it has none).
+
+    Raises:
+        UserError: no run has got that far; names the ways on.
+    """
+    try:
+        tuned = ({"DPO": run / "dpo", "RLHF": run / "step3"} for run in runs_newest_first())
+        finished = ({name: path for name, path in paths.items() if is_finished(path)} for paths in tuned)
+        found = next((paths for paths in finished if paths), None) or {"RLHF": latest_output("step3")}
+        run = next(iter(found.values())).parent
+        sft = run / "step1" if is_finished(run / "step1") else latest_output("step1")
+    except UserError as error:
+        raise UserError(f"{error}; or name models with --path") from error
+    judge = run / "step2"
+    models = {name: str(path / "actor" if name == "RLHF" else path) for name, path in found.items()}
+    return {"SFT": str(sft), **models}, str(judge) if is_finished(judge) else ""
+
+
+def named_paths(values: Sequence[str]) -> dict[str, str]:
+    """Read ``NAME=DIR`` pairs; a path without a name is called after its last folder.
+
+    Raises:
+        UserError: an empty path, or a name used twice.
+    """
+    result: dict[str, str] = {}
+    for value in values:
+        name, equals, path = value.partition("=")
+        if not equals or "/" in name:
+            path, name = value, Path(value).name or value
+        if not path or not name:
+            raise UserError(f"--path {value!r}: expected NAME=DIR")
+        if name in result:
+            raise UserError(f"--path names {name!r} twice; write NAME=DIR with different names")
+        result[name] = path
+    return result
+
+
+def adapter_base(path: str, flag: str) -> str:
+    """The base model that a folder with a LoRA adapter alone names, a folder or a hub name; empty for other paths.
+
+    Raises:
+        UserError: the adapter is damaged; names ``flag``.
+    """
+    folder = Path(path).expanduser()
+    if not (folder / ADAPTER_CONFIG).is_file() or (folder / "config.json").is_file():
+        return ""
+    try:
+        base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{flag} {path}: {ADAPTER_CONFIG} is damaged ({type(error).__name__})") from error
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{flag} {path}: {ADAPTER_CONFIG} does not name the base model")
+    if not any(folder.glob("adapter_model.*")):
+        raise UserError(f"{flag} {path}: the adapter has no weights (adapter_model.safetensors)")
+    beside = (folder / base).resolve()
+    return str(beside) if (beside / "config.json").is_file() else base
+
+
+def check_path(path: str, flag: str) -> None:
+    """Refuse what is no model: no folder, hub name, GGUF file, ``embedded`` or LoRA adapter; without torch.
+
+    Raises:
+        UserError: names ``flag``.
+    """
+    base = adapter_base(path, flag)
+    try:
+        if (base or path) != EMBEDDED:
+            check_model_path(base or path, flag)
+    except UserError as error:
+        raise UserError(f"{flag} {path}: its base model can not be found: {error}" if base else str(error)) from error
+
+
+def check_loading(load: LoadArguments) -> None:
+    """Refuse a template that is not there, and bits that need a package which is not.
+
+    Raises:
+        UserError: names the flag.
+    """
+    check_flag("chat_template", [load.chat_template])
+    if load.quantize != "none" and not importlib.util.find_spec("bitsandbytes"):
+        raise UserError("--quantize needs bitsandbytes: pip install bitsandbytes -c constraints.txt")

@@ -7,19 +7,18 @@ same folder twice. `load_chat_models` is the whole interface; the terminal chat 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from chat_arguments import LoadArguments
+from chat_arguments import LoadArguments, adapter_base
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
@@ -30,9 +29,7 @@ from training.utils.engine.zero_config import DTYPES
 from training.utils.errors import UserError
 from training.utils.model.loading import check_sizes, remote_code, resolve_model
 from training.utils.model.tokenizer import load_tokenizer
-from training.utils.run.folders import is_finished, latest_output, runs_newest_first
 
-ADAPTER_CONFIG = "adapter_config.json"
 # What a damaged or foreign folder makes transformers, PEFT and safetensors raise while they load.
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, SafetensorError)
 
@@ -90,44 +87,6 @@ class ChatModel:
         return self.weights.model.get_input_embeddings().weight.device
 
 
-def latest_models() -> tuple[dict[str, str], str]:
-    """SFT, DPO and RLHF of the newest run that has one of the latter, and its reward model ("" if it has none).
-
-    Raises:
-        UserError: no run has got that far; names the ways on.
-    """
-    try:
-        tuned = ({"DPO": run / "dpo", "RLHF": run / "step3"} for run in runs_newest_first())
-        finished = ({name: path for name, path in paths.items() if is_finished(path)} for paths in tuned)
-        found = next((paths for paths in finished if paths), None) or {"RLHF": latest_output("step3")}
-        run = next(iter(found.values())).parent
-        sft = run / "step1" if is_finished(run / "step1") else latest_output("step1")
-    except UserError as error:
-        raise UserError(f"{error}; or name models with --path") from error
-    judge = run / "step2"
-    models = {name: str(path / "actor" if name == "RLHF" else path) for name, path in found.items()}
-    return {"SFT": str(sft), **models}, str(judge) if is_finished(judge) else ""
-
-
-def named_paths(values: Sequence[str]) -> dict[str, str]:
-    """Read ``NAME=DIR`` pairs; a path without a name is called after its last folder.
-
-    Raises:
-        UserError: an empty path, or a name used twice.
-    """
-    result: dict[str, str] = {}
-    for value in values:
-        name, equals, path = value.partition("=")
-        if not equals or "/" in name:
-            path, name = value, Path(value).name or value
-        if not path or not name:
-            raise UserError(f"--path {value!r}: expected NAME=DIR")
-        if name in result:
-            raise UserError(f"--path names {name!r} twice; write NAME=DIR with different names")
-        result[name] = path
-    return result
-
-
 def load_chat_models(paths: dict[str, str], arguments: LoadArguments, report: Callable[[str], None]) -> list[ChatModel]:
     """Load every model, in order; every path is looked at before the first weights are read.
 
@@ -181,22 +140,11 @@ def _check_options(arguments: LoadArguments) -> None:
 
 def _resolve(path: str) -> tuple[str, str | None]:
     """Path -> (folder or hub name of the weights, folder of the adapter or None)."""
-    folder = Path(path).expanduser()
-    if not (folder / ADAPTER_CONFIG).is_file() or (folder / "config.json").is_file():
+    base = adapter_base(path, "--path")
+    if not base:
         return resolve_model(path, "--path"), None
     try:
-        base = json.loads((folder / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--path {path}: {ADAPTER_CONFIG} is damaged ({type(error).__name__})") from error
-    if not isinstance(base, str) or not base:
-        raise UserError(f"--path {path}: {ADAPTER_CONFIG} does not name the base model")
-    if not any(folder.glob("adapter_model.*")):
-        raise UserError(f"--path {path}: the adapter has no weights (adapter_model.safetensors)")
-    beside = (folder / base).resolve()
-    try:
-        return resolve_model(str(beside) if (beside / "config.json").is_file() else base, "--path"), str(
-            folder.resolve()
-        )
+        return resolve_model(base, "--path"), str(Path(path).expanduser().resolve())
     except UserError as error:
         raise UserError(f"--path {path}: its base model can not be found: {error}") from error
 

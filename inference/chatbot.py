@@ -283,15 +283,17 @@ def chat_loop(model: ChatModel, sampling: SamplingArguments, system: str, keep: 
 def main(argv: Sequence[str]) -> int:
     """Parse, load, chat; 0 when the user leaves."""
     # Heavy imports come after the flags have been checked, so --help and mistakes answer at once.
-    from chat_arguments import LoadArguments, SamplingArguments
+    from chat_arguments import LoadArguments, SamplingArguments, check_loading, check_path, latest_models
 
     chat, sampling, load = parse(
         [ChatArguments, SamplingArguments, LoadArguments], argv, prog="chatbot.py", description=__doc__ or ""
     )
-    print("starting ...", flush=True)
-    from chat_models import latest_models, load_chat_models
-
     path = chat.path or list(latest_models()[0].values())[-1]
+    check_path(path, "--path")
+    check_loading(load)
+    print("starting ...", flush=True)
+    from chat_models import load_chat_models
+
     [model] = load_chat_models({Path(path).name or path: path}, load, print)
     print("/help lists the commands")
     chat_loop(model, sampling, chat.system, chat.history)

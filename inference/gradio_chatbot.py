@@ -25,6 +25,7 @@ from page_guard import credentials, free_port, guarded
 from training.utils.arguments import flag, parse
 from training.utils.errors import UserError, run_program
 from training.utils.run.environment import check_environment
+from training.utils.run.inputs import check_model_path
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -84,18 +85,16 @@ def serve(
     return local, public or None
 
 
-def load(page: PageArguments, models: Any) -> tuple[list[ChatModel], RewardModel | None]:
-    """Load what the page shows, one after another.
+def models_of(page: PageArguments) -> tuple[dict[str, str], str]:
+    """Name -> path of each model of the page, and the reward model's path or nothing; without torch.
 
     Args:
         page: paths; empty ones mean the latest run.
-        models: `chat_models.LoadArguments`.
 
     Raises:
         UserError: a path without a model, too many models.
     """
-    from chat_models import latest_models, load_chat_models, named_paths
-    from chat_reward import load_reward_model
+    from chat_arguments import check_path, latest_models, named_paths
 
     paths, reward_path = named_paths(page.path), page.reward_model
     if not paths:
@@ -103,10 +102,30 @@ def load(page: PageArguments, models: Any) -> tuple[list[ChatModel], RewardModel
         reward_path = reward_path or judge
     if len(paths) > MAX_MODELS:
         raise UserError(f"--path: at most {MAX_MODELS} models fit side by side")
+    for path in paths.values():
+        check_path(path, "--path")
+    if reward_path:
+        check_model_path(reward_path, "--reward_model")
+    return paths, reward_path
+
+
+def load(paths: dict[str, str], reward_path: str, models: Any) -> tuple[list[ChatModel], RewardModel | None]:
+    """Load what the page shows, one after another.
+
+    Args:
+        paths, reward_path: from `models_of`.
+        models: `chat_models.LoadArguments`.
+
+    Raises:
+        UserError: a path without a model.
+    """
+    from chat_models import load_chat_models
+    from chat_reward import load_reward_model
+
     if reward_path:
         from training.utils.model.loading import resolve_model
 
-        resolve_model(reward_path, "--reward_model")  # a wrong path is said before minutes of loading
+        resolve_model(reward_path, "--reward_model")  # a wrong one is said before minutes of loading
     loaded = load_chat_models(paths, models, _say)
     return loaded, load_reward_model(reward_path, _say) if reward_path else None
 
@@ -117,7 +136,7 @@ def _say(line: str) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Parse, load, serve until Ctrl-C."""
-    from chat_arguments import LoadArguments, SamplingArguments
+    from chat_arguments import LoadArguments, SamplingArguments, check_loading
 
     from training.utils.run.folders import make_dir, output_root, shown
 
@@ -133,12 +152,14 @@ def main(argv: Sequence[str]) -> int:
     make_dir(votes.parent, "--votes_path")
     if votes.is_dir():
         raise UserError(f"--votes_path {votes} is a folder, name a file")
+    paths, reward_path = models_of(page)
+    check_loading(models)
     _say("starting ...")  # the imports below take seconds
     # before gradio is imported: it reads the switch then
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     from chat_page import STYLE, build_page
 
-    loaded, judge = load(page, models)
+    loaded, judge = load(paths, reward_path, models)
     blocks = build_page(loaded, judge, sampling, votes, blind=page.blind, system=page.system)
     blocks.queue(max_size=server.max_queue)
     local, public = serve(blocks, server, login, STYLE)

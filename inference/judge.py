@@ -16,6 +16,8 @@ that was killed goes on.
 
 from __future__ import annotations
 
+import ipaddress
+import re
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -99,16 +101,33 @@ def parse_flags(argv: Sequence[str]) -> list[Any]:
 def _check_endpoint(endpoint: EndpointArguments) -> None:
     try:
         url = urlsplit(endpoint.judge_url)
+        port = url.port  # a ValueError where it is no number, or above 65535; its text may hold a password
     except ValueError:
-        url = urlsplit("")
-    if url.scheme not in ("http", "https") or not url.hostname:
-        raise UserError("--judge_url: expected http://HOST:PORT/v1 or https://HOST/v1")
+        url, port = urlsplit(""), 0
+    lacks_port = port == 0 or url.netloc.endswith(":")
+    if url.scheme not in ("http", "https") or not _is_host(url.hostname or "") or lacks_port:
+        raise UserError("--judge_url: expected http://HOST:PORT/v1 or https://HOST/v1, a port from 1 to 65535")
     if url.username or url.password or url.query or url.fragment:
         raise UserError("--judge_url: no user, password or query in it; a key is read from TRIPOD_JUDGE_KEY")
     if not endpoint.judge_model:
         raise UserError("--judge_url needs --judge_model, the model's name there")
     if endpoint.rubric and not Path(endpoint.rubric).expanduser().is_file():
         raise UserError(f"--rubric {endpoint.rubric}: no such file")
+
+
+def _is_host(name: str) -> bool:
+    """Whether a host can be called so: an address, or a name of letters, digits and - (_ in those of containers)."""
+    if ":" in name or re.fullmatch(r"[\d.]+", name):
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            return False
+        return True
+    try:
+        parts = name.removesuffix(".").encode("idna").decode("ascii").split(".")
+    except UnicodeError:  # an empty or too long part, too
+        return False
+    return all(re.fullmatch(r"[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?", part) for part in parts)
 
 
 def to_compare(line: Line) -> list[int]:

@@ -20,9 +20,13 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # outside the environment, to say so
 
+from chat_arguments import latest_models
+
 from training.utils.arguments import AUTO, PRECISIONS, flag, parse
 from training.utils.errors import UserError, run_program
+from training.utils.run.demo import EMBEDDED
 from training.utils.run.environment import check_environment
+from training.utils.run.inputs import check_model_path
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -54,6 +58,16 @@ def check_port(host: str, port: int) -> None:
         raise UserError(f"--host {host} --port {port}: {error.strerror or error}") from error
 
 
+def check_model(path: str) -> None:
+    """Refuse a path without a model; without torch.
+
+    Raises:
+        UserError: names the flag.
+    """
+    if path != EMBEDDED:
+        check_model_path(path, "--path")
+
+
 def check_kind(path: str) -> None:
     """See that a folder's model answers in text.
 
@@ -72,12 +86,14 @@ def check_kind(path: str) -> None:
 def main(argv: Sequence[str]) -> int:
     """Parse, look at the model, serve; 0 when Ctrl-C ends it."""
     [given] = parse([ServeArguments], argv, prog="serve.py", description=__doc__ or "")
+    if given.path:
+        check_model(given.path)
     if importlib.util.find_spec("openai") is None:
         raise UserError("transformers' server needs the package openai: pip install openai -c constraints.txt")
     check_port(given.host, given.port)
+    path = given.path or list(latest_models()[0].values())[-1]
     print("starting ...", flush=True)
     import torch
-    from chat_models import latest_models
     from transformers.cli.serve import Serve
     from transformers.cli.serving.model_manager import ModelManager
 
@@ -85,7 +101,7 @@ def main(argv: Sequence[str]) -> int:
     from training.utils.engine.zero_config import DTYPES
     from training.utils.model.loading import resolve_model
 
-    model = resolve_model(given.path or list(latest_models()[0].values())[-1], "--path")
+    model = resolve_model(path, "--path")
     check_kind(model)
     dtype, line = for_device(given.dtype, torch.device("cuda:0" if torch.cuda.is_available() else "cpu"))
     if line:

@@ -25,6 +25,7 @@ STEP1, STEP2, DPO, STEP3 = (
 )
 EVALUATE1, EVALUATE2, EVALUATE3 = (step.replace("main", "evaluate") for step in (STEP1, STEP2, STEP3))
 PREVIEW, REPORT = "-m training.utils.data.preview", "-m training.report"
+CONVERT = "-m training.migrate.reward_model"
 GENERATE, JUDGE, SERVE = (f"inference/{name}.py" for name in ("generate", "judge", "serve"))
 PROGRAMS = [
     *(STEP1, STEP2, DPO, STEP3, EVALUATE1, EVALUATE2, EVALUATE3, PREVIEW, REPORT, "train.py"),
@@ -63,6 +64,7 @@ MISTAKES = [
             (EVALUATE2, "inf,1,1"),
             (EVALUATE3, ","),
             (PREVIEW, "1,2,x"),
+            ("train.py", "2:4:4"),
             (GENERATE, "2:4:4"),
         )
     ),
@@ -75,6 +77,7 @@ MISTAKES = [
             (STEP3, "prompt=", "NAME=COLUMN"),
             (PREVIEW, "zzz=q", "no format has a column zzz"),
             (GENERATE, "prompt", "NAME="),
+            ("train.py", "prompt:question", "NAME=COLUMN"),
         )
     ),
     (STEP1, "--deepspeed_config none.json", ["--deepspeed_config none.json", "no such file"]),
@@ -87,6 +90,31 @@ MISTAKES = [
     (GENERATE, "--model embedded --data_path none.jsonl", ["none.jsonl", "no such file"]),
     (GENERATE, "--model embedded --best_of 4", ["--best_of", "--reward_model"]),
     (JUDGE, "--answers README.md --judge none.py:f", ["--judge none.py:f", "no such file"]),
+    ("inference/chatbot.py", "--path /none", ["--path /none: no such folder"]),
+    ("inference/chatbot.py", "--path README.md", ["--path README.md: no such folder"]),
+    ("inference/chatbot.py", "--path embedded --chat_template none.jinja", ["--chat_template none.jinja", "no such"]),
+    ("inference/gradio_chatbot.py", "--path A=/none", ["--path /none: no such folder"]),
+    ("inference/gradio_chatbot.py", "--path a=embedded a=embedded", ["--path names 'a' twice"]),
+    ("inference/gradio_chatbot.py", "--path =embedded", ["expected NAME=DIR"]),
+    ("inference/gradio_chatbot.py", "--path a=/1 b=/2 c=/3 d=/4 e=/5", ["--path: at most 4 models"]),
+    ("inference/gradio_chatbot.py", "--path embedded --reward_model /none", ["--reward_model /none: no such folder"]),
+    (SERVE, "--path /none", ["--path /none: no such folder"]),
+    (CONVERT, "--path /none --output_dir out", ["--path /none: no such folder"]),
+    (CONVERT, "--path training --output_dir out", ["--path training: no weights there"]),
+    *(
+        (JUDGE, f"--answers a --judge_model m --judge_url {url}", ["--judge_url", "http://HOST:PORT/v1"])
+        for url in (
+            *("http://localhost:99999/v1", "http://localhost:0/v1", "http://localhost:/v1", "http://a:b/v1", "a:80/v1"),
+            *(
+                "http://300.1.1.1/v1",
+                "http://[::g]/v1",
+                "http://a..b/v1",
+                "http://-a/v1",
+                "http://a,b/v1",
+                "http:///v1",
+            ),
+        )
+    ),
     (JUDGE, "--answers none.jsonl", ["give a judge"]),
     (JUDGE, "--answers none.jsonl --judge train.py:main", ["--answers none.jsonl", "No such file"]),
     (JUDGE, "--answers README.md --judge train.py:main", ["--answers README.md:1", "not JSON"]),

@@ -4,7 +4,8 @@ import sys
 
 import pytest
 import torch
-from chat_models import LoadArguments, latest_models, load_chat_models, named_paths
+from chat_arguments import latest_models, named_paths
+from chat_models import LoadArguments, load_chat_models
 from chat_stream import SamplingArguments, stream_answer
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, GenerationConfig

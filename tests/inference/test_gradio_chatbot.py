@@ -14,7 +14,6 @@ import gradio as gr
 import gradio_chatbot
 import httpx
 import pytest
-from chat_models import LoadArguments
 from chat_reasoning import marks_of
 from chat_reward import load_reward_model
 from chat_sessions import SAME
@@ -283,7 +282,7 @@ def test_a_bad_reward_model_is_said_before_anything_loads(chat_folders, capsys):
         path=[f"A={chat_folders['fox']}"], reward_model="/nowhere", votes_path="", blind=False, system=""
     )
     with pytest.raises(UserError, match="--reward_model /nowhere"):
-        gradio_chatbot.load(arguments, LoadArguments())
+        gradio_chatbot.models_of(arguments)
     assert "loading" not in capsys.readouterr().out
 
 

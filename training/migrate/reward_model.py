@@ -25,6 +25,7 @@ from typing import Any
 from training.utils import arguments
 from training.utils.arguments import AUTO, DTYPE_HELP, PRECISIONS, DataArguments, flag
 from training.utils.errors import UserError, run_program
+from training.utils.run.files import read_object
 from training.utils.run.runtime import prepare_runtime
 
 
@@ -52,8 +53,43 @@ class ConversionArguments:
 
 def parse_flags(argv: Sequence[str]) -> list[Any]:
     """The flags; without torch."""
-    groups = [ConversionArguments, DataArguments]
-    return arguments.parse(groups, argv, prog="python -m training.migrate.reward_model", description=__doc__ or "")
+    parsed = arguments.parse(
+        [ConversionArguments, DataArguments],
+        argv,
+        prog="python -m training.migrate.reward_model",
+        description=__doc__ or "",
+    )
+    check_folder(parsed[0])
+    return parsed
+
+
+def check_folder(args: ConversionArguments) -> None:
+    """Refuse a folder that is not there, or has no weights or no configuration.
+
+    Raises:
+        UserError: names the flag.
+    """
+    folder = Path(args.path).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"--path {args.path}: no such folder")
+    if not weight_files(folder):
+        raise UserError(f"--path {args.path}: no weights there (pytorch_model.bin)")
+    config = config_folder(args) / "config.json"
+    if not config.is_file():
+        raise UserError(f"--path {args.path}: no config.json there; name the base model's folder, which has one, with "
+                        "--tokenizer_name_or_path")  # fmt: skip
+    read_object(config)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files with a model's weights."""
+    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+
+
+def config_folder(args: ConversionArguments) -> Path:
+    """Where the configuration is: beside the weights, else beside the tokenizer."""
+    folder, base = Path(args.path).expanduser(), Path(args.tokenizer_name_or_path).expanduser()
+    return folder if (folder / "config.json").is_file() or not (base / "config.json").is_file() else base
 
 
 if __name__ == "__main__":
@@ -115,7 +151,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     Raises:
         UserError: no weights there, or a file that holds other things too.
     """
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    files = weight_files(folder)
     if not files:
         raise UserError(f"{folder}: no weights there (pytorch_model.bin)")
     weights: dict[str, torch.Tensor] = {}
@@ -247,9 +283,7 @@ def main(argv: Sequence[str]) -> int:
     """Convert; returns the exit code."""
     args, data = parse_flags(argv)
     folder, output = Path(args.path).expanduser(), Path(args.output_dir).expanduser()
-    base = Path(args.tokenizer_name_or_path).expanduser()
-    has_config = (folder / "config.json").is_file() or not (base / "config.json").is_file()
-    config, weights = read_config(folder if has_config else base), read_weights(folder)
+    config, weights = read_config(config_folder(args)), read_weights(folder)
     layout = layout_of(weights, folder)
     tokenizer = load_their_tokenizer(
         args.tokenizer_name_or_path or str(folder), folder, layout, args, data.chat_template
