@@ -107,7 +107,7 @@ class Endpoint:
         rubric = RUBRIC
         if flags.rubric:
             try:
-                rubric = Path(flags.rubric).expanduser().read_text(encoding="utf-8").strip()
+                rubric = Path(flags.rubric).expanduser().read_text(encoding="utf-8-sig").strip()
             except (OSError, UnicodeDecodeError) as error:
                 raise UserError(f"--rubric {flags.rubric}: can not be read ({type(error).__name__})") from None
             if not rubric:

@@ -264,7 +264,7 @@ def by_url(server, path, *flags):
 def test_every_two_answers_are_asked_both_ways_round(answers, served, tmp_path, capsys):
     server = served(longer)
     rubric = tmp_path / "rubric.txt"
-    rubric.write_text("Prefer what is long.")
+    rubric.write_bytes(b"\xef\xbb\xbfPrefer what is long.\r\n")
     assert by_url(server, answers(), "--rubric", rubric) == 0
     assert len(server.requests) == 5 * 4 * 3
     asked = [(*shown(body), body["messages"][1]["content"]) for _, _, _, body in server.requests]

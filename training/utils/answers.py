@@ -64,7 +64,7 @@ def read_answers(path: str | Path, flag: str, at_least: int = 2) -> list[Line]:
 
 def _json_lines(path: Path, flag: str) -> Iterator[tuple[int, Any]]:
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise UserError(f"{flag} {path}: {reason}") from None

@@ -179,7 +179,7 @@ def read_user_config(path: str) -> dict[str, Any]:
     if not path:
         return {}
     try:
-        text = path if path.lstrip().startswith("{") else Path(path).expanduser().read_text(encoding="utf-8")
+        text = path if path.lstrip().startswith("{") else Path(path).expanduser().read_text(encoding="utf-8-sig")
         config = json.loads(text, object_pairs_hook=once_each)
     except UnicodeDecodeError as error:
         raise UserError(f"--deepspeed_config {path}: not a text file") from error

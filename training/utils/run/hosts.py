@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import hashlib
 import re
 import shutil
 import subprocess
@@ -11,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from training.utils.errors import UserError
+from training.utils.run.files import write_whole
+from training.utils.run.folders import cache_dir
 
 SSH_SECONDS = 8
 _LINE = re.compile(r"(\S+)\s+slots=([1-9]\d*)")
@@ -24,7 +28,9 @@ def read_hostfile(path: str) -> dict[str, int]:
     """
     hosts: dict[str, int] = {}
     try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+        lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"--hostfile {path}: not UTF-8; save it as UTF-8") from error
     except OSError as error:
         raise UserError(f"--hostfile {path}: {error.strerror}") from error
     for number, line in enumerate(lines, 1):
@@ -40,6 +46,18 @@ def read_hostfile(path: str) -> dict[str, int]:
     if not hosts:
         raise UserError(f"--hostfile {path}: no host in it; a line reads: worker-1 slots=8")
     return hosts
+
+
+def _for_launcher(path: str) -> str:
+    """The hostfile that DeepSpeed reads: a copy where an editor's mark of UTF-8 would be part of the first host."""
+    file = Path(path).expanduser()
+    content = file.read_bytes() if file.is_file() else b""
+    if not content.startswith(codecs.BOM_UTF8):
+        return path
+    copy = cache_dir() / f"hostfile-{hashlib.sha256(content).hexdigest()[:16]}"
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(copy, content.decode("utf-8-sig", "replace"))
+    return str(copy)
 
 
 def check_hosts(path: str) -> None:
@@ -91,7 +109,13 @@ def with_ranks(launcher: Sequence[str], ranks: int | None, hostfile: str, visibl
         UserError: fewer devices are visible than ranks are asked for.
     """
     if hostfile:
-        return [*launcher, "--hostfile", hostfile, *(["--num_gpus", str(ranks)] if ranks else []), "--quiet"]
+        return [
+            *launcher,
+            "--hostfile",
+            _for_launcher(hostfile),
+            *(["--num_gpus", str(ranks)] if ranks else []),
+            "--quiet",
+        ]
     count, devices = ranks or 1, [name.strip() for name in (visible or "").split(",") if name.strip()]
     if not devices:
         return [*launcher, "--num_gpus", str(count), "--quiet"]

@@ -35,7 +35,7 @@ def read_recipe(name: str) -> tuple[str, dict[str, dict[str, Any]]]:
         names = ", ".join(sorted(bundled))
         raise UserError(f"--recipe {name}: no such file, and no recipe of that name; there are: {names}")
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _loader()) or {}
+        content = yaml.load(path.read_text(encoding="utf-8-sig"), _loader()) or {}
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:  # ValueError: a date that is none
         raise UserError(f"--recipe {path}: not readable as YAML: {error}") from error
     except OSError as error:
