@@ -1,7 +1,8 @@
 """Translate the command of a project that this one follows into the command here, line by line with what has changed.
 
     python -m training.migrate "deepspeed --num_gpus 1 main.py --actor_model_name_or_path A --actor_dropout 0.0 ..."
-    python -m training.migrate "$(cat run_1.3b.sh)"        a script whose variables are filled in
+    python -m training.migrate run_1.3b.sh ./output 2      a script with its arguments
+    python -m training.migrate "$(cat run_1.3b.sh)"        a script's text, which has none
     python -m training.migrate "colossalai run --nproc_per_node 4 train_ppo.py --pretrain A --plugin zero2 ..."
     python -m training.migrate --run "..."                 starts it, too
 
@@ -17,8 +18,8 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from training.migrate.predecessors import PREDECESSORS
-from training.migrate.shell import VARIABLE, quoted
 from training.migrate.translate import Translated, translate
+from training.migrate.words import left_to_the_shell, quoted
 from training.utils import arguments
 from training.utils.errors import UserError, run_program
 from training.utils.run.environment import check_environment
@@ -39,7 +40,7 @@ OPTIONS = ("--run", "--no-run", "--help", "-h")
 
 
 def parse_flags(argv: Sequence[str]) -> tuple[list[Any], str]:
-    """The flags, and the command, which is one argument or all that follow the flags.
+    """The flags, and the command, which is one argument or all that follow the flags; a script's file is started.
 
     Raises:
         UserError: there is no command.
@@ -52,6 +53,8 @@ def parse_flags(argv: Sequence[str]) -> tuple[list[Any], str]:
     groups = arguments.parse([MigrateArguments], own, prog="python -m training.migrate", description=__doc__ or "")
     if not words:
         raise UserError('give the command to translate: python -m training.migrate "deepspeed main.py ..."')
+    if os.path.isfile(words[0]) and (words[0].endswith(".sh") or (len(words) == 1 and not words[0].endswith(".py"))):
+        words = ["bash", *words]
     return groups, words[0] if len(words) == 1 else " ".join(map(quoted, words))
 
 
@@ -62,7 +65,7 @@ def filled(word: str) -> str:
         UserError: a variable that is not set.
     """
     found = os.path.expanduser(os.path.expandvars(word))
-    if left := VARIABLE.search(found):
+    if left := left_to_the_shell(found):
         raise UserError(f"--run: {left[0]} is not set here: export it, or write its value in its place")
     return found
 
@@ -70,7 +73,8 @@ def filled(word: str) -> str:
 def start(made: Translated) -> NoReturn:
     """Become a translated command."""
     script = shown(repository_root() / made.ours.script)
-    launcher = [*deepspeed_launcher(), *made.launcher] if made.ours.launched else [sys.executable]
+    starter = [sys.executable, "-m", "torch.distributed.run"] if made.starter == "torchrun" else deepspeed_launcher()
+    launcher = [*starter, *made.launcher] if made.ours.launched else [sys.executable]
     words = [filled(word) for word in (*launcher, script, *made.arguments)]
     environment = dict(filled(entry).split("=", 1) for entry in made.environment)
     os.execvpe(words[0], words, os.environ | environment)

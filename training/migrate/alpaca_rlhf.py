@@ -7,7 +7,6 @@ from training.migrate.deepspeed_chat import same
 from training.migrate.program import Constant, Predecessor, Program, Translation
 from training.utils.arguments import OtherFlag
 
-DROPOUT_OFF = OtherFlag(bool, said="dropout is always off")
 LATER = ("--dtype", "--dropout", "--actor_dropout", "--critic_dropout", "--compute_fp32_loss", "--enable_tensorboard",
          "--tensorboard_path", "--add_eot_token", "--eot_token", "--print_loss", "--eval_interval", "--eval_iters",
          "--offload_reward_model", "--enable_mixed_precision_lora", "--align_overflow", "--print_answers",
@@ -20,8 +19,8 @@ def before(flags: dict[str, OtherFlag]) -> dict[str, OtherFlag]:
     return {name: other for name, other in flags.items() if name not in LATER} | same("data_split", str, "4,4,2")
 
 
-STEP1 = {**before(chat.STEP1), "--disable_dropout": DROPOUT_OFF}
-STEP2 = {**before(chat.STEP2), "--disable_dropout": DROPOUT_OFF}
+STEP1 = before(chat.STEP1)
+STEP2 = before(chat.STEP2)
 STEP3 = {
     **before(chat.RLHF),
     **same("tokenizer_name_or_path", str),
@@ -31,8 +30,7 @@ STEP3 = {
     ),
     "--per_device_mini_train_batch_size": OtherFlag(int, 16, "--per_device_training_batch_size", minimum=1),
     "--generation_batch_numbers": OtherFlag(int, 1, "--generation_batches", minimum=1),
-    "--disable_actor_dropout": DROPOUT_OFF,
-    "--disable_critic_dropout": DROPOUT_OFF,
+    **chat.DISABLE_DROPOUTS,
 }  # fmt: skip
 
 FP16 = {"--dtype": Constant("fp16", "fp16 is fixed there")}

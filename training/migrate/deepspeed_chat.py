@@ -9,6 +9,8 @@ from training.utils.arguments import SCHEDULES, OtherFlag
 ALWAYS_FP32 = "losses and log-probs are always computed in fp32"
 TEMPLATE_END = "every response ends with the template's own end token"
 NO_DROPOUT = "dropout is always off, 0.0 is the one value there is: with it the first PPO ratio would not be 1"
+DROPOUT_OFF = OtherFlag(bool, said="dropout is always off")
+OF_2023 = "its name in 2023; defaults and constants are those of February 2025"
 TENSORBOARD = "TensorBoard is on by default, see --report_to"
 SPEED_ONLY = "it changed the speed alone"
 
@@ -40,6 +42,8 @@ COMMON: dict[str, OtherFlag] = {
     "--num_padding_at_beginning": OtherFlag(int, 1, said="padding is known from explicit masks", minimum=0),
 }
 
+DISABLE_DROPOUT = {"--disable_dropout": DROPOUT_OFF}  # of 2023
+
 # Steps 1 and 2, and DPO
 FINE_TUNING = {
     **COMMON,
@@ -59,6 +63,7 @@ FINE_TUNING = {
 
 STEP1 = {
     **FINE_TUNING,
+    **DISABLE_DROPOUT,
     **same("learning_rate", float, 1e-3, minimum=0),
     **same("sft_only_data_path", str, many=True),
     "--eot_token": OtherFlag(str, said=TEMPLATE_END),
@@ -67,6 +72,7 @@ STEP1 = {
 
 STEP2 = {
     **FINE_TUNING,
+    **DISABLE_DROPOUT,
     **same("learning_rate", float, 5e-5, minimum=0),
     **same("eval_interval", int, 0, minimum=0),
     "--eval_iters": OtherFlag(int, 100, said="every held-out pair counts; --eval_data_path NAME:N takes N", minimum=1),
@@ -123,8 +129,18 @@ RLHF = {
     "--tp_gather_partition_size": OtherFlag(int, 8, said=f"{SPEED_ONLY}, of --inference_tp_size", minimum=1),
 }  # fmt: skip
 
+# Names that step 3 had in 2023 -> those of later
+NAMES_OF_2023 = {
+    "--per_device_train_batch_size": "--per_device_generation_batch_size",
+    "--per_device_mini_train_batch_size": "--per_device_training_batch_size",
+    "--generation_batch_numbers": "--generation_batches",
+}
+DISABLE_DROPOUTS = {"--disable_actor_dropout": DROPOUT_OFF, "--disable_critic_dropout": DROPOUT_OFF}
+
 STEP3 = {
     **RLHF,
+    **DISABLE_DROPOUTS,
+    **{name: OtherFlag(int, None, ours, OF_2023, minimum=1) for name, ours in NAMES_OF_2023.items()},
     **same("per_device_generation_batch_size", int, 16, minimum=1),
     **same("per_device_training_batch_size", int, 16, minimum=1),
     **same("generation_batches", int, 1, minimum=1),
@@ -244,9 +260,7 @@ def settle_rlhf(t: Translation) -> None:
 def settle_step3(t: Translation) -> None:
     """DeepSpeed-Chat's step 3."""
     settle_rlhf(t)
-    settle_accumulation(
-        t, "--per_device_generation_batch_size", "--per_device_training_batch_size", "--generation_batches"
-    )
+    settle_accumulation(t, *(old if old in t.given else new for old, new in NAMES_OF_2023.items()))
     if not t.theirs("--enable_test_mode"):
         t.leave("--num_iterations", "--test_stop_step counts with --enable_test_mode")
 

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import re
-import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
+from training.migrate.filling import final
+from training.migrate.grammar import ASSIGNMENT
+from training.migrate.script import BEFORE, Run, read_script
+from training.migrate.words import left_to_the_shell
 from training.utils.errors import UserError
 
-_SEPARATORS = (";", "&&", "||", "|", "&")
-_ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=")
-VARIABLE = re.compile(r"\$\{?(\w+)(?:\[@\])?\}?")
-_ARRAY = re.compile(r"^\s*(?:declare -a )?(\w+)=\(([^()]*)\)", re.MULTILINE)  # dataset=(a b c), over several lines
-_REMARK = re.compile(r"\\[ \t]+#[^\n]*$", re.MULTILINE)  # behind a line that goes on, as their pages have it
-_BEFORE = ("nohup", "time", "exec", "env", "sudo", "then", "do", "else", "export")  # of a command's own words
 _ENVIRONMENTS = ("poetry", "uv", "pipenv", "pdm", "hatch")  # with "run" behind it: the environment of what follows
 _BOOTSTRAPS = ("my_deepspeed.py",)  # start deepspeed's launcher and take its flags
-_LOOPS = ("for", "while", "until", "select")
 _OTHERS = ("torchrun", "colossalai", "accelerate")  # launchers
 _MODULES = {
     **dict.fromkeys(("torch.distributed.run", "torch.distributed.launch"), "torchrun"),
@@ -54,6 +50,7 @@ class Command:
         environment: ``NAME=value`` before it.
         launcher: flags for deepspeed's launcher.
         all_gpus: it is deepspeed's launcher without flags, which takes all GPUs.
+        by_deepspeed: their launcher is deepspeed's, too.
         script: the program's path, below the folder that ``cd`` went to.
         arguments: what follows it.
         notes: what was read over, a line each.
@@ -62,6 +59,7 @@ class Command:
     environment: list[str] = field(default_factory=list)
     launcher: list[str] = field(default_factory=list)
     all_gpus: bool = False
+    by_deepspeed: bool = False
     script: str = ""
     arguments: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -70,110 +68,60 @@ class Command:
 def read_command(text: str) -> Command:
     """The command in a text: one line, or a whole script of which one command starts a Python program.
 
-    Lines may be continued by backslashes; variables that the text sets are filled in, others stay for the shell.
+    Variables that the text sets are filled in, and conditions on them decided; others stay for the shell.
 
     Raises:
         UserError: there is no such command or several, or a quote is open.
     """
-    simple, notes = _simple_commands(text, {})
-    found: list[Command] = []
-    folder = ""
-    loops: list[str] = []
-    for words in simple:
-        if words[0].split("(")[0] in _LOOPS:
-            loops.append(" ".join(words))
-        elif words[0] == "done" and loops:
-            loops.pop()
-        elif words[0] == "cd" and len(words) == 2:
-            folder = str(PurePosixPath(folder) / words[1])
-        elif (command := _started(words)) is not None:
-            if loops:
-                raise UserError(f"{command.script} is started by a loop, {loops[-1]!r}: give the command in it alone, "
-                                "and put what it becomes in its place")  # fmt: skip
-            command.script = str(PurePosixPath(folder) / command.script)
-            found.append(command)
-    if len(found) != 1:
-        problem = "starts no Python program" if not found else f"starts {len(found)} programs: give one at a time"
-        raise UserError(f"this command {problem}" + ("" if found else ', as in "deepspeed --num_gpus 2 main.py ..."'))
-    [command] = found
-    left = sorted({m[0] for word in command.arguments for m in VARIABLE.finditer(word)})
-    command.notes += notes + [f"{name} stays as it is, for the shell to fill in" for name in left]
+    runs, notes, ended = read_script(text)
+    started = [(run, command) for run in runs if (command := _started(run.words)) is not None]
+    for run, command in started:
+        if run.inside.endswith("()"):
+            raise UserError(f"{run.inside} is no launcher that is known here: give the command in it alone")
+        if run.inside:
+            raise UserError(f"{command.script} is started by a loop, {run.inside!r}: give the command in it alone, "
+                            "and put what it becomes in its place")  # fmt: skip
+    if len(started) > 1:
+        raise UserError(f"this command starts {len(started)} programs: give one at a time")
+    if not started and ended:
+        raise UserError(f'this command ends at {ended!r} before it starts a Python program: give the script\'s '
+                        'arguments, as in "bash FILE.sh OUTPUT 3"')  # fmt: skip
+    if not started:
+        raise UserError('this command starts no Python program, as in "deepspeed --num_gpus 2 main.py ..."')
+    [(run, command)] = started
+    finish(command, run)
+    command.notes += [*run.notes, *notes]
     return command
 
 
-def _simple_commands(text: str, known: Mapping[str, str]) -> tuple[list[list[str]], list[str]]:
-    """The commands of a text as words, with the variables that it sets filled in, and what was read over."""
-    arrays = {match[1]: " ".join(shlex.split(match[2], comments=True)) for match in _ARRAY.finditer(text)}
-    variables, commands = {**known, **arrays}, list[list[str]]()
-    notes: list[str] = []
-    for line in _REMARK.sub(r"\\", _ARRAY.sub("", text)).replace("\\\n", " ").splitlines():
-        for words in _split(line, notes):
-            words = [part for word in words for part in _filled(word, variables)]
-            while words and words[0] in _BEFORE:
-                words = words[1:]
-            if words and all(_ASSIGNMENT.match(word) for word in words):
-                for name, _, value in (word.partition("=") for word in words):
-                    if not VARIABLE.search(value):
-                        variables[name] = value
-            elif words:
-                inside, more = _script(words, variables)
-                commands += inside or [words]
-                notes += more
-    return commands, notes
+def finish(command: Command, run: Run) -> None:
+    """Add what a script has exported, and say what stays for the shell.
 
-
-def _split(line: str, notes: list[str]) -> list[list[str]]:
-    """A line's commands as words; redirections are taken out and noted."""
-    for comment in re.finditer(r"(?<!\S)#", line):
-        before = line[: comment.start()]
-        if before.count('"') % 2 == before.count("'") % 2 == 0:
-            line = before
-            break
-    line = re.sub(r"(?<=\s)[012](?=>)", "", line)  # of 2>&1
-    lexer = shlex.shlex(line, posix=True, punctuation_chars=";<>|&")
-    lexer.whitespace_split, lexer.commenters = True, ""
-    try:
-        tokens = list(lexer)
-    except ValueError as error:
-        raise UserError(f"{line.strip()[:60]}: {error}") from None
-    commands: list[list[str]] = [[]]
-    while tokens:
-        token = tokens.pop(0)
-        if token in _SEPARATORS:
-            commands.append([])
-        elif set(token) <= set("<>&|;") and set(token) & set("<>"):
-            target = tokens.pop(0) if tokens else ""
-            if token in (">", ">>", "&>", "&>>"):
-                notes.append(f"{token} {target} is left out: send the output of this command where you want it")
-        else:
-            commands[-1].append(token)
-    return [words for words in commands if words]
-
-
-def _filled(word: str, variables: Mapping[str, str]) -> list[str]:
-    """A word with the variables that are known; a list of several words where it is all of an array."""
-    filled = VARIABLE.sub(lambda match: variables.get(match[1], match[0]), word)
-    return filled.split() if word.endswith("[@]}") and filled != word else [filled]
-
-
-def _script(words: Sequence[str], variables: Mapping[str, str]) -> tuple[list[list[str]], list[str]]:
-    """The commands of ``bash FILE ARGUMENTS``; none where a word is a Python program, which a wrapper starts."""
-    if words[0] not in ("bash", "sh") or len(words) < 2 or any(word.endswith(".py") for word in words):
-        return [], []
-    path = Path(words[1])
-    if not path.is_file():
-        raise UserError(f'{words[0]} {words[1]}: no such file here; give the command in it: "$(cat {words[1]})"')
-    arguments = {str(n): word for n, word in enumerate(words[2:], 1)}
-    return _simple_commands(path.read_text(encoding="utf-8", errors="replace"), {**variables, **arguments})
+    Raises:
+        UserError: a form in the command is not read here.
+    """
+    own = {entry.partition("=")[0] for entry in command.environment}
+    exported = [entry for entry in run.environment if entry.partition("=")[0] not in own]
+    command.environment = [final(entry, run.known) for entry in [*exported, *command.environment]]
+    command.launcher = [final(word, run.known) for word in command.launcher]
+    command.arguments = [final(word, run.known) for word in command.arguments]
+    command.script = str(PurePosixPath(final(run.folder, run.known)) / final(command.script, run.known))
+    words = [*command.launcher, *command.arguments]
+    lefts = {left for word in words for left in left_to_the_shell(word)}
+    lefts |= {left for entry in command.environment for left in left_to_the_shell(entry) if left.startswith("$(")}
+    for left in sorted(lefts):
+        undecided = [name for name in re.findall(r"\w+", left) if name in run.known.undecided]
+        why = "".join(f"; {run.known.undecided[name]} decides it" for name in undecided)
+        command.notes.append(f"{left} stays as it is, for the shell to fill in{why}")
 
 
 def _started(words: Sequence[str]) -> Command | None:
     """What a command starts, if it starts a Python program."""
     command, rest = Command(), list(words)
-    while rest and (_ASSIGNMENT.match(rest[0]) or rest[0] in _BEFORE or _chooses_environment(rest)):
+    while rest and (ASSIGNMENT.match(rest[0]) or rest[0] in BEFORE or _chooses_environment(rest)):
         if _chooses_environment(rest):
             rest = rest[2:]
-        elif (word := rest.pop(0)) not in _BEFORE:
+        elif (word := rest.pop(0)) not in BEFORE:
             command.environment.append(word)
     at = next((i for i, word in enumerate(rest) if word.endswith(".py") and not word.endswith(_BOOTSTRAPS)), None)
     if at is None:
@@ -191,6 +139,7 @@ def _started(words: Sequence[str]) -> Command | None:
         _other_launcher(command, name, between)
     elif name in ("", "deepspeed", "bash", "sh") or name.startswith("--"):
         command.launcher, command.all_gpus = between, name == "deepspeed" and not between
+        command.by_deepspeed = name == "deepspeed" or bool(between)
     else:
         raise UserError(f"{name} is no launcher that is known here: give the command of a rank, as in "
                         f'"deepspeed --num_gpus 4 {command.script} ..."')  # fmt: skip
@@ -230,7 +179,7 @@ def _other_launcher(command: Command, launcher: str, flags: Sequence[str]) -> No
             raise UserError(f"{name} {value}: on several hosts give deepspeed a hostfile: --hostfile HOSTS")
         if ours == "--num_gpus" and value in ("gpu", "auto"):
             command.all_gpus = True
-        elif ours == "--num_gpus" and not (value.isdigit() or VARIABLE.search(value)):
+        elif ours == "--num_gpus" and not (value.isdigit() or left_to_the_shell(value)):
             raise UserError(f"{name} {value}: give the number of ranks")
         elif ours:
             command.launcher += [ours, value]
@@ -248,10 +197,3 @@ def _other_launcher(command: Command, launcher: str, flags: Sequence[str]) -> No
         command.notes.append("without --num_processes all GPUs are taken, accelerate's saved configuration is not read")
     elif launcher == "torchrun":
         command.launcher[:0] = ["--num_gpus", "1"]  # its default; deepspeed's is all GPUs
-
-
-def quoted(word: str) -> str:
-    """A word for the shell; its variables and its home folder stay for the shell to fill in."""
-    if re.fullmatch(r"~?[\w@%+=:,./$\{\}\[\]-]+", word):
-        return word
-    return '"' + re.sub(r'(["\\`])', r"\\\1", word) + '"' if VARIABLE.search(word) else shlex.quote(word)

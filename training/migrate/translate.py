@@ -11,17 +11,17 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
+from training.migrate.devices import launch_of, visible
 from training.migrate.e2e import gpus_here
 from training.migrate.predecessors import PREDECESSORS
 from training.migrate.program import THEIR_DEFAULT, Predecessor, Program, Translation, as_text
-from training.migrate.shell import Command, quoted, read_command
+from training.migrate.shell import Command, read_command
+from training.migrate.words import quoted, quoted_entry
 from training.step3_rlhf_finetuning import arguments as step3
 from training.utils import arguments
 from training.utils.arguments import OtherFlag
 from training.utils.errors import UserError
 from training.utils.run.folders import STEPS, repository_root, shown
-
-SINGLE = ["--num_gpus", "1"]  # without flags deepspeed's launcher would take all GPUs, and python starts one process
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Translated:
 
     Attributes:
         predecessor, theirs: where it comes from.
-        environment, launcher, arguments: its parts; the launcher's are deepspeed's flags.
+        environment, starter, launcher, arguments: its parts; the launcher's are the starter's flags.
         ours: its program.
         lines: what has changed.
     """
@@ -69,15 +69,16 @@ class Translated:
     predecessor: Predecessor
     theirs: Program
     environment: list[str]
+    starter: str
     launcher: list[str]
     ours: Ours
     arguments: list[str]
     lines: list[str]
 
     def start(self) -> list[str]:
-        """The words before the arguments."""
-        starter = ["deepspeed", *self.launcher] if self.ours.launched else ["python"]
-        return [*self.environment, *starter, shown(repository_root() / self.ours.script)]
+        """The words before the arguments, but for the environment."""
+        starter = [self.starter, *self.launcher] if self.ours.launched else ["python"]
+        return [*starter, shown(repository_root() / self.ours.script)]
 
     def text(self) -> str:
         """For a terminal or a script: what has changed as comments, then the command, a flag a line."""
@@ -87,7 +88,8 @@ class Translated:
                 rows.append([])
             rows[-1].append(word)
         head = [f"# {self.predecessor.name}, {self.theirs.title}", *(f"#   {line}" for line in self.lines)]
-        return "\n".join(head) + "\n" + " \\\n    ".join(" ".join(map(quoted, row)) for row in rows)
+        environment = "".join(f"{quoted_entry(entry)} " for entry in self.environment)
+        return "\n".join(head) + f"\n{environment}" + " \\\n    ".join(" ".join(map(quoted, row)) for row in rows)
 
 
 def translate(text: str, source: str = "") -> Translated:
@@ -117,9 +119,11 @@ def translate(text: str, source: str = "") -> Translated:
         }  # else the shell's
         checked = [word for name, values in known.items() for word in (name, *values)]
         ours.check(arguments.parse(ours.groups, checked, prog=ours.script, description=""))
-    lines = [*told, *found.lines, *command.notes, *(f"not the same: {line}" for line in program.different)]
-    launcher = command.launcher if command.launcher or command.all_gpus else SINGLE
-    return Translated(predecessor, program, command.environment, launcher, ours, argv, lines)
+    launch = launch_of(command)
+    notes = [*command.notes, *(launch.notes if ours.launched else ())]
+    environment = launch.environment if ours.launched else command.environment
+    lines = [*told, *found.lines, *notes, *(f"not the same: {line}" for line in program.different)]
+    return Translated(predecessor, program, environment, launch.starter, launch.launcher, ours, argv, lines)
 
 
 def choose(command: Command, source: str = "") -> tuple[Predecessor, Program, list[str]]:
@@ -145,18 +149,22 @@ def choose(command: Command, source: str = "") -> tuple[Predecessor, Program, li
         paths = " or ".join(dict.fromkeys(program.paths[0] for _, program in found))
         raise UserError(f"{command.script} may be several steps' program: write its path, {paths}")
     predecessor, program = found[0]
-    others = [p.name for p, _ in found[1:]]
-    told = [f"taken for {predecessor.name}'s; --source {others[0]} takes it for that one's"] if others else []
+    others = [p.name for p, _ in found[1:] if p is not predecessor]
+    name = predecessor.name
+    told = [f"taken for {name}'s, whose defaults and constants count; else give --source {others[0]}"] if others else []
     return predecessor, program, told
 
 
 def ranks_of(command: Command) -> int:
     """The processes that a launcher's flags name, 1 where they name none; without any those of deepspeed here."""
     if command.all_gpus:
-        return gpus_here()
+        return len(visible(command.environment).split(",")) if visible(command.environment) else gpus_here()
     flags = [part for word in command.launcher for part in word.split("=", 1)]
-    named = [flags[i + 1] for i, word in enumerate(flags[:-1]) if word == "--num_gpus"]
-    return int(named[-1]) if named and named[-1].isdigit() else 1
+    given = dict(zip(flags[:-1], flags[1:], strict=True))
+    if given.get("--num_gpus", "").isdigit():
+        return int(given["--num_gpus"])
+    host, _, devices = given.get("--include", "").partition(":")
+    return len(devices.split(",")) if host == "localhost" and devices else 1
 
 
 def _unknown(given: set[str], program: Program) -> int:

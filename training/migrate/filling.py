@@ -1,0 +1,372 @@
+"""Words of a script with the variables filled in that are known; what is not stays for the shell."""
+
+from __future__ import annotations
+
+import ast
+import fnmatch
+import operator
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from training.migrate.words import LITERAL, NAME, expansion_end, expansions, piece_end
+from training.utils.errors import UserError
+
+Value = str | list[str]
+_BRACED = re.compile(r"([A-Za-z_]\w*|\d+|[@*#?$!])(\[[^\]]*\])?(.*)", re.DOTALL)
+_DEFAULT = re.compile(r"(:?[-=+?])(.*)", re.DOTALL)
+_CUT = re.compile(r"(##?|%%?|//?)(.*)", re.DOTALL)
+_GLOB = re.compile(r"[*?\[]")
+_PLAIN = re.compile(r"[\w@%+=:,./-]*")
+_OPERATIONS: dict[type, Callable[[int, int], int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+}
+
+
+@dataclass
+class Variables:
+    """What a script knows at one place.
+
+    Attributes:
+        values: variable -> text, in which what is not known stands as the shell has it, or the texts of an array.
+        arguments: of the script; None where it is a text without any.
+        exported: variables that the programs get, which have a value here or in ``undecided``.
+        undecided: variable -> what decides its value, which can not be known here.
+        unread: forms of known variables that are not read here, as they were met.
+    """
+
+    values: dict[str, Value] = field(default_factory=dict)
+    arguments: list[str] | None = None
+    exported: dict[str, None] = field(default_factory=dict)
+    undecided: dict[str, str] = field(default_factory=dict)
+    unread: set[str] = field(default_factory=set)
+
+    def copy(self) -> Variables:
+        """The same, to go on with apart from these."""
+        arguments = None if self.arguments is None else list(self.arguments)
+        return Variables(dict(self.values), arguments, dict(self.exported), dict(self.undecided), self.unread)
+
+    def set(self, name: str, value: Value, *, add: bool = False) -> None:
+        """Give a variable a value, or add it to the one it has."""
+        before = self.values.get(name)
+        if add and before is None:
+            if name in self.undecided:
+                return
+            before = [] if isinstance(value, list) else f"${name}" if name in os.environ else ""
+        if add and isinstance(before, list):
+            value = before + (value if isinstance(value, list) else [value])
+        elif add and isinstance(before, str):
+            value = [before, *value] if isinstance(value, list) else before + value
+        self.values[name] = value
+        self.undecided.pop(name, None)
+        if name in os.environ:
+            self.exported[name] = None
+
+    def leave_open(self, name: str, why: str) -> None:
+        """A variable's value can not be known from here on."""
+        self.values.pop(name, None)
+        self.undecided[name] = why
+
+    def text(self, name: str) -> str | None:
+        """A variable or an argument as one text; None where it is not known."""
+        if name in self.values:
+            value = self.values[name]
+            return value if isinstance(value, str) else (value[0] if value else "")
+        if self.arguments is None:
+            return "0" if name == "#" else None
+        if name == "#":
+            return str(len(self.arguments))
+        if name.isdigit() and name != "0":
+            return self.arguments[int(name) - 1] if int(name) <= len(self.arguments) else ""
+        return None
+
+    def texts(self, name: str) -> list[str] | None:
+        """All of an array or of the arguments; None where it is not known."""
+        if name in ("@", "*"):
+            return self.arguments or []
+        value = self.values.get(name)
+        return [value] if isinstance(value, str) else value
+
+
+def fields(word: str, known: Variables) -> list[str]:
+    """A word as it is written -> the words that a shell makes of it."""
+    made = _Fields()
+    _read(word, known, made, split=True)
+    return made.found()
+
+
+def text(word: str, known: Variables) -> str:
+    """A word as it is written -> one text, as a shell takes what follows ``NAME=``."""
+    made = _Fields()
+    _read(word, known, made, split=False)
+    return " ".join(made.found())
+
+
+class _Fields:
+    """Words in the making."""
+
+    def __init__(self) -> None:
+        self.words: list[str] = []
+        self.open = False
+
+    def add(self, part: str) -> None:
+        """A part of the word that is open, or the first of a new one."""
+        if self.open:
+            self.words[-1] += part
+        else:
+            self.words.append(part)
+        self.open = True
+
+    def add_split(self, part: str) -> None:
+        """A value, of which a shell makes several words."""
+        for number, piece in enumerate(re.split(r"[ \t\n]+", part)):
+            if number:
+                self.open = False
+            if piece:
+                self.add(piece)
+
+    def found(self) -> list[str]:
+        """The words."""
+        return self.words
+
+
+def _read(word: str, known: Variables, made: _Fields, *, split: bool) -> None:
+    at = 0
+    while at < len(word):
+        end = piece_end(word, at)
+        piece = word[at:end]
+        if piece.startswith("'"):
+            made.add(_literal(piece[1:-1]))
+        elif piece.startswith("\\"):
+            made.add(_literal(piece[1:]))
+        elif piece.startswith('"'):
+            _read_quoted(piece[1:-1], known, made)
+        elif piece.startswith("`") or expansion_end(word, at):
+            _expand(piece, known, made, split=split)
+        else:
+            made.add(piece)
+        at = end
+
+
+def _read_quoted(inner: str, known: Variables, made: _Fields) -> None:
+    if not re.fullmatch(r"\$\{?[@\w]+(\[@\])?\}?", inner) or "@" not in inner:
+        made.add("")  # a word even where nothing is in it
+    at = 0
+    while at < len(inner):
+        end = at + 1 if inner[at] in "'\"" else piece_end(inner, at)
+        piece = inner[at:end]
+        if piece.startswith("\\"):
+            made.add(_literal(piece[1:]) if piece[1:] in ("$", "`", '"', "\\") else piece)
+        elif piece.startswith("`") or expansion_end(inner, at):
+            _expand(piece, known, made, split=False)
+        else:
+            made.add(piece)
+        at = end
+
+
+def _literal(part: str) -> str:
+    return part.replace("$", LITERAL)
+
+
+def _expand(piece: str, known: Variables, made: _Fields, *, split: bool) -> None:
+    """Add what an expansion is; as it is written where that is not known."""
+    name, all_of = _all_of(piece)
+    if all_of and (found := known.texts(name)) is not None:
+        for number, one in enumerate([" ".join(found)] if "*" in piece else found):
+            made.open = made.open and not number
+            made.add_split(one) if split and not expansions(one) else made.add(one)
+        return
+    value = _value(piece, known)
+    if value is None:
+        made.add(_as_left(piece, known))
+    elif split and not expansions(value):
+        made.add_split(value)
+    else:
+        made.add(value)
+
+
+def _all_of(piece: str) -> tuple[str, bool]:
+    """The name in ``$@``, ``${NAME[@]}`` and the like."""
+    if piece in ("$@", "$*", "${@}", "${*}"):
+        return piece.strip("${}"), True
+    match = re.fullmatch(r"\$\{(\w+)\[[@*]\]\}", piece)
+    return (match[1], True) if match else ("", False)
+
+
+def _value(piece: str, known: Variables) -> str | None:
+    """What an expansion is, None where that is not known."""
+    if piece.startswith("$(("):
+        number = arithmetic(piece[3:-2], known)
+        return None if number is None else str(number)
+    if piece.startswith(("$(", "`")):
+        return None
+    if not piece.startswith("${"):
+        return known.text(piece[1:])
+    inner = piece[2:-1]
+    if inner.startswith("#") and (match := re.fullmatch(r"#(\w+)(\[[@*]\])?", inner)):
+        return _length(match[1], bool(match[2]), known)
+    match = _BRACED.fullmatch(inner)
+    if match is None:
+        return None
+    name, index, form = match[1], match[2], match[3]
+    if default := _DEFAULT.fullmatch(form):
+        return _with_default(name, default[1], default[2], known)
+    value = known.text(name)
+    if index and index not in ("[@]", "[*]"):
+        items = known.texts(name)
+        value = items[int(index[1:-1])] if items and index[1:-1].isdigit() and int(index[1:-1]) < len(items) else None
+    if value is None or not form:
+        return value
+    cut = _CUT.fullmatch(form)
+    if cut is None or expansions(value):
+        return None
+    return _cut(value, cut[1], cut[2], known)
+
+
+def _length(name: str, whole: bool, known: Variables) -> str | None:
+    if whole:
+        items = known.texts(name)
+        return None if items is None else str(len(items))
+    value = known.text(name)
+    return None if value is None or expansions(value) else str(len(value))
+
+
+def _with_default(name: str, form: str, word: str, known: Variables) -> str | None:
+    """``${NAME:-word}`` and its like; None where the shell that starts the command has the variable."""
+    value = known.text(name)
+    if name.isdigit() and known.arguments is not None and int(name) > len(known.arguments):
+        value = None  # which text() has as empty
+    if value is None and (name in known.undecided or (name in os.environ and (os.environ[name] or ":" not in form))):
+        return None
+    empty = value is None or (not value and ":" in form)
+    if value is not None and expansions(value) and ":" in form:
+        there = in_environment(value, known)
+        if there is None:
+            return None
+        empty = not there
+    if form[-1] == "+":
+        return "" if empty else text(word, known)
+    if form[-1] == "?" and empty:
+        return None
+    if not empty:
+        return value
+    found = text(word, known)
+    if form[-1] == "=":
+        known.set(name, found)
+    return found
+
+
+def _cut(value: str, form: str, pattern: str, known: Variables) -> str | None:
+    """``${NAME%pattern}`` and its like; None for what is not read here."""
+    if form in ("/", "//"):
+        old, _, new = pattern.partition("/")
+        if not old or _GLOB.search(old) or old[0] in "#%\\" or expansions(old):
+            return None
+        return value.replace(text(old, known), text(new, known), -1 if form == "//" else 1)
+    found = text(pattern, known)
+    lengths = range(len(value) + 1) if len(form) == 1 else range(len(value), -1, -1)
+    for length in lengths:
+        part = value[:length] if form[0] == "#" else value[len(value) - length :]
+        if fnmatch.fnmatchcase(part, found):
+            return value[length:] if form[0] == "#" else value[: len(value) - length]
+    return value
+
+
+def arithmetic(written: str, known: Variables) -> int | None:
+    """The number that ``$((...))`` is; None where it is not of known whole numbers alone."""
+
+    def number(match: re.Match[str]) -> str:
+        name = match[0].strip("${}")
+        return (known.text(name) if name not in known.undecided else None) or "unknown"
+
+    source = NAME.sub(number, re.sub(r"\$\{?(\w+|#)\}?", number, written))
+    try:
+        return _computed(ast.parse(source.strip(), mode="eval").body)
+    except (SyntaxError, ValueError, ZeroDivisionError, RecursionError):
+        return None
+
+
+def _computed(node: ast.expr) -> int:
+    """A shell's arithmetic of whole numbers.
+
+    Raises:
+        ValueError: something else is in it.
+    """
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        return node.value
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return -_computed(node.operand)
+    if isinstance(node, ast.Compare) and len(node.ops) == 1:
+        kind: type = type(node.ops[0])
+        left, right = node.left, node.comparators[0]
+    elif isinstance(node, ast.BinOp):
+        kind, left, right = type(node.op), node.left, node.right
+    else:
+        raise ValueError
+    one, two = _computed(left), _computed(right)
+    if kind in (ast.Div, ast.Mod):
+        quotient = abs(one) // abs(two) * (1 if (one < 0) == (two < 0) else -1)
+        return quotient if kind is ast.Div else one - quotient * two
+    if kind not in _OPERATIONS:
+        raise ValueError
+    return int(_OPERATIONS[kind](one, two))
+
+
+def _as_left(piece: str, known: Variables) -> str:
+    """An expansion for the shell that starts the command, which does not have the script's variables."""
+    if piece.startswith("`"):
+        piece = f"$({piece[1:-1]})"
+    if piece.startswith("$("):
+        return re.sub(r"\$\{?([A-Za-z_]\w*)\}?", lambda match: _plain(match, known), piece)
+    match = _BRACED.fullmatch(piece[2:-1]) if piece.startswith("${") else None
+    if match and match[3]:
+        if known.text(match[1]) is not None:
+            known.unread.add(piece)
+        elif _DEFAULT.fullmatch(match[3]) and not match[3].startswith(("?", ":?")):
+            return f"${match[1]}"
+    return piece
+
+
+def _plain(match: re.Match[str], known: Variables) -> str:
+    value = known.text(match[1])
+    return value if value is not None and _PLAIN.fullmatch(value) else match[0]
+
+
+def in_environment(word: str, known: Variables) -> str | None:
+    """A word with what it leaves to the shell as the environment here has it, empty where it has nothing; None where
+    that is not known."""
+    found, last = "", 0
+    for begin, end in [*expansions(word), (len(word), len(word))]:
+        found += word[last:begin]
+        last = end
+        match = re.fullmatch(r"\$\{?(\w+)\}?", word[begin:end])
+        if begin == end:
+            break
+        if match is None or match[1] in known.undecided:
+            return None
+        found += os.environ.get(match[1], "")
+    return found.replace(LITERAL, "$")
+
+
+def final(word: str, known: Variables) -> str:
+    """A word of a command that is read: what stays in it is what a shell can fill in.
+
+    Raises:
+        UserError: it has a form that is not read here, or a dollar that no shell is to take for its own.
+    """
+    for begin, end in expansions(word):
+        if word[begin:end] in known.unread:
+            raise UserError(f"{word[begin:end]} is not read here: write its value in its place")
+    plain = word.replace(LITERAL, "$")
+    if LITERAL in word and len(expansions(plain)) > len(expansions(word)):
+        raise UserError(f"{plain}: a dollar that is not the shell's can not be written here: give it in a file")
+    return plain

@@ -1,0 +1,283 @@
+"""A shell's text as a tree: commands, what joins them, and what decides about them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from training.migrate.words import REDIRECTIONS, Operator, tokens
+from training.utils.errors import UserError
+
+ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)(\[[^\]]*\])?(\+?)=")
+LOOPS = ("for", "while", "until", "select")
+DECLARE = ("export", "declare", "typeset", "local", "readonly")
+_ENDS = ("then", "elif", "else", "fi", "do", "done", "esac", "}", ")", ";;")
+
+
+@dataclass
+class Node:
+    """A part of a script."""
+
+
+@dataclass
+class Simple(Node):
+    """A command: its words as they are written, and where its output goes: operator and target."""
+
+    words: list[str]
+    redirections: list[tuple[str, str]]
+
+
+@dataclass
+class Chain(Node):
+    """Commands joined by ``&&`` and ``||``; the first has an empty operator."""
+
+    items: list[tuple[str, Node]]
+
+
+@dataclass
+class Pipe(Node):
+    """Commands joined by ``|``, or one behind ``!``."""
+
+    nodes: list[Node]
+    negated: bool
+
+
+@dataclass
+class If(Node):
+    """Conditions with what follows each; the last, of ``else``, has none."""
+
+    clauses: list[tuple[list[Node], list[Node]]]
+    said: str
+
+
+@dataclass
+class Case(Node):
+    """A word, and patterns with what follows each."""
+
+    word: str
+    clauses: list[tuple[list[str], list[Node]]]
+
+
+@dataclass
+class Body(Node):
+    """What stands in a loop, a function, ``{ }`` or ``( )``.
+
+    Attributes:
+        kind: "loop", "function", "{" or "(".
+        name: a loop's first words, a function's name.
+    """
+
+    kind: str
+    name: str
+    nodes: list[Node] = field(default_factory=list)
+
+
+def inside(node: Node) -> list[Node]:
+    """The nodes in one."""
+    if isinstance(node, Chain):
+        return [one for _, one in node.items]
+    if isinstance(node, If):
+        return [one for condition, body in node.clauses for one in (*condition, *body)]
+    if isinstance(node, Case):
+        return [one for _, body in node.clauses for one in body]
+    return node.nodes if isinstance(node, (Pipe, Body)) else []
+
+
+def assigned_in(nodes: Sequence[Node]) -> set[str]:
+    """The variables that may have another value behind these."""
+    names: set[str] = set()
+    for node in nodes:
+        if isinstance(node, Simple):
+            names |= _assigned(node.words)
+        elif isinstance(node, Body) and node.kind == "loop" and node.name.split()[0] in ("for", "select"):
+            names.add(node.name.split()[1])
+        if not (isinstance(node, Body) and node.kind == "function"):
+            names |= assigned_in(inside(node))
+    return names
+
+
+def _assigned(words: Sequence[str]) -> set[str]:
+    matches = [ASSIGNMENT.match(word) for word in words]
+    if words and words[0] in (*DECLARE, "read", "unset"):
+        return {word.split("=")[0].split("+")[0] for word in words[1:] if not word.startswith("-")}
+    return {match[1] for match in matches if match} if all(matches) else set()
+
+
+def parse(text: str) -> list[Node]:
+    """The commands of a text.
+
+    Raises:
+        UserError: a quote or a bracket is open, or a word of the shell's has no other end.
+    """
+    parser = _Parser(tokens(text))
+    nodes = parser.commands()
+    if parser.peek():
+        raise UserError(f"{parser.peek()!r} stands there without a beginning: give whole commands")
+    return nodes
+
+
+class _Parser:
+    """Reads tokens from the first to the last."""
+
+    def __init__(self, words: list[str]) -> None:
+        self.words, self.at = words, 0
+
+    def peek(self) -> str:
+        """The next token, empty behind the last."""
+        return self.words[self.at] if self.at < len(self.words) else ""
+
+    def take(self) -> str:
+        """The next token, which is one less."""
+        self.at += 1
+        return self.words[self.at - 1]
+
+    def skip(self, *operators: str) -> None:
+        """Read over separators."""
+        while isinstance(self.peek(), Operator) and self.peek() in operators:
+            self.at += 1
+
+    def expect(self, *ends: str) -> str:
+        """Take one of these.
+
+        Raises:
+            UserError: something else stands there.
+        """
+        if self.peek() not in ends:
+            raise UserError(f"{' or '.join(ends)} is missing before {self.peek() or 'the end'!r}: give whole commands")
+        return self.take()
+
+    def commands(self) -> list[Node]:
+        """All up to a word that ends something."""
+        nodes: list[Node] = []
+        while True:
+            self.skip(";", "&", "\n")
+            if not self.peek() or self.peek() in _ENDS:
+                return nodes
+            nodes.append(self.chain())
+
+    def chain(self) -> Node:
+        """Up to what separates commands."""
+        items = [("", self.pipe())]
+        while isinstance(self.peek(), Operator) and self.peek() in ("&&", "||"):
+            operator = str(self.take())
+            self.skip("\n")
+            items.append((operator, self.pipe()))
+        return Chain(items) if len(items) > 1 else items[0][1]
+
+    def pipe(self) -> Node:
+        """Commands of which each reads the last one's output."""
+        negated = self.peek() == "!"
+        if negated:
+            self.take()
+        nodes = [self.command()]
+        while isinstance(self.peek(), Operator) and self.peek() in ("|", "|&"):
+            self.take()
+            self.skip("\n")
+            nodes.append(self.command())
+        return Pipe(nodes, negated) if negated or len(nodes) > 1 else nodes[0]
+
+    def command(self) -> Node:
+        """One command, or what stands between a word and its end."""
+        begin, first = self.at, self.peek()
+        node: Node
+        if first == "if":
+            node = self.branches()
+        elif first == "case":
+            node = self.case()
+        elif first in LOOPS:
+            node = self.loop()
+        elif first == "function":
+            self.take()
+            node = self.function(self.take() if self.peek() else "")
+        elif first == "{" or (isinstance(first, Operator) and first == "("):
+            node = Body(str(self.take()), "", self.commands())
+            self.expect("}", ")")
+        else:
+            return self.simple()
+        if isinstance(node, If):
+            node.said = " ".join(self.words[begin : self.words.index("then", begin)]).strip("; \n")
+        while self.redirected():
+            self.redirection()
+        return node
+
+    def branches(self) -> If:
+        """``if``, ``elif`` and ``else``."""
+        node = If([], "")
+        word = self.take()
+        while word != "fi":
+            condition: list[Node] = []
+            if word != "else":
+                condition = self.commands()
+                self.expect("then")
+            node.clauses.append((condition, self.commands()))
+            word = self.expect("elif", "else", "fi") if word != "else" else self.expect("fi")
+        return node
+
+    def loop(self) -> Body:
+        """A loop; what a condition does is done in it, too."""
+        begin = self.at
+        kind = self.take()
+        condition: list[Node] = []
+        if kind in ("for", "select"):
+            while self.peek() and self.peek() not in (";", "\n", "do"):
+                self.take()
+        else:
+            condition = self.commands()
+        said = " ".join(self.words[begin : self.at]).strip("; \n")
+        self.skip(";", "\n")
+        self.expect("do")
+        node = Body("loop", said, condition + self.commands())
+        self.expect("done")
+        return node
+
+    def case(self) -> Case:
+        """``case WORD in PATTERN) ... ;; esac``."""
+        self.take()
+        node = Case(self.take() if self.peek() else "", [])
+        self.skip("\n")
+        self.expect("in")
+        self.skip("\n")
+        while self.peek() != "esac":
+            self.skip("(")
+            patterns = [str(self.take())] if self.peek() else []
+            while self.peek() == "|":
+                self.take()
+                patterns.append(self.take())
+            self.expect(")")
+            node.clauses.append((patterns, self.commands()))
+            if self.peek() != "esac":
+                self.expect(";;")
+            self.skip("\n")
+        self.take()
+        return node
+
+    def redirected(self) -> bool:
+        """The next token sends output somewhere."""
+        return isinstance(self.peek(), Operator) and self.peek() in REDIRECTIONS
+
+    def redirection(self) -> tuple[str, str]:
+        """An operator and its target."""
+        operator = str(self.take())
+        return operator, self.take() if self.peek() and not isinstance(self.peek(), Operator) else ""
+
+    def function(self, name: str) -> Body:
+        """What follows a function's name."""
+        self.skip("(", ")", "\n")
+        return Body("function", name, [self.command()])
+
+    def simple(self) -> Node:
+        """A command's words, or a function."""
+        node = Simple([], [])
+        while self.peek():
+            if self.redirected():
+                node.redirections.append(self.redirection())
+            elif not isinstance(self.peek(), Operator):
+                node.words.append(self.take())
+            else:
+                break
+        if self.peek() == "(" and len(node.words) == 1:
+            return self.function(node.words[0])
+        if not node.words and not node.redirections:
+            raise UserError(f"{self.peek()!r} stands there without a command: give whole commands")
+        return node

@@ -1,0 +1,456 @@
+"""What a script does up to the programs that it starts: assignments, conditions, exports; nothing is run for that."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from training.migrate.filling import Variables, arithmetic, fields, in_environment, text
+from training.migrate.grammar import (
+    ASSIGNMENT,
+    DECLARE,
+    Body,
+    Case,
+    Chain,
+    If,
+    Node,
+    Pipe,
+    Simple,
+    assigned_in,
+    parse,
+)
+from training.migrate.words import NAME, Operator, left_to_the_shell, tokens
+from training.utils.errors import UserError
+
+BEFORE = ("nohup", "time", "exec", "env", "sudo", "command")  # of a command's own words
+SHELLS = ("bash", "sh")
+_TRUE = ("true", ":", "echo", "cd", "mkdir", "set", "printf", "pushd", "popd", "ulimit", "umask", "local", "shift")
+_OUTPUT = (">", ">>", "&>", "&>>", ">|")
+_NUMBERS: dict[str, Callable[[int, int], bool]] = {
+    "-eq": lambda a, b: a == b,
+    "-ne": lambda a, b: a != b,
+    "-lt": lambda a, b: a < b,
+    "-le": lambda a, b: a <= b,
+    "-gt": lambda a, b: a > b,
+    "-ge": lambda a, b: a >= b,
+}
+_EQUAL = ("=", "==", "!=")
+
+
+@dataclass
+class Run:
+    """A command that a script gets to.
+
+    Attributes:
+        words: with what is known filled in.
+        environment: ``NAME=value`` that the script has exported before it.
+        folder: that ``cd`` went to.
+        inside: the loop or the function that it stands in, in words; empty for neither.
+        known: the variables at its place.
+        notes: what was read over, a line each.
+    """
+
+    words: list[str]
+    environment: list[str]
+    folder: str
+    inside: str
+    known: Variables
+    notes: list[str] = field(default_factory=list)
+
+
+class _EndedError(Exception):
+    """The script ends here."""
+
+
+def read_script(source: str) -> tuple[list[Run], list[str], str]:
+    """The commands that a text gets to, in order, what was read over, and the ``exit`` that ends it, if one does.
+
+    Raises:
+        UserError: it is no whole text of a shell's, or names a script that is not here.
+    """
+    reader = _Reader()
+    reader.script(source, Variables())
+    return reader.found, list(dict.fromkeys(reader.notes)), reader.ended
+
+
+class _Reader:
+    """Goes through a script as a shell does, and through what it can not decide, too, but for its assignments.
+
+    Attributes:
+        found, notes: as `read_script` returns them.
+        folder, known, inside, taken: of the place that is read; ``taken`` are conditions that are not known.
+        functions: name -> the variables that it sets.
+        ended: the command that ended a script before its last one.
+    """
+
+    def __init__(self) -> None:
+        self.found: list[Run] = []
+        self.notes: list[str] = []
+        self.folder, self.inside = "", ""
+        self.taken: list[str] = []
+        self.ended = ""
+        self.known = Variables()
+        self.functions: dict[str, set[str]] = {}
+
+    def script(self, source: str, known: Variables) -> None:
+        """Read a whole text; what it sets ends with it."""
+        before, self.known = (self.known, self.folder, self.functions), known
+        try:
+            self.all(parse(source))
+        except _EndedError as error:
+            self.ended = str(error)
+        finally:
+            self.known, self.folder, self.functions = before
+
+    def all(self, nodes: Sequence[Node]) -> bool | None:
+        """Read commands one after another; whether the last one succeeds, None where that is not known."""
+        status: bool | None = True
+        for node in nodes:
+            status = self.one(node)
+        return status
+
+    def one(self, node: Node) -> bool | None:
+        """Read one; whether it succeeds."""
+        if isinstance(node, Simple):
+            return self.simple(node)
+        if isinstance(node, Chain):
+            return self.chain(node.items)
+        if isinstance(node, If):
+            return self.branches(node)
+        if isinstance(node, Case):
+            return self.case(node)
+        if isinstance(node, Pipe):
+            if len(node.nodes) == 1:
+                status = self.one(node.nodes[0])
+                return None if status is None else not status
+            for part in node.nodes:
+                self.apart([part])
+            return None
+        assert isinstance(node, Body)
+        return self.body(node)
+
+    def body(self, node: Body) -> bool | None:
+        """Read a loop's or a function's body, or a group."""
+        if node.kind == "{":
+            return self.all(node.nodes)
+        if node.kind == "(":
+            return self.apart(node.nodes)
+        names = assigned_in(node.nodes if node.kind == "function" else [node])
+        why = f"the loop {node.name!r}" if node.kind == "loop" else f"the function {node.name}()"
+        outer, self.inside = self.inside, node.name if node.kind == "loop" else f"{node.name}()"
+        self.apart(node.nodes, dict.fromkeys(names, why))
+        self.inside = outer
+        if node.kind == "loop":
+            self.leave_open(names, why)
+        else:
+            self.functions[node.name] = names
+        return None
+
+    def leave_open(self, names: set[str], why: str) -> None:
+        """From here on these are not known."""
+        for name in names:
+            self.known.leave_open(name, why)
+
+    def apart(self, nodes: Sequence[Node], undecided: dict[str, str] | None = None, taken: str = "") -> bool | None:
+        """Read commands whose assignments do not last; those that are undecided are so from their beginning."""
+        known, folder, conditions = self.known, self.folder, self.taken
+        self.known = known.copy()
+        self.taken = [*conditions, taken] if taken else conditions
+        for name, why in (undecided or {}).items():
+            self.known.leave_open(name, why)
+        try:
+            return self.all(nodes)
+        except _EndedError:
+            return None
+        finally:
+            self.known, self.folder, self.taken = known, folder, conditions
+
+    def chain(self, items: Sequence[tuple[str, Node]]) -> bool | None:
+        """Read commands joined by ``&&`` and ``||``."""
+        status: bool | None = True
+        for number, (operator, node) in enumerate(items):
+            if operator and status is None:
+                rest = [node for _, node in items[number:]]
+                said = "" if operator == "&&" else f"{operator}: taken as if what stands before it had failed"
+                self.apart([Chain([("", node), *items[number + 1 :]])], taken=said)
+                self.leave_open(assigned_in(rest), "a command's success")
+                return None
+            if not operator or status == (operator == "&&"):
+                status = self.one(node)
+        return status
+
+    def branches(self, node: If) -> bool | None:
+        """Read what follows the condition that holds; all that may hold where that is not known."""
+        unknown = ""
+        for condition, body in node.clauses:
+            status = True if not condition else self.all(condition)
+            if status is False:
+                continue
+            if not unknown and status:
+                return self.all(body)
+            unknown = unknown or _said(condition, node.said)
+            self.apart(body, taken=f"taken as if it were reached: {unknown!r} is not known here")
+            if status:
+                break
+        if unknown:
+            self.leave_open(assigned_in([node]), repr(unknown))
+        return None if unknown else True
+
+    def case(self, node: Case) -> bool | None:
+        """Read what follows the pattern that fits."""
+        word = in_environment(text(node.word, self.known), self.known)
+        for patterns, body in node.clauses:
+            if word is None:
+                self.apart(body, taken=f"taken as if it were reached: 'case {node.word}' is not known here")
+            elif any(fnmatch.fnmatchcase(word, text(pattern, self.known)) for pattern in patterns):
+                return self.all(body)
+        if word is None:
+            self.leave_open(assigned_in([node]), f"'case {node.word}'")
+        return None if word is None else True
+
+    def simple(self, node: Simple) -> bool | None:
+        """Read a command; whether it succeeds."""
+        words = list(node.words)
+        given: list[tuple[str, str]] = []
+        while words and (match := ASSIGNMENT.match(words[0])):
+            given.append((words[0], match[1]))
+            words.pop(0)
+        if not words:
+            for word, _ in given:
+                self.assign(word)
+            return True
+        if words[0].startswith("(("):
+            number = arithmetic(words[0][2:-2], self.known)
+            return None if number is None else bool(number)
+        if words[0] in ("[", "[[", "test"):
+            return self.condition(words)
+        made = [part for word in words for part in fields(word, self.known)]
+        prefix = [f"{name}={text(word.partition('=')[2], self.known)}" for word, name in given]
+        return self.command(made, prefix, words, node) if made else True
+
+    def condition(self, words: Sequence[str]) -> bool | None:
+        """Whether ``[ ... ]`` holds; what is neither set by the script nor an argument is as it is here."""
+        made = [(word, part) for word in words for part in ([text(word, self.known)] if words[0] == "[[" else
+                                                            fields(word, self.known))]  # fmt: skip
+        made = made[1:] if words[0] == "test" else made[1:-1]
+        found = _Condition([(word, in_environment(part, self.known)) for word, part in made]).value()
+        for left in [] if found is None else [left for _, part in made for left in left_to_the_shell(part)]:
+            name = left.strip("${}")
+            said = "as it is set here" if name in os.environ else "as empty, it is not set here"
+            said = 'as empty: "bash FILE ARGUMENTS" fills it in' if name.isdigit() else said
+            self.notes.append(f"{left} in {' '.join(words)} is taken {said}")
+        return found
+
+    def assign(self, word: str) -> None:
+        """``NAME=value``, ``NAME+=value``, ``NAME=(values)``; an array's one place is not followed."""
+        match = ASSIGNMENT.match(word)
+        assert match
+        name, value = match[1], word[match.end() :]
+        if match[2]:
+            self.known.leave_open(name, word)
+        elif value.startswith("("):
+            inner = [part for part in tokens(value[1:-1]) if not isinstance(part, Operator)]
+            self.known.set(name, [part for one in inner for part in fields(one, self.known)], add=bool(match[3]))
+        else:
+            self.known.set(name, text(value, self.known), add=bool(match[3]))
+
+    def command(self, words: list[str], prefix: list[str], written: Sequence[str], node: Simple) -> bool | None:
+        """Read a command that is no condition."""
+        name = words[0]
+        if name in DECLARE:
+            self.declare(written)
+        elif name == "unset":
+            for one in words[1:]:
+                self.known.values.pop(one, None)
+                self.known.undecided.pop(one, None)
+                self.known.exported.pop(one, None)
+        elif name == "shift" and self.known.arguments is not None:
+            del self.known.arguments[: int(words[1]) if words[1:] and words[1].isdigit() else 1]
+        elif name == "set" and "--" in words:
+            self.known.arguments = words[words.index("--") + 1 :]
+        elif name == "read":
+            self.leave_open({word for word in words[1:] if not word.startswith("-")}, "what read reads")
+        elif name in ("exit", "return"):
+            raise _EndedError(" ".join(words))
+        elif name == "false":
+            return False
+        elif name == "cd" and len(words) == 2:
+            self.folder = str(PurePosixPath(self.folder) / words[1])
+        elif name == "eval":
+            return self.all(parse(" ".join(words[1:])))
+        elif name in ("source", "."):
+            return self.source(words)
+        elif name in self.functions:
+            self.notes.append(f"{' '.join(words)} is the script's function, which is not carried out here")
+            self.leave_open(self.functions[name], f"the function {name}()")
+        elif not self.another(words, prefix):
+            self.found.append(self.started(prefix + words, node))
+            return True if name in _TRUE else None
+        return True
+
+    def declare(self, written: Sequence[str]) -> None:
+        """``export`` and its like."""
+        options = [word for word in written[1:] if word.startswith("-")]
+        exports = written[0] == "export" or any("x" in option for option in options)
+        for word in (word for word in written[1:] if word not in options):
+            if match := ASSIGNMENT.match(word):
+                self.assign(word)
+            name = match[1] if match else text(word, self.known)
+            if exports and not NAME.fullmatch(name):
+                self.notes.append(f"{written[0]} {word} is left out: what it sets is not known here")
+            elif exports and "-n" not in options:
+                self.known.exported[name] = None
+
+    def source(self, words: Sequence[str]) -> bool | None:
+        """A script of assignments, which last."""
+        path = self.path(words[1]) if len(words) > 1 else None
+        if path is None:
+            self.notes.append(f"{' '.join(words)} is left out: there is no such file here")
+            return True
+        if "activate" not in path.name:
+            self.all(parse(path.read_text(encoding="utf-8", errors="replace")))
+        return True
+
+    def path(self, name: str) -> Path | None:
+        """A file that is named, from the folder that ``cd`` went to or from here."""
+        return next((path for path in (Path(self.folder) / name, Path(name)) if path.is_file()), None)
+
+    def another(self, words: Sequence[str], prefix: Sequence[str]) -> bool:
+        """Read the script that a command starts, ``bash FILE ARGUMENTS``; false where it starts none.
+
+        Raises:
+            UserError: there is no such file.
+        """
+        rest = list(words)
+        while rest and (rest[0] in BEFORE or ASSIGNMENT.match(rest[0])):
+            rest.pop(0)
+        called = rest[:1] and rest[0] in SHELLS
+        if not rest or any(word.endswith(".py") for word in rest if called):
+            return False  # a wrapper hands its arguments on
+        if called:
+            rest.pop(0)
+            while rest and rest[0].startswith("-") and rest[0] != "-c":
+                rest.pop(0)
+        elif not rest[0].endswith(".sh"):
+            return False
+        if not rest:
+            return False
+        if rest[0] == "-c":
+            source, arguments = (rest[1] if len(rest) > 1 else ""), rest[3:]
+        else:
+            path = self.path(rest[0])
+            if path is None:
+                raise UserError(f'bash {rest[0]}: no such file here; give the command in it: "$(cat {rest[0]})"')
+            source, arguments = path.read_text(encoding="utf-8", errors="replace"), rest[1:]
+        self.script(source, self.handed_on(arguments, [*prefix, *words]))
+        return True
+
+    def handed_on(self, arguments: list[str], words: Sequence[str]) -> Variables:
+        """What a script that this one starts knows at its beginning."""
+        known = self.known.copy()
+        known.values = {name: value for name, value in known.values.items() if name in known.exported}
+        known.undecided = {name: why for name, why in known.undecided.items() if name in known.exported}
+        known.arguments = list(arguments)
+        for word in words:
+            if word in BEFORE:
+                continue
+            if not ASSIGNMENT.match(word):
+                break
+            name, _, value = word.partition("=")
+            known.set(name, value)
+            known.exported[name] = None
+        return known
+
+    def started(self, words: list[str], node: Simple) -> Run:
+        """A command with what it is started with."""
+        known, notes = self.known, list(self.taken)
+        for operator, target in node.redirections:
+            if operator in _OUTPUT:
+                said = text(target, known)
+                notes.append(f"{operator} {said} is left out: send the output of this command where you want it")
+        environment = []
+        for name in known.exported:
+            if name in known.undecided:
+                notes.append(f"{name} is not set: {known.undecided[name]} decides it")
+            elif (value := known.text(name)) is not None:
+                environment.append(f"{name}={value}")
+        return Run(words, environment, self.folder, self.inside, known.copy(), notes)
+
+
+def _said(condition: Sequence[Node], otherwise: str) -> str:
+    """A condition in words."""
+    last = condition[-1] if condition else None
+    return " ".join(last.words) if isinstance(last, Simple) else otherwise
+
+
+class _Condition:
+    """What stands between ``[`` and ``]``: true, false, or None where it is not known."""
+
+    def __init__(self, words: Sequence[tuple[str, str | None]]) -> None:
+        self.words = list(words)  # as written; filled in, None where that is not known
+
+    def value(self) -> bool | None:
+        """Whether it holds; what a shell can not read does not."""
+        try:
+            found = self.either()
+        except IndexError:
+            return False
+        return found if not self.words else False
+
+    def next(self) -> str:
+        """The next word as written, empty behind the last."""
+        return self.words[0][0] if self.words else ""
+
+    def either(self) -> bool | None:
+        """Parts joined by ``||``."""
+        found = self.both()
+        while self.next() in ("||", "-o"):
+            self.words.pop(0)
+            other = self.both()
+            found = True if found or other else None if None in (found, other) else False
+        return found
+
+    def both(self) -> bool | None:
+        """Parts joined by ``&&``."""
+        found = self.single()
+        while self.next() in ("&&", "-a"):
+            self.words.pop(0)
+            other = self.single()
+            found = False if False in (found, other) else None if None in (found, other) else True
+        return found
+
+    def single(self) -> bool | None:
+        """A comparison, a question about one word, or a part in brackets."""
+        word, value = self.words.pop(0)
+        if word == "!":
+            found = self.single()
+            return None if found is None else not found
+        if word == "(":
+            found = self.either()
+            self.words.pop(0)
+            return found
+        if len(self.words) >= 2 and (self.next() in (*_EQUAL, *_NUMBERS, "=~", "<", ">", "-nt", "-ot", "-ef")):
+            operator, (_, right) = self.words.pop(0)[0], self.words.pop(0)
+            return _compared(value, operator, right)
+        if word.startswith("-") and len(word) == 2 and self.words and self.next() not in ("&&", "||", "-a", "-o", ")"):
+            _, right = self.words.pop(0)
+            if word in ("-z", "-n"):
+                return None if right is None else (right == "") == (word == "-z")
+            return None
+        return None if value is None else value != ""
+
+
+def _compared(left: str | None, operator: str, right: str | None) -> bool | None:
+    if left is None or right is None:
+        return None
+    if operator in _EQUAL:
+        return fnmatch.fnmatchcase(left, right) == (operator != "!=")
+    if operator in _NUMBERS:
+        try:
+            return _NUMBERS[operator](int(left or 0), int(right or 0))
+        except ValueError:
+            return False
+    return None

@@ -1,0 +1,194 @@
+"""The words of a shell's text: where each one ends, and what stays in one for the shell to fill in."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+from training.utils.errors import UserError
+
+LITERAL = "\ue024"  # stands for a dollar that no shell fills in, until the command is read
+NAME = re.compile(r"[A-Za-z_]\w*")
+_SIMPLE = re.compile(r"\$(?:[A-Za-z_]\w*|\d|[@*#?$!])")
+_OPERATORS = ("&>>", "<<<", "<<-", "&&", "||", ";;", "&>", ">>", ">&", "<&", "<<", "|&", ">|", "<>", ";", "&", "|", "<",
+              ">", "(", ")", "\n")  # fmt: skip
+REDIRECTIONS = ("&>>", "<<<", "<<-", "&>", ">>", ">&", "<&", "<<", ">|", "<>", "<", ">")
+_REMARK = re.compile(r"\\[ \t]+#[^\n]*$", re.MULTILINE)  # behind a line that goes on, as their pages have it
+_ARRAY = re.compile(r"[A-Za-z_]\w*\+?=")
+
+
+class Operator(str):
+    """What stands between words."""
+
+
+def tokens(text: str) -> list[str]:
+    """A text's words, quotes and all, and `Operator`s; remarks and what ``<<`` reads are left out.
+
+    Raises:
+        UserError: a quote or a bracket is open.
+    """
+    text = _REMARK.sub(r"\\", text).replace("\\\n", " ")
+    found: list[str] = []
+    documents: list[str] = []
+    at = 0
+    while at < len(text):
+        if text[at] == "\n" and documents:
+            at = _behind(text, at, documents)
+            documents = []
+            found.append(Operator("\n"))
+        elif text[at] in " \t\r":
+            at += 1
+        elif text[at] == "#":
+            at = _line_end(text, at)
+        elif number := re.compile(r"[012](?=[<>])").match(text, at):
+            at = number.end()
+        elif text.startswith("((", at):
+            end = _closed(text, at + 1, "(", ")") + 1
+            found.append(text[at:end])
+            at = end
+        elif operator := _operator(text, at, found):
+            found.append(operator)
+            at += len(operator)
+        else:
+            end = _word_end(text, at)
+            found.append(text[at:end])
+            at = end
+            if len(found) > 1 and found[-2] in ("<<", "<<-") and isinstance(found[-2], Operator):
+                documents.append(re.sub(r"[\"'\\]", "", found[-1]))
+    return found
+
+
+def _operator(text: str, at: int, found: list[str]) -> str:
+    """The operator at a place, empty if there is none; within ``[[ ]]`` it is a word."""
+    operator = next((one for one in _OPERATORS if text.startswith(one, at)), "")
+    for word in reversed(found):
+        if word == "[[":
+            return operator
+        if word == "]]" or word == "\n":
+            break
+    return Operator(operator) if operator else ""
+
+
+def _line_end(text: str, at: int) -> int:
+    end = text.find("\n", at)
+    return len(text) if end < 0 else end
+
+
+def _behind(text: str, at: int, documents: list[str]) -> int:
+    """The place behind what ``<<`` reads, of documents that begin at the next line."""
+    lines = text[at + 1 :].split("\n")
+    for document in documents:
+        while lines and lines.pop(0).strip("\t") != document:
+            pass
+    return len(text) - len("\n".join(lines)) if lines else len(text)
+
+
+def _word_end(text: str, at: int) -> int:
+    begin = at
+    while at < len(text) and text[at] not in " \t\r\n;&|<>)":
+        if text[at] == "(":
+            if not _ARRAY.fullmatch(text[begin:at]):
+                break
+            at = _closed(text, at, "(", ")")
+        else:
+            at = piece_end(text, at)
+    return at
+
+
+def piece_end(text: str, at: int) -> int:
+    """The end of what begins at a place: a quoted text, an escape, an expansion, or one character.
+
+    Raises:
+        UserError: a quote or a bracket is open.
+    """
+    if text[at] == "\\":
+        return min(at + 2, len(text))
+    if text[at] in "'`":
+        end = text.find(text[at], at + 1)
+        if end < 0:
+            raise _open(text, at)
+        return end + 1
+    if text[at] == '"':
+        return _quote_end(text, at)
+    return expansion_end(text, at) or at + 1
+
+
+def _quote_end(text: str, begin: int) -> int:
+    at = begin + 1
+    while at < len(text) and text[at] != '"':
+        at = at + 1 if text[at] == "'" else piece_end(text, at)
+    if at >= len(text):
+        raise _open(text, begin)
+    return at + 1
+
+
+def expansion_end(text: str, at: int) -> int:
+    """The end of the expansion at a place; 0 if there is none.
+
+    Raises:
+        UserError: a quote or a bracket in it is open.
+    """
+    if text.startswith("$(", at):
+        return _closed(text, at + 1, "(", ")")
+    if text.startswith("${", at):
+        return _closed(text, at + 1, "{", "}")
+    match = _SIMPLE.match(text, at)
+    return match.end() if match else 0
+
+
+def _closed(text: str, begin: int, opening: str, closing: str) -> int:
+    """The place behind the bracket that closes one."""
+    depth, at = 1, begin + 1
+    while at < len(text):
+        depth += (text[at] == opening) - (text[at] == closing)
+        if not depth:
+            return at + 1
+        at = piece_end(text, at) if text[at] in "\\'\"`$" else at + 1
+    raise _open(text, begin)
+
+
+def _open(text: str, at: int) -> UserError:
+    line = text[text.rfind("\n", 0, at) + 1 :].strip().split("\n")[0]
+    return UserError(f"{line[:60]}: No closing {'quotation' if text[at] in QUOTES else 'bracket'}")
+
+
+QUOTES = "'\"`"
+
+
+def expansions(word: str) -> list[tuple[int, int]]:
+    """What stays in a word for the shell to fill in: begin and end of each; an open bracket begins none."""
+    found, at = [], 0
+    while at < len(word):
+        try:
+            end = expansion_end(word, at)
+        except UserError:
+            end = 0
+        if end:
+            found.append((at, end))
+        at = end or at + 1
+    return found
+
+
+def left_to_the_shell(word: str) -> list[str]:
+    """The texts of `expansions`."""
+    return [word[begin:end] for begin, end in expansions(word)]
+
+
+def quoted(word: str) -> str:
+    """A word for the shell; its variables and its home folder stay for the shell to fill in."""
+    if re.fullmatch(r"~?[\w@%+=:,./$\{\}\[\]-]+", word):
+        return word
+    found = expansions(word)
+    if not found:
+        return shlex.quote(word)
+    text, last = "", 0
+    for begin, end in [*found, (len(word), len(word))]:
+        text += re.sub(r'(["\\`])', r"\\\1", word[last:begin]) + word[begin:end]
+        last = end
+    return f'"{text}"'
+
+
+def quoted_entry(entry: str) -> str:
+    """``NAME=value`` for the shell: what is quoted is the value."""
+    name, _, value = entry.partition("=")
+    return f"{name}={quoted(value) if value else ''}"
