@@ -10,7 +10,7 @@ ALWAYS_FP32 = "losses and log-probs are always computed in fp32"
 TEMPLATE_END = "every response ends with the template's own end token"
 NO_DROPOUT = "dropout is always off, 0.0 is the one value there is: with it the first PPO ratio would not be 1"
 DROPOUT_OFF = OtherFlag(bool, said="dropout is always off")
-OF_2023 = "its name in 2023; defaults and constants are those of February 2025"
+OF_2023 = "its name until August 2023; defaults and constants are those of February 2025"
 TENSORBOARD = "TensorBoard is on by default, see --report_to"
 SPEED_ONLY = "it changed the speed alone"
 
@@ -42,7 +42,7 @@ COMMON: dict[str, OtherFlag] = {
     "--num_padding_at_beginning": OtherFlag(int, 1, said="padding is known from explicit masks", minimum=0),
 }
 
-DISABLE_DROPOUT = {"--disable_dropout": DROPOUT_OFF}  # of 2023
+DISABLE_DROPOUT = {"--disable_dropout": DROPOUT_OFF}  # until October 2023, then --dropout
 
 # Steps 1 and 2, and DPO
 FINE_TUNING = {
@@ -129,7 +129,7 @@ RLHF = {
     "--tp_gather_partition_size": OtherFlag(int, 8, said=f"{SPEED_ONLY}, of --inference_tp_size", minimum=1),
 }  # fmt: skip
 
-# Names that step 3 had in 2023 -> those of later
+# Names that step 3 had until August 2023 -> those of later
 NAMES_OF_2023 = {
     "--per_device_train_batch_size": "--per_device_generation_batch_size",
     "--per_device_mini_train_batch_size": "--per_device_training_batch_size",
@@ -257,9 +257,21 @@ def settle_rlhf(t: Translation) -> None:
             t.leave(f"--offload_{model}_model", f"it moves the parameters of --{role}_zero_stage 3")
 
 
+def settle_old_adapters(t: Translation, role: str) -> None:
+    """Adapters of a command of before August 2023, when they had no learning rate of their own."""
+    flag = f"--{role}_lora_learning_rate"
+    if flag not in t.given and flag in t.values:
+        t.leave(flag)
+        t.lines.append(f"adapters learn at --{role}_learning_rate, as they did when step 3 had these names")
+
+
 def settle_step3(t: Translation) -> None:
     """DeepSpeed-Chat's step 3."""
     settle_rlhf(t)
+    if {"--per_device_train_batch_size", "--per_device_mini_train_batch_size"} & t.given.keys():
+        t.lines.append("kl_ctl was 0.02 until July 2023: give --kl_coef 0.02 to a command of before")
+        for role in ("actor", "critic"):
+            settle_old_adapters(t, role)
     settle_accumulation(t, *(old if old in t.given else new for old, new in NAMES_OF_2023.items()))
     if not t.theirs("--enable_test_mode"):
         t.leave("--num_iterations", "--test_stop_step counts with --enable_test_mode")

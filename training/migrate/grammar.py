@@ -84,24 +84,27 @@ def inside(node: Node) -> list[Node]:
     return node.nodes if isinstance(node, (Pipe, Body)) else []
 
 
-def assigned_in(nodes: Sequence[Node]) -> set[str]:
-    """The variables that may have another value behind these."""
-    names: set[str] = set()
+def assigned_in(nodes: Sequence[Node]) -> dict[str, bool]:
+    """The variables that may have another value behind these -> whether they are exported there."""
+    names: dict[str, bool] = {}
     for node in nodes:
+        more: dict[str, bool] = {}
         if isinstance(node, Simple):
-            names |= _assigned(node.words)
+            more = _assigned(node.words)
         elif isinstance(node, Body) and node.kind == "loop" and node.name.split()[0] in ("for", "select"):
-            names.add(node.name.split()[1])
+            more = {node.name.split()[1]: False}
         if not (isinstance(node, Body) and node.kind == "function"):
-            names |= assigned_in(inside(node))
+            more |= assigned_in(inside(node))
+        names |= {name: exported or names.get(name, False) for name, exported in more.items()}
     return names
 
 
-def _assigned(words: Sequence[str]) -> set[str]:
+def _assigned(words: Sequence[str]) -> dict[str, bool]:
     matches = [ASSIGNMENT.match(word) for word in words]
     if words and words[0] in (*DECLARE, "read", "unset"):
-        return {word.split("=")[0].split("+")[0] for word in words[1:] if not word.startswith("-")}
-    return {match[1] for match in matches if match} if all(matches) else set()
+        names = [word.split("=")[0].split("+")[0] for word in words[1:] if not word.startswith("-")]
+        return dict.fromkeys(names, words[0] == "export")
+    return {match[1]: False for match in matches if match} if all(matches) else {}
 
 
 def parse(text: str) -> list[Node]:
@@ -144,7 +147,8 @@ class _Parser:
             UserError: something else stands there.
         """
         if self.peek() not in ends:
-            raise UserError(f"{' or '.join(ends)} is missing before {self.peek() or 'the end'!r}: give whole commands")
+            before = repr(self.peek()) if self.peek() else "the end"
+            raise UserError(f"{' or '.join(ends)} is missing before {before}: give whole commands")
         return self.take()
 
     def commands(self) -> list[Node]:

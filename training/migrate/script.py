@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -50,6 +50,7 @@ class Run:
         folder: that ``cd`` went to.
         inside: the loop or the function that it stands in, in words; empty for neither.
         known: the variables at its place.
+        file: the script that it stands in, a whole path; empty for the text itself.
         notes: what was read over, a line each.
     """
 
@@ -58,6 +59,7 @@ class Run:
     folder: str
     inside: str
     known: Variables
+    file: str = ""
     notes: list[str] = field(default_factory=list)
 
 
@@ -81,29 +83,30 @@ class _Reader:
 
     Attributes:
         found, notes: as `read_script` returns them.
-        folder, known, inside, taken: of the place that is read; ``taken`` are conditions that are not known.
-        functions: name -> the variables that it sets.
+        folder, known, inside, file, taken: of the place that is read; ``taken`` are conditions that are not known.
+        functions: name -> what it sets, as `assigned_in` has it.
         ended: the command that ended a script before its last one.
     """
 
     def __init__(self) -> None:
         self.found: list[Run] = []
         self.notes: list[str] = []
-        self.folder, self.inside = "", ""
+        self.folder, self.inside, self.file = "", "", ""
         self.taken: list[str] = []
         self.ended = ""
         self.known = Variables()
-        self.functions: dict[str, set[str]] = {}
+        self.functions: dict[str, dict[str, bool]] = {}
 
-    def script(self, source: str, known: Variables) -> None:
+    def script(self, source: str, known: Variables, file: str = "") -> None:
         """Read a whole text; what it sets ends with it."""
-        before, self.known = (self.known, self.folder, self.functions), known
+        before = self.known, self.folder, self.functions, self.file
+        self.known, self.file = known, file or self.file
         try:
             self.all(parse(source))
         except _EndedError as error:
             self.ended = str(error)
         finally:
-            self.known, self.folder, self.functions = before
+            self.known, self.folder, self.functions, self.file = before
 
     def all(self, nodes: Sequence[Node]) -> bool | None:
         """Read commands one after another; whether the last one succeeds, None where that is not known."""
@@ -149,10 +152,12 @@ class _Reader:
             self.functions[node.name] = names
         return None
 
-    def leave_open(self, names: set[str], why: str) -> None:
-        """From here on these are not known."""
-        for name in names:
+    def leave_open(self, names: Mapping[str, bool], why: str) -> None:
+        """From here on these are not known, nor those that are exported."""
+        for name, exported in names.items():
             self.known.leave_open(name, why)
+            if exported:
+                self.known.exported[name] = None
 
     def apart(self, nodes: Sequence[Node], undecided: dict[str, str] | None = None, taken: str = "") -> bool | None:
         """Read commands whose assignments do not last; those that are undecided are so from their beginning."""
@@ -272,7 +277,7 @@ class _Reader:
         elif name == "set" and "--" in words:
             self.known.arguments = words[words.index("--") + 1 :]
         elif name == "read":
-            self.leave_open({word for word in words[1:] if not word.startswith("-")}, "what read reads")
+            self.leave_open(dict.fromkeys((word for word in words[1:] if not word.startswith("-")), False), "read")
         elif name in ("exit", "return"):
             raise _EndedError(" ".join(words))
         elif name == "false":
@@ -338,6 +343,7 @@ class _Reader:
             return False
         if not rest:
             return False
+        file = ""
         if rest[0] == "-c":
             source, arguments = (rest[1] if len(rest) > 1 else ""), rest[3:]
         else:
@@ -345,7 +351,8 @@ class _Reader:
             if path is None:
                 raise UserError(f'bash {rest[0]}: no such file here; give the command in it: "$(cat {rest[0]})"')
             source, arguments = path.read_text(encoding="utf-8", errors="replace"), rest[1:]
-        self.script(source, self.handed_on(arguments, [*prefix, *words]))
+            file = str(path.resolve())
+        self.script(source, self.handed_on(arguments, [*prefix, *words]), file)
         return True
 
     def handed_on(self, arguments: list[str], words: Sequence[str]) -> Variables:
@@ -374,10 +381,10 @@ class _Reader:
         environment = []
         for name in known.exported:
             if name in known.undecided:
-                notes.append(f"{name} is not set: {known.undecided[name]} decides it")
+                notes.append(f"{name} is not set here: {known.undecided[name]} decides it")
             elif (value := known.text(name)) is not None:
                 environment.append(f"{name}={value}")
-        return Run(words, environment, self.folder, self.inside, known.copy(), notes)
+        return Run(words, environment, self.folder, self.inside, known.copy(), self.file, notes)
 
 
 def _said(condition: Sequence[Node], otherwise: str) -> str:

@@ -14,6 +14,7 @@ from training.migrate.words import left_to_the_shell
 from training.utils.errors import UserError
 
 _ENVIRONMENTS = ("poetry", "uv", "pipenv", "pdm", "hatch")  # with "run" behind it: the environment of what follows
+_OTHER_PROGRAMS = ("echo", "printf", "cat", "ls", "cp", "mv", "rm", "touch", "chmod", "grep", "sed", "tee", "cd", "pip")
 _BOOTSTRAPS = ("my_deepspeed.py",)  # start deepspeed's launcher and take its flags
 _OTHERS = ("torchrun", "colossalai", "accelerate")  # launchers
 _MODULES = {
@@ -53,6 +54,7 @@ class Command:
         by_deepspeed: their launcher is deepspeed's, too.
         script: the program's path, below the folder that ``cd`` went to.
         arguments: what follows it.
+        file: the script of the shell's that it stands in, a whole path.
         notes: what was read over, a line each.
     """
 
@@ -62,6 +64,7 @@ class Command:
     by_deepspeed: bool = False
     script: str = ""
     arguments: list[str] = field(default_factory=list)
+    file: str = ""
     notes: list[str] = field(default_factory=list)
 
 
@@ -90,6 +93,7 @@ def read_command(text: str) -> Command:
         raise UserError('this command starts no Python program, as in "deepspeed --num_gpus 2 main.py ..."')
     [(run, command)] = started
     finish(command, run)
+    command.file = run.file
     command.notes += [*run.notes, *notes]
     return command
 
@@ -123,6 +127,8 @@ def _started(words: Sequence[str]) -> Command | None:
             rest = rest[2:]
         elif (word := rest.pop(0)) not in BEFORE:
             command.environment.append(word)
+    if rest and rest[0] in _OTHER_PROGRAMS:
+        return None
     at = next((i for i, word in enumerate(rest) if word.endswith(".py") and not word.endswith(_BOOTSTRAPS)), None)
     if at is None:
         return None

@@ -127,7 +127,7 @@ def translate(text: str, source: str = "") -> Translated:
 
 
 def choose(command: Command, source: str = "") -> tuple[Predecessor, Program, list[str]]:
-    """Whose program a command starts: by its path, then by its flags; and a line where two may be meant.
+    """Whose program a command starts: by its path, its flags, its script's folder; and a line where two may be meant.
 
     Raises:
         UserError: nobody has it, or it may be several steps'.
@@ -145,6 +145,8 @@ def choose(command: Command, source: str = "") -> tuple[Predecessor, Program, li
     given = {word.partition("=")[0] for word in command.arguments if word.startswith("--")}
     missing = [_unknown(given, program) for _, program in found]
     found = [pair for pair, count in zip(found, missing, strict=True) if count == min(missing)]
+    folders = PurePosixPath(command.file).parts
+    found = [(p, program) for p, program in found if _folder(program) in folders] or found
     if len({program.ours for _, program in found}) > 1:
         paths = " or ".join(dict.fromkeys(program.paths[0] for _, program in found))
         raise UserError(f"{command.script} may be several steps' program: write its path, {paths}")
@@ -153,6 +155,10 @@ def choose(command: Command, source: str = "") -> tuple[Predecessor, Program, li
     name = predecessor.name
     told = [f"taken for {name}'s, whose defaults and constants count; else give --source {others[0]}"] if others else []
     return predecessor, program, told
+
+
+def _folder(program: Program) -> str:
+    return PurePosixPath(program.paths[0]).parent.name
 
 
 def ranks_of(command: Command) -> int:
@@ -167,11 +173,14 @@ def ranks_of(command: Command) -> int:
     return len(devices.split(",")) if host == "localhost" and devices else 1
 
 
-def _unknown(given: set[str], program: Program) -> int:
-    known = (
-        {*program.flags, *(f"--{name}" for name in _own(OURS[program.ours]))} if program.ours in OURS else program.flags
+def _unknown(given: set[str], program: Program) -> tuple[int, int]:
+    """How many flags a program does not have: neither there nor here, and there."""
+    ours = {f"--{name}" for name in _own(OURS[program.ours])} if program.ours in OURS else set()
+    here, there = (
+        sum(arguments.with_underscores(name, known) not in known for name in given)
+        for known in (program.flags.keys() | ours, program.flags)
     )
-    return sum(arguments.with_underscores(name, known) not in known for name in given)
+    return here, there
 
 
 def _own(ours: Ours) -> dict[str, tuple[dataclasses.Field, Any]]:

@@ -1,0 +1,192 @@
+"""A script means here what bash makes of it; what can not be known stays for the shell, and is said."""
+
+import os
+import subprocess
+
+import pytest
+
+from training.migrate.__main__ import filled, parse_flags
+from training.migrate.shell import read_command
+from training.migrate.translate import translate
+from training.utils.errors import UserError
+
+STEP1 = "training/step1_supervised_finetuning/main.py"
+# Prints its arguments and what it has in its environment, a line each
+STUB = """deepspeed() { printf '%s\\n' "$@" >&3; printf 'XX %s\\n' $(env | grep ^XX_ | sort) >&3; }; export -f deepspeed
+exec 3>out; bash run.sh "$@" """
+LINE = '\ndeepspeed x/main.py --a "$A" --b $B --c ${C:-3}\n'
+CONDITIONS = [
+    '[ "$1" == "" ]', '[ -z "$1" ]', '[ -n "$2" ]', "[[ $1 = a* ]]", 'test "$1" = 2', '[ "$1" -gt 1 ]', "[ $# -ge 2 ]",
+    '[ "$1" != "" ] && [ "$2" = 3 ]', '[[ "$1" == 2 && "$2" == 3 ]]', "[[ ( $1 == 2 || $1 == 7 ) && $2 -eq 3 ]]",
+    '! [ "$1" = 2 ]', '[ ! "$1" = 2 -a "$2" = 3 ]', '[ $1 == "" ]', "(( $# > 1 ))", '[ "$XX_HUGE" = 1 ]', "true",
+    '[ "${1:-9}" = 9 ]',
+]  # fmt: skip
+FORMS = [
+    "if {}; then B=yes; else B=no; fi",
+    "if false; then B=x; elif {}\nthen\n  B=y\nfi",
+    "{} && B=yes",
+    "{} || B=no",
+    "B=$1; {} && {{ B=d; B+=q; }}",
+]
+SCRIPTS = [
+    *(f"A=1\nB=0\n{form.format(condition)}{LINE}" for condition in CONDITIONS for form in FORMS),
+    f"A=$1\nB=${{2:-${{1:-7}}}}{LINE}",
+    f"A=${{1-x}}\nB=${{A:+s}}\n: ${{C:=8}}{LINE}",
+    f"N=5\nA=$((N*2+1))\nB=$(( ($N+1)/4 ))\nC=$((-7/2)){LINE}",
+    f"M=facebook/opt-1.3b\nA=${{M##*/}}\nB=${{M%%-*}}\nC=${{M//o/0}}{LINE}",
+    f'A="x y"\nB="p q"\nC=${{#A}}{LINE}',
+    f"A='a \"b' # it's\nB=$A{LINE}",
+    'arr=(1 "2 3" # one\n 4)\narr+=(5)\ndeepspeed x/main.py "${arr[@]}" ${arr[1]} ${#arr[@]} "$@" $# end\n',
+    'A=1;B=2\ncmd="deepspeed x/main.py --a $A \\\n  --b $B"\necho $cmd\n$cmd\n',
+    'A=1\neval "deepspeed x/main.py --a \\"$A b\\""\n',
+    f'case "$1" in 2|3) A=two;; a*) A=ay;; *) A=other;; esac\nB=1{LINE}',
+    f"f() {{ A=9; }}\nA=1;B=2{LINE}",
+    f"A=1;B=2\nshift\nC=$1{LINE}",
+    "set -- 7 8\ndeepspeed x/main.py $2 $1\n",
+    f"A=1;B=2\n( A=5 )\n{{ B=6; }}{LINE}",
+    f'cat > /dev/null <<EOF\nA=5 "it\nEOF\nA=1;B=2{LINE}',
+    f'A=1\nB=2\nif [ "$1" == "" ]; then\n if [ "$2" == "" ]; then B=in; fi\n A=out\nfi{LINE}',
+    f'export XX_A=1 XX_B="p"\nA=1 ; B=$XX_B\nexport XX_A=2\nunset XX_B\nXX_C=3{LINE}',
+    "XX_A=1\nexport XX_A\nXX_A=4 XX_P=3 deepspeed x/main.py x\n",
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_bash_does_the_same(tmp_path, monkeypatch, script):
+    monkeypatch.delenv("XX_HUGE", raising=False)
+    path = tmp_path / "run.sh"
+    path.write_text(script)
+    for arguments in ([], ["2"], ["2", "3"], ["abc", "3"]):
+        subprocess.run(["bash", "-c", STUB, "x", *arguments], cwd=tmp_path, check=False, stderr=subprocess.DEVNULL)
+        command = read_command(" ".join(["bash", str(path), *arguments]))
+        environment = [f"XX {entry}" for entry in sorted(command.environment)] or ["XX "]
+        here = [command.script, *command.arguments, *environment]
+        assert here == (tmp_path / "out").read_text().splitlines(), arguments
+
+
+def test_the_environment_here_decides_a_condition(monkeypatch):
+    text = f'LR=1e-5; [ "$HUGE" = 1 ] && LR=1e-3; deepspeed {STEP1} --learning_rate $LR'
+    monkeypatch.delenv("HUGE", raising=False)
+    made = translate(text)
+    assert made.arguments[:2] == ["--learning_rate", "1e-5"]
+    assert '$HUGE in [ "$HUGE" = 1 ] is taken as empty, it is not set here' in made.lines
+    monkeypatch.setenv("HUGE", "1")
+    assert translate(text).arguments[:2] == ["--learning_rate", "1e-3"]
+
+
+def script_of_theirs(folder, *more):
+    """As DeepSpeed-Chat's scripts are."""
+    (folder / "step1_supervised_finetuning").mkdir(exist_ok=True)
+    path = folder / "step1_supervised_finetuning" / "step1.sh"
+    path.write_text(
+        '#!/bin/bash\nOUTPUT=$1\nZERO_STAGE=$2\nif [ "$OUTPUT" == "" ]; then\n    OUTPUT=./output\nfi\n'
+        'if [ "$ZERO_STAGE" == "" ]; then\n    ZERO_STAGE=2\nfi\nmkdir -p $OUTPUT\n' + "\n".join(more) + "\n"
+        "deepspeed main.py --model_name_or_path m --zero_stage $ZERO_STAGE --output_dir $OUTPUT &> $OUTPUT/x.log\n"
+    )
+    return path
+
+
+def test_a_scripts_arguments_count(tmp_path):
+    path = script_of_theirs(tmp_path)
+    given = translate(f"bash {path} /data/run1 3")
+    assert given.theirs.title == "step 1, supervised fine-tuning", "by the folder of its script"
+    assert given.arguments[2:6] == ["--zero_stage", "3", "--output_dir", "/data/run1"]
+    for text in (f"bash {path}", f"cd {path.parent}; {path.read_text()}"):
+        assert translate(text).arguments[2:6] == ["--zero_stage", "2", "--output_dir", "./output"]
+
+
+@pytest.mark.parametrize(
+    "unknown",
+    [
+        "if [ -f big.json ]; then LR=1e-3; fi",
+        "[ -f big.json ] && LR=1e-3",
+        "nvidia-smi || LR=1e-3",
+        "if nvidia-smi > x; then LR=1e-3; else echo no; fi",
+        "for LR in 1 2; do echo $LR; done",
+        "while [ $# -gt 0 ]; do case $1 in --lr) LR=$2; shift;; esac; shift; done",
+        "f() { LR=1e-3; }\nf",
+        "read LR",
+        "case $(hostname) in a) LR=1;; esac",
+    ],
+)
+def test_what_can_not_be_known_is_not_taken(unknown):
+    command = read_command(f"LR=1e-5\n{unknown}\ndeepspeed x/main.py --lr $LR")
+    assert command.arguments == ["--lr", "$LR"]
+    assert any(note.startswith("$LR stays as it is, for the shell to fill in; ") for note in command.notes)
+
+
+def test_a_command_behind_a_condition_that_is_not_known_is_said():
+    command = read_command("if [ -f a ]; then LR=1e-3; deepspeed x/main.py --lr $LR; fi")
+    assert command.arguments == ["--lr", "1e-3"]
+    assert "taken as if it were reached: '[ -f a ]' is not known here" in command.notes
+    assert read_command("source x.sh && cd a && deepspeed x/main.py || exit 1").script == "a/x/main.py"
+    with pytest.raises(UserError, match=r"ends at 'exit 1' before it starts .* give the script's arguments"):
+        read_command("if [ $# -lt 1 ]; then echo usage; exit 1; fi; deepspeed x/main.py")
+
+
+def test_exports_are_carried_over():
+    made = translate(
+        "export CUDA_VISIBLE_DEVICES=4,5,6,7\n# export NCCL_IB_HCA=a\nexport HF_HOME='/x y'\nNOT_EXPORTED=1\n"
+        f"export PATH=/x:$PATH\nTOKENIZERS_PARALLELISM=false deepspeed {STEP1} --seed 1"
+    )
+    entries = "CUDA_VISIBLE_DEVICES=4,5,6,7 HF_HOME='/x y' PATH=/x:$PATH TOKENIZERS_PARALLELISM=false deepspeed "
+    assert f"\n{entries}" in made.text()
+    left = read_command("[ -f a ] && export CUDA_VISIBLE_DEVICES=1\ndeepspeed x/main.py")
+    assert left.environment == []
+    assert any(note.startswith("CUDA_VISIBLE_DEVICES is not set") for note in left.notes)
+
+
+@pytest.mark.parametrize(
+    ("written", "word", "printed"),
+    [
+        ("$(date +%s)", "$(date +%s)", '"$(date +%s)"'),
+        ("out-`date +%s`", "out-$(date +%s)", '"out-$(date +%s)"'),
+        ('"$T"', "run-$(date +%Y-%m-%d)", '"run-$(date +%Y-%m-%d)"'),
+        ("$(basename $M)", "$(basename a/b)", '"$(basename a/b)"'),
+        ("${HERE%/*}", "${HERE%/*}", '"${HERE%/*}"'),
+        ("$((N*2))", "$((N*2))", '"$((N*2))"'),
+        ("${HOME}/x", "${HOME}/x", "${HOME}/x"),
+    ],
+)
+def test_what_stays_for_the_shell_is_whole_and_named(monkeypatch, written, word, printed):
+    monkeypatch.delenv("HERE", raising=False)
+    text = f"M=a/b; T=run-$(date +%Y-%m-%d); deepspeed {STEP1} --output_dir {written}"
+    command = read_command(text)
+    assert command.arguments == ["--output_dir", word]
+    assert any(word[word.index("$") :].startswith(note.split(" stays")[0]) for note in command.notes)
+    assert f"--output_dir {printed}" in translate(text).text()
+    if not word.startswith("${HOME"):
+        with pytest.raises(UserError, match="is not set here"):
+            filled(word)
+
+
+def test_a_default_gives_way_to_the_environment_here(monkeypatch):
+    text = "deepspeed x/main.py --port ${PORT_OF_TEST:-29500}"
+    monkeypatch.delenv("PORT_OF_TEST", raising=False)
+    assert read_command(text).arguments == ["--port", "29500"]
+    monkeypatch.setenv("PORT_OF_TEST", "1")
+    assert read_command(text).arguments == ["--port", "$PORT_OF_TEST"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("X=a; deepspeed x/main.py --a ${X^^}", r"\$\{X\^\^\} is not read here: write its value"),
+        ("X=a; deepspeed x/main.py --a '$X'", "a dollar that is not the shell's"),
+        ("if true; then deepspeed x/main.py", "elif or else or fi is missing before the end"),
+        ("deepspeed x/main.py; fi", "'fi' stands there without a beginning"),
+        ("deepspeed x/main.py $(date", "No closing bracket"),
+    ],
+)
+def test_refused_in_one_line(text, said):
+    with pytest.raises(UserError, match=said):
+        read_command(text)
+
+
+def test_a_file_is_taken_as_a_script(tmp_path, monkeypatch):
+    path = script_of_theirs(tmp_path)
+    for argv in ([str(path), "/data/run1", "3"], ["bash", str(path), "/data/run1", "3"], [f"{path} /data/run1 3"]):
+        assert translate(parse_flags(argv)[1]).arguments[2:6] == ["--zero_stage", "3", "--output_dir", "/data/run1"]
+    bare = tmp_path / "step1_supervised_finetuning" / "run"
+    os.rename(path, bare)
+    assert translate(parse_flags([str(bare)])[1]).arguments[3] == "2"
