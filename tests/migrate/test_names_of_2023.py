@@ -15,8 +15,8 @@ LLAMA = (
     "--disable_actor_dropout --deepspeed --seed 1234 --enable_hybrid_engine --actor_lora_dim 64 --critic_lora_dim 64"
 )
 OLD = (
-    f"deepspeed --master_port 12346 main.py {ROLES} --per_device_train_batch_size 8 "
-    "--per_device_mini_train_batch_size 4 --generation_batch_numbers 3 --disable_actor_dropout --disable_critic_dropout --actor_lora_dim 8"
+    f"deepspeed --master_port 12346 main.py {ROLES} --per_device_train_batch_size 8 --generation_batch_numbers 3 "
+    "--per_device_mini_train_batch_size 4 --disable_actor_dropout --disable_critic_dropout --actor_lora_dim 8"
 )
 
 
