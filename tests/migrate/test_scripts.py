@@ -183,6 +183,16 @@ def test_refused_in_one_line(text, said):
         read_command(text)
 
 
+def test_a_file_of_assignments_lasts_and_none_is_read_for_ever(tmp_path):
+    (tmp_path / "env.sh").write_text("LR=3\nsource env.sh\n")
+    (tmp_path / "run.sh").write_text("source env.sh\ndeepspeed x/main.py --lr $LR\n")
+    assert read_command(f"cd {tmp_path}; bash run.sh").arguments == ["--lr", "3"]
+    (tmp_path / "run.sh").write_text("bash other.sh\n")
+    (tmp_path / "other.sh").write_text("bash run.sh\n")
+    with pytest.raises(UserError, match="starts itself"):
+        read_command(f"cd {tmp_path}; bash run.sh")
+
+
 def test_a_file_is_taken_as_a_script(tmp_path, monkeypatch):
     path = script_of_theirs(tmp_path)
     for argv in ([str(path), "/data/run1", "3"], ["bash", str(path), "/data/run1", "3"], [f"{path} /data/run1 3"]):

@@ -85,6 +85,7 @@ class _Reader:
         found, notes: as `read_script` returns them.
         folder, known, inside, file, taken: of the place that is read; ``taken`` are conditions that are not known.
         functions: name -> what it sets, as `assigned_in` has it.
+        read: the files that are being read.
         ended: the command that ended a script before its last one.
     """
 
@@ -94,6 +95,7 @@ class _Reader:
         self.folder, self.inside, self.file = "", "", ""
         self.taken: list[str] = []
         self.ended = ""
+        self.read: list[Path] = []
         self.known = Variables()
         self.functions: dict[str, dict[str, bool]] = {}
 
@@ -315,8 +317,10 @@ class _Reader:
         if path is None:
             self.notes.append(f"{' '.join(words)} is left out: there is no such file here")
             return True
-        if "activate" not in path.name:
+        if "activate" not in path.name and path.resolve() not in self.read:
+            self.read.append(path.resolve())
             self.all(parse(path.read_text(encoding="utf-8", errors="replace")))
+            self.read.pop()
         return True
 
     def path(self, name: str) -> Path | None:
@@ -352,7 +356,11 @@ class _Reader:
                 raise UserError(f'bash {rest[0]}: no such file here; give the command in it: "$(cat {rest[0]})"')
             source, arguments = path.read_text(encoding="utf-8", errors="replace"), rest[1:]
             file = str(path.resolve())
+            if path.resolve() in self.read:
+                raise UserError(f"{rest[0]} starts itself: give the command in it alone")
+        self.read.append(Path(file))
         self.script(source, self.handed_on(arguments, [*prefix, *words]), file)
+        self.read.pop()
         return True
 
     def handed_on(self, arguments: list[str], words: Sequence[str]) -> Variables:
