@@ -183,7 +183,7 @@ class _Reader:
                 rest = [node for _, node in items[number:]]
                 said = "" if operator == "&&" else f"{operator}: taken as if what stands before it had failed"
                 self.apart([Chain([("", node), *items[number + 1 :]])], taken=said)
-                self.leave_open(assigned_in(rest), "a command's success")
+                self.leave_open(assigned_in(rest), repr(_said([items[number - 1][1]], "a command")))
                 return None
             if not operator or status == (operator == "&&"):
                 status = self.one(node)
