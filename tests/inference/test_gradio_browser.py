@@ -310,6 +310,9 @@ def test_one_model_is_a_plain_chat_page(serve, visit):
 
 
 SIZES = pytest.mark.parametrize("size", [PHONE, (1280, 900)], ids=["phone", "desktop"])
+ONE_SIZE = pytest.mark.parametrize(  # what a size changes is seen in the two tests above all
+    "size", [PHONE, pytest.param((1280, 900), marks=pytest.mark.slow)], ids=["phone", "desktop"]
+)
 TYPED = "<div class='a'> and <b>x</b> *stars* &amp; `c`\n    <i>four spaces</i>"
 
 
@@ -353,7 +356,7 @@ def test_what_is_typed_and_answered_is_shown_as_it_is(size, serve, visit, tmp_pa
         browser.until(lambda: browser.find("#prompt textarea").get_attribute("value") == said)
 
 
-@SIZES
+@ONE_SIZE
 def test_one_can_scroll_up_clear_and_stop_while_answers_grow(size, serve, visit, slowly, tmp_path):
     save_parrot(tmp_path / "endless", "a small red house", then_stop=False)
     address, _ = serve("fox", str(tmp_path / "endless"), sampling=SamplingArguments(max_new_tokens=450))
@@ -380,7 +383,7 @@ def test_one_can_scroll_up_clear_and_stop_while_answers_grow(size, serve, visit,
     browser.until(lambda: "stopped" in browser.answers(1)[-1] and browser.find("#send").is_displayed())
 
 
-@SIZES
+@ONE_SIZE
 def test_a_reload_keeps_the_conversation(size, serve, visit):
     address, _ = serve("fox", "house", blind=True)
     browser = visit(address, size=size)
@@ -430,7 +433,7 @@ def test_keys_votes_and_what_can_be_taken_back(serve, visit, tmp_path):
     browser.until(lambda: browser.can_vote() and "second thoughts" in browser.text("#chat-0"))
 
 
-@SIZES
+@ONE_SIZE
 def test_a_server_that_is_gone_is_said_and_the_page_goes_on_when_it_is_back(size, chat_folders, visit, tmp_path):
     script = Path(gradio_chatbot.__file__)
     command = [sys.executable, str(script), "--path", f"Fox={chat_folders['fox']}", f"House={chat_folders['house']}"]

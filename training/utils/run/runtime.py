@@ -277,24 +277,32 @@ def quiet_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it; it misses a kernel that none uses
 
 
-def compile_ops() -> None:
-    """Compile DeepSpeed's shared-memory collectives now; on a CPU its first start would, in about half a minute."""
+def compile_ops(offload: bool = False) -> None:
+    """Compile DeepSpeed's shared-memory collectives now; on a CPU its first start would, in about half a minute.
+
+    Args:
+        offload: and the optimizer of ``--offload``, which takes minutes.
+    """
     from deepspeed.accelerator import get_accelerator
 
     if get_accelerator().device_name() != "cpu":
         return  # on a GPU nothing is compiled before an op is used
-    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
-    if builder is not None and builder.is_compatible():
-        builder.load(verbose=False)
+    for name in ("ShareMemCommBuilder", *(["CPUAdamBuilder"] * offload)):
+        builder = get_accelerator().create_op_builder(name)
+        if builder is not None and builder.is_compatible():
+            builder.load(verbose=False)
 
 
 def main(argv: Sequence[str]) -> int:
-    """Check this machine and compile DeepSpeed's ops, or with ``--before-install`` only look for the compiler."""
+    """Check this machine and compile DeepSpeed's ops, with ``--offload`` that flag's too.
+
+    With ``--before-install`` only look for the compiler.
+    """
     if "--before-install" in argv:
         check_toolchain()
         return 0
     prepare_runtime()
-    compile_ops()
+    compile_ops("--offload" in argv)
     return 0
 
 
