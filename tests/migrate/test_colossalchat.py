@@ -6,7 +6,7 @@ import json
 import pytest
 
 from training.migrate.colossalchat import COLOSSALCHAT
-from training.migrate.shell import read_command
+from training.migrate.shell.command import read_command
 from training.migrate.translate import OURS, translate
 from training.utils import arguments
 from training.utils.errors import UserError

@@ -3,7 +3,7 @@
 import pytest
 
 from training.migrate.__main__ import start
-from training.migrate.shell import read_command
+from training.migrate.shell.command import read_command
 from training.migrate.translate import ranks_of, translate
 from training.utils.errors import UserError
 

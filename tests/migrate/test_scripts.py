@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 from training.migrate.__main__ import filled, parse_flags
-from training.migrate.shell import read_command
+from training.migrate.shell.command import read_command
 from training.migrate.translate import translate
 from training.utils.errors import UserError
 

@@ -7,9 +7,9 @@ import pytest
 from training.migrate.__main__ import filled
 from training.migrate.deepspeed_chat import DEEPSPEED_CHAT
 from training.migrate.program import as_text
-from training.migrate.shell import read_command
+from training.migrate.shell.command import read_command
+from training.migrate.shell.words import quoted
 from training.migrate.translate import OURS, ranks_of, translate
-from training.migrate.words import quoted
 from training.utils import arguments
 from training.utils.errors import UserError
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from training.migrate.predecessors import PREDECESSORS
+from training.migrate.shell.words import left_to_the_shell, quoted
 from training.migrate.translate import Translated, translate
-from training.migrate.words import left_to_the_shell, quoted
 from training.utils import arguments
 from training.utils.errors import UserError, run_program
 from training.utils.run.environment import check_environment

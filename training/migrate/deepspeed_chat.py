@@ -10,7 +10,7 @@ ALWAYS_FP32 = "losses and log-probs are always computed in fp32"
 TEMPLATE_END = "every response ends with the template's own end token"
 NO_DROPOUT = "dropout is always off, 0.0 is the one value there is: with it the first PPO ratio would not be 1"
 DROPOUT_OFF = OtherFlag(bool, said="dropout is always off")
-OF_2023 = "its name until August 2023; defaults and constants are those of February 2025"
+OF_2023 = "its name until August 2023"
 TENSORBOARD = "TensorBoard is on by default, see --report_to"
 SPEED_ONLY = "it changed the speed alone"
 
@@ -129,18 +129,19 @@ RLHF = {
     "--tp_gather_partition_size": OtherFlag(int, 8, said=f"{SPEED_ONLY}, of --inference_tp_size", minimum=1),
 }  # fmt: skip
 
-# Names that step 3 had until August 2023 -> those of later
+# Names that step 3 had until August 2023 -> those of later; what they count, as such names count rows of step 1
 NAMES_OF_2023 = {
     "--per_device_train_batch_size": "--per_device_generation_batch_size",
     "--per_device_mini_train_batch_size": "--per_device_training_batch_size",
     "--generation_batch_numbers": "--generation_batches",
 }
+COUNTS = dict(zip(NAMES_OF_2023, ("rollouts", "updates", "batches of rollouts"), strict=True))
 DISABLE_DROPOUTS = {"--disable_actor_dropout": DROPOUT_OFF, "--disable_critic_dropout": DROPOUT_OFF}
 
 STEP3 = {
     **RLHF,
     **DISABLE_DROPOUTS,
-    **{name: OtherFlag(int, None, ours, OF_2023, minimum=1) for name, ours in NAMES_OF_2023.items()},
+    **{n: OtherFlag(int, None, ours, f"{COUNTS[n]}; {OF_2023}", minimum=1) for n, ours in NAMES_OF_2023.items()},
     **same("per_device_generation_batch_size", int, 16, minimum=1),
     **same("per_device_training_batch_size", int, 16, minimum=1),
     **same("generation_batches", int, 1, minimum=1),

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from training.migrate.shell import Command
-from training.migrate.words import left_to_the_shell
+from training.migrate.shell.command import Command
+from training.migrate.shell.words import left_to_the_shell
 from training.utils.errors import UserError
 
 NAME = "CUDA_VISIBLE_DEVICES"

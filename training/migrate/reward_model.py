@@ -51,14 +51,13 @@ class ConversionArguments:
             raise UserError(f"--output_dir {self.output_dir}: a model is there already")
 
 
+ARGUMENTS = [ConversionArguments, DataArguments]
+
+
 def parse_flags(argv: Sequence[str]) -> list[Any]:
     """The flags; without torch."""
-    parsed = arguments.parse(
-        [ConversionArguments, DataArguments],
-        argv,
-        prog="python -m training.migrate.reward_model",
-        description=__doc__ or "",
-    )
+    prog = "python -m training.migrate.reward_model"
+    parsed = arguments.parse(ARGUMENTS, argv, prog=prog, description=__doc__ or "")
     check_folder(parsed[0])
     return parsed
 

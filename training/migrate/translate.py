@@ -15,8 +15,8 @@ from training.migrate.devices import launch_of, visible
 from training.migrate.e2e import gpus_here
 from training.migrate.predecessors import PREDECESSORS
 from training.migrate.program import THEIR_DEFAULT, Predecessor, Program, Translation, as_text
-from training.migrate.shell import Command, read_command
-from training.migrate.words import quoted, quoted_entry
+from training.migrate.shell.command import Command, read_command
+from training.migrate.shell.words import quoted, quoted_entry
 from training.step3_rlhf_finetuning import arguments as step3
 from training.utils import arguments
 from training.utils.arguments import OtherFlag

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from training.migrate.words import REDIRECTIONS, Operator, tokens
+from training.migrate.shell.words import REDIRECTIONS, Operator, tokens
 from training.utils.errors import UserError
 
 ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)(\[[^\]]*\])?(\+?)=")

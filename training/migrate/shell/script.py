@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from training.migrate.filling import Variables, arithmetic, fields, in_environment, text
-from training.migrate.grammar import (
+from training.migrate.shell.filling import Variables, arithmetic, fields, in_environment, text
+from training.migrate.shell.grammar import (
     ASSIGNMENT,
     DECLARE,
     Body,
@@ -22,7 +22,7 @@ from training.migrate.grammar import (
     assigned_in,
     parse,
 )
-from training.migrate.words import NAME, Operator, left_to_the_shell, tokens
+from training.migrate.shell.words import NAME, Operator, left_to_the_shell, tokens
 from training.utils.errors import UserError
 
 BEFORE = ("nohup", "time", "exec", "env", "sudo", "command")  # of a command's own words

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
-from training.migrate.filling import final
-from training.migrate.grammar import ASSIGNMENT
-from training.migrate.script import BEFORE, Run, read_script
-from training.migrate.words import left_to_the_shell
+from training.migrate.shell.filling import final
+from training.migrate.shell.grammar import ASSIGNMENT
+from training.migrate.shell.script import BEFORE, Run, read_script
+from training.migrate.shell.words import left_to_the_shell
 from training.utils.errors import UserError
 
 _ENVIRONMENTS = ("poetry", "uv", "pipenv", "pdm", "hatch")  # with "run" behind it: the environment of what follows

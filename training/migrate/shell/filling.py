@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from training.migrate.words import LITERAL, NAME, expansion_end, expansions, piece_end
+from training.migrate.shell.words import LITERAL, NAME, expansion_end, expansions, piece_end
 from training.utils.errors import UserError
 
 Value = str | list[str]

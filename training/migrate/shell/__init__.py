@@ -1,0 +1,1 @@
+"""Reads a command, or a script, as a shell does: words -> grammar -> filling -> script -> command. Nothing is run."""
