@@ -14,6 +14,7 @@ def models(tmp_path_factory):
     return {name: save_tiny_model(root / name, seed=seed) for name, seed in (("one", 0), ("two", 7))}
 
 
+@pytest.mark.slow  # vLLM against fast is in every run: tests/step3/test_vllm.py
 def test_it_answers_as_fast_does(models, tiny_data, tmp_path, monkeypatch):
     def asked(name, *flags):
         argv = [f"--model={name}={path}" for name, path in models.items()]

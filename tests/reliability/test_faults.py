@@ -385,6 +385,7 @@ def test_a_rank_whose_launcher_is_gone_stops_itself(inputs, tmp_path):
     assert "the launcher is gone" in (tmp_path / "log").read_text()
 
 
+@pytest.mark.slow  # the watch is that of the test above
 def test_a_rank_whose_launcher_went_while_it_was_starting_stops_itself(inputs, tmp_path):
     """Else it would train on unseen, and the same command given again would work in the same folder."""
     arguments = step_arguments(1, inputs, tmp_path / "out", "--num_train_epochs", "400")

@@ -157,7 +157,7 @@ def arguments(step, model):
     return [*roles, *lengths, "--no-normalize_reward", "--plan"]
 
 
-@pytest.mark.parametrize("step", [1, slow(2), 3])
+@pytest.mark.parametrize("step", [slow(1), slow(2), 3])
 def test_programs_plan_and_load_nothing(step, tiny_model, tmp_path, capsys, monkeypatch):
     """From a folder without weights: only the configuration is there."""
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
