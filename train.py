@@ -405,16 +405,26 @@ def report(run: Path) -> str:
         return f"could not be written ({error.strerror}); later: python -m training.report {shown(run)}"
 
 
-def check_folder(run: Path) -> None:
-    """Refuse a folder that is no run yet, with files that a run would write over or add to.
+def manifest_of(run: Path, given: str) -> dict[str, Any]:
+    """The manifest of a run that is there; empty for a folder that is none yet, in which a run can be made.
+
+    Args:
+        run: the folder.
+        given: as the flag has it.
 
     Raises:
-        UserError: names one.
+        UserError: it holds a file, named, that no run has made and that one would write over or add to.
     """
+    manifest = read_manifest(run)
+    if manifest and "started_as" not in manifest:
+        raise UserError(f"--output_dir {given} holds a {MANIFEST} that no run made; choose another folder")
+    if manifest:
+        return manifest
     logs = [run / f"{name}.log" for name in STEPS]
     if other := next((path for path in logs if path.exists()), None):
         raise UserError(f"--output_dir {run} holds {other.name}, which no run made; choose another folder")
     check_page(run / REPORT, "--output_dir:")
+    return {}
 
 
 def parse_flags(argv: Sequence[str]) -> list[Any]:
@@ -461,11 +471,7 @@ def main(
     if options.resume == "auto" and not Path(options.output_dir).expanduser().is_dir():
         raise UserError(f"--resume auto: --output_dir {options.output_dir} holds no run to go on with")
     run = Path(options.output_dir).expanduser().absolute() if options.output_dir else output_root() / "unmade"
-    manifest = read_manifest(run)
-    if manifest and "started_as" not in manifest:
-        raise UserError(f"--output_dir {options.output_dir} holds a {MANIFEST} that no run made; choose another folder")
-    if not manifest:
-        check_folder(run)
+    manifest = manifest_of(run, options.output_dir)
     shared = manifest.get("shared", {}) | shared  # a run goes on with its own data, and its own recipe
     options.pipeline = options.pipeline or str(manifest.get("pipeline"))
     if options.pipeline not in PIPELINES:  # of an earlier version's run

@@ -262,9 +262,10 @@ def tables(found: dict[str, Any]) -> str:
     if "shared" in figures:
         lines += ["", _row("answers to a prompt", "score, s", "train, s"), "|---|---|---|"]
         samples = figures["shared"]["samples_per_prompt"]
-        for way in ("apart", "together"):
-            times = figures["shared"][way]
-            lines.append(_row(f"{samples}, {way}", _spread(times["score"]), _spread(times["train"])))
+        for found in figures["shared"]["lengths"]:
+            for way in ("apart", "together"):
+                name = f"{samples} of {found['response']} tokens to {found['prompt']}, {way}"
+                lines.append(_row(name, _spread(found[way]["score"]), _spread(found[way]["train"])))
     if "host" in figures:
         states, reference = figures["host"]["states"], figures["host"]["reference"]
         lines += ["", _row("in host memory, ZeRO-3", "seconds (lowest - highest)"), "|---|---|"]

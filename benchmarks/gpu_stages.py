@@ -353,22 +353,34 @@ def step3(sizes: Sizes, folder: Path) -> dict[str, Any]:
 
 
 def shared(sizes: Sizes, folder: Path) -> dict[str, Any]:
-    """Leave-one-out with several answers to a prompt: scoring and training with the answers behind it, and apart."""
+    """Leave-one-out with several answers to a prompt: scoring and training with the answers behind it, and apart.
+
+    At the check's lengths, and with prompts three times as long and answers half as long.
+    """
     bench, samples = Bench(sizes, folder), min(8, sizes.rows)
     flags: dict[str, Any] = {"advantage": "rloo", "samples_per_prompt": samples}
     ways = {"together": True, "apart": False}
     trainers = {name: _trainer(bench, critic=False, shares=shares, **flags) for name, shares in ways.items()}
     assert trainers["together"].roles.actor.sharing is not None, "this family's answers can share their prompt"
-    first = torch.arange(sizes.rows, device=bench.device) // samples * samples
-    found: dict[str, Any] = {"dtype": bench.dtype, "samples_per_prompt": samples}
-    for number in range(1 + sizes.steps):
+    lengths = []
+    for prompt, response in ((sizes.prompt, sizes.response), (3 * sizes.prompt, sizes.response // 2)):
+        bench.sizes = dataclasses.replace(sizes, prompt=prompt, response=response)
+        found = {name: _shared_seconds(bench, trainer, samples) for name, trainer in trainers.items()}
+        lengths.append({"prompt": prompt, "response": response} | found)
+    return {"dtype": bench.dtype, "samples_per_prompt": samples, "lengths": lengths}
+
+
+def _shared_seconds(bench: Bench, trainer: PPOTrainer, samples: int) -> dict[str, list[float]]:
+    """Seconds of scoring and of training in each iteration, the first one left out."""
+    trainer.sampling = SamplingConfig(bench.sizes.response)
+    first = torch.arange(bench.sizes.rows, device=bench.device) // samples * samples
+    found: dict[str, list[float]] = {"score": [], "train": []}
+    for number in range(1 + bench.sizes.steps):
         asked = bench.request(number)
         asked = dataclasses.replace(asked, prompt_ids=asked.prompt_ids[first])
-        for name, trainer in trainers.items():
-            metrics = trainer.iteration([asked], number)
-            if number:
-                for phase in ("score", "train"):
-                    found.setdefault(name, {}).setdefault(phase, []).append(metrics[f"time/{phase}"])
+        metrics = trainer.iteration([asked], number)
+        for phase, seconds in found.items():
+            seconds += [metrics[f"time/{phase}"]] * bool(number)
     return found
 
 

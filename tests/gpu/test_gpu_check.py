@@ -62,7 +62,9 @@ def test_a_stage_measures(models, stage):
     figures = stages.STAGES[stage](stages.TINY, models)
     assert json.loads(json.dumps(figures)) == figures
     if stage == "shared":
-        assert all(len(figures[way][phase]) == 1 for way in ("together", "apart") for phase in ("score", "train"))
+        assert [(found["prompt"], found["response"]) for found in figures["lengths"]] == [(12, 8), (36, 4)]
+        for found in figures["lengths"]:
+            assert all(len(found[way][phase]) == 1 for way in ("together", "apart") for phase in ("score", "train"))
         return
     if stage == "host":
         assert set(figures["reference"]) == {"card, 2 rows", "card, 4 rows", "host, 2 rows", "host, 4 rows"}
@@ -138,7 +140,13 @@ def planted() -> dict:
         "step1": {"tokens_per_second": [100.0, 300.0, 200.0]},
         "step2": {"pairs_per_second": [5.0]},
         "step3": {"answers_per_second": [8.0, 9.0], "records": [times, times]},
-        "shared": {"samples_per_prompt": 8} | {way: {"score": [0.5], "train": [1.5]} for way in ("apart", "together")},
+        "shared": {
+            "samples_per_prompt": 8,
+            "lengths": [
+                {"prompt": 256, "response": 128}
+                | {way: {"score": [0.5], "train": [1.5]} for way in ("apart", "together")}
+            ],
+        },
         "host": {
             "states": {"freed_gib": 14.7, "host_gib": 18.0, "away": [9.0, 0.5, 0.75], "back": [0.75, 0.5, 0.25]},
             "reference": {"host, 8 rows": [2.0]},
@@ -159,7 +167,7 @@ def test_tables_have_every_figure(checks, tmp_path):
         "| tests | 1 failed, 20 passed | 2.0 |",
         "| step 1, tokens/s | 200 (100 - 300) |",
         "| step 3, answers/s | 8.50 (8.00 - 9.00) | generate 4.00 s, score 1.00 s, train 3.00 s; DeepSpeed-Chat",
-        "| 8, together | 0.50 (0.50 - 0.50) | 1.50 (1.50 - 1.50) |",
+        "| 8 of 128 tokens to 256, together | 0.50 (0.50 - 0.50) | 1.50 (1.50 - 1.50) |",
         "| 14.7 GiB of the actor's optimizer states: away | 0.62 (0.50 - 0.75); the first time 9.00 |",
         "| log-probs by a reference: host, 8 rows | 2.00 (2.00 - 2.00) |",
         "| one length | hf | 1,000 (900 - 3,000) | 1.00x |",
