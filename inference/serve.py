@@ -58,16 +58,6 @@ def check_port(host: str, port: int) -> None:
         raise UserError(f"--host {host} --port {port}: {error.strerror or error}") from error
 
 
-def check_model(path: str) -> None:
-    """Refuse a path without a model; without torch.
-
-    Raises:
-        UserError: names the flag.
-    """
-    if path != EMBEDDED:
-        check_model_path(path, "--path")
-
-
 def check_kind(path: str) -> None:
     """See that a folder's model answers in text.
 
@@ -86,8 +76,8 @@ def check_kind(path: str) -> None:
 def main(argv: Sequence[str]) -> int:
     """Parse, look at the model, serve; 0 when Ctrl-C ends it."""
     [given] = parse([ServeArguments], argv, prog="serve.py", description=__doc__ or "")
-    if given.path:
-        check_model(given.path)
+    if given.path and given.path != EMBEDDED:
+        check_model_path(given.path, "--path")
     if importlib.util.find_spec("openai") is None:
         raise UserError("transformers' server needs the package openai: pip install openai -c constraints.txt")
     check_port(given.host, given.port)
