@@ -1,9 +1,10 @@
-"""Processor time and peak memory of an optimizer step on one rank in fp32: the plain step against ZeRO's.
+"""Processor time and peak memory of an optimizer step on one rank: the plain step against ZeRO's.
 
-    OMP_NUM_THREADS=1 python benchmarks/optimizer_step.py            # the embedded model
+    OMP_NUM_THREADS=1 python benchmarks/optimizer_step.py            # the embedded model, in fp32
+    OMP_NUM_THREADS=1 python benchmarks/optimizer_step.py --dtype bf16
     OMP_NUM_THREADS=1 python benchmarks/optimizer_step.py --rounds 5 --json step.json
 
-Each of full training and LoRA takes the plain step (`training.utils.engine.engine.clip_before_step`) and ZeRO 1 in
+Each of full training and LoRA takes the plain step (`training.utils.engine.plain`) and ZeRO 1 in
 turn, every time in a process of its own that trains a few steps on the same random rows. Seconds are of all threads,
 user and system, so other work on the machine hardly counts; those of the first step, which makes the moments, are left
 out.
@@ -49,11 +50,12 @@ def child(arguments: argparse.Namespace) -> dict[str, Any]:
     device = init_distributed()
     if arguments.way != WAYS[0]:
         engines.is_plain = lambda config, ranks: False
-    model: Any = load_causal_lm(resolve_model(arguments.model_name_or_path), dtype="fp32")
+    model: Any = load_causal_lm(resolve_model(arguments.model_name_or_path), dtype=arguments.dtype)
     if arguments.weights == "LoRA":
         model = with_adapters(model, LoraArguments(arguments.lora_dim, only_optimize_lora=True))
     kind: dict[str, Any] = {"learning_rate": 1e-5, "weight_decay": 0.0, "num_warmup_steps": 0, "total_steps": 100}
-    engine = engines.initialize_engine(model.to(device), deepspeed_config(zero_stage=0, dtype="fp32"), **kind)
+    config = deepspeed_config(zero_stage=0, dtype=arguments.dtype)
+    engine = engines.initialize_engine(model.to(device), config, **kind)
     shape, generator = (arguments.rows, arguments.tokens), torch.Generator().manual_seed(0)
     ids = torch.randint(3, 1000, shape, generator=generator).to(device)
     mask = torch.ones_like(ids)
@@ -82,6 +84,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read the flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", default="embedded")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="fp32")
     parser.add_argument("--rounds", type=int, default=3, help="times that each way is run, in turn")
     parser.add_argument("--steps", type=int, default=4, help="steps of a run that count")
     parser.add_argument("--rows", type=int, default=4)

@@ -22,6 +22,7 @@ from training.step3_rlhf_finetuning.held_out import RUNNING_PROMPTS, HeldOutEval
 from training.step3_rlhf_finetuning.prompts import PromptSet, sample_rows
 from training.utils.checkpoint.resume import BEST
 from training.utils.data import spread_rows
+from training.utils.engine.zero_config import DTYPES
 from training.utils.generation.engines import rollout_backend
 from training.utils.generation.sampling import SamplingConfig
 from training.utils.health_rules import MAX_KL
@@ -49,9 +50,7 @@ def test_models_from_disk_answer_in_the_runs_precision(tmp_path, monkeypatch, dt
 
     monkeypatch.setattr(held_out, "answer_held_out", answer)
     monkeypatch.setattr(held_out, "sample_rows", lambda _: [2, 0])
-    engine = SimpleNamespace(
-        device=torch.device("cpu"), bfloat16_enabled=lambda: dtype == "bf16", fp16_enabled=lambda: dtype == "fp16"
-    )
+    engine = SimpleNamespace(device=torch.device("cpu"), module=torch.nn.Linear(1, 1).to(DTYPES[dtype]))
     roles = SimpleNamespace(actor=SimpleNamespace(engine=engine, another_fits=lambda: True), rewards="mix")
     asked = SimpleNamespace(tokenizer=None)
     answers = held_out.base_answers(asked, [0, 1, 2, 3], None, None, None, str(tmp_path), roles)
@@ -62,7 +61,7 @@ def test_models_from_disk_answer_in_the_runs_precision(tmp_path, monkeypatch, dt
 
 
 def test_a_base_model_that_can_not_be_loaded_is_said_and_left_out(tmp_path, tiny_model, capsys):
-    engine = SimpleNamespace(device=torch.device("cpu"), bfloat16_enabled=lambda: False, fp16_enabled=lambda: False)
+    engine = SimpleNamespace(device=torch.device("cpu"), module=torch.nn.Linear(1, 1))
     room = SimpleNamespace(actor=SimpleNamespace(engine=engine, another_fits=lambda: True), rewards=None)
     full = SimpleNamespace(actor=SimpleNamespace(engine=engine, another_fits=lambda: False), rewards=None)
     larger = SimpleNamespace(tokenizer=SimpleNamespace(get_vocab=lambda: {"new": 10_000}))

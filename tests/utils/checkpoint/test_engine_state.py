@@ -33,22 +33,24 @@ def test_two_ranks_go_on_bit_for_bit(tiny_model, rank_pair, tmp_path, stage, dty
         assert result["first"][1] != result["rest"][1], "the schedule moves, so a forgotten one would show"
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("lora", [None, MIXED, ADAPTERS])
-def test_one_rank_goes_on_bit_for_bit(tiny_model, tmp_path, lora):
-    assert_identical(interrupted(str(tiny_model), str(tmp_path / "c"), stage=0, dtype="fp32", lora=lora))
+def test_one_rank_goes_on_bit_for_bit(tiny_model, tmp_path, lora, dtype):
+    assert_identical(interrupted(str(tiny_model), str(tmp_path / "c"), stage=0, dtype=dtype, lora=lora))
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("plain_first", [False, True])
-def test_one_rank_takes_up_what_zero_has_saved_bit_for_bit(tiny_model, tmp_path, monkeypatch, plain_first):
+def test_one_rank_takes_up_what_zero_has_saved_bit_for_bit(tiny_model, tmp_path, monkeypatch, plain_first, dtype):
     """Checkpoints of before the plain step, and the way back."""
 
     def steps(first, then):
         monkeypatch.setattr(engines, "is_plain", lambda config, ranks: first)
-        engine = make_engine(str(tiny_model), stage=1, dtype="fp32")
+        engine = make_engine(str(tiny_model), stage=2, dtype=dtype)
         take_steps(engine, 2)
         counters = save(engine, tmp_path / "c")
         monkeypatch.setattr(engines, "is_plain", lambda config, ranks: then)
-        return resumed_elsewhere(str(tiny_model), str(tmp_path / "c"), counters, stage=1, dtype="fp32")
+        return resumed_elsewhere(str(tiny_model), str(tmp_path / "c"), counters, stage=2, dtype=dtype)
 
     there, stayed = steps(plain_first, not plain_first), steps(plain_first, plain_first)
     assert all(torch.equal(tensor, stayed[name]) for name, tensor in there.items())

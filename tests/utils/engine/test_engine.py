@@ -12,7 +12,7 @@ from tests.utils.engine.engine_checks import collate, fixed_rows, train
 from training.utils.arguments import LoraArguments
 from training.utils.engine import engine as engines
 from training.utils.engine.engine import ADAM_BETAS
-from training.utils.engine.zero_config import MAX_GRAD_NORM, deepspeed_config
+from training.utils.engine.zero_config import DTYPES, MAX_GRAD_NORM, deepspeed_config
 from training.utils.model.export import full_state_dict
 from training.utils.model.logprobs import response_log_probs
 from training.utils.model.lora import with_adapters
@@ -104,21 +104,32 @@ def test_adapters_beside_the_rest_equal_plain_pytorch(plain_lora, tiny_model, ra
 
 
 @pytest.mark.parametrize("options", [{}, {"lora": MIXED}, {"micro_batch": 2}, {"poison": 1}, {"learning_rate": 0.5}])
-@pytest.mark.parametrize("stage", [slow(1), 2])
-def test_one_rank_steps_as_zero_does_bit_for_bit(tiny_model, monkeypatch, stage, options):
-    """In fp32 one rank flattens and copies nothing; ``stage`` is what ZeRO does where it is not spared that."""
-    plain = train(str(tiny_model), stage=stage, steps=5, **options)
+@pytest.mark.parametrize(("stage", "dtype"), [slow(1, "fp32"), (2, "fp32"), (2, "bf16")])
+def test_one_rank_steps_as_zero_does_bit_for_bit(tiny_model, monkeypatch, stage, dtype, options):
+    """One rank flattens and copies nothing; ``stage`` is what ZeRO does where it is not spared that."""
+    plain = train(str(tiny_model), stage=stage, dtype=dtype, steps=5, **options)
     assert min(plain["norms"]) > MAX_GRAD_NORM, "clipping is part of it"
     monkeypatch.setattr(engines, "is_plain", lambda config, ranks: False)
-    zero = train(str(tiny_model), stage=stage, steps=5, **options)
+    zero = train(str(tiny_model), stage=stage, dtype=dtype, steps=5, **options)
     for name in ("losses", "norms", "skips", "failures", "rates"):
         assert plain[name] == pytest.approx(zero[name], abs=0, rel=0, nan_ok=True), name
     assert plain["skips"] == [step == options.get("poison") for step in range(5)]
     assert all(torch.equal(tensor, zero["state"][name]) for name, tensor in plain["state"].items())
 
 
+@pytest.mark.parametrize("micro_batch", [2, 8])
+def test_one_rank_in_bf16_steps_closely_as_stage_1_does(tiny_model, monkeypatch, micro_batch):
+    """DeepSpeed's BF16_Optimizer takes the norm in fp32, and rounds the sum of several gradients to bf16."""
+    plain = train(str(tiny_model), stage=1, dtype="bf16", micro_batch=micro_batch)
+    monkeypatch.setattr(engines, "is_plain", lambda config, ranks: False)
+    zero = train(str(tiny_model), stage=1, dtype="bf16", micro_batch=micro_batch)
+    assert plain["norms"][:2] == pytest.approx(zero["norms"][:2], rel=1e-6 if micro_batch == 8 else 1e-3)
+    assert plain["losses"] == pytest.approx(zero["losses"], abs=0.02)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("used", [True, False])
-def test_a_parameter_without_a_gradient_decays_as_in_zero(monkeypatch, used):
+def test_a_parameter_without_a_gradient_decays_as_in_zero(monkeypatch, used, dtype):
     """Such as an expert that no token went to."""
     init_distributed()
 
@@ -128,9 +139,10 @@ def test_a_parameter_without_a_gradient_decays_as_in_zero(monkeypatch, used):
         model = torch.nn.ModuleList([torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)])
         model.forward = lambda rows: model[0](rows).sum() + (model[1](rows).sum() if used else 0.0)
         kind = {"learning_rate": 0.1, "weight_decay": 0.5, "num_warmup_steps": 0, "total_steps": 9}
-        engine = engines.initialize_engine(model, deepspeed_config(zero_stage=0, dtype="fp32"), **kind)
+        model = model.to(DTYPES[dtype])
+        engine = engines.initialize_engine(model, deepspeed_config(zero_stage=2, dtype=dtype), **kind)
         for _ in range(2):
-            engines.backward(engine, engine(torch.ones(2, 3)), 1.0)
+            engines.backward(engine, engine(torch.ones(2, 3, dtype=DTYPES[dtype])), 1.0)
             engines.optimizer_step(engine)
         return [p.detach().clone() for p in engine.module.parameters()]
 

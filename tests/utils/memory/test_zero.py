@@ -17,8 +17,8 @@ SIZE = RoleSize(N, N, 1000)
 @pytest.mark.parametrize(
     ("stage", "dtype", "ranks", "held"),
     [
-        (0, "bf16", 1, 2 + 4 + 8 + 4),  # weights, master, moments, whole fp32 gradients
-        (1, "bf16", 4, 2 + 1 + 2 + 4),
+        (0, "bf16", 1, 2 + 4 + 8),  # weights, master, moments
+        (1, "bf16", 4, 2 + 1 + 2 + 4),  # and whole fp32 gradients
         (2, "bf16", 4, 2 + 1 + 2),
         (3, "bf16", 4, 0.5 + 1 + 2 + 1),
         (1, "fp32", 1, 4 + 8),  # the weights are the masters
@@ -49,7 +49,7 @@ def test_offload_moves_states_to_the_host():
 def test_the_bucket_is_whole_on_an_accelerator():
     config = deepspeed_config(zero_stage=2, dtype="bf16")
     there, here = (
-        trained_memory(SIZE, config=config, dtype="bf16", ranks=1, on_cpu=on_cpu).reduction for on_cpu in (False, True)
+        trained_memory(SIZE, config=config, dtype="bf16", ranks=2, on_cpu=on_cpu).reduction for on_cpu in (False, True)
     )
     assert there - here == 2 * (500_000_000 - N)
 
@@ -87,6 +87,24 @@ def check(measured, dtype, ranks, accumulation=1, within=0.07):
 @pytest.mark.parametrize("stage", [slow(1), 2, 3])
 def test_one_rank_as_deepspeed_allocates(wide_model, stage, dtype):
     check(deepspeed_memory(str(wide_model), stage=stage, dtype=dtype), dtype, 1)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_one_rank_in_bf16_sums_gradients_in_fp32_as_they_come(wide_model, accumulation):
+    """The plan's own passes, to a hundredth of the model: a gradient that were kept in bf16 would show."""
+    measured = deepspeed_memory(str(wide_model), stage=0, dtype="bf16", accumulation=accumulation)
+    role = trained_memory(
+        measured["size"], config=measured["config"], dtype="bf16", ranks=1, on_cpu=False, accumulates=accumulation > 1
+    )
+    passes = SequenceCosts(
+        fake_role(str(wide_model), "bf16", "sdpa", LoraArguments(), classifier=False), 5, classifier=False
+    ).training(1, False)
+    planned = training_phases("model", role, passes, 0, accumulates=accumulation > 1)
+    backward = max(sum(phase.parts.values()) for phase in planned[:2])
+    exact = {"abs": measured["size"].parameters * 2 / 100}
+    assert measured["resident"] == pytest.approx(role.total, **exact)
+    assert measured["backward"] - measured["resident"] == pytest.approx(backward, **exact)
+    assert measured["step"] - measured["resident"] == pytest.approx(role.step, **exact)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,12 @@
 """What an engine's next step depends on, by parameter name: fp32 masters, both moments of Adam, step counts.
 
 Each rank holds a part of every trained parameter's master and moments: at ZeRO 1 and 2 a piece of one flat partition,
-at ZeRO 3 a slice of each parameter. On one rank in fp32 the weights are the masters. A rank writes the parts it holds,
-each with its parameter's name and its place in the flattened parameter; nothing is gathered and nothing is pickled. A
-run of the same ranks and stage reads back exactly what each rank wrote. Other ranks or stages read what overlaps with
-their own parts. Where a parameter is cut over a tensor parallel group, a rank's place is in its own cut, which the key
-says; a run that cuts otherwise, or not at all, puts the whole together. The 16-bit weights are the masters, rounded,
-and need no room; parameters that do not train come from the model that the run began with.
+at ZeRO 3 a slice of each parameter. On one rank each has a master of its own, in fp32 the weight itself. A rank writes
+the parts it holds, each with its parameter's name and its place in the flattened parameter; nothing is gathered and
+nothing is pickled. A run of the same ranks and stage reads back exactly what each rank wrote. Other ranks or stages
+read what overlaps with their own parts. Where a parameter is cut over a tensor parallel group, a rank's place is in its
+own cut, which the key says; a run that cuts otherwise, or not at all, puts the whole together. The 16-bit weights are
+the masters, rounded, and need no room; parameters that do not train come from the model that the run began with.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 
+from training.utils.engine.plain import round_weights
 from training.utils.engine.states import MOMENTS, adam_of, flat_partitions, make_moments
 from training.utils.engine.tensor_parallel import Split, split_of
 from training.utils.errors import UserError
@@ -105,10 +106,9 @@ def parts(engine: Any, *, moments: bool) -> Iterator[Part]:
             start = dist.get_rank(group=parameter.ds_process_group) * parameter.partition_numel()
             length = max(0, min(parameter.partition_numel(), parameter.ds_numel - start))  # the rest is padding
             views = [zero._get_fp32_opt_state_partition(parameter, True, key)[0][:length] for key in keys]
-        elif isinstance(zero, torch.optim.Optimizer):
-            start = 0
-            tensors = [zero.state[parameter][key] if key else parameter.data for key in keys]
-            views = [tensor.view(-1) for tensor in tensors]
+        elif hasattr(zero, "masters"):  # of a plain step
+            start, master = 0, zero.masters[parameter]
+            views = [(zero.state[master][key] if key else master.data).view(-1) for key in keys]
         elif parameter._hp_mapping is not None:
             start = parameter._hp_mapping.lp_fragment_address.start
             views = [parameter._hp_mapping.get_hp_fragment(key) for key in keys]
@@ -274,8 +274,9 @@ def load_engine(engine: Any, files: list[Path], counters: dict[str, Any]) -> Non
 
 def _round_weights(zero: Any) -> None:
     """Make the model's weights from the masters, as an optimizer step does at its end."""
-    if isinstance(zero, torch.optim.Optimizer):
-        return  # they are the masters
+    if hasattr(zero, "masters"):
+        round_weights(zero)
+        return
     if not hasattr(zero, "fp32_partitioned_groups_flat"):
         zero.update_lp_params()
         return

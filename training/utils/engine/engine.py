@@ -11,10 +11,11 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime import bf16_optimizer
-from torch import Tensor, nn
+from torch import nn
 
+from training.utils.engine.plain import plain_adamw
 from training.utils.engine.tensor_parallel import check_split
-from training.utils.engine.zero_config import is_plain
+from training.utils.engine.zero_config import DTYPES, is_plain
 from training.utils.model.lora import is_adapter
 from training.utils.run.distributed import bound_waits, world_size
 from training.utils.run.watchdog import beat
@@ -22,7 +23,6 @@ from training.utils.run.watchdog import beat
 # The 16-bit optimizer prints eighteen lines about memory for every engine, whatever the log level
 bf16_optimizer.see_memory_usage = lambda *_args, **_kwargs: None
 
-NORM_CHUNK = 65_536  # elements whose fp64 copies stay in a processor's cache: 8x as fast as a matrix at once
 ADAM_BETAS = (0.9, 0.95)  # DeepSpeed-Chat's and InstructGPT's
 MAX_SKIPPED = 10  # optimizer steps in a row; a single one is noise, ten are a run that learns nothing any more
 
@@ -59,53 +59,6 @@ def parameter_groups(model: nn.Module, weight_decay: float, lora_learning_rate: 
     return [{"params": params} | of_group for params, of_group in zip(groups, settings, strict=True) if params]
 
 
-def global_norm(optimizer: torch.optim.Optimizer) -> Tensor:
-    """Norm of all gradients, fp32: summed in fp64, rounded once for each parameter group, as DeepSpeed does it."""
-    norms = []
-    for group in optimizer.param_groups:
-        gradients = [parameter.grad.reshape(-1) for parameter in group["params"]]
-        if gradients[0].device.type == "cpu":
-            gradients = [piece for gradient in gradients for piece in gradient.split(NORM_CHUNK)]
-        squares = torch.stack(torch._foreach_norm(gradients, 2, torch.float64)).square()
-        norms.append(squares.sum().float().sqrt())
-    return torch.linalg.vector_norm(torch.stack(norms))
-
-
-def clip_before_step(optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
-    """Let each step of an optimizer clip gradients first, and change nothing if they are not finite: the plain step.
-
-    DeepSpeed's ZeRO optimizers keep a flat copy of all masters beside the weights, and at each step copy the gradients
-    into one flat buffer and the masters back. On one rank, with weights in fp32, the weights are the masters and
-    nothing is sharded (`training.utils.engine.zero_config.is_plain`): DeepSpeed then runs its stage 0, which steps the
-    optimizer it is given, and what that stage lacks is added here. The arithmetic is that of stages 1 and 2, to the
-    last bit.
-
-    DeepSpeed's engine reads the attributes that are set: ``_global_grad_norm``, and ``overflow``, at which it counts
-    the step as skipped and leaves the schedule where it is.
-
-    Args:
-        optimizer: of one rank; its ``step`` must pass over parameters without a gradient, as torch's do.
-        max_grad_norm: global norm above which gradients are scaled down; 0 for never.
-    """
-
-    def before(optimizer: Any, *_: Any) -> None:
-        """Norm, finiteness, clipping."""
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for parameter in parameters:
-            if parameter.grad is None:  # an expert that no token went to: decays like all others
-                parameter.grad = torch.zeros_like(parameter)
-        norm = global_norm(optimizer)
-        optimizer.overflow = not bool(torch.isfinite(norm))
-        optimizer._global_grad_norm = math.inf if optimizer.overflow else norm
-        if optimizer.overflow:
-            for parameter in parameters:
-                parameter.grad = None
-        elif max_grad_norm > 0 and (clip := (norm + 1e-6) / max_grad_norm) > 1:
-            torch._foreach_mul_([parameter.grad for parameter in parameters], 1.0 / clip)
-
-    optimizer.register_step_pre_hook(before)
-
-
 def initialize_engine(
     model: nn.Module,
     config: dict[str, Any],
@@ -131,16 +84,20 @@ def initialize_engine(
     from transformers import get_scheduler  # brings PEFT along: a second that evaluations and plans do without
 
     groups = parameter_groups(model, weight_decay, lora_learning_rate)
-    if "offload_optimizer" in config["zero_optimization"]:
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, lr=learning_rate, betas=ADAM_BETAS)
-    else:
-        optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=ADAM_BETAS, fused=True)
+    rates: dict[str, Any] = {"lr": learning_rate, "betas": ADAM_BETAS}
     plain = is_plain(config, world_size())
     if plain:
-        clip_before_step(optimizer, config["gradient_clipping"])
-        config = config | {"zero_optimization": {"stage": 0}, "gradient_clipping": 0.0}
+        clip = config["gradient_clipping"]
+        optimizer: torch.optim.Optimizer = plain_adamw(
+            model, groups, bf16="bf16" in config, max_grad_norm=clip, **rates
+        )
+        config = config | {"zero_optimization": {"stage": 0}, "gradient_clipping": 0.0, "bf16": {"enabled": False}}
+    elif "offload_optimizer" in config["zero_optimization"]:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        optimizer = DeepSpeedCPUAdam(groups, **rates)
+    else:
+        optimizer = torch.optim.AdamW(groups, fused=True, **rates)
     schedule = get_scheduler(lr_scheduler_type, optimizer, num_warmup_steps, max(total_steps, 1))
     engine = initialized(model, config, optimizer=optimizer, lr_scheduler=schedule)
     if plain:
@@ -207,7 +164,8 @@ def gathered(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
 def dtype_name(engine: Any) -> str:
     """The precision of an engine's weights: ``bf16``, ``fp16`` or ``fp32``."""
-    return "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
+    kinds = {parameter.dtype for parameter in engine.module.parameters()}
+    return next((name for name, dtype in DTYPES.items() if dtype in kinds), "fp32")
 
 
 def backward(engine: Any, loss_sum: torch.Tensor, global_count: float) -> None:

@@ -19,7 +19,7 @@ def adam_of(zero: Any) -> Any:
 
 
 def flat_partitions(zero: Any) -> list[Tensor]:
-    """This rank's flat fp32 masters, one for each parameter group (ZeRO 3: sub-group); of a plain step the weights."""
+    """This rank's flat fp32 masters, one for each parameter group (ZeRO 3: sub-group); of a plain step each."""
     if hasattr(zero, "fp32_partitioned_groups_flat"):
         return list(zero.fp32_partitioned_groups_flat)
     return [p for group in adam_of(zero).param_groups for p in group["params"]]

@@ -15,6 +15,7 @@ from training.utils.run.files import once_each
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 MAX_GRAD_NORM = 1.0  # DeepSpeed-Chat's and TRL's value
+_BF16, _SUMS = {"enabled": True}, {"grad_accum_dtype": "fp32"}  # of bf16 weights, and of gradients
 
 # What the programs decide themselves: a user's JSON that sets these would silently change the mathematics
 # (batch arithmetic, loss normalisation, schedule).
@@ -49,18 +50,19 @@ def effective_stage(zero_stage: int) -> int:
 
 
 def is_plain(config: dict[str, Any], ranks: int) -> bool:
-    """Whether a role takes the plain step: one rank, fp32, nothing offloaded, below stage 3.
+    """Whether a role takes the plain step: one rank, fp32 or bf16, nothing offloaded, below stage 3.
 
-    See `training.utils.engine.engine.clip_before_step`.
+    See `training.utils.engine.plain`. What a user's configuration asks of DeepSpeed's own 16-bit optimizers, they do.
 
     Args:
         config: from `deepspeed_config`.
         ranks: in the process group.
     """
     zero = config["zero_optimization"]
-    other = {"bf16", "fp16", "torch_autocast", "tensor_parallel"} & config.keys()
+    other = {"fp16", "torch_autocast", "tensor_parallel"} & config.keys()
     offloaded = {"offload_optimizer", "offload_param"} & zero.keys()
-    return ranks == 1 and zero["stage"] < 3 and not other and not offloaded
+    asked = config.get("bf16", _BF16) != _BF16 or config["data_types"] != _SUMS
+    return ranks == 1 and zero["stage"] < 3 and not other and not offloaded and not asked
 
 
 def deepspeed_config(
@@ -101,10 +103,10 @@ def deepspeed_config(
         "steps_per_print": 2**31 - 1,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "data_types": {"grad_accum_dtype": "fp32"},
+        "data_types": dict(_SUMS),
     }
     if dtype == "bf16":
-        config["bf16"] = {"enabled": True}
+        config["bf16"] = dict(_BF16)
     elif dtype == "fp16":
         config["fp16"] = {"enabled": True, "initial_scale_power": 12}
     if tensor_parallel > 1:  # every rank sees all logits: with tied embeddings AutoTP would cut the vocabulary

@@ -30,7 +30,9 @@ class LiveMemory(TorchDispatchMode):
         bytes: alive now.
         peak: the most that was alive at once; may be set back to `bytes`.
         gradients: bytes among them that are parameters' gradients, which whoever counts says.
+        growth: what these would take more in fp32, which it says as well.
         lean_peak: the most that was alive at once without these.
+        wide_peak: the most that would be if each were in fp32.
     """
 
     def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
@@ -39,6 +41,8 @@ class LiveMemory(TorchDispatchMode):
         self.peak = 0
         self.gradients = 0
         self.lean_peak = 0
+        self.growth = 0
+        self.wide_peak = 0
         self._alive: dict[int, weakref.ref] = {}
         for tensor in known:
             self.add(tensor, 0)
@@ -59,6 +63,7 @@ class LiveMemory(TorchDispatchMode):
         self.bytes += held
         self.peak = max(self.peak, self.bytes)
         self.lean_peak = max(self.lean_peak, self.bytes - self.gradients)
+        self.wide_peak = max(self.wide_peak, self.bytes + self.growth)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
@@ -81,11 +86,13 @@ class PassMemory:
         peak: the most at once; with a backward the gradients in the parameters' own precision are part of it.
         gradients: what is left of them at the end.
         lean: the most at once where each parameter's gradient is let go as soon as it is whole.
+        wide: the most at once where each becomes fp32 as soon as it is whole.
     """
 
     peak: int
     gradients: int
     lean: int
+    wide: int
 
 
 class FakeModel:
@@ -163,6 +170,7 @@ class FakeModel:
             def whole(parameter: torch.Tensor) -> None:
                 assert parameter.grad is not None
                 memory.gradients += parameter.grad.nbytes
+                memory.growth += 4 * parameter.grad.numel() - parameter.grad.nbytes
 
             for parameter in self.module.parameters():
                 if parameter.requires_grad:
@@ -171,9 +179,10 @@ class FakeModel:
             value.backward()
             del value
         gradients = memory.bytes
+        wide = max(memory.wide_peak, gradients + memory.growth) + self.beside
         for parameter in self.module.parameters():
             parameter.grad = None
-        return PassMemory(memory.peak + self.beside, gradients, memory.lean_peak + self.beside)
+        return PassMemory(memory.peak + self.beside, gradients, memory.lean_peak + self.beside, wide)
 
     def forward_pass(self, function: Callable[[FakeModel], Any]) -> PassMemory:
         """Memory of ``function(model)`` without gradients."""
@@ -181,4 +190,5 @@ class FakeModel:
         with self.counting() as memory, torch.no_grad():
             result = function(self)
             del result
-        return PassMemory(memory.peak + self.beside, 0, memory.peak + self.beside)
+        peak = memory.peak + self.beside
+        return PassMemory(peak, 0, peak, peak)

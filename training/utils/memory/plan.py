@@ -268,7 +268,8 @@ def training_phases(
 ) -> list[Phase]:
     """Backward and step of one role.
 
-    In the backward all gradients are there, in the parameters' precision, unless ZeRO lets them go bucket by bucket.
+    In the backward all gradients are there, in the parameters' precision, unless ZeRO lets them go bucket by bucket or
+    they become fp32 one by one.
 
     Args:
         role: its name.
@@ -283,8 +284,9 @@ def training_phases(
     if memory.releases:
         gradients = {"activations": passes.lean - logits, "gradients and buckets": memory.reduction - memory.gathered}
     else:
+        here = passes.peak if not memory.widens else passes.lean if accumulates else passes.wide
         gradients = {
-            "activations and gradients": passes.peak - logits,
+            "activations and gradients": here - logits,
             "gradients of earlier micro-batches": memory.pending if accumulates else 0,
         }
     gathered = memory.gathered + (0 if checkpointing else memory.kept)

@@ -55,6 +55,7 @@ class RoleMemory:
         reduction: the most at the end of a backward, ``pending`` included.
         step: the most in the optimizer step, ``pending`` included.
         releases: gradients are reduced and let go during the backward, whenever a bucket is full.
+        widens: each gradient is added to its fp32 sum during the backward as soon as it is whole, and let go.
     """
 
     resident: dict[str, int]
@@ -64,6 +65,7 @@ class RoleMemory:
     reduction: int = 0
     step: int = 0
     releases: bool = False
+    widens: bool = False
     kept: int = 0
 
     @property
@@ -93,10 +95,12 @@ def trained_memory(
     full = trained > elements
     bucket = used if on_cpu else elements
     held = {"parameters": size.weights(width) + size.scales, MASTER: 4 * share, MOMENTS: 8 * share}
-    if is_plain(config, ranks):  # the weights are the masters
+    if is_plain(config, ranks):
         gradients = 4 * trained
-        del held[MASTER]
-        return RoleMemory(held, pending=gradients, reduction=gradients, step=gradients)
+        if width == 4:  # the weights are the masters
+            del held[MASTER]
+        last = width * size.largest if width == 2 else 0  # its gradient is there twice
+        return RoleMemory(held, pending=gradients, reduction=gradients + last, step=gradients, widens=width == 2)
     host = frozenset({MASTER, MOMENTS, OFFLOADED, STAGING} if offload else ())
     norm = 8 * size.largest  # taken in fp64, parameter by parameter
     if offload:
@@ -117,7 +121,8 @@ def trained_memory(
         pending = 4 * share
         alias = width == 4 and ranks == 1 and not accumulates  # then the gradient itself is kept
         reduction = width * (bucket + used) + (0 if alias else pending)
-        return RoleMemory(held, host, 0, pending, reduction, pending + max(norm, 4 * share if width == 4 else 0), full)
+        step = pending + max(norm, 4 * share if width == 4 else 0)
+        return RoleMemory(held, host, 0, pending, reduction, step, releases=full)
     held["parameters"] = -(-size.weights(width) // ranks) + size.scales
     if not offload:
         held["gradients"] = 4 * share
@@ -128,7 +133,8 @@ def trained_memory(
     kept = max(size.packed // 2 - gathered, 0) if ranks > 1 else 0
     cast = width * -(-used // ranks) if ranks > 1 else 4 * used
     reduction = width * used * (1 + on_cpu) + cast + gathered
-    return RoleMemory(held, host, gathered, 0, reduction, norm if offload else 4 * share, full, kept)
+    step = norm if offload else 4 * share
+    return RoleMemory(held, host, gathered, 0, reduction, step, releases=full, kept=kept)
 
 
 def frozen_memory(parameters: int, *, zero_stage: int, dtype: str, ranks: int, offload: bool = False) -> RoleMemory:
