@@ -31,13 +31,14 @@ import torch  # noqa: E402
 
 from training.step3_rlhf_finetuning import forward, prompts  # noqa: E402
 from training.utils.arguments import DataArguments  # noqa: E402
-from training.utils.data import Sharing, prepare_data, spread_rows, stop_token_ids  # noqa: E402
+from training.utils.data import prepare_data, spread_rows, stop_token_ids  # noqa: E402
 from training.utils.generation.engines import rollout_backend  # noqa: E402
 from training.utils.generation.requests import RolloutBatch  # noqa: E402
 from training.utils.generation.sampling import SamplingConfig  # noqa: E402
 from training.utils.model.loading import load_causal_lm, resolve_model  # noqa: E402
 from training.utils.model.logprobs import response_log_probs  # noqa: E402
 from training.utils.model.tokenizer import load_tokenizer  # noqa: E402
+from training.utils.sharing.rows import Sharing  # noqa: E402
 
 Piece = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # ids and attention mask [B, T], response mask [B, R]
 WAYS = ("all columns", "columns with a token", "answers behind their prompt")

@@ -33,7 +33,6 @@ from training.step2_reward_model_finetuning.pairs import score_pairs  # noqa: E4
 from training.step2_reward_model_finetuning.preference import bradley_terry_loss  # noqa: E402
 from training.utils.arguments import DataArguments  # noqa: E402
 from training.utils.data import (  # noqa: E402
-    Sharing,
     collate_pairs,
     element_lengths,
     epoch_batches,
@@ -44,6 +43,7 @@ from training.utils.data import (  # noqa: E402
 from training.utils.model import classifiers  # noqa: E402
 from training.utils.model.loading import resolve_model  # noqa: E402
 from training.utils.model.tokenizer import load_tokenizer  # noqa: E402
+from training.utils.sharing.rows import Sharing  # noqa: E402
 
 SIZES = (4, 8, 16)  # pairs in a micro-batch
 

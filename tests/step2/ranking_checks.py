@@ -22,7 +22,7 @@ from training.utils.model import classifiers
 from training.utils.model.export import full_state_dict
 from training.utils.model.forward import TokenScorer, answer_rewards
 from training.utils.run.distributed import init_distributed, reduce_sums
-from training.utils.sharing import find_sharing
+from training.utils.sharing.trial import find_sharing
 
 PAD, STEPS, SEED = 2, 3, 5
 RATE: dict[str, Any] = {

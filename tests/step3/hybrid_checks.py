@@ -43,7 +43,7 @@ from training.utils.model.forward import answer_rewards
 from training.utils.model.logprobs import response_log_probs
 from training.utils.model.reward_stats import RewardStats
 from training.utils.run.distributed import data_rank, data_size, init_distributed, rank, world_size
-from training.utils.sharing import find_sharing
+from training.utils.sharing.trial import find_sharing
 
 PAD, STOPS = 0, (2,)
 NO_TEXTS = PromptSet(None, None, STOPS, 0)  # for rewards that read tokens alone

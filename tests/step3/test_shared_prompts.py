@@ -10,9 +10,8 @@ from tests.step3.hybrid_checks import save_tiny_reward_model
 from tests.step3.test_trajectories import assert_same, timeless
 from tests.step3.trajectory_checks import record, replayed
 from training.step3_rlhf_finetuning import forward
-from training.utils.data import Sharing
 from training.utils.errors import UserError
-from training.utils.model.forward import tree_mask
+from training.utils.sharing.rows import Sharing, tree_mask
 
 ALWAYS = Sharing(1 << 20, 1 << 20)  # where it saves a token
 FOUR = {"samples": 4}  # of eight rows
@@ -112,7 +111,7 @@ def test_answers_that_see_each_other_are_noticed(models, recorded, monkeypatch):
     counts = how_often(monkeypatch)
     assert_same(recorded[0], replayed(*models, recorded[1], stage=0, micro_batch=8, **FOUR, shares=True, fault=fault))
     assert not counts[0]
-    monkeypatch.setattr("training.utils.sharing.TOLERANCE", {torch.float32: 9.0})
+    monkeypatch.setattr("training.utils.sharing.trial.TOLERANCE", {torch.float32: 9.0})
     with pytest.raises(UserError, match="the sampler is not the policy"):
         replayed(*models, recorded[1], stage=0, micro_batch=8, **FOUR, shares=True, fault=fault)
 

@@ -17,7 +17,7 @@ from training.utils.generation.engines import rollout_backend
 from training.utils.generation.requests import RolloutBatch, RolloutRequest
 from training.utils.generation.sampling import SamplingConfig
 from training.utils.model import forward
-from training.utils.model.forward import tree_mask
+from training.utils.sharing.rows import tree_mask
 
 RUN: dict[str, Any] = {
     "iterations": 5,

@@ -14,26 +14,20 @@ from tests.step2.ranking_checks import PAD, RATE, fixed_rankings
 from tests.utils.engine.engine_checks import TINY_SHARDS
 from training.step2_dpo_finetuning.pairs import Preferences, answer_log_probs, answer_tokens
 from training.step2_reward_model_finetuning.pairs import held_out_rewards
-from training.utils import sharing as sharings
 from training.utils.arguments import DPOArguments, LoraArguments
-from training.utils.data import (
-    Sharing,
-    behind_beginnings,
-    collate_pairs,
-    collate_sft,
-    pair_micro_batches,
-    rankings_of,
-    shared_length,
-)
+from training.utils.data import collate_pairs, collate_sft, pair_micro_batches, rankings_of
 from training.utils.engine import engine as engines
 from training.utils.engine.frozen import load_reference
 from training.utils.engine.zero_config import deepspeed_config
 from training.utils.model import classifiers, loading
-from training.utils.model.forward import TokenScorer, answer_rewards, enable_gradient_checkpointing, tree_mask
+from training.utils.model.forward import TokenScorer, answer_rewards, enable_gradient_checkpointing
 from training.utils.model.lora import with_adapters
 from training.utils.run.distributed import init_distributed, reduce_sums
+from training.utils.sharing import trial as sharings
+from training.utils.sharing.rows import PROMPT, Sharing, behind_beginnings, shared_length, tree_mask
 
 ANY = Sharing(sys.maxsize, 1 << 20)  # so wide that attention costs nothing
+ACROSS = Sharing(sys.maxsize, 1 << 20, across=True)
 SHARES = {"opt", "gpt2", "gpt_neox", "llama", "qwen3", "phi", "falcon", "mixtral"}
 OWN_ROWS = {  # why the others do not; gpt_neo and gemma2 once their windows hold a row
     "bloom": "places tokens by itself",
@@ -71,45 +65,70 @@ def pair(beginning, chosen, rejected):
     return row
 
 
-def test_shared_rows_hold_every_answer():
-    rows = fixed_rankings()
-    batch = collate_pairs(rows, PAD, ANY)
-    alone = collate_pairs(rows, PAD)
-    assert all(torch.equal(tensor, batch[name]) for name, tensor in alone.items())
+def assert_every_answer_is_there(batch):
+    """Its tokens, its positions, and that each of them sees those before it and nothing else."""
     real = batch["attention_mask"] == 1
     own = batch["shared_row"][:, None], batch["shared_columns"]
     assert torch.equal(batch["shared_ids"][own][real], batch["input_ids"][real])
-    places = torch.arange(real.shape[1]).expand_as(real)
+    places = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
     assert torch.equal(batch["shared_positions"][own][real], places[real]), "positions go on behind the beginning"
-    assert len(batch["shared_ids"]) == 5 and (batch["shared_mask"] > 0).sum() < real.sum()
     seen = tree_mask(batch["shared_mask"])[:, 0]
-    for row, columns, length in zip(batch["shared_row"], batch["shared_columns"], real.sum(1), strict=True):
-        columns = columns[:length].tolist()
+    for row, columns, tokens in zip(batch["shared_row"], batch["shared_columns"], real, strict=True):
+        columns = columns[tokens].tolist()
         for i, column in enumerate(columns):
             assert seen[row, column].nonzero().flatten().tolist() == columns[: i + 1]
+
+
+@pytest.mark.parametrize(("sharing", "rows"), [(ANY, 5), (ACROSS, 1)])
+def test_shared_rows_hold_every_answer(sharing, rows):
+    pairs = fixed_rankings()
+    batch, alone = collate_pairs(pairs, PAD, sharing), collate_pairs(pairs, PAD)
+    assert all(torch.equal(tensor, batch[name]) for name, tensor in alone.items())
+    assert len(batch["shared_ids"]) == rows
+    assert (batch["shared_mask"] > 0).sum() < batch["attention_mask"].sum()
+    assert_every_answer_is_there(batch)
 
 
 def test_a_beginning_ends_before_the_first_response_token():
     batch = collate_pairs([pair([5, 6, 7], [8, 9], [8, 9, 4])], 0, ANY)
     assert batch["shared_ids"].tolist() == [[5, 6, 7, 8, 9, 8, 9, 4]]
-    assert batch["shared_mask"].tolist() == [[1, 1, 1, 2, 2, 3, 3, 3]]
+    assert batch["shared_mask"].tolist() == [[1, 1, 1, *[PROMPT + 1] * 2, *[PROMPT + 2] * 3]]
     assert batch["shared_positions"].tolist() == [[0, 1, 2, 3, 4, 3, 4, 5]]
     cut = collate_pairs([{**pair([5, 6, 7], [8], [9]), "rejected_ids": [5, 1, 7, 9]}], 0, Sharing(99, 99))
-    assert cut["shared_mask"].tolist() == [[1, 2, 2, 2, 3, 3, 3]], "beginnings that were cut differ"
+    assert cut["shared_mask"].tolist() == [[1, *[PROMPT + 1] * 3, *[PROMPT + 2] * 3]], "beginnings that were cut differ"
+
+
+def test_prompts_stand_behind_what_all_begin_with():
+    rows = [pair([5, 6, 7], [8, 9], [8]), pair([5, 6, 4, 4], [3], [2])]
+    batch = collate_pairs(rows, 0, ACROSS)
+    assert batch["shared_ids"].tolist() == [[5, 6, 7, 8, 9, 8, 4, 4, 3, 2]]
+    first, second = PROMPT, 2 * PROMPT
+    parts = [1, 1, first, first + 1, first + 1, first + 2, second, second, second + 1, second + 2]
+    assert batch["shared_mask"].tolist() == [parts]
+    assert batch["shared_positions"].tolist() == [[0, 1, 2, 3, 4, 3, 2, 3, 4, 4]]
+    assert batch["shared_row"].tolist() == [0] * 4, "chosen, then rejected"
+    assert len(collate_pairs(rows, 0, ANY)["shared_ids"]) == 2
+
+
+def end_of_beginning(answers):
+    """How many tokens answers have in common before any of them says something or ends."""
+    texts = [answer["input_ids"] for answer in answers]
+    own = [n for answer in answers for n, own in enumerate(answer["response_mask"]) if own]
+    end = min([len(text) - 1 for text in texts] + own)
+    return next(n for n in range(99) if n == end or len({text[n] for text in texts}) > 1)
 
 
 def by_hand(answers, groups):
     """Ids, parts and positions of the shared rows, token by token; where each answer's tokens went."""
+    root = end_of_beginning(answers)
     ids, parts, positions, where = [], [], [], [[] for _ in answers]
     for row, members in enumerate(groups):
-        texts = [answers[i]["input_ids"] for i in members]
-        ends = [min([len(text) - 1, *(n for n, own in enumerate(answers[i]["response_mask"]) if own)])
-                for i, text in zip(members, texts, strict=True)]  # fmt: skip
-        start = next(n for n in range(99) if n == min(ends) or len({text[n] for text in texts}) > 1)
-        ids.append(texts[0][:start])
-        parts.append([1] * start)
+        start, prompt = end_of_beginning([answers[i] for i in members]), (row + 1) * PROMPT
+        ids.append(answers[members[0]]["input_ids"][:start])
+        parts.append([1] * root + [prompt] * (start - root))
         positions.append(list(range(start)))
-        for part, (i, text) in enumerate(zip(members, texts, strict=True), 2):
+        for part, i in enumerate(members, prompt + 1):
+            text = answers[i]["input_ids"]
             where[i] = [(row, n if n < start else len(ids[-1]) + n - start) for n in range(len(text))]
             ids[-1] = ids[-1] + text[start:]
             parts[-1] += [part] * len(text[start:])
@@ -117,33 +136,38 @@ def by_hand(answers, groups):
     return ids, parts, positions, where
 
 
+def answers_at_random(random, most):
+    """Answers to prompts that are cut, some of no token, in any order, and their prompts' numbers."""
+    answers, prompts = [], []
+    start = random.choices((1, 2), k=random.randint(0, 3))
+    for number in range(random.randint(1, most)):
+        prompt = start + random.choices((1, 2), k=random.randint(1, 6))
+        for _ in range(random.randint(1, 3)):
+            text, own = [*prompt[:-1], random.choice((prompt[-1], 3))], random.choices((4, 5), k=random.randint(0, 4))
+            answers.append({"input_ids": text + own, "response_mask": [0] * len(text) + [1] * len(own)})
+            prompts.append(number)
+    order = random.sample(range(len(answers)), len(answers))
+    return [answers[i] for i in order], [prompts[i] for i in order]
+
+
+def padded_on_both_sides(random, answers):
+    """As rows of `collate_sft` that are moved to the right by one to three columns less than they are padded by."""
+    left = [random.randint(0, 3) for _ in answers]
+    moved = {name: torch.nn.functional.pad(tensor, (3, 0)) for name, tensor in collate_sft(answers, PAD).items()}
+    return left, {n: torch.stack([row.roll(-by) for row, by in zip(t, left, strict=True)]) for n, t in moved.items()}
+
+
 def test_shared_rows_are_those_made_by_hand():
-    """Prompts that are cut, answers without a token, groups in any order, padding on both sides."""
     random = Random(1)
     for _ in range(200):
-        answers, prompts = [], []
-        for number in range(random.randint(1, 4)):
-            prompt = random.choices((1, 2), k=random.randint(1, 6))
-            for _ in range(random.randint(1, 3)):
-                text, own = (
-                    [*prompt[:-1], random.choice((prompt[-1], 3))],
-                    random.choices((4, 5), k=random.randint(0, 4)),
-                )
-                answers.append({"input_ids": text + own, "response_mask": [0] * len(text) + [1] * len(own)})
-                prompts.append(number)
-        order = random.sample(range(len(answers)), len(answers))
-        answers, prompts = [answers[i] for i in order], [prompts[i] for i in order]
+        answers, prompts = answers_at_random(random, 4)
         groups = [[i for i, n in enumerate(prompts) if n == number] for number in dict.fromkeys(prompts)]
         ids, parts, positions, where = by_hand(answers, groups)
         assert [shared_length([answers[i] for i in members]) for members in groups] == [len(row) for row in ids]
-
-        batch = collate_sft(answers, PAD)
-        left = [random.randint(0, 3) for _ in answers]
-        moved = {name: torch.nn.functional.pad(tensor, (3, 0)) for name, tensor in batch.items()}
-        moved = {n: torch.stack([row.roll(-by) for row, by in zip(t, left, strict=True)]) for n, t in moved.items()}
+        left, moved = padded_on_both_sides(random, answers)
         shared = behind_beginnings(**moved, groups=torch.tensor(prompts), pad_id=PAD, sharing=ANY)
         if not shared:
-            assert len(ids) * max(map(len, ids)) >= batch["input_ids"].numel()
+            assert len(ids) * max(map(len, ids)) >= collate_sft(answers, PAD)["input_ids"].numel()
             continue
         for name, rows in (("ids", ids), ("mask", parts), ("positions", positions)):
             blank = PAD if name == "ids" else 0
@@ -152,6 +176,29 @@ def test_shared_rows_are_those_made_by_hand():
         for i, places in enumerate(where):
             at = slice(3 - left[i], 3 - left[i] + len(places))
             assert [(shared["shared_row"][i], n) for n in shared["shared_columns"][i, at]] == places
+
+
+def test_rows_across_prompts_hold_every_answer_in_fewer_tokens():
+    random, joined = Random(2), 0
+    for _ in range(200):
+        answers, prompts = answers_at_random(random, 9)
+        _, moved = padded_on_both_sides(random, answers)
+        one, several = (
+            behind_beginnings(**moved, groups=torch.tensor(prompts), pad_id=PAD, sharing=how) for how in (ANY, ACROSS)
+        )
+        if not several:
+            assert not one
+            continue
+        assert_every_answer_is_there(moved | several)
+        tokens = several["shared_ids"].numel()
+        assert tokens <= min(shared["shared_ids"].numel() if (shared := one) else tokens, moved["input_ids"].numel())
+        groups = [[answers[i] for i, n in enumerate(prompts) if n == number] for number in set(prompts)]
+        root = end_of_beginning(answers)
+        rows = len(several["shared_ids"])
+        real = rows * root + sum(shared_length(members) - root for members in groups)
+        assert (several["shared_mask"] > 0).sum() == real, "nothing twice, nothing left out"
+        joined += rows < len(groups)
+    assert joined > 50
 
 
 def test_rows_are_shared_where_that_is_cheaper():
@@ -166,6 +213,19 @@ def test_rows_are_shared_where_that_is_cheaper():
     assert "shared_ids" in collate_pairs(even, 0, Sharing(999, 64))
     uneven = [*even, pair([3] * 2, [4] * 48, [5] * 48)]
     assert "shared_ids" not in collate_pairs(uneven, 0, Sharing(999, 64)), "padding is counted"
+
+
+def test_rows_grow_across_prompts_as_long_as_that_is_cheaper():
+    rows = [pair([3] * 20 + [n], [4] * 10, [5] * 10) for n in range(8)]
+    for hidden, longest, expected in (
+        (1 << 20, 999, 1),
+        (1 << 20, 150, 2),
+        (1 << 20, 60, 8),
+        (64, 999, 2),
+        (16, 999, 4),
+    ):
+        batch = collate_pairs(rows, 0, Sharing(longest, hidden, across=True))
+        assert len(batch["shared_ids"]) == expected, (hidden, longest)
 
 
 def assert_equal_with_gradients(model, answers_of, batch, tolerance):
@@ -192,9 +252,9 @@ KINDS = {"language": answer_log_probs, "reward": answer_rewards}
 @pytest.mark.parametrize("family", sorted(SHARES))
 def test_families_give_the_same_numbers_and_gradients(model_of, family, kind):
     model = model_of(family, kind)
-    assert sharings.find_sharing(model, KINDS[kind], PAD) == Sharing(128, 32)
-    batch = collate_pairs(fixed_rankings(), PAD, ANY)
-    assert_equal_with_gradients(model.train(), KINDS[kind], batch, 2e-5)
+    assert sharings.find_sharing(model, KINDS[kind], PAD) == Sharing(128, 32, across=True)
+    for sharing in (ANY, ACROSS):
+        assert_equal_with_gradients(model.train(), KINDS[kind], collate_pairs(fixed_rankings(), PAD, sharing), 2e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -212,7 +272,7 @@ def test_with_adapters_recomputed_activations_and_any_attention(tiny_model, kind
     enable_gradient_checkpointing(model)
     model = TokenScorer(model) if kind == "reward" else model
     assert sharings.find_sharing(model, KINDS[kind], PAD) is not None
-    assert_equal_with_gradients(model.train(), KINDS[kind], collate_pairs(fixed_rankings(), PAD, ANY), 2e-5)
+    assert_equal_with_gradients(model.train(), KINDS[kind], collate_pairs(fixed_rankings(), PAD, ACROSS), 2e-5)
 
 
 def train_preferences(path, *, shares):
@@ -252,12 +312,13 @@ def test_dpo_at_zero_3_on_two_ranks(tiny_model, rank_pair):
 
 
 def test_a_leak_between_answers_would_not_pass(model_of):
-    model, batch = model_of("llama", "reward"), collate_pairs(fixed_rankings(), PAD, ANY)
-    leaking = batch | {"shared_mask": batch["shared_mask"].clamp(max=1)}
+    model, batch = model_of("llama", "reward"), collate_pairs(fixed_rankings(), PAD, ACROSS)
     counting = torch.arange(batch["shared_ids"].shape[1]).expand_as(batch["shared_ids"])
-    for fault in (leaking, batch | {"shared_positions": counting}):
+    parts = batch["shared_mask"]
+    leaks = parts.clamp(max=1), torch.where(parts == 1, 1, parts - parts % PROMPT)  # of prompts, of answers
+    for fault in (*({"shared_mask": leak} for leak in leaks), {"shared_positions": counting}):
         with pytest.raises(AssertionError):
-            assert_equal_with_gradients(model, answer_rewards, fault, 2e-5)
+            assert_equal_with_gradients(model, answer_rewards, batch | fault, 2e-5)
 
 
 @pytest.mark.parametrize("family", sorted(OWN_ROWS))

@@ -56,18 +56,21 @@ from training.utils.model import loading  # noqa: E402
 from training.utils.model.export import move_into  # noqa: E402
 from training.utils.model.language_modelling import micro_batches, negative_log_likelihood, predicted_tokens  # noqa: E402
 from training.utils.model.limits import check_length, divide_rows  # noqa: E402
+from training.utils.model.logprobs import answer_sums  # noqa: E402
 from training.utils.model.lora import check_lora  # noqa: E402
 from training.utils.run import watchdog  # noqa: E402
 from training.utils.run.distributed import data_size, is_main, reduce_sums, say  # noqa: E402
+from training.utils.sharing.rows import Sharing  # noqa: E402
+from training.utils.sharing.trial import find_sharing  # noqa: E402
 
 
 @torch.no_grad()
-def held_out_loss(engine, dataset, batch_size: int, pad_id: int) -> float:
+def held_out_loss(engine, dataset, batch_size: int, pad_id: int, sharing: Sharing | None) -> float:
     """Mean negative log-likelihood of the held-out response tokens, in nats, over all ranks."""
     engine.eval()
     sums = {"nll": 0.0, "tokens": 0.0}
     for indices in watched(epoch_batches(dataset["length"], batch_size * data_size(), 0, 0), "held out"):
-        for batch in micro_batches(dataset, indices, batch_size, pad_id, engine.device):
+        for batch in micro_batches(dataset, indices, batch_size, pad_id, engine.device, sharing):
             sums["nll"] += negative_log_likelihood(engine, batch).item()
             sums["tokens"] += batch["response_mask"][:, 1:].sum().item()
     engine.train()
@@ -104,12 +107,13 @@ def main(argv: Sequence[str]) -> int:
         return loading.load_causal_lm(model_path, dtype=model_args.dtype, ds_config=config, **made)
 
     engine = build_engine(tuning, load, overrides)
+    sharing = find_sharing(engine, answer_sums, pad_id) if device.type == "cpu" else None  # across prompts
     progress = run.progress or {"lowest_loss": math.inf, "best_step": 0}
     logger = tuning.logger()
 
     def evaluate(step_number: int) -> float:
         """The held-out loss, and ROUGE if that is asked for, logged; the model with the best is kept."""
-        loss = held_out_loss(engine, rows.held_out, train.per_device_eval_batch_size, pad_id)
+        loss = held_out_loss(engine, rows.held_out, train.per_device_eval_batch_size, pad_id, sharing)
         found = {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 50.0))}
         told, score = f"held-out loss {loss:.4f}, perplexity {found['eval/perplexity']:.2f}", loss
         if rouge is not None:
@@ -133,7 +137,7 @@ def main(argv: Sequence[str]) -> int:
     for step_number, indices, bar in tuning.steps():
         tokens = sum(response_tokens[i] for i in indices)
         sums = {"nll": 0.0}
-        for batch in micro_batches(rows.train, indices, train.per_device_train_batch_size, pad_id, device):
+        for batch in micro_batches(rows.train, indices, train.per_device_train_batch_size, pad_id, device, sharing):
             nll = negative_log_likelihood(engine, batch)
             engines.backward(engine, nll, tokens)
             sums["nll"] += nll.item()

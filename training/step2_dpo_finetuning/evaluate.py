@@ -53,7 +53,7 @@ from training.utils.model.limits import check_length  # noqa: E402
 from training.utils.model.tokenizer import load_tokenizer  # noqa: E402
 from training.utils.preferences import judge, pairs_of, tell, worst_of  # noqa: E402
 from training.utils.run.distributed import init_distributed, say  # noqa: E402
-from training.utils.sharing import find_sharing  # noqa: E402
+from training.utils.sharing.trial import find_sharing  # noqa: E402
 
 
 def reference_path(given: str, recorded: str, beside: str) -> str:

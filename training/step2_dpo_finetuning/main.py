@@ -65,7 +65,7 @@ from training.utils.model.lora import check_lora  # noqa: E402
 from training.utils.run import watchdog  # noqa: E402
 from training.utils.run.distributed import reduce_sums, say  # noqa: E402
 from training.utils.run.folders import latest_output  # noqa: E402
-from training.utils.sharing import find_sharing  # noqa: E402
+from training.utils.sharing.trial import find_sharing  # noqa: E402
 
 
 def main(argv: Sequence[str]) -> int:

@@ -15,7 +15,6 @@ from training.step2_dpo_finetuning import dpo
 from training.utils.arguments import WITHOUT_REFERENCE, DPOArguments
 from training.utils.data import (
     SIDES,
-    Sharing,
     element_lengths,
     epoch_batches,
     pair_micro_batches,
@@ -27,6 +26,7 @@ from training.utils.engine.frozen import reference_policy
 from training.utils.metrics import watched
 from training.utils.model.logprobs import answer_sums, response_kl
 from training.utils.run.distributed import data_rank, data_size, gather_rows, reduce_sums
+from training.utils.sharing.rows import Sharing
 
 Batch = dict[str, Tensor]
 KL_PROMPTS = 64  # held-out prompts whose chosen answers tell the KL: it needs all logits of both models

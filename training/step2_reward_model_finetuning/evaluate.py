@@ -37,7 +37,7 @@ import torch  # noqa: E402  threads and PATH must be set before
 from training.step2_reward_model_finetuning import main as step2  # noqa: E402
 from training.step2_reward_model_finetuning.pairs import held_out_rewards  # noqa: E402
 from training.utils import evaluation_programs  # noqa: E402
-from training.utils.data import Sharing, prepare_data, rankings_of  # noqa: E402
+from training.utils.data import prepare_data, rankings_of  # noqa: E402
 from training.utils.engine import precision  # noqa: E402
 from training.utils.engine.frozen import load_frozen_scorer  # noqa: E402
 from training.utils.errors import run_program  # noqa: E402
@@ -47,7 +47,8 @@ from training.utils.model.reward_stats import RewardStats  # noqa: E402
 from training.utils.model.tokenizer import load_tokenizer  # noqa: E402
 from training.utils.preferences import Pair, judge, pairs_of, tell, worst_of  # noqa: E402
 from training.utils.run.distributed import init_distributed  # noqa: E402
-from training.utils.sharing import find_sharing  # noqa: E402
+from training.utils.sharing.rows import Sharing  # noqa: E402
+from training.utils.sharing.trial import find_sharing  # noqa: E402
 
 
 def judged_pairs(

@@ -74,7 +74,7 @@ from training.utils.model.reward_stats import RewardStats, few_held_out  # noqa:
 from training.utils.run import watchdog  # noqa: E402
 from training.utils.run.distributed import is_main, reduce_sums, say  # noqa: E402
 from training.utils.run.folders import latest_output  # noqa: E402
-from training.utils.sharing import find_sharing  # noqa: E402
+from training.utils.sharing.trial import find_sharing  # noqa: E402
 
 
 def main(argv: Sequence[str]) -> int:

@@ -8,18 +8,17 @@ from typing import Any
 import torch
 
 from training.utils.data import (
-    Sharing,
     collate_answers,
     distinct_answers,
     epoch_batches,
     rank_micro_batches,
     rankings_of,
-    shared_length,
     spread_rows,
 )
 from training.utils.metrics import watched
 from training.utils.model.forward import answer_rewards
 from training.utils.run.distributed import data_rank, data_size, gather_rows
+from training.utils.sharing.rows import Sharing, shared_length
 
 # Held-out pairs that a model is judged by before it is trained: most have a fresh head, whose accuracy is a coin's
 PAIRS_BEFORE = 64

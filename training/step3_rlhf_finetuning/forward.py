@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from training.utils.data import Sharing, behind_beginnings
 from training.utils.generation.requests import RolloutBatch
 from training.utils.model.forward import last_token_scores, token_scores
 from training.utils.model.logprobs import response_log_probs
 from training.utils.run.watchdog import beat
+from training.utils.sharing.rows import Sharing, behind_beginnings
 
 
 def full_response_mask(mask: Tensor, total_length: int) -> Tensor:
@@ -34,10 +34,10 @@ def behind_prompts(
     Args:
         input_ids, attention_mask: ``[B, T]`` of a rollout, padded on both sides.
         mask: ``[B, R]`` of its responses.
-        sharing: of the model, see `training.utils.sharing.find_sharing`.
+        sharing: of the model, see `training.utils.sharing.trial.find_sharing`.
 
     Returns:
-        See `training.utils.data.batches.behind_beginnings`.
+        See `training.utils.sharing.rows.behind_beginnings`.
     """
     if sharing is None:
         return None

@@ -29,7 +29,6 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
-from training.utils.data import Sharing
 from training.utils.engine.engine import gathered
 from training.utils.engine.frozen import reference_policy
 from training.utils.engine.states import resting_bytes, states_on_host
@@ -37,6 +36,7 @@ from training.utils.generation.vllm import VllmBackend
 from training.utils.memory.generation import fits, free_bytes, generation_bytes, saved_bytes
 from training.utils.model.lora import adapters_merged
 from training.utils.run.distributed import ranks_of_a_row, say
+from training.utils.sharing.rows import Sharing
 
 
 def make_twin(model: nn.Module) -> nn.Module:

@@ -17,12 +17,12 @@ from torch import Tensor
 from training.step3_rlhf_finetuning.forward import score_rewards
 from training.step3_rlhf_finetuning.prompts import PromptSet
 from training.step3_rlhf_finetuning.reward_functions import TextFunction, call_text_function
-from training.utils.data import Sharing
 from training.utils.engine.tensor_parallel import agree
 from training.utils.generation.requests import RolloutBatch, response_texts
 from training.utils.model.reward_stats import RewardStats
 from training.utils.model.text_reward import TextRewardModel
 from training.utils.run.distributed import on_all_ranks
+from training.utils.sharing.rows import Sharing
 
 
 class RewardSource(Protocol):

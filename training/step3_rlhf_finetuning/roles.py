@@ -25,7 +25,6 @@ from training.step3_rlhf_finetuning.reward_sources import (
     TokenReward,
 )
 from training.utils.checkpoint.ema import MovingAverage
-from training.utils.data import Sharing
 from training.utils.engine import engine as engines
 from training.utils.engine.frozen import load_frozen_scorer, load_reference
 from training.utils.engine.zero_config import deepspeed_config
@@ -39,7 +38,8 @@ from training.utils.model.lora import with_adapters
 from training.utils.model.reward_stats import RewardStats
 from training.utils.model.text_reward import load_text_reward_model
 from training.utils.run.distributed import say
-from training.utils.sharing import find_sharing
+from training.utils.sharing.rows import Sharing
+from training.utils.sharing.trial import find_sharing
 
 
 @dataclass(frozen=True)

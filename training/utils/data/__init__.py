@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from training.utils.data.batches import (
         SIDES,
-        Sharing,
         batches_after,
-        behind_beginnings,
         collate_answers,
         collate_pairs,
         collate_prompts,
@@ -26,7 +24,6 @@ if TYPE_CHECKING:
         pair_micro_batches,
         rank_micro_batches,
         rankings_of,
-        shared_length,
         spread_rows,
     )
     from training.utils.data.chat import Rendered, read_any, render
@@ -40,10 +37,8 @@ __all__ = [
     "DataReport",
     "Rendered",
     "RowError",
-    "Sharing",
     "StepData",
     "batches_after",
-    "behind_beginnings",
     "collate_answers",
     "collate_pairs",
     "collate_prompts",
@@ -60,7 +55,6 @@ __all__ = [
     "rankings_of",
     "read_any",
     "render",
-    "shared_length",
     "spread_rows",
     "stop_token_ids",
     "template_names",

@@ -6,15 +6,14 @@ a run resumes at any step by skipping: nothing is replayed and nothing is stored
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 
 from training.utils.run.distributed import data_rank, data_size
+from training.utils.sharing.rows import Sharing, behind_beginnings
 
 Element = TypeVar("Element")
 
@@ -151,99 +150,10 @@ def element_lengths(dataset: Any) -> list[int]:
     return [max(lengths[row] for row in rows) for rows in rankings_of(dataset)]
 
 
-@dataclass(frozen=True)
-class Sharing:
-    """Answers to a prompt may stand behind it in one row, each seeing the prompt and itself alone.
-
-    Attributes:
-        longest: tokens that a row may have.
-        hidden: the model's width. A layer's matrix products cost a token 24 x hidden^2 operations, attention 4 x hidden
-            for each token of its row, so a row of W tokens costs as W (6 hidden + W).
-    """
-
-    longest: int
-    hidden: int
-
-    def pays(self, separate: tuple[int, int], shared: tuple[int, int]) -> bool:
-        """Whether shared rows are cheaper, padding counted; both are (rows, tokens of each)."""
-        (rows, width), (fewer, wider) = separate, shared
-        cheaper = fewer * wider * (6 * self.hidden + wider) < rows * width * (6 * self.hidden + width)
-        return cheaper and wider <= self.longest
-
-
-def shared_length(answers: Sequence[Mapping[str, Any]]) -> int:
-    """Tokens of a row that has the common beginning of these answers once, as in `behind_beginnings`."""
-    before = [row["response_mask"].index(1) if 1 in row["response_mask"] else None for row in answers]
-    beginnings = [row["input_ids"][:-1][:end] for row, end in zip(answers, before, strict=True)]
-    common = len(os.path.commonprefix(beginnings))
-    return common + sum(len(row["input_ids"]) - common for row in answers)
-
-
-def behind_beginnings(
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    response_mask: torch.Tensor,
-    groups: torch.Tensor,
-    pad_id: int,
-    sharing: Sharing,
-) -> dict[str, torch.Tensor]:
-    """Answers as shared rows, in each of which those of a group are behind what they have in common at their beginning.
-
-    That ends before the first response token of any of them, and at least one token before the shortest does. All of it
-    on the device of the inputs with one wait for it, as every model of step 3 needs it for each micro-batch.
-
-    Args:
-        input_ids, attention_mask, response_mask: ``[S, T]`` of the answers behind their prompts, padded on either side.
-        groups: ``[S]``, a number for those that answer the same prompt.
-        pad_id: fills up what is shorter.
-        sharing: of the model.
-
-    Returns:
-        Nothing where that does not pay. Else [R, W] long: ``shared_ids``; ``shared_mask``, 0 at padding, 1 in the
-        common beginning, 2 and up in the answers; ``shared_positions``, in which each answer goes on behind the
-        beginning; and where the answers are: ``shared_row`` [S], and ``shared_columns`` [S, T] of their tokens.
-    """
-    count, columns = input_ids.shape
-    place = torch.arange(columns, device=input_ids.device).expand_as(input_ids)
-    padding = attention_mask.argmax(1, keepdim=True)
-    lengths = attention_mask.sum(1, keepdim=True)
-    unpadded = (place + padding).clamp(max=columns - 1)
-    tokens = input_ids.gather(1, unpadded)  # each answer's from column 0 on, as all of the following
-    responses = response_mask.bool().gather(1, unpadded).cumsum(1) > 0
-    same = groups[:, None] == groups
-    first = same.int().argmax(1)  # of each group
-    common = (tokens == tokens[first]) & ~responses & (place < lengths - 1)
-    beginning = torch.where(same, common.int().cumprod(1).sum(1), columns).amin(1, keepdim=True)
-    own = lengths - beginning  # tokens behind it
-    earlier = same.tril(-1).long()  # in the same group
-    offset = beginning + (earlier * own.T).sum(1, keepdim=True)
-    leads = first == torch.arange(count, device=first.device)
-    rows, width, longest = torch.stack([leads.sum(), (offset + own).max(), lengths.max()]).tolist()
-    if not sharing.pays((count, longest), (rows, width)):
-        return {}
-    row = (leads.cumsum(0) - 1)[first]
-    column = torch.where(place < beginning, place, place - beginning + offset)
-    target = (row[:, None], torch.where(place < lengths, column, width))  # padding falls off the end
-
-    def laid(values: torch.Tensor, blank: int) -> torch.Tensor:
-        """``[S, T]`` -> ``[R, W]``; a group's answers agree on their beginning."""
-        out = values.new_full((rows, width + 1), blank)
-        out[target] = values
-        return out[:, :width]
-
-    return {
-        "shared_ids": laid(tokens, pad_id),
-        "shared_mask": laid(torch.where(place < beginning, 1, earlier.sum(1, keepdim=True) + 2), 0),
-        "shared_positions": laid(place, 0),
-        "shared_row": row,
-        "shared_columns": column.gather(1, (place - padding).clamp(min=0)) * attention_mask,
-    }
-
-
 def collate_answers(
     answers: Sequence[Mapping[str, Any]], groups: Sequence[Sequence[int]], pad_id: int, sharing: Sharing | None = None
 ) -> dict[str, torch.Tensor]:
-    """Answers as a batch, those of a group behind their common beginning where that pays.
+    """Answers as a batch, behind what they have in common at their beginning where that pays.
 
     Args:
         answers: as rows of `collate_sft`.

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from training.utils.engine import sequence_parallel
+from training.utils.sharing.rows import tree_mask
 
 
 def module_of(model: Any) -> Any:
@@ -50,19 +51,6 @@ def forward_inputs(
     if "position_ids" in inspect.signature(model.forward).parameters:
         inputs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     return inputs
-
-
-def tree_mask(parts: torch.Tensor) -> torch.Tensor:
-    """Which token sees which: ``[B, 1, T, T]`` bool, rows of the last two dimensions see columns.
-
-    Args:
-        parts: ``[B, T]``, 1 in the common beginning, which all that follow see, 2 and up in the answers, which see
-            themselves too, 0 at padding. Every token sees itself, so that no softmax is empty.
-    """
-    seen, sees = parts[:, None, :], parts[:, :, None]
-    causal = torch.ones(parts.shape[1], parts.shape[1], dtype=torch.bool, device=parts.device).tril()
-    itself = torch.eye(parts.shape[1], dtype=torch.bool, device=parts.device)
-    return ((causal & ((seen == 1) | (seen == sees) & (seen > 0))) | itself)[:, None]
 
 
 def enable_gradient_checkpointing(model: Any) -> None:

@@ -7,15 +7,21 @@ from typing import Any
 
 import torch
 
-from training.utils.data import collate_sft, rank_micro_batches
-from training.utils.model.logprobs import response_log_probs
+from training.utils.data import collate_answers, rank_micro_batches
+from training.utils.model.logprobs import answer_sums
 from training.utils.run.distributed import data_rank, data_size
+from training.utils.sharing.rows import Sharing
 
 Batch = dict[str, torch.Tensor]
 
 
 def micro_batches(
-    dataset: Any, indices: Sequence[int], batch_size: int, pad_id: int, device: torch.device
+    dataset: Any,
+    indices: Sequence[int],
+    batch_size: int,
+    pad_id: int,
+    device: torch.device,
+    sharing: Sharing | None = None,
 ) -> Iterator[Batch]:
     """This rank's micro-batches of one global batch; an empty one becomes a filler whose mask is 0.
 
@@ -23,10 +29,12 @@ def micro_batches(
         dataset: step 1's rows.
         indices: the rows of the batch, over all ranks.
         batch_size: rows in one micro-batch.
-        pad_id, device: see `collate_sft`.
+        pad_id, sharing: see `collate_answers`; every row is a group of its own.
+        device: where the tensors go.
     """
     for rows in rank_micro_batches(indices, data_rank(), data_size(), batch_size):
-        batch = collate_sft([dataset[i] for i in rows or indices[:1]], pad_id)
+        answers = [dataset[i] for i in rows or indices[:1]]
+        batch = collate_answers(answers, [[i] for i in range(len(answers))], pad_id, sharing)
         if not rows:
             batch["response_mask"].zero_()
         yield {name: tensor.to(device) for name, tensor in batch.items()}
@@ -34,8 +42,7 @@ def micro_batches(
 
 def negative_log_likelihood(model: Any, batch: Batch) -> torch.Tensor:
     """Sum of the negative log-likelihoods of a micro-batch's marked tokens, a scalar in nats."""
-    log_probs, _ = response_log_probs(model, batch["input_ids"], batch["attention_mask"], batch["response_mask"])
-    return -log_probs.sum()
+    return -answer_sums(model, batch).sum()
 
 
 def predicted_tokens(dataset: Any) -> list[int]:

@@ -1,8 +1,7 @@
 """Whether a model can forward the common beginning of several answers once, found by trying it.
 
-The answers to a prompt then stand in one row behind it: an attention mask shows each of them the prompt and itself
-alone, and its positions go on where the prompt ends. Families that place tokens by themselves (ALiBi), keep a state
-instead of keys and values, or whose kernels take no such mask get a row for each answer.
+Families that place tokens by themselves (ALiBi), keep a state instead of keys and values, or whose kernels take no such
+mask as `training.utils.sharing.rows.tree_mask` get a row for each answer.
 """
 
 from __future__ import annotations
@@ -14,9 +13,10 @@ from typing import Any
 
 import torch
 
-from training.utils.data import Sharing, collate_pairs
+from training.utils.data import collate_pairs
 from training.utils.model.forward import module_of, without_adapters
 from training.utils.run.distributed import gather_objects, say
+from training.utils.sharing.rows import Sharing
 
 Batch = dict[str, torch.Tensor]
 # Of what the same answers would change by if each saw those before it, and went on counting from them: rounding is 1e-6
@@ -48,10 +48,10 @@ def find_sharing(
     device = inner.device if module is model else model.device
     reason = _why_never(inner) or _why_not(model, answers_of, inner, pad_id, device)
     if reason := next(filter(None, gather_objects([reason])), ""):
-        say(f"answers to one prompt go through {name} each by itself: {reason}")
+        say(f"answers go through {name} each by itself: {reason}")
         return None
-    say(f"answers to one prompt go through {name} behind it together, where that is cheaper")
-    return Sharing(_longest(inner), inner.config.get_text_config().hidden_size)
+    say(f"answers go through {name} behind what they have in common, where that is cheaper")
+    return Sharing(_longest(inner), inner.config.get_text_config().hidden_size, across=device.type == "cpu")
 
 
 def _longest(model: Any) -> int:
@@ -77,7 +77,8 @@ def _why_not(
     model: Any, answers_of: Callable[[Any, Batch], torch.Tensor], inner: Any, pad_id: int, device: torch.device
 ) -> str:
     """What is wrong with the answers of a small batch of shared rows, empty if nothing is."""
-    batch = collate_pairs(_probe(inner.config.get_text_config().vocab_size), pad_id, Sharing(sys.maxsize, 1 << 20))
+    everything = Sharing(sys.maxsize, 1 << 20, across=True)
+    batch = collate_pairs(_probe(inner.config.get_text_config().vocab_size), pad_id, everything)
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
     places = torch.arange(batch["shared_ids"].shape[1], device=device).expand_as(batch["shared_ids"])
     if places.shape[1] > _longest(inner):
@@ -95,13 +96,14 @@ def _why_not(
 
 
 def _probe(vocabulary: int) -> list[dict[str, Any]]:
-    """Two rankings of three answers, as rows of pairs."""
+    """Two rankings of three answers, as rows of pairs, whose prompts begin alike."""
     generator = torch.Generator().manual_seed(0)
     rows = []
     for start in (7, 4):
         beginning, *answers = (
             torch.randint(vocabulary, (size,), generator=generator).tolist() for size in (start, 5, 8, 3)
         )
+        beginning[:2] = [5, 4]
         for rejected in answers[1:]:
             sides = {"chosen": answers[0], "rejected": rejected}
             row: dict[str, Any] = {"pairs": 2}

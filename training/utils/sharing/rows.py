@@ -1,0 +1,172 @@
+"""Rows in which several answers stand behind what they have in common, which the model then sees once.
+
+A shared row is a tree: at its root the tokens with which all of its answers begin, such as a system prompt; then one
+prompt after another, each with its own answers behind it. `tree_mask` shows every token the way back to the root and
+nothing else, and positions count along that way, so an answer's numbers are those that it has in a row of its own.
+`training.utils.sharing.trial` finds out which models can do that.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+PROMPT = (
+    1 << 16
+)  # token masks: 0 padding, 1 the root, m * PROMPT prompt m (from 1), m * PROMPT + n its answer n (from 1)
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Answers may stand behind what they have in common, each seeing that and itself alone.
+
+    Attributes:
+        longest: tokens that a row may have.
+        hidden: the model's width. A layer's matrix products cost a token 24 x hidden^2 operations, attention 4 x hidden
+            for each token of its row, so a row of W tokens costs as W (6 hidden + W).
+        across: several prompts may stand in a row, which on a CPU costs as that formula says.
+    """
+
+    longest: int
+    hidden: int
+    across: bool = False
+
+    def cost(self, rows: int, width: int) -> int:
+        """What so many rows cost, padding counted."""
+        return rows * width * (6 * self.hidden + width)
+
+    def pays(self, separate: tuple[int, int], shared: tuple[int, int]) -> bool:
+        """Whether shared rows are cheaper; both are (rows, tokens of each)."""
+        return self.cost(*shared) < self.cost(*separate) and shared[1] <= self.longest
+
+
+def tree_mask(parts: torch.Tensor) -> torch.Tensor:
+    """Which token sees which: ``[B, 1, T, T]`` bool, rows of the last two dimensions see columns.
+
+    Args:
+        parts: ``[B, T]``, where each token belongs, see `PROMPT`. Every token sees itself, so that no softmax is empty.
+    """
+    seen, sees = parts[:, None, :], parts[:, :, None]
+    causal = torch.ones(parts.shape[1], parts.shape[1], dtype=torch.bool, device=parts.device).tril()
+    itself = torch.eye(parts.shape[1], dtype=torch.bool, device=parts.device)
+    on_the_way = (seen == 1) | ((seen == sees) | (seen == sees - sees % PROMPT)) & (seen > 0)
+    return (causal & on_the_way | itself)[:, None]
+
+
+def shared_length(answers: Sequence[Mapping[str, Any]]) -> int:
+    """Tokens of a row that has the common beginning of these answers once, as in `behind_beginnings`."""
+    before = [row["response_mask"].index(1) if 1 in row["response_mask"] else None for row in answers]
+    beginnings = [row["input_ids"][:-1][:end] for row, end in zip(answers, before, strict=True)]
+    common = len(os.path.commonprefix(beginnings))
+    return common + sum(len(row["input_ids"]) - common for row in answers)
+
+
+@dataclass(frozen=True)
+class _Deal:
+    """Groups over rows: the row of each answer's group, the tokens of its row before it, ``[S]``; the longest row."""
+
+    row: torch.Tensor
+    before: torch.Tensor
+    longest: torch.Tensor
+
+
+def _dealt(sizes: torch.Tensor, group: torch.Tensor, rows: torch.Tensor | None) -> _Deal:
+    """Deal groups over rows of like length: the largest first, to and fro.
+
+    Args:
+        sizes: tokens of each group, ``[S]``, 0 where there is no group of that number.
+        group: of each answer, ``[S]``.
+        rows: how many, a number on the device; None for a row each.
+    """
+    numbers = torch.arange(len(sizes), device=sizes.device)
+    if rows is None:
+        return _Deal(group, torch.zeros_like(group), sizes.amax())
+    place = torch.empty_like(numbers)
+    place[sizes.argsort(descending=True, stable=True)] = numbers
+    turn, at = place // rows, place % rows
+    row_of = torch.where(turn % 2 == 0, at, rows - 1 - at)
+    beside = (row_of[:, None] == row_of).long()
+    before = (beside.tril(-1) * sizes).sum(1)
+    return _Deal(row_of[group], before[group], (beside * sizes).sum(1).amax())
+
+
+def behind_beginnings(
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    response_mask: torch.Tensor,
+    groups: torch.Tensor,
+    pad_id: int,
+    sharing: Sharing,
+) -> dict[str, torch.Tensor]:
+    """Answers as shared rows, in which those of a group are behind what they have in common at their beginning.
+
+    That ends before the first response token of any of them, and at least one token before the shortest does. Where
+    ``sharing`` lets several groups stand in a row, there are as many to a row as is cheapest, a power of two. All of it
+    on the device of the inputs with one wait for it, as every model of step 3 needs it for each micro-batch.
+
+    Args:
+        input_ids, attention_mask, response_mask: ``[S, T]`` of the answers behind their prompts, padded on either side.
+        groups: ``[S]``, a number for those that answer the same prompt.
+        pad_id: fills up what is shorter.
+        sharing: of the model.
+
+    Returns:
+        Nothing where that does not pay. Else [R, W] long: ``shared_ids``; ``shared_mask``, see `PROMPT`;
+        ``shared_positions``, in which each answer goes on behind the beginning; and where the answers are:
+        ``shared_row`` [S], and ``shared_columns`` [S, T] of their tokens.
+    """
+    count, columns = input_ids.shape
+    place = torch.arange(columns, device=input_ids.device).expand_as(input_ids)
+    padding = attention_mask.argmax(1, keepdim=True)
+    lengths = attention_mask.sum(1, keepdim=True)
+    unpadded = (place + padding).clamp(max=columns - 1)
+    tokens = input_ids.gather(1, unpadded)  # each answer's from column 0 on, as all of the following
+    responses = response_mask.bool().gather(1, unpadded).cumsum(1) > 0
+    open_ = ~responses & (place < lengths - 1)  # columns that may be in common
+    same = groups[:, None] == groups
+    first = same.int().argmax(1)  # of each group
+    common = ((tokens == tokens[first]) & open_).int().cumprod(1).sum(1)
+    beginning = torch.where(same, common, columns).amin(1, keepdim=True)
+    root = ((tokens == tokens[:1]) & open_).all(0).int().cumprod(0).sum()  # of all groups
+    own = lengths - beginning  # tokens behind it
+    earlier = same.tril(-1).long()  # in the same group
+    leads = first == torch.arange(count, device=first.device)
+    group = (leads.cumsum(0) - 1)[first]
+    sizes = torch.zeros_like(group).index_add(0, group, (own + (beginning - root) * leads[:, None]).squeeze(1))
+
+    many = leads.sum()
+    powers = [1 << n for n in range(count.bit_length() if sharing.across else 1)]  # groups to a row
+    numbers = [-(-many // each) for each in powers]  # of rows
+    deals = [_dealt(sizes, group, rows if each > 1 else None) for each, rows in zip(powers, numbers, strict=True)]
+    told = torch.stack([lengths.max(), root, *numbers, *(deal.longest for deal in deals)]).tolist()
+    longest, root_length, *shapes = told
+    ways = [(rows, root_length + most) for rows, most in zip(shapes[: len(deals)], shapes[len(deals) :], strict=True)]
+    at = min(range(len(ways)), key=lambda n: (ways[n][1] > sharing.longest, sharing.cost(*ways[n])))
+    if not sharing.pays((count, longest), ways[at]):
+        return {}
+    (rows, width), deal = ways[at], deals[at]
+    start = root + deal.before[:, None]  # of the group
+    answer = start + beginning - root + (earlier * own.T).sum(1, keepdim=True)
+    column = torch.where(place < root, place, place - root + start)
+    column = torch.where(place < beginning, column, place - beginning + answer)
+    prompt = (group[:, None] + 1) * PROMPT
+    part = torch.where(place < beginning, prompt, prompt + earlier.sum(1, keepdim=True) + 1)
+    target = (deal.row[:, None], torch.where(place < lengths, column, width))  # padding falls off the end
+
+    def laid(values: torch.Tensor, blank: int) -> torch.Tensor:
+        """``[S, T]`` -> ``[R, W]``; answers agree on what they have in common."""
+        out = values.new_full((rows, width + 1), blank)
+        out[target] = values
+        return out[:, :width]
+
+    return {
+        "shared_ids": laid(tokens, pad_id),
+        "shared_mask": laid(torch.where(place < root, 1, part), 0),
+        "shared_positions": laid(place, 0),
+        "shared_row": deal.row,
+        "shared_columns": column.gather(1, (place - padding).clamp(min=0)) * attention_mask,
+    }
