@@ -45,11 +45,11 @@ def plain_adamw(
                 parameter.data = parameter.data.bfloat16()
         groups = [group | {"params": [_with_master(weight) for weight in group["params"]]} for group in groups]
     optimizer: Any = torch.optim.AdamW(groups, fused=True, **settings)
-    masters = [master for group in optimizer.param_groups for master in group["params"]]
-    optimizer.masters = dict(zip(weights, masters, strict=True))
+    optimizer.masters = dict(zip(weights, (m for group in groups for m in group["params"]), strict=True))
 
-    def before(*_: Any) -> None:
+    def before(optimizer: Any, *_: Any) -> None:
         """Norm, finiteness, clipping."""
+        masters = list(optimizer.masters.values())
         for master in masters:
             if master.grad is None:  # an expert that no token went to: decays like all others
                 master.grad = torch.zeros_like(master)
@@ -61,7 +61,7 @@ def plain_adamw(
         elif max_grad_norm > 0 and (clip := (norm + 1e-6) / max_grad_norm) > 1:
             torch._foreach_mul_([master.grad for master in masters], 1.0 / clip)
 
-    def after(*_: Any) -> None:
+    def after(optimizer: Any, *_: Any) -> None:
         """The weights follow; gradients are let go, of which DeepSpeed only knows the weights'."""
         round_weights(optimizer)
         optimizer.zero_grad()
