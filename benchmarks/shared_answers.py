@@ -1,4 +1,4 @@
-"""What step 3 saves by forwarding a prompt once for all its answers, and no column that is padding in every row.
+"""What step 3 saves by forwarding once what answers have in common, and no column that is padding in every row.
 
     python benchmarks/shared_answers.py                     the embedded model, the demo's prompts and sampling settings
     python benchmarks/shared_answers.py --samples_per_prompt 1 --threads 1
@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from training.utils.model.tokenizer import load_tokenizer  # noqa: E402
 from training.utils.sharing.rows import Sharing  # noqa: E402
 
 Piece = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # ids and attention mask [B, T], response mask [B, R]
-WAYS = ("all columns", "columns with a token", "answers behind their prompt")
+WAYS = ("all columns", "columns with a token", "answers behind their prompt", "and prompts behind what all begin with")
 
 
 def rollouts(model: Any, path: str, arguments: argparse.Namespace) -> list[RolloutBatch]:
@@ -83,7 +84,7 @@ def ways(model: Any, sharing: Sharing) -> dict[str, tuple[Callable[[Piece], torc
 
         return log_probs, lambda piece: tokens(piece, kind)
 
-    by_seen = [trimmed(None), trimmed(sharing)]
+    by_seen = [trimmed(None), trimmed(sharing), trimmed(replace(sharing, across=True))]
     return dict(zip(WAYS, [(whole, lambda piece: piece[0].numel()), *by_seen], strict=True))
 
 
@@ -106,10 +107,11 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--batches", type=int, default=2, help="generation batches")
     parser.add_argument("--rounds", type=int, default=3, help="times that each is done, all ways in turn")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="fp32")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     path = resolve_model(arguments.model_name_or_path)
-    model = load_causal_lm(path, dtype="fp32").eval()
+    model = load_causal_lm(path, dtype=arguments.dtype).eval()
     batches = rollouts(model, path, arguments)
     sharing = Sharing(8192, model.config.get_text_config().hidden_size)
     pieces = [

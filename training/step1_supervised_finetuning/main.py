@@ -61,7 +61,7 @@ from training.utils.model.lora import check_lora  # noqa: E402
 from training.utils.run import watchdog  # noqa: E402
 from training.utils.run.distributed import data_size, is_main, reduce_sums, say  # noqa: E402
 from training.utils.sharing.rows import Sharing  # noqa: E402
-from training.utils.sharing.trial import find_sharing  # noqa: E402
+from training.utils.sharing.trial import find_sharing, shares_across  # noqa: E402
 
 
 @torch.no_grad()
@@ -107,7 +107,7 @@ def main(argv: Sequence[str]) -> int:
         return loading.load_causal_lm(model_path, dtype=model_args.dtype, ds_config=config, **made)
 
     engine = build_engine(tuning, load, overrides)
-    sharing = find_sharing(engine, answer_sums, pad_id) if device.type == "cpu" else None  # across prompts
+    sharing = find_sharing(engine, answer_sums, pad_id) if shares_across(device) else None
     progress = run.progress or {"lowest_loss": math.inf, "best_step": 0}
     logger = tuning.logger()
 

@@ -30,6 +30,7 @@ from training.utils.generation.sampling import SamplingConfig
 from training.utils.phases import Phases
 from training.utils.run.distributed import all_reduce_sum, reduce_sums, say
 from training.utils.run.watchdog import beat
+from training.utils.sharing.trial import shares_across
 
 BAD_REWARDS = "rewards, log-probs or values that are not finite"
 BAD_GRADIENTS = "gradients of the {} that are not finite"
@@ -311,7 +312,7 @@ def build_trainer(
     """
     rollout, train = flags.rollout, flags.train
     total_steps = iterations * steps_per_iteration(flags.ppo, rollout, train)
-    pad_id, shares = models.tokenizer.pad_token_id, rollout.samples_per_prompt > 1
+    pad_id, shares = models.tokenizer.pad_token_id, rollout.samples_per_prompt > 1 or shares_across(device)
     build = Build(flags.roles, train, flags.zero, models.overrides, total_steps, pad_id, device, shares)
     server = vllm_server(flags, models, folder)
     roles = build_roles(models.actor, models.reward, models.functions, build, critic=bool(models.critic))

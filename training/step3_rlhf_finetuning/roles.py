@@ -70,7 +70,8 @@ class Build:
         total_steps: optimizer steps of the run.
         pad_token_id: of the actor's tokenizer.
         device: this rank's.
-        shares: prompts are answered several times, so that a model may see the answers to a prompt behind it.
+        shares: a model may see answers behind what they have in common: prompts are answered several times, or begin
+            alike.
     """
 
     args: RoleArguments

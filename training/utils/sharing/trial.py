@@ -30,6 +30,15 @@ ATTENTION = (
 LIMITS = ("max_position_embeddings", "sliding_window", "window_size", "attention_chunk_size")  # of a row, in tokens
 
 
+def shares_across(device: torch.device) -> bool:
+    """Whether different prompts may stand in a row: it pays on a CPU, and no GPU has been asked.
+
+    There a row for each prompt's answers was not always faster than a row for each answer (docs/results.md), as kernels
+    that take a mask are slower than those that do not.
+    """
+    return device.type == "cpu"
+
+
 @torch.no_grad()
 def find_sharing(
     model: Any, answers_of: Callable[[Any, Batch], torch.Tensor], pad_id: int, name: str = "the model"
@@ -51,7 +60,7 @@ def find_sharing(
         say(f"answers go through {name} each by itself: {reason}")
         return None
     say(f"answers go through {name} behind what they have in common, where that is cheaper")
-    return Sharing(_longest(inner), inner.config.get_text_config().hidden_size, across=device.type == "cpu")
+    return Sharing(_longest(inner), inner.config.get_text_config().hidden_size, shares_across(device))
 
 
 def _longest(model: Any) -> int:
