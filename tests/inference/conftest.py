@@ -14,10 +14,15 @@ from tests.inference.tiny_chat import save_adapter, save_chat_model, save_parrot
 
 
 @pytest.fixture(autouse=True)
-def _in_fp32(monkeypatch):
-    """``--dtype auto`` is fp32 on every machine, so that answers can be compared exactly; programs started, too."""
-    monkeypatch.setattr("training.utils.engine.precision.cpu_computes_bf16", lambda: False)
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+def _in_fp32():
+    """``--dtype auto`` is fp32 on every machine, so that answers can be compared exactly; programs started, too.
+
+    Not by the test's own ``monkeypatch``, which some undo in their middle.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.utils.engine.precision.cpu_computes_bf16", lambda: False)
+        patch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+        yield
 
 
 @pytest.fixture(scope="session")
