@@ -6,9 +6,10 @@ mask as `training.utils.sharing.rows.tree_mask` get a row for each answer.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,8 +20,7 @@ from training.utils.run.distributed import gather_objects, say
 from training.utils.sharing.rows import Sharing
 
 Batch = dict[str, torch.Tensor]
-# Of what the same answers would change by if each saw those before it, and went on counting from them: rounding is 1e-6
-# of that in fp32, 0.005 in fp16 and 0.05 in bf16; a family that counts positions in its own way comes to a half
+# Of what the same hidden states would change by if each answer saw those before it, and went on counting from them
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
 ATTENTION = (
     "full_attention",
@@ -85,23 +85,49 @@ def _why_never(model: Any) -> str:
 def _why_not(
     model: Any, answers_of: Callable[[Any, Batch], torch.Tensor], inner: Any, pad_id: int, device: torch.device
 ) -> str:
-    """What is wrong with the answers of a small batch of shared rows, empty if nothing is."""
+    """What is wrong with a small batch of shared rows, empty if nothing is.
+
+    By the hidden states of its tokens: the one number that a fresh head makes of them can say little of a leak.
+    """
     everything = Sharing(sys.maxsize, 1 << 20, across=True)
     batch = collate_pairs(_probe(inner.config.get_text_config().vocab_size), pad_id, everything)
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
     places = torch.arange(batch["shared_ids"].shape[1], device=device).expand_as(batch["shared_ids"])
     if places.shape[1] > _longest(inner):
         return "its attention does not reach across a row"
-    leaking = {"shared_mask": batch["shared_mask"].clamp(max=1), "shared_positions": places}
-    alone = answers_of(model, {name: tensor for name, tensor in batch.items() if not name.startswith("shared_")})
+    alone = {name: tensor for name, tensor in batch.items() if not name.startswith("shared_")}
+    leaking = batch | {"shared_mask": batch["shared_mask"].clamp(max=1), "shared_positions": places}
+    states: list[torch.Tensor] = []
     try:
-        shared, wrong = (answers_of(model, batch | changed).float() for changed in ({}, leaking))
+        for rows in (alone, batch, leaking):
+            with _hidden_states(inner, states):
+                answers_of(model, rows)
     except (RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         return f"the family's forward refuses that ({type(error).__name__})"
-    off = ((shared - alone).norm() / (wrong - alone).norm()).item()
+    real, where = batch["attention_mask"] == 1, (batch["shared_row"][:, None], batch["shared_columns"])
+    expected, shared, wrong = states[0][real], states[1][where][real], states[2][where][real]
+    off = ((shared - expected).norm() / (wrong - expected).norm()).item()
     return "" if off < TOLERANCE[inner.dtype] else f"its numbers are others then (by {off:.1g} of a leak's)"
+
+
+@contextlib.contextmanager
+def _hidden_states(model: Any, states: list[torch.Tensor]) -> Iterator[None]:
+    """Adds the last hidden states ``[B, T, H]`` of the forward that is made inside, fp32.
+
+    OPT's language model calls its backbone's decoder, not its backbone.
+    """
+    found: list[torch.Tensor] = []
+    backbone = model.base_model
+    modules = [backbone] + ([backbone.decoder] if hasattr(backbone, "decoder") else [])
+    hooks = [m.register_forward_hook(lambda _, __, output: found.append(output.last_hidden_state)) for m in modules]
+    try:
+        yield
+        states.append(found[-1].float())
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _probe(vocabulary: int) -> list[dict[str, Any]]:
