@@ -97,10 +97,7 @@ def test_seconds_and_sentence() -> None:
     speeds = Speeds(training=10.0, decoding=4.0)
     work = Work(training=55.0, decoding=18.0, updated=1e9)
     assert estimate.estimate(speeds, work) == pytest.approx(
-        estimate.START_SECONDS
-        + 5.5 / estimate.TRAINING_EFFICIENCY
-        + 4.5 / estimate.DECODING_EFFICIENCY
-        + 1e9 * estimate.SECONDS_PER_UPDATED_PARAMETER
+        estimate.START_SECONDS + 5.5 + 4.5 + 1e9 * estimate.SECONDS_PER_UPDATED_PARAMETER
     )
     said = estimate.sentence({"step1": 170.0, "step2": 245.0, "step3": 600.0})
     assert said == "this machine will take about 17 minutes (step 1: 3, step 2: 4, step 3: 10)"

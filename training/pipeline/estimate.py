@@ -32,13 +32,13 @@ if TYPE_CHECKING:  # train.py answers --help outside the environment, where thes
     from training.utils.data.formats.conversations import Example
     from training.utils.data.reading.sources import Source
 
-# How much of the speed of bare products a step reaches: the rest is attention, norms, losses, padding and copies.
-# Calibrated with four runs on both threads of an AVX2 processor, docs/results.md "The demo": with 0.85 and 0.45 they
-# took 0.69 to 1.10 of what was said, in the mean 0.87.
-TRAINING_EFFICIENCY = 0.98
-DECODING_EFFICIENCY = 0.52
-# DeepSpeed's optimizer step on one rank, which copies every trained parameter several times.
-SECONDS_PER_UPDATED_PARAMETER = 1.8e-8
+# How much of the speed of bare products steps reach in training and in decoding: the rest is attention, norms, losses,
+# padding and copies, which bf16 makes no faster. Calibrated on both threads, docs/results.md "The demo": fp32 with four
+# runs on an AVX2 processor, which with 0.85 and 0.45 took 0.69 to 1.10 of what was said, in the mean 0.87; bf16 with
+# one on AVX512-BF16, which with fp32's took 1.34 of it.
+EFFICIENCY = {"fp32": (0.98, 0.52), "bf16": (0.72, 0.31), "fp16": (0.72, 0.31)}
+# The plain optimizer step of one rank (docs/results.md). On several, ZeRO's copies take five times that.
+SECONDS_PER_UPDATED_PARAMETER = 3.4e-9
 # Of each step: imports, DeepSpeed's start, loading and saving.
 START_SECONDS = 18.0
 
@@ -100,7 +100,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Speeds:
-    """Floating point operations per second of products: of many rows, and of the few that are decoded together."""
+    """Floating point operations per second that steps reach: with many rows, and with the few decoded together."""
 
     training: float
     decoding: float
@@ -241,8 +241,8 @@ def estimate(speeds: Speeds, work: Work) -> float:
     """Seconds that a step takes."""
     return (
         START_SECONDS
-        + work.training / (speeds.training * TRAINING_EFFICIENCY)
-        + work.decoding / (speeds.decoding * DECODING_EFFICIENCY)
+        + work.training / speeds.training
+        + work.decoding / speeds.decoding
         + work.updated * SECONDS_PER_UPDATED_PARAMETER
     )
 
@@ -434,7 +434,9 @@ def measured(shape: Shape, dtype: str) -> Speeds:
         work = 6 * (TRAINING_ROWS * sum(w.numel() for w in one) + OUTPUT_ROWS * head.numel())
         training = work / (trained(one, TRAINING_ROWS) + trained([head], OUTPUT_ROWS))
         work = 2 * DECODED_ROWS * sum(w.numel() for w in [*layers, head])
-        return Speeds(training, work / seconds(decoded, SECONDS_EACH))
+        decoding = work / seconds(decoded, SECONDS_EACH)
+    of_products = EFFICIENCY[dtype]
+    return Speeds(training * of_products[0], decoding * of_products[1])
 
 
 def embedded_shape() -> Shape | None:

@@ -65,33 +65,53 @@ def shared_length(answers: Sequence[Mapping[str, Any]]) -> int:
     return common + sum(len(row["input_ids"]) - common for row in answers)
 
 
+def _in_common(tokens: torch.Tensor, may: torch.Tensor, same: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many columns answers begin with alike: those of each one's group ``[S, 1]``, and all of them.
+
+    Args:
+        tokens: ``[S, T]``, each answer's from column 0 on.
+        may: ``[S, T]``, which columns may be in common.
+        same: ``[S, S]``, who is in a group with whom.
+    """
+    first = same.int().argmax(1)
+    alike = ((tokens == tokens[first]) & may).int().cumprod(1).sum(1)
+    of_group = torch.where(same, alike, tokens.shape[1]).amin(1, keepdim=True)
+    return of_group, ((tokens == tokens[:1]) & may).all(0).int().cumprod(0).sum()
+
+
 @dataclass(frozen=True)
 class _Deal:
-    """Groups over rows: the row of each answer's group, the tokens of its row before it, ``[S]``; the longest row."""
+    """Groups over so many rows: the row of each answer's group, the tokens of that row before it, ``[S]``; the longest.
 
+    All numbers are on the device.
+    """
+
+    rows: torch.Tensor
     row: torch.Tensor
     before: torch.Tensor
     longest: torch.Tensor
 
 
-def _dealt(sizes: torch.Tensor, group: torch.Tensor, rows: torch.Tensor | None) -> _Deal:
-    """Deal groups over rows of like length: the largest first, to and fro.
+def _dealt(sizes: torch.Tensor, group: torch.Tensor, groups: torch.Tensor, to_a_row: int) -> _Deal:
+    """Deal groups over rows of like length: the largest first, to and fro; one to a row in their order.
 
     Args:
         sizes: tokens of each group, ``[S]``, 0 where there is no group of that number.
         group: of each answer, ``[S]``.
-        rows: how many, a number on the device; None for a row each.
+        groups: how many.
+        to_a_row: at most.
     """
     numbers = torch.arange(len(sizes), device=sizes.device)
-    if rows is None:
-        return _Deal(group, torch.zeros_like(group), sizes.amax())
+    if to_a_row == 1:
+        return _Deal(groups, group, torch.zeros_like(group), sizes.amax())
+    rows = -(-groups // to_a_row)
     place = torch.empty_like(numbers)
     place[sizes.argsort(descending=True, stable=True)] = numbers
     turn, at = place // rows, place % rows
     row_of = torch.where(turn % 2 == 0, at, rows - 1 - at)
     beside = (row_of[:, None] == row_of).long()
     before = (beside.tril(-1) * sizes).sum(1)
-    return _Deal(row_of[group], before[group], (beside * sizes).sum(1).amax())
+    return _Deal(rows, row_of[group], before[group], (beside * sizes).sum(1).amax())
 
 
 def behind_beginnings(
@@ -126,25 +146,18 @@ def behind_beginnings(
     unpadded = (place + padding).clamp(max=columns - 1)
     tokens = input_ids.gather(1, unpadded)  # each answer's from column 0 on, as all of the following
     responses = response_mask.bool().gather(1, unpadded).cumsum(1) > 0
-    open_ = ~responses & (place < lengths - 1)  # columns that may be in common
     same = groups[:, None] == groups
-    first = same.int().argmax(1)  # of each group
-    common = ((tokens == tokens[first]) & open_).int().cumprod(1).sum(1)
-    beginning = torch.where(same, common, columns).amin(1, keepdim=True)
-    root = ((tokens == tokens[:1]) & open_).all(0).int().cumprod(0).sum()  # of all groups
+    beginning, root = _in_common(tokens, ~responses & (place < lengths - 1), same)
     own = lengths - beginning  # tokens behind it
     earlier = same.tril(-1).long()  # in the same group
-    leads = first == torch.arange(count, device=first.device)
-    group = (leads.cumsum(0) - 1)[first]
+    leads = earlier.sum(1) == 0  # its group
+    group = (leads.cumsum(0) - 1)[same.int().argmax(1)]
     sizes = torch.zeros_like(group).index_add(0, group, (own + (beginning - root) * leads[:, None]).squeeze(1))
-
-    many = leads.sum()
-    powers = [1 << n for n in range(count.bit_length() if sharing.across else 1)]  # groups to a row
-    numbers = [-(-many // each) for each in powers]  # of rows
-    deals = [_dealt(sizes, group, rows if each > 1 else None) for each, rows in zip(powers, numbers, strict=True)]
-    told = torch.stack([lengths.max(), root, *numbers, *(deal.longest for deal in deals)]).tolist()
-    longest, root_length, *shapes = told
-    ways = [(rows, root_length + most) for rows, most in zip(shapes[: len(deals)], shapes[len(deals) :], strict=True)]
+    powers = [1 << n for n in range(count.bit_length() if sharing.across else 1)]
+    deals = [_dealt(sizes, group, leads.sum(), to_a_row) for to_a_row in powers]
+    told = torch.stack([lengths.max(), root, *(number for deal in deals for number in (deal.rows, deal.longest))])
+    longest, of_all, *shapes = told.tolist()
+    ways = [(rows, of_all + most) for rows, most in zip(shapes[::2], shapes[1::2], strict=True)]
     at = min(range(len(ways)), key=lambda n: (ways[n][1] > sharing.longest, sharing.cost(*ways[n])))
     if not sharing.pays((count, longest), ways[at]):
         return {}
