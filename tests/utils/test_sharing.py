@@ -346,6 +346,14 @@ def test_a_head_that_says_nothing_does_not_hide_that_rows_may_be_shared(model_of
     assert sharings.find_sharing(model, answer_rewards, PAD) is not None
 
 
+def test_a_family_whose_hidden_states_are_not_to_be_seen_gets_a_row_for_each_answer(model_of, monkeypatch, capsys):
+    model = model_of("llama", "language")
+    assert sharings.find_sharing(model, answer_log_probs, PAD) is not None
+    monkeypatch.setattr(sharings, "hasattr", lambda *_: False, raising=False)  # no output has any
+    assert sharings.find_sharing(model, answer_log_probs, PAD) is None
+    assert "hidden states can not be compared" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_held_out_rewards_with_shared_rows(model_of, batch_size):
     scorer, dataset = model_of("llama", "reward"), datasets.Dataset.from_list(fixed_rankings())

@@ -106,6 +106,8 @@ def _why_not(
         if isinstance(error, torch.OutOfMemoryError):
             raise
         return f"the family's forward refuses that ({type(error).__name__})"
+    except LookupError as error:
+        return str(error)
     real, where = batch["attention_mask"] == 1, (batch["shared_row"][:, None], batch["shared_columns"])
     expected, shared, wrong = states[0][real], states[1][where][real], states[2][where][real]
     off = ((shared - expected).norm() / (wrong - expected).norm()).item()
@@ -117,13 +119,24 @@ def _hidden_states(model: Any, states: list[torch.Tensor]) -> Iterator[None]:
     """Adds the last hidden states ``[B, T, H]`` of the forward that is made inside, fp32.
 
     OPT's language model calls its backbone's decoder, not its backbone.
+
+    Raises:
+        LookupError: neither says any.
     """
     found: list[torch.Tensor] = []
+
+    def keep(_: Any, __: Any, output: Any) -> None:
+        """The states in a module's output."""
+        if hasattr(output, "last_hidden_state"):
+            found.append(output.last_hidden_state)
+
     backbone = model.base_model
     modules = [backbone] + ([backbone.decoder] if hasattr(backbone, "decoder") else [])
-    hooks = [m.register_forward_hook(lambda _, __, output: found.append(output.last_hidden_state)) for m in modules]
+    hooks = [module.register_forward_hook(keep) for module in modules]
     try:
         yield
+        if not found:
+            raise LookupError("its hidden states can not be compared")
         states.append(found[-1].float())
     finally:
         for hook in hooks:
