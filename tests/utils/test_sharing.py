@@ -15,7 +15,7 @@ from tests.utils.engine.engine_checks import TINY_SHARDS
 from training.step2_dpo_finetuning.pairs import Preferences, answer_log_probs, answer_tokens
 from training.step2_reward_model_finetuning.pairs import held_out_rewards
 from training.utils.arguments import DPOArguments, LoraArguments
-from training.utils.data import collate_pairs, collate_sft, pair_micro_batches, rankings_of
+from training.utils.data import collate_answers, collate_pairs, collate_sft, pair_micro_batches, rankings_of
 from training.utils.engine import engine as engines
 from training.utils.engine.frozen import load_reference
 from training.utils.engine.zero_config import deepspeed_config
@@ -226,6 +226,10 @@ def test_rows_grow_across_prompts_as_long_as_that_is_cheaper():
     ):
         batch = collate_pairs(rows, 0, Sharing(longest, hidden, across=True))
         assert len(batch["shared_ids"]) == expected, (hidden, longest)
+    for count in (2, 3, 5, 6, 7):
+        answers = [{"input_ids": [3] * 20 + [n] * 10, "response_mask": [0] * 20 + [1] * 10} for n in range(count)]
+        batch = collate_answers(answers, [[n] for n in range(count)], 0, ACROSS)
+        assert batch["shared_ids"].shape == (1, 20 + 10 * count)
 
 
 def assert_equal_with_gradients(model, answers_of, batch, tolerance):

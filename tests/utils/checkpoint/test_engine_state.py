@@ -39,21 +39,23 @@ def test_one_rank_goes_on_bit_for_bit(tiny_model, tmp_path, lora, dtype):
     assert_identical(interrupted(str(tiny_model), str(tmp_path / "c"), stage=0, dtype=dtype, lora=lora))
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(("stage", "dtype"), [(1, "fp32"), (2, "bf16"), (1, "bf16")])
 @pytest.mark.parametrize("plain_first", [False, True])
-def test_one_rank_takes_up_what_zero_has_saved_bit_for_bit(tiny_model, tmp_path, monkeypatch, plain_first, dtype):
-    """Checkpoints of before the plain step, and the way back."""
+def test_one_rank_takes_up_what_zero_has_saved(tiny_model, tmp_path, monkeypatch, plain_first, stage, dtype):
+    """Checkpoints of before the plain step, and the way back, bit for bit."""
 
     def steps(first, then):
         monkeypatch.setattr(engines, "is_plain", lambda config, ranks: first)
-        engine = make_engine(str(tiny_model), stage=2, dtype=dtype)
+        engine = make_engine(str(tiny_model), stage=stage, dtype=dtype)
         take_steps(engine, 2)
         counters = save(engine, tmp_path / "c")
         monkeypatch.setattr(engines, "is_plain", lambda config, ranks: then)
-        return resumed_elsewhere(str(tiny_model), str(tmp_path / "c"), counters, stage=2, dtype=dtype)
+        return resumed_elsewhere(str(tiny_model), str(tmp_path / "c"), counters, stage=stage, dtype=dtype)
 
     there, stayed = steps(plain_first, not plain_first), steps(plain_first, plain_first)
-    assert all(torch.equal(tensor, stayed[name]) for name, tensor in there.items())
+    exact = (stage, dtype) != (1, "bf16")  # whose norm is another's in the last bit
+    for name, tensor in there.items():
+        torch.testing.assert_close(tensor, stayed[name], rtol=0, atol=0 if exact else 5e-3, msg=name)
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ from training.utils.run.distributed import init_distributed
 BUCKET = 50_000_000  # elements; far more than the model has
 
 
-def save_wide_model(folder: Path) -> Path:
-    """A four-layer Llama of 3.1 million parameters, without a tokenizer."""
+def save_wide_model(folder: Path, *, tie: bool = True) -> Path:
+    """A four-layer Llama of 3.1 million parameters and an output layer that may be its own, without a tokenizer."""
     config = LlamaConfig(
         vocab_size=2000,
         hidden_size=256,
@@ -30,7 +30,7 @@ def save_wide_model(folder: Path) -> Path:
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=4,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tie,
     )
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)

@@ -89,9 +89,11 @@ def test_one_rank_as_deepspeed_allocates(wide_model, stage, dtype):
     check(deepspeed_memory(str(wide_model), stage=stage, dtype=dtype), dtype, 1)
 
 
+@pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_one_rank_in_bf16_sums_gradients_in_fp32_as_they_come(wide_model, accumulation):
+def test_one_rank_in_bf16_sums_gradients_in_fp32_as_they_come(tmp_path, accumulation, tie):
     """The plan's own passes, to a hundredth of the model: a gradient that were kept in bf16 would show."""
+    wide_model = save_wide_model(tmp_path, tie=tie)
     measured = deepspeed_memory(str(wide_model), stage=0, dtype="bf16", accumulation=accumulation)
     role = trained_memory(
         measured["size"], config=measured["config"], dtype="bf16", ranks=1, on_cpu=False, accumulates=accumulation > 1

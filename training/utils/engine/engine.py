@@ -10,6 +10,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import bf16_optimizer
 from torch import nn
 
@@ -87,10 +88,9 @@ def initialize_engine(
     rates: dict[str, Any] = {"lr": learning_rate, "betas": ADAM_BETAS}
     plain = is_plain(config, world_size())
     if plain:
-        clip = config["gradient_clipping"]
-        optimizer: torch.optim.Optimizer = plain_adamw(
-            model, groups, bf16="bf16" in config, max_grad_norm=clip, **rates
-        )
+        model.to(get_accelerator().current_device_name())  # masters lie beside the weights
+        kind: dict[str, Any] = {"bf16": "bf16" in config, "max_grad_norm": config["gradient_clipping"]}
+        optimizer: torch.optim.Optimizer = plain_adamw(model, groups, **kind, **rates)
         config = config | {"zero_optimization": {"stage": 0}, "gradient_clipping": 0.0, "bf16": {"enabled": False}}
     elif "offload_optimizer" in config["zero_optimization"]:
         from deepspeed.ops.adam import DeepSpeedCPUAdam

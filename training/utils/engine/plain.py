@@ -77,7 +77,7 @@ def _with_master(weight: nn.Parameter) -> Tensor:
 
     def take(weight: Tensor) -> None:
         """Add a gradient that is whole."""
-        assert weight.grad is not None
+        assert weight.grad is not None, "another engine trains this weight"
         if master.grad is None:
             master.grad = weight.grad.float()
         else:

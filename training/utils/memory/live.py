@@ -169,8 +169,11 @@ class FakeModel:
 
             def whole(parameter: torch.Tensor) -> None:
                 assert parameter.grad is not None
+                wide = 4 * parameter.grad.numel()
+                if parameter.grad.nbytes < wide:  # it is there in both precisions for a moment
+                    memory.wide_peak = max(memory.wide_peak, memory.bytes + memory.growth + wide)
                 memory.gradients += parameter.grad.nbytes
-                memory.growth += 4 * parameter.grad.numel() - parameter.grad.nbytes
+                memory.growth += wide - parameter.grad.nbytes
 
             for parameter in self.module.parameters():
                 if parameter.requires_grad:

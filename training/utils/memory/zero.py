@@ -99,7 +99,8 @@ def trained_memory(
         gradients = 4 * trained
         if width == 4:  # the weights are the masters
             del held[MASTER]
-        last = width * size.largest if width == 2 else 0  # its gradient is there twice
+        # its gradient is there twice, and once more where a CPU adds bf16 to fp32
+        last = (width + 4 * (on_cpu and accumulates)) * size.largest if width == 2 else 0
         return RoleMemory(held, pending=gradients, reduction=gradients + last, step=gradients, widens=width == 2)
     host = frozenset({MASTER, MOMENTS, OFFLOADED, STAGING} if offload else ())
     norm = 8 * size.largest  # taken in fp64, parameter by parameter

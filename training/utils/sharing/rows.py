@@ -153,7 +153,7 @@ def behind_beginnings(
     leads = earlier.sum(1) == 0  # its group
     group = (leads.cumsum(0) - 1)[same.int().argmax(1)]
     sizes = torch.zeros_like(group).index_add(0, group, (own + (beginning - root) * leads[:, None]).squeeze(1))
-    powers = [1 << n for n in range(count.bit_length() if sharing.across else 1)]
+    powers = [1 << n for n in range((count - 1).bit_length() + 1 if sharing.across else 1)]
     deals = [_dealt(sizes, group, leads.sum(), to_a_row) for to_a_row in powers]
     told = torch.stack([lengths.max(), root, *(number for deal in deals for number in (deal.rows, deal.longest))])
     longest, of_all, *shapes = told.tolist()

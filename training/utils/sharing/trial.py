@@ -60,7 +60,8 @@ def find_sharing(
         say(f"answers go through {name} each by itself: {reason}")
         return None
     say(f"answers go through {name} behind what they have in common, where that is cheaper")
-    return Sharing(_longest(inner), inner.config.get_text_config().hidden_size, shares_across(device))
+    across = shares_across(device) and inner.config._attn_implementation == "sdpa"  # eager keeps all scores of a row
+    return Sharing(_longest(inner), inner.config.get_text_config().hidden_size, across)
 
 
 def _longest(model: Any) -> int:
@@ -98,16 +99,22 @@ def _why_not(
     alone = {name: tensor for name, tensor in batch.items() if not name.startswith("shared_")}
     leaking = batch | {"shared_mask": batch["shared_mask"].clamp(max=1), "shared_positions": places}
     states: list[torch.Tensor] = []
+
+    def look(rows: Batch) -> None:
+        """One forward."""
+        with _hidden_states(inner, states):
+            answers_of(model, rows)
+
+    look(alone)
+    if not states:
+        return "its hidden states can not be compared"
     try:
-        for rows in (alone, batch, leaking):
-            with _hidden_states(inner, states):
-                answers_of(model, rows)
+        look(batch)
+        look(leaking)
     except (RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         return f"the family's forward refuses that ({type(error).__name__})"
-    except LookupError as error:
-        return str(error)
     real, where = batch["attention_mask"] == 1, (batch["shared_row"][:, None], batch["shared_columns"])
     expected, shared, wrong = states[0][real], states[1][where][real], states[2][where][real]
     off = ((shared - expected).norm() / (wrong - expected).norm()).item()
@@ -116,12 +123,9 @@ def _why_not(
 
 @contextlib.contextmanager
 def _hidden_states(model: Any, states: list[torch.Tensor]) -> Iterator[None]:
-    """Adds the last hidden states ``[B, T, H]`` of the forward that is made inside, fp32.
+    """Adds the last hidden states ``[B, T, H]`` of the forward that is made inside, fp32, if the backbone says any.
 
     OPT's language model calls its backbone's decoder, not its backbone.
-
-    Raises:
-        LookupError: neither says any.
     """
     found: list[torch.Tensor] = []
 
@@ -135,9 +139,7 @@ def _hidden_states(model: Any, states: list[torch.Tensor]) -> Iterator[None]:
     hooks = [module.register_forward_hook(keep) for module in modules]
     try:
         yield
-        if not found:
-            raise LookupError("its hidden states can not be compared")
-        states.append(found[-1].float())
+        states += [kept.float() for kept in found[-1:]]
     finally:
         for hook in hooks:
             hook.remove()
