@@ -99,6 +99,8 @@ def test_seconds_and_sentence() -> None:
     assert estimate.estimate(speeds, work) == pytest.approx(
         estimate.START_SECONDS + 5.5 + 4.5 + 1e9 * estimate.SECONDS_PER_UPDATED_PARAMETER
     )
+    copies = (estimate.ZERO_COPIES - 1) * 1e9 * estimate.SECONDS_PER_UPDATED_PARAMETER
+    assert estimate.estimate(speeds, work, ranks=2) - estimate.estimate(speeds, work) == pytest.approx(copies)
     said = estimate.sentence({"step1": 170.0, "step2": 245.0, "step3": 600.0})
     assert said == "this machine will take about 17 minutes (step 1: 3, step 2: 4, step 3: 10)"
 

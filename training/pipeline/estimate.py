@@ -37,8 +37,9 @@ if TYPE_CHECKING:  # train.py answers --help outside the environment, where thes
 # runs on an AVX2 processor, which with 0.85 and 0.45 took 0.69 to 1.10 of what was said, in the mean 0.87; bf16 with
 # one on AVX512-BF16, which with fp32's took 1.34 of it.
 EFFICIENCY = {"fp32": (0.98, 0.52), "bf16": (0.72, 0.31), "fp16": (0.72, 0.31)}
-# The plain optimizer step of one rank (docs/results.md). On several, ZeRO's copies take five times that.
+# The plain optimizer step of one rank, and how many times that long ZeRO's copies make it on several (docs/results.md).
 SECONDS_PER_UPDATED_PARAMETER = 3.4e-9
+ZERO_COPIES = 5
 # Of each step: imports, DeepSpeed's start, loading and saving.
 START_SECONDS = 18.0
 
@@ -237,13 +238,13 @@ def rlhf_work(groups: Sequence[Any], shape: Shape, prompts: Rows, held_out: Rows
     return Work(training, decoding, updates * full)
 
 
-def estimate(speeds: Speeds, work: Work) -> float:
-    """Seconds that a step takes."""
+def estimate(speeds: Speeds, work: Work, ranks: int = 1) -> float:
+    """Seconds that a step takes on so many ranks of this machine."""
     return (
         START_SECONDS
         + work.training / speeds.training
         + work.decoding / speeds.decoding
-        + work.updated * SECONDS_PER_UPDATED_PARAMETER
+        + work.updated * SECONDS_PER_UPDATED_PARAMETER * (ZERO_COPIES if ranks > 1 else 1)
     )
 
 
@@ -469,7 +470,7 @@ def line(argvs: Mapping[str, Sequence[str]], to_run: Sequence[str], ranks: int) 
         speeds = {dtype: measure(shape, dtype) for dtype in sorted({found[name][0] for name in to_run})}
     except subprocess.SubprocessError as error:
         return f"how long this machine will take is not known: the measurement failed ({type(error).__name__})"
-    return sentence({name: estimate(speeds[found[name][0]], found[name][1]) for name in to_run})
+    return sentence({name: estimate(speeds[found[name][0]], found[name][1], ranks) for name in to_run})
 
 
 def of_embedded_model(argvs: Mapping[str, Sequence[str]]) -> bool:
