@@ -168,6 +168,7 @@ class FakeModel:
         with self.counting() as memory, contextlib.ExitStack() as hooks:
 
             def whole(parameter: torch.Tensor) -> None:
+                """Counts a gradient that the backward has finished."""
                 assert parameter.grad is not None
                 wide = 4 * parameter.grad.numel()
                 if parameter.grad.nbytes < wide:  # it is there in both precisions for a moment

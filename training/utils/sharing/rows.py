@@ -114,6 +114,32 @@ def _dealt(sizes: torch.Tensor, group: torch.Tensor, groups: torch.Tensor, to_a_
     return _Deal(rows, row_of[group], before[group], (beside * sizes).sum(1).amax())
 
 
+def _cheapest(
+    sizes: torch.Tensor,
+    group: torch.Tensor,
+    groups: torch.Tensor,
+    root: torch.Tensor,
+    longest: torch.Tensor,
+    sharing: Sharing,
+) -> tuple[int, int, _Deal] | None:
+    """How many rows of how many tokens cost least, and the groups dealt over them; None where a row each does.
+
+    Args:
+        sizes, group, groups: see `_dealt`.
+        root: tokens that all begin with.
+        longest: tokens of the longest answer with its prompt.
+        sharing: of the model.
+    """
+    count = len(group)
+    powers = [1 << n for n in range((count - 1).bit_length() + 1 if sharing.across else 1)]
+    deals = [_dealt(sizes, group, groups, to_a_row) for to_a_row in powers]
+    told = torch.stack([longest, root, *(number for deal in deals for number in (deal.rows, deal.longest))])
+    alone, of_all, *shapes = told.tolist()
+    ways = [(rows, of_all + most) for rows, most in zip(shapes[::2], shapes[1::2], strict=True)]
+    at = min(range(len(ways)), key=lambda n: (ways[n][1] > sharing.longest, sharing.cost(*ways[n])))
+    return (*ways[at], deals[at]) if sharing.pays((count, alone), ways[at]) else None
+
+
 def behind_beginnings(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
@@ -139,7 +165,7 @@ def behind_beginnings(
         ``shared_positions``, in which each answer goes on behind the beginning; and where the answers are:
         ``shared_row`` [S], and ``shared_columns`` [S, T] of their tokens.
     """
-    count, columns = input_ids.shape
+    columns = input_ids.shape[1]
     place = torch.arange(columns, device=input_ids.device).expand_as(input_ids)
     padding = attention_mask.argmax(1, keepdim=True)
     lengths = attention_mask.sum(1, keepdim=True)
@@ -153,15 +179,10 @@ def behind_beginnings(
     leads = earlier.sum(1) == 0  # its group
     group = (leads.cumsum(0) - 1)[same.int().argmax(1)]
     sizes = torch.zeros_like(group).index_add(0, group, (own + (beginning - root) * leads[:, None]).squeeze(1))
-    powers = [1 << n for n in range((count - 1).bit_length() + 1 if sharing.across else 1)]
-    deals = [_dealt(sizes, group, leads.sum(), to_a_row) for to_a_row in powers]
-    told = torch.stack([lengths.max(), root, *(number for deal in deals for number in (deal.rows, deal.longest))])
-    longest, of_all, *shapes = told.tolist()
-    ways = [(rows, of_all + most) for rows, most in zip(shapes[::2], shapes[1::2], strict=True)]
-    at = min(range(len(ways)), key=lambda n: (ways[n][1] > sharing.longest, sharing.cost(*ways[n])))
-    if not sharing.pays((count, longest), ways[at]):
+    found = _cheapest(sizes, group, leads.sum(), root, lengths.max(), sharing)
+    if found is None:
         return {}
-    (rows, width), deal = ways[at], deals[at]
+    rows, width, deal = found
     start = root + deal.before[:, None]  # of the group
     answer = start + beginning - root + (earlier * own.T).sum(1, keepdim=True)
     column = torch.where(place < root, place, place - root + start)
