@@ -16,8 +16,8 @@ from training.utils.engine import engine as engines
 from training.utils.generation.engines import rollout_backend
 from training.utils.generation.requests import RolloutBatch, RolloutRequest
 from training.utils.generation.sampling import SamplingConfig
-from training.utils.model import forward
-from training.utils.sharing.rows import tree_mask
+from training.utils.sharing import attention
+from training.utils.sharing.rows import ways_back
 
 RUN: dict[str, Any] = {
     "iterations": 5,
@@ -86,9 +86,9 @@ def _own_weights(model: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(model.config._name_or_path, dtype=torch.float32).eval()
 
 
-def _behind_each_other(parts: torch.Tensor) -> torch.Tensor:
-    """The mask of a plain row: each answer sees those before it."""
-    return tree_mask(parts.clamp(max=1))
+def _behind_each_other(parts: torch.Tensor) -> list[list[range]]:
+    """The ways of a plain row: each answer sees those before it."""
+    return ways_back(parts.clamp(max=1))
 
 
 _backward, _initialize, _values = engines.backward, engines.initialize_engine, experience.score_values
@@ -99,7 +99,7 @@ FAULTS: dict[str, tuple[Any, str, Any]] = {
     "a step at every micro-batch": (engines, "backward", _step_at_every_micro_batch),
     "a phantom optimizer step": (engines, "initialize_engine", _phantom_step),
     "a twin with weights of its own": (roles, "make_twin", _own_weights),
-    "answers see each other": (forward, "tree_mask", _behind_each_other),
+    "answers see each other": (attention, "ways_back", _behind_each_other),
     "rows in another order": (experience, "score_values", lambda *args: _values(*args).flip(0)),
 }
 

@@ -23,7 +23,7 @@ from training.utils.model import classifiers, loading
 from training.utils.model.forward import TokenScorer, answer_rewards, enable_gradient_checkpointing
 from training.utils.model.lora import with_adapters
 from training.utils.run.distributed import init_distributed, reduce_sums
-from training.utils.sharing import trial as sharings
+from training.utils.sharing import attention, trial as sharings
 from training.utils.sharing.rows import PROMPT, Sharing, behind_beginnings, shared_length, tree_mask
 
 ANY = Sharing(sys.maxsize, 1 << 20)  # so wide that attention costs nothing
@@ -215,17 +215,11 @@ def test_rows_are_shared_where_that_is_cheaper():
     assert "shared_ids" not in collate_pairs(uneven, 0, Sharing(999, 64)), "padding is counted"
 
 
-def test_rows_grow_across_prompts_as_long_as_that_is_cheaper():
+def test_rows_grow_across_prompts_as_long_as_they_may():
     rows = [pair([3] * 20 + [n], [4] * 10, [5] * 10) for n in range(8)]
-    for hidden, longest, expected in (
-        (1 << 20, 999, 1),
-        (1 << 20, 150, 2),
-        (1 << 20, 60, 8),
-        (64, 999, 2),
-        (16, 999, 4),
-    ):
-        batch = collate_pairs(rows, 0, Sharing(longest, hidden, across=True))
-        assert len(batch["shared_ids"]) == expected, (hidden, longest)
+    for longest, expected in ((999, 1), (150, 2), (60, 8)):
+        batch = collate_pairs(rows, 0, Sharing(longest, 64, across=True))
+        assert len(batch["shared_ids"]) == expected, longest
     for count in (2, 3, 5, 6, 7):
         answers = [{"input_ids": [3] * 20 + [n] * 10, "response_mask": [0] * 20 + [1] * 10} for n in range(count)]
         batch = collate_answers(answers, [[n] for n in range(count)], 0, ACROSS)
@@ -254,11 +248,14 @@ KINDS = {"language": answer_log_probs, "reward": answer_rewards}
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", sorted(SHARES))
-def test_families_give_the_same_numbers_and_gradients(model_of, family, kind):
-    model = model_of(family, kind)
-    assert sharings.find_sharing(model, KINDS[kind], PAD) == Sharing(128, 32, across=True)
+def test_families_give_the_same_numbers_and_gradients(model_of, monkeypatch, family, kind):
+    model, pieces, made = model_of(family, kind), attention._pieces, []
+    monkeypatch.setattr(attention, "_pieces", lambda *args: (made.append(1), pieces(*args))[1])
+    by_blocks = family != "falcon"  # whose attention is its own
+    assert sharings.find_sharing(model, KINDS[kind], PAD) == Sharing(128, 32, across=by_blocks)
     for sharing in (ANY, ACROSS):
         assert_equal_with_gradients(model.train(), KINDS[kind], collate_pairs(fixed_rankings(), PAD, sharing), 2e-5)
+    assert bool(made) == by_blocks
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -25,10 +25,9 @@ from transformers.cache_utils import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-DECODE_ATTENTION = "tripod_decode"
+from training.utils.sharing.attention import BEYOND_MASK
 
-# What transformers' sdpa function acts on beyond the mask; a model that passes one of these gets that function.
-_BEYOND_MASK = ("position_bias", "softcap", "cache")
+DECODE_ATTENTION = "tripod_decode"
 
 
 def decode_attention(
@@ -52,7 +51,7 @@ def decode_attention(
     Returns:
         [B, 1, heads, D] and None in place of the attention weights, as the interface wants.
     """
-    if query.shape[2] != 1 or dropout or any(kwargs.get(name) is not None for name in _BEYOND_MASK):
+    if query.shape[2] != 1 or dropout or any(kwargs.get(name) is not None for name in BEYOND_MASK):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from training.utils.engine import sequence_parallel
+from training.utils.sharing.attention import block_mask, by_blocks
 from training.utils.sharing.rows import tree_mask
 
 
@@ -43,7 +44,7 @@ def forward_inputs(
         own = {"input_ids": input_ids, "position_ids": positions}
         return {name: sequence_parallel.own_columns(tensor) for name, tensor in own.items()}
     if position_ids is not None:
-        mask = tree_mask(attention_mask)
+        mask = (block_mask if by_blocks(model, attention_mask.device) else tree_mask)(attention_mask)
         if model.config._attn_implementation == "eager":  # which adds it to its scores
             mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
         return {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids}

@@ -26,9 +26,10 @@ class Sharing:
 
     Attributes:
         longest: tokens that a row may have.
-        hidden: the model's width. A layer's matrix products cost a token 24 x hidden^2 operations, attention 4 x hidden
-            for each token of its row, so a row of W tokens costs as W (6 hidden + W).
-        across: several prompts may stand in a row, which on a CPU costs as that formula says.
+        hidden: the model's width. A layer's matrix products cost a token 24 x hidden^2 operations, attention under a
+            mask 4 x hidden for each token of its row, so a row of W tokens costs as W (6 hidden + W).
+        across: several prompts may stand in a row, as attention costs only what is seen
+            (`training.utils.sharing.attention`), and a row W.
     """
 
     longest: int
@@ -37,7 +38,7 @@ class Sharing:
 
     def cost(self, rows: int, width: int) -> int:
         """What so many rows cost, padding counted."""
-        return rows * width * (6 * self.hidden + width)
+        return rows * width * (1 if self.across else 6 * self.hidden + width)
 
     def pays(self, separate: tuple[int, int], shared: tuple[int, int]) -> bool:
         """Whether shared rows are cheaper; both are (rows, tokens of each)."""
@@ -55,6 +56,24 @@ def tree_mask(parts: torch.Tensor) -> torch.Tensor:
     itself = torch.eye(parts.shape[1], dtype=torch.bool, device=parts.device)
     on_the_way = (seen == 1) | ((seen == sees) | (seen == sees - sees % PROMPT)) & (seen > 0)
     return (causal & on_the_way | itself)[:, None]
+
+
+def ways_back(parts: torch.Tensor) -> list[list[range]]:
+    """Each run of tokens in the same place of a tree behind the runs between it and the root, all numbered over rows.
+
+    Args:
+        parts: ``[B, T]``, as for `tree_mask`, whose mask says the same.
+    """
+    ways = []
+    for row, of_row in enumerate(parts):
+        start, runs = row * len(of_row), {}
+        places, counts = of_row.unique_consecutive(return_counts=True)
+        for place, count in zip(places.tolist(), counts.tolist(), strict=True):
+            runs[place] = range(start, start := start + count)
+            way = dict.fromkeys((1, place - place % PROMPT, place) if place > 1 else (place,))
+            if place:
+                ways.append([runs[part] for part in way if part in runs])
+    return ways
 
 
 def shared_length(answers: Sequence[Mapping[str, Any]]) -> int:

@@ -17,6 +17,7 @@ import torch
 from training.utils.data import collate_pairs
 from training.utils.model.forward import module_of, without_adapters
 from training.utils.run.distributed import gather_objects, say
+from training.utils.sharing.attention import by_blocks
 from training.utils.sharing.rows import Sharing
 
 Batch = dict[str, torch.Tensor]
@@ -32,9 +33,9 @@ LIMITS = ("max_position_embeddings", "sliding_window", "window_size", "attention
 
 
 def shares_across(device: torch.device) -> bool:
-    """Whether different prompts may stand in a row: it pays on a CPU, and no GPU has been asked.
+    """Whether different prompts may stand in a row: on a CPU, where attention costs only what is seen (`by_blocks`).
 
-    There a row for each prompt's answers was not always faster than a row for each answer (docs/results.md), as kernels
+    On a GPU a row for each prompt's answers was not always faster than a row for each answer (docs/results.md): kernels
     that take a mask are slower than those that do not.
     """
     return device.type == "cpu"
@@ -61,7 +62,7 @@ def find_sharing(
         say(f"answers go through {name} each by itself: {reason}")
         return None
     say(f"answers go through {name} behind what they have in common, where that is cheaper")
-    across = shares_across(device) and inner.config._attn_implementation == "sdpa"  # eager keeps all scores of a row
+    across = shares_across(device) and by_blocks(inner, device)  # else attention costs the square of a row
     return Sharing(_longest(inner), inner.config.get_text_config().hidden_size, across)
 
 
