@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -349,6 +350,19 @@ def test_another_step_or_template_or_edit_is_another_cache(tok, tmp_path):
     assert not edited.report.from_cache and any(
         "Antwort" in tok.decode(ids) for d in (edited.train, edited.held_out) for ids in d["input_ids"]
     )
+
+
+def test_an_edit_of_any_code_that_makes_tokens_is_another_cache(tmp_path, monkeypatch):
+    room = tmp_path / "data"
+    shutil.copytree(Path(cache.__file__).parent, room, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(cache, "__file__", str(room / "cache.py"))
+    before, unmoved = cache.code_version(), set()
+    for path in room.rglob("*.py"):
+        code = path.read_text(encoding="utf-8")
+        path.write_text(code + "#", encoding="utf-8")
+        unmoved |= {path.name} if cache.code_version() == before else set()
+        path.write_text(code, encoding="utf-8")
+    assert unmoved == set(cache._NOT_CODE) and (room / "formats" / "shapes.py").is_file()
 
 
 def test_a_damaged_cache_is_made_again(tok, tmp_path):

@@ -41,9 +41,10 @@ def code_version() -> str:
     import transformers
 
     digest = hashlib.sha256(f"{tokenizers.__version__} {transformers.__version__}".encode())
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    room = Path(__file__).parent
+    for path in sorted(room.rglob("*.py")):
         if path.name not in _NOT_CODE:
-            digest.update(path.read_bytes())
+            digest.update(f" {path.relative_to(room)} ".encode() + path.read_bytes())
     return digest.hexdigest()
 
 
