@@ -93,7 +93,7 @@ def test_steps_leave_finished_folders(trained):
         folder = base / f"step{step}"
         assert (folder / "summary.json").is_file()
         assert list((folder / "tensorboard").iterdir())
-        assert not list(base.glob(".*.saving"))
+        assert not list(base.rglob(".*saving"))
     assert metrics(base / "step1")[0]["eval/loss"] > 0
     summary = json.loads((base / "step3" / "summary.json").read_text())
     assert summary["prompts"] == 6

@@ -55,7 +55,22 @@ def test_a_tensor_that_was_not_saved_as_it_is_ends_the_run(model, tmp_path, monk
     monkeypatch.setattr(export, "_write", wrong)
     with pytest.raises(RuntimeError, match="differs from the trained one in 1 tensors"):
         save(model, tmp_path / "m")
-    assert not (tmp_path / "m").exists()
+    assert not list((tmp_path / "m").iterdir()), "no part of it"
+
+
+def test_a_save_that_is_stopped_leaves_the_earlier_model_and_the_next_one_cleans_up(model, tmp_path, monkeypatch):
+    """All of it happens in the folder itself: another file system may begin at it, and its parent may be another's."""
+    save(model, tmp_path / "m")
+    earlier = {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()}
+    with monkeypatch.context() as killed:
+        killed.setattr(export, "move_into", lambda *_: 1 / 0)
+        killed.setattr(export.shutil, "rmtree", lambda *_, **__: None)
+        with pytest.raises(ZeroDivisionError):
+            save(model, tmp_path / "m")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir() if path.is_file()} == earlier
+    assert [path.name for path in tmp_path.iterdir()] == ["m"] and (tmp_path / "m" / ".saving").is_dir()
+    save(model, tmp_path / "m")
+    assert {path.name for path in (tmp_path / "m").iterdir()} == earlier.keys() and same_weights(model, tmp_path / "m")
 
 
 def test_a_folder_that_was_moved_in_part_is_moved_again(model, tmp_path):

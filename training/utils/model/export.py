@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import shutil
@@ -98,7 +99,7 @@ def save_model(
 ) -> None:
     """Write a role as a folder that plain transformers loads, then load it and compare every tensor.
 
-    Files are written beside ``directory`` and moved in when all are there; a collective. With LoRA the folder
+    Files are written into a folder of ``directory`` and moved up when all are there; a collective. With LoRA the folder
     ``adapter`` in it holds the adapter alone, if that and the base model are the whole model.
 
     Args:
@@ -117,27 +118,38 @@ def save_model(
     model = unwrap(engine)
     beat(f"saving {directory.name}")
     weights = full_state_dict(engine)
-    scratch = directory.parent / f".{directory.name}.saving"
-    if is_main():
-        shutil.rmtree(scratch, ignore_errors=True)  # left by a run that was killed
-    if is_lora(model) and only_adapters_train(model):
-        adapters = [p for name, p in model.named_parameters() if is_adapter(name) or ".modules_to_save." in name]
-        if any(map(four_bit.is_packed, model.parameters())):
-            say("the folder adapter belongs on the base in 4 bits, which it has learned on: nf4, double quantisation")
-        with gathered(adapters):
+    with _scratch(directory) as scratch:
+        if is_lora(model) and only_adapters_train(model):
+            adapters = [p for name, p in model.named_parameters() if is_adapter(name) or ".modules_to_save." in name]
+            if any(map(four_bit.is_packed, model.parameters())):
+                say("the folder adapter belongs on the base in 4 bits that it has learned on: nf4, double quantisation")
+            with gathered(adapters):
+                if is_main():
+                    model.save_pretrained(scratch / "adapter")
+                    _verify_adapter(scratch / "adapter", model)
+        elif is_lora(model):
+            say("no adapter folder: not only the adapters train, so an adapter alone would be another model")
             if is_main():
-                model.save_pretrained(scratch / "adapter")
-                _verify_adapter(scratch / "adapter", model)
-    elif is_lora(model):
-        say("no adapter folder: not only the adapters train, so an adapter alone would be another model")
+                shutil.rmtree(directory / "adapter", ignore_errors=True)  # of an earlier run with other flags
+        with long_work():
+            if is_main():
+                _write(model, weights, tokenizer, scratch, stop_ids, config_updates or {}, max_shard_size)
+                beat(f"reading {directory.name} back")
+                _verify(scratch, weights)
+                move_into(scratch, directory)
+
+
+@contextlib.contextmanager
+def _scratch(directory: Path) -> Iterator[Path]:
+    """A folder in ``directory``, as beside it may be another file system; what a killed run has left there goes."""
+    scratch = directory / ".saving"
+    if is_main():
+        shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        yield scratch
+    finally:
         if is_main():
-            shutil.rmtree(directory / "adapter", ignore_errors=True)  # of an earlier run with other flags
-    with long_work():
-        if is_main():
-            _write(model, weights, tokenizer, scratch, stop_ids, config_updates or {}, max_shard_size)
-            beat(f"reading {directory.name} back")
-            _verify(scratch, weights)
-            move_into(scratch, directory)
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _write(
