@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import re
 import shutil
@@ -19,6 +20,7 @@ from training.utils.data import (
     prepare_data,
     prepare_pretraining,
     render,
+    selection,
     tokenise,
 )
 from training.utils.data.kinds import KINDS
@@ -381,6 +383,19 @@ def test_a_damaged_cache_is_made_again(tok, tmp_path):
         (file.parent / "sizes.json").write_text(text)
         again = prepare(1, tok, path, data_output_path=str(cache))
         assert not again.report.from_cache and again.train["input_ids"][:] == first
+
+
+def test_who_waits_for_the_rows_moves_and_so_does_who_makes_them(tok, tmp_path, monkeypatch):
+    """Else the watchdog would end ranks that wait, and a rank that reads rows of other steps for long."""
+    lock, beats = (tmp_path / "k.lock").open("a"), []
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    monkeypatch.setattr(cache, "_PATIENCE", 0.01)
+    monkeypatch.setattr(cache, "beat", lambda: beats.append(len(beats) == 1 and lock.close()))
+    assert cache.cached(tmp_path, "k", lambda _: None) == (tmp_path / "k", False) and len(beats) > 1
+    counted = []
+    monkeypatch.setattr(selection, "beat", lambda: counted.append(1))
+    prepare(1, tok, write(tmp_path / "a.jsonl", sft(10) + [{"prompt": "No answer?"}] * 10))
+    assert len(counted) == 2 * 20, "of either pass"
 
 
 def test_unwritable_cache(tok, tmp_path):

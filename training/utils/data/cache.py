@@ -6,12 +6,13 @@ beside the final one and renames it; the others wait at the lock and find it rea
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ import pyarrow
 from training.utils.data.kinds import Kind
 from training.utils.errors import UserError
 from training.utils.run.files import read_object
+from training.utils.run.watchdog import beat
 
 _NOT_CODE = ("__init__.py", "preview.py", "preview_page.py", "batches.py")  # they change no token
+_PATIENCE = 10.0  # seconds at a lock between two signs of life
 _BATCH = 1000  # rows, and
 _MOST_VALUES = 8 << 20  # characters and tokens that are written at once: a batch of long rows would take gigabytes
 
@@ -78,7 +81,7 @@ def cached(root: Path, key: str, build: Callable[[Path], None]) -> tuple[Path, b
         return folder, True
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(root / f"{key}.lock"):
+        with _alone(root / f"{key}.lock"):
             if _whole(folder):
                 return folder, True
             for broken in root.glob(f"{key}*"):  # of a run that was killed: nobody else holds the lock
@@ -98,6 +101,20 @@ def cached(root: Path, key: str, build: Callable[[Path], None]) -> tuple[Path, b
             f"--data_output_path: {where} can not be written ({error.strerror or error}); name another folder"
         ) from None
     return folder, False
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Hold the lock at ``path``; who waits for it moves, too, for the watchdog, which the holder has as well."""
+    lock = filelock.FileLock(path)
+    while not lock.is_locked:
+        with contextlib.suppress(filelock.Timeout):
+            lock.acquire(timeout=_PATIENCE)
+        beat()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _whole(folder: Path) -> bool:
