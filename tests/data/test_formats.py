@@ -315,12 +315,20 @@ BAD = {
     "must be numbers": {"question": "q", "answer_0": "a", "answer_1": "b", "score_0": "x", "score_1": 1},
     "labels is 'A'": {"history": "q", "human_ref_A": "a", "human_ref_B": "b", "labels": "A"},
     "neither a prompt nor": {"chosen": "yes", "rejected": "no"},
+    "column 'text' stands beside 'role'": {"message_id": "1", "parent_id": None, "text": "Hi", "role": "prompter"},
+    "column 'text' stands beside 'question'.* --column_map text=text": {"Text": "A passage.", "question": "Who?"},
     "rejected must end with an assistant turn": {
         "prompt": "a",
         "chosen": "b",
         "rejected": [{"role": "user", "content": "c"}],
     },
 }
+
+
+def test_a_text_beside_columns_of_a_conversation_is_plain_where_that_is_said():
+    row = {"text": "A passage.", "question": "Who?", "role": "", "parent_id": None}
+    assert convert(row, column_map=parse_column_map(["text=text"]))[1] == [Example(text="A passage.")]
+    assert convert(row | {"question": None, "lang": "en"})[1] == [Example(text="A passage.")], "empty ones say nothing"
 
 
 def test_a_ranking_in_every_form():

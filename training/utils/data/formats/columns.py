@@ -154,18 +154,29 @@ _UNREAD = {
     **dict.fromkeys(("images", "image", "videos", "video", "audios", "audio"), "what is no text"),
 }
 
+_NOT_PLAIN = ("parent_id", "role", "instruction", "input", "question", "user", "assistant")  # a text's, if it is alone
 
-def _check_meaning(row: Row) -> None:
+
+def _check_meaning(row: Row, plain: bool) -> None:
     """Refuse what a row would lose without a word; other columns that no format reads are metadata.
 
+    Args:
+        row: its columns, in lower case.
+        plain: its column ``text`` would be all that is read, and ``--column_map`` does not say so.
+
     Raises:
-        RowError: a column with images or calls of tools has something in it.
+        RowError: a column with images or calls of tools has something in it, or one that makes more of a text than
+            that.
         Dropped: LLaMA-Factory's mark of a bad answer.
     """
     for name, kind in _UNREAD.items():
         if has_value(row.get(name)):
             raise RowError(f"column {name!r} holds {kind}, which can not be trained on, and without it the row means "
                            "something else; remove the column, or the row", about=name)  # fmt: skip
+    if plain and (of := next((name for name in _NOT_PLAIN if has_value(row.get(name))), None)):
+        raise RowError(f"column 'text' stands beside {of!r}, so it may be a part of a conversation, which no format "
+                       "reads from these columns; name them (--column_map prompt=COLUMN response=COLUMN), or say that "
+                       "it is plain text to learn from: --column_map text=text", about=of)  # fmt: skip
     if truth_of(row.get("kto_tag"), "kto_tag") is False:
         raise Dropped("marked as a bad answer")
 
@@ -238,7 +249,7 @@ def convert(
     if format_ is None or _is_ids(columns.get("prompt")):
         raise UnknownFormat(list(row))
     _check_readable(columns, format_.columns | _OPTIONAL)
-    _check_meaning(columns)
+    _check_meaning(columns, plain=format_.name == "text" and "text" not in mapped)
     used: set[str] = set()
     watched = _Watched(columns, used)
     system = text_of(watched, "system")
