@@ -428,6 +428,7 @@ def test_a_curve_lies_where_its_numbers_say():
 
 ADVICE = [
     ("step1", {"best_step": 2}, "held-out loss was lowest at step 2 of 3"),
+    ("step1", {"loss_after": 3.95}, "held-out loss is no lower than before training (3.900 to 3.950)"),
     ("step2", {"accuracy_after": 0.57}, "hardly better than always preferring the shorter"),
     ("step2", {"accuracy_after": 0.99}, "at its ceiling"),
     ("step3", {"eos_rate_after": 0.5}, "--missing_eos_penalty"),

@@ -47,12 +47,14 @@ def test_rouge_on_two_ranks(tiny_model, by_hand, rank_pair, stage):
     assert first == second == (pytest.approx(by_hand), True)
 
 
-def test_the_model_with_the_best_rouge_is_kept(tiny_model, tiny_data, tmp_path):
+@pytest.mark.parametrize(("best_by", "rate", "worse"), [("rouge", "3e-3", False), ("loss", "2", True)])
+def test_the_best_of_the_trained_models_is_kept(tiny_model, tiny_data, tmp_path, capsys, best_by, rate, worse):
+    """Also where the untrained one is better than any of them, which is said."""
     flags = ["--model_name_or_path", str(tiny_model), "--output_dir", str(tmp_path), "--dtype", "fp32"]
     flags += ["--data_path", str(tiny_data / "sft.jsonl"), "--eval_data_path", str(tiny_data / "held_out.jsonl")]
     flags += [
         "--best_by",
-        "rouge",
+        best_by,
         "--eval_interval",
         "1",
         "--per_device_train_batch_size",
@@ -60,14 +62,16 @@ def test_the_model_with_the_best_rouge_is_kept(tiny_model, tiny_data, tmp_path):
         "--max_seq_len",
         "480",
     ]
-    assert step1.main([*flags, "--learning_rate", "3e-3", "--num_train_epochs", "1"]) == 0
+    assert step1.main([*flags, "--learning_rate", rate, "--num_train_epochs", "1"]) == 0
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    rouge = {line["step"]: line["eval/rouge"] for line in lines if "eval/rouge" in line}
+    score = {line["step"]: line.get("eval/rouge", -line["eval/loss"]) for line in lines if "eval/loss" in line}
     loss = {line["step"]: line["eval/loss"] for line in lines if "eval/loss" in line}
-    assert list(rouge) == list(range(4)), "before training, and after every step"
+    assert list(score) == list(range(4)), "before training, and after every step"
     summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
-    better = [step for step in rouge if step and all(rouge[step] > rouge[before] for before in range(step))]
-    assert summary["best_step"] == (better[-1] if better else 3)
+    assert summary["best_step"] == max(range(1, 4), key=score.__getitem__), "the first of equal ones"
+    none_better = all(score[step] <= score[0] for step in range(1, 4))
+    assert ("no trained model is better than the untrained one" in capsys.readouterr().out) == none_better
+    assert none_better or not worse
     assert summary["loss_after"] == loss[summary["best_step"]]
 
 

@@ -70,6 +70,12 @@ def _step1(step: StepRecord) -> list[str]:
     losses = step.curve("eval/loss")
     if best is None or steps is None:
         return []
+    before, after = number(s.get("loss_before")), number(s.get("loss_after"))
+    if before is not None and after is not None and after >= before:
+        return [
+            f"Step 1's held-out loss is no lower than before training ({before:.3f} to {after:.3f}): use a lower "
+            "--learning_rate, or rows that are more like the held-out ones."
+        ]
     if best < steps:
         return [
             f"Step 1's held-out loss was lowest at step {best:.0f} of {steps:.0f} (that model was kept): more training "

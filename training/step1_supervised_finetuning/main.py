@@ -111,8 +111,8 @@ def main(argv: Sequence[str]) -> int:
     progress = run.progress or {"lowest_loss": math.inf, "best_step": 0}
     logger = tuning.logger()
 
-    def evaluate(step_number: int) -> float:
-        """The held-out loss, and ROUGE if that is asked for, logged; the model with the best is kept."""
+    def evaluate(step_number: int) -> None:
+        """The held-out loss, and ROUGE if that is asked for, logged; the trained model with the best is kept."""
         loss = held_out_loss(engine, rows.held_out, train.per_device_eval_batch_size, pad_id, sharing)
         found = {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 50.0))}
         told, score = f"held-out loss {loss:.4f}, perplexity {found['eval/perplexity']:.2f}", loss
@@ -126,12 +126,12 @@ def main(argv: Sequence[str]) -> int:
         if step_number and score < progress["lowest_loss"] or last and not progress["best_step"]:
             tuning.save(engine, best)
             phases.end("save")
-            progress.update(best_step=step_number, loss_after=loss)
-        progress["lowest_loss"] = min(progress["lowest_loss"], score)  # by ROUGE: its negative
-        return loss
+            progress.update(best_step=step_number, loss_after=loss, lowest_loss=score)  # by ROUGE: its negative
+        if not step_number:
+            progress.update(loss_before=loss, score_before=score)
 
     if not run.step:
-        progress["loss_before"] = evaluate(0)
+        evaluate(0)
     engine.train()
     run.ready(progress)
     for step_number, indices, bar in tuning.steps():
@@ -152,6 +152,9 @@ def main(argv: Sequence[str]) -> int:
             evaluate(step_number)
         tuning.after_step(step_number, result, progress)
     logger.close()
+    if not progress["lowest_loss"] < progress.get("score_before", math.inf):
+        say(f"warning: no trained model is better than the untrained one on the held-out rows; that of step "
+            f"{progress['best_step']} is kept, the best of them: lower --learning_rate, or give more data")  # fmt: skip
     if is_main():
         move_into(best, tuning.output_dir)
     results = {
