@@ -7,7 +7,7 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 
 class UserError(Exception):
@@ -102,6 +102,19 @@ def half_character(text: str) -> str:
     """What is half a character in a text, a surrogate that stands alone, as an escape; empty if nothing is."""
     found = None if text.isascii() else _HALF.search(text)
     return f"\\u{ord(found[0]):04x}" if found else ""
+
+
+@contextlib.contextmanager
+def refusals(named: str) -> Iterator[None]:
+    """Turn what the system refuses inside, such as a look into another user's folder, into an error about ``named``.
+
+    Raises:
+        UserError: with the system's reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{named}: {error.strerror or error} ({error.filename})") from None
 
 
 def print_last(text: str) -> None:

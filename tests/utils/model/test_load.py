@@ -280,3 +280,14 @@ def test_longrope_says_where_a_row_depends_on_its_neighbours(tmp_path, capsys):
     assert not capsys.readouterr().out
     check_length(str(tmp_path), 65, "--max_seq_len")
     assert "more than 64 tokens" in capsys.readouterr().out
+
+
+def test_a_converted_gguf_file_may_be_read_by_whom_the_user_allows(tiny_model, tmp_path, monkeypatch):
+    (tmp_path / "a.gguf").touch()
+    (tmp_path / "any").mkdir()
+    tokenizer, model = AutoTokenizer.from_pretrained(tiny_model), AutoModelForCausalLM.from_pretrained(tiny_model)
+    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", lambda *_, **__: tokenizer)
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: model)
+    folder = loading._convert_gguf(tmp_path / "a.gguf")
+    assert folder.stat().st_mode == (tmp_path / "any").stat().st_mode and (folder / "config.json").is_file()
+    assert list(folder.parent.iterdir()) == [folder], "nothing else is left"

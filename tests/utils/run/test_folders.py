@@ -1,5 +1,10 @@
 """Where a step writes: nothing that it has not made is written over, and a tilde is the user's home."""
 
+import errno
+import fcntl
+import os
+from pathlib import Path
+
 import pytest
 
 from training.utils.errors import UserError
@@ -42,3 +47,13 @@ def test_a_tilde_that_the_shell_left_is_the_users_home(home):
     (home / "run" / "step1" / "summary.json").write_text("{}")
     assert folders.step_folder("~/run/step1", "step1") == home / "run" / "step1"
     assert not (home / "~").exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EACCES])
+def test_a_folder_that_can_not_be_locked_is_one_line(home, monkeypatch, number):
+    def fails(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(*((Path, "open") if number == errno.EACCES else (fcntl, "flock")), fails)
+    with pytest.raises(UserError, match=f"out can not be locked against another run: {os.strerror(number)}"):
+        folders.prepare_output_dir("out", "step1")

@@ -1,6 +1,8 @@
 """What is looked for before torch is imported: weights in every form that transformers takes, and small files."""
 
+import errno
 import json
+import os
 
 import pytest
 
@@ -72,3 +74,23 @@ def test_a_small_file_that_is_no_object_is_named(name, text, tmp_path):
     (tmp_path / f"{name}.json").write_text(text)
     with pytest.raises(UserError, match=rf"/{name}\.json is (damaged|not readable)"):
         check_model_path(folder, FLAG, weights=False)
+
+
+CLOSED = [("model_name_or_path", ""), ("model_name_or_path", "/m"), ("data_path", ""), ("data_path", "/d/a.jsonl")]
+
+
+@pytest.mark.parametrize(("name", "below"), [*CLOSED, ("reward_function", "/f.py:f"), ("chat_template", "/t.jinja")])
+def test_a_folder_that_may_not_be_looked_into_is_one_line(tmp_path, monkeypatch, name, below):
+    """As root no folder is closed, so the system's answer is played."""
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    original = os.stat
+
+    def stat(path, *args, **kwargs):
+        if str(path).startswith(f"{closed}/"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return original(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", stat)
+    with pytest.raises(UserError, match=f"--{name} {closed}.*Permission denied"):
+        check_flag(name, [f"{closed}{below}"])

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -77,9 +76,9 @@ def cached(root: Path, key: str, build: Callable[[Path], None]) -> tuple[Path, b
         UserError: the cache folder can not be written.
     """
     folder = root / key
-    if _whole(folder):
-        return folder, True
     try:
+        if _whole(folder):
+            return folder, True
         root.mkdir(parents=True, exist_ok=True)
         with _alone(root / f"{key}.lock"):
             if _whole(folder):
@@ -87,7 +86,8 @@ def cached(root: Path, key: str, build: Callable[[Path], None]) -> tuple[Path, b
             for broken in root.glob(f"{key}*"):  # of a run that was killed: nobody else holds the lock
                 if broken.is_dir():
                     shutil.rmtree(broken)
-            scratch = Path(tempfile.mkdtemp(prefix=f"{key}.", dir=root))
+            scratch = root / f"{key}.new"
+            scratch.mkdir()  # of mkdtemp's folders nobody else could read
             try:
                 build(scratch)
                 sizes = {path.name: path.stat().st_size for path in sorted(scratch.iterdir())}

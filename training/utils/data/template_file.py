@@ -55,9 +55,11 @@ def read_template_file(name: str) -> TemplateFile:
     path = Path(name).expanduser()
     if bundled.is_file() and bundled.parent == TEMPLATES:
         return TemplateFile(bundled.read_text(encoding="utf-8"))
-    if not path.is_file():
-        raise UserError(f"--chat_template {name}: no such file, and not one of the names {', '.join(template_names())}")
     try:
+        if not path.is_file():
+            raise UserError(
+                f"--chat_template {name}: no such file, and not one of the names {', '.join(template_names())}"
+            )
         text = path.read_text(encoding="utf-8-sig")
         return _conversation_template(name, json.loads(text)) if path.suffix.lower() == ".json" else TemplateFile(text)
     except json.JSONDecodeError as error:

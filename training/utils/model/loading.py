@@ -10,7 +10,6 @@ import functools
 import hashlib
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from importlib import util
@@ -157,15 +156,15 @@ def _convert_gguf(path: Path) -> Path:
     settings |= {"dtype": torch.bfloat16}
     model = type(loaded)(type(loaded.config)(**settings))
     model.load_state_dict(loaded.state_dict())
-    scratch = Path(tempfile.mkdtemp(dir=target.parent))
-    model.to(torch.bfloat16).save_pretrained(scratch)
-    tokenizer.save_pretrained(scratch)
-    try:
-        scratch.rename(target)
-    except OSError:  # another rank or program was faster; its folder is as good
-        shutil.rmtree(scratch)
-        if not (target / "config.json").is_file():
-            raise
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        made = Path(scratch) / "model"  # that folder itself nobody else may read
+        model.to(torch.bfloat16).save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        try:
+            made.rename(target)
+        except OSError:  # another rank or program was faster; its folder is as good
+            if not (target / "config.json").is_file():
+                raise
     return target
 
 

@@ -229,13 +229,17 @@ def locked(folder: Path, who: str) -> Iterator[None]:
         who: would be at work there, in words.
 
     Raises:
-        UserError: one is.
+        UserError: one is, or the folder can not be locked.
     """
-    with (folder / LOCK).open("a") as file:
+    with contextlib.ExitStack() as opened:
         try:
+            file = opened.enter_context((folder / LOCK).open("a"))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{who} is at work in {shown(folder)}: wait for it, stop it, or choose another") from None
+        except OSError as error:  # the lock is another user's, or the file system has none
+            why = error.strerror or error
+            raise UserError(f"{shown(folder)} can not be locked against another run: {why}; choose another") from None
         yield
 
 

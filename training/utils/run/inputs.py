@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from training.utils.data.template_file import read_template_file
-from training.utils.errors import UserError
+from training.utils.errors import UserError, refusals
 from training.utils.run.files import read_object
 from training.utils.run.folders import shown
 
@@ -50,16 +50,17 @@ def check_flag(name: str, values: Sequence[Any], *, weights: bool = True) -> Non
         UserError: names the flag.
     """
     for text in filter(None, values):
-        if name.endswith(MODELS):
-            check_model_path(text, f"--{name}", weights=weights and name != TOKENIZER)
-        elif name.endswith(DATA):
-            _check_data_path(text, f"--{name}")
-        elif name in FUNCTIONS:
-            _check_function(text, f"--{name}")
-        elif name == "chat_template":
-            read_template_file(text)
-        elif name in FILES and not text.lstrip().startswith("{") and not Path(text).expanduser().is_file():
-            raise UserError(f"--{name} {text}: no such file")
+        with refusals(f"--{name} {text}"):
+            if name.endswith(MODELS):
+                check_model_path(text, f"--{name}", weights=weights and name != TOKENIZER)
+            elif name.endswith(DATA):
+                _check_data_path(text, f"--{name}")
+            elif name in FUNCTIONS:
+                _check_function(text, f"--{name}")
+            elif name == "chat_template":
+                read_template_file(text)
+            elif name in FILES and not text.lstrip().startswith("{") and not Path(text).expanduser().is_file():
+                raise UserError(f"--{name} {text}: no such file")
 
 
 def check_model_path(name_or_path: str, flag: str, *, weights: bool = True) -> None:
@@ -73,6 +74,11 @@ def check_model_path(name_or_path: str, flag: str, *, weights: bool = True) -> N
     Raises:
         UserError: names the flag.
     """
+    with refusals(f"{flag} {name_or_path}"):
+        _check_model_path(name_or_path, flag, weights)
+
+
+def _check_model_path(name_or_path: str, flag: str, weights: bool) -> None:
     path = Path(name_or_path).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():

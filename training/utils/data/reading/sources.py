@@ -20,7 +20,7 @@ from training.utils.data.kinds import Kind
 from training.utils.data.reading.folders import files_of, split_names
 from training.utils.data.reading.readers import TYPES, file_type, read_file
 from training.utils.data.reading.rows import RawRow
-from training.utils.errors import UserError
+from training.utils.errors import UserError, refusals
 from training.utils.model import hub
 
 _DEMO = Path(__file__).resolve().parents[3] / "data" / "demo"
@@ -126,6 +126,11 @@ def local_source(text: str, kind: Kind, flag: str = DATA_PATH) -> Source | None:
         UserError: as `resolve`.
     """
     name, limit = _split_limit(text, flag)
+    with refusals(f"{flag} {name}"):
+        return _local(name, limit, kind, flag)
+
+
+def _local(name: str, limit: int, kind: Kind, flag: str) -> Source | None:
     if name == "demo":
         return Source(name, (_DEMO / _DEMO_FILES[kind],), (_DEMO / "held_out.jsonl",), limit, flag=flag)
     path = Path(name).expanduser()
