@@ -101,6 +101,12 @@ BROKEN_FILES = {
     "semicolons.csv": (b"prompt;response\na;b\n", r"semicolons\.csv:1: .*separated by semicolons, not commas"),
     "tabs.csv": (b"prompt\tresponse\na\tb\n", "name the file .tsv"),
     "twice.csv": (b"prompt,prompt\na,b\n", "twice in the header"),
+    "spaces.csv": (b"prompt,prompt \na,b\n", "twice in the header"),
+    **{
+        f"{codec}.{kind}": (text.encode(codec), f"{codec}.{kind}: the file is in UTF-16, or no text")
+        for codec in ("utf-16-le", "utf-16-be")
+        for kind, text in (("txt", "One text."), ("csv", "text\nOne."), ("jsonl", '{"text": "One."}'))
+    },
     "quote.csv": (b'prompt,response\na,"b" c\n', r"quote\.csv:2: broken CSV"),
     "half.jsonl.gz": (gzip.compress(b'{"a": "x"}\n' * 9999)[:60], "cut off or damaged after row"),
     "not.json.gz": (b"\x1f\x8bnonsense", "cut off or damaged after row 0"),
@@ -119,6 +125,8 @@ def test_broken_files(tmp_path, name):
 
 BROKEN_LINES = {
     '{"a": 1,, }': "broken JSON at column 9",
+    '{"a": 1, "a": 2}': "a stands twice in one object",
+    '{"a": [{"b": 1, "b": 1}]}': "b stands twice in one object",
     "[1, 2]": "a row must be a JSON object, this is a list",
     '"x"': "this is a text",
     "[" * 100_000: "broken JSON",
@@ -136,6 +144,14 @@ def test_broken_lines_are_rows_that_can_be_skipped(tmp_path, line, zipped):
     first, bad, last = read_file(path)
     assert (first.values, last.values, last.place) == ({"a": 1}, {"a": 3}, f"{path}:3")
     assert bad.place == f"{path}:2" and isinstance(bad.values, RowError) and BROKEN_LINES[line] in str(bad.values)
+
+
+def test_a_key_twice_is_a_bad_row_of_a_list_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "_CHUNK", 8)  # the second b is read long before the row's end
+    (tmp_path / "a.json").write_text(f'[{{"a": 1}}, {{"a": {{"b": 1, "b": 2}}, "c": "{"x" * 99}"}},\n{{"a": 3}}]')
+    first, bad, last = read_file(tmp_path / "a.json")
+    assert (first.values, last.values, last.place) == ({"a": 1}, {"a": 3}, f"{tmp_path}/a.json:2")
+    assert isinstance(bad.values, RowError) and "b stands twice in one object" in str(bad.values)
 
 
 def test_csv_row_with_too_few_cells(tmp_path):

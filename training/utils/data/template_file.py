@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from training.utils.errors import UserError, half_character
+from training.utils.run.files import once_each
 
 TEMPLATES = Path(__file__).parent / "templates"
 _KEYS = {"chat_template": str, "system_message": str, "end_of_assistant": str, "stop_ids": list}
@@ -61,7 +62,9 @@ def read_template_file(name: str) -> TemplateFile:
                 f"--chat_template {name}: no such file, and not one of the names {', '.join(template_names())}"
             )
         text = path.read_text(encoding="utf-8-sig")
-        return _conversation_template(name, json.loads(text)) if path.suffix.lower() == ".json" else TemplateFile(text)
+        if path.suffix.lower() != ".json":
+            return TemplateFile(text)
+        return _conversation_template(name, json.loads(text, object_pairs_hook=once_each))
     except json.JSONDecodeError as error:
         raise UserError(f"--chat_template {name}: broken JSON in line {error.lineno}: {error.msg}") from None
     except (OSError, ValueError, RecursionError) as error:  # not UTF-8, or a number of too many digits

@@ -15,6 +15,7 @@ from typing import Any
 from training.utils.data.chat import is_image
 from training.utils.data.template import Message, RowError
 from training.utils.errors import half_character
+from training.utils.run.files import once_each
 
 Row = Mapping[str, Any]
 
@@ -288,7 +289,7 @@ def unpacked(value: Any, name: str) -> Any:
     if not isinstance(value, str) or not _LIST_AS_TEXT.match(value):
         return value
     try:
-        return json.loads(value)
+        return json.loads(value, object_pairs_hook=once_each)
     except (ValueError, RecursionError) as error:
         raise RowError(f"column {name!r} is a text that begins like a list of messages, but no JSON: {error}") from None
 

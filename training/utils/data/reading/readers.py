@@ -19,6 +19,7 @@ from typing import IO, Any
 from training.utils.data.reading.rows import MAX_ROW_CHARACTERS, RawRow, too_big
 from training.utils.data.template import RowError
 from training.utils.errors import UserError
+from training.utils.run.files import once_each
 
 TYPES = ("json", "jsonl", "ndjson", "csv", "tsv", "txt", "parquet", "arrow")
 EVAL_WORDS = {"eval", "evaluation", "test", "validation", "valid", "val", "dev", "held"}
@@ -36,7 +37,8 @@ def _integer(digits: str) -> int | str:
     return int(digits) if len(digits) <= _MOST_DIGITS else digits
 
 
-_DECODER = json.JSONDecoder(parse_int=_integer)
+_DECODER = json.JSONDecoder(parse_int=_integer, object_pairs_hook=once_each)
+_LAX = json.JSONDecoder(parse_int=_integer)  # to go on behind a row with a key twice
 
 
 def type_of(path: Path) -> str:
@@ -98,7 +100,10 @@ def read_file(path: Path) -> Iterator[RawRow]:
                 raise UserError(f"{path}: the file is in UTF-16; save it as UTF-8")
             if file.peek(len(_LFS))[: len(_LFS)] == _LFS:
                 raise UserError(f"{path}: a pointer of Git LFS, not the file itself; run git lfs pull in its folder")
-            for row in readers[file_type(path)](file, path):
+            kind = file_type(path)
+            if kind not in ("parquet", "arrow") and b"\0" in file.peek(1):
+                raise UserError(f"{path}: the file is in UTF-16, or no text (it has zero bytes); save it as UTF-8")
+            for row in readers[kind](file, path):
                 number += 1
                 yield row
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -146,13 +151,17 @@ def _parse_object(line: str) -> dict[str, Any] | RowError:
         value = _DECODER.decode(line)
     except json.JSONDecodeError as error:
         return RowError(f"broken JSON at column {error.colno}: {error.msg}")
+    except ValueError as error:  # of once_each
+        return RowError(str(error))
     except RecursionError:
         return RowError("broken JSON: nested too deeply")
     return _object(value)
 
 
 def _object(value: Any) -> dict[str, Any] | RowError:
-    return value if isinstance(value, dict) else RowError(f"a row must be a JSON object, this is a {_json_type(value)}")
+    if isinstance(value, (dict, RowError)):
+        return value
+    return RowError(f"a row must be a JSON object, this is a {_json_type(value)}")
 
 
 def _json_type(value: Any) -> str:
@@ -240,13 +249,13 @@ class _Window:
             self.advance(len(blanks[0]))
 
     def decode_value(self) -> tuple[Any, int]:
-        """The JSON value that starts here, and its length in characters."""
+        """The JSON value that starts here, a `RowError` for one with a key twice, and its length in characters."""
         size = _CHUNK
         while True:
             try:
-                value, end = _DECODER.raw_decode(self.buffer, self.at)
+                value, end = self._decoded()
                 # A number at the very end of the window may go on; objects and lists can not.
-                if end < len(self.buffer) or isinstance(value, (dict, list)) or not self._fill():
+                if end < len(self.buffer) or isinstance(value, (dict, list, RowError)) or not self._fill():
                     length = end - self.at
                     self.advance(length)
                     return value, length
@@ -259,6 +268,14 @@ class _Window:
                 size *= 2
             except RecursionError:
                 self.fail("nested too deeply")
+
+    def _decoded(self) -> tuple[Any, int]:
+        try:
+            return _DECODER.raw_decode(self.buffer, self.at)
+        except json.JSONDecodeError:
+            raise
+        except ValueError as error:  # of once_each
+            return RowError(str(error)), _LAX.raw_decode(self.buffer, self.at)[1]
 
     def fail(self, reason: str) -> None:
         """Raise the error for this place."""
@@ -308,6 +325,7 @@ def _header(cells: list[str], delimiter: str, path: Path) -> list[str]:
                     f"{path}:1: the header {cells[0][:60]!r} is one cell: it is separated by {word}, not {wanted}; "
                     + ("name the file .tsv" if other == "\t" else f"save it with {wanted}")
                 )
-    if len(set(cells)) != len(cells):
-        raise UserError(f"{path}:1: a column name stands twice in the header: {', '.join(cells)}")
-    return [cell.strip() for cell in cells]
+    names = [cell.strip() for cell in cells]
+    if len(set(names)) != len(names):
+        raise UserError(f"{path}:1: a column name stands twice in the header: {', '.join(names)}")
+    return names
