@@ -345,6 +345,15 @@ def test_a_ranking_in_every_form():
         assert summary(outcome(row)[1]) == f"user: q → {becomes}"
 
 
+def test_a_turn_of_a_tree_that_ranks_nothing_leaves_the_others():
+    tied = [{"text": "a", "rank": 0}, {"text": "b", "rank": 0}]
+    more = [{"text": "Yes.", "rank": 1}, {"text": "No.", "rank": 0}]
+    row = {"message_tree_id": "7", "prompt": {"text": "q", "replies": tied}}
+    assert summary(outcome(row)[1]) == "dropped: tie"
+    tied[0]["replies"] = [{"text": "more?", "replies": more}, {"text": "else?", "replies": [{"text": " "}]}]
+    assert summary(outcome(row)[1]) == "user: q assistant: a user: more? → chosen: No. → rejected: Yes."
+
+
 def test_all_pairs_of_a_ranking_but_the_ties():
     row = {"prompt": "q", "responses": list("abcde"), "scores": [1, 3, 2, 3, 0]}
     _, (example,) = convert(row)

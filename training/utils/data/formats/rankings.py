@@ -183,8 +183,12 @@ def places(row: Row) -> dict[str, float] | None:
 
 
 def tree(row: Row) -> list[Example]:
-    """OpenAssistant's trees: a ranking of the replies to every message of the user, wherever it stands."""
+    """OpenAssistant's trees: a ranking of the replies to every message of the user, wherever it stands.
+
+    A message whose replies rank nothing, such as a tie, leaves the others what they are.
+    """
     found: list[Example] = []
+    useless = Dropped("no answers")
     open_: list[tuple[list[Message], Any]] = [([], row["prompt"])]
     while open_:
         before, node = open_.pop()
@@ -198,7 +202,10 @@ def tree(row: Row) -> list[Example]:
         ranked = [r for r in replies if r.get("rank") is not None] or replies[:1]
         if ranked:
             texts = [assistant_turn(plain_text(r.get("text"), "a reply")) for r in ranked]
-            found += ranking(prompt, texts, _numbers([r.get("rank", 0) for r in ranked], "rank", len(ranked)))
+            try:
+                found += ranking(prompt, texts, _numbers([r.get("rank", 0) for r in ranked], "rank", len(ranked)))
+            except Dropped as dropped:
+                useless = dropped
     if not found:
-        raise Dropped("no answers")
+        raise useless
     return found
