@@ -309,6 +309,9 @@ def test_data_split_is_disjoint_stable_and_recorded(tok, tmp_path):
         assert {f"Question number {n}?" for n in record[KINDS[step - 1]]} == seen[step]
     with pytest.raises(UserError, match="divides the same data differently"):
         prepare(3, tok, path, data_split="3,3,3", run_dir=tmp_path / "run" / "step3", seed=2)
+    for seed in (1, 2):  # runs of one step side by side are no steps of one run
+        prepare(1, tok, path, data_split="3,3,3", run_dir=tmp_path / "sweep" / f"seed{seed}", seed=seed)
+        prepare(1, tok, path, data_split="3,3,3", run_dir=tmp_path / "run" / f"seed{seed}", seed=seed)
     assert 70 < prepare(1, tok, path, data_split="1,0,0").train.num_rows < 90
     whole = prepare(1, tok, path, data_split="0,1,1", sft_only_data_path=[write(tmp_path / "b.jsonl", sft(10, 500))])
     assert {int(p.split()[2][:-1]) for p in prompts_of(whole.train)} <= set(range(500, 510)), "only the sft-only source"

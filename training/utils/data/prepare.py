@@ -45,6 +45,7 @@ from training.utils.data.template import RowError, configure_chat_template, rend
 from training.utils.errors import UserError, printable
 from training.utils.run.distributed import say
 from training.utils.run.files import json_line, read_object
+from training.utils.run.folders import STEPS
 
 _BATCH = 512  # rows that are tokenised at once, and
 _MOST_CHARACTERS = 4 << 20  # characters: the tokens of long rows take many times their size
@@ -340,7 +341,8 @@ def _robustly(run: Tokeniser, examples: Sequence[Example]) -> list[Result | RowE
 def _record_split(made: Path, run_dir: Path) -> None:
     """Keep the row numbers of ``--data_split`` in the step's directory; the steps of one run must agree on them."""
     text = made.read_text(encoding="utf-8")
-    for other in [run_dir / "data_split.json", *sorted(run_dir.parent.glob("*/data_split.json"))]:
+    steps = [run_dir.parent / step for step in STEPS] if run_dir.name in STEPS else []  # others may be other runs
+    for other in [folder / "data_split.json" for folder in (run_dir, *steps)]:
         try:
             agree = not other.is_file() or _agree(json.loads(text), read_object(other))
         except (LookupError, TypeError, AttributeError) as error:
