@@ -18,8 +18,10 @@ def test_an_earlier_evaluation_is_kept(tmp_path, capsys):
     assert "evaluation-2.json" in capsys.readouterr().out
 
 
-def test_the_runs_own_flags_come_from_its_manifest(tmp_path):
+def test_the_runs_own_flags_come_from_its_manifest(tmp_path, monkeypatch):
     argv = ["--data_path", "x.jsonl", "--temperature", "0.7", "--per_device_train_batch_size", "4"]
+    monkeypatch.setattr(arguments.importlib.util, "find_spec", lambda name: None)
+    argv += ["--report_to", "wandb"]  # the run was made where that is installed
     (tmp_path / "manifest.json").write_text(json.dumps({"steps": {"step3": {"arguments": argv}}}))
     found = evaluation_programs.recorded_arguments(tmp_path / "step3", step3.ARGUMENTS, step3.OTHERS)
     assert found[settings.RolloutArguments].temperature == 0.7

@@ -38,6 +38,7 @@ def recorded_arguments(
     started = [Path(found["folder"])] if "folder" in found else []
     folders = [*started, repository_root(), folder.parent, *folder.parent.parents, Path.cwd()]
     argv = [_located(token, folders) for token in found.get("arguments", [])]
+    argv += ["--report_to", "none"]  # an evaluation reports to nobody, and what the run has reported to may not be here
     parsed = arguments.parse(groups, argv, prog=folder.name, description="", others=others, recorded=True)
     return dict(zip(groups, parsed, strict=True))
 
