@@ -128,6 +128,10 @@ def test_a_readme_with_a_mark_of_its_encoding(tmp_path):
         ([{"data_files": [{"split": "train", "path": "https://example.com/a.jsonl"}]}], "is the clone complete"),
         ([{"data_files": {"train": "."}}], "is the clone complete"),
         ([{"data_files": "*.jsonl", "data_dir": "../other"}], "is the clone complete"),
+        ([{"data_files": [{"split": "train", "path": f"{n}*"} for n in "op"]}], "must name the split train once"),
+        ([{"data_files": [{"split": "test", "path": []}]}], "must name the split test once, with its files"),
+        ([{"data_files": [{"split": "test"}]}], "must name the split test once, with its files"),
+        ([{"data_files": "**x/*.jsonl"}], r"README.md names the files \*\*x/\*.jsonl: "),
     ],
 )
 def test_files_that_are_not_there_are_named(tmp_path, configs, reason):

@@ -169,7 +169,12 @@ def _of_readme(where: str, folder: Path) -> Files | None:
                         "one's files or folder")  # fmt: skip
     others = [f"configuration {of}" for config, of in zip(configs, named, strict=True) if config is not chosen[0]]
     root = folder / str(chosen[0].get("data_dir") or "")
-    return _chosen({split: _matching(where, folder, root, patterns) for split, patterns in _splits(chosen[0])}, others)
+    splits = _splits(chosen[0])
+    names = [split for split, _ in splits]
+    wrong = next((split for split, patterns in splits if not patterns or names.count(split) > 1), None)
+    if wrong is not None:  # of one that is named twice load_dataset reads nothing either
+        raise UserError(f"{where}: README.md must name the split {wrong} once, with its files")
+    return _chosen({split: _matching(where, folder, root, patterns) for split, patterns in splits}, others)
 
 
 def _splits(config: dict[str, Any]) -> list[tuple[str, list[str]]]:
@@ -180,7 +185,7 @@ def _splits(config: dict[str, Any]) -> list[tuple[str, list[str]]]:
     if not all(isinstance(entry, dict) for entry in listed):
         return [("train", [str(entry) for entry in listed])]
     paths = ((str(entry.get("split", "train")), entry.get("path")) for entry in listed)
-    return [(split, [str(p) for p in (path if isinstance(path, list) else [path])]) for split, path in paths]
+    return [(split, [str(p) for p in (path if isinstance(path, list) else [path]) if p]) for split, path in paths]
 
 
 def _matching(where: str, folder: Path, root: Path, patterns: Sequence[str]) -> tuple[Path, ...]:
@@ -188,7 +193,10 @@ def _matching(where: str, folder: Path, root: Path, patterns: Sequence[str]) -> 
     for pattern in patterns:
         asked = root / pattern
         outside = not asked.is_relative_to(folder) or ".." in asked.relative_to(folder).parts
-        files = [] if outside or not pattern.strip("/.") else sorted(p for p in root.glob(pattern) if type_of(p))
+        try:
+            files = [] if outside or not pattern.strip("/.") else sorted(p for p in root.glob(pattern) if type_of(p))
+        except ValueError as error:
+            raise UserError(f"{where}: README.md names the files {pattern}: {error}") from None
         if not files:
             raise UserError(f"{where}: README.md names the files {pattern}, and no data file of that name "
                             "is in the folder; is the clone complete?")  # fmt: skip
