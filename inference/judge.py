@@ -30,7 +30,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # outside the environ
 
 from training.utils import arguments
 from training.utils.answers import Line, PartFile, read_answers
-from training.utils.arguments import flag
+from training.utils.arguments import LONGEST_WAIT, flag
 from training.utils.errors import UserError, run_resumable
 from training.utils.run.folders import shown
 
@@ -72,7 +72,9 @@ class EndpointArguments:
     )
     requests_per_minute: int = flag(0, "at most so many requests a minute, 0 for no limit", minimum=0)
     parallel_requests: int = flag(4, "requests that are under way at a time", minimum=1, maximum=256)
-    request_timeout: float = flag(60.0, "seconds that an endpoint may be silent before it is asked again", above=0)
+    request_timeout: float = flag(
+        60.0, "seconds that an endpoint may be silent before it is asked again", above=0, maximum=LONGEST_WAIT
+    )
 
 
 ARGUMENTS = [JudgeArguments, EndpointArguments]

@@ -554,6 +554,7 @@ CASES = [
         ["--offload_reward_model", "--critic_zero_stage 3"],
     ),
     Case("an infinite weight", 3, lambda w: _rl(w, "--kl_coef", "inf"), ["--kl_coef is inf", "finite"]),
+    Case("a wait of ages", 1, lambda w: _sft(w, "--distributed_timeout", "9" * 15), ["_timeout is 9", "at most"]),
     Case("a seed beyond 32 bits", 2, lambda w: _sft(w, "--seed", "9" * 23), ["--seed", "at most 4294967295"]),
     Case(
         "no such evaluation function", 3, lambda w: _rl(w, "--eval_function", "no.py:f"), ["--eval_function", "no.py"]

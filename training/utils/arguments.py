@@ -44,6 +44,7 @@ DEMO = "demo"  # the bundled rows, as a source
 CLOSE = 0.8  # likeness of a flag to one that may be meant
 
 MAX_SEED = 2**32 - 1  # what every library that is seeded takes
+LONGEST_WAIT = 10**8  # seconds, three years: every library's clock can count to it
 
 # transformers' names of learning rate schedules, as DeepSpeed-Chat offers them
 ROLLOUT_ENGINES = ("fast", "hf", "vllm")
@@ -274,7 +275,9 @@ class ReliabilityArguments:
         "auto",
         "auto: go on from the output folder's checkpoint if there is one; never: start over; or a checkpoint's path",
     )
-    distributed_timeout: int = flag(1800, "seconds that a rank waits for the others in a collective", minimum=1)
+    distributed_timeout: int = flag(
+        1800, "seconds that a rank waits for the others in a collective", minimum=1, maximum=LONGEST_WAIT
+    )
     hang_timeout: int = flag(
         3600, "seconds without any progress after which a rank says what it was doing and ends, 0 for never", minimum=0
     )

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from tests.hardware import need_fp16
 from tests.marks import slow
 from tests.utils.engine.engine_checks import collate, fixed_rows, train
-from training.utils.arguments import LoraArguments
+from training.utils.arguments import SCHEDULES, LoraArguments
 from training.utils.engine import engine as engines
 from training.utils.engine.engine import ADAM_BETAS
 from training.utils.engine.zero_config import DTYPES, MAX_GRAD_NORM, deepspeed_config
@@ -147,6 +147,31 @@ def test_a_parameter_without_a_gradient_decays_as_in_zero(monkeypatch, used, dty
         return [p.detach().clone() for p in engine.module.parameters()]
 
     assert all(torch.equal(a, b) for a, b in zip(weights(True), weights(False), strict=True))
+
+
+def built(**schedule):
+    init_distributed()
+    config = deepspeed_config(zero_stage=0, dtype="fp32")
+    given = {"learning_rate": 1e-3, "weight_decay": 0.0, "num_warmup_steps": 0, "total_steps": 9} | schedule
+    return engines.initialize_engine(torch.nn.Linear(3, 3), config, **given)
+
+
+def test_every_schedule_starts_at_a_low_learning_rate():
+    """In transformers polynomial ends at 1e-7, and is refused below it."""
+    for kind in SCHEDULES:
+        assert built(learning_rate=1e-8, lr_scheduler_type=kind).get_lr()[0] == 1e-8
+
+
+def test_a_warm_up_that_is_not_done_or_does_not_end_is_said(capsys):
+    built(num_warmup_steps=8)
+    built(num_warmup_steps=3, lr_scheduler_type="constant_with_warmup")
+    assert "warning" not in capsys.readouterr().out
+    for _ in range(2):  # roles
+        built(num_warmup_steps=9)
+        built(num_warmup_steps=2, lr_scheduler_type="constant")
+    told = capsys.readouterr().out
+    assert told.count("--num_warmup_steps 9 is the whole run, which has 9 optimizer steps") == 1
+    assert told.count("--num_warmup_steps has no effect with --lr_scheduler_type constant") == 1
 
 
 def test_a_mean_per_micro_batch_would_not_pass(plain, tiny_model):

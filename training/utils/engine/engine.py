@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from training.utils.engine.plain import plain_adamw
 from training.utils.engine.tensor_parallel import check_split
 from training.utils.engine.zero_config import DTYPES, is_plain
 from training.utils.model.lora import is_adapter
-from training.utils.run.distributed import bound_waits, world_size
+from training.utils.run.distributed import bound_waits, say, world_size
 from training.utils.run.watchdog import beat
 
 # The 16-bit optimizer prints eighteen lines about memory for every engine, whatever the log level
@@ -98,13 +99,26 @@ def initialize_engine(
         optimizer = DeepSpeedCPUAdam(groups, **rates)
     else:
         optimizer = torch.optim.AdamW(groups, fused=True, **rates)
-    schedule = get_scheduler(lr_scheduler_type, optimizer, num_warmup_steps, max(total_steps, 1))
+    _tell_warmup(lr_scheduler_type, num_warmup_steps, total_steps)
+    # By default polynomial ends at 1e-7, and refuses to start there or below
+    of_kind: dict[str, Any] = {"lr_end": 0.0} if lr_scheduler_type == "polynomial" else {}
+    schedule = get_scheduler(lr_scheduler_type, optimizer, num_warmup_steps, max(total_steps, 1), of_kind)
     engine = initialized(model, config, optimizer=optimizer, lr_scheduler=schedule)
     if plain:
         engine.enable_backward_allreduce = False  # would copy all gradients into one buffer and back
     if engine.fp16_enabled():  # else it raises at the smallest scale; the programs count, and end with a checkpoint
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False
     return engine
+
+
+@functools.cache  # of two roles alike it is said once
+def _tell_warmup(lr_scheduler_type: str, num_warmup_steps: int, total_steps: int) -> None:
+    """Say what is likely a mistake: a warm-up that is not done, or that the run ends in."""
+    if num_warmup_steps and lr_scheduler_type == "constant":
+        say("warning: --num_warmup_steps has no effect with --lr_scheduler_type constant: take constant_with_warmup")
+    elif num_warmup_steps and num_warmup_steps >= total_steps:
+        say(f"warning: --num_warmup_steps {num_warmup_steps} is the whole run, which has {total_steps} optimizer steps:"
+            " the learning rate only rises, and ends below its peak")  # fmt: skip
 
 
 def initialized(model: nn.Module, config: dict[str, Any], **trained_by: Any) -> Any:
