@@ -211,7 +211,7 @@ def run_tripod(arguments: argparse.Namespace, folder: Path, iterations: int, see
         if "time/train" in r
     ]
     traces = [folder / "trace" / f"iteration-{number:06d}.jsonl" for number in range(1, iterations + 1)]
-    answers = [[json.loads(line)["prompt"] for line in trace.read_text().splitlines()] for trace in traces]
+    answers = [[json.loads(line)["prompt"] for line in trace.read_text().strip().split("\n")] for trace in traces]
     return {"peak": peak, "iterations": measured, "prompts": [prompts[::SAMPLES] for prompts in answers]}
 
 

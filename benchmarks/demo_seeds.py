@@ -53,7 +53,7 @@ def steps_row(seed: int, folder: Path) -> str:
 
 def answers_of(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's answers.jsonl, by row."""
-    lines = (folder / "step3" / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (folder / "step3" / "answers.jsonl").read_text(encoding="utf-8").strip().split("\n")
     return sorted(map(json.loads, lines), key=lambda line: line["row"])
 
 

@@ -86,7 +86,7 @@ JUDGED = ("--judge_args", "--judge rules.py:length")
 
 
 def ids(path: Path) -> set[str]:
-    return {json.loads(line)["id"] for line in path.read_text().splitlines()}
+    return {json.loads(line)["id"] for line in path.read_text(encoding="utf-8").strip().split("\n")}
 
 
 def test_two_rounds(rounds: Rounds, capfd: pytest.CaptureFixture) -> None:
@@ -281,7 +281,8 @@ def test_rankings_that_can_not_be_divided(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=words):
             divide(path, answers, tmp_path / "rankings")
         assert not (tmp_path / "rankings").exists()
-    path.write_text(ranking(0, 1, 2) + ranking(1, 1, 2) + ranking(0, 2, 1))
+    cut = ranking(1, 1, 2, note="a\u2028b").replace("\\u2028", "\u2028")  # as json_line leaves it
+    path.write_text(ranking(0, 1, 2) + cut + ranking(0, 2, 1), encoding="utf-8")
     divide(path, answers, tmp_path / "rankings")
     sides = [ids(tmp_path / "rankings" / name) for name in ("train.jsonl", "eval.jsonl")]
     assert sorted(map(len, sides)) == [1, 1] and sides[0] != sides[1]

@@ -365,14 +365,15 @@ def read_rankings(path: Path) -> list[Line]:
         UserError: a line is no ranking.
     """
     lines = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            line = json.loads(text)
-            line.setdefault("id", prompt_id(line["prompt"]))
-            sound = isinstance(line["id"], str) and all("rank" in answer for answer in line["answers"])
-        except (ValueError, LookupError, TypeError, AttributeError):
-            sound = False
-        if not sound:
-            raise UserError(f"{shown(path)}:{number}: no ranking, a prompt and its answers with a rank each")
-        lines.append(line)
+    with path.open(encoding="utf-8") as file:  # not splitlines: an answer may hold U+2028, which JSON leaves as it is
+        for number, text in enumerate(file, 1):
+            try:
+                line = json.loads(text)
+                line.setdefault("id", prompt_id(line["prompt"]))
+                sound = isinstance(line["id"], str) and all("rank" in answer for answer in line["answers"])
+            except (ValueError, LookupError, TypeError, AttributeError):
+                sound = False
+            if not sound:
+                raise UserError(f"{shown(path)}:{number}: no ranking, a prompt and its answers with a rank each")
+            lines.append(line)
     return lines
