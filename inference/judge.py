@@ -203,22 +203,21 @@ def judge_by_endpoint(endpoint: Endpoint, lines: Sequence[Line], file: PartFile,
         UserError: the endpoint refuses, or does not answer however often it is asked.
     """
     ready = {(line["id"], line["a"], line["b"]) for line in done if line["verdict"] != UNREADABLE}
-    asked = [
-        (line, a, b)
-        for line in lines
-        for a in to_compare(line)
-        for b in to_compare(line)
-        if a != b and (line["id"], a, b) not in ready
-    ]
-    unreadable = 0
+    pairs = [(line, a, b) for line in lines for a in to_compare(line) for b in to_compare(line) if a != b]
+    asked = [(line, a, b) for line, a, b in pairs if (line["id"], a, b) not in ready]
+    unread: Counter[str] = Counter()
+    endpoint.has_judged = bool(ready)
     with file.part() as append:
         for (line, a, b), verdict in endpoint.verdicts(asked):
             append([{"id": line["id"], "a": a, "b": b, "verdict": verdict}])
-            unreadable += verdict == UNREADABLE
-    if unreadable > len(asked) / 2:
-        raise UserError(f"--judge_url {endpoint.url}: {unreadable} of {len(asked)} answers hold no verdict, such as "
-                        f"{endpoint.unread!r}: give another --judge_model or --rubric; started again, these are asked "
-                        "again")  # fmt: skip
+            unread[line["id"]] += verdict == UNREADABLE
+    if unread.total() > len(pairs) / 2:
+        raise UserError(f"--judge_url {endpoint.url}: {unread.total()} of {len(pairs)} answers hold no verdict, such "
+                        f"as {endpoint.unread!r}: give another --judge_model or --rubric; started again, these are "
+                        "asked again")  # fmt: skip
+    if names := [name for name, count in unread.items() if count]:
+        more = f" and {len(names) - 5} other prompts" if len(names) > 5 else ""
+        print(f"no verdict about the prompt {', '.join(names[:5])}{more}, the last: {endpoint.unread!r}", flush=True)
 
 
 def points(verdicts: Mapping[tuple[int, int], str], answers: Sequence[int]) -> dict[int, float]:

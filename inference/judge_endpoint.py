@@ -34,6 +34,8 @@ TRIES = 6  # of one request; with the waits between them about a minute
 READ_TRIES = 3  # where what comes back holds no verdict
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds between two tries, doubled each time
 LONGEST_RETRY_AFTER = 600.0  # seconds that an endpoint may ask for
+REFUSED = (400, 413, 422)  # a conversation that is too long for the model, or that a filter holds back
+MOST_REFUSED = 10  # prompts, as long as there is no verdict: then it is not the prompts
 AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 LOCAL = ("localhost", "127.0.0.1", "::1")
 
@@ -82,6 +84,7 @@ class Endpoint:
 
     Attributes:
         unread: the last answer without a verdict in it, for a message.
+        has_judged: whether there is a verdict of it, now or from an earlier start.
     """
 
     def __init__(
@@ -93,6 +96,8 @@ class Endpoint:
         self.timeout = timeout
         self.parallel = parallel
         self.unread = ""
+        self.has_judged = False
+        self._refused: set[str] = set()  # prompts
         self._key = key
         self._pace = Pace(per_minute)
         self._stop = threading.Event()
@@ -151,10 +156,15 @@ class Endpoint:
         line, a, b = asked
         body = {"model": self.model, "temperature": 0, "messages": self._messages(line, a, b)}
         for _ in range(READ_TRIES):
-            text = self._completion(client, body)
-            if (found := verdict_in(text)) is not None:
+            response, text = self._completion(client, body)
+            if response.status_code == 200 and (found := verdict_in(text)) is not None:
+                self.has_judged = True
                 return found
         self.unread = self._shown(text)
+        if response.status_code != 200:
+            self._refused.add(line["id"])
+            if len(self._refused) > MOST_REFUSED and not self.has_judged:
+                raise UserError(self._refusal(response))
         return "unreadable"
 
     def _messages(self, line: Line, a: int, b: int) -> list[dict[str, str]]:
@@ -163,8 +173,8 @@ class Endpoint:
         text = f"<conversation>\n{said}\n</conversation>\n\n<A>\n{first}\n</A>\n\n<B>\n{second}\n</B>\n\n{FORM}"
         return [{"role": "system", "content": f"{self.rubric}\n\n{FORM}"}, {"role": "user", "content": text}]
 
-    def _completion(self, client: httpx.Client, body: dict[str, Any]) -> str:
-        """What the model says.
+    def _completion(self, client: httpx.Client, body: dict[str, Any]) -> tuple[httpx.Response, str]:
+        """What comes back, and what the model says; of a refusal the endpoint's own words.
 
         Raises:
             UserError: see `verdicts`.
@@ -185,21 +195,23 @@ class Endpoint:
                 if response.status_code == 200:
                     text, problem = _content(response)
                     if not problem:
-                        return text
+                        return response, text
                     problem = f"{problem}: {self._shown(response.text)}"
+                elif response.status_code in REFUSED:
+                    return response, f"status {response.status_code}: {response.text}"
                 elif response.status_code in AGAIN:
                     problem = f"status {response.status_code}: {self._shown(response.text)}"
                     if (asked_for := _retry_after(response)) is not None:
                         pause = asked_for
                         self._pace.pause(pause)
                 else:
-                    raise UserError(self._refused(response))
+                    raise UserError(self._refusal(response))
             if number + 1 < TRIES:
                 self._stop.wait(pause)
         raise UserError(f"--judge_url {self.url}: {TRIES} tries without an answer, the last: {problem}; what there was "
                         "is kept: start again to go on")  # fmt: skip
 
-    def _refused(self, response: httpx.Response) -> str:
+    def _refusal(self, response: httpx.Response) -> str:
         hint = ""
         if response.status_code in (401, 403):
             hint = f"; {KEY} is {'not what it asks for' if self._key else 'not set'}"
@@ -235,10 +247,10 @@ def _as_done(
 
 
 def _content(response: httpx.Response) -> tuple[str, str]:
-    """The model's text, and what is wrong if there is none."""
+    """The model's text, and what is wrong if there is none; a model may say nothing, after long thought or a filter."""
     try:
-        text = response.json()["choices"][0]["message"]["content"]
-    except (ValueError, LookupError, TypeError, RecursionError):
+        text = response.json()["choices"][0]["message"].get("content") or ""
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return "", "the answer is no chat completion in JSON"
     return (text, "") if isinstance(text, str) else ("", "the answer has no text")
 

@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import judge
 import judge_endpoint
 import pytest
-from judge_endpoint import Pace, verdict_in
+from judge_endpoint import FORM, READ_TRIES, Pace, verdict_in
 
 from tests.tiny import tiny_tokenizer
 from training.utils import answers as answer_files
@@ -433,6 +433,39 @@ def test_a_judge_without_verdicts_is_an_error_and_is_asked_again(answers, served
     assert by_url(server, path) == 0
     [line] = lines_of(tmp_path / "rankings.jsonl")
     assert ranks(line)[TEXTS[2]] == 1
+
+
+@pytest.mark.parametrize("status", [400, 413, 422, None])
+def test_a_prompt_that_is_refused_is_tied_and_named_and_a_start_after_that_is_not_stuck(
+    status, answers, served, tmp_path, capsys
+):
+    """An endpoint's error may hold the question, and so a verdict that none has spoken."""
+
+    def answer(number, body, headers):
+        if "Question 1?" not in body["messages"][1]["content"]:
+            return longer(number, body, headers)
+        return (status, {}, f"too long: {KEY} {FORM}") if status else (200, {}, '{"choices": [{"message": {}}]}')
+
+    server, path = served(answer), answers([line_of(0), line_of(1), line_of(2)])
+    assert by_url(server, path) == 0
+    assert len(server.requests) == 12 + 12 * READ_TRIES + 12
+    found = {line["id"]: set(ranks(line).values()) for line in lines_of(tmp_path / "rankings.jsonl")}
+    assert found == {"p0": {1, 2, 3, 4}, "p1": {1}, "p2": {1, 2, 3, 4}}
+    out = capsys.readouterr().out
+    assert f"no verdict about the prompt p1, the last: '{f'status {status}: too long: ***' if status else ''}" in out
+    done = [{"id": "p1", "a": a, "b": b, "verdict": "unreadable"} for a, b in itertools.permutations(range(4), 2)]
+    done += [{"id": f"p{i}", "a": a, "b": b, "verdict": "A"} for i in (0, 2) for a in range(4) for b in range(4)]
+    again = judge_endpoint.Endpoint(server.url, "judge-1", "", "", 60, 4, 0)
+    file = answer_files.PartFile(tmp_path / "more.jsonl", "--output", {})
+    with file.opened():
+        judge.judge_by_endpoint(again, lines_of(path), file, done)
+
+
+def test_an_endpoint_that_refuses_everything_is_one_line_soon(answers, served, capsys):
+    server = served(lambda number, body, headers: (400, {}, "temperature must be 1"))
+    assert by_url(server, answers([line_of(i, TEXTS[:2]) for i in range(100)])) == 2
+    assert "status 400: temperature must be 1" in capsys.readouterr().err
+    assert len(server.requests) < 100
 
 
 @pytest.mark.parametrize(
