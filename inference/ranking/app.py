@@ -97,7 +97,8 @@ def _judging(ledger: Ledger) -> list[Route]:
         if item is not None:
             order = item.shuffled(judge)
             texts = [item.texts[i] for i in order]
-            found["item"] = {"id": item.id, "prompt": item.prompt, "answers": texts, "pair": len(texts) == 2}
+            found["item"] = {"id": item.id, "digest": item.digest, "prompt": item.prompt, "answers": texts}
+            found["item"]["pair"] = len(texts) == 2
             if before is not None:
                 places = [before["ranks"][i] for i in order]
                 found["before"] = {name: before[name] for name in ("act", "note", "better")} | {"places": places}
@@ -111,6 +112,9 @@ def _judging(ledger: Ledger) -> list[Route]:
     def save(said: Mapping[str, Any]) -> JSONResponse:
         """A judgement; the answer is the next prompt."""
         judge = judge_name(said["judge"])
+        item = ledger.items.get(said["item"])
+        if item is not None and said["digest"] != item.digest:
+            raise UserError("This prompt has other answers than you see; load the page again.")
         ledger.save(judge, said["item"], said["act"], said["places"], said["note"], said["better"])
         return state(judge, ledger.next_for(judge))
 
@@ -160,7 +164,7 @@ def _static() -> list[Route]:
     return [Route("/", static), Route("/page/{name}", static), Route("/api/ping", ping)]
 
 
-_TYPES = {"judge": str, "item": str, "act": str, "note": str, "better": str, "places": list}
+_TYPES = {"judge": str, "item": str, "digest": str, "act": str, "note": str, "better": str, "places": list}
 
 
 def _answered(act: Callable[[Mapping[str, Any]], JSONResponse]) -> Callable[[Request], Awaitable[Response]]:

@@ -186,6 +186,24 @@ def test_a_reload_in_the_middle_keeps_all_that_was_said(size, serve, visit, four
     assert written["messages"][-1] == {"role": "assistant", "content": "My own\nwords b s u"}
 
 
+def test_what_was_said_of_other_answers_is_not_taken_for_these(serve, visit, tmp_path):
+    """A next round's answers to the same prompts, on the same port: neither a tab that is open nor what it has kept."""
+    file = write_answers(tmp_path / "a.jsonl", 2)
+    server = serve("--answers", file, "--output_dir", tmp_path / "one")
+    judge = visit(server)
+    judge.click(".card[data-letter=C] .up")
+    judge.find("#note").send_keys("of round 1")
+    server.kill()
+    write_answers(file, 2, say="{model} says {i} {take} in round 2")
+    serve("--answers", file, "--output_dir", tmp_path / "two", port=server.port)
+    judge.click("#save")
+    judge.until(lambda: "load the page again" in judge.text("#problem"))
+    judge.driver.refresh()
+    judge.until(lambda: "round 2" in judge.texts()["A"])
+    assert judge.order() == ["A", "B", "C"] and not judge.find("#note").get_attribute("value")
+    assert not rows_of(tmp_path / "two" / "rankings.jsonl")
+
+
 def test_two_judges_at_once(serve, visit, four, tmp_path):
     server = serve("--answers", four)
     ann, bob = visit(server, "ann"), visit(server, "bob")

@@ -378,7 +378,8 @@ def judge_all(server, judge, places, limit=10_000):
     _, state = server.call("api/next", {"judge": judge})
     while state["item"] and len(judged) < limit:
         item = state["item"]
-        content = {"judge": judge, "item": item["id"], "act": "ranked", "places": places(item["answers"])}
+        shown = {"item": item["id"], "digest": item["digest"]}
+        content = {"judge": judge, **shown, "act": "ranked", "places": places(item["answers"])}
         status, state = server.call("api/save", content)
         assert status == 200, state
         judged.append(item["id"])
@@ -433,7 +434,8 @@ def test_a_full_disk_is_told_and_loses_nothing(serve, tmp_path):
     saved = []
     status, state = server.call("api/next", {"judge": "ann"})
     while status == 200:
-        content = {"judge": "ann", "item": state["item"]["id"], "act": "ranked", "places": [1, 2, 3]}
+        shown = {"item": state["item"]["id"], "digest": state["item"]["digest"]}
+        content = {"judge": "ann", **shown, "act": "ranked", "places": [1, 2, 3]}
         status, state = server.call("api/save", content)
         saved.append(content["item"])
     assert status == 400 and "File too large" in state["error"]
@@ -463,7 +465,11 @@ def test_what_the_server_answers(serve, tmp_path):
     assert server.call("api/next", {"judge": "ann"}, Origin="http://elsewhere.example", **key)[0] == 403
     assert server.call("page/../app.py", **key)[0] == server.call("page/none", **key)[0] == 404
     assert server.call("export/journal.jsonl", **key)[0] == 404
-    half = {"judge": "ann", "item": state["item"]["id"], "act": "all_bad", "note": "\ud800"}
+    other = {"judge": "ann", "item": state["item"]["id"], "digest": "of another file", "act": "all_bad"}
+    for said in (other, {name: other[name] for name in ("judge", "item", "act")}):
+        status, told = server.call("api/save", said, **key)
+        assert status == 400 and "load the page again" in told["error"]
+    half = other | {"digest": state["item"]["digest"], "note": "\ud800"}
     assert "half a character" in server.call("api/save", half, **key)[1]["error"]
     server.call("api/save", half | {"note": "", "better": "Mine."}, **key)
     for name in ("rankings.jsonl", "demonstrations.jsonl"):

@@ -10,7 +10,7 @@ const store = { // a browser may forbid it; then a reload loses what has not bee
 };
 
 let judge = "";      // their name
-let item = null;     // {id, prompt, answers, pair}
+let item = null;     // {id, digest, prompt, answers, pair}; the digest tells answers of another file apart
 let order = [];      // [["C"], ["A", "B"]]: C is best, A and B are tied
 let touched = false; // the order is the judge's own, not the one that was drawn
 let busy = false;    // a request is on its way
@@ -110,7 +110,7 @@ async function act(path, content, done) { // one request at a time
 const next = () => act("api/next", {}, "");
 
 function save(act_, what) {
-  const content = { item: item.id, act: act_, note: $("note").value, better: $("better").value };
+  const content = { item: item.id, digest: item.digest, act: act_, note: $("note").value, better: $("better").value };
   if (act_ === "ranked") content.places = places();
   return act("api/save", content, what);
 }
@@ -252,7 +252,7 @@ function change(changed, letter, focus) {
 
 // ---------------------------------------------------------------- a reload in the middle of a prompt
 
-const draftKey = () => `tripod-draft ${judge} ${item.id}`;
+const draftKey = () => `tripod-draft ${judge} ${item.id} ${item.digest}`;
 function keep() {
   if (!item) return;
   const draft = { places: places(), touched, note: $("note").value, better: $("better").value };
