@@ -220,6 +220,28 @@ def test_another_family_serves_through_its_own_forward(answered, bert_reward, ti
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
+def test_of_a_pair_without_room_the_prompt_is_cut_first_then_the_answer_on_its_left(bert_reward, side):
+    """24 tokens, three of them the tokenizer's."""
+    model = load_text_reward_model(str(bert_reward), dtype="fp32", device=CPU)
+    model.tokenizer.truncation_side = side
+    plain = AutoModelForSequenceClassification.from_pretrained(bert_reward, dtype=torch.float32).eval()
+    words = ["tell", "me", "a", "story", "good", "bad", "why", "hi", "."]
+    question, answer = words[:5], words * 4
+    asked = [
+        [{"role": "user", "content": text}, {"role": "assistant", "content": " ".join(answer[:length])}]
+        for text, length in ((" ".join(question), 18), (" ".join(question), 21), (" ".join(question), 30), ("", 22))
+    ]
+    found = model.rewards(asked, 2)
+    kept = [question[-3:] if side == "left" else question[:3], [], [], []]
+    ends = [answer[:18], answer[:21], answer[9:30], answer[1:22]]
+    for value, *texts in zip(found.tolist(), kept, ends, strict=True):
+        pair = model.tokenizer(*(" ".join(text) for text in texts), return_tensors="pt")
+        assert pair["input_ids"].shape[1] == 24
+        with torch.no_grad():
+            assert value == pytest.approx(plain(**pair).logits[0, 0].item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("padded", [True, False], ids=["a pad token", "no pad token"])
 def test_a_causal_model_without_a_template_scores_the_last_token_of_a_pair(tiny_reward, tmp_path, side, padded):
     folder = shutil.copytree(tiny_reward, tmp_path / "plain")

@@ -80,15 +80,27 @@ class TextRewardModel:
         return {"input_ids": [self.encode(messages) for messages in conversations]}
 
     def _pairs(self, conversations: Sequence[Messages]) -> dict[str, list[list[int]]]:
-        """(what was said before, answer) as the tokenizer's own pairs, with its token types if it has any."""
+        """(what was said before, answer) as the tokenizer's own pairs, with its token types if it has any.
+
+        Without room the prompt is cut first, where the tokenizer cuts, then the answer on its left: the tokenizer's own
+        truncation raises where nothing would be left of one of them.
+        """
         before = [
             turns[0]["content"] if len(turns) == 2 else "\n".join(f"{m['role']}: {m['content']}" for m in turns[:-1])
             for turns in conversations
         ]
         answers = [turns[-1]["content"] for turns in conversations]
-        cut: dict[str, Any] = {} if self.limit is None else {"truncation": "only_first", "max_length": self.limit}
-        found = self.tokenizer(before, answers, padding=False, return_attention_mask=False, **cut)
-        return {name: list(found[name]) for name in ("input_ids", "token_type_ids") if name in found}
+        found = self.tokenizer(before, answers, return_special_tokens_mask=True, verbose=False)
+        encoded = {name: list(found[name]) for name in ("input_ids", "token_type_ids") if name in found}
+        for i, special in enumerate(found["special_tokens_mask"]):
+            if self.limit is not None and len(special) > self.limit:
+                words = [at for at, is_special in enumerate(special) if not is_special]
+                size = len(self.tokenizer(before[i], add_special_tokens=False, verbose=False)["input_ids"])
+                prompt = words[:size] if self.tokenizer.truncation_side == "left" else words[:size][::-1]
+                gone = {*[*prompt, *words[size:]][: len(special) - self.limit]}
+                for rows in encoded.values():
+                    rows[i] = [value for at, value in enumerate(rows[i]) if at not in gone]
+        return encoded
 
     def _right_padded(self, encoded: dict[str, list[list[int]]]) -> dict[str, torch.Tensor]:
         """Rows of unequal lengths as tensors ``[N, T]``, with a mask.
