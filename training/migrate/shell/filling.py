@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import fnmatch
+import glob
 import operator
 import os
 import re
@@ -18,6 +19,8 @@ _BRACED = re.compile(r"([A-Za-z_]\w*|\d+|[@*#?$!])(\[[^\]]*\])?(.*)", re.DOTALL)
 _DEFAULT = re.compile(r"(:?[-=+?])(.*)", re.DOTALL)
 _CUT = re.compile(r"(##?|%%?|//?)(.*)", re.DOTALL)
 _GLOB = re.compile(r"[*?\[]")
+_ESCAPE = re.compile(r"\\(x[\da-fA-F]{1,2}|u[\da-fA-F]{1,4}|U[\da-fA-F]{1,8}|[0-7]{1,3}|.)", re.DOTALL)
+_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "e": "\x1b", "\\": "\\", "'": "'", '"': '"', "?": "?"}
 _PLAIN = re.compile(r"[\w@%+=:,./-]*")
 _OPERATIONS: dict[type, Callable[[int, int], int]] = {
     ast.Add: operator.add,
@@ -111,6 +114,17 @@ def text(word: str, known: Variables) -> str:
     return " ".join(made.found())
 
 
+def pattern(word: str, known: Variables) -> str:
+    """A word as ``case`` and ``[[ = ]]`` compare with it: what is quoted in it stands for itself."""
+    found, at = "", 0
+    while at < len(word):
+        end = piece_end(word, at)
+        piece = text(word[at:end], known)
+        found += glob.escape(piece) if word[at] in "'\"\\" or word.startswith("$'", at) else piece
+        at = end
+    return found.replace("[^", "[!")
+
+
 class _Fields:
     """Words in the making."""
 
@@ -144,7 +158,9 @@ def _read(word: str, known: Variables, made: _Fields, *, split: bool) -> None:
     while at < len(word):
         end = piece_end(word, at)
         piece = word[at:end]
-        if piece.startswith("'"):
+        if piece.startswith("$'"):
+            made.add(_literal(_ESCAPE.sub(_escaped, piece[2:-1])))
+        elif piece.startswith("'"):
             made.add(_literal(piece[1:-1]))
         elif piece.startswith("\\"):
             made.add(_literal(piece[1:]))
@@ -162,7 +178,7 @@ def _read_quoted(inner: str, known: Variables, made: _Fields) -> None:
         made.add("")  # a word even where nothing is in it
     at = 0
     while at < len(inner):
-        end = at + 1 if inner[at] in "'\"" else piece_end(inner, at)
+        end = at + 1 if inner[at] in "'\"" else piece_end(inner, at, in_quotes=True)
         piece = inner[at:end]
         if piece.startswith("\\"):
             made.add(_literal(piece[1:]) if piece[1:] in ("$", "`", '"', "\\") else piece)
@@ -171,6 +187,14 @@ def _read_quoted(inner: str, known: Variables, made: _Fields) -> None:
         else:
             made.add(piece)
         at = end
+
+
+def _escaped(match: re.Match[str]) -> str:
+    """What ``\\n`` and its like are in ``$'...'``."""
+    code = match[1]
+    if code[0] in "xuU" and code[1:]:
+        return chr(int(code[1:], 16))
+    return chr(int(code, 8)) if code[0] in "01234567" else _ESCAPES.get(code, match[0])
 
 
 def _literal(part: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from training.utils.errors import UserError
 ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)(\[[^\]]*\])?(\+?)=")
 LOOPS = ("for", "while", "until", "select")
 DECLARE = ("export", "declare", "typeset", "local", "readonly")
+_CALCULATED = re.compile(r"([A-Za-z_]\w*)(?:\[[^\]]*\])?\s*(?:(?:[-+*/%&^|]|<<|>>)?=(?!=)|\+\+|--)|(?:\+\+|--)\s*(\w+)")
 _ENDS = ("then", "elif", "else", "fi", "do", "done", "esac", "}", ")", ";;")
 
 
@@ -92,7 +94,8 @@ def assigned_in(nodes: Sequence[Node]) -> dict[str, bool]:
         if isinstance(node, Simple):
             more = _assigned(node.words)
         elif isinstance(node, Body) and node.kind == "loop" and node.name.split()[0] in ("for", "select"):
-            more = {node.name.split()[1]: False}
+            counted = node.name.split(maxsplit=1)[1]
+            more = changed_in([counted]) if counted.startswith("((") else {counted.split()[0]: False}
         if not (isinstance(node, Body) and node.kind == "function"):
             more |= assigned_in(inside(node))
         names |= {name: exported or names.get(name, False) for name, exported in more.items()}
@@ -101,10 +104,29 @@ def assigned_in(nodes: Sequence[Node]) -> dict[str, bool]:
 
 def _assigned(words: Sequence[str]) -> dict[str, bool]:
     matches = [ASSIGNMENT.match(word) for word in words]
-    if words and words[0] in (*DECLARE, "read", "unset"):
+    if words and words[0] in (*DECLARE, "unset"):
         names = [word.split("=")[0].split("+")[0] for word in words[1:] if not word.startswith("-")]
         return dict.fromkeys(names, words[0] == "export")
-    return {match[1]: False for match in matches if match} if all(matches) else {}
+    return changed_in(words) | ({match[1]: False for match in matches if match} if all(matches) else {})
+
+
+def changed_in(words: Sequence[str]) -> dict[str, bool]:
+    """The variables that a command sets, as `assigned_in` has them, without ``NAME=value``: by arithmetic, by a
+    built-in."""
+    name, *rest = [*itertools.dropwhile(ASSIGNMENT.match, words), ""]
+    sums = rest if name == "let" else [part for word in words for part in re.findall(r"\(\((.*)\)\)", word, re.DOTALL)]
+    found = [one or other for part in sums for one, other in _CALCULATED.findall(part)]
+    if name == "read":
+        found += [word for word in rest if not word.startswith("-")]
+    elif name in ("mapfile", "readarray"):
+        found += rest[-2:-1]
+    elif name == "printf" and rest[:1] == ["-v"]:
+        found += rest[1:2]
+    elif name == "getopts":
+        found += [*rest[1:2], "OPTARG", "OPTIND"]
+    elif name == "eval":
+        found += re.findall(r"([A-Za-z_]\w*)\+?=", " ".join(rest))
+    return dict.fromkeys(filter(None, found), False)
 
 
 def parse(text: str) -> list[Node]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import fnmatch
+import glob
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from training.migrate.shell.filling import Variables, arithmetic, fields, in_environment, text
+from training.migrate.shell.filling import Variables, arithmetic, fields, in_environment, pattern, text
 from training.migrate.shell.grammar import (
     ASSIGNMENT,
     DECLARE,
@@ -20,9 +22,10 @@ from training.migrate.shell.grammar import (
     Pipe,
     Simple,
     assigned_in,
+    changed_in,
     parse,
 )
-from training.migrate.shell.words import NAME, Operator, left_to_the_shell, tokens
+from training.migrate.shell.words import LITERAL, NAME, Operator, left_to_the_shell, tokens
 from training.utils.errors import UserError
 
 BEFORE = ("nohup", "time", "exec", "env", "sudo", "command")  # of a command's own words
@@ -85,6 +88,7 @@ class _Reader:
         found, notes: as `read_script` returns them.
         folder, known, inside, file, taken: of the place that is read; ``taken`` are conditions that are not known.
         functions: name -> what it sets, as `assigned_in` has it.
+        shaped: variables that make something else of what they are given, a sum or capitals: ``declare -i``.
         read: the files that are being read.
         ended: the command that ended a script before its last one.
     """
@@ -98,6 +102,7 @@ class _Reader:
         self.read: list[Path] = []
         self.known = Variables()
         self.functions: dict[str, dict[str, bool]] = {}
+        self.shaped: set[str] = set()
 
     def script(self, source: str, known: Variables, file: str = "") -> None:
         """Read a whole text; what it sets ends with it."""
@@ -212,7 +217,7 @@ class _Reader:
         for patterns, body in node.clauses:
             if word is None:
                 self.apart(body, taken=f"taken as if it were reached: 'case {node.word}' is not known here")
-            elif any(fnmatch.fnmatchcase(word, text(pattern, self.known)) for pattern in patterns):
+            elif any(_fits(word, in_environment(pattern(one, self.known), self.known)) for one in patterns):
                 return self.all(body)
         if word is None:
             self.leave_open(assigned_in([node]), f"'case {node.word}'")
@@ -228,23 +233,33 @@ class _Reader:
         if not words:
             for word, _ in given:
                 self.assign(word)
+            self.leave_open(changed_in(node.words), " ".join(node.words))
             return True
         if words[0].startswith("(("):
             number = arithmetic(words[0][2:-2], self.known)
+            self.leave_open(changed_in(words), words[0])
             return None if number is None else bool(number)
         if words[0] in ("[", "[[", "test"):
             return self.condition(words)
         made = [part for word in words for part in fields(word, self.known)]
         prefix = [f"{name}={text(word.partition('=')[2], self.known)}" for word, name in given]
-        return self.command(made, prefix, words, node) if made else True
+        status = self.command(made, prefix, words, node) if made else True
+        if made and made[0] != "eval":  # which has been read
+            self.leave_open(changed_in(words), " ".join(words))
+        return status
 
     def condition(self, words: Sequence[str]) -> bool | None:
         """Whether ``[ ... ]`` holds; what is neither set by the script nor an argument is as it is here."""
-        made = [(word, part) for word in words for part in ([text(word, self.known)] if words[0] == "[[" else
-                                                            fields(word, self.known))]  # fmt: skip
+        if words[0] == "[[":
+            made = [(word, text(word, self.known), pattern(word, self.known)) for word in words]
+        else:  # which has no patterns
+            made = [(word, part, glob.escape(part)) for word in words for part in fields(word, self.known)]
         made = made[1:] if words[0] == "test" else made[1:-1]
-        found = _Condition([(word, in_environment(part, self.known)) for word, part in made]).value()
-        for left in [] if found is None else [left for _, part in made for left in left_to_the_shell(part)]:
+        known = self.known
+        filled = [(word, in_environment(part, known), in_environment(shape, known)) for word, part, shape in made]
+        found = _Condition(filled).value()
+        self.leave_open(changed_in(words), " ".join(words))
+        for left in [] if found is None else [left for _, part, _ in made for left in left_to_the_shell(part)]:
             name = left.strip("${}")
             said = "as it is set here" if name in os.environ else "as empty, it is not set here"
             said = 'as empty: "bash FILE ARGUMENTS" fills it in' if name.isdigit() else said
@@ -256,7 +271,8 @@ class _Reader:
         match = ASSIGNMENT.match(word)
         assert match
         name, value = match[1], word[match.end() :]
-        if match[2]:
+        is_number = re.fullmatch(r"0|-?[1-9]\d*", value) and not match[3]
+        if match[2] or (name in self.shaped and not is_number):
             self.known.leave_open(name, word)
         elif value.startswith("("):
             inner = [part for part in tokens(value[1:-1]) if not isinstance(part, Operator)]
@@ -278,8 +294,6 @@ class _Reader:
             del self.known.arguments[: int(words[1]) if words[1:] and words[1].isdigit() else 1]
         elif name == "set" and "--" in words:
             self.known.arguments = words[words.index("--") + 1 :]
-        elif name == "read":
-            self.leave_open(dict.fromkeys((word for word in words[1:] if not word.startswith("-")), False), "read")
         elif name in ("exit", "return"):
             raise _EndedError(" ".join(words))
         elif name == "false":
@@ -287,7 +301,11 @@ class _Reader:
         elif name == "cd" and len(words) == 2:
             self.folder = str(PurePosixPath(self.folder) / words[1])
         elif name == "eval":
-            return self.all(parse(" ".join(words[1:])))
+            said = " ".join(words[1:])
+            if said.startswith("$"):
+                self.notes.append(f"eval {said}: what the shell fills in may set variables, which is not known here")
+                self.leave_open(changed_in(words), f"eval {said}")
+            return self.all(parse(said.replace(LITERAL, "$")))
         elif name in ("source", "."):
             return self.source(words)
         elif name in self.functions:
@@ -303,9 +321,12 @@ class _Reader:
         options = [word for word in written[1:] if word.startswith("-")]
         exports = written[0] == "export" or any("x" in option for option in options)
         for word in (word for word in written[1:] if word not in options):
-            if match := ASSIGNMENT.match(word):
-                self.assign(word)
+            match = ASSIGNMENT.match(word)
             name = match[1] if match else text(word, self.known)
+            if set("".join(options)) & set("ilu"):
+                self.shaped.add(name)
+            if match:
+                self.assign(word)
             if exports and not NAME.fullmatch(name):
                 self.notes.append(f"{written[0]} {word} is left out: what it sets is not known here")
             elif exports and "-n" not in options:
@@ -404,8 +425,8 @@ def _said(condition: Sequence[Node], otherwise: str) -> str:
 class _Condition:
     """What stands between ``[`` and ``]``: true, false, or None where it is not known."""
 
-    def __init__(self, words: Sequence[tuple[str, str | None]]) -> None:
-        self.words = list(words)  # as written; filled in, None where that is not known
+    def __init__(self, words: Sequence[tuple[str, str | None, str | None]]) -> None:
+        self.words = list(words)  # as written; filled in, and as a pattern, None where that is not known
 
     def value(self) -> bool | None:
         """Whether it holds; what a shell can not read does not."""
@@ -439,7 +460,7 @@ class _Condition:
 
     def single(self) -> bool | None:
         """A comparison, a question about one word, or a part in brackets."""
-        word, value = self.words.pop(0)
+        word, value, _ = self.words.pop(0)
         if word == "!":
             found = self.single()
             return None if found is None else not found
@@ -448,21 +469,25 @@ class _Condition:
             self.words.pop(0)
             return found
         if len(self.words) >= 2 and (self.next() in (*_EQUAL, *_NUMBERS, "=~", "<", ">", "-nt", "-ot", "-ef")):
-            operator, (_, right) = self.words.pop(0)[0], self.words.pop(0)
-            return _compared(value, operator, right)
+            operator, (_, right, shape) = self.words.pop(0)[0], self.words.pop(0)
+            return _compared(value, operator, shape if operator in _EQUAL else right)
         if word.startswith("-") and len(word) == 2 and self.words and self.next() not in ("&&", "||", "-a", "-o", ")"):
-            _, right = self.words.pop(0)
+            _, right, _ = self.words.pop(0)
             if word in ("-z", "-n"):
                 return None if right is None else (right == "") == (word == "-z")
             return None
         return None if value is None else value != ""
 
 
+def _fits(word: str, shape: str | None) -> bool:
+    return shape is not None and fnmatch.fnmatchcase(word, shape)
+
+
 def _compared(left: str | None, operator: str, right: str | None) -> bool | None:
     if left is None or right is None:
         return None
     if operator in _EQUAL:
-        return fnmatch.fnmatchcase(left, right) == (operator != "!=")
+        return _fits(left, right) == (operator != "!=")
     if operator in _NUMBERS:
         try:
             return _NUMBERS[operator](int(left or 0), int(right or 0))

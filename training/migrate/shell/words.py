@@ -13,7 +13,9 @@ _SIMPLE = re.compile(r"\$(?:[A-Za-z_]\w*|\d|[@*#?$!])")
 _OPERATORS = ("&>>", "<<<", "<<-", "&&", "||", ";;", "&>", ">>", ">&", "<&", "<<", "|&", ">|", "<>", ";", "&", "|", "<",
               ">", "(", ")", "\n")  # fmt: skip
 REDIRECTIONS = ("&>>", "<<<", "<<-", "&>", ">>", ">&", "<&", "<<", ">|", "<>", "<", ">")
+_GOES_ON = re.compile(r"^([ \t]*#[^\n]*)|\\\n", re.MULTILINE)  # but not a remark
 _REMARK = re.compile(r"\\[ \t]+#[^\n]*$", re.MULTILINE)  # behind a line that goes on, as their pages have it
+_ESCAPED = re.compile(r"\$'((?:[^'\\]|\\.)*)'", re.DOTALL)
 _ARRAY = re.compile(r"[A-Za-z_]\w*\+?=")
 
 
@@ -27,7 +29,7 @@ def tokens(text: str) -> list[str]:
     Raises:
         UserError: a quote or a bracket is open.
     """
-    text = _REMARK.sub(r"\\", text).replace("\\\n", " ")
+    text = _GOES_ON.sub(lambda match: match[1] or "", _REMARK.sub(r"\\", text))
     found: list[str] = []
     documents: list[str] = []
     at = 0
@@ -95,12 +97,19 @@ def _word_end(text: str, at: int) -> int:
     return at
 
 
-def piece_end(text: str, at: int) -> int:
+def piece_end(text: str, at: int, *, in_quotes: bool = False) -> int:
     """The end of what begins at a place: a quoted text, an escape, an expansion, or one character.
+
+    Args:
+        text: of a script.
+        at: the place.
+        in_quotes: it is between double quotes, where ``$'`` begins nothing.
 
     Raises:
         UserError: a quote or a bracket is open.
     """
+    if not in_quotes and (escaped := _ESCAPED.match(text, at)):
+        return escaped.end()
     if text[at] == "\\":
         return min(at + 2, len(text))
     if text[at] in "'`":
@@ -116,7 +125,7 @@ def piece_end(text: str, at: int) -> int:
 def _quote_end(text: str, begin: int) -> int:
     at = begin + 1
     while at < len(text) and text[at] != '"':
-        at = at + 1 if text[at] == "'" else piece_end(text, at)
+        at = at + 1 if text[at] == "'" else piece_end(text, at, in_quotes=True)
     if at >= len(text):
         raise _open(text, begin)
     return at + 1
