@@ -41,6 +41,13 @@ def test_vicuna_and_its_warm_up(tmp_path, rows):
     assert translate(VICUNA).launcher == ["--num_gpus", "4", "--master_port", "20001"]
 
 
+@pytest.mark.parametrize(("steps", "means"), [(0, math.ceil(0.04 * 3 * 7)), (5, 5)])
+def test_a_share_counts_where_the_steps_of_the_warm_up_are_none(tmp_path, steps, means):
+    data = tmp_path / "sharegpt.jsonl"
+    data.write_text('{"prompt": "a", "response": "b"}\n' * 1000)
+    assert values_of(f"{VICUNA.replace('DATA', str(data))} --warmup_steps {steps}")["--num_warmup_steps"] == means
+
+
 def test_a_warm_up_that_can_not_be_counted_is_said_with_its_arithmetic():
     made = translate(VICUNA.replace("DATA", "some/hub-name"))
     assert any("N = 0.04 x 3 x rows / 128" in line for line in made.lines)

@@ -110,6 +110,18 @@ def test_a_step_that_would_end_within_an_iteration_is_refused_with_the_nearest()
         (f"mpirun -np 4 python {STEP1}", ["mpirun is no launcher that is known here", "deepspeed --num_gpus"]),
         (f"accelerate launch --num_processes 8 --num_machines 2 {STEP1}", ["--num_machines 2", "--hostfile HOSTS"]),
         (f"accelerate launch --config_file a.yaml {STEP1}", ["--config_file a.yaml", "give --num_processes N"]),
+        (
+            f"accelerate launch --num_processes 4 --mixed_precision bf16 {STEP1}",
+            ["--mixed_precision bf16", "--dtype bf16"],
+        ),
+        (
+            f"accelerate launch --num_processes 4 --use_deepspeed --zero-stage=3 --offload_param_device cpu {STEP1}",
+            ["--use_deepspeed, --zero_stage 3, --offload_param_device cpu of accelerate", "--zero_stage 2, --offload"],
+        ),
+        (
+            f"accelerate launch --num_processes 4 --use_fsdp --fsdp_offload_params true {STEP1}",
+            ["--use_fsdp, --fsdp_of"],
+        ),
         (f"torchrun --nproc_per_node cpu {STEP1}", ["--nproc_per_node cpu: give the number of ranks"]),
     ],
 )
@@ -145,6 +157,7 @@ def test_a_shells_line():
         ("python3 -u -m torch.distributed.launch --nproc_per_node=4 x/main.py --a", ["--num_gpus", "4"], []),
         ("accelerate launch --num_processes 4 --num_machines 1 x/main.py --a", ["--num_gpus", "4"], []),
         ("accelerate launch --num-processes=4 --config_file c x/main.py --a", ["--num_gpus", "4"], []),
+        ("accelerate launch --multi_gpu --num_processes 4 --mixed_precision no x/main.py --a", ["--num_gpus", "4"], []),
         ("python -m accelerate.commands.launch --num_processes 4 x/main.py --a", ["--num_gpus", "4"], []),
         ("sudo poetry run deepspeed --num_gpus 2 x/main.py --a", ["--num_gpus", "2"], []),
         ("A=1 uv run accelerate launch --num_processes 4 x/main.py --a", ["--num_gpus", "4"], ["A=1"]),

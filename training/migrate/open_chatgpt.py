@@ -143,6 +143,8 @@ def settle_trainer(t: Translation) -> None:
     if "--data_path" not in t.values:
         t.refused.append("--data_path is missing")
     batch, share = t.theirs("--per_device_train_batch_size"), t.theirs("--warmup_ratio")
+    if share and t.theirs("--warmup_steps") == 0:
+        t.leave("--num_warmup_steps", "the Trainer takes --warmup_ratio where --warmup_steps is 0")
     settle_warm_up(t, share, batch, t.theirs("--gradient_accumulation_steps"), f"--warmup_ratio {share:g}", whole=False)
 
 

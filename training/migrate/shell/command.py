@@ -40,6 +40,9 @@ _RANKS = {
     "--rdzv_id": None,
     "--standalone": None,
 }
+# Flags of accelerate's that change what its ranks compute
+_COMPUTES = re.compile(r"--(mixed_precision|downcast_bf16|use_(deepspeed|fsdp|megatron_lm)|deepspeed_config_file|"
+                       r"(zero|fsdp|offload|gradient|megatron_lm|fp8)_?\w*)")  # fmt: skip
 _HOSTS = ("--nnodes", "--num_machines")
 
 
@@ -171,7 +174,7 @@ def _other_launcher(command: Command, launcher: str, flags: Sequence[str]) -> No
     """The flags of torchrun, ``accelerate launch`` and ``colossalai run`` as deepspeed's.
 
     Raises:
-        UserError: several hosts, or a number of ranks that the command does not tell.
+        UserError: several hosts, a number of ranks that the command does not tell, or what belongs to the program.
     """
     words = [part for word in flags for part in (word.split("=", 1) if word.startswith("--") else [word])]
     words = words[1:] if words[:1] in (["run"], ["launch"]) else words
@@ -179,6 +182,11 @@ def _other_launcher(command: Command, launcher: str, flags: Sequence[str]) -> No
     while words:
         name = words.pop(0).replace("-", "_").replace("__", "--", 1)
         said[name] = words.pop(0) if words and not words[0].startswith("-") else ""
+    computes = [name for name, value in said.items() if _COMPUTES.fullmatch(name) and value not in ("no", "none")]
+    if launcher == "accelerate" and computes:
+        written = ", ".join(f"{name} {said[name]}".strip() for name in computes)
+        raise UserError(f"{written} of accelerate is not carried over: write what it means behind "
+                        f"{command.script}, such as --dtype bf16, --zero_stage 2, --offload")  # fmt: skip
     for name, value in said.items():
         ours = _RANKS.get(name)
         if name in _HOSTS and value not in ("1", "1:1"):
