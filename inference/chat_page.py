@@ -8,7 +8,7 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -222,9 +222,9 @@ class Page:
         self.answering.add(id(session))
         try:
             yield self.view(session, prompt="")
-            problem = ""
+            problem = notice = ""
             try:
-                yield from self._answer(session, turn, sampling)
+                notice = yield from self._answer(session, turn, sampling)
             except UserError as error:
                 problem = str(error)
             except Exception:  # out of memory, for example: the page must not be left waiting
@@ -233,7 +233,7 @@ class Page:
             session.busy = False
             if problem and turn in session.turns:  # else it was cleared
                 session.turns = before
-            yield self.view(session, problem, prompt=turn.prompt if problem else None)
+            yield self.view(session, problem or notice, prompt=turn.prompt if problem else None)
         finally:  # also when the visitor has gone: gradio drops the generator
             session.busy = False
             self.answering.discard(id(session))
@@ -241,8 +241,12 @@ class Page:
                 if answer is not None and not answer.ended:
                     answer.ended = "cancelled"
 
-    def _answer(self, session: Session, turn: Turn, sampling: SamplingArguments) -> Iterator[Update]:
-        """Every model in turn gives one token, so answers grow side by side and none slows the other's clock."""
+    def _answer(self, session: Session, turn: Turn, sampling: SamplingArguments) -> Generator[Update, None, str]:
+        """Every model in turn gives one token, so answers grow side by side and none slows the other's clock.
+
+        Returns:
+            What to tell the visitor, empty for nothing.
+        """
         position = len(session.turns) - 1
         seed = (sampling.seed + session.attempts - 1) % 2**31
         sampling = SamplingArguments(**(vars(sampling) | {"seed": seed}))
@@ -265,9 +269,14 @@ class Page:
                 shown = time.monotonic()
         if self.judge is not None and not session.cancel:  # Clear cancels, too
             yield self._chats(session)
-            for column in range(len(session.order)):
-                with self.judging:
-                    turn.rewards[column] = self.judge.score(session.history(column, reasoning=False))
+            try:
+                for column in range(len(session.order)):
+                    with self.judging:
+                        turn.rewards[column] = self.judge.score(session.history(column, reasoning=False))
+            except Exception:  # out of memory, for example: the answers are whole without it
+                _log.exception("a reward failed")
+                return "The reward model failed on these answers; the terminal shows why."
+        return ""
 
     def stop(self, session: Session | None) -> None:
         """Ask growing answers to end; the loop in `_answer` sees it at the next token."""

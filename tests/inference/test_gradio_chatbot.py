@@ -125,6 +125,14 @@ def test_a_failing_model_is_a_message_in_the_page(page, monkeypatch, caplog):
     assert session.turns == [] and last[p.widgets.send]["visible"]
 
 
+def test_answers_stay_where_the_reward_model_fails(page, caplog):
+    p, session = page("fox", "house", judge=SimpleNamespace(std=None, score=lambda messages: 1 / 0))
+    *_, last = p.send(session, "hello", "", *OPTIONS)
+    assert "reward model failed" in notice_of(last, p) and "ZeroDivisionError" in caplog.text
+    assert text_of(last, p, 0)[0] == FOX and session.turns[0].rewards == [None, None]
+    assert session.can_vote and p.widgets.prompt not in last
+
+
 def test_who_has_to_wait_is_told_at_once(page):
     page, _ = page("fox", "house")
     sessions = [page.new_session() for _ in range(chat_page.VISITORS_AT_ONCE + 1)]
