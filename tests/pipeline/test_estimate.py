@@ -110,9 +110,23 @@ def test_rows_are_counted_from_the_data(tmp_path: Path) -> None:
     row = {"messages": [{"role": "user", "content": "a" * 40}, {"role": "assistant", "content": "b" * 20}]}
     path.write_text((json.dumps(row) + "\n") * 20)
     (data,) = arguments.parse([arguments.DataArguments], ["--data_path", str(path)], prog="test", description="")
-    assert estimate.rows_of("demonstrations", data, [], 7) == (Rows(18, 22, 10), Rows(2, 22, 10)), "a tenth is held out"
+    found = estimate.rows_of("demonstrations", data, [], 7, 512)
+    assert found == (Rows(18, 22, 10), Rows(2, 22, 10)), "a tenth is held out"
     data.data_path = [f"{path}:10"]
-    assert estimate.rows_of("demonstrations", data, [str(path)], 0) == (Rows(27, 15, 10), Rows(3, 15, 10))
+    assert estimate.rows_of("demonstrations", data, [str(path)], 0, 512) == (Rows(27, 15, 10), Rows(3, 15, 10))
+
+
+def test_a_row_has_no_more_tokens_than_the_limit(tmp_path: Path) -> None:
+    """The prompt is what is cut; of pairs beside each answer."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text((json.dumps({"prompt": "a" * 400, "chosen": "b" * 20, "rejected": "c" * 60}) + "\n") * 10)
+    (data,) = arguments.parse([arguments.DataArguments], ["--data_path", str(path)], prog="test", description="")
+    assert estimate.rows_of("demonstrations", data, [], 7, 30)[0] == Rows(9, 20, 10)
+    assert estimate.rows_of("pairs", data, [], 7, 30)[0] == Rows(9, (20 + 10) / 2, (10 + 20) / 2)
+    assert estimate.rows_of("prompts", data, [], 7, 30)[0] == Rows(9, 30, 0)
+    step = ["--model_name_or_path", "embedded", "--data_path", str(path)]
+    found = {limit: estimate.works({"step1": [*step, "--max_seq_len", limit]}, SHAPE, 1) for limit in ("30", "512")}
+    assert found["30"]["step1"][1].training < found["512"]["step1"][1].training / 2
 
 
 def test_the_demo_is_the_embedded_model_from_start_to_end() -> None:

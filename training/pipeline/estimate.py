@@ -279,7 +279,8 @@ def works(argvs: Mapping[str, Sequence[str]], shape: Shape, ranks: int) -> dict[
         system = len(message) / CHARACTERS_PER_TOKEN + TURN_TOKENS if message else 0.0
         system = system or (0.0 if template else SYSTEM_TOKENS)
         only = by_group[arguments.SupervisedArguments].sft_only_data_path if name == "step1" else []
-        rows, held_out = rows_of(ROWS[name], data, only, system)
+        limit = flags[2].max_prompt_seq_len if name == "step3" else flags[1].max_seq_len
+        rows, held_out = rows_of(ROWS[name], data, only, system, limit)
         if name == "step3":
             found[name] = flags[0].dtype, rlhf_work(flags, shape, rows, held_out, answer, ranks)
         else:
@@ -288,7 +289,7 @@ def works(argvs: Mapping[str, Sequence[str]], shape: Shape, ranks: int) -> dict[
     return found
 
 
-def rows_of(kind: Kind, data: DataArguments, whole: Sequence[str], system: float) -> tuple[Rows, Rows]:
+def rows_of(kind: Kind, data: DataArguments, whole: Sequence[str], system: float, limit: int) -> tuple[Rows, Rows]:
     """Training and held-out rows of a step, counted without a tokenizer.
 
     Args:
@@ -296,6 +297,7 @@ def rows_of(kind: Kind, data: DataArguments, whole: Sequence[str], system: float
         data: the flags.
         whole: sources that are not divided among the steps.
         system: tokens of the system message that conversations get.
+        limit: the most tokens of a row, or of its prompt where the kind is prompts.
 
     Raises:
         UserError: a source is not usable, or not on this machine.
@@ -306,7 +308,7 @@ def rows_of(kind: Kind, data: DataArguments, whole: Sequence[str], system: float
     held_out: list[tuple[float, float]] = []
 
     def lengths(source: Source, split: bool) -> list[tuple[float, float]]:
-        return list(_lengths(kind, source, split, data, system))
+        return list(_lengths(kind, source, split, data, system, limit))
 
     for path in [*data.sources(whole), *whole]:
         source, part = _source(path, kind), 1.0 if path in whole else share
@@ -332,7 +334,7 @@ def _source(path: str, kind: Kind) -> Source:
     return source
 
 
-def _lengths(kind: Kind, source: Source, split: bool, data: DataArguments, system: float) -> Any:
+def _lengths(kind: Kind, source: Source, split: bool, data: DataArguments, system: float, limit: int) -> Any:
     """Tokens of prompt and answer of each usable row of a source."""
     from training.utils.data.formats.columns import convert, parse_column_map
     from training.utils.data.formats.conversations import Dropped
@@ -343,28 +345,28 @@ def _lengths(kind: Kind, source: Source, split: bool, data: DataArguments, syste
         try:
             if not isinstance(row.values, RowError):
                 for example in convert(row.values, source.name, columns)[1]:
-                    if found := _tokens(kind, example, system):
+                    if found := _tokens(kind, example, system, limit):
                         yield found
         except (Dropped, RowError):
             continue
 
 
-def _tokens(kind: Kind, example: Example, system: float) -> tuple[float, float] | None:
+def _tokens(kind: Kind, example: Example, system: float, limit: int) -> tuple[float, float] | None:
     from training.utils.data.formats.conversations import demonstration
 
     def tokens(turns: Sequence[Mapping[str, Any]]) -> float:
-        return sum(len(turn["content"]) / CHARACTERS_PER_TOKEN + TURN_TOKENS for turn in turns)
+        return min(sum(len(turn["content"]) / CHARACTERS_PER_TOKEN + TURN_TOKENS for turn in turns), limit)
 
     prompt, response = demonstration(example) if kind == "demonstrations" else (example.prompt, [])
     before = tokens(prompt) + (0 if prompt and prompt[0]["role"] == "system" else system)
     if kind == "demonstrations":
-        if example.text:
+        if example.text:  # which is cut in several rows
             return 0.0, len(example.text) / CHARACTERS_PER_TOKEN
-        return (before, tokens(response)) if response else None
+        return (min(before, limit - tokens(response)), tokens(response)) if response else None
     if kind == "pairs":  # as of two answers, however many a ranking has
-        answers = example.compared()
-        return (before * len(answers) / 2, sum(map(tokens, answers)) / 2) if answers else None
-    return (before, 0.0) if prompt else None
+        answers = [tokens(answer) for answer in example.compared()]
+        return (sum(min(before, limit - one) for one in answers) / 2, sum(answers) / 2) if answers else None
+    return (min(before, limit), 0.0) if prompt else None
 
 
 # --- the measurement ---------------------------------------------------------------------------------------------
