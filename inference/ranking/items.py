@@ -40,9 +40,13 @@ class Item:
 
     @cached_property
     def digest(self) -> str:
-        """Of all that is judged: a judgement belongs to these answers and to no others."""
-        told = json.dumps([self.prompt, self.answers], ensure_ascii=True, sort_keys=True)
-        return hashlib.sha256(told.encode()).hexdigest()[:16]
+        """Of all that a judge sees: a judgement belongs to these answers and to no others, whatever they are called."""
+        return _digest([self.prompt, [answer["response"] for answer in self.answers]])
+
+    @property
+    def named_digest(self) -> str:
+        """As older journals have it, with the names of the answers, which may hang on the folder."""
+        return _digest([self.prompt, self.answers])
 
     def shuffled(self, judge: str) -> list[int]:
         """In which order a judge sees `texts`: always the same for one judge, and blind."""
@@ -54,6 +58,10 @@ class Item:
         """The answers with their ranks, as steps 2 and DPO read them; ``places`` has one for each of `texts`."""
         rank = dict(zip(self.texts, places, strict=True))
         return [answer | {"rank": rank[answer["response"]]} for answer in self.answers]
+
+
+def _digest(told: Any) -> str:
+    return hashlib.sha256(json.dumps(told, ensure_ascii=True, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ class Ledger:
 
     def _check_same(self, event: Event) -> None:
         item = self.items.get(event["item"])
-        if item is None or event["answers"] != item.digest:
+        if item is None or event["answers"] not in (item.digest, item.named_digest):
             what = "is not among these answers" if item is None else "had other answers"
             raise UserError(f"--output_dir {self.folder} holds judgements of another file: the prompt {event['item']} "
                             f"{what}; give the file that they belong to, or another --output_dir")  # fmt: skip

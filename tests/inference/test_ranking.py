@@ -254,6 +254,33 @@ def test_judgements_of_other_answers_are_not_taken(make, tmp_path):
         make()
 
 
+def test_judgements_stay_where_the_folder_has_changed_and_so_do_those_of_a_journal_of_before(tmp_path, monkeypatch):
+    """Two files of a model of one name are called by their paths from here."""
+    for name in ("one", "two"):
+        write_answers(tmp_path / f"{name}.jsonl", 2, ["SFT"], say=name + " {i}")
+    files = str(tmp_path / "one.jsonl"), str(tmp_path / "two.jsonl")
+    (tmp_path / "out").mkdir()
+
+    def ledger():
+        return Ledger(tmp_path / "out", read_material(*files), 1)
+
+    monkeypatch.chdir(tmp_path)
+    here = ledger()
+    item = here.next_for("ann")
+    here.save("ann", item.id, "ranked", [1, 2])
+    here.journal.close()
+    monkeypatch.chdir("/")
+    there = ledger()
+    assert there.items[item.id].answers != item.answers and item.id in there.judged
+    there.journal.close()
+    monkeypatch.chdir(tmp_path)
+    journal = tmp_path / "out" / "journal.jsonl"
+    journal.write_text(journal.read_text().replace(item.digest, item.named_digest))
+    again = ledger()
+    assert item.id in again.judged
+    again.journal.close()
+
+
 def test_two_pages_do_not_write_one_journal(make, tmp_path):
     make(1)
     with pytest.raises(UserError, match="another page"):
