@@ -186,6 +186,20 @@ def test_a_reload_in_the_middle_keeps_all_that_was_said(size, serve, visit, four
     assert written["messages"][-1] == {"role": "assistant", "content": "My own\nwords b s u"}
 
 
+def test_what_was_taken_back_survives_a_reload(serve, visit, four):
+    judge = visit(serve("--answers", four))
+    judge.click(".card[data-letter=C] .up")
+    judge.find("#note").send_keys("short")
+    judge.find("#better").send_keys("Mine.")
+    judge.click("#save")
+    judge.until(lambda: judge.prompt() == "Question 1?")
+    judge.click("#undo")
+    judge.until(lambda: judge.prompt() == "Question 0?" and judge.order() == ["A", "C", "B", "D"])
+    judge.driver.refresh()
+    judge.until(lambda: judge.prompt() == "Question 0?" and judge.order() == ["A", "C", "B", "D"])
+    assert [judge.find(field).get_attribute("value") for field in ("#note", "#better")] == ["short", "Mine."]
+
+
 def test_what_was_said_of_other_answers_is_not_taken_for_these(serve, visit, tmp_path):
     """A next round's answers to the same prompts, on the same port: neither a tab that is open nor what it has kept."""
     file = write_answers(tmp_path / "a.jsonl", 2)

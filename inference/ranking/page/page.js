@@ -166,6 +166,7 @@ function show(found, said) {
   const was = before.act && { ranked: choice, all_bad: "all bad", skipped: "skipped" }[before.act];
   const taken = was ? `Your last judgement is taken back, it was: ${was}. ` : "";
   if (taken) $("how").textContent = taken;
+  if (found.before) keep(); // the server has it no more
   say(`${said}${taken}` +
       `${item.answers.length} answers to: ${item.prompt.at(-1).content.slice(0, 300)}`);
 }
