@@ -112,6 +112,7 @@ class Widgets:
     """What the handlers write to."""
 
     session: gr.State
+    shown: gr.State  # the number of the turn that a tab shows last; another tab may have gone on with its conversation
     headings: list[gr.Markdown]
     chats: list[gr.Chatbot]
     notice: gr.Markdown
@@ -126,7 +127,7 @@ class Widgets:
     @property
     def outputs(self) -> list[Any]:
         """What a handler may change."""
-        state = [self.session, self.notice, self.prompt, self.send, self.stop, self.unvote, self.blind]
+        state = [self.session, self.shown, self.notice, self.prompt, self.send, self.stop, self.unvote, self.blind]
         return [*state, *self.headings, *self.chats, *self.votes]
 
 
@@ -159,6 +160,7 @@ class Page:
         w = self.widgets
         update = self._chats(session) | {
             w.session: session,
+            w.shown: session.last,
             w.notice: gr.update(value=notice, visible=bool(notice)),
             w.send: gr.update(visible=not session.busy),
             w.stop: gr.update(visible=session.busy),
@@ -325,10 +327,21 @@ class Page:
                     raise UserError(f"This conversation holds {token}, which training takes for a token of its own, so "
                                     "the vote is not saved. Clear, and ask without it.")  # fmt: skip
 
-    def vote(self, session: Session | None, winner: int) -> Update:
-        """Append the vote to the file and show the names."""
+    @staticmethod
+    def _check_shown(session: Session, shown: int) -> None:
+        """Refuse a vote from a tab that shows something else than the last answers, as a duplicated one may.
+
+        Raises:
+            UserError: says so; the view that tells it shows them.
+        """
+        if shown != session.last:
+            raise UserError("This conversation has gone on in another tab; this is how it stands now.")
+
+    def vote(self, session: Session | None, winner: int, shown: int) -> Update:
+        """Append the vote to the file and show the names; ``shown`` is the turn that the tab shows last."""
         session = session or self.new_session()
         try:
+            self._check_shown(session, shown)
             self._check_trainable(session)
             rows = session.vote(winner, self.votes)
         except UserError as error:
@@ -341,10 +354,11 @@ class Page:
             said = "The answers are identical, so there is nothing to prefer."
         return self.view(session, said + (" Clear starts the next blind round." if session.blind else ""))
 
-    def unvote(self, session: Session | None) -> Update:
+    def unvote(self, session: Session | None, shown: int) -> Update:
         """Take the last vote out of its file."""
         session = session or self.new_session()
         try:
+            self._check_shown(session, shown)
             session.unvote(self.votes)
         except UserError as error:
             return self.view(session, str(error))
@@ -434,7 +448,7 @@ def build_page(
 def _layout(page: Page, sampling: SamplingArguments) -> tuple[Widgets, dict[str, Any]]:
     count = len(page.models)
     several = count > 1
-    session = gr.State(None, time_to_live=24 * 3600)
+    session, shown = gr.State(None, time_to_live=24 * 3600), gr.State(0)
     subtitle = "One prompt, answered side by side. Which answer is better?" if several else "Chat with a model."
     gr.Markdown(f"# Tripod\n{subtitle}", elem_id="title")
     headings, chats = [], []
@@ -497,7 +511,9 @@ def _layout(page: Page, sampling: SamplingArguments) -> tuple[Widgets, dict[str,
     others["token"] = gr.Textbox(visible=False)
     buttons = [button for _, button in votes]
     others["votes"] = votes
-    return Widgets(session, headings, chats, notice, prompt, send, stop, buttons, unvote, blind, download), others
+    return Widgets(
+        session, shown, headings, chats, notice, prompt, send, stop, buttons, unvote, blind, download
+    ), others
 
 
 def _chat(column: int) -> gr.Chatbot:
@@ -564,10 +580,11 @@ def _connect(blocks: gr.Blocks, page: Page, w: Widgets, others: dict[str, Any]) 
     others["clear"].click(page.clear, [w.session], w.outputs, **quiet)
     # only a visitor's own click: the page sets the box at the start without starting a conversation anew
     w.blind.input(page.set_blind, [w.session, w.blind], w.outputs, **quiet)
+    seen = [w.session, w.shown]
     for column, button in others["votes"]:
-        button.click(lambda session, winner=column: page.vote(session, winner), [w.session], w.outputs, **quiet)
+        button.click(lambda session, shown, winner=column: page.vote(session, winner, shown), seen, w.outputs, **quiet)
     others["edit"].click(page.edit, [w.session], w.outputs, **quiet)
-    w.unvote.click(page.unvote, [w.session], w.outputs, **quiet)
+    w.unvote.click(page.unvote, seen, w.outputs, **quiet)
     others["export"].click(page.export, [w.session], [w.download, w.notice], **quiet).then(
         None, [w.download], None, js=_DOWNLOAD, **quiet
     )

@@ -5,6 +5,7 @@ Nothing here knows Gradio or a network, so all of it is tested without a browser
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -23,6 +24,7 @@ MAX_PROMPT_CHARACTERS = 10_000  # a page of text has 3,000; beyond this it is a 
 SAME = -1  # a vote for none of the columns
 LETTERS = "ABCDEFGH"  # of the columns
 _votes_lock = threading.Lock()
+_numbers = itertools.count(1)
 
 
 @dataclass
@@ -33,6 +35,7 @@ class Turn:
         rewards: one per column, None while unknown or without a reward model.
         vote: the column that won, `SAME`, or None before the vote.
         rows: what the vote has appended to its file.
+        number: tells it apart from all others of this server, also from one with the same prompt.
     """
 
     prompt: str
@@ -40,6 +43,7 @@ class Turn:
     rewards: list[float | None]
     vote: int | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
+    number: int = field(default_factory=_numbers.__next__)
 
     @property
     def complete(self) -> bool:
@@ -158,6 +162,11 @@ class Session:
         if self.turns[-1].vote is not None:
             raise UserError("This round has your vote; undo the vote first.")
         return self.turns.pop().prompt
+
+    @property
+    def last(self) -> int:
+        """The number of the last turn, 0 without one."""
+        return self.turns[-1].number if self.turns else 0
 
     @property
     def can_vote(self) -> bool:

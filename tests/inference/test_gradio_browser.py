@@ -433,6 +433,26 @@ def test_keys_votes_and_what_can_be_taken_back(serve, visit, tmp_path):
     browser.until(lambda: browser.can_vote() and "second thoughts" in browser.text("#chat-0"))
 
 
+def test_a_duplicated_tab_votes_on_what_it_shows(serve, visit, tmp_path):
+    address, _ = serve("fox", "house")
+    browser = visit(address)
+    browser.ask("hello")
+    browser.until(browser.can_vote)
+    browser.js("window.open(location.href)")  # takes the tab's own storage along, as "duplicate" does
+    first, second = browser.until(lambda: len(browser.driver.window_handles) == 2 and browser.driver.window_handles)
+    browser.driver.switch_to.window(second)
+    browser.until(browser.can_vote)
+    browser.driver.switch_to.window(first)
+    browser.ask("and now?")
+    browser.until(lambda: len(browser.answers(0)) == 2 and browser.can_vote())
+    browser.driver.switch_to.window(second)
+    browser.click("#vote-1")
+    browser.until(lambda: "another tab" in browser.text("#notice") and len(browser.answers(0)) == 2)
+    assert not (tmp_path / "votes.jsonl").exists()
+    browser.click("#vote-1")
+    browser.until(lambda: "Saved:" in browser.text("#notice"))
+
+
 @ONE_SIZE
 def test_a_server_that_is_gone_is_said_and_the_page_goes_on_when_it_is_back(size, chat_folders, visit, tmp_path):
     script = Path(gradio_chatbot.__file__)

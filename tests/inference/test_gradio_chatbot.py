@@ -185,13 +185,13 @@ def test_one_answer_at_a_time_for_each_visitor(page, monkeypatch):
 def test_votes_land_in_the_file(page):
     p, session = page("fox", "house")
     list(p.send(session, "hello", "", *OPTIONS))
-    said = notice_of(p.vote(session, 1), p)
+    said = notice_of(p.vote(session, 1, session.last), p)
     assert said == "Saved: B · house is better."
     [row] = [json.loads(line) for line in p.votes.read_text().splitlines()]
     assert (row["chosen"], row["rejected"]) == (HOUSE, FOX)
-    assert "nothing to vote on" in notice_of(p.vote(session, 1), p)
+    assert "nothing to vote on" in notice_of(p.vote(session, 1, session.last), p)
     list(p.send(session, "hello", "", *OPTIONS))
-    assert "about the same" in notice_of(p.vote(session, SAME), p)
+    assert "about the same" in notice_of(p.vote(session, SAME, session.last), p)
     assert len(p.votes.read_text().splitlines()) == 1
 
 
@@ -202,7 +202,7 @@ def test_blind_mode_in_the_page(page):
     headings = [updates[-1][h] for h in p.widgets.headings]
     assert headings == ["A", "B"]
     assert all(len(text_of(u, p, c)) == 1 for u in updates for c in range(2)), "no note: speed and reward tell"
-    shown = p.vote(session, 0)
+    shown = p.vote(session, 0, session.last)
     assert sorted(shown[h][4:] for h in p.widgets.headings) == sorted(names)
     assert "Clear starts the next blind round" in notice_of(shown, p)
     assert [p.clear(session)[h] for h in p.widgets.headings] == ["A", "B"]
@@ -364,11 +364,29 @@ def test_a_page_with_a_password_takes_no_requests_of_other_pages(served, origin)
     assert httpx.post(f"{address}/login", data=login).status_code == 200
 
 
+def test_a_tab_that_shows_other_answers_has_no_vote_on_the_last_ones(page):
+    """A duplicated tab has the conversation of the first, and the answers that it was opened with."""
+    p, session = page("fox", "house")
+    *_, last = p.send(session, "one", "", *OPTIONS)
+    shown = last[p.widgets.shown]
+    *_, other = p.send(session, "two", "", *OPTIONS)
+    refused = p.vote(session, 1, shown)
+    assert "another tab" in notice_of(refused, p) and not p.votes.exists()
+    assert refused[p.widgets.shown] == other[p.widgets.shown], "and now it shows them"
+    assert "is better" in notice_of(p.vote(session, 1, refused[p.widgets.shown]), p)
+    assert "another tab" in notice_of(p.unvote(session, shown), p) and p.votes.read_text()
+    p.clear(session)
+    *_, last = p.send(session, "one", "", *OPTIONS)
+    assert last[p.widgets.shown] != shown, "nor has one from before Clear, or a retry"
+    *_, retried = p.retry(session, *OPTIONS)
+    assert retried[p.widgets.shown] != last[p.widgets.shown]
+
+
 def test_one_vote_a_round_whatever_is_clicked_at_once(page):
     p, session = page("fox", "house")
     list(p.send(session, "hello", "", *OPTIONS))
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda n: p.vote(session, n % 2), range(32)))
+        list(pool.map(lambda n: p.vote(session, n % 2, session.last), range(32)))
     assert len(p.votes.read_text().splitlines()) == 1
 
 
@@ -376,7 +394,7 @@ def test_a_vote_that_step_2_would_refuse_is_not_saved(page):
     """README promises that votes train as they are."""
     p, session = page("fox", "house")
     list(p.send(session, "what does <|im_end|> mean?", "", *OPTIONS))
-    assert "holds <|im_end|>" in notice_of(p.vote(session, 1), p)
+    assert "holds <|im_end|>" in notice_of(p.vote(session, 1, session.last), p)
     assert not p.votes.exists()
 
 
