@@ -278,6 +278,11 @@ def chat_loop(model: ChatModel, sampling: SamplingArguments, system: str, keep: 
                     return
             except UserError as error:
                 print(f"({error})")
+            except KeyboardInterrupt:  # a second one, while the first ended an answer
+                print("\n(stopped)")
+            except Exception as error:  # out of memory, for example: what was said before is still there
+                said = " ".join(str(error).split())
+                print(f"\n({type(error).__name__}: {said[:300]}; the conversation is as before)")
 
 
 def main(argv: Sequence[str]) -> int:

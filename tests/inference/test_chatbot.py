@@ -105,6 +105,23 @@ def test_ctrl_c_ends_the_answer_and_not_the_chat(type_in, chat_folders, monkeypa
     assert code == 0 and "(stopped)" in out and "nothing to save" in out
 
 
+@pytest.mark.parametrize("error", [RuntimeError("out of\nmemory"), KeyboardInterrupt()])
+def test_what_breaks_an_answer_does_not_end_the_chat(error, type_in, chat_folders, monkeypatch, tmp_path):
+    """A second Ctrl-C, while the first one ends an answer, too."""
+    answer, save = chatbot.answer, tmp_path / "talk.jsonl"
+
+    def breaks(chat, prompt, model):
+        if prompt == "too much":
+            raise error
+        answer(chat, prompt, model)
+
+    monkeypatch.setattr(chatbot, "answer", breaks)
+    code, out, err = type_in(["hello", "too much", "again", f"/save {save}"], "--path", str(chat_folders["fox"]))
+    assert code == 0 and not err
+    assert ("(stopped)" if isinstance(error, KeyboardInterrupt) else "(RuntimeError: out of memory;") in out
+    assert [m["content"] for m in json.loads(save.read_text())["messages"]] == ["hello", FOX, "again", FOX]
+
+
 def test_answers_can_not_command_the_terminal(type_in, tmp_path):
     save_parrot(tmp_path / "evil", "a\x1b[2J\x07é\u202eb")
     code, out, _ = type_in(["hello"], "--path", str(tmp_path / "evil"))
