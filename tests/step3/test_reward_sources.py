@@ -241,6 +241,18 @@ def test_of_a_pair_without_room_the_prompt_is_cut_first_then_the_answer_on_its_l
             assert value == pytest.approx(plain(**pair).logits[0, 0].item(), abs=1e-5)
 
 
+def test_a_family_that_counts_from_behind_its_padding_has_fewer_places(bert_reward, tmp_path):
+    """RoBERTa: the 24 of its table begin at 4."""
+    folder = shutil.copytree(bert_reward, tmp_path / "roberta")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = RobertaConfig(vocab_size=14, max_position_embeddings=24, num_labels=1, pad_token_id=3, **sizes)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    model = load_text_reward_model(str(folder), dtype="fp32", device=CPU)
+    assert model.limit == 20
+    said = [[{"role": "user", "content": "why"}, {"role": "assistant", "content": "good " * n}] for n in (15, 16, 40)]
+    assert model.rewards(said, 3).isfinite().all()
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("padded", [True, False], ids=["a pad token", "no pad token"])
 def test_a_causal_model_without_a_template_scores_the_last_token_of_a_pair(tiny_reward, tmp_path, side, padded):

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from training.utils.data import read_any
@@ -20,6 +21,20 @@ from training.utils.model.forward import module_of
 from training.utils.model.tokenizer import check_vocabulary, load_tokenizer, read_tokenizer
 
 Messages = Sequence[dict[str, str]]
+
+
+def _places(model: nn.Module) -> int | None:
+    """Tokens that a model has positions for; None where it counts without end.
+
+    RoBERTa and its like begin to count behind the place of their padding.
+    """
+    before = [
+        1 + module.padding_idx
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+    ]
+    places: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return places and places - max(before, default=0)
 
 
 class TextRewardModel:
@@ -37,7 +52,7 @@ class TextRewardModel:
         self.model = model
         self.tokenizer = tokenizer
         self.own_forward = own_forward
-        self.limit: int | None = getattr(module_of(model).config.get_text_config(), "max_position_embeddings", None)
+        self.limit = _places(module_of(model))
 
     def encode(self, messages: Messages) -> list[int]:
         """Token ids in the chat template; without room the oldest turns go first, then the left side."""
