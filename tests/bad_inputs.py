@@ -430,6 +430,12 @@ CASES = [
         "a weight of nothing", 3, lambda w: _rl(w, "--reward_function", "model=0"), ["--reward_function", "weight of 0"]
     ),
     Case(
+        "two weights for the reward model",
+        3,
+        lambda w: _rl(w, "--reward_function", "model=0.5", "model=2"),
+        ["--reward_function model=0.5 model=2", "once"],
+    ),
+    Case(
         "a reward function that is not there",
         3,
         lambda w: _rl(w, "--reward_function", "rules.py:f"),

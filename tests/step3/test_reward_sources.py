@@ -136,6 +136,14 @@ def test_specs_have_names_and_weights(tmp_path):
     assert weight == 2.0
 
 
+def test_a_function_called_model_is_not_the_reward_model(tmp_path):
+    file = write(tmp_path, "def model(p, r, rows):\n    return [0.0]\n")
+    functions, weight = parse_reward_functions([f"{file}:model=3", "model=2"], "--reward_function")
+    assert ({name: w for name, (_, w) in functions.items()}, weight) == ({"model_2": 3.0}, 2.0)
+    with pytest.raises(UserError, match="one name: model, model"):
+        RewardMix([TokenReward(None), FunctionReward(functions["model_2"][0], "model")])
+
+
 def test_an_equals_sign_in_a_path_is_no_weight(tmp_path):
     (tmp_path / "lr=1e-5").mkdir()
     file = write(tmp_path / "lr=1e-5", "def size(p, r, rows):\n    return [0.0]\n")

@@ -109,12 +109,16 @@ def parse_reward_functions(specs: Sequence[str], flag: str) -> tuple[dict[str, t
         flag: named in messages.
 
     Returns:
-        Name -> (function, weight), a second function of the same name as ``name_2``; and the weight of the model.
+        Name -> (function, weight), a second function of the same name, or one called ``model``, as ``name_2``; and the
+        weight of the model.
 
     Raises:
-        UserError: no function is named, a weight that is no number, or what `load_text_function` raises.
+        UserError: no function is named, a weight that is no number, the model's twice, or what `load_text_function`
+            raises.
     """
     functions: dict[str, tuple[TextFunction, float]] = {}
+    if len(of_model := [spec for spec in specs if split_weight(spec)[0] == MODEL]) > 1:
+        raise UserError(f"{flag} {' '.join(of_model)}: give the reward model's weight once")
     model_weight = 1.0
     for spec in specs:
         source, text = split_weight(spec)
@@ -129,7 +133,7 @@ def parse_reward_functions(specs: Sequence[str], flag: str) -> tuple[dict[str, t
             model_weight = weight
             continue
         function = load_text_function(source, flag)
-        functions[unused_name(source, functions)] = (function, weight)
+        functions[unused_name(source, [MODEL, *functions])] = (function, weight)
     return functions, model_weight
 
 

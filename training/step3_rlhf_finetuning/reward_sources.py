@@ -18,6 +18,7 @@ from training.step3_rlhf_finetuning.forward import score_rewards
 from training.step3_rlhf_finetuning.prompts import PromptSet
 from training.step3_rlhf_finetuning.reward_functions import TextFunction, call_text_function
 from training.utils.engine.tensor_parallel import agree
+from training.utils.errors import UserError
 from training.utils.generation.requests import RolloutBatch, response_texts
 from training.utils.model.reward_stats import RewardStats
 from training.utils.model.text_reward import TextRewardModel
@@ -120,9 +121,18 @@ class FunctionReward:
 
 @dataclass(frozen=True)
 class RewardMix:
-    """All sources of a run's rewards; at least one."""
+    """All sources of a run's rewards; at least one, each with a name of its own.
+
+    Raises:
+        UserError: two sources have one name.
+    """
 
     sources: Sequence[RewardSource]
+
+    def __post_init__(self) -> None:
+        names = [source.name for source in self.sources]
+        if len({*names}) < len(names):
+            raise UserError(f"two sources of rewards have one name: {', '.join(names)}")
 
     def score(
         self, rollout: RolloutBatch, rows: Sequence[int], prompts: PromptSet, batch_size: int
