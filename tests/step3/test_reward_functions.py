@@ -3,6 +3,7 @@
 import os
 import pickle
 import sys
+from multiprocessing import get_context
 
 import pytest
 
@@ -95,3 +96,19 @@ def test_a_function_that_ends_the_process_does_not_end_the_run_without_a_word(tm
         function = load_text_function(f"{tmp_path}/f.py:size", "--reward_function")
         call_text_function(function, PROMPTS, ANSWERS, [{}] * 3, "--reward_function")
     assert os._exit is leave
+
+
+def test_a_function_may_have_processes_of_its_own():
+    """A forked child that did not end would go on with the run, beside it."""
+
+    def ended(prompts, responses, rows):
+        (child := get_context("fork").Process(target=int)).start()
+        child.join()
+        return [float(child.exitcode)] * len(responses)
+
+    here = os.getpid()
+    try:
+        assert call_text_function(ended, PROMPTS, ANSWERS, [{}] * 3, "--eval_function") == [0.0] * 3
+    finally:
+        if os.getpid() != here:
+            os._exit(1)

@@ -61,12 +61,18 @@ def load_text_function(spec: str, flag: str) -> TextFunction:
 
 @contextlib.contextmanager
 def no_exit() -> Iterator[None]:
-    """Inside, ``os._exit`` raises `SystemExit`, as ``sys.exit`` does: no user code ends a run without a word."""
+    """Inside, ``os._exit`` raises `SystemExit`, as ``sys.exit`` does: no user code ends a run without a word.
+
+    A process that the user's code forks, as multiprocessing does, ends as any other.
+    """
+    original, this = os._exit, os.getpid()
 
     def leave(code: int) -> None:
+        if os.getpid() != this:
+            original(code)
         raise SystemExit(code)
 
-    original, os._exit = os._exit, leave  # type: ignore[assignment]
+    os._exit = leave  # type: ignore[assignment]
     try:
         yield
     finally:

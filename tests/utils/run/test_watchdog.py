@@ -51,6 +51,24 @@ def test_what_was_ignored_at_the_start_stays_ignored_and_sigterm_ends_the_run(ig
     assert subprocess.run([sys.executable, "-c", run], check=False, preexec_fn=ignore).returncode == code
 
 
+@pytest.mark.parametrize(
+    ("body", "code"), [("signal.raise_signal(signal.SIGTERM)", 143), ("time.sleep(60)", 1)], ids=["signal", "stands"]
+)
+def test_a_run_can_be_ended_while_a_users_function_runs(tmp_path, body, code):
+    """Inside, os._exit is not the system's: the watchdog's thread and the handler have kept that one."""
+    run = f"""
+import signal, time
+from pathlib import Path
+from training.step3_rlhf_finetuning.reward_functions import call_text_function
+from training.utils.run import watchdog
+def main(argv):
+    watchdog.watch(Path({str(tmp_path)!r}), 1)
+    call_text_function(lambda *_: {body}, [[]], ["a"], [{{}}], "--reward_function")
+watchdog.run_training(main)
+"""
+    assert subprocess.run([sys.executable, "-c", run], check=False, preexec_fn=hear_signals).returncode == code
+
+
 def test_processes_that_mpi_or_slurm_started_do_not_each_train_alone(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
