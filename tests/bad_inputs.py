@@ -606,6 +606,17 @@ CASES = [
             ("nested too deeply", '{"a": ' * 100_000, "recursion"),
         )
     ),
+    *(
+        Case(
+            f"states on NVMe, which no checkpoint of step {step} holds",
+            step,
+            lambda w, base=base: base(
+                w, "--deepspeed_config", '{"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}'
+            ),
+            ["--deepspeed_config", "NVMe", "--save_every 0"],
+        )
+        for step, base in ((1, _sft), (2, _sft), ("dpo", _sft), (3, _rl))
+    ),
     Case("DeepSpeed JSON missing", 1, lambda w: _sft(w, "--deepspeed_config", "no.json"), ["no.json"]),
     Case(
         "DeepSpeed JSON broken",

@@ -92,7 +92,7 @@ class PPO:
         if only := sorted(_OF_THE_PROGRAM & flags.keys()):
             raise UserError(f"{', '.join(only)}: what the program of step 3 does around its loop, not PPO")
         sources = [data_path] if isinstance(data_path, str) else list(data_path)
-        argv = flags_of({**flags, "data_path": sources, **STRATEGIES[strategy]}, [])
+        argv = flags_of({**flags, "data_path": sources, **STRATEGIES[strategy], "save_every": 0}, [])
         parsed = settings.Flags(*check(arguments.parse(ARGUMENTS, argv, prog="PPO", description=__doc__)))
         self._device = init_distributed()
         if strategy == "naive" and world_size() > 1:

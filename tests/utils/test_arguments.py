@@ -127,6 +127,12 @@ def test_what_a_deepspeed_file_may_not_set_is_refused_by_flags_that_every_step_h
         assert set(re.findall(r"--(\w+)", str(refused.value))) - {"deepspeed_config"} <= known, step
 
 
+def test_states_on_nvme_are_warned_of_where_no_checkpoint_is_asked_for(capsys):
+    asked = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}}
+    assert zero_config.read_user_config(json.dumps(asked)) == asked
+    assert "warning: optimizer states on NVMe can not be saved" in capsys.readouterr().out
+
+
 def test_a_tilde_behind_an_equals_sign_is_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     words = ["--output_dir=~/run", "--model_name_or_path=~/m", "--system_message=~", "--data_output_path", "~/d"]

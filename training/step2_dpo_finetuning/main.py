@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
     groups = parse_flags(argv)
     _, model_args, lora, train, ds, output, reliability, step = groups
     precision.check_dtype(model_args.dtype)
-    overrides = read_user_config(ds.deepspeed_config)
+    overrides = read_user_config(ds.deepspeed_config, reliability.save_every)
     named = model_args.model_name_or_path or str(latest_output("step1"))
     model_path = loading.resolve_model(named, weights=not output.plan)
     loading.check_writes(model_path, "--model_name_or_path")

@@ -82,7 +82,7 @@ def main(argv: Sequence[str]) -> int:
     groups = parse_flags(argv)
     data, model_args, lora, train, ds, output, reliability, step = groups
     precision.check_dtype(model_args.dtype)
-    overrides = read_user_config(ds.deepspeed_config)
+    overrides = read_user_config(ds.deepspeed_config, reliability.save_every)
     named = model_args.model_name_or_path or str(latest_output("step1"))
     model_path = loading.resolve_model(named, weights=not output.plan)
     check_length(model_path, model_args.max_seq_len, "--max_seq_len")

@@ -158,7 +158,7 @@ def find_models(flags: Flags) -> Models:
     """
     args, ppo, zero = flags.roles, flags.ppo, flags.zero
     functions, weight = parse_reward_functions(ppo.reward_function, "--reward_function")
-    overrides = read_user_config(zero.deepspeed_config)
+    overrides = read_user_config(zero.deepspeed_config, flags.reliability.save_every)
     actor, reward_path = model_paths(args, ppo.reward_function, weights=not flags.output.plan)
     tokenizer = actor_tokenizer(args, flags.data, actor)
     reward = reward_model_settings(

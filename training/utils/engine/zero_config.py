@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from training.utils.errors import UserError
+from training.utils.run.distributed import say
 from training.utils.run.files import once_each
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -172,11 +173,16 @@ def merge(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def read_user_config(path: str) -> dict[str, Any]:
+def read_user_config(path: str, save_every: int = 0) -> dict[str, Any]:
     """Read ``--deepspeed_config``.
 
+    Args:
+        path: the flag, a file or JSON.
+        save_every: steps between two checkpoints, 0 for none.
+
     Raises:
-        UserError: the file is missing, is not a JSON object, or sets what the programs decide themselves.
+        UserError: the file is missing, is not a JSON object, sets what the programs decide themselves, or puts on NVMe
+            what checkpoints hold.
     """
     if not path:
         return {}
@@ -201,4 +207,11 @@ def read_user_config(path: str) -> dict[str, Any]:
             raise UserError(f"--deepspeed_config {path}: {key}.enabled is not for the file: use --dtype")
     if unknown := unknown_keys(config):
         raise UserError(f"--deepspeed_config {path}: DeepSpeed knows no {', '.join(unknown)} and would pass it over")
+    zero = config.get("zero_optimization")
+    optimizer = zero.get("offload_optimizer") if isinstance(zero, dict) else None
+    if isinstance(optimizer, dict) and optimizer.get("device") == "nvme":
+        unsaved = "optimizer states on NVMe can not be saved"
+        if save_every:
+            raise UserError(f"--deepspeed_config {path}: {unsaved}: use --offload instead, or --save_every 0")
+        say(f"warning: {unsaved}: a run that is stopped can not go on")
     return config
