@@ -1,5 +1,6 @@
 """What step 3's flags must satisfy together."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -32,6 +33,21 @@ def test_a_flag_without_effect_is_said_once(flags, words, capsys):
     settings.warn(settings.Flags(*(of(group, values) for group in ARGUMENTS)))
     printed = capsys.readouterr().out
     assert (words in printed) if words else not printed
+
+
+@pytest.mark.parametrize(
+    ("flags", "whole"),
+    [
+        ({"actor_lora_dim": 4}, ["critic"]),
+        ({"critic_lora_dim": 4}, ["actor"]),
+        ({"actor_lora_dim": 4, "critic_lora_dim": 4}, []),
+        ({"actor_lora_dim": 4, "advantage": "rloo", "samples_per_prompt": 2}, []),
+    ],
+)
+def test_a_role_that_trains_whole_beside_adapters_is_said(flags, whole, capsys):
+    values = {"only_optimize_lora": True} | flags
+    settings.warn(settings.Flags(*(of(group, values) for group in ARGUMENTS)))
+    assert re.findall(r"the (\w+) trains whole", capsys.readouterr().out) == whole
 
 
 @pytest.mark.parametrize(

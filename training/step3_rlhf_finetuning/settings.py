@@ -309,7 +309,7 @@ def prompts_per_step(rollout: RolloutArguments, batches: Mapping[str, int], rank
 
 
 def warn(flags: Flags) -> None:
-    """Warn about flags without effect, a sampler that is not the policy, and a GPU that would mostly wait."""
+    """Warn about flags without effect, a role that trains whole, a sampler that is not the policy, a GPU that waits."""
     rollout, train, evaluate = flags.rollout, flags.train, flags.evaluate
     for name, why in idle_flags(flags).items():
         say(f"warning: --{name} has no effect: {why}")
@@ -317,6 +317,10 @@ def warn(flags: Flags) -> None:
         say(f"warning: --trace {max(evaluate.trace)}: the run ends after --num_iterations {train.num_iterations}")
     if rollout.top_p < 1 or rollout.top_k > 0:
         say("warning: with --top_p below 1 or --top_k above 0 the sampler is not the policy that is trained")
+    for role in ["actor"] + ["critic"] * (flags.ppo.advantage == "gae"):
+        if flags.zero.only_optimize_lora and not getattr(flags.zero, f"{role}_lora_dim"):
+            why = f"the {role} trains whole, as --{role}_lora_dim is not given"
+            say(f"warning: --only_optimize_lora is for roles with adapters: {why}")
     if flags.zero.merge_lora_for_generation and rollout.rollout_engine == "vllm":
         say("warning: --merge_lora_for_generation has no effect: vllm always gets adapters merged")
     if get_accelerator().device_name() != "cpu":
