@@ -365,7 +365,7 @@ def test_a_number_in_a_trace_that_is_not_finite_is_null(tiny_model, tmp_path):
     assert (second["sources"], second["score"], second["rewards"]) == ({"model": 1.0}, None, [None, None])
 
 
-def test_the_program_with_functions_alone(tiny_model, tiny_data, tmp_path, monkeypatch):
+def test_the_program_with_functions_alone(tiny_model, tiny_data, tmp_path, monkeypatch, capsys):
     """No reward model at all: the critic starts from the SFT model with a fresh head; a trace tells every token.
 
     The finished step is evaluated from another folder: without a manifest, by what the step itself wrote down.
@@ -373,8 +373,9 @@ def test_the_program_with_functions_alone(tiny_model, tiny_data, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "f.py"
     file.write_text(SIZE)
-    flags = ["--critic_model_name_or_path", "none", "--reward_function", "./f.py:size=0.1", "--trace", "2"]
+    flags = ["--critic_model_name_or_path", "none", "--reward_function", "./f.py:size=0.1", "--trace", "2", "9"]
     assert main(arguments(tiny_model, tiny_data, tmp_path / "out", *flags)) == 0
+    assert "--trace 9: the run ends after iteration 2" in capsys.readouterr().out
     made = records(tmp_path / "out")
     assert len(made) == 2 and "source/model" not in made[0]
     assert made[0]["reward/mean"] == pytest.approx(0.1 * made[0]["source/size"])

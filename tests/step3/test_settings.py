@@ -24,8 +24,7 @@ def test_a_step_of_half_a_prompt_can_not_be_dealt():
     ("flags", "words"),
     [
         ({"critic_lora_dim": 8}, "--critic_lora_dim has no effect"),
-        ({"trace": [2, 50], "num_iterations": 3}, "--trace 50: the run ends after --num_iterations 3"),
-        ({"trace": [2, 50]}, ""),
+        ({}, ""),
     ],
 )
 def test_a_flag_without_effect_is_said_once(flags, words, capsys):
@@ -95,8 +94,22 @@ def test_without_a_critic_its_flags_are_said_to_be_idle(flag):
         ("actor_lora_module_name", "q_proj", {"actor_lora_dim": 4}),
         ("critic_lora_module_name", "q_proj", {"critic_lora_dim": 4}),
         ("unsup_coef", 3.0, {"unsupervised_data_path": ["demo"]}),
+        ("target_kl", 0.1, {"ppo_epochs": 2}),
     ],
 )
 def test_a_flag_that_needs_another_is_idle_without_it(flag, value, needs):
     for values, idle in (({flag: value}, {flag}), ({flag: value} | needs, set())):
+        assert settings.idle_flags(settings.Flags(*(of(group, values) for group in ARGUMENTS))).keys() == idle
+
+
+@pytest.mark.parametrize(
+    ("flags", "without"),
+    [
+        ({"normalize_reward": False}, {"critic_model_name_or_path": "none"}),
+        ({"offload_reward_model": True, "critic_zero_stage": 3}, {"critic_model_name_or_path": "none"}),
+        ({"offload_reference_model": True, "actor_zero_stage": 3}, {"actor_lora_dim": 4, "only_optimize_lora": True}),
+    ],
+)
+def test_a_flag_of_a_model_is_idle_without_that_model(flags, without):
+    for values, idle in ((flags, set()), (flags | without, {next(iter(flags))})):
         assert settings.idle_flags(settings.Flags(*(of(group, values) for group in ARGUMENTS))).keys() == idle

@@ -215,6 +215,8 @@ def open_run(argv: Sequence[str], flags: Flags, models: Models) -> Opened:
         prompts.PromptSet(part, models.tokenizer, stop_ids, train.seed) for part in (rows.train, rows.held_out)
     )
     schedule = schedule_of(rows.train["length"], run.batches, rollout, train)
+    if (traced := max(flags.evaluate.trace, default=0)) > len(schedule):
+        say(f"warning: --trace {traced}: the run ends after iteration {len(schedule)}")
     phases.end("data", "loading the models of all roles")
     flags = replace(flags, rollout=rollout, train=train)
     return Opened(
@@ -310,11 +312,9 @@ def prompts_per_step(rollout: RolloutArguments, batches: Mapping[str, int], rank
 
 def warn(flags: Flags) -> None:
     """Warn about flags without effect, a role that trains whole, a sampler that is not the policy, a GPU that waits."""
-    rollout, train, evaluate = flags.rollout, flags.train, flags.evaluate
+    rollout = flags.rollout
     for name, why in idle_flags(flags).items():
         say(f"warning: --{name} has no effect: {why}")
-    if train.num_iterations and max(evaluate.trace, default=0) > train.num_iterations:
-        say(f"warning: --trace {max(evaluate.trace)}: the run ends after --num_iterations {train.num_iterations}")
     if rollout.top_p < 1 or rollout.top_k > 0:
         say("warning: with --top_p below 1 or --top_k above 0 the sampler is not the policy that is trained")
     for role in ["actor"] + ["critic"] * (flags.ppo.advantage == "gae"):
@@ -356,6 +356,13 @@ def idle_flags(flags: Flags) -> dict[str, str]:
     found: dict[str, str] = {}
     if flags.ppo.advantage != "gae":
         found |= dict.fromkeys(OF_THE_CRITIC, f"with --advantage {flags.ppo.advantage} there is no critic")
+    if flags.roles.critic_model_name_or_path == NONE:
+        why = f"with --critic_model_name_or_path {NONE} there is no reward model"
+        found |= dict.fromkeys(("normalize_reward", "offload_reward_model"), why)
+    if flags.zero.actor_lora_dim and flags.zero.only_optimize_lora:
+        found["offload_reference_model"] = "with --only_optimize_lora the actor without adapters is the reference"
+    if flags.ppo.ppo_epochs == 1:
+        found["target_kl"] = "it ends an iteration's epochs, and --ppo_epochs is 1"
     for role in ("actor", "critic"):
         if not getattr(flags.zero, f"{role}_lora_dim"):
             found.setdefault(f"{role}_lora_module_name", f"--{role}_lora_dim is not given")

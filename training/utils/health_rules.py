@@ -57,7 +57,8 @@ RULES = (
         0.0,
         0.1,
         3,
-        "each iteration moves the policy by {value:.2f} nats per token: halve --actor_learning_rate or set --target_kl",
+        "each iteration moves the policy by {value:.2f} nats per token: halve --actor_learning_rate or, with several "
+        "--ppo_epochs, set --target_kl",
     ),
     Rule(
         "policy/first_ratio",
