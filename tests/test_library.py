@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import runpy
 import shutil
@@ -11,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from tests.marks import slow
 from tests.step3.hybrid_checks import save_tiny_reward_model
 from training import PPO, STRATEGIES
 from training.step3_rlhf_finetuning import main as step3
+from training.step3_rlhf_finetuning.reward_sources import TokenReward
 from training.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -118,6 +121,15 @@ def test_weights_alone_are_loaded_too(whole, models, tiny_data):
     ppo.load_model("actor", folder / "actor")
     assert ppo.make_experience(1)[0].log_probs.shape[0] == before[0].log_probs.shape[0]
     assert ppo._found["kl/per_sequence"] == pytest.approx(metrics[1]["kl/per_sequence"], abs=1e-5)
+
+
+def test_ten_skipped_steps_are_an_error_each_time(models, tiny_data, monkeypatch):
+    monkeypatch.setattr(TokenReward, "score", lambda self, rollout, *_: torch.full((len(rollout.input_ids),), math.inf))
+    ppo = PPO([str(tiny_data / "prompts.jsonl")], **models, **(FLAGS | {"ppo_epochs": 5}))
+    for number in range(2):
+        experience = ppo.make_experience(number)
+        with pytest.raises(RuntimeError, match="10 optimizer steps in a row were skipped"):
+            ppo.update(experience, number)
 
 
 def test_strategies_are_settings():

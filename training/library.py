@@ -38,6 +38,7 @@ from training.step3_rlhf_finetuning.ppo_trainer import build_trainer  # noqa: E4
 from training.utils.checkpoint import engine_state  # noqa: E402
 from training.utils.data import prepare_data, stop_token_ids  # noqa: E402
 from training.utils.engine import precision  # noqa: E402
+from training.utils.engine.engine import SkipGuard  # noqa: E402
 from training.utils.model import classifiers, export, loading  # noqa: E402
 from training.utils.model.lora import is_lora  # noqa: E402
 from training.utils.run.distributed import (  # noqa: E402
@@ -139,8 +140,15 @@ class PPO:
 
         Returns:
             Metrics of the iteration, the same on all ranks: docs/metrics.md explains them.
+
+        Raises:
+            RuntimeError: ten optimizer steps in a row were skipped; the rest of the experience was not learned from.
         """
-        return self._found | self.trainer.update(experience, number)
+        metrics = self._found | self.trainer.update(experience, number)
+        if reason := self.trainer.guard.reason:
+            self.trainer.guard = SkipGuard()  # who goes on, from other weights, counts anew
+            raise RuntimeError(f"{reason}; lower the learning rates, or look at the rewards in ppo.trainer.scored")
+        return metrics
 
     def _engine(self, role: str) -> Any:
         trained = self.roles.trained()
