@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from training.utils.errors import UserError
-from training.utils.generation import cache, decode_attention, decode_loop, packed_linear
+from training.utils.generation import cache, decode_attention, decode_loop, engines, packed_linear
 from training.utils.generation.engines import FastBackend, rollout_backend
 from training.utils.generation.requests import RolloutBatch, RolloutRequest, has_ended
 from training.utils.generation.sampling import SamplingConfig
@@ -129,6 +129,15 @@ def test_backends_agree_on_greedy_decoding(family: str) -> None:
     assert len(set(hf.response_mask.sum(1).tolist())) > 1, "rows must end at different steps for this to mean anything"
     assert_same(fast, hf)
     torch.testing.assert_close(fast.logprobs, full_forward_logprobs(model, fast, 0.7), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("name", "module"), [("hf", engines), ("fast", decode_loop)])
+def test_every_token_is_a_sign_of_life(monkeypatch, name, module):
+    """A batch of long answers may take longer than --hang_timeout."""
+    beats = []
+    monkeypatch.setattr(module, "beat", lambda: beats.append(1))
+    rollout_backend(name).generate(build("llama"), request(), SamplingConfig(8))
+    assert len(beats) >= 7
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -32,6 +32,7 @@ from training.utils.generation.requests import Responses, RolloutBackend, Rollou
 from training.utils.generation.sampling import SamplingConfig, penalise_repetition, row_keys
 from training.utils.model.forward import without_adapters
 from training.utils.run.distributed import say
+from training.utils.run.watchdog import beat
 
 # Rearranging the weights takes about as long as ten decoding steps save.
 MIN_STEPS_TO_PACK = 16
@@ -78,6 +79,7 @@ class _KeepPolicy(LogitsProcessor):
             self.logprobs.append(chosen[:, 0] - self._scaled.logsumexp(-1))
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        beat()
         if self._scaled is None:  # the first scores are there when the prompts have been computed
             self.prefill_seconds = seconds_since(self._started, scores.device)
         self.look_up(input_ids)
