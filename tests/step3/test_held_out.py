@@ -13,6 +13,7 @@ from training.step3_rlhf_finetuning import held_out, outputs
 from training.step3_rlhf_finetuning.evaluation import (
     Answer,
     EvalFunction,
+    checks,
     compare,
     compare_rewards,
     sequence_kl,
@@ -23,6 +24,7 @@ from training.step3_rlhf_finetuning.prompts import PromptSet, sample_rows
 from training.utils.checkpoint.resume import BEST
 from training.utils.data import spread_rows
 from training.utils.engine.zero_config import DTYPES
+from training.utils.errors import UserError
 from training.utils.generation.engines import rollout_backend
 from training.utils.generation.sampling import SamplingConfig
 from training.utils.health_rules import MAX_KL
@@ -302,6 +304,29 @@ def test_functions_over_the_prompts_that_both_answered():
     values["f"]["base"] = {}
     (without,) = compare(sft, rlhf, [function], values, 0)["eval_functions"]
     assert "base" not in without and "base_to_sft" not in without
+
+
+def judged(texts):
+    """What a function is asked on this rank, and what it says of all answers, or why not."""
+    asked = []
+
+    def function(prompts, responses, rows):
+        asked.extend(responses)
+        return [float(text) for text in responses]
+
+    answers = [Answer(i, text, 0.0, True, 1) for i, text in enumerate(texts)]
+    prompts = SimpleNamespace(messages=lambda row: [{"content": ""}], original=lambda row: {})
+    try:
+        return asked, checks(prompts, answers, EvalFunction("f", "f.py:f", function))
+    except UserError as error:
+        return asked, str(error)
+
+
+def test_ranks_share_the_answers_that_a_function_judges(rank_pair):
+    assert rank_pair.run(judged, ["4", "5", "6"]) == [(["4"], [4, 5, 6]), (["5", "6"], [4, 5, 6])]
+    assert rank_pair.run(judged, ["4"]) == [([], [4]), (["4"], [4])]
+    (_, first), (_, second) = rank_pair.run(judged, ["4", "bad"])
+    assert first == second and "response 'bad'" in first
 
 
 def test_a_resumed_evaluation_goes_on(monkeypatch):

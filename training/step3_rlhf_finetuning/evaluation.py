@@ -28,7 +28,16 @@ from training.step3_rlhf_finetuning.reward_sources import RewardMix
 from training.utils.generation.requests import RolloutBackend, RolloutBatch, has_ended, response_texts
 from training.utils.generation.sampling import SamplingConfig
 from training.utils.intervals import bootstrap_interval, mean, win_rate
-from training.utils.run.distributed import data_rank, data_size, gather_rows, say
+from training.utils.run.distributed import (
+    data_rank,
+    data_size,
+    gather_objects,
+    gather_rows,
+    on_all_ranks,
+    rank,
+    say,
+    world_size,
+)
 from training.utils.run.watchdog import beat
 
 
@@ -189,14 +198,27 @@ def answer_held_out(
 
 
 def checks(prompts: PromptSet, answers: Sequence[Answer], function: EvalFunction) -> list[float]:
-    """The evaluation function's value of each answer."""
-    return call_text_function(
-        function.function,
-        [prompts.messages(a.row) for a in answers],
-        [a.text for a in answers],
-        [prompts.original(a.row) for a in answers],
-        f"--eval_function {function.spec}",
+    """The evaluation function's value of each answer, of which each rank asks for a share; a collective.
+
+    Raises:
+        UserError: on all ranks, see `training.step3_rlhf_finetuning.reward_functions.call_text_function`.
+    """
+    start, end = (len(answers) * number // world_size() for number in (rank(), rank() + 1))
+    mine = answers[start:end]
+    values = on_all_ranks(
+        lambda: (
+            call_text_function(
+                function.function,
+                [prompts.messages(a.row) for a in mine],
+                [a.text for a in mine],
+                [prompts.original(a.row) for a in mine],
+                f"--eval_function {function.spec}",
+            )
+            if mine
+            else []
+        )
     )
+    return gather_objects(values)
 
 
 # Evaluation function -> model (base, sft, rlhf) -> row -> value
@@ -204,7 +226,7 @@ Values = dict[str, dict[str, dict[int, float]]]
 
 
 def values_of(prompts: PromptSet, answers: Mapping[str, Sequence[Answer]], functions: Sequence[EvalFunction]) -> Values:
-    """What each evaluation function says about each model's answers."""
+    """What each evaluation function says about each model's answers; a collective."""
     return {
         function.name: {
             model: dict(zip((a.row for a in given), checks(prompts, given, function), strict=True)) if given else {}
