@@ -53,7 +53,8 @@ def test_models_from_disk_answer_in_the_runs_precision(tmp_path, monkeypatch, dt
     monkeypatch.setattr(held_out, "answer_held_out", answer)
     monkeypatch.setattr(held_out, "sample_rows", lambda _: [2, 0])
     engine = SimpleNamespace(device=torch.device("cpu"), module=torch.nn.Linear(1, 1).to(DTYPES[dtype]))
-    roles = SimpleNamespace(actor=SimpleNamespace(engine=engine, another_fits=lambda: True), rewards="mix")
+    actor = SimpleNamespace(engine=engine, another_fits=lambda: True, server=None)
+    roles = SimpleNamespace(actor=actor, rewards="mix")
     asked = SimpleNamespace(tokenizer=None)
     answers = held_out.base_answers(asked, [0, 1, 2, 3], None, None, None, str(tmp_path), roles)
     assert [answer.row for answer in answers] == [0, 1, 2, 3]

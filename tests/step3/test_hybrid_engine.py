@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MambaConfig
 
 from tests.marks import slow
 from tests.step3.hybrid_checks import save_tiny_reward_model, trajectory, twin_equals_engine
@@ -14,8 +14,10 @@ from tests.utils.engine.engine_checks import collate, fixed_rows
 from training.step3_rlhf_finetuning import hybrid_engine, roles
 from training.utils.arguments import LoraArguments
 from training.utils.generation.engines import rollout_backend
+from training.utils.generation.vllm import VllmOptions, cache_room
 from training.utils.memory import generation
 from training.utils.memory.generation import free_bytes, generation_bytes
+from training.utils.model.loading import load_causal_lm
 from training.utils.model.logprobs import response_log_probs
 from training.utils.model.lora import with_adapters
 
@@ -79,6 +81,24 @@ def test_the_hooks_are_chosen_by_all_ranks_where_one_is_short_of_memory(tiny_mod
 def test_states_make_room_where_that_is_enough(tiny_model, rank_pair, states, rests):
     found = rank_pair.run(decision, str(tiny_model), stage=3, free=1000, states=states)
     assert found == [(not rests, not rests, rests)] * 2
+
+
+def test_another_model_needs_room_to_decode_too(tiny_model, monkeypatch):
+    """Beside its weights: their copies on a CPU, cache and logits, and what a server that rests takes again."""
+    asked = []
+    monkeypatch.setattr(hybrid_engine, "fits", lambda needed, device: asked.append(needed) or True)
+    model = load_causal_lm(str(tiny_model), dtype="fp32")
+    options = VllmOptions("python", str(tiny_model), str(tiny_model), "fp32", 4, 100)
+    for rows, packed, server in ((4, False, None), (4, True, None), (0, False, SimpleNamespace(options=options))):
+        engine = SimpleNamespace(module=model, device=torch.device("cuda"))
+        actor = hybrid_engine.HybridEngine(engine, hybrid_engine.make_twin(model), None)
+        actor.choose_generation(rows=rows, length=100, packed=packed)
+        actor.server = server
+        assert actor.another_fits()
+    weights, config = generation.weight_bytes(model), model.config
+    decoding = generation.cache_bytes(config, 400, 4) + 2 * 4 * config.vocab_size * 4
+    assert asked == [weights + decoding, 2 * weights + decoding, 2 * weights + cache_room(config, options)]
+    assert generation.cache_bytes(MambaConfig(), 400, 4) == 0
 
 
 def test_memory_is_looked_at_when_moments_have_theirs(tiny_model, rank_pair):

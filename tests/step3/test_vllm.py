@@ -7,6 +7,7 @@ import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from tests.step3.vllm_checks import (
     sampled,
     server,
 )
+from training.step3_rlhf_finetuning import held_out
 from training.utils.errors import UserError
 from training.utils.generation import vllm, vllm_process, vllm_python
 from training.utils.generation.requests import RolloutsLost
@@ -148,6 +150,20 @@ def test_a_model_with_other_embeddings_is_decoded_here(tiny_model):
     before = backend.pushes
     assert backend.generate(model, asked, sampling).input_ids.shape[0] == 3
     assert backend.pushes == before
+
+
+def test_the_server_rests_when_a_model_beside_the_roles_has_answered(tiny_model, monkeypatch):
+    """Its memory is for the scoring that follows; where it has not decoded there is nothing to give back."""
+    backend = server(str(tiny_model))
+    model, asked, ask = load_causal_lm(str(tiny_model), dtype="fp32").eval(), [], backend.worker.ask
+    monkeypatch.setattr(
+        backend.worker, "ask", lambda message, *how: asked.append(message.get("do")) or ask(message, *how)
+    )
+    for decodes in (True, False):
+        with held_out.decoding(model, SimpleNamespace(server=backend)):
+            if decodes:
+                backend.generate(model, request(prompts(3), [0, 1, 2]), SamplingConfig(6))
+    assert asked.count("sleep") == 1 and asked[-1] == "sleep"
 
 
 def test_processes_that_hold_a_model_together_draw_each_row_as_one_would(tiny_model, rank_pair):

@@ -31,6 +31,7 @@ from training.step3_rlhf_finetuning.evaluation import (
     compare_rewards,
     values_of,
 )
+from training.step3_rlhf_finetuning.hybrid_engine import HybridEngine
 from training.step3_rlhf_finetuning.ppo_trainer import PPOTrainer
 from training.step3_rlhf_finetuning.prompts import PromptSet, sample_rows
 from training.step3_rlhf_finetuning.roles import Roles
@@ -251,7 +252,7 @@ class HeldOutEvaluation:
         """The kept actor, from disk: the engine holds the last one."""
         engine = self.roles.actor.engine
         model = loading.load_causal_lm(str(self.actor_dir), dtype=dtype_name(engine)).to(engine.device).eval()
-        with torch.no_grad():
+        with decoding(model, self.roles.actor):
             yield model
 
     def _answers(self, rows: Sequence[int], generation: Any, measure_kl: bool) -> list[Answer]:
@@ -329,6 +330,15 @@ def base_model_of(actor_path: str) -> str:
     return str(read_object(Path(actor_path) / "summary.json").get("base_model") or "")
 
 
+@contextlib.contextmanager
+def decoding(model: Any, actor: HybridEngine) -> Iterator[Any]:
+    """Inside, a model beside the roles answers; what decodes in a process of its own rests when it has."""
+    with torch.no_grad():
+        yield model
+    if actor.server is not None:
+        actor.server.rest()
+
+
 def base_answers(
     prompts: PromptSet,
     rows: Sequence[int],
@@ -355,11 +365,10 @@ def base_answers(
     say(f"answering {len(rows)} held-out prompts with the base model ...")
     seen = set(sample_rows(prompts))
     answers: list[Answer] = []
-    with torch.no_grad():
-        for shown, rewards in ((True, roles.rewards), (False, None)):
-            if asked := [row for row in rows if (row in seen) == shown]:
-                generation = contextlib.nullcontext(model)
-                answers += answer_held_out(prompts, asked, generation, rewards, backend, sampling, sizes, engine.device)
+    for shown, rewards in ((True, roles.rewards), (False, None)):
+        if asked := [row for row in rows if (row in seen) == shown]:
+            generation = decoding(model, roles.actor)
+            answers += answer_held_out(prompts, asked, generation, rewards, backend, sampling, sizes, engine.device)
     return sorted(answers, key=lambda answer: answer.row)
 
 

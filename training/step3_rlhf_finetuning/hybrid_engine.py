@@ -32,8 +32,8 @@ from torch import nn
 from training.utils.engine.engine import gathered
 from training.utils.engine.frozen import reference_policy
 from training.utils.engine.states import resting_bytes, states_on_host
-from training.utils.generation.vllm import VllmBackend
-from training.utils.memory.generation import fits, free_bytes, generation_bytes, saved_bytes
+from training.utils.generation.vllm import VllmBackend, awake_bytes
+from training.utils.memory.generation import decoding_bytes, fits, free_bytes, generation_bytes, saved_bytes
 from training.utils.model.lora import adapters_merged
 from training.utils.run.distributed import ranks_of_a_row, say
 from training.utils.sharing.rows import Sharing
@@ -85,6 +85,8 @@ class HybridEngine:
         self.resting: Sequence[Any] = ()
         self.server: VllmBackend | None = None
         self.sharing = sharing
+        self._round = {"rows": 0, "length": 0}  # what is decoded together
+        self._packed = False
         self._merge_lora = merge_lora
         self._has_twin = twin is not None
         self._twin = twin if self._has_twin else engine.module.eval()
@@ -105,6 +107,7 @@ class HybridEngine:
             rows, length, packed: see `training.utils.memory.generation.generation_bytes`.
             trained: engines whose optimizers' states may rest meanwhile, beside the actor's.
         """
+        self._round, self._packed = {"rows": rows, "length": length}, packed
         if not any(hasattr(parameter, "ds_id") for parameter in self._twin.parameters()):
             return  # below ZeRO-3 every rank holds the whole model, or its part of every layer, anyway
         if self.server is not None and self.reference is not None:
@@ -113,7 +116,7 @@ class HybridEngine:
             self.hooked = True
             say("ranks hold the actor together at ZeRO-3: generating through its hooks, which is slow; ZeRO 2 is not")
             return
-        needed = generation_bytes(self._twin, rows=rows, length=length, packed=packed, merged=self._merge_lora)
+        needed = generation_bytes(self._twin, packed=packed, merged=self._merge_lora, **self._round)
         engines = list(dict.fromkeys([self.engine, *trained]))
         states, on_host = map(sum, zip(*map(resting_bytes, engines), strict=True))  # and makes moments: they count
         if fits(needed, self.engine.device):
@@ -133,8 +136,12 @@ class HybridEngine:
         say(f"{short}through the ZeRO-3 hooks{slow}{merge}")
 
     def another_fits(self) -> bool:
-        """Whether every rank has room for one more whole model of the actor's size, in --dtype; a collective."""
-        return fits(saved_bytes(self._twin) * ranks_of_a_row(), self.engine.device)
+        """Whether every rank has room for one more whole model, in --dtype, that decodes a round; a collective."""
+        weights = saved_bytes(self._twin) * ranks_of_a_row()
+        needed = weights * (1 + self._packed) + decoding_bytes(self._twin, **self._round)
+        if self.server is not None and self.engine.device.type != "cpu":  # there it never gives its memory back
+            needed += awake_bytes(weights, self.server.options)
+        return fits(needed, self.engine.device)
 
     @contextlib.contextmanager
     def _gathered_twin(self) -> Iterator[Any]:

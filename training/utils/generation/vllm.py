@@ -88,6 +88,11 @@ def cache_room(config: Any, options: VllmOptions) -> int:
     return cache_bytes(config, tokens, 4 if options.dtype == "fp32" else 2) // min(options.ranks, key_heads(config))
 
 
+def awake_bytes(weights: int, options: VllmOptions) -> int:
+    """Bytes of an accelerator that one process takes while it decodes a model of ``weights`` bytes."""
+    return weights // options.ranks + cache_room(load_config(options.model), options)
+
+
 def check_division(ranks: int, model: str) -> None:
     """Refuse processes that can not hold a model together.
 
@@ -258,7 +263,9 @@ class VllmBackend:
         return FastBackend().generate(model, request, sampling)
 
     def rest(self) -> None:
-        """The round is over: weights may change, and training may have the memory."""
+        """The round is over: weights may change, and training may have the memory; nothing if it rests already."""
+        if self._held is None:
+            return
         self._held = None
         self._on_all(lambda: self.worker.ask({"do": "sleep"}))
 

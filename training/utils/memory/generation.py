@@ -35,7 +35,7 @@ def key_heads(config: Any) -> int:
 
 
 def cache_bytes(config: Any, tokens: int, item: int) -> int:
-    """Of keys and values in all layers.
+    """Of keys and values in all layers; 0 for a family without attention, whose state is small.
 
     Args:
         config: a causal LM's.
@@ -43,6 +43,8 @@ def cache_bytes(config: Any, tokens: int, item: int) -> int:
         item: bytes of a number.
     """
     text = config.get_text_config()
+    if not getattr(text, "num_attention_heads", 0):
+        return 0
     head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return 2 * tokens * int(text.num_hidden_layers * key_heads(config) * head_width) * item
 
@@ -60,6 +62,13 @@ def shards_on_their_way(model: nn.Module) -> int:
     return sum(shard.nbytes for shard in away) if data_size() > 1 else 0
 
 
+def decoding_bytes(model: nn.Module, *, rows: int, length: int) -> int:
+    """Of the cache and the logits of a rollout, see `generation_bytes`."""
+    config: Any = without_adapters(model).config.get_text_config()
+    logits = 2 * rows * config.vocab_size * torch.float32.itemsize
+    return cache_bytes(config, rows * length, next(model.parameters()).element_size()) + logits
+
+
 def generation_bytes(model: nn.Module, *, rows: int, length: int, packed: bool, merged: bool) -> int:
     """Memory that a rollout needs on each rank, in bytes: gathered weights, their copies, then cache and logits.
 
@@ -69,15 +78,11 @@ def generation_bytes(model: nn.Module, *, rows: int, length: int, packed: bool, 
         packed: linear weights are copied in another layout (`packed_linear`).
         merged: adapted weights are copied to be written back (`training.utils.model.lora.adapters_merged`).
     """
-    config: Any = without_adapters(model).config.get_text_config()
     weights = weight_bytes(model)
-    item = next(model.parameters()).element_size()
     copies = weights if packed else 0
     if merged and is_lora(model):
         copies += sum(_bytes(adapted_parameter(layer)) for layer in lora_layers(model).values())
-    cache = cache_bytes(config, rows * length, item)
-    logits = 2 * rows * config.vocab_size * torch.float32.itemsize
-    return weights + copies + max(cache + logits, shards_on_their_way(model))
+    return weights + copies + max(decoding_bytes(model, rows=rows, length=length), shards_on_their_way(model))
 
 
 def free_bytes() -> int:
