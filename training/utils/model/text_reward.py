@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from training.utils.data import read_any
@@ -23,7 +22,7 @@ from training.utils.model.tokenizer import check_vocabulary, load_tokenizer, rea
 Messages = Sequence[dict[str, str]]
 
 
-def _places(model: nn.Module) -> int | None:
+def _places(model: Any) -> int | None:
     """Tokens that a model has positions for; None where it counts without end.
 
     RoBERTa and its like begin to count behind the place of their padding.
