@@ -11,6 +11,7 @@ no shared row on a CPU (`shared_attention`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -23,11 +24,16 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from training.utils.sharing.rows import tree_mask, ways_back
 
-BLOCKS = (64, 32, 16)  # queries of a block at most: whichever leaves the fewest places empty
+BLOCK = 64  # queries of a block at most
+ALIKE = 64  # blocks that are looked at together, to find those of like size
+CALL = 10_000  # scores of a head that take as long as the calls for a piece
 PIECE = 1 << 18  # scores of one head that exist at once: with nine heads 9 MB in fp32
 KEPT_KEYS = 128  # up to as many keys the weights are kept for the backward, else they are made again
 
 BEYOND_MASK = ("position_bias", "softcap", "cache")  # a model that passes one of these gets transformers' own function
+
+
+Block = tuple[range, list[int]]  # queries, and the keys on their way
 
 
 class Piece(NamedTuple):
@@ -83,21 +89,40 @@ def block_mask(parts: Tensor) -> Tensor:
 
 
 def _pieces(ways: Sequence[Sequence[range]], tokens: int) -> Iterator[Piece]:
-    """The blocks, those with as many keys together."""
-    lengths = [len(way[-1]) for way in ways]
-    size = min(BLOCKS, key=lambda size: min(size, max(lengths)) * sum(-(-length // size) for length in lengths))
+    """The blocks, those of like size together."""
     blocks = []
     for *before, own in ways:
         above = [token for run in before for token in run]
+        size = -(-len(own) // -(-len(own) // BLOCK))
         blocks += [(own[at : at + size], [*above, *own[: at + size]]) for at in range(0, len(own), size)]
-    blocks.sort(key=lambda block: len(block[1]))
-    while blocks:
-        count = max(1, PIECE // (size * len(blocks[-1][1])))
-        yield _piece(blocks[-count:], tokens)
-        del blocks[-count:]
+    blocks.sort(key=lambda block: len(block[0]) * len(block[1]))
+    for at in range(0, len(blocks), ALIKE):
+        for part in _cheapest_parts(blocks[at : at + ALIKE]):
+            yield _piece(part, tokens)
 
 
-def _piece(blocks: Sequence[tuple[range, list[int]]], blank: int) -> Piece:
+def _cheapest_parts(blocks: Sequence[Block]) -> list[Sequence[Block]]:
+    """Cut a row of blocks where that costs least: each part a call, and its scores with what they are filled up by."""
+    best: list[tuple[float, int]] = [(0.0, 0)]  # of the blocks up to here: cost, where the last part begins
+    for end in range(1, len(blocks) + 1):
+        queries = keys = 0
+        found = (math.inf, 0)
+        for start in range(end - 1, -1, -1):
+            queries, keys = max(queries, len(blocks[start][0])), max(keys, len(blocks[start][1]))
+            scores = (end - start) * queries * keys
+            if scores > PIECE and found[0] < math.inf:
+                break
+            found = min(found, (best[start][0] + CALL + scores, start))
+        best.append(found)
+    parts, end = [], len(blocks)
+    while end:
+        start = best[end][1]
+        parts.append(blocks[start:end])
+        end = start
+    return parts
+
+
+def _piece(blocks: Sequence[Block], blank: int) -> Piece:
     """Blocks of queries and keys, filled up with a token that is none."""
     most, longest = (max(map(len, column)) for column in zip(*blocks, strict=True))
     queries, keys = torch.full((len(blocks), most), blank), torch.full((len(blocks), longest), blank)
@@ -165,10 +190,9 @@ def _in_order(found: Sequence[Tensor], blocks: Blocks, like: Tensor) -> Tensor:
 
 def _weights(query: Tensor, key: Tensor, piece: Piece, scale: float) -> Tensor:
     """What each query takes of each key: ``[N * KV, G * C, K]``; scores and softmax in fp32."""
-    scores = torch.bmm(query.float(), key.float().transpose(1, 2))
+    scores = torch.bmm(query.float(), (key.float() * scale).transpose(1, 2))
     of_heads = scores.view(len(piece.queries), -1, piece.queries.shape[1], scores.shape[-1])
-    of_heads.mul_(scale).add_(piece.bias)
-    return of_heads.softmax(-1).view_as(scores).to(query.dtype)
+    return of_heads.add_(piece.bias).softmax(-1).view_as(scores).to(query.dtype)
 
 
 class _BlockAttention(torch.autograd.Function):
@@ -207,10 +231,10 @@ class _BlockAttention(torch.autograd.Function):
                 target.index_add_(0, tokens.flatten(), said.to(target.dtype))
 
             add(of_value, out, weights)
-            of_scores = torch.bmm(out, values.transpose(1, 2)).float().mul_(weights)
-            of_scores -= weights * of_scores.sum(-1, keepdim=True)
-            of_scores = of_scores.mul_(ctx.scale).to(weights.dtype)
+            of_weights = torch.bmm(out, values.transpose(1, 2))
+            of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype)
             add(of_key, queries, of_scores)
             of_query.append(_of_tokens(torch.bmm(of_scores, keys), piece.queries, heads))
+        of_key *= ctx.scale
         summed = (total[:-1].view_as(tensor).to(tensor.dtype) for total, tensor in ((of_key, key), (of_value, value)))
-        return _in_order(of_query, ctx.blocks, query), *summed, None, None
+        return _in_order(of_query, ctx.blocks, query).mul_(ctx.scale), *summed, None, None
