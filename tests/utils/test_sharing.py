@@ -347,6 +347,19 @@ def test_a_head_that_says_nothing_does_not_hide_that_rows_may_be_shared(model_of
     assert sharings.find_sharing(model, answer_rewards, PAD) is not None
 
 
+def test_single_tokens_that_rounding_moves_do_not_hide_that_rows_may_be_shared(model_of):
+    """As the second token of a conversation in SmolLM2 does, after some training in bf16."""
+    model, forwards = model_of("llama", "language", "bf16"), []
+
+    def move(_, __, output):
+        forwards.append(1)
+        output.last_hidden_state[:, 1] *= len(forwards)
+
+    model.model.register_forward_hook(move)
+    assert sharings.find_sharing(model, answer_log_probs, PAD) is not None
+    assert len(forwards) == 3
+
+
 def test_a_family_whose_hidden_states_are_not_to_be_seen_gets_a_row_for_each_answer(model_of, monkeypatch, capsys):
     model = model_of("llama", "language")
     assert sharings.find_sharing(model, answer_log_probs, PAD) is not None
