@@ -13,11 +13,12 @@ sys.path.insert(0, str(INFERENCE))
 from tests.inference.tiny_chat import save_adapter, save_chat_model, save_parrot, save_reward_model  # noqa: E402
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _in_fp32():
     """``--dtype auto`` is fp32 on every machine, so that answers can be compared exactly; programs started, too.
 
-    Not by the test's own ``monkeypatch``, which some undo in their middle.
+    Not by the test's own ``monkeypatch``, which some undo in their middle, and around it: undone after this, it would
+    put back for all later tests what it found.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("training.utils.engine.precision.cpu_computes_bf16", lambda: False)
