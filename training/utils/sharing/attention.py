@@ -224,16 +224,11 @@ class _BlockAttention(torch.autograd.Function):
             keys, values = (_of_blocks(tensor, piece.keys, heads) for tensor in (key, value))
             if weights is None:
                 weights = _weights(queries, keys, piece, ctx.scale)
-
-            def add(target: Tensor, asking: Tensor, by: Tensor, tokens: Tensor = piece.keys) -> None:
-                """What blocks of queries say of their keys, each in the share that a matrix says."""
-                said = _of_tokens(torch.bmm(by.transpose(1, 2), asking), tokens, heads)
-                target.index_add_(0, tokens.flatten(), said.to(target.dtype))
-
-            add(of_value, out, weights)
             of_weights = torch.bmm(out, values.transpose(1, 2))
             of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype)
-            add(of_key, queries, of_scores)
+            for total, by, asking in ((of_value, weights, out), (of_key, of_scores, queries)):
+                said = _of_tokens(torch.bmm(by.transpose(1, 2), asking), piece.keys, heads)
+                total.index_add_(0, piece.keys.flatten(), said.float())
             of_query.append(_of_tokens(torch.bmm(of_scores, keys), piece.queries, heads))
         of_key *= ctx.scale
         summed = (total[:-1].view_as(tensor).to(tensor.dtype) for total, tensor in ((of_key, key), (of_value, value)))
