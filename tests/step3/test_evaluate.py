@@ -102,6 +102,8 @@ def test_a_judge_is_called_once_with_all_answers():
         "b": [[3.0, 4.0], [5.0, 6.0]],
     }
     assert calls == [6]
+    assert judged_by(judge, {"a": table([[1], [2]]), "b": table([[1], [3]])})["b"] == [[1.0], [3.0]]
+    assert calls == [6, 3], "the same answer of another model is not asked for again, as its rounding may be another"
 
 
 def model_folder(path):

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -289,6 +290,19 @@ def test_an_answer_whose_reward_is_not_finite_is_left_out():
     after = [Answer(i, "", value, True, 1) for i, value in enumerate([1.0, float("nan"), 5.0, -1.0])]
     found = compare_rewards(after, before, seed=0)
     assert (found["reward_after"], found["reward_before"], found["win_rate"]) == (0.0, 0.0, 0.5)
+
+
+def test_an_answer_does_not_win_against_itself(monkeypatch):
+    """Its reward hangs on the rows beside it in the last digits."""
+    world = Scripted({0: (0.0, 0), 2: (1e-7, 0), 4: (-1e-7, 0), 6: (1e-7, 0)}, monkeypatch)
+    answer = world.answer
+    same = lambda *args: [replace(a, text="the same", length=3) for a in answer(*args)]  # noqa: E731
+    monkeypatch.setattr(held_out, "answer_held_out", same)
+    world.evaluation.begin()
+    world.train()
+    summary = world.evaluation.finish()
+    assert [values["eval/win_rate"] for _, values in world.log.records if "eval/win_rate" in values] == [0.5] * 4
+    assert (summary["win_rate"], summary["ties"]) == (0.5, ROWS)
 
 
 def test_functions_over_the_prompts_that_both_answered():

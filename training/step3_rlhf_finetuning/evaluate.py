@@ -301,9 +301,13 @@ def chosen_backend(
 def judged_by(
     judge: Callable[[Sequence[Answer]], list[float]], tables: Mapping[str, Sequence[Sequence[Answer]]]
 ) -> dict[str, list[list[float]]]:
-    """Call a judge once for all answers: ``[model][prompt][draw]`` answers -> values."""
-    values = iter(judge([answer for table in tables.values() for row in table for answer in row]))
-    return {name: [[next(values) for _ in row] for row in table] for name, table in tables.items()}
+    """Call a judge once for all answers, the same one once: ``[model][prompt][draw]`` answers -> values.
+
+    Beside other rows a judge's numbers are rounded otherwise, and an answer would win or lose against itself.
+    """
+    asked = {answer.said: answer for table in tables.values() for row in table for answer in row}
+    values = dict(zip(asked, judge(list(asked.values())), strict=True))
+    return {name: [[values[answer.said] for answer in row] for row in table] for name, table in tables.items()}
 
 
 def per_prompt(values: Sequence[Sequence[float]], chosen: Sequence[Sequence[int]]) -> list[float]:

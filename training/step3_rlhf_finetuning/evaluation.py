@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -105,6 +105,20 @@ class Answer:
     ended: bool
     length: int
     kl: float | None = None
+
+    @property
+    def said(self) -> tuple[int, str, bool, int]:
+        """What was answered to which prompt: two answers that agree in it are worth the same."""
+        return self.row, self.text, self.ended, self.length
+
+
+def worth_alike(answers: Sequence[Answer], known: Sequence[Answer]) -> list[Answer]:
+    """The answers, with the reward that another policy's same answer has got.
+
+    Beside other rows a reward is rounded otherwise, and an answer would win or lose against itself.
+    """
+    rewards = {answer.said: answer.reward for answer in known}
+    return [replace(answer, reward=rewards.get(answer.said, answer.reward)) for answer in answers]
 
 
 def answers_of(

@@ -30,6 +30,7 @@ from training.step3_rlhf_finetuning.evaluation import (
     compare,
     compare_rewards,
     values_of,
+    worth_alike,
 )
 from training.step3_rlhf_finetuning.hybrid_engine import HybridEngine
 from training.step3_rlhf_finetuning.ppo_trainer import PPOTrainer
@@ -257,7 +258,7 @@ class HeldOutEvaluation:
 
     def _answers(self, rows: Sequence[int], generation: Any, measure_kl: bool) -> list[Answer]:
         actor = self.roles.actor
-        return answer_held_out(
+        answers = answer_held_out(
             self.prompts,
             rows,
             generation,
@@ -268,6 +269,7 @@ class HeldOutEvaluation:
             actor.engine.device,
             actor.reference_mode() if measure_kl else None,
         )
+        return worth_alike(answers, self.before)
 
     def _all_answers(
         self, generation: Callable[[], contextlib.AbstractContextManager[Any]], measure_kl: bool = True
