@@ -89,6 +89,18 @@ def test_without_a_critic_its_flags_are_said_to_be_idle(flag):
 
 
 @pytest.mark.parametrize(
+    ("stage", "reward", "words"),
+    [(2, "path", "at stage 3 alone"), (3, "path", ""), (3, "none", "no reward model either"), (0, "none", "")],
+)
+def test_without_a_critic_its_stage_is_the_reward_models(stage, reward, words):
+    values = {"advantage": "rloo", "critic_zero_stage": stage, "critic_model_name_or_path": reward}
+    found = settings.idle_flags(settings.Flags(*(of(group, values) for group in ARGUMENTS)))
+    assert words in found["critic_zero_stage"] if words else "critic_zero_stage" not in found
+    by_critic = settings.Flags(*(of(group, values | {"advantage": "gae"}) for group in ARGUMENTS))
+    assert "critic_zero_stage" not in settings.idle_flags(by_critic)
+
+
+@pytest.mark.parametrize(
     ("flag", "value", "needs"),
     [
         ("actor_lora_module_name", "q_proj", {"actor_lora_dim": 4}),

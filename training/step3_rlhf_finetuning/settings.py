@@ -355,7 +355,12 @@ def idle_flags(flags: Flags) -> dict[str, str]:
     """Flags that are not as they stand by default and have nothing to do, with the reason."""
     found: dict[str, str] = {}
     if flags.ppo.advantage != "gae":
-        found |= dict.fromkeys(OF_THE_CRITIC, f"with --advantage {flags.ppo.advantage} there is no critic")
+        why = f"with --advantage {flags.ppo.advantage} there is no critic"
+        found |= dict.fromkeys(OF_THE_CRITIC, why)
+        if flags.roles.critic_model_name_or_path == NONE:
+            found["critic_zero_stage"] = f"{why}, and no reward model either"
+        elif flags.zero.critic_zero_stage < 3:
+            found["critic_zero_stage"] = f"{why}, and the reward model is shared out at stage 3 alone"
     if flags.roles.critic_model_name_or_path == NONE:
         why = f"with --critic_model_name_or_path {NONE} there is no reward model"
         found |= dict.fromkeys(("normalize_reward", "offload_reward_model"), why)
