@@ -617,6 +617,19 @@ CASES = [
         )
         for step, base in ((1, _sft), (2, _sft), ("dpo", _sft), (3, _rl))
     ),
+    Case(
+        "a moving average of weights on NVMe",
+        3,
+        lambda w: _rl(
+            w,
+            "--enable_ema",
+            "--save_every",
+            "0",
+            "--deepspeed_config",
+            '{"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}',
+        ),
+        ["--enable_ema", "NVMe", "--offload"],
+    ),
     Case("DeepSpeed JSON missing", 1, lambda w: _sft(w, "--deepspeed_config", "no.json"), ["no.json"]),
     Case(
         "DeepSpeed JSON broken",

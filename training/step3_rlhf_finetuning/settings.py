@@ -36,7 +36,7 @@ from training.utils.checkpoint.resume import Run, resume_output_dir
 from training.utils.data import StepData, prepare_data, prepare_pretraining, stop_token_ids
 from training.utils.engine import four_bit, precision
 from training.utils.engine.tensor_parallel import divide_model
-from training.utils.engine.zero_config import read_user_config
+from training.utils.engine.zero_config import read_user_config, states_on_nvme
 from training.utils.errors import UserError
 from training.utils.generation.decode_loop import ROWS_OF_ACCELERATORS
 from training.utils.generation.requests import RolloutRequest
@@ -159,6 +159,8 @@ def find_models(flags: Flags) -> Models:
     args, ppo, zero = flags.roles, flags.ppo, flags.zero
     functions, weight = parse_reward_functions(ppo.reward_function, "--reward_function")
     overrides = read_user_config(zero.deepspeed_config, flags.reliability.save_every)
+    if flags.train.enable_ema and states_on_nvme(overrides):
+        raise UserError("--enable_ema averages weights that --deepspeed_config puts on NVMe: use --offload instead")
     actor, reward_path = model_paths(args, ppo.reward_function, weights=not flags.output.plan)
     tokenizer = actor_tokenizer(args, flags.data, actor)
     reward = reward_model_settings(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -207,11 +208,16 @@ def read_user_config(path: str, save_every: int = 0) -> dict[str, Any]:
             raise UserError(f"--deepspeed_config {path}: {key}.enabled is not for the file: use --dtype")
     if unknown := unknown_keys(config):
         raise UserError(f"--deepspeed_config {path}: DeepSpeed knows no {', '.join(unknown)} and would pass it over")
-    zero = config.get("zero_optimization")
-    optimizer = zero.get("offload_optimizer") if isinstance(zero, dict) else None
-    if isinstance(optimizer, dict) and optimizer.get("device") == "nvme":
+    if states_on_nvme(config):
         unsaved = "optimizer states on NVMe can not be saved"
         if save_every:
             raise UserError(f"--deepspeed_config {path}: {unsaved}: use --offload instead, or --save_every 0")
         say(f"warning: {unsaved}: a run that is stopped can not go on")
     return config
+
+
+def states_on_nvme(config: Mapping[str, Any]) -> bool:
+    """Whether a user's configuration puts optimizer states, the masters among them, on NVMe."""
+    zero = config.get("zero_optimization")
+    optimizer = zero.get("offload_optimizer") if isinstance(zero, dict) else None
+    return isinstance(optimizer, dict) and optimizer.get("device") == "nvme"
