@@ -52,6 +52,13 @@ def test_likelihood_and_answers_do_not_depend_on_the_batch(tiny_model):
         assert counts == [3, 2]
         assert sums == pytest.approx(expected, abs=1e-4)
     assert math.isfinite(sum(sums))
+    seen = []
+    hook = model.register_forward_pre_hook(
+        lambda _, __, given: seen.append(given["input_ids"].numel()), with_kwargs=True
+    )
+    likelihoods(model, rows, 2, 2, "test")
+    hook.remove()
+    assert seen[-1] == 7, "what the rows begin with goes through the model once, and no padding"
     prompts = [[5, 9, 11], [5, 77], [8, 30, 31, 32, 33]]
     alone = greedy_answers(model, prompts, tokenizer, 1, 6, "test")
     assert greedy_answers(model, prompts, tokenizer, 3, 6, "test") == alone

@@ -49,7 +49,7 @@ from training.step1_supervised_finetuning import main as step1  # noqa: E402
 from training.step1_supervised_finetuning.answers import decoded, last_turn  # noqa: E402
 from training.step1_supervised_finetuning.rouge import rouge_scores  # noqa: E402
 from training.utils import evaluation_programs, intervals  # noqa: E402
-from training.utils.data import collate_sft, prepare_data  # noqa: E402
+from training.utils.data import collate_answers, prepare_data  # noqa: E402
 from training.utils.engine import precision  # noqa: E402
 from training.utils.errors import UserError, run_program  # noqa: E402
 from training.utils.generation.engines import rollout_backend  # noqa: E402
@@ -57,10 +57,11 @@ from training.utils.generation.sampling import SamplingConfig  # noqa: E402
 from training.utils.metrics import progress_bar  # noqa: E402
 from training.utils.model import loading  # noqa: E402
 from training.utils.model.limits import check_length, max_positions  # noqa: E402
-from training.utils.model.logprobs import response_log_probs  # noqa: E402
+from training.utils.model.logprobs import answer_sums  # noqa: E402
 from training.utils.model.tokenizer import load_tokenizer  # noqa: E402
 from training.utils.run.distributed import init_distributed, say  # noqa: E402
 from training.utils.run.files import read_object  # noqa: E402
+from training.utils.sharing.trial import find_sharing, shares_across  # noqa: E402
 
 SHOWN = 3  # answers on the terminal; evaluation.json has all
 
@@ -68,14 +69,14 @@ SHOWN = 3  # answers on the terminal; evaluation.json has all
 @torch.no_grad()
 def likelihoods(model: Any, dataset: Any, batch_size: int, pad_id: int, title: str) -> tuple[list[float], list[int]]:
     """Negative log-likelihood in nats, and tokens, of every row's responses."""
+    sharing = find_sharing(model, answer_sums, pad_id, f"the {title} model") if shares_across(model.device) else None
     sums: list[float] = []
     counts: list[int] = []
     bar = progress_bar(len(dataset), f"perplexity of {title}")
     for start in range(0, len(dataset), batch_size):
         rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
-        batch = {name: tensor.to(model.device) for name, tensor in collate_sft(rows, pad_id).items()}
-        log_probs, _ = response_log_probs(model, batch["input_ids"], batch["attention_mask"], batch["response_mask"])
-        sums += (-log_probs.sum(1)).tolist()
+        batch = collate_answers(rows, [[i] for i in range(len(rows))], pad_id, sharing)
+        sums += (-answer_sums(model, {name: tensor.to(model.device) for name, tensor in batch.items()})).tolist()
         counts += batch["response_mask"][:, 1:].sum(1).tolist()
         bar.update(len(rows))
     bar.close()
