@@ -15,6 +15,7 @@ from deepspeed.utils import groups
 
 from training.utils.arguments import LoraArguments
 from training.utils.engine import engine as engines
+from training.utils.engine.frozen import load_frozen_causal_lm
 from training.utils.engine.tensor_parallel import divide_model
 from training.utils.engine.zero_config import MAX_GRAD_NORM, deepspeed_config
 from training.utils.model import export, loading
@@ -67,6 +68,16 @@ def train_divided(ranks: int, model_path: str, **options: Any) -> dict[str, Any]
     """`train` with a model that so many ranks hold together."""
     with divided(ranks, model_path):
         return train(model_path, tensor_parallel=ranks, **options)
+
+
+def frozen_divided(ranks: int, model_path: str, stage: int) -> torch.Tensor:
+    """Log-probs of the eight rows by a frozen model that so many ranks hold together."""
+    device, rows = init_distributed(), fixed_rows()
+    kept: dict[str, Any] = {"dtype": "fp32", "attn_implementation": "sdpa", "offload": False, "device": device}
+    with divided(ranks, model_path), torch.no_grad():
+        model = load_frozen_causal_lm(model_path, zero_stage=stage, tensor_parallel=ranks, **kept)
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+        return response_log_probs(model, **collate(rows, max(len(ids) for ids, _ in rows)))[0]
 
 
 def without_guard(guard: str, model_path: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from tests.marks import slow
 from tests.rank_pair import RankPair
 from tests.tiny import save_tiny_model
 from tests.utils.checkpoint.resume_checks import interrupted_divided, resumed_divided, resumed_elsewhere
-from tests.utils.engine.engine_checks import collate, fixed_rows, train, train_divided, without_guard
+from tests.utils.engine.engine_checks import collate, fixed_rows, frozen_divided, train, train_divided, without_guard
 from training.utils.engine import tensor_parallel
 from training.utils.engine.tensor_parallel import FAMILIES, divide_model
 from training.utils.errors import UserError
@@ -63,6 +63,15 @@ def test_every_family(tmp_path, rank_pair, family, stage):
     path = save_family(family, tmp_path)
     first, _ = rank_pair.run(train_divided, 2, path, stage=stage)
     assert_equal_training(train(path, stage=0), first, odd=2)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_frozen_model_with_norms_inside_its_heads(tmp_path, rank_pair, stage):
+    """DeepSpeed hangs hooks on their gradients."""
+    path = save_family("qwen3", tmp_path)
+    expected = frozen_divided(1, path, 0)
+    for found in rank_pair.run(frozen_divided, 2, path, stage):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("stage", [1, 3])

@@ -33,10 +33,11 @@ def frozen_role(model: nn.Module, config: dict[str, Any] | None, device: torch.d
     Returns:
         A module (an engine with a configuration) in evaluation mode.
     """
-    model.requires_grad_(False)
     if config is None:
-        return model.to(device).eval()
-    engine = initialized(model, config)
+        return model.requires_grad_(False).to(device).eval()
+    # AutoTP sums the gradients of norms inside heads by hooks, which parameters without a gradient refuse
+    engine = initialized(model.requires_grad_("tensor_parallel" in config), config)
+    engine.requires_grad_(False)
     engine.eval()
     return engine
 
