@@ -231,6 +231,18 @@ def test_an_mlp_in_pieces_gives_the_same_gradients(tokens, rows):
         assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_a_frozen_mlp_in_pieces_gives_what_one_that_trains_does():
+    """To the last bit: before its first step DPO's policy is its reference."""
+    torch.manual_seed(0)
+    settings = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(num_attention_heads=2, **settings))
+    sequence_parallel.mlps_in_pieces(model)
+    mlp, hidden = model.model.layers[0].mlp, torch.randn(8, 27, 32)
+    trains = mlp(hidden)
+    assert torch.equal(mlp.requires_grad_(False)(hidden), trains)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("scale", [1.0, 0.25])  # of the loss, after the head
 def test_log_probs_of_the_output_layer_in_pieces_have_the_gradients_of_all_logits(bias, scale):

@@ -226,7 +226,16 @@ def _tiled(mlp: Any, hidden: torch.Tensor) -> torch.Tensor:
         hidden.shape[:-1].numel() < PIECES**2
     ):  # of so few, it may get fewer pieces than it counts on, and lose gradients
         return type(mlp).forward(mlp, hidden)
-    return TiledMLP.apply(type(mlp).forward, mlp, hidden, PIECES, list(mlp.parameters()))
+    return TiledMLP.apply(_of_piece, mlp, hidden, PIECES, list(mlp.parameters()))
+
+
+def _of_piece(mlp: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """The MLP of some columns, put side by side first.
+
+    Where they lie apart torch multiplies by weights that train otherwise than by frozen ones (`should_fold` of its
+    matmul), and DPO's policy would not start as its reference.
+    """
+    return type(mlp).forward(mlp, hidden.contiguous())
 
 
 def _answer(head: Any, hidden: torch.Tensor) -> torch.Tensor:
