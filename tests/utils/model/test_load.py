@@ -114,6 +114,19 @@ def test_no_noise_under_another_name_and_of_another_type(family, tmp_path):
     assert moved_by_training_mode(loading.load_causal_lm(folder, dtype="fp32")) == 0.0
 
 
+def test_a_router_s_auxiliary_loss_is_left_out_aloud(tmp_path, capsys):
+    """transformers makes it of the attention mask, which a step of decoding has longer than its tokens."""
+    folder = save_family("mixtral", tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"output_router_logits": True}))
+    model = loading.load_causal_lm(folder, dtype="fp32")
+    assert "asks for its router's auxiliary loss" in capsys.readouterr().out
+    mask = torch.ones(1, 4, dtype=torch.long)
+    with torch.no_grad():
+        cache = model(input_ids=mask[:, :3], attention_mask=mask[:, :3], use_cache=True).past_key_values
+        model(input_ids=mask[:, :1], attention_mask=mask, past_key_values=cache)
+
+
 def broken(kind: str, folder: Path) -> str:
     """A folder with a model that can not be loaded."""
     save("llama", folder)

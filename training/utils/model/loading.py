@@ -289,6 +289,13 @@ def _tell_eager(family: str) -> None:
     _say(f"{family} has no sdpa attention in transformers: it runs with --attn_implementation eager")
 
 
+@functools.cache  # once for all roles of a model
+def _tell_router(path: str) -> None:
+    _say(
+        f"note: {path} asks for its router's auxiliary loss (output_router_logits): the programs here train without it"
+    )
+
+
 def _check_unexpected(path: str, info: Mapping[str, Any], scores: bool, head: str) -> None:
     """Say which weights of the files the model has no place for.
 
@@ -378,7 +385,8 @@ def config_without_dropout(path: str) -> Any:
     """A model's configuration with every kind of dropout and noise at 0: with it the first PPO ratio would not be 1.
 
     Many families keep the number in plain attributes of their modules or ask the configuration in each forward, so
-    it must be 0 before the model is built.
+    it must be 0 before the model is built. Router logits are off as well: no loss here takes them, and transformers
+    would make of them an auxiliary loss that knows neither a cache nor rows that share their beginning.
     """
     config = load_config(path)
     parts = [config, *(part for part in vars(config).values() if isinstance(part, PreTrainedConfig))]
@@ -387,6 +395,9 @@ def config_without_dropout(path: str) -> Any:
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if number and any(word in name for word in DROPOUT_NAMES):
                 setattr(part, name, type(value)(0))  # some configurations check the type
+        if getattr(part, "output_router_logits", False):
+            part.output_router_logits = False
+            _tell_router(path)
     return config
 
 
