@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 import pytest
 from hypothesis import given, strategies as st
 
+import train
 from training.report import advice, charts
 from training.report.__main__ import main
 from training.report.charts import Series
@@ -319,6 +320,24 @@ def test_numbers_of_the_wrong_kind_do_not_break_the_page(tmp_path):
     save(
         run / "step3" / "samples.json", [{"prompt": None, "answers": None}, {}, {"prompt": ["x"], "answers": {"a": 1}}]
     )
+    Reader(page_of(run))
+    for sample in ({"prompt": 5, "answers": {}}, {"prompt": [], "answers": [5]}):
+        save(run / "step3" / "samples.json", [sample])
+        Reader(page_of(run))
+
+
+@pytest.mark.parametrize("part", ["git", "recipe", "shared", "started_as", "machine", "command"])
+def test_a_manifest_that_was_edited_by_hand_is_one_line(tmp_path, part, capsys):
+    """So it is for train.py, which goes on by it; and no report ends in a traceback."""
+    run = make_run(tmp_path / "demo")
+    manifest = json.loads((run / "manifest.json").read_text())
+    (manifest["steps"]["step1"] if part == "command" else manifest)[part] = 5
+    save(run / "manifest.json", manifest)
+    assert run_program(main, [str(run)]) == run_program(train.main, ["--output_dir", str(run)]) == 2
+    assert capsys.readouterr().err.count("manifest.json is damaged: ") == 2
+    manifest |= {"git": None, "machine": {"gpus": 5}, part: {}}
+    del manifest["steps"], manifest[part]
+    save(run / "manifest.json", manifest)
     Reader(page_of(run))
 
 

@@ -812,7 +812,9 @@ def test_line_log(tmp_path: Path) -> None:
 def test_table_tolerates_missing_numbers(tmp_path: Path) -> None:
     assert summary_table(tmp_path, {}) == "" and answers_text(tmp_path) == ""
     (tmp_path / "step3").mkdir()
-    for text in ("{", "3", "null", "[3]", "[" * 100_000):
+    turns = ('[{"prompt": 5}]', '[{"prompt": [3], "answers": {}}]', '[{"prompt": [{"content": null}], "answers": {}}]')
+    answers = ('[{"prompt": [], "answers": 3}]', '[{"prompt": [], "answers": {"sft": {"reward": "x"}}}]')
+    for text in ("{", "3", "null", "[3]", "[" * 100_000, *turns, *answers):
         (tmp_path / "step3" / "samples.json").write_text(text)
         assert answers_text(tmp_path) == ""
     (tmp_path / "step3" / "samples.json").unlink()

@@ -66,26 +66,26 @@ def answers_text(run: Path, width: int = 0) -> str:
     if not path.is_file():
         return ""
     width = width or min(WIDEST, shutil.get_terminal_size((100, 24)).columns)
-    blocks = []
     try:
-        samples = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return ""
-    found = [sample for sample in samples if isinstance(sample, dict)] if isinstance(samples, list) else []
-    for number, sample in enumerate(found, 1):
-        lines = [f"-- prompt {number} ".ljust(width, "-")]
-        for message in sample.get("prompt", []):
-            lines += _wrapped(message.get("content", ""), width, f"{message.get('role', '')}: ", "    ")
-        for key, name in MODELS:
-            answer = sample.get("answers", {}).get(key)
-            if answer is None:
-                continue
-            known = {"reward": answer.get("reward"), "check": answer.get("check"), **answer.get("checks", {})}
-            scores = [f"{name} {value:+.2f}" for name, value in known.items() if value is not None]
-            lines += ["", f"  {name:<5} {'   '.join(scores)}".rstrip()]
-            lines += _wrapped(answer.get("text", "") or "(nothing)", width, "    ", "    ")
-        blocks.append("\n".join(lines))
-    return "\n\n".join(blocks)
+        samples = enumerate(json.loads(path.read_text(encoding="utf-8")), 1)
+        return "\n\n".join(_sample(sample, number, width) for number, sample in samples)
+    except (OSError, LookupError, TypeError, ValueError, AttributeError, RecursionError):
+        return ""  # not as a step has written it: the report says so
+
+
+def _sample(sample: Mapping[str, Any], number: int, width: int) -> str:
+    lines = [f"-- prompt {number} ".ljust(width, "-")]
+    for message in sample["prompt"]:
+        lines += _wrapped(message.get("content", ""), width, f"{message.get('role', '')}: ", "    ")
+    for key, name in MODELS:
+        answer = sample["answers"].get(key)
+        if answer is None:
+            continue
+        known = {"reward": answer.get("reward"), "check": answer.get("check"), **answer.get("checks", {})}
+        scores = [f"{name} {value:+.2f}" for name, value in known.items() if value is not None]
+        lines += ["", f"  {name:<5} {'   '.join(scores)}".rstrip()]
+        lines += _wrapped(answer.get("text", "") or "(nothing)", width, "    ", "    ")
+    return "\n".join(lines)
 
 
 def _step1(s: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:

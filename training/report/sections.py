@@ -60,16 +60,16 @@ def answers(run: RunRecord) -> str:
 
 
 def _sample(sample: Mapping[str, Any]) -> str:
-    turns = [m for m in sample.get("prompt") or [] if isinstance(m, Mapping)]
-    prompt = "\n".join(
+    prompt = sample.get("prompt")
+    turns = [m for m in prompt if isinstance(m, Mapping)] if isinstance(prompt, list) else []
+    said = "\n".join(
         f"{'' if m.get('role') == 'user' and len(turns) == 1 else str(m.get('role', '')) + ': '}{m.get('content', '')}"
         for m in turns
     )
-    given = {k: v for k, v in (sample.get("answers") or {}).items() if isinstance(v, Mapping)}
+    given = {k: v for k, v in mapping(sample.get("answers")).items() if isinstance(v, Mapping)}
     columns = "".join(_answer(name, answer) for name, answer in given.items())
     return (
-        f'<div class="sample"><div class="prompt"><b>{e(cut(prompt))}</b></div>'
-        f'<div class="answers">{columns}</div></div>'
+        f'<div class="sample"><div class="prompt"><b>{e(cut(said))}</b></div><div class="answers">{columns}</div></div>'
     )
 
 

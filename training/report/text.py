@@ -75,7 +75,8 @@ def hardware(machine: Mapping[str, Any]) -> str:
     """The manifest's machine in a few words."""
     if not machine:
         return ""
-    gpus = [str(g) for g in machine.get("gpus") or []]
+    found = machine.get("gpus")
+    gpus = [str(g) for g in found] if isinstance(found, list) else []
     names = dict.fromkeys(gpus)
     devices = [f"{gpus.count(name)} × {name}" for name in names] or [f"{machine.get('cores', '?')} CPU cores, no GPU"]
     memory = f"{machine['memory_gib']} GiB memory" if machine.get("memory_gib") else ""

@@ -24,7 +24,10 @@ NAMED_INPUTS = ("model_name_or_path", "data_path")  # flags whose values are inp
 
 
 MANIFEST, SUMMARY = "manifest.json", "summary.json"
-_SHAPE: dict[str, type] = {"steps": dict, "versions": dict, "machine": dict, "run_with": dict}
+_SHAPE: dict[str, Any] = {
+    **{"steps": dict, "versions": dict, "machine": dict, "recipe": dict, "shared": dict, "started_as": list},
+    "git": dict | None,
+}
 
 
 def read_manifest(run: Path) -> dict[str, Any]:
@@ -36,7 +39,7 @@ def read_manifest(run: Path) -> dict[str, Any]:
     path = run / MANIFEST
     manifest = read_object(path)
     for name, kind in _SHAPE.items():
-        if not isinstance(manifest.get(name, kind()), kind):
+        if name in manifest and not isinstance(manifest[name], kind):
             raise UserError(f"{path} is damaged: {name} is a {type(manifest[name]).__name__}")
     for name, step in manifest.get("steps", {}).items():
         if not _is_started(step):
@@ -47,8 +50,8 @@ def read_manifest(run: Path) -> dict[str, Any]:
 def _is_started(found: Any) -> bool:
     if not isinstance(found, dict) or not isinstance(found.get("folder", ""), str):
         return False
-    arguments = found.get("arguments", [])
-    return isinstance(arguments, list) and all(isinstance(token, str) for token in arguments)
+    words = [found.get(name, []) for name in ("arguments", "command")]
+    return all(isinstance(given, list) and all(isinstance(word, str) for word in given) for given in words)
 
 
 def recorded_run(step_dir: Path) -> dict[str, Any]:
