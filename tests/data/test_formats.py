@@ -285,6 +285,7 @@ BAD = {
     "33 answers to one prompt, at most 32": {"prompt": "q", "ranking": [str(i) for i in range(33)]},
     "an answer in 'answers' has none of answer": {"prompt": "q", "answers": [{"rank": 1}, {"rank": 2}]},
     "column 'ranking' is a number": {"prompt": "q", "ranking": 3},
+    "column 'ranking': a stands twice in one object": {"prompt": "q", "ranking": '[{"a": 1, "a": 2}]'},
     "column 'ranking' should be JSON": {"prompt": "q", "ranking": "a > b"},
     "must be a tree": {"message_tree_id": 1, "prompt": "q"},
     "column 'messages' is a text, it must be a list": {"messages": "What is it?"},

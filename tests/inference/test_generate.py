@@ -316,7 +316,9 @@ def test_files_of_answers_that_are_none(lines, words, tmp_path):
 
 
 def test_files_that_can_not_be_read(tmp_path):
-    for content, words in ((None, "No such file"), (b"\xff\n", "not UTF-8"), (b'{"prompt": \n', "a.jsonl:1: not JSON")):
+    twice = b'{"prompt": "a", "answers": ["b", "c"], "prompt": "d"}\n'
+    broken, last = (b'{"prompt": \n', "a.jsonl:1: not JSON"), (twice, "a.jsonl:1: prompt stands twice in one object")
+    for content, words in ((None, "No such file"), (b"\xff\n", "not UTF-8"), broken, last):
         if content is not None:
             (tmp_path / "a.jsonl").write_bytes(content)
         with pytest.raises(Exception, match=words):

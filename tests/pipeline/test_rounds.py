@@ -276,6 +276,7 @@ def test_rankings_that_can_not_be_divided(tmp_path: Path) -> None:
         (ranking(0, 1, 2) + "{\n", "rankings.jsonl:2: no ranking"),
         (ranking(0, 1, 2, answers=[{"response": "a"}]), "rankings.jsonl:1: no ranking"),
         (ranking(0, 1, 2, id=3), "rankings.jsonl:1: no ranking"),
+        (ranking(0, 1, 2).replace("{", '{"answers": [], ', 1), "rankings.jsonl:1: no ranking"),
     ):
         path.write_text(text)
         with pytest.raises(UserError, match=words):

@@ -22,7 +22,7 @@ from training.utils import arguments
 from training.utils.answers import Line, prompt_id, read_answers, write_lines
 from training.utils.arguments import DEMO, flags_in
 from training.utils.errors import UserError
-from training.utils.run.files import read_object, write_json
+from training.utils.run.files import once_each, read_object, write_json
 from training.utils.run.folders import is_finished, make_dir, repository_root, shown
 from training.utils.run.manifest import read_manifest
 from training.utils.run.processes import last_lines, run_logged, unused_port
@@ -368,7 +368,7 @@ def read_rankings(path: Path) -> list[Line]:
     with path.open(encoding="utf-8") as file:  # not splitlines: an answer may hold U+2028, which JSON leaves as it is
         for number, text in enumerate(file, 1):
             try:
-                line = json.loads(text)
+                line = json.loads(text, object_pairs_hook=once_each)
                 line.setdefault("id", prompt_id(line["prompt"]))
                 sound = isinstance(line["id"], str) and all("rank" in answer for answer in line["answers"])
             except (ValueError, LookupError, TypeError, AttributeError):

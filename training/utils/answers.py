@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from training.utils.errors import UserError, half_character
-from training.utils.run.files import json_line, write_json
+from training.utils.run.files import json_line, once_each, write_json
 from training.utils.run.folders import locked, make_dir, shown
 
 SETTINGS_FILE = "settings.json"
@@ -71,9 +71,11 @@ def _json_lines(path: Path, flag: str) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError):
+                yield number, json.loads(line, object_pairs_hook=once_each)
+            except (json.JSONDecodeError, RecursionError):
                 raise UserError(f"{flag} {path}:{number}: not JSON: {line[:60]!r}") from None
+            except ValueError as error:  # of once_each
+                raise UserError(f"{flag} {path}:{number}: {error}") from None
 
 
 def _check_answers(line: Any, where: str, at_least: int) -> None:

@@ -201,9 +201,11 @@ def _json(value: Any, where: str) -> Any:
     """
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
+            value = json.loads(value, object_pairs_hook=once_each)
+        except (json.JSONDecodeError, RecursionError):
             raise RowError(f"{where} should be JSON, it is {value[:60]!r}") from None
+        except ValueError as error:  # of once_each
+            raise RowError(f"{where}: {error}") from None
     if isinstance(value, dict):
         return {key: _json(item, where) if isinstance(item, (dict, list)) else item
                 for key, item in value.items() if item is not None}  # fmt: skip
