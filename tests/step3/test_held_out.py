@@ -359,6 +359,30 @@ def test_a_resumed_evaluation_goes_on(monkeypatch):
     assert (summary["kept"]["iteration"], summary["reward_before"]) == (2, 0)
 
 
+def test_functions_judge_the_sft_models_answers_once_before_the_end(monkeypatch):
+    """Which are the actor's before the first update; a resumed run has what they said, and an older checkpoint asks."""
+    asked = []
+
+    def size(prompts, responses, rows):
+        asked.append(set(responses))
+        return [len(text) for text in responses]
+
+    policies = dict.fromkeys((0, 2, 4, 6), (0, 0))
+    first, second, older = (Scripted(policies, monkeypatch) for _ in range(3))
+    for world in (first, second, older):
+        world.evaluation.functions = [EvalFunction("size", "f.py:size", size)]
+    first.evaluation.begin()
+    first.train(last=3)
+    assert asked == [{""}, {"xx"}]
+    state = json.loads(json.dumps(first.evaluation.state_dict()))
+    second.evaluation.load_state_dict(state)
+    second.train(first=4)
+    assert asked[2:] == [{"xxxx"}]
+    older.evaluation.load_state_dict({key: value for key, value in state.items() if key != "sft_values"})
+    older.train(first=4)
+    assert asked[3:] == [{""}, {"xxxx"}]
+
+
 def test_kept_order():
     inside, better, outside, further = (
         Kept(1, 0.1, 1, True),

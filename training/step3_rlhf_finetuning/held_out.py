@@ -108,7 +108,8 @@ class HeldOutEvaluation:
             shown; empty where it can not answer.
         before: answers of the SFT model to them.
         after: of the actor that was kept, to them, or to the running ones where it could not be loaded.
-        values: what the functions say about them, since `finish`.
+        sft_values: what each function says about the SFT model's answers to the running prompts, asked once.
+        values: what the functions say about all of them, since `finish`.
         kept, kept_answers: the evaluation whose actor is in ``actor_dir``, and its answers to the running prompts.
         seconds: spent here so far.
         due: the iteration whose evaluation has begun and not ended, 0 for none.
@@ -145,6 +146,7 @@ class HeldOutEvaluation:
         self.base_answers: list[Answer] = []
         self.before: list[Answer] = []
         self.after: list[Answer] = []
+        self.sft_values: dict[str, list[float]] = {}
         self.values: Values = {}
         self.kept: Kept | None = None
         self.kept_answers: list[Answer] = []
@@ -227,6 +229,7 @@ class HeldOutEvaluation:
         return {
             "base_answers": [asdict(answer) for answer in self.base_answers],
             "before": [asdict(answer) for answer in self.before],
+            "sft_values": self.sft_values,
             "kept": asdict(self.kept) if self.kept else None,
             "kept_answers": [asdict(answer) for answer in self.kept_answers],
             "seconds": self.seconds,
@@ -237,6 +240,7 @@ class HeldOutEvaluation:
         """Go on from `state_dict`, instead of `begin`."""
         self.base_answers = [Answer(**values) for values in state.get("base_answers", [])]
         self.before = [Answer(**values) for values in state["before"]]
+        self.sft_values = state.get("sft_values", {})
         self.kept = Kept(**state["kept"]) if state["kept"] else None
         self.kept_answers = [Answer(**values) for values in state["kept_answers"]]
         self.seconds = state["seconds"]
@@ -308,7 +312,10 @@ class HeldOutEvaluation:
             **{f"eval/{name}": value for name, value in rewards.items() if name.startswith("win_rate")},
         }
         for function in self.functions:
-            values, sft_values = (checks(self.prompts, given, function) for given in (answers, sft))
+            if function.name not in self.sft_values:
+                self.sft_values[function.name] = checks(self.prompts, sft, function)
+            sft_values = self.sft_values[function.name]
+            values = checks(self.prompts, answers, function) if iteration else sft_values  # 0 is the SFT model
             spread = sum((value - mean(values)) ** 2 for value in values)
             won = win_rate(values, sft_values, seed=self.prompts.seed)
             metrics |= {
