@@ -98,7 +98,7 @@ def test_another_model_needs_room_to_decode_too(tiny_model, monkeypatch):
     weights, config = generation.weight_bytes(model), model.config
     decoding = generation.cache_bytes(config, 400, 4) + 2 * 4 * config.vocab_size * 4
     assert asked == [weights + decoding, 2 * weights + decoding, 2 * weights + cache_room(config, options)]
-    assert generation.cache_bytes(MambaConfig(), 400, 4) == 0
+    assert generation.cache_bytes(MambaConfig(), 400, 4) == cache_room(MambaConfig(), options) == 0
 
 
 def test_memory_is_looked_at_when_moments_have_theirs(tiny_model, rank_pair):

@@ -23,7 +23,7 @@ from training.utils.generation.engines import MIN_STEPS_TO_PACK
 from training.utils.generation.packed_linear import packed_bytes
 from training.utils.generation.vllm import cache_tokens
 from training.utils.memory import plan as plans
-from training.utils.memory.generation import key_heads
+from training.utils.memory.generation import cache_share
 from training.utils.memory.live import FakeModel, PassMemory
 from training.utils.memory.training import ranks_told
 from training.utils.memory.zero import BYTES, MASTER, MOMENTS, RoleMemory, frozen_memory, trained_memory
@@ -151,11 +151,11 @@ def served_parts(costs: RoleCosts, rows: int, dtype: str, ranks: int) -> dict[st
         ranks: whose processes hold the model together, and decode the rows of all.
     """
     tokens = cache_tokens(rows * ranks, costs.prompt + costs.response)
-    cache = tokens * costs.cache_bytes_per_token // min(ranks, key_heads(without_adapters(costs.actor.module).config))
+    config = without_adapters(costs.actor.module).config
     group = max(1, PREFILL_TOKENS_OF_ACCELERATORS // costs.prompt + 1)
     return {
         "vLLM's weights": plans.base_parameters(costs.actor) * BYTES[dtype] // ranks,
-        "its KV cache": cache,
+        "its KV cache": cache_share(tokens * costs.cache_bytes_per_token, ranks, config),
         "its prompts and logits": costs.prefill(min(rows, group), costs.prompt).peak,
     }
 

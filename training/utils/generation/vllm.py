@@ -32,7 +32,7 @@ from training.utils.generation.engines import FastBackend
 from training.utils.generation.requests import RolloutBatch, RolloutRequest, RolloutsLost, assemble
 from training.utils.generation.sampling import SamplingConfig, row_keys
 from training.utils.generation.vllm_process import Worker
-from training.utils.memory.generation import cache_bytes, key_heads
+from training.utils.memory.generation import cache_bytes, cache_share, key_heads
 from training.utils.model.export import plain_weights, tied_names, unwrap
 from training.utils.model.forward import without_adapters
 from training.utils.model.loading import load_config
@@ -85,7 +85,7 @@ def cache_tokens(rows: int, length: int) -> int:
 def cache_room(config: Any, options: VllmOptions) -> int:
     """Bytes of the keys and values that one process holds: of its heads, which are whole ones, for all ranks' rows."""
     tokens = cache_tokens(options.rows * options.ranks, options.length)
-    return cache_bytes(config, tokens, 4 if options.dtype == "fp32" else 2) // min(options.ranks, key_heads(config))
+    return cache_share(cache_bytes(config, tokens, 4 if options.dtype == "fp32" else 2), options.ranks, config)
 
 
 def awake_bytes(weights: int, options: VllmOptions) -> int:

@@ -29,9 +29,14 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def key_heads(config: Any) -> int:
-    """Heads of a causal LM that have keys and values of their own."""
+    """Heads of a causal LM that have keys and values of their own; 0 for a family without attention."""
     text = config.get_text_config()
-    return int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+    return int(getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", 0))
+
+
+def cache_share(size: int, ranks: int, config: Any) -> int:
+    """Of ``size`` bytes of keys and values what each of ``ranks`` holds that share a model: its heads, whole ones."""
+    return size // max(1, min(ranks, key_heads(config)))
 
 
 def cache_bytes(config: Any, tokens: int, item: int) -> int:
