@@ -21,7 +21,7 @@ from training.utils.engine.zero_config import deepspeed_config
 from training.utils.generation.decode_loop import PREFILL_TOKENS_OF_ACCELERATORS, prefill_tokens
 from training.utils.generation.engines import MIN_STEPS_TO_PACK
 from training.utils.generation.packed_linear import packed_bytes
-from training.utils.generation.vllm import cache_tokens
+from training.utils.generation.vllm import RESCORED_ROWS, cache_tokens
 from training.utils.memory import plan as plans
 from training.utils.memory.generation import cache_share
 from training.utils.memory.live import FakeModel, PassMemory
@@ -245,6 +245,9 @@ def _phases(
     whole = plans.role_size(costs.actor).weights(BYTES[dtype]) if actor.gathered else 0  # not only what is live
     logits_of = functools.partial(plans.logits_bytes, costs.actor, columns=costs.response, dtype=dtype)
     decoding = decoding_parts(costs, settings.other_batch, dtype, rollout, whole, on_cpu=on_cpu)
+    if rollout.rollout_engine == "vllm" and (rollout.top_p < 1 or rollout.top_k > 0):
+        again = costs.scoring("actor", min(settings.other_batch, RESCORED_ROWS))
+        decoding["log-probs of the policy"] = actor.gathered + again.peak
     scored_rows = settings.scored_batch or rows
     scored, whole_logits = costs.scoring("actor", scored_rows), logits_of(scored_rows)
     score = {

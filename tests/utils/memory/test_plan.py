@@ -30,6 +30,7 @@ from training.utils.engine import engine as engines
 from training.utils.engine.tensor_parallel import FAMILIES as DIVISIBLE
 from training.utils.engine.zero_config import deepspeed_config
 from training.utils.errors import run_program
+from training.utils.generation.vllm import RESCORED_ROWS
 from training.utils.memory import plan as plans
 from training.utils.memory.live import LiveMemory
 from training.utils.memory.training import SequenceCosts, sequence_plan
@@ -245,6 +246,12 @@ def test_vllm_holds_its_memory_while_it_generates_and_on_a_cpu_always(tiny_model
     assert on_gpu.roles["vLLM"].total == ASLEEP_BYTES
     assert on_cpu.roles["vLLM"].resident == parts
     assert not next(phase for phase in on_cpu.phases if phase.name == "generation").parts
+    for cpu, before in ((False, parts), (True, {})):  # of a truncated sampler it does not give the policy's log-probs
+        cut = replace(rollout, top_p=0.9)
+        plan = rlhf_plan(costs, SETTINGS, replace(role, dtype="fp32"), cut, train, zero, {}, (0, 0), on_cpu=cpu)
+        generation = next(phase for phase in plan.phases if phase.name == "generation")
+        again = costs.scoring("actor", min(SETTINGS.other_batch, RESCORED_ROWS)).peak
+        assert generation.parts == before | {"log-probs of the policy": again} and again > 0
 
 
 @pytest.mark.parametrize("stage", [1, 2])
