@@ -20,6 +20,7 @@ from training.step3_rlhf_finetuning.evaluate import (
 from training.step3_rlhf_finetuning.evaluation import Answer, best_of_kl, chosen_of, kl_to_reach
 from training.utils import arguments, evaluation_programs, intervals
 from training.utils.errors import UserError
+from training.utils.generation import vllm
 
 FLAG = "--reward_model_name_or_path"
 
@@ -251,7 +252,12 @@ def test_a_dpo_model_is_judged_beside_the_other_two(tiny_model, tiny_data, tmp_p
         evaluate.main([*argv, "--dpo_model_name_or_path", "gone/model/here"])
 
     monkeypatch.setenv("TRIPOD_ROLLOUT_WORKER", str(Path(__file__).with_name("stand_in_worker.py")))
+    asked, rest = [], vllm.VllmBackend.rest
+    monkeypatch.setattr(
+        vllm.VllmBackend, "rest", lambda backend: asked.append(backend._held is not None) or rest(backend)
+    )
     served = judged("--rollout_engine", "vllm")  # each model's weights in turn, best-of-n included
+    assert asked == [True] * 5, "it rests before the answers are scored: of three draws of SFT, of RLHF and of DPO"
     assert served["samples"] == samples
     assert served["models"]["best of 2"] == models["best of 2"]
     assert served["models"]["DPO"]["kl"] == pytest.approx(models["DPO"]["kl"], abs=1e-3)

@@ -96,6 +96,7 @@ from training.step3_rlhf_finetuning.evaluation import (  # noqa: E402
     best_of_kl,
     checks,
     chosen_of,
+    decoding,
     load_eval_functions,
 )
 from training.step3_rlhf_finetuning.prompts import PromptSet  # noqa: E402
@@ -266,7 +267,7 @@ class Evaluator:
             return answer_held_out(
                 replace(self.prompts, seed=seed),
                 self.rows,
-                contextlib.nullcontext(model),
+                decoding(model, self.backend if isinstance(self.backend, VllmBackend) else None),
                 rewards,
                 self.backend,
                 self.sampling,

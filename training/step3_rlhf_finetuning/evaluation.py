@@ -8,8 +8,9 @@ How far these are from the SFT model's answers is known without measuring: KL = 
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,6 +28,7 @@ from training.step3_rlhf_finetuning.reward_functions import (
 from training.step3_rlhf_finetuning.reward_sources import RewardMix
 from training.utils.generation.requests import RolloutBackend, RolloutBatch, has_ended, response_texts
 from training.utils.generation.sampling import SamplingConfig
+from training.utils.generation.vllm import VllmBackend
 from training.utils.intervals import bootstrap_interval, mean, win_rate
 from training.utils.run.distributed import (
     data_rank,
@@ -233,6 +235,15 @@ def checks(prompts: PromptSet, answers: Sequence[Answer], function: EvalFunction
         )
     )
     return gather_objects(values)
+
+
+@contextlib.contextmanager
+def decoding(model: Any, server: VllmBackend | None) -> Iterator[Any]:
+    """Inside, a model that no engine holds answers; what decodes in a process of its own rests when it has."""
+    with torch.no_grad():
+        yield model
+    if server is not None:
+        server.rest()
 
 
 # Evaluation function -> model (base, sft, rlhf) -> row -> value

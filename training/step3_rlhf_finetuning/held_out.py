@@ -17,8 +17,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from training.step3_rlhf_finetuning.arguments import scoring_rows
 from training.step3_rlhf_finetuning.evaluation import (
     Answer,
@@ -29,10 +27,10 @@ from training.step3_rlhf_finetuning.evaluation import (
     checks,
     compare,
     compare_rewards,
+    decoding,
     values_of,
     worth_alike,
 )
-from training.step3_rlhf_finetuning.hybrid_engine import HybridEngine
 from training.step3_rlhf_finetuning.ppo_trainer import PPOTrainer
 from training.step3_rlhf_finetuning.prompts import PromptSet, sample_rows
 from training.step3_rlhf_finetuning.roles import Roles
@@ -257,7 +255,7 @@ class HeldOutEvaluation:
         """The kept actor, from disk: the engine holds the last one."""
         engine = self.roles.actor.engine
         model = loading.load_causal_lm(str(self.actor_dir), dtype=dtype_name(engine)).to(engine.device).eval()
-        with decoding(model, self.roles.actor):
+        with decoding(model, self.roles.actor.server):
             yield model
 
     def _answers(self, rows: Sequence[int], generation: Any, measure_kl: bool) -> list[Answer]:
@@ -339,15 +337,6 @@ def base_model_of(actor_path: str) -> str:
     return str(read_object(Path(actor_path) / "summary.json").get("base_model") or "")
 
 
-@contextlib.contextmanager
-def decoding(model: Any, actor: HybridEngine) -> Iterator[Any]:
-    """Inside, a model beside the roles answers; what decodes in a process of its own rests when it has."""
-    with torch.no_grad():
-        yield model
-    if actor.server is not None:
-        actor.server.rest()
-
-
 def base_answers(
     prompts: PromptSet,
     rows: Sequence[int],
@@ -376,7 +365,7 @@ def base_answers(
     answers: list[Answer] = []
     for shown, rewards in ((True, roles.rewards), (False, None)):
         if asked := [row for row in rows if (row in seen) == shown]:
-            generation = decoding(model, roles.actor)
+            generation = decoding(model, roles.actor.server)
             answers += answer_held_out(prompts, asked, generation, rewards, backend, sampling, sizes, engine.device)
     return sorted(answers, key=lambda answer: answer.row)
 

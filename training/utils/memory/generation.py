@@ -31,7 +31,7 @@ def weight_bytes(model: nn.Module) -> int:
 def key_heads(config: Any) -> int:
     """Heads of a causal LM that have keys and values of their own; 0 for a family without attention."""
     text = config.get_text_config()
-    return int(getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", 0))
+    return int(getattr(text, "num_key_value_heads", 0) or getattr(text, "num_attention_heads", 0))
 
 
 def cache_share(size: int, ranks: int, config: Any) -> int:
