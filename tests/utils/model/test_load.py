@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -301,6 +302,11 @@ def test_a_converted_gguf_file_may_be_read_by_whom_the_user_allows(tiny_model, t
     tokenizer, model = AutoTokenizer.from_pretrained(tiny_model), AutoModelForCausalLM.from_pretrained(tiny_model)
     monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", lambda *_, **__: tokenizer)
     monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: model)
+    with monkeypatch.context() as full:  # what a killed program leaves: it can not clean up
+        full.setattr(shutil, "rmtree", lambda *_, **__: None)
+        full.setattr(tokenizer, "save_pretrained", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            loading._convert_gguf(tmp_path / "a.gguf")
     folder = loading._convert_gguf(tmp_path / "a.gguf")
     assert folder.stat().st_mode == (tmp_path / "any").stat().st_mode and (folder / "config.json").is_file()
-    assert list(folder.parent.iterdir()) == [folder], "nothing else is left"
+    assert {path.name for path in folder.parent.iterdir()} == {folder.name, f"{folder.name}.lock"}

@@ -10,13 +10,14 @@ import functools
 import hashlib
 import os
 import re
-import tempfile
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from importlib import util
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, TypeVar
 
+import filelock
 import torch
 import transformers
 from safetensors import SafetensorError
@@ -149,6 +150,19 @@ def _convert_gguf(path: Path) -> Path:
     if (target / "config.json").is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = target.with_name(f"{target.name}.new")
+    with filelock.FileLock(f"{target}.lock"):  # other ranks and programs wait, and find it ready
+        shutil.rmtree(scratch, ignore_errors=True)  # of a program that was killed
+        try:
+            if not (target / "config.json").is_file():
+                _write_converted(path, scratch)
+                scratch.rename(target)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return target
+
+
+def _write_converted(path: Path, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     # A model loaded from GGUF refuses save_pretrained; one rebuilt from its own config does not.
@@ -156,16 +170,8 @@ def _convert_gguf(path: Path) -> Path:
     settings |= {"dtype": torch.bfloat16}
     model = type(loaded)(type(loaded.config)(**settings))
     model.load_state_dict(loaded.state_dict())
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        made = Path(scratch) / "model"  # that folder itself nobody else may read
-        model.to(torch.bfloat16).save_pretrained(made)
-        tokenizer.save_pretrained(made)
-        try:
-            made.rename(target)
-        except OSError:  # another rank or program was faster; its folder is as good
-            if not (target / "config.json").is_file():
-                raise
-    return target
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 @contextlib.contextmanager
