@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 from training.utils.run.folders import cache_dir
 
 _REMEMBERED = 1 << 24  # bytes from which on reading a file again costs more than keeping its hash
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 
 def file_digest(path: Path) -> str:
@@ -24,10 +27,10 @@ def file_digest(path: Path) -> str:
     identity = [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
     name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
     kept = cache_dir() / "digests" / name
-    try:
-        return kept.read_text(encoding="ascii")
-    except OSError:
-        found = read_digest(path)
+    with contextlib.suppress(OSError, ValueError):  # ValueError: no ASCII
+        if _DIGEST.fullmatch(found := kept.read_text(encoding="ascii")):  # after a loss of power it may be empty
+            return found
+    found = read_digest(path)
     scratch = kept.with_suffix(f".{os.getpid()}.tmp")
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
