@@ -115,8 +115,10 @@ def _digest(path: Path) -> str:
     if path.is_file():
         return read_digest(path)
     digest = hashlib.sha256()
-    for file_path in sorted(p for p in path.rglob("*") if p.is_file() and not NOT_INPUT & set(p.parts)):
-        digest.update(f"{file_path.relative_to(path)}\0{_digest(file_path)}\n".encode())
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        name = file.relative_to(path)
+        if not NOT_INPUT & set(name.parts):
+            digest.update(f"{name}\0{_digest(file)}\n".encode())
     return digest.hexdigest()
 
 

@@ -1,0 +1,21 @@
+"""What a run was made from: digests of its inputs."""
+
+from pathlib import Path
+
+import pytest
+
+from training.utils.run.manifest import hash_inputs
+
+
+@pytest.mark.parametrize("inside", ["runs", "checkpoints"])
+def test_a_folders_digest_is_of_its_files_wherever_it_lies(tmp_path: Path, inside: str) -> None:
+    """But not of the checkpoints in it, by which a step that has gone on would differ."""
+    model = tmp_path / inside / "step1"
+    (model / "checkpoints").mkdir(parents=True)
+    files = (model / "config.json", model / "checkpoints" / "latest")
+    found = []
+    for text in ("1", "2"):
+        for file in files:
+            file.write_text(text)
+            found.append(hash_inputs(["--model_name_or_path", str(model)], {})[str(model)])
+    assert found[0] == found[1] != found[2] == found[3]
