@@ -54,6 +54,7 @@ from training.utils.run.folders import (
     PIPELINES,
     STEPS,
     TUNED,
+    check_latest,
     continued,
     deepspeed_launcher,
     is_finished,
@@ -61,6 +62,7 @@ from training.utils.run.folders import (
     latest_run,
     locked,
     make_dir,
+    named_itself,
     new_run_dir,
     output_root,
     point_latest,
@@ -470,7 +472,8 @@ def main(
         options.output_dir = str(latest_run())
     if options.resume == "auto" and not Path(options.output_dir).expanduser().is_dir():
         raise UserError(f"--resume auto: --output_dir {options.output_dir} holds no run to go on with")
-    run = Path(options.output_dir).expanduser().absolute() if options.output_dir else output_root() / "unmade"
+    run = named_itself(Path(options.output_dir)) if options.output_dir else output_root() / "unmade"
+    check_latest(run)
     manifest = manifest_of(run, options.output_dir)
     shared = manifest.get("shared", {}) | shared  # a run goes on with its own data, and its own recipe
     options.pipeline = options.pipeline or str(manifest.get("pipeline"))

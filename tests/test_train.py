@@ -23,7 +23,7 @@ from tests.utils.run.test_hosts import stand_in
 from training.pipeline import estimate
 from training.pipeline.shared_flags import GROUPS, SharedArguments
 from training.pipeline.showcase import answers_text, summary_table
-from training.utils.errors import UserError
+from training.utils.errors import UserError, run_program
 from training.utils.model import hub
 from training.utils.run import folders
 from training.utils.run.processes import LineLog, last_lines, run_logged
@@ -893,6 +893,31 @@ class TestOutputFolders:
         self.finish(bench.output, "run/step2")
         folders.point_latest(bench.output / "run")
         assert folders.prepare_output_dir("", "step1") == bench.output / "run-2" / "step1"
+
+    def test_a_run_that_the_link_names_is_the_run_itself(self, bench: Bench) -> None:
+        """The link may move on, and must not lead to itself."""
+        (bench.output / "run").mkdir(parents=True)
+        folders.point_latest(bench.output / "run")
+        named = bench.output / "latest" / "step1"
+        assert folders.prepare_output_dir(str(named), "step1") == bench.output / "run" / "step1"
+        assert (bench.output / "latest").readlink() == Path("run")
+        self.finish(bench.output, *(f"run/{name}" for name in ("step1", "step2", "step3")))
+        assert train.main(["--output_dir", str(bench.output / "latest"), "--data_path", "demo"]) == 0
+        assert (bench.output / "latest").readlink() == Path("run")
+
+    def test_a_folder_in_the_place_of_the_link(self, bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+        """A copy that followed the link makes it, and so would a run of that name."""
+        bench.output.mkdir()
+        words = "is where the link to the newest run goes: give the folder another name"
+        for named in ("latest", "new", ""):
+            flags = ["--output_dir", str(bench.output / named)] if named else []
+            assert run_program(train.main, flags) == 2 and words in capsys.readouterr().err
+            with pytest.raises(UserError, match=words):
+                folders.prepare_output_dir(str(bench.output / named / "step1") if named else "", "step1")
+            assert not (bench.output / "new").exists()
+            self.finish(bench.output, "latest/step1")
+            assert folders.latest_run() == bench.output / "latest"
+            assert folders.latest_output("step1") == bench.output / "latest" / "step1"
 
     def test_latest_output(self, bench: Bench) -> None:
         self.finish(bench.output, "a/step1", "b/step1")

@@ -142,9 +142,10 @@ def new_run_dir(name: str) -> Path:
     """Create and return ``output/NAME``, or ``NAME-2``, ``NAME-3``, ... where runs of that name are there.
 
     Raises:
-        UserError: the output folder can not be written.
+        UserError: the output folder can not be written, or see `check_latest`.
     """
     root = make_dir(output_root(), "the output folder")
+    check_latest(root / name)
     for candidate in itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2))):
         try:
             (root / candidate).mkdir()
@@ -154,11 +155,35 @@ def new_run_dir(name: str) -> Path:
     raise AssertionError("unreachable: there is always a free name")
 
 
+def named_itself(path: Path) -> Path:
+    """The absolute ``path``, with the run that ``output/latest`` links to named itself: the link moves on."""
+    path, link = path.expanduser().absolute(), output_root() / LATEST
+    if path.is_relative_to(link) and link.is_symlink():
+        return link.parent / os.readlink(link) / path.relative_to(link)
+    return path
+
+
+def check_latest(run: Path) -> None:
+    """Refuse a run in the output folder where a folder has, or would have, the name of the link to the newest one.
+
+    Raises:
+        UserError: it is there, perhaps by a copy that followed the link, or it is ``run``.
+    """
+    link = output_root() / LATEST
+    if run.parent == link.parent and not link.is_symlink() and (link.exists() or run == link):
+        raise UserError(f"{shown(link)} is where the link to the newest run goes: give the folder another name")
+
+
 def point_latest(run: Path) -> None:
-    """Let ``output/latest`` link to ``run``, if that lies in the output folder."""
+    """Let ``output/latest`` link to ``run``, if that lies in the output folder.
+
+    Raises:
+        UserError: see `check_latest`.
+    """
     root = output_root()
     if run.absolute().parent != root:
         return
+    check_latest(run.absolute())
     scratch = root / f".{LATEST}-{os.getpid()}"
     scratch.unlink(missing_ok=True)
     scratch.symlink_to(run.name)
@@ -173,7 +198,7 @@ def runs_newest_first() -> list[Path]:
     found = [p for p in root.iterdir() if p.is_dir() and not p.is_symlink()]
     found.sort(key=lambda p: p.stat().st_mtime, reverse=True)
     latest = root / LATEST
-    if latest.is_dir():
+    if latest.is_dir() and latest.is_symlink():
         target = root / os.readlink(latest)
         found = [target, *(p for p in found if p != target)]
     return found
@@ -264,7 +289,10 @@ def prepare_output_dir(output_dir: str, step: str) -> Path:
 
 def _output_dir(output_dir: str, step: str) -> Path:
     if output_dir:
-        path = make_dir(Path(output_dir).expanduser().absolute())
+        path = named_itself(Path(output_dir))
+        if path.name == step:
+            check_latest(path.parent)
+        make_dir(path)
         if is_finished(path):
             raise UserError(f"--output_dir {output_dir} already holds a finished run; choose another, or remove it")
         if foreign := _foreign(path):
@@ -294,7 +322,7 @@ def _foreign(folder: Path) -> str:
 def _choose_output_dir(step: str) -> Path:
     latest = output_root() / LATEST
     later = any((latest / name).exists() for name in LATER[step])
-    free = latest.is_dir() and not is_finished(latest / step) and not later
+    free = latest.is_dir() and latest.is_symlink() and not is_finished(latest / step) and not later
     run = output_root() / os.readlink(latest) if free else new_run_dir("run")
     path = make_dir(run / step, "the output folder")
     point_latest(run)
