@@ -383,6 +383,13 @@ def test_functions_judge_the_sft_models_answers_once_before_the_end(monkeypatch)
     assert asked[3:] == [{""}, {"xxxx"}]
 
 
+def test_critic_and_average_of_an_earlier_run_with_other_flags_go(tmp_path):
+    for name in ("critic", "ema", "actor"):
+        (tmp_path / name).mkdir()
+    outputs.save_critic_and_ema(SimpleNamespace(critic=None, ema=None), None, tmp_path, (), "5GB")
+    assert [folder.name for folder in tmp_path.iterdir()] == ["actor"]
+
+
 def test_kept_order():
     inside, better, outside, further = (
         Kept(1, 0.1, 1, True),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -223,6 +224,9 @@ def save_critic_and_ema(
 
     The actor's weights are those that the evaluation kept, see `publish_actor`.
     """
+    for name, role in {"critic": roles.critic, "ema": roles.ema}.items():
+        if role is None and is_main():
+            shutil.rmtree(output_dir / name, ignore_errors=True)  # of an earlier run with other flags
     save: dict[str, Any] = {"stop_ids": stop_ids, "max_shard_size": max_shard_size}
     if roles.critic is not None:
         scorer = roles.critic.module

@@ -41,8 +41,10 @@ def test_a_large_model_is_saved_in_several_files(model, tmp_path):
 def test_files_of_an_earlier_model_are_not_loaded_instead(model, tmp_path, first, then):
     earlier = AutoModelForCausalLM.from_pretrained(save_tiny_model(tmp_path / "other", seed=9), dtype=torch.float32)
     save(earlier, tmp_path / "m", first)
+    (tmp_path / "m" / "adapter").mkdir()  # of LoRA, which the next run is without
     save(model, tmp_path / "m", then)
     assert same_weights(model, tmp_path / "m") and not same_weights(earlier, tmp_path / "m")
+    assert not (tmp_path / "m" / "adapter").exists()
 
 
 def test_a_tensor_that_was_not_saved_as_it_is_ends_the_run(model, tmp_path, monkeypatch):

@@ -129,8 +129,6 @@ def save_model(
                     _verify_adapter(scratch / "adapter", model)
         elif is_lora(model):
             say("no adapter folder: not only the adapters train, so an adapter alone would be another model")
-            if is_main():
-                shutil.rmtree(directory / "adapter", ignore_errors=True)  # of an earlier run with other flags
         with long_work():
             if is_main():
                 _write(model, weights, tokenizer, scratch, stop_ids, config_updates or {}, max_shard_size)
@@ -235,10 +233,12 @@ def move_into(scratch: Path, directory: Path) -> None:
 
     A run that is killed meanwhile and resumed puts the whole folder back, and moves it again.
 
-    Weights of an earlier model that was saved in other files go, else they would be loaded instead.
+    Weights of an earlier model that was saved in other files go, else they would be loaded instead; its adapter too.
     """
     directory.mkdir(parents=True, exist_ok=True)
     entries = sorted(scratch.iterdir(), key=lambda p: p.name == "config.json")
+    if not (scratch / "adapter").exists():
+        shutil.rmtree(directory / "adapter", ignore_errors=True)
     for file in directory.glob("model*.safetensors*"):
         if not (scratch / file.name).exists():
             file.unlink()
