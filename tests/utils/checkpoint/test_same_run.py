@@ -10,6 +10,7 @@ from datasets import Dataset, concatenate_datasets
 
 from tests.bad_inputs import STEPS
 from training.step3_rlhf_finetuning.reward_functions import load_text_function
+from training.utils.arguments import DeepSpeedArguments
 from training.utils.checkpoint import same_run
 from training.utils.errors import UserError
 
@@ -53,6 +54,29 @@ def test_other_rows_are_refused_by_the_flag_they_come_from(rows, flags, named):
 def test_the_first_of_several_changes_is_named_where_it_was_made():
     said = refusal(data={"training": "x", "held-out": "y"}, flags={"eval_data_path": ["b"]})
     assert "--eval_data_path" in said
+
+
+def test_a_deepspeed_configuration_is_compared_by_what_it_says(tmp_path):
+    """Its file may be edited; what it says of ZeRO is rounding, what it says of gradients is not."""
+
+    def described(text, name="a.json"):
+        file = tmp_path / name
+        file.write_text(text)
+        return same_run.describe("step1", [DeepSpeedArguments(deepspeed_config=str(file) if text else "")], {}, {}, {})
+
+    before = described('{"gradient_clipping": 0.5}')
+    assert not same_run.inexact_because(before, described('{"gradient_clipping": 0.5}', "b.json"))
+    for text in ('{"gradient_clipping": 0.1}', "", '{"gradient_clipping": 0.5, "fp16": {"loss_scale": 2}}'):
+        with pytest.raises(UserError, match="of --deepspeed_config was .* which changes the result; give it again"):
+            same_run.refuse_other_run(before, described(text), Path("checkpoint"))
+    zero = described('{"gradient_clipping": 0.5, "zero_optimization": {"overlap_comm": true}}')
+    same_run.refuse_other_run(before, zero, Path("checkpoint"))
+    assert "--deepspeed_config" in same_run.inexact_because(before, zero)[0]
+    earlier = before | {"flags": before["flags"] | {"deepspeed_config": "a.json"}}
+    same_run.refuse_other_run(earlier, described(""), Path("checkpoint"))
+    with pytest.raises(UserError, match="rank 1 differs from rank 0 in flags: deepspeed_config"):
+        same_run.refuse_other_ranks([before, zero])
+    same_run.refuse_other_run(described(""), described('{"gradient_clipping": 1.0}'), Path("checkpoint"))
 
 
 def test_what_was_not_there_before_is_another_run():

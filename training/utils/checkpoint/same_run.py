@@ -15,6 +15,7 @@ import torch
 
 import training
 from training.utils.checkpoint.digests import file_digest
+from training.utils.engine.zero_config import MAX_GRAD_NORM, user_config
 from training.utils.errors import UserError
 from training.utils.run.distributed import data_size, say, world_size
 
@@ -30,6 +31,8 @@ ROUNDING = frozenset({
     "attn_implementation", "per_device_eval_batch_size", "tensor_parallel", "sequence_parallel",
     "vllm_tensor_parallel", "per_device_scoring_batch_size",
 })  # fmt: skip
+# Of --deepspeed_config, which is compared by what it says: what changes the result nevertheless, as it is without
+DEEPSPEED_RESULT = {"gradient_clipping": MAX_GRAD_NORM, "fp16": None}
 # Compared by what they lead to: models and data by content, batches by the rows of an optimizer step
 BY_CONTENT = frozenset({
     "model_name_or_path", "actor_model_name_or_path", "critic_model_name_or_path", "tokenizer_name_or_path",
@@ -71,7 +74,7 @@ def describe(
     fields = [(group, field) for group in groups for field in dataclasses.fields(group)]
     return {
         "step": step,
-        "flags": {field.name: getattr(group, field.name) for group, field in fields},
+        "flags": {field.name: _meaning(field.name, getattr(group, field.name)) for group, field in fields},
         "defaults": {field.name: _default(field) for _, field in fields},
         "fingerprints": FINGERPRINTS,
         "models": {flag: model_fingerprint(path) for flag, path in models.items()},
@@ -83,6 +86,10 @@ def describe(
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
+
+
+def _meaning(name: str, value: Any) -> Any:
+    return user_config(value) or "" if name == "deepspeed_config" else value
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
@@ -167,6 +174,13 @@ def refuse_other_run(before: Mapping[str, Any], now: Mapping[str, Any], checkpoi
             raise UserError(
                 f"--{name} was {_shown(old)} when {checkpoint} was written and is {_shown(new)} now, which changes the "
                 f"result; {_as_before(name, old)}, {over}"
+            )
+    old, new = (run["flags"].get("deepspeed_config") or {} for run in (before, now))
+    for name, usual in DEEPSPEED_RESULT.items() if isinstance(old, dict) else ():  # an earlier version kept its name
+        if old.get(name, usual) != new.get(name, usual):
+            raise UserError(
+                f"{name} of --deepspeed_config was {_shown(old.get(name, usual))} when {checkpoint} was written and is "
+                f"{_shown(new.get(name, usual))} now, which changes the result; give it again, {over}"
             )
     if before.get("fingerprints") != now.get("fingerprints"):
         say(f"{checkpoint} was written by another version, which compared models and rows in another way: that they "

@@ -174,16 +174,11 @@ def merge(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def read_user_config(path: str, save_every: int = 0) -> dict[str, Any]:
-    """Read ``--deepspeed_config``.
-
-    Args:
-        path: the flag, a file or JSON.
-        save_every: steps between two checkpoints, 0 for none.
+def user_config(path: str) -> dict[str, Any]:
+    """What ``--deepspeed_config`` says, a file or JSON; empty where it is not given.
 
     Raises:
-        UserError: the file is missing, is not a JSON object, sets what the programs decide themselves, or puts on NVMe
-            what checkpoints hold.
+        UserError: the file is missing or is not a JSON object.
     """
     if not path:
         return {}
@@ -200,6 +195,21 @@ def read_user_config(path: str, save_every: int = 0) -> dict[str, Any]:
         raise UserError(f"--deepspeed_config {path}: {error}") from error
     if not isinstance(config, dict):
         raise UserError(f"--deepspeed_config {path}: a JSON object is needed")
+    return config
+
+
+def read_user_config(path: str, save_every: int = 0) -> dict[str, Any]:
+    """`user_config`, checked.
+
+    Args:
+        path: the flag, a file or JSON.
+        save_every: steps between two checkpoints, 0 for none.
+
+    Raises:
+        UserError: as `user_config`, or it sets what the programs decide themselves, or puts on NVMe what checkpoints
+            hold.
+    """
+    config = user_config(path)
     for key, instead in _OWNED.items():
         if key in config:
             raise UserError(f"--deepspeed_config {path}: {key} is not for the file: {instead}")
