@@ -800,13 +800,21 @@ def test_what_does_not_end_is_killed(tmp_path: Path) -> None:
 
 def test_line_log(tmp_path: Path) -> None:
     path = tmp_path / "log"
-    with path.open("wb") as file:
+    with path.open("wb", buffering=0) as file:
         log = LineLog(file)
         for piece in (b"one\r\n\x1b[31mtw", b"o\x1b[0m\n", b"\r10%", b"\r20", b"%\r", b"\r30%"):
             log.feed(piece)
         log.close()
     assert path.read_text() == "one\ntwo\n30%\n"
     assert last_lines(path, 2) == ["two", "30%"]
+
+
+def test_a_full_disk_costs_the_log_and_not_the_step(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    ended = run_logged([sys.executable, "-c", "print('one'); print('two'); raise SystemExit(3)"], Path("/dev/full"))
+    assert ended.code == 3
+    out, err = capfdbinary.readouterr()
+    assert out == b"one\ntwo\n"
+    assert err == b"warning: the log can not be written: No space left on device\n"
 
 
 def test_table_tolerates_missing_numbers(tmp_path: Path) -> None:

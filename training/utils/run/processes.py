@@ -16,9 +16,11 @@ import termios
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
 from types import FrameType
-from typing import BinaryIO
+
+from training.utils.errors import print_last
 
 GRACE = 15.0  # seconds that a process has to end after it was asked twice, or after its parent has ended
 STARTED_BY = "TRIPOD_STARTED_BY"  # tells a child the process that it may not outlive
@@ -43,11 +45,15 @@ class Ended:
 
 
 class LineLog:
-    """Writes a stream to a file as lines: of a progress bar its last state, of colours nothing."""
+    """Writes a stream to an unbuffered file as lines: of a progress bar its last state, of colours nothing.
 
-    def __init__(self, file: BinaryIO) -> None:
+    What can not be written is left out, which is said once: a full disk costs the log, not the program.
+    """
+
+    def __init__(self, file: RawIOBase) -> None:
         self._file = file
         self._rest = b""
+        self._told = False
 
     def feed(self, data: bytes) -> None:
         """Take the next bytes; complete lines are in the file when this returns."""
@@ -56,16 +62,19 @@ class LineLog:
             self._write(line)
         # what a carriage return will overwrite is dropped at once: a bar that runs for days stays one line
         self._rest = rest[rest[:-1].rfind(b"\r") + 1 :]
-        self._file.flush()
 
     def close(self) -> None:
         """Write a last line that has no end."""
         if self._rest.strip():
             self._write(self._rest)
-        self._file.flush()
 
     def _write(self, line: bytes) -> None:
-        self._file.write(_ESCAPES.sub(b"", line.rstrip(b"\r").rpartition(b"\r")[2]).rstrip() + b"\n")
+        try:
+            self._file.write(_ESCAPES.sub(b"", line.rstrip(b"\r").rpartition(b"\r")[2]).rstrip() + b"\n")
+        except OSError as error:
+            if not self._told:
+                print_last(f"warning: the log can not be written: {error.strerror}")
+            self._told = True
 
 
 def run_logged(command: Sequence[str], log: Path, *, grace: float = GRACE) -> Ended:
@@ -79,9 +88,9 @@ def run_logged(command: Sequence[str], log: Path, *, grace: float = GRACE) -> En
     Raises:
         OSError: the command can not be started.
     """
-    with log.open("ab") as file, _output_of_child() as (child_end, own_end):
-        file.write(b"$ " + " ".join(command).encode() + b"\n")
-        file.flush()
+    with log.open("ab", buffering=0) as file, _output_of_child() as (child_end, own_end):
+        lines = LineLog(file)
+        lines.feed(b"$ " + " ".join(command).encode() + b"\n")
         received: list[int] = []
         process = subprocess.Popen(
             command,
@@ -93,7 +102,6 @@ def run_logged(command: Sequence[str], log: Path, *, grace: float = GRACE) -> En
         )
         os.close(child_end)
         with _passing_signals_on(process.pid, received):
-            lines = LineLog(file)
             _copy_output(process, own_end, lines, received, grace)
             lines.close()
             code = process.wait()
