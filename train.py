@@ -75,6 +75,7 @@ from training.utils.run.manifest import MANIFEST, describe_environment, hash_inp
 from training.utils.run.processes import Ended, last_lines, run_logged, unused_port
 from training.utils.run.recipes import GIVEN, flags_of, located, read_recipe
 from training.utils.run.runtime import has_accelerator, prepare_runtime
+from training.utils.run.watchdog import outlive_readers
 
 ROOT = repository_root()
 ACTOR = "--actor_model_name_or_path"
@@ -551,9 +552,15 @@ def _joined(argv: Sequence[str]) -> list[str]:
     return tokens
 
 
-if __name__ == "__main__":
+def run_pipeline() -> int:
+    """Run `main` as the whole life of this process; returns its exit code."""
     prepare_runtime()
+    outlive_readers()
     try:
-        sys.exit(run_program(main))
+        return run_program(main)
     except KeyboardInterrupt:  # between two steps; during one, run_logged passes the signal on
-        sys.exit(130)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(run_pipeline())

@@ -809,6 +809,27 @@ def test_line_log(tmp_path: Path) -> None:
     assert last_lines(path, 2) == ["two", "30%"]
 
 
+def test_a_run_goes_on_when_nobody_reads_its_output(bench: Bench) -> None:
+    """Such as behind `| head`; what it has to say of a step that fails stands on the other stream."""
+    program = f"""
+import sys, train
+train.STEPS, train.deepspeed_launcher = {bench.scripts!r}, lambda: {bench.launcher!r}
+sys.exit(train.run_pipeline())
+"""
+    flags = ["--recipe", str(bench.recipe), "--step3_args", "--data_output_path fail:5"]
+    command = [sys.executable, "-c", program, *flags]
+    there = os.environ | {"PYTHONPATH": folders.python_path()}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=there) as process:
+        assert process.stdout is not None and process.stderr is not None
+        while not process.stdout.readline().startswith("== step 1"):
+            continue
+        process.stdout.close()
+        said = process.stderr.read()
+    assert process.returncode == 5, said
+    assert "Traceback" not in said and "step 3 failed with exit code 5" in said
+    assert folders.is_finished(bench.output / "tiny" / "step2") and (bench.output / "tiny" / "report.html").is_file()
+
+
 def test_a_full_disk_costs_the_log_and_not_the_step(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     ended = run_logged([sys.executable, "-c", "print('one'); print('two'); raise SystemExit(3)"], Path("/dev/full"))
     assert ended.code == 3

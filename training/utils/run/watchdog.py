@@ -140,7 +140,7 @@ def run_training(main: Callable[[Sequence[str]], int]) -> int:
         # a background job's SIGINT is ignored, so that Ctrl-C on what is in front does not end it: that stays so
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _on_signal)
-    sys.stdout, sys.stderr = _OutlivesReader(sys.stdout), _OutlivesReader(sys.stderr)
+    outlive_readers()
     _state.supervised = True
     threading.Thread(target=_watch_for_ever, name="supervision", daemon=True).start()
     try:
@@ -167,6 +167,11 @@ def run_training(main: Callable[[Sequence[str]], int]) -> int:
     return code
 
 
+def outlive_readers() -> None:
+    """Let this process go on when nobody reads its output any more, such as behind ``| head``."""
+    sys.stdout, sys.stderr = _OutlivesReader(sys.stdout), _OutlivesReader(sys.stderr)
+
+
 class _OutlivesReader:
     """A text stream that goes on in a file of the output folder when nobody reads it any more.
 
@@ -182,7 +187,7 @@ class _OutlivesReader:
         try:
             return self._stream.write(text)
         except OSError:
-            _write_to_file_instead()
+            _write_to_file_instead(self._stream)
             return self._stream.write(text)
 
     def flush(self) -> None:
@@ -190,18 +195,18 @@ class _OutlivesReader:
         try:
             self._stream.flush()
         except OSError:
-            _write_to_file_instead()
+            _write_to_file_instead(self._stream)
             self._stream.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
 
-def _write_to_file_instead() -> None:
-    """Let standard output and error be `ORPHAN_LOG`, or nothing where no folder is known yet."""
+def _write_to_file_instead(stream: TextIO) -> None:
+    """Let standard output and error be `ORPHAN_LOG`; where no folder is known, let the one that broke be nothing."""
     path = os.devnull if _state.folder is None else _state.folder / ORPHAN_LOG
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    for descriptor in (1, 2):
+    for descriptor in (stream.fileno(),) if _state.folder is None else (1, 2):
         os.dup2(file, descriptor)
     os.close(file)
 
