@@ -266,6 +266,11 @@ def test_a_failed_runs_report_begins_with_the_failure(tmp_path):
     text = Reader(page[page.rindex("<", 0, start) : cards].rsplit("<", 1)[0]).text
     assert text.startswith("Step 2 failed (exit code 1)") and "RuntimeError: <out> of memory" in text
     assert f"train.py --recipe demo --output_dir {tmp_path / 'demo'}" in text
+    manifest = json.loads((tmp_path / "demo" / "manifest.json").read_text())
+    manifest["started_as"].append(["train.py", "--recipe", "demo", "--resume", "never", "--output_dir", "old/place"])
+    save(tmp_path / "demo" / "manifest.json", manifest)
+    again = Reader(page_of(tmp_path / "demo")).text
+    assert f".venv/bin/python train.py --recipe demo --output_dir {tmp_path / 'demo'}" in again
     assert page.count("Last lines of step2.log") == 1
     assert 'id="failure"' not in page_of(make_run(tmp_path / "well"))
 

@@ -12,6 +12,7 @@ from training.report.charts import figure
 from training.report.run import RunRecord, StepRecord, number
 from training.report.text import TITLES, duration, e, heading, plural
 from training.utils.intervals import FEW_ROWS
+from training.utils.run.folders import continued
 
 PURPOSE = {
     "step1": "learns to answer from examples",
@@ -40,14 +41,12 @@ def failure(run: RunRecord) -> str:
 
 
 def _command(run: RunRecord) -> str:
-    """The last command of train.py, into this run's folder; empty if it is not known."""
+    """The last command of train.py, to go on in this run's folder; empty if it is not known."""
     started = run.manifest.get("started_as")
     last = started[-1] if isinstance(started, list) and started else None
     if not isinstance(last, list) or not last:
         return ""
-    words = [str(word) for word in last]
-    there = any(word.split("=")[0] == "--output_dir" for word in words)
-    return shlex.join([".venv/bin/python", *words, *([] if there else ["--output_dir", str(run.path)])])
+    return shlex.join([".venv/bin/python", *continued([str(word) for word in last], run.path)])
 
 
 def cards(run: RunRecord) -> str:
