@@ -171,11 +171,13 @@ def test_a_disk_that_fills_while_models_and_metrics_are_written(launcher, inputs
     """Without checkpoints: the model that is written at the end, or the first lines of the metrics, do not fit."""
     small = mounted(tmp_path / "small", "-o", f"size={kilobytes}k")
     try:
-        run = launcher.start(step, step_arguments(step, inputs, small / "out", "--save_every", "0"), tmp_path / "log")
+        more = ("--save_every", "0", "--resume", "never")
+        run = launcher.start(step, step_arguments(step, inputs, small / "out", *more), tmp_path / "log")
         assert run.wait() == 2, run.text()[-2000:]
         assert "Traceback" not in run.text()
         line = next(line for line in run.text().splitlines() if line.startswith("error: "))
-        assert "No space left on device" in line and "make room" in line
+        assert "No space left on device; make room, and go on from the last checkpoint: " in line
+        assert line.endswith(f"--output_dir {small / 'out'}") and "--resume" not in line
         assert not (small / "out" / "summary.json").exists()
     finally:
         subprocess.run(["umount", str(small)], check=True)

@@ -26,6 +26,7 @@ from types import FrameType
 from typing import Any, TextIO
 
 from training.utils.errors import RunStopped, UserError, disk_failure, leave_process_group, print_last, run_program
+from training.utils.run.folders import same_command
 from training.utils.run.processes import STARTED_BY
 
 _end = os._exit  # the system's own: inside reward_functions.no_exit another stands in its place
@@ -226,7 +227,8 @@ def _noting_errors(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[s
             if not (reason := disk_failure(error)):
                 raise
             _state.ending = True
-            full = UserError(f"{where()}: {reason}; make room, and the same command goes on from the last checkpoint")
+            again = f", and go on from the last checkpoint: {same_command(_state.folder)}" if _state.folder else ""
+            full = UserError(f"{where()}: {reason}; make room{again}")
             _leave_note("user error", str(full))
             raise full from error
 
