@@ -134,6 +134,9 @@ class Run:
         Args:
             engines: name -> engine of every role that trains.
             averages: name -> moving average, under names of their own.
+
+        Raises:
+            UserError: the checkpoint is gone, or of another model.
         """
         self._engines, self._averages = dict(engines), dict(averages or {})
         if self._checkpoint is None:
@@ -144,6 +147,8 @@ class Run:
                     say(f"starting over: {removed} checkpoints of an earlier run were removed")
             barrier()
             return
+        if not self._checkpoint.is_dir():  # while the model was loaded
+            raise UserError(f"{shown(self._checkpoint)} is gone: is another run at work there? Stop that one first")
         for name, engine in engines.items():
             load_engine(
                 engine, sorted(self._checkpoint.glob(f"{name}-rank*.safetensors")), self._state["engines"][name]
