@@ -275,6 +275,15 @@ def test_a_failed_runs_report_begins_with_the_failure(tmp_path):
     assert 'id="failure"' not in page_of(make_run(tmp_path / "well"))
 
 
+def test_the_latest_runs_report_names_the_run_itself(tmp_path, monkeypatch):
+    """The link may lead to another one when the command is used."""
+    monkeypatch.setenv("TRIPOD_OUTPUT", str(tmp_path))
+    failed(tmp_path)
+    (tmp_path / "latest").symlink_to("demo")
+    text = Reader(page_of(tmp_path / "latest")).text
+    assert f"--output_dir {tmp_path / 'demo'}" in text and str(tmp_path / "latest") not in text
+
+
 def test_a_killed_run_leaves_half_a_line(tmp_path):
     run = make_run(tmp_path / "demo", ("step1",))
     (run / "step1" / "summary.json").unlink()

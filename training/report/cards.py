@@ -12,7 +12,7 @@ from training.report.charts import figure
 from training.report.run import RunRecord, StepRecord, number
 from training.report.text import TITLES, duration, e, heading, plural
 from training.utils.intervals import FEW_ROWS
-from training.utils.run.folders import continued
+from training.utils.run.folders import continued, named_itself
 
 PURPOSE = {
     "step1": "learns to answer from examples",
@@ -46,7 +46,7 @@ def _command(run: RunRecord) -> str:
     last = started[-1] if isinstance(started, list) and started else None
     if not isinstance(last, list) or not last:
         return ""
-    return shlex.join([".venv/bin/python", *continued([str(word) for word in last], run.path)])
+    return shlex.join([".venv/bin/python", *continued([str(word) for word in last], named_itself(run.path))])
 
 
 def cards(run: RunRecord) -> str:
