@@ -37,6 +37,14 @@ def test_a_large_model_is_saved_in_several_files(model, tmp_path):
     assert same_weights(model, tmp_path / "m")
 
 
+def test_weights_may_be_read_by_whom_the_user_allows(tiny_model, model, tmp_path):
+    adapted = with_adapters(model, LoraArguments(lora_dim=2, only_optimize_lora=True))
+    save(adapted, tmp_path / "m")
+    files = [path for path in (tmp_path / "m").rglob("*") if path.is_file()]
+    assert {path.name for path in files} >= {"model.safetensors", "adapter_model.safetensors"}
+    assert len({path.stat().st_mode for path in files}) == 1
+
+
 @pytest.mark.parametrize(("first", "then"), [("5GB", "100KB"), ("100KB", "5GB")])
 def test_files_of_an_earlier_model_are_not_loaded_instead(model, tmp_path, first, then):
     earlier = AutoModelForCausalLM.from_pretrained(save_tiny_model(tmp_path / "other", seed=9), dtype=torch.float32)

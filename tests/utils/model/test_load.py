@@ -310,3 +310,4 @@ def test_a_converted_gguf_file_may_be_read_by_whom_the_user_allows(tiny_model, t
     folder = loading._convert_gguf(tmp_path / "a.gguf")
     assert folder.stat().st_mode == (tmp_path / "any").stat().st_mode and (folder / "config.json").is_file()
     assert {path.name for path in folder.parent.iterdir()} == {folder.name, f"{folder.name}.lock"}
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1, "the weights too"

@@ -23,7 +23,7 @@ from training.utils.engine import four_bit
 from training.utils.engine.engine import gathered
 from training.utils.engine.tensor_parallel import whole
 from training.utils.model.forward import TokenScorer, module_of
-from training.utils.model.loading import remote_code
+from training.utils.model.loading import remote_code, write_model
 from training.utils.model.lora import (
     adapted_parameter,
     adapter_parameters,
@@ -125,7 +125,7 @@ def save_model(
                 say("the folder adapter belongs on the base in 4 bits that it has learned on: nf4, double quantisation")
             with gathered(adapters):
                 if is_main():
-                    model.save_pretrained(scratch / "adapter")
+                    write_model(model, scratch / "adapter")
                     _verify_adapter(scratch / "adapter", model)
         elif is_lora(model):
             say("no adapter folder: not only the adapters train, so an adapter alone would be another model")
@@ -176,9 +176,8 @@ def _write(
         plain = type(base)(config).to(config.dtype)  # save_pretrained writes the model's dtype into the config
     if getattr(plain, "generation_config", None) is not None:
         plain.generation_config = _generation_config(base.generation_config, stop_ids, tokenizer.pad_token_id)
-    plain.save_pretrained(  # it empties the dictionary it is given
-        scratch, state_dict=dict(weights), max_shard_size=max_shard_size
-    )
+    # it empties the dictionary it is given
+    write_model(plain, scratch, state_dict=dict(weights), max_shard_size=max_shard_size)
     tokenizer.save_pretrained(scratch)
 
 

@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from importlib import util
 from pathlib import Path
@@ -56,6 +57,17 @@ def remote_code() -> dict[str, bool]:
     Without the argument transformers asks at the terminal, which a rank does not have.
     """
     return {"trust_remote_code": os.environ.get(REMOTE_CODE) == "1"}
+
+
+def write_model(model: Any, folder: Path, **options: Any) -> None:
+    """``save_pretrained``, with weights that are as readable as its other files.
+
+    safetensors (0.8) leaves them to their owner alone, whatever the umask says.
+    """
+    model.save_pretrained(folder, **options)
+    mode = stat.S_IMODE(next(folder.glob("*config.json")).stat().st_mode)
+    for file in folder.glob("*.safetensors"):
+        file.chmod(mode)
 
 
 def load_config(path: str, named: str = "") -> Any:
@@ -144,8 +156,8 @@ def _embedded_gguf() -> Path:
 
 def _convert_gguf(path: Path) -> Path:
     """Convert a GGUF file to a Hugging Face folder in bf16, once; the folder's name carries the file's identity."""
-    stat = path.stat()
-    identity = f"{path.name}-{stat.st_size}-{stat.st_mtime_ns}-{transformers.__version__}"
+    status = path.stat()
+    identity = f"{path.name}-{status.st_size}-{status.st_mtime_ns}-{transformers.__version__}"
     target = cache_dir() / "models" / f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
     if (target / "config.json").is_file():
         return target
@@ -170,7 +182,7 @@ def _write_converted(path: Path, folder: Path) -> None:
     settings |= {"dtype": torch.bfloat16}
     model = type(loaded)(type(loaded.config)(**settings))
     model.load_state_dict(loaded.state_dict())
-    model.to(torch.bfloat16).save_pretrained(folder)
+    write_model(model.to(torch.bfloat16), folder)
     tokenizer.save_pretrained(folder)
 
 
