@@ -76,6 +76,15 @@ def test_a_small_file_that_is_no_object_is_named(name, text, tmp_path):
         check_model_path(folder, FLAG, weights=False)
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "vocab.txt", "chat_template.jinja"])
+def test_a_byte_order_mark_is_refused_by_its_file(name, tmp_path):
+    folder = folder_with(tmp_path, "model.safetensors", "tokenizer.json", "vocab.txt", "chat_template.jinja")
+    check_model_path(folder, FLAG)
+    (tmp_path / name).write_text("{}", encoding="utf-8-sig")
+    with pytest.raises(UserError, match=f"^{FLAG} .*: {name} begins with a byte order mark.*without BOM$"):
+        check_model_path(folder, FLAG)
+
+
 CLOSED = [("model_name_or_path", ""), ("model_name_or_path", "/m"), ("data_path", ""), ("data_path", "/d/a.jsonl")]
 
 

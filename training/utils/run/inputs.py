@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import importlib.util
 import zipfile
@@ -23,6 +24,9 @@ FILES = ("deepspeed_config",)
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 SMALL_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json",
                "added_tokens.json", "adapter_config.json")  # fmt: skip
+# The others that transformers reads as text, a byte order mark included: it is part of every prompt, or no JSON
+TEXT_FILES = (*SMALL_FILES, "chat_template.jinja", "chat_template.json", "tokenizer.json", "vocab.json", "vocab.txt",
+              "merges.txt")  # fmt: skip
 GGUF = b"GGUF"  # what such a file begins with
 NO_BITSANDBYTES = "--base_bits 4 needs bitsandbytes: pip install -r requirements-optional.txt -c constraints.txt"
 
@@ -94,12 +98,23 @@ def _check_model_path(name_or_path: str, flag: str, weights: bool) -> None:
                 f"{flag} {name_or_path}: a reward model as DeepSpeed-Chat or OpenAssistant save it; convert it once: "
                 f"python -m training.migrate.reward_model --path {name_or_path} --data_path PAIRS --output_dir FOLDER"
             )
+        if marked := next((path / name for name in TEXT_FILES if _has_mark(path / name)), None):
+            raise UserError(f"{flag} {name_or_path}: {marked.name} begins with a byte order mark, with which no "
+                            "program reads it as it is meant; save it as UTF-8 without BOM")  # fmt: skip
         for name in SMALL_FILES:
             read_object(path / name)
         if weights and (missing := _missing_weights(path)):
             raise UserError(f"{flag} {name_or_path}: {missing}")
     elif name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1 or path.exists() or not name_or_path:
         raise UserError(f"{flag} {name_or_path or '(empty)'}: no such folder")
+
+
+def _has_mark(file: Path) -> bool:
+    """Whether a file is there and begins with UTF-8's byte order mark, which editors on Windows may write."""
+    if not file.is_file():
+        return False
+    with file.open("rb") as opened:
+        return opened.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
 
 
 def _missing_weights(folder: Path) -> str:
