@@ -316,6 +316,7 @@ BAD = {
     "must be numbers": {"question": "q", "answer_0": "a", "answer_1": "b", "score_0": "x", "score_1": 1},
     "labels is 'A'": {"history": "q", "human_ref_A": "a", "human_ref_B": "b", "labels": "A"},
     "neither a prompt nor": {"chosen": "yes", "rejected": "no"},
+    "the prompt is empty, or its column has another name": {"prompt": None, "chosen": "yes", "rejected": "no"},
     "column 'text' stands beside 'role'": {"message_id": "1", "parent_id": None, "text": "Hi", "role": "prompter"},
     "column 'text' stands beside 'question'.* --column_map text=text": {"Text": "A passage.", "question": "Who?"},
     "rejected must end with an assistant turn": {

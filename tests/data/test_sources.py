@@ -154,6 +154,15 @@ def test_a_key_twice_is_a_bad_row_of_a_list_too(tmp_path, monkeypatch):
     assert isinstance(bad.values, RowError) and "b stands twice in one object" in str(bad.values)
 
 
+def test_a_spreadsheets_empty_rows_and_columns_are_none(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text(",,,\nprompt,response,,\na,b,,\n,,,\n , ,,\n\nc,d,,e\n")
+    rows = list(read_file(path))
+    assert [(row.values["prompt"], row.values["response"], row.place) for row in rows] == [
+        ("a", "b", f"{path}:3"), ("c", "d", f"{path}:7")
+    ]  # fmt: skip
+
+
 def test_csv_row_with_too_few_cells(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("prompt,response\na,b\nc\n")

@@ -122,8 +122,8 @@ def _transcript_pair(row: Row) -> list[Example]:
     else:
         chosen, rejected = parse_transcript(text_of(row, "chosen")), parse_transcript(text_of(row, "rejected"))
     if not chosen or not rejected:
-        raise RowError(r"chosen and rejected have neither a prompt nor '\n\nHuman:' and '\n\nAssistant:' turns; name "
-                       "the prompt's column: --column_map prompt=COLUMN")  # fmt: skip
+        raise RowError(r"chosen and rejected have neither a prompt nor '\n\nHuman:' and '\n\nAssistant:' turns; the "
+                       "prompt is empty, or its column has another name: --column_map prompt=COLUMN")  # fmt: skip
     if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
         raise Dropped("transcript that does not end with the assistant")
     if chosen[:-1] != rejected[:-1]:

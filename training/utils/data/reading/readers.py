@@ -298,9 +298,10 @@ def _read_csv(file: IO[bytes], path: Path) -> Iterator[RawRow]:
             return
         except csv.Error as error:
             raise UserError(f"{path}:{start}: broken CSV: {error}; is a quote missing?") from None
-        empty = 0 if cells else empty + 1
+        blank = not any(map(str.strip, cells))  # spreadsheets write commas alone for rows that were emptied
+        empty = empty + 1 if blank else 0
         _check_not_empty(empty, path, start)
-        if not cells:
+        if blank:
             continue
         if not columns:
             columns = _header(cells, delimiter, path)
@@ -326,6 +327,6 @@ def _header(cells: list[str], delimiter: str, path: Path) -> list[str]:
                     + ("name the file .tsv" if other == "\t" else f"save it with {wanted}")
                 )
     names = [cell.strip() for cell in cells]
-    if len(set(names)) != len(names):
-        raise UserError(f"{path}:1: a column name stands twice in the header: {', '.join(names)}")
+    if twice := next((name for name in names if name and names.count(name) > 1), None):
+        raise UserError(f"{path}:1: the column name {twice} stands twice in the header: {', '.join(names)}")
     return names
