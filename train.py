@@ -38,7 +38,7 @@ if __name__ == "__main__":
 
 from training.migrate.e2e import rewritten
 from training.pipeline import estimate
-from training.pipeline.own_data import START, check_pairs, check_paths, check_sources, without_demo
+from training.pipeline.own_data import START, check_paths, check_rows, check_sources, without_demo
 from training.pipeline.rounds import RoundArguments, Rounds, check_flags, check_run
 from training.pipeline.shared_flags import SharedArguments, given_flags, parse_step, refuse_flags_of_some_steps
 from training.pipeline.showcase import answers_text, summary_table
@@ -191,7 +191,7 @@ def check_steps(steps: Sequence[Step], run: Path, recorded: Mapping[str, Any], *
         weights: whether models need them; a plan does without.
 
     Raises:
-        UserError: a path is not there, a step would train on the demo unasked, or there are no pairs for step 2.
+        UserError: a path is not there, a step would train on the demo unasked, or a later step would find no rows.
     """
     done = {name: entry["arguments"] for name, entry in recorded.items() if is_finished(run / name)}
     with_own = {name: argv for name, argv in done.items() if is_own(named_sources(argv))}
@@ -201,8 +201,7 @@ def check_steps(steps: Sequence[Step], run: Path, recorded: Mapping[str, Any], *
         if not is_finished(step.directory):
             parse_step(step.name, step.argv)
             check_paths(step.argv, made, weights=weights)
-            if step.name in ("step2", "dpo"):
-                check_pairs(step.name, step.argv)
+            check_rows(step.name, step.argv)
 
 
 def check_data_named(steps: Sequence[Step], run: Path, models: Mapping[str, str]) -> None:

@@ -641,6 +641,12 @@ REFUSED = [
     (["--data_path", "plain.csv"], "plain.csv: step 2 learns from preference pairs, and none of 2 rows"),
     (["--data_path", "same.csv"], "same.csv: step 2 learns from preference pairs, and none of 1 rows"),
     (["--data_path", "one.csv"], "one.csv: step 2 needs preference pairs of two prompts.*--eval_data_path"),
+    (["--data_path", "mine.jsonl", "--eval_data_path", "plain.csv"],
+     "^--eval_data_path plain.csv: step 2 is judged by preference pairs, and none of 2 rows"),
+    (["--data_path", "mine.jsonl", "--step3_args", "--data_path text.txt"],
+     "^--data_path text.txt: step 3 learns from prompts, and none of 1 rows has one; "),
+    (["--data_path", "mine.jsonl", "--step3_args", "--data_path one.csv"],
+     "^--data_path one.csv: step 3 needs rows of two prompts"),
     (["--data_path", "odd.csv"], r"odd.csv:2: no known format has the columns a, b"),
     (["--data_path", "none.csv"], "--data_path none.csv: no such file"),
     (["--data_path", "mine.jsonl", "--model_name_or_path", "./none"], "./none: no such folder"),
@@ -660,6 +666,7 @@ def test_own_data_are_refused_before_anything_is_made(bench: Bench, argv: list[s
     (bench.folder / "plain.csv").write_text("prompt,response\nHello,Hi\nBye,See you\n")
     (bench.folder / "odd.csv").write_text("a,b\n1,2\n")
     (bench.folder / "one.csv").write_text("prompt,chosen,rejected\nHello,Hi,No\nHello,Hi,Yes\n")
+    (bench.folder / "text.txt").write_text("One text.\n")
     (bench.folder / "same.csv").write_text("prompt,chosen,rejected\nHello,Hi,Hi\n")
     with pytest.raises(UserError, match=message):
         own_run(bench, *argv)

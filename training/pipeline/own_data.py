@@ -15,7 +15,14 @@ from training.utils.run.folders import is_finished, title
 from training.utils.run.inputs import MODELS, check_flag
 
 START = "start"  # the recipe of own data; the demo's has the name of its source
-MOST_ROWS = 10_000  # of a source, in which a pair is looked for
+MOST_ROWS = 10_000  # of a source, in which a pair or a prompt is looked for
+_PAIRS = (
+    "preference pairs",
+    "preference pairs, and none of {} rows is one (two answers that differ); give rows with columns prompt, chosen and "
+    "rejected",
+)
+_PROMPTS = ("rows", "prompts, and none of {} rows has one; give rows with a column prompt")
+_TAKEN = {"step2": _PAIRS, "dpo": _PAIRS, "step3": _PROMPTS}  # what a step takes, and what is said where there is none
 
 
 def without_demo(section: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -69,8 +76,10 @@ def check_paths(argv: Sequence[str], made: Sequence[str], *, weights: bool = Tru
             hub.check_model(value, f"--{name}")
 
 
-def check_pairs(step: str, argv: Sequence[str]) -> None:
-    """Refuse sources for step 2 or DPO without pairs of two prompts, to train on and to judge by, but for the hub's.
+def check_rows(step: str, argv: Sequence[str]) -> None:
+    """Refuse sources without rows for step 2, DPO or step 3, to train on and to judge by, but for the hub's.
+
+    Step 1, which comes first, says so itself.
 
     Args:
         step: its name.
@@ -79,45 +88,59 @@ def check_pairs(step: str, argv: Sequence[str]) -> None:
     Raises:
         UserError: names the sources, and what to do.
     """
+    flags = flags_in(argv)
+    for flag in ("data_path", "eval_data_path") if step in _TAKEN else ():
+        paths = flags.get(flag, [])
+        if not is_own(paths):
+            continue
+        enough = 1 if flag == "eval_data_path" or flags.get("eval_data_path") else 2
+        found = _usable(step, f"--{flag}", paths, flags.get("column_map", []), enough)
+        if found is None:
+            continue
+        prompts, count = found
+        named, (rows, none) = f"--{flag} {' '.join(paths)}", _TAKEN[step]
+        if prompts:
+            raise UserError(
+                f"{named}: {title(step)} needs {rows} of two prompts, one to train on and one to judge by, and "
+                f"of {count} rows only one prompt has any; give more data, or --eval_data_path"
+            )
+        uses = "learns from" if flag == "data_path" else "is judged by"
+        raise UserError(f"{named}: {title(step)} {uses} {none.format(count)}, or train step 1 alone: --step 1")
+
+
+def _usable(step: str, flag: str, paths: Sequence[str], columns: Sequence[str], enough: int) -> tuple[int, int] | None:
+    """Of how many prompts there are rows for a step, and how many rows were read; None where there are enough.
+
+    Raises:
+        UserError: no format has the columns of the first row.
+    """
     from training.utils.data.formats.columns import UnknownFormat, convert, parse_column_map
     from training.utils.data.formats.conversations import Dropped
     from training.utils.data.reading.sources import local_source
     from training.utils.data.template import RowError  # jinja2 and the formats take a moment
 
-    flags = flags_in(argv)
-    paths = flags.get("data_path", [])
-    if not is_own(paths):
-        return
-    column_map = parse_column_map(flags.get("column_map", []))
-    prompts: list[object] = []  # with a pair
-    enough = 1 if flags.get("eval_data_path") else 2
+    column_map = parse_column_map(columns)
+    prompts: list[object] = []
     count = 0
     for path in paths:
-        source = local_source(path, "pairs")
+        source = local_source(path, "prompts" if step == "step3" else "pairs", flag)
         if source is None:
-            return
-        for row in itertools.islice(source.rows(), MOST_ROWS):
+            return None
+        held_out = flag == "--eval_data_path" and source.has_held_out
+        for row in itertools.islice(source.rows(held_out), MOST_ROWS):
             count += 1
             try:
                 examples = [] if isinstance(row.values, RowError) else convert(row.values, source.name, column_map)[1]
             except UnknownFormat as error:
-                if count == 1:  # most likely all rows: this says more than that there are no pairs
+                if count == 1:  # most likely all rows: this says more than that there are none
                     raise UserError(f"{row.place}: {error}") from None
                 continue
             except (RowError, Dropped):
                 continue
             for example in examples:
-                if example.chosen and example.chosen != example.rejected and example.prompt not in prompts:
+                fits = example.prompt if step == "step3" else example.chosen and example.chosen != example.rejected
+                if fits and example.prompt not in prompts:
                     prompts.append(example.prompt)
             if len(prompts) >= (1 if source.has_held_out else enough):
-                return
-    named = f"--data_path {' '.join(paths)}"
-    if prompts:
-        raise UserError(
-            f"{named}: {title(step)} needs preference pairs of two prompts, one to train on and one to judge by, and "
-            f"of {count} rows only one prompt has any; give more data, or --eval_data_path"
-        )
-    raise UserError(
-        f"{named}: {title(step)} learns from preference pairs, and none of {count} rows is one (two answers that "
-        "differ); give rows with columns prompt, chosen and rejected, or train step 1 alone: --step 1"
-    )
+                return None
+    return len(prompts), count
