@@ -62,10 +62,9 @@ def resolved_models(models: Mapping[str, str], decoding: DecodingArguments) -> d
     Raises:
         UserError: no model there, one that writes no answers, or too few positions.
     """
-    paths = {name: loading.resolve_model(path, "--model") for name, path in models.items()}
+    paths = {name: loading.resolve_policy(path, "--model") for name, path in models.items()}
     length = decoding.max_prompt_seq_len + decoding.max_answer_seq_len
     for path in paths.values():
-        loading.check_writes(path, "--model")
         check_length(path, length, "--max_prompt_seq_len + --max_answer_seq_len")
     return paths
 

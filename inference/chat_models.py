@@ -27,7 +27,7 @@ from training.utils.data import stop_token_ids
 from training.utils.engine.precision import for_device
 from training.utils.engine.zero_config import DTYPES
 from training.utils.errors import UserError
-from training.utils.model.loading import check_sizes, remote_code, resolve_model
+from training.utils.model.loading import check_sizes, remote_code, resolve_policy
 from training.utils.model.tokenizer import load_tokenizer
 
 # What a damaged or foreign folder makes transformers, PEFT and safetensors raise while they load.
@@ -142,9 +142,9 @@ def _resolve(path: str) -> tuple[str, str | None]:
     """Path -> (folder or hub name of the weights, folder of the adapter or None)."""
     base = adapter_base(path, "--path")
     if not base:
-        return resolve_model(path, "--path"), None
+        return resolve_policy(path, "--path"), None
     try:
-        return resolve_model(base, "--path"), str(Path(path).expanduser().resolve())
+        return resolve_policy(base, "--path"), str(Path(path).expanduser().resolve())
     except UserError as error:
         raise UserError(f"--path {path}: its base model can not be found: {error}") from error
 

@@ -123,9 +123,10 @@ def load(paths: dict[str, str], reward_path: str, models: Any) -> tuple[list[Cha
     from chat_reward import load_reward_model
 
     if reward_path:
+        from training.utils.model.classifiers import check_reward_head
         from training.utils.model.loading import resolve_model
 
-        resolve_model(reward_path, "--reward_model")  # a wrong one is said before minutes of loading
+        check_reward_head(resolve_model(reward_path, "--reward_model"))  # said before minutes of loading
     loaded = load_chat_models(paths, models, _say)
     return loaded, load_reward_model(reward_path, _say) if reward_path else None
 

@@ -171,6 +171,18 @@ CASES = [
         lambda w: ["--model_name_or_path", str(w.reward), "--output_dir", str(w.tmp / "out"), "--data_path", "demo:8"],
         ["--model_name_or_path", "a reward model that writes no answers"],
     ),
+    Case(
+        "a reward model where step 1 starts",
+        1,
+        lambda w: _sft(w, "--model_name_or_path", str(w.reward)),
+        ["--model_name_or_path", "a reward model that writes no answers"],
+    ),
+    Case(
+        "a reward model as actor",
+        3,
+        lambda w: _rl(w, "--actor_model_name_or_path", str(w.reward)),
+        ["--actor_model_name_or_path", "a reward model that writes no answers"],
+    ),
     Case("DPO without any step 1", "dpo", lambda w: ["--output_dir", str(w.tmp / "out")], ["has finished step 1"]),
     Case(
         "more ranks to a model than there are",

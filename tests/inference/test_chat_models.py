@@ -110,6 +110,11 @@ def test_models_with_different_tokenizers_work_side_by_side(tmp_path, chat_folde
     assert all(interleaved(models).values())
 
 
+def test_a_reward_model_is_refused(chat_folders):
+    with pytest.raises(UserError, match="--path .* a reward model that writes no answers"):
+        load_chat_models({"A": str(chat_folders["reward"])}, LoadArguments(), lambda line: None)
+
+
 def test_a_tokenizer_of_another_model_is_refused(tmp_path):
     small, large = save_chat_model(tmp_path / "small", 1, vocab_size=300), save_chat_model(tmp_path / "large", 1)
     shutil.copy(large / "tokenizer.json", small / "tokenizer.json")

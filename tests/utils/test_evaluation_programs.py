@@ -7,6 +7,7 @@ import pytest
 from training.step3_rlhf_finetuning import main as step3, settings
 from training.utils import arguments, evaluation_programs
 from training.utils.errors import UserError
+from training.utils.run import folders
 from training.utils.run.folders import step_folder
 
 
@@ -45,6 +46,20 @@ def test_an_unfinished_step_is_refused(tmp_path):
         step_folder(str(tmp_path), "step2")
     with pytest.raises(UserError, match="no such folder"):
         step_folder(str(tmp_path / "none"), "step2")
+
+
+@pytest.mark.parametrize(
+    ("key", "title"),
+    [("perplexity_after", "step 1"), ("verdicts", "step 2"), ("loss_kind", "DPO"), ("reward_after", "step 3")],
+)
+def test_another_steps_output_is_refused_with_its_program(tmp_path, key, title):
+    (tmp_path / "summary.json").write_text(json.dumps({key: 0}))
+    for step in ("step1", "step2", "dpo", "step3"):
+        if folders.SAYS[step] == key:
+            assert step_folder(str(tmp_path), step) == tmp_path
+            continue
+        with pytest.raises(UserError, match=f"an output of {title}, not of .*; give it to training/.*/evaluate.py"):
+            step_folder(str(tmp_path), step)
 
 
 def test_table():

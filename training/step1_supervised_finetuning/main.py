@@ -85,7 +85,7 @@ def main(argv: Sequence[str]) -> int:
     precision.check_dtype(model_args.dtype)
     overrides = read_user_config(ds.deepspeed_config, reliability.save_every)
     named = model_args.model_name_or_path or loading.EMBEDDED
-    model_path = loading.resolve_model(named, weights=not output.plan)
+    model_path = loading.resolve_policy(named, weights=not output.plan)
     check_length(model_path, model_args.max_seq_len, "--max_seq_len")
     check_lora(model_path, lora)
     divide_model(ds.tensor_parallel, model_path)

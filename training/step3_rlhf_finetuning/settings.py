@@ -389,11 +389,11 @@ def model_paths(args: RoleArguments, functions: Sequence[str], *, weights: bool 
         weights: whether they are needed too; a plan does without.
 
     Raises:
-        UserError: a path holds no model, there would be no reward at all, or a reward model that is not there has a
-            weight.
+        UserError: a path holds no model, or the actor's one that writes no answers; there would be no reward at all;
+            or a reward model that is not there has a weight.
     """
     named = args.actor_model_name_or_path or str(latest_output("step1"))
-    actor = loading.resolve_model(named, "--actor_model_name_or_path", weights=weights)
+    actor = loading.resolve_policy(named, "--actor_model_name_or_path", weights=weights)
     if args.critic_model_name_or_path == NONE:
         check_without_model(functions, "--critic_model_name_or_path")
         return actor, ""

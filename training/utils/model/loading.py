@@ -146,6 +146,19 @@ def resolve_model(name_or_path: str, flag: str = "--model_name_or_path", *, weig
     return name_or_path
 
 
+def resolve_policy(name_or_path: str, flag: str = "--model_name_or_path", *, weights: bool = True) -> str:
+    """`resolve_model` of one that is to write: with tied embeddings a reward model would load, and write nonsense.
+
+    Raises:
+        UserError: as `resolve_model`, or a reward model.
+    """
+    path = resolve_model(name_or_path, flag, weights=weights)
+    kinds = getattr(load_config(path), "architectures", None) or []
+    if kinds and all(kind.endswith("ForSequenceClassification") for kind in kinds):
+        raise UserError(f"{flag} {path} is a {kinds[0]}, a reward model that writes no answers: give a language model")
+    return path
+
+
 def _embedded_gguf() -> Path:
     spec = util.find_spec(EMBEDDED_PACKAGE)
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
@@ -362,17 +375,6 @@ def exact_buffers(model: nn.Module) -> None:
             buffer, old = fresh._buffers[name], module._buffers[name]
             assert buffer is not None and old is not None and buffer.shape == old.shape
             module._buffers[name] = buffer.to(old.device)
-
-
-def check_writes(path: str, flag: str) -> None:
-    """Refuse a reward model where a policy is asked for: with tied embeddings it would load, and write nonsense.
-
-    Raises:
-        UserError: names the flag.
-    """
-    kinds = getattr(load_config(path), "architectures", None) or []
-    if kinds and all(kind.endswith("ForSequenceClassification") for kind in kinds):
-        raise UserError(f"{flag} {path} is a {kinds[0]}, a reward model that writes no answers: give a language model")
 
 
 def load_causal_lm(

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import training
 from training.utils.errors import UserError
+from training.utils.run.files import read_object
 from training.utils.run.runtime import local_ranks
 
 STEPS = {
@@ -26,6 +27,12 @@ STEPS = {
     "dpo": "training/step2_dpo_finetuning/main.py",
     "step3": "training/step3_rlhf_finetuning/main.py",
 }
+SAYS = {
+    "step1": "perplexity_after",
+    "step2": "verdicts",
+    "dpo": "loss_kind",
+    "step3": "reward_after",
+}  # in summary.json
 # What is made from a step's output, directly or not: a new output of the step belongs into another run then
 LATER = {"step1": ("step2", "dpo", "step3"), "step2": ("step3",), "dpo": (), "step3": ()}
 # What train.py runs one after the other: SFT, then reward model and PPO, or DPO
@@ -235,13 +242,17 @@ def step_folder(path: str, step: str) -> Path:
     """The finished output of a step: an evaluation's ``--path``, or the latest run's.
 
     Raises:
-        UserError: it is not there, or the step has not finished.
+        UserError: it is not there, the step has not finished, or it is another step's.
     """
     folder = Path(path).expanduser().absolute() if path else latest_output(step)
     if not folder.is_dir():
         raise UserError(f"--path {path}: no such folder")
     if not is_finished(folder):
         raise UserError(f"--path {path}: {step} has not finished there (no summary.json)")
+    summary = read_object(folder / "summary.json")
+    if (of := next((name for name, key in SAYS.items() if key in summary), step)) != step:
+        program = f"{Path(STEPS[of]).parent}/evaluate.py"
+        raise UserError(f"--path {path}: an output of {title(of)}, not of {title(step)}; give it to {program}")
     return folder
 
 
