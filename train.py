@@ -26,7 +26,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ if __name__ == "__main__":
     check_environment()
 
 from training.migrate.e2e import rewritten
-from training.pipeline import estimate
+from training.pipeline import estimate, going_on
 from training.pipeline.own_data import START, check_paths, check_rows, check_sources, without_demo
 from training.pipeline.rounds import RoundArguments, Rounds, check_flags, check_run
 from training.pipeline.shared_flags import SharedArguments, given_flags, parse_step, refuse_flags_of_some_steps
@@ -82,6 +82,7 @@ ACTOR = "--actor_model_name_or_path"
 REWARD = "--reward_model_name_or_path"
 LOG_LINES = 20  # of a failed step's log
 DEFAULT_PIPELINE = "sft,rm,ppo"
+NUMBERS = {"step1": 1, "step2": 2, "dpo": 2, "step3": 3}  # of --step
 
 
 @dataclass
@@ -230,10 +231,10 @@ def tell_dropped(recipe_name: str) -> None:
         print(f"recipe {recipe_name}: the demo's {', '.join(dropped)} left out, the data are your own", flush=True)
 
 
-def tell_idle(options: RunArguments, inputs: InputArguments, planned: Sequence[Step]) -> None:
+def tell_idle(options: RunArguments, given: Collection[str], planned: Sequence[Step]) -> None:
     """Say which flags are given to a step that does not run."""
     for name in STEPS:
-        if getattr(inputs, f"{name}_args") and name not in [step.name for step in planned]:
+        if f"{name}_args" in given and name not in [step.name for step in planned]:
             left = f"--step {' '.join(map(str, options.step))} leaves it out"
             print(f"note: --{name}_args has no effect: {left}", flush=True)
 
@@ -258,8 +259,7 @@ def plan_steps(
     """
     recipe_path, recipe = read_recipe(recipe_name)
     folders = [Path(recipe_path).resolve().parent, ROOT]
-    numbers = {"step1": 1, "step2": 2, "dpo": 2, "step3": 3}
-    wanted = [name for name in PIPELINES[options.pipeline] if numbers[name] in options.step]
+    wanted = [name for name in PIPELINES[options.pipeline] if NUMBERS[name] in options.step]
     for name in STEPS:
         if getattr(inputs, f"{name}_args") and name not in PIPELINES[options.pipeline]:
             raise UserError(f"--{name}_args: there is no {title(name)} in --pipeline {options.pipeline}")
@@ -338,6 +338,7 @@ def run_step(step: Step, command: list[str], run: Path, manifest: dict[str, Any]
     entry: dict[str, Any] = {
         "command": command,
         "arguments": step.argv,
+        "folder": str(Path.cwd()),
         "inputs": hash_inputs([*step.argv, *data], named),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
@@ -357,7 +358,7 @@ def run_step(step: Step, command: list[str], run: Path, manifest: dict[str, Any]
 
 def record_end(step: Step, run: Path, manifest: dict[str, Any]) -> None:
     """Note how a step ended that went on without train.py, which was killed; nothing if that is known."""
-    entry = manifest.setdefault("steps", {}).setdefault(step.name, {"arguments": step.argv})
+    entry = manifest.setdefault("steps", {}).setdefault(step.name, {"arguments": step.argv, "folder": str(Path.cwd())})
     if "exit_code" not in entry:
         entry["exit_code"] = 0
         entry["metrics"] = read_object(step.directory / "summary.json")
@@ -475,10 +476,15 @@ def main(
     run = named_itself(Path(options.output_dir)) if options.output_dir else output_root() / "unmade"
     check_latest(run)
     manifest = manifest_of(run, options.output_dir)
-    shared = manifest.get("shared", {}) | shared  # a run goes on with its own data, and its own recipe
     options.pipeline = options.pipeline or str(manifest.get("pipeline"))
     if options.pipeline not in PIPELINES:  # of an earlier version's run
         options.pipeline = DEFAULT_PIPELINE
+    given = flags_in(argv)
+    going_on.take_over(manifest, inputs, given, options.pipeline)
+    shared = manifest["shared"] | shared  # a run goes on with its own data, and its own recipe
+    if "step" not in given:
+        passed = [NUMBERS[name] for name in going_on.left_out(manifest, options.pipeline)]
+        options.step = [number for number in options.step if number not in passed]
     if rounds.rounds and options.pipeline != DEFAULT_PIPELINE:
         raise UserError(f"--rounds trains reward model and actor again: it needs --pipeline {DEFAULT_PIPELINE}")
     own = own_data(inputs, shared)
@@ -494,7 +500,7 @@ def main(
         check_data_named(planned, run, {} if chosen else models)
     if own:
         tell_dropped(recipe)
-    tell_idle(options, inputs, planned)
+    tell_idle(options, given, planned)
     if options.plan:
         slots = list(read_hostfile(options.hostfile).values()) if options.hostfile else [1]
         on_each = [options.num_gpus or count for count in slots]
@@ -506,7 +512,7 @@ def main(
         recipe_path, _ = read_recipe(recipe)
         manifest |= describe_environment(ROOT)
         manifest["recipe"] = {"name": recipe, **hash_inputs([recipe_path], {})}
-        manifest["shared"] = shared
+        going_on.record(manifest, inputs, given, shared)
         manifest["pipeline"] = options.pipeline
         manifest.setdefault("started_as", []).append(["train.py", *argv])
         again = shlex.join([shown(sys.executable), shown(ROOT / "train.py"), *continued(argv, run)])
@@ -515,10 +521,8 @@ def main(
         ran: list[str] = []
         for step in steps:
             if is_finished(step.directory) and not any(step.name in LATER[name] for name in ran):
-                before = manifest.get("steps", {}).get(step.name, {}).get("arguments", step.argv)
-                changed = (
-                    "" if before == step.argv else f" with other flags; to repeat it, remove {shown(step.directory)}"
-                )
+                same = going_on.same_flags(manifest.get("steps", {}).get(step.name, {}), step.argv)
+                changed = "" if same else f" with other flags; to repeat it, remove {shown(step.directory)}"
                 print(f"{title(step.name)} is finished{changed}", flush=True)
                 record_end(step, run, manifest)
                 continue

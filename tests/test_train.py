@@ -237,7 +237,7 @@ def test_dpo_beside_reward_model_and_ppo(bench: Bench, capfd: pytest.CaptureFixt
     assert "DPO · Direct" in page and "Step 3 ·" in page
     (run / "step2" / "summary.json").unlink()
     assert bench.train("--output_dir", str(run), "--pipeline", "sft,rm,dpo") == 0
-    assert "DPO is finished with other flags" in capfd.readouterr().out, "which does not follow from step 2"
+    assert "DPO is finished\n" in capfd.readouterr().out, "which does not follow from step 2"
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["pipeline"] == "sft,rm,dpo" and set(manifest["steps"]) == set(folders.STEPS)
     assert bench.train("--output_dir", str(run), "--step", "1") == 0
@@ -304,7 +304,8 @@ def test_continues(bench: Bench, capfd: pytest.CaptureFixture) -> None:
     first = bench.manifest()["steps"]["step1"]
     capfd.readouterr()
     # with its own recipe, not the default one
-    assert train.main(["--output_dir", "output/tiny"], launcher=bench.launcher, scripts=bench.scripts) == 0
+    again = ["--output_dir", "output/tiny", "--step2_args", ""]
+    assert train.main(again, launcher=bench.launcher, scripts=bench.scripts) == 0
     assert "step 1 is finished\n" in capfd.readouterr().out
     manifest = bench.manifest()
     assert manifest["steps"]["step1"] == first
@@ -322,7 +323,8 @@ def test_resume_auto_goes_on_with_the_latest_run(bench: Bench, capfd: pytest.Cap
     again = capfd.readouterr().err + "".join(bench.manifest("tiny-2")["started_as"][-1])
     assert "tiny-2" in again
     # the recipe is the run's own: none is given
-    assert train.main(["--resume", "auto"], launcher=bench.launcher, scripts=bench.scripts) == 0
+    again = ["--resume", "auto", "--step2_args", ""]
+    assert train.main(again, launcher=bench.launcher, scripts=bench.scripts) == 0
     assert "step 1 is finished" in capfd.readouterr().out
     assert (bench.output / "tiny-2" / "step3" / "summary.json").exists()
     assert sorted(p.name for p in bench.output.iterdir()) == ["latest", "tiny", "tiny-2"]
@@ -331,7 +333,7 @@ def test_resume_auto_goes_on_with_the_latest_run(bench: Bench, capfd: pytest.Cap
 
 def test_resume_never_starts_unfinished_steps_over(bench: Bench, capfd: pytest.CaptureFixture) -> None:
     assert bench.train("--step2_args", "--data_output_path fail:3") == 3
-    assert bench.train("--output_dir", "output/tiny", "--resume", "never") == 0
+    assert bench.train("--output_dir", "output/tiny", "--resume", "never", "--step2_args=") == 0
     assert "--resume never" in bench.arguments("step3")
     capfd.readouterr()
     assert bench.train("--output_dir", "output/tiny") == 0
@@ -631,7 +633,8 @@ def test_own_data_take_nothing_of_the_demo_recipe(bench: Bench, capfd: pytest.Ca
 
 def test_own_data_stay_when_the_run_goes_on(bench: Bench) -> None:
     assert own_run(bench, "--data_path", "mine.jsonl", "--step3_args=--data_output_path fail:3") == 3
-    assert train.main(["--resume", "auto"], launcher=bench.launcher, scripts=bench.scripts) == 0
+    again = ["--resume", "auto", "--step3_args", ""]
+    assert train.main(again, launcher=bench.launcher, scripts=bench.scripts) == 0
     lines = (bench.output / "start" / "step3.log").read_text().splitlines()
     assert all("--data_path mine.jsonl" in line for line in lines if line.startswith("arguments "))
 
@@ -696,7 +699,50 @@ def test_own_data_given_to_each_step_are_asked_for_again(bench: Bench) -> None:
     each = [text for n in (1, 2, 3) for text in (f"--step{n}_args", "--data_path mine.jsonl")]
     assert own_run(bench, *each[:-1], each[-1] + " --data_output_path fail:3") == 3
     with pytest.raises(UserError, match="step 1 has data of its own, step 3 would train on the demo"):
-        own_run(bench, "--resume", "auto")
+        own_run(bench, "--resume", "auto", "--step3_args", "")
+
+
+def test_a_run_goes_on_with_its_own_models_and_flags_of_steps(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    """Also from another folder, in which a file of the same name lies."""
+    (bench.folder / "model").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (bench.folder / "model" / name).write_text("{}")
+    flags = [
+        "--data_path",
+        "mine.jsonl",
+        "--model_name_or_path",
+        "model",
+        "--step2_args",
+        "--eval_data_path mine.jsonl",
+    ]
+    assert own_run(bench, *flags, "--step1_args", "--data_output_path fail:3") == 3
+    assert "--model_name_or_path model" in bench.arguments("step1", "start")
+    (bench.folder / "other").mkdir()
+    (bench.folder / "other" / "mine.jsonl").write_text(PAIRS)
+    monkeypatch.chdir(bench.folder / "other")
+    again = ["--resume", "auto", "--step1_args", ""]
+    assert train.main(again, launcher=bench.launcher, scripts=bench.scripts) == 0
+    argvs = {name: " ".join(entry["arguments"]) for name, entry in bench.manifest("start")["steps"].items()}
+    assert f"--model_name_or_path {bench.folder}/model " in argvs["step1"]
+    data = f"data_path {bench.folder}/mine.jsonl"
+    assert all(f"--{data}" in argv for argv in argvs.values()) and f"--eval_{data}" in argvs["step2"]
+    monkeypatch.chdir("/")
+    capfd.readouterr()
+    assert train.main(["--resume", "auto"], launcher=bench.launcher, scripts=bench.scripts) == 0
+    assert "with other flags" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("steps", "model"), [("2 3", "--actor_model_name_or_path"), ("1 3", "--reward_model_name_or_path")]
+)
+def test_a_run_goes_on_without_the_step_that_it_has_left_out(bench: Bench, steps: str, model: str) -> None:
+    """Else that step would train, and those after it again, over what is finished."""
+    ran = [f"step{number}" for number in steps.split()]
+    assert own_run(bench, "--data_path", "mine.jsonl", "--step", *steps.split(), model, "my/model") == 0
+    assert own_run(bench, "--resume", "auto") == 0
+    assert [name for name in folders.STEPS if (bench.output / "start" / name).is_dir()] == ran
 
 
 def test_own_data_do_not_go_on_from_the_demo(bench: Bench) -> None:

@@ -24,9 +24,10 @@ NAMED_INPUTS = ("model_name_or_path", "data_path")  # flags whose values are inp
 
 
 MANIFEST, SUMMARY = "manifest.json", "summary.json"
+_DICTIONARIES = ("steps", "versions", "machine", "run_with", "shared", "inputs", "recipe")
 _SHAPE: dict[str, Any] = {
-    **{"steps": dict, "versions": dict, "machine": dict, "recipe": dict, "shared": dict, "started_as": list},
-    "git": dict | None,
+    **dict.fromkeys(_DICTIONARIES, dict),
+    **{"started_as": list, "folder": str, "git": dict | None},
 }
 
 
