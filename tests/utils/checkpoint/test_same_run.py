@@ -106,6 +106,8 @@ def test_every_value_of_the_rows_counts():
     assert same_run.data_fingerprint(Dataset.from_list(rows).select(range(3000))) == whole
     split = concatenate_datasets([Dataset.from_list(rows[:1100]), Dataset.from_list(rows[1100:])])
     assert same_run.data_fingerprint(split) == whole, "how the rows are stored does not count"
+    named = Dataset.from_list([row | {"source": "/home/a.jsonl"} for row in rows])
+    assert same_run.data_fingerprint(named) == whole, "nor what their file is called"
     for change in ({"kind": "b"}, {"ids": [1, 3, 1777]}, {"ids": [1, 2, 1777, 0]}, {"text": "other"}, {"length": 4}):
         changed = [row | change if i == 1777 else row for i, row in enumerate(rows)]
         assert same_run.data_fingerprint(Dataset.from_list(changed)) != whole, change

@@ -27,7 +27,9 @@ MANIFEST, SUMMARY = "manifest.json", "summary.json"
 _DICTIONARIES = ("steps", "versions", "machine", "run_with", "shared", "inputs", "recipe")
 _SHAPE: dict[str, Any] = {
     **dict.fromkeys(_DICTIONARIES, dict),
-    **{"started_as": list, "folder": str, "git": dict | None},
+    "started_as": list,
+    "folder": str,
+    "git": dict | None,
 }
 
 
