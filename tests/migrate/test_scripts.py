@@ -52,6 +52,27 @@ SCRIPTS = [
     f'A=1\nB=2\nif [ "$1" == "" ]; then\n if [ "$2" == "" ]; then B=in; fi\n A=out\nfi{LINE}',
     f'export XX_A=1 XX_B="p"\nA=1 ; B=$XX_B\nexport XX_A=2\nunset XX_B\nXX_C=3{LINE}',
     "XX_A=1\nexport XX_A\nXX_A=4 XX_P=3 deepspeed x/main.py x\n",
+    f"A=1 # old \\\nA=2\nB=3{LINE}",
+    "A='p\\q' # can't \\\nB=\"x\\\ny'\\\nz\"\ndeepspeed x/main.py $A $B --c 3 \\\n --d 'e' \\\n# --f \\\n --g\n",
+    *(
+        f"N=5\nB=0\nif {test}; then A=1; else A=2; fi{LINE}"
+        for test in (
+            "[[ N -gt 3 ]]",
+            "[[ 2+N -eq 7 ]]",
+            '[ "" -eq 0 ]',
+            '[[ "" -eq 0 ]]',
+            "[ 1_0 -eq 10 ]",
+            '[ " 5 " -eq $N ]',
+        )
+    ),
+    "X=p\ndeepspeed x/main.py {a,b}{1,2} x{,y} {a} {} {1..5..2} '{a,b}' \"{a,b}\" \\{a,b} {a,{b,c}} {$X,q}/z a{b,c\n",
+    'B={a,b}\nA=(d/{a,b} $((1+1)) $[2*3])\ndeepspeed x/main.py "${A[@]}" $B --opt={a,b} 10>/dev/null\n',
+    "IFS=$'\\n\\t'\nA='--a 1'\ndeepspeed x/main.py $A\n",
+    'IFS=,\nA=1,2\ndeepspeed x/main.py $A "$A"\n',
+    "set -ea\nXX_A=3\nset +a\nXX_B=4\nset -o allexport\nXX_C=5\ndeepspeed x/main.py\n",
+    "export XX_A=1 XX_B=2\nexport -n XX_A\ndeepspeed x/main.py\n",
+    'A=1\ndeepspeed x/main.py "${A:+--l 8}" ${A:+--l 8} ${A:+"--l 8"} ${B:-"d e"} "${B:-\'x\'}" "${B:-"x y"}"\n',
+    'A=\'[x]y*z\'\ndeepspeed x/main.py ${A#\\[x]} "${A%\'*z\'}" "${A%\\*z}" "${A#*x]}"\n',
 ]
 
 
@@ -128,6 +149,9 @@ def test_a_scripts_arguments_count(tmp_path):
         "typeset -i LR; LR+=3",
         "declare -u LR=a",
         "case $(hostname) in a) LR=1;; esac",
+        "case abc in @(abc|b)) LR=1;; *) LR=2;; esac",
+        "[[ abc == @(abc|b) ]] && LR=1",
+        "[[ abc != *(x) ]] && LR=1",
     ],
 )
 def test_what_can_not_be_known_is_not_taken(unknown):
@@ -143,6 +167,16 @@ def test_a_command_behind_a_condition_that_is_not_known_is_said():
     assert read_command("source x.sh && cd a && deepspeed x/main.py || exit 1").script == "a/x/main.py"
     with pytest.raises(UserError, match=r"ends at 'exit 1' before it starts .* give the script's arguments"):
         read_command("if [ $# -lt 1 ]; then echo usage; exit 1; fi; deepspeed x/main.py")
+
+
+def test_folders_are_left_again():
+    for text, folder in [
+        ("pushd a; cd ../b; popd; pushd c", "c"),
+        ("cd a; cd b; cd -; cd -", "a/b"),
+        ("(pushd a); popd; cd -P b", "b"),
+    ]:
+        assert read_command(f"{text}; deepspeed x/main.py").script == f"{folder}/x/main.py"
+    assert "'{a,b}'" in translate(f"deepspeed {STEP1} --output_dir '{{a,b}}'").text()
 
 
 def test_exports_are_carried_over():
@@ -193,6 +227,9 @@ def test_a_default_gives_way_to_the_environment_here(monkeypatch):
     ("text", "said"),
     [
         ("X=a; deepspeed x/main.py --a ${X^^}", r"\$\{X\^\^\} is not read here: write its value"),
+        ("X=a; deepspeed x/main.py --a ${X%@(a|b)}", r"\$\{X%@\(a\|b\)\} is not read here: write its value"),
+        ("declare -n R=X; R=5; deepspeed x/main.py --a $X", "declare -n R=X: another name of a variable is not read"),
+        ("deepspeed x/main.py {a..c} {01..03}", r"\{a\.\.c\} is not read here: write what it becomes"),
         ("X=a; deepspeed x/main.py --a '$X'", "a dollar that is not the shell's"),
         ("if true; then deepspeed x/main.py", "elif or else or fi is missing before the end"),
         ("deepspeed x/main.py; fi", "'fi' stands there without a beginning"),

@@ -18,9 +18,11 @@ Value = str | list[str]
 _BRACED = re.compile(r"([A-Za-z_]\w*|\d+|[@*#?$!])(\[[^\]]*\])?(.*)", re.DOTALL)
 _DEFAULT = re.compile(r"(:?[-=+?])(.*)", re.DOTALL)
 _CUT = re.compile(r"(##?|%%?|//?)(.*)", re.DOTALL)
+_COUNTED = re.compile(r"(0|-?[1-9]\d*)\.\.(0|-?[1-9]\d*)(?:\.\.(-?\d+))?")
 _GLOB = re.compile(r"[*?\[]")
 _ESCAPE = re.compile(r"\\(x[\da-fA-F]{1,2}|u[\da-fA-F]{1,4}|U[\da-fA-F]{1,8}|[0-7]{1,3}|.)", re.DOTALL)
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "e": "\x1b", "\\": "\\", "'": "'", '"': '"', "?": "?"}
+EXTENDED = re.compile(r"[?*+@!]\(")  # patterns in patterns, which are not read here
 _PLAIN = re.compile(r"[\w@%+=:,./-]*")
 _OPERATIONS: dict[type, Callable[[int, int], int]] = {
     ast.Add: operator.add,
@@ -45,6 +47,7 @@ class Variables:
         exported: variables that the programs get, which have a value here or in ``undecided``.
         undecided: variable -> what decides its value, which can not be known here.
         unread: forms of known variables that are not read here, as they were met.
+        all_exported: what is set is exported, ``set -a``.
     """
 
     values: dict[str, Value] = field(default_factory=dict)
@@ -52,11 +55,13 @@ class Variables:
     exported: dict[str, None] = field(default_factory=dict)
     undecided: dict[str, str] = field(default_factory=dict)
     unread: set[str] = field(default_factory=set)
+    all_exported: bool = False
 
     def copy(self) -> Variables:
         """The same, to go on with apart from these."""
         arguments = None if self.arguments is None else list(self.arguments)
-        return Variables(dict(self.values), arguments, dict(self.exported), dict(self.undecided), self.unread)
+        values, exported, undecided = dict(self.values), dict(self.exported), dict(self.undecided)
+        return Variables(values, arguments, exported, undecided, self.unread, self.all_exported)
 
     def set(self, name: str, value: Value, *, add: bool = False) -> None:
         """Give a variable a value, or add it to the one it has."""
@@ -71,7 +76,7 @@ class Variables:
             value = [before, *value] if isinstance(value, list) else before + value
         self.values[name] = value
         self.undecided.pop(name, None)
-        if name in os.environ:
+        if name in os.environ or self.all_exported:
             self.exported[name] = None
 
     def leave_open(self, name: str, why: str) -> None:
@@ -102,9 +107,49 @@ class Variables:
 
 def fields(word: str, known: Variables) -> list[str]:
     """A word as it is written -> the words that a shell makes of it."""
-    made = _Fields()
-    _read(word, known, made, split=True)
+    made = _Fields(known.text("IFS"))
+    for one in braces(word):
+        made.open = False
+        _read(one, known, made, split=True)
     return made.found()
+
+
+def braces(word: str) -> list[str]:
+    """``a{b,c}`` and ``a{1..3}`` as a shell takes them apart, before all else."""
+    at = 0
+    while at < len(word):
+        end = piece_end(word, at)
+        if word[at] == "{" and (found := _alternatives(word, at)):
+            parts, behind = found
+            return [one for part in parts for one in braces(word[:at] + part + word[behind:])]
+        at = end
+    return [word]
+
+
+def _alternatives(word: str, begin: int) -> tuple[list[str], int] | None:
+    """What stands between a brace and the one that closes it, and the place behind that; None where it is a text.
+
+    Raises:
+        UserError: it counts in letters, or with zeros before its numbers.
+    """
+    parts, depth, at = [""], 0, begin + 1
+    while at < len(word) and (depth or word[at] != "}"):
+        end = piece_end(word, at)
+        depth += (word[at] == "{") - (word[at] == "}")
+        parts = [*parts, ""] if word[at] == "," and not depth else [*parts[:-1], parts[-1] + word[at:end]]
+        at = end
+    if at >= len(word):
+        return None
+    if len(parts) == 1:
+        counted = _COUNTED.fullmatch(parts[0])
+        if counted is None and re.fullmatch(r"[-\w]+(\.\.[-\w]+)+", parts[0]):
+            raise UserError(f"{word[begin : at + 1]} is not read here: write what it becomes in its place")
+        if counted is None:
+            return None
+        first, last = int(counted[1]), int(counted[2])
+        by = max(1, abs(int(counted[3] or 1))) * (1 if first <= last else -1)
+        parts = [str(number) for number in range(first, last + (1 if by > 0 else -1), by)]
+    return parts, at + 1
 
 
 def text(word: str, known: Variables) -> str:
@@ -125,10 +170,15 @@ def pattern(word: str, known: Variables) -> str:
     return found.replace("[^", "[!")
 
 
-class _Fields:
-    """Words in the making."""
+class _Written(str):
+    """A word as it is written in place of a value: its quotes count."""
 
-    def __init__(self) -> None:
+
+class _Fields:
+    """Words in the making; ``separators`` (``IFS``) are what a value is taken apart at."""
+
+    def __init__(self, separators: str | None = None) -> None:
+        self.separators = " \t\n" if separators is None else separators
         self.words: list[str] = []
         self.open = False
 
@@ -142,7 +192,8 @@ class _Fields:
 
     def add_split(self, part: str) -> None:
         """A value, of which a shell makes several words."""
-        for number, piece in enumerate(re.split(r"[ \t\n]+", part)):
+        pieces = re.split(f"[{re.escape(self.separators)}]+", part) if self.separators else [part]
+        for number, piece in enumerate(pieces):
             if number:
                 self.open = False
             if piece:
@@ -168,6 +219,8 @@ def _read(word: str, known: Variables, made: _Fields, *, split: bool) -> None:
             _read_quoted(piece[1:-1], known, made)
         elif piece.startswith("`") or expansion_end(word, at):
             _expand(piece, known, made, split=split)
+        elif split and isinstance(word, _Written):
+            made.add_split(piece)
         else:
             made.add(piece)
         at = end
@@ -183,7 +236,7 @@ def _read_quoted(inner: str, known: Variables, made: _Fields) -> None:
         if piece.startswith("\\"):
             made.add(_literal(piece[1:]) if piece[1:] in ("$", "`", '"', "\\") else piece)
         elif piece.startswith("`") or expansion_end(inner, at):
-            _expand(piece, known, made, split=False)
+            _expand(piece, known, made, split=False, in_quotes=True)
         else:
             made.add(piece)
         at = end
@@ -201,7 +254,7 @@ def _literal(part: str) -> str:
     return part.replace("$", LITERAL)
 
 
-def _expand(piece: str, known: Variables, made: _Fields, *, split: bool) -> None:
+def _expand(piece: str, known: Variables, made: _Fields, *, split: bool, in_quotes: bool = False) -> None:
     """Add what an expansion is; as it is written where that is not known."""
     name, all_of = _all_of(piece)
     if all_of and (found := known.texts(name)) is not None:
@@ -212,6 +265,10 @@ def _expand(piece: str, known: Variables, made: _Fields, *, split: bool) -> None
     value = _value(piece, known)
     if value is None:
         made.add(_as_left(piece, known))
+    elif isinstance(value, _Written) and in_quotes:
+        _read_quoted(re.sub(r'(\\.)|"', r"\1", value), known, made)
+    elif isinstance(value, _Written):
+        _read(value, known, made, split=split)
     elif split and not expansions(value):
         made.add_split(value)
     else:
@@ -228,8 +285,8 @@ def _all_of(piece: str) -> tuple[str, bool]:
 
 def _value(piece: str, known: Variables) -> str | None:
     """What an expansion is, None where that is not known."""
-    if piece.startswith("$(("):
-        number = arithmetic(piece[3:-2], known)
+    if piece.startswith(("$((", "$[")):
+        number = arithmetic(piece[3:-2] if piece[1] == "(" else piece[2:-1], known)
         return None if number is None else str(number)
     if piece.startswith(("$(", "`")):
         return None
@@ -278,25 +335,26 @@ def _with_default(name: str, form: str, word: str, known: Variables) -> str | No
             return None
         empty = not there
     if form[-1] == "+":
-        return "" if empty else text(word, known)
+        return "" if empty else _Written(word)
     if form[-1] == "?" and empty:
         return None
     if not empty:
         return value
-    found = text(word, known)
     if form[-1] == "=":
-        known.set(name, found)
-    return found
+        known.set(name, text(word, known))
+    return _Written(word)
 
 
-def _cut(value: str, form: str, pattern: str, known: Variables) -> str | None:
+def _cut(value: str, form: str, shape: str, known: Variables) -> str | None:
     """``${NAME%pattern}`` and its like; None for what is not read here."""
     if form in ("/", "//"):
-        old, _, new = pattern.partition("/")
+        old, _, new = shape.partition("/")
         if not old or _GLOB.search(old) or old[0] in "#%\\" or expansions(old):
             return None
         return value.replace(text(old, known), text(new, known), -1 if form == "//" else 1)
-    found = text(pattern, known)
+    found = pattern(shape, known)
+    if EXTENDED.search(found):
+        return None
     lengths = range(len(value) + 1) if len(form) == 1 else range(len(value), -1, -1)
     for length in lengths:
         part = value[:length] if form[0] == "#" else value[len(value) - length :]
@@ -312,7 +370,7 @@ def arithmetic(written: str, known: Variables) -> int | None:
         name = match[0].strip("${}")
         return (known.text(name) if name not in known.undecided else None) or "unknown"
 
-    source = NAME.sub(number, re.sub(r"\$\{?(\w+|#)\}?", number, written))
+    source = NAME.sub(number, re.sub(r"\$\{?(\w+|#)\}?", number, written)) or "0"
     try:
         return _computed(ast.parse(source.strip(), mode="eval").body)
     except (SyntaxError, ValueError, ZeroDivisionError, RecursionError):

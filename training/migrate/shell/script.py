@@ -8,9 +8,10 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 
-from training.migrate.shell.filling import Variables, arithmetic, fields, in_environment, pattern, text
+from training.migrate.shell.filling import EXTENDED, Variables, arithmetic, fields, in_environment, pattern, text
 from training.migrate.shell.grammar import (
     ASSIGNMENT,
     DECLARE,
@@ -87,6 +88,7 @@ class _Reader:
     Attributes:
         found, notes: as `read_script` returns them.
         folder, known, inside, file, taken: of the place that is read; ``taken`` are conditions that are not known.
+        left, pushed: the folders that ``cd -`` and ``popd`` go back to.
         functions: name -> what it sets, as `assigned_in` has it.
         shaped: variables that make something else of what they are given, a sum or capitals: ``declare -i``.
         read: the files that are being read.
@@ -97,6 +99,7 @@ class _Reader:
         self.found: list[Run] = []
         self.notes: list[str] = []
         self.folder, self.inside, self.file = "", "", ""
+        self.left, self.pushed = "", list[str]()
         self.taken: list[str] = []
         self.ended = ""
         self.read: list[Path] = []
@@ -168,7 +171,7 @@ class _Reader:
 
     def apart(self, nodes: Sequence[Node], undecided: dict[str, str] | None = None, taken: str = "") -> bool | None:
         """Read commands whose assignments do not last; those that are undecided are so from their beginning."""
-        known, folder, conditions = self.known, self.folder, self.taken
+        known, folders, conditions = self.known, (self.folder, self.left, self.pushed), self.taken
         self.known = known.copy()
         self.taken = [*conditions, taken] if taken else conditions
         for name, why in (undecided or {}).items():
@@ -178,7 +181,7 @@ class _Reader:
         except _EndedError:
             return None
         finally:
-            self.known, self.folder, self.taken = known, folder, conditions
+            self.known, (self.folder, self.left, self.pushed), self.taken = known, folders, conditions
 
     def chain(self, items: Sequence[tuple[str, Node]]) -> bool | None:
         """Read commands joined by ``&&`` and ``||``."""
@@ -214,14 +217,17 @@ class _Reader:
     def case(self, node: Case) -> bool | None:
         """Read what follows the pattern that fits."""
         word = in_environment(text(node.word, self.known), self.known)
+        unknown = False
         for patterns, body in node.clauses:
-            if word is None:
-                self.apart(body, taken=f"taken as if it were reached: 'case {node.word}' is not known here")
-            elif any(_fits(word, in_environment(pattern(one, self.known), self.known)) for one in patterns):
+            fits = [_fits(word, in_environment(pattern(one, self.known), self.known)) for one in patterns]
+            if True in fits and not unknown:
                 return self.all(body)
-        if word is None:
+            if True in fits or None in fits:
+                unknown = True
+                self.apart(body, taken=f"taken as if it were reached: 'case {node.word}' is not known here")
+        if unknown:
             self.leave_open(assigned_in([node]), f"'case {node.word}'")
-        return None if word is None else True
+        return None if unknown else True
 
     def simple(self, node: Simple) -> bool | None:
         """Read a command; whether it succeeds."""
@@ -257,7 +263,8 @@ class _Reader:
         made = made[1:] if words[0] == "test" else made[1:-1]
         known = self.known
         filled = [(word, in_environment(part, known), in_environment(shape, known)) for word, part, shape in made]
-        found = _Condition(filled).value()
+        number = partial(arithmetic, known=known) if words[0] == "[[" else _whole
+        found = _Condition(filled, number).value()
         self.leave_open(changed_in(words), " ".join(words))
         for left in [] if found is None else [left for _, part, _ in made for left in left_to_the_shell(part)]:
             name = left.strip("${}")
@@ -292,14 +299,14 @@ class _Reader:
                 self.known.exported.pop(one, None)
         elif name == "shift" and self.known.arguments is not None:
             del self.known.arguments[: int(words[1]) if words[1:] and words[1].isdigit() else 1]
-        elif name == "set" and "--" in words:
-            self.known.arguments = words[words.index("--") + 1 :]
+        elif name == "set":
+            self.set(words[1:])
         elif name in ("exit", "return"):
             raise _EndedError(" ".join(words))
         elif name == "false":
             return False
-        elif name == "cd" and len(words) == 2:
-            self.folder = str(PurePosixPath(self.folder) / words[1])
+        elif name in ("cd", "pushd", "popd"):
+            self.go(name, words[1:])
         elif name == "eval":
             said = " ".join(words[1:])
             if said.startswith("$"):
@@ -316,6 +323,27 @@ class _Reader:
             return True if name in _TRUE else None
         return True
 
+    def set(self, words: Sequence[str]) -> None:
+        """``set`` with arguments for the script, or with what exports all that follows."""
+        if "--" in words:
+            self.known.arguments = list(words[words.index("--") + 1 :])
+        for before, word in zip(["", *words], words, strict=False):
+            if re.fullmatch(r"[-+]\w*a\w*", word) or (before in ("-o", "+o") and word == "allexport"):
+                self.known.all_exported = "-" in (word[0], before[:1])
+
+    def go(self, name: str, words: Sequence[str]) -> None:
+        """``cd``, ``pushd`` and ``popd``."""
+        before = self.folder
+        if name == "pushd":
+            self.pushed = [*self.pushed, before]
+        if name == "popd":
+            *self.pushed, self.folder = [*self.pushed] or [before]
+        elif words[-1:] == ["-"]:
+            self.folder = self.left
+        elif words and words[-1][0:1] not in ("+", ""):
+            self.folder = str(PurePosixPath(before) / words[-1])
+        self.left = before
+
     def declare(self, written: Sequence[str]) -> None:
         """``export`` and its like."""
         options = [word for word in written[1:] if word.startswith("-")]
@@ -323,13 +351,17 @@ class _Reader:
         for word in (word for word in written[1:] if word not in options):
             match = ASSIGNMENT.match(word)
             name = match[1] if match else text(word, self.known)
+            if written[0] not in ("export", "readonly") and any("n" in option for option in options):
+                raise UserError(f"{' '.join(written)}: another name of a variable is not read here, write its own")
             if set("".join(options)) & set("ilu"):
                 self.shaped.add(name)
             if match:
                 self.assign(word)
             if exports and not NAME.fullmatch(name):
                 self.notes.append(f"{written[0]} {word} is left out: what it sets is not known here")
-            elif exports and "-n" not in options:
+            elif exports and "-n" in options:
+                self.known.exported.pop(name, None)
+            elif exports:
                 self.known.exported[name] = None
 
     def source(self, words: Sequence[str]) -> bool | None:
@@ -389,7 +421,7 @@ class _Reader:
         known = self.known.copy()
         known.values = {name: value for name, value in known.values.items() if name in known.exported}
         known.undecided = {name: why for name, why in known.undecided.items() if name in known.exported}
-        known.arguments = list(arguments)
+        known.arguments, known.all_exported = list(arguments), False
         for word in words:
             if word in BEFORE:
                 continue
@@ -425,8 +457,11 @@ def _said(condition: Sequence[Node], otherwise: str) -> str:
 class _Condition:
     """What stands between ``[`` and ``]``: true, false, or None where it is not known."""
 
-    def __init__(self, words: Sequence[tuple[str, str | None, str | None]]) -> None:
+    def __init__(
+        self, words: Sequence[tuple[str, str | None, str | None]], number: Callable[[str], int | None]
+    ) -> None:
         self.words = list(words)  # as written; filled in, and as a pattern, None where that is not known
+        self.number = number  # of a text, None where it is not known, a ValueError where it is none
 
     def value(self) -> bool | None:
         """Whether it holds; what a shell can not read does not."""
@@ -470,6 +505,8 @@ class _Condition:
             return found
         if len(self.words) >= 2 and (self.next() in (*_EQUAL, *_NUMBERS, "=~", "<", ">", "-nt", "-ot", "-ef")):
             operator, (_, right, shape) = self.words.pop(0)[0], self.words.pop(0)
+            if operator in _NUMBERS:
+                return self.counted(value, operator, right)
             return _compared(value, operator, shape if operator in _EQUAL else right)
         if word.startswith("-") and len(word) == 2 and self.words and self.next() not in ("&&", "||", "-a", "-o", ")"):
             _, right, _ = self.words.pop(0)
@@ -478,19 +515,34 @@ class _Condition:
             return None
         return None if value is None else value != ""
 
+    def counted(self, left: str | None, operator: str, right: str | None) -> bool | None:
+        """A comparison of numbers."""
+        if left is None or right is None:
+            return None
+        try:
+            one, two = self.number(left), self.number(right)
+        except ValueError:
+            return False
+        return None if one is None or two is None else _NUMBERS[operator](one, two)
 
-def _fits(word: str, shape: str | None) -> bool:
-    return shape is not None and fnmatch.fnmatchcase(word, shape)
+
+def _whole(written: str) -> int:
+    """A number as ``[`` takes it, which does not calculate.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not re.fullmatch(r"\s*[-+]?[0-9]+\s*", written):
+        raise ValueError
+    return int(written)
+
+
+def _fits(word: str | None, shape: str | None) -> bool | None:
+    if word is None or shape is None or EXTENDED.search(shape):
+        return None
+    return fnmatch.fnmatchcase(word, shape)
 
 
 def _compared(left: str | None, operator: str, right: str | None) -> bool | None:
-    if left is None or right is None:
-        return None
-    if operator in _EQUAL:
-        return _fits(left, right) == (operator != "!=")
-    if operator in _NUMBERS:
-        try:
-            return _NUMBERS[operator](int(left or 0), int(right or 0))
-        except ValueError:
-            return False
-    return None
+    fits = _fits(left, right) if operator in _EQUAL else None
+    return None if fits is None else fits == (operator != "!=")

@@ -13,8 +13,10 @@ _SIMPLE = re.compile(r"\$(?:[A-Za-z_]\w*|\d|[@*#?$!])")
 _OPERATORS = ("&>>", "<<<", "<<-", "&&", "||", ";;", "&>", ">>", ">&", "<&", "<<", "|&", ">|", "<>", ";", "&", "|", "<",
               ">", "(", ")", "\n")  # fmt: skip
 REDIRECTIONS = ("&>>", "<<<", "<<-", "&>", ">>", ">&", "<&", "<<", ">|", "<>", "<", ">")
-_GOES_ON = re.compile(r"^([ \t]*#[^\n]*)|\\\n", re.MULTILINE)  # but not a remark
-_REMARK = re.compile(r"\\[ \t]+#[^\n]*$", re.MULTILINE)  # behind a line that goes on, as their pages have it
+_GOES_ON = re.compile(r"\\(?:[ \t]+#[^\n]*)?\n")  # a remark may stand there, as in their pages
+_QUOTED = re.compile(r"\$'(?:[^'\\]|\\.)*'|'[^']*'|\"(?:[^\"\\]|\\.)*\"|\\.", re.DOTALL)
+_NUMBER = re.compile(r"\d+(?=[<>])")  # of what is redirected
+_BRACES = re.compile(r"(?<!\$)\{[^{}]*(?:,|\.\.)")
 _ESCAPED = re.compile(r"\$'((?:[^'\\]|\\.)*)'", re.DOTALL)
 _ARRAY = re.compile(r"[A-Za-z_]\w*\+?=")
 
@@ -29,7 +31,6 @@ def tokens(text: str) -> list[str]:
     Raises:
         UserError: a quote or a bracket is open.
     """
-    text = _GOES_ON.sub(lambda match: match[1] or "", _REMARK.sub(r"\\", text))
     found: list[str] = []
     documents: list[str] = []
     at = 0
@@ -40,24 +41,39 @@ def tokens(text: str) -> list[str]:
             found.append(Operator("\n"))
         elif text[at] in " \t\r":
             at += 1
+        elif goes_on := _GOES_ON.match(text, at):
+            at = goes_on.end()
         elif text[at] == "#":
             at = _line_end(text, at)
-        elif number := re.compile(r"[012](?=[<>])").match(text, at):
+        elif number := _NUMBER.match(text, at):
             at = number.end()
         elif text.startswith("((", at):
             end = _closed(text, at + 1, "(", ")") + 1
-            found.append(text[at:end])
+            found.append(_joined(text[at:end]))
             at = end
         elif operator := _operator(text, at, found):
             found.append(operator)
             at += len(operator)
         else:
             end = _word_end(text, at)
-            found.append(text[at:end])
+            found.append(_joined(text[at:end]))
             at = end
             if len(found) > 1 and found[-2] in ("<<", "<<-") and isinstance(found[-2], Operator):
                 documents.append(re.sub(r"[\"'\\]", "", found[-1]))
     return found
+
+
+def _joined(word: str) -> str:
+    """A word of several lines without the ends of those that go on, which count between single quotes alone."""
+
+    def without(match: re.Match[str]) -> str:
+        return match[0] if match[0][0] in "$'" else re.sub(r"\\(.)", _kept, match[0], flags=re.DOTALL)
+
+    return _QUOTED.sub(without, word)
+
+
+def _kept(escape: re.Match[str]) -> str:
+    return "" if escape[1] == "\n" else escape[0]
 
 
 def _operator(text: str, at: int, found: list[str]) -> str:
@@ -89,7 +105,7 @@ def _word_end(text: str, at: int) -> int:
     begin = at
     while at < len(text) and text[at] not in " \t\r\n;&|<>)":
         if text[at] == "(":
-            if not _ARRAY.fullmatch(text[begin:at]):
+            if not (_ARRAY.fullmatch(text[begin:at]) or text[at - 1] in "?*+@!" and at > begin):
                 break
             at = _closed(text, at, "(", ")")
         else:
@@ -139,6 +155,8 @@ def expansion_end(text: str, at: int) -> int:
     """
     if text.startswith("$(", at):
         return _closed(text, at + 1, "(", ")")
+    if text.startswith("$[", at):
+        return _closed(text, at + 1, "[", "]")
     if text.startswith("${", at):
         return _closed(text, at + 1, "{", "}")
     match = _SIMPLE.match(text, at)
@@ -185,7 +203,7 @@ def left_to_the_shell(word: str) -> list[str]:
 
 def quoted(word: str) -> str:
     """A word for the shell; its variables and its home folder stay for the shell to fill in."""
-    if re.fullmatch(r"~?[\w@%+=:,./$\{\}\[\]-]+", word):
+    if re.fullmatch(r"~?[\w@%+=:,./$\{\}\[\]-]+", word) and not _BRACES.search(word):
         return word
     found = expansions(word)
     if not found:
