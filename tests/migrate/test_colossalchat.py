@@ -310,3 +310,8 @@ def test_the_default_warm_up_is_a_share_of_the_steps(tmp_path, rows, width, shar
     text = f"colossalai run --nproc_per_node 2 train_sft.py --pretrain A --dataset {data} --batch_size 1"
     found = values_of(f"{text} --accumulation_steps 4 {width}")
     assert found["--num_warmup_steps"] == int(3 * 0.025 * (rows // shares // 4))
+    made = translate(f"{text} {width}".replace("train_sft", "--hostfile none train_sft"))
+    assert "--num_warmup_steps" not in made.arguments
+    assert any(
+        "the ranks of all hosts can not be counted here: add --num_warmup_steps N" in line for line in made.lines
+    )

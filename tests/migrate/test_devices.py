@@ -25,7 +25,8 @@ GPUS = "CUDA_VISIBLE_DEVICES=8,9"
         (f"{GPUS} torchrun --nproc_per_node gpu", [], ["--include", "localhost:8,9"]),
         (f"{GPUS} deepspeed", [GPUS], []),
         (f"{GPUS} deepspeed --master_port 9", [GPUS], ["--master_port", "9"]),
-        ("CUDA_VISIBLE_DEVICES= torchrun --nproc_per_node=2", ["CUDA_VISIBLE_DEVICES="], ["--num_gpus", "2"]),
+        ("accelerate launch --gpu_ids 2,3 --num_processes 2", [], ["--include", "localhost:2,3"]),
+        ("accelerate launch --gpu_ids all --num_processes 2", [], ["--num_gpus", "2"]),
     ],
 )  # fmt: skip
 def test_devices_are_named(text, environment, launcher):
@@ -46,6 +47,18 @@ def test_a_hostfile_names_its_hosts_devices():
     made = translate(f"{GPUS} colossalai run --nproc_per_node 2 --hostfile h {STEP1} --seed 1")
     assert made.launcher == ["--num_gpus", "2", "--hostfile", "h"]
     assert any(line.startswith(f"deepspeed ignores {GPUS} beside --hostfile, and takes the") for line in made.lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "ranks"),
+    [("CUDA_VISIBLE_DEVICES= torchrun --nproc_per_node=2", "2"), ("CUDA_VISIBLE_DEVICES= python", "1"),
+     ("accelerate launch --cpu", "1"), ("accelerate launch --cpu --num_processes 3", "3")],
+)  # fmt: skip
+def test_ranks_without_devices_get_none(text, ranks):
+    """deepspeed's launcher would give its first rank GPU 0."""
+    made = translate(f"{text} {STEP1} --seed 1")
+    assert made.environment == ["CUDA_VISIBLE_DEVICES="]
+    assert (made.starter, made.launcher) == ("torchrun", ["--nproc_per_node", ranks])
 
 
 def test_devices_without_numbers_go_to_torchrun(monkeypatch):

@@ -110,6 +110,8 @@ def test_a_step_that_would_end_within_an_iteration_is_refused_with_the_nearest()
         (f"mpirun -np 4 python {STEP1}", ["mpirun is no launcher that is known here", "deepspeed --num_gpus"]),
         (f"accelerate launch --num_processes 8 --num_machines 2 {STEP1}", ["--num_machines 2", "--hostfile HOSTS"]),
         (f"accelerate launch --config_file a.yaml {STEP1}", ["--config_file a.yaml", "give --num_processes N"]),
+        (f"colossalai run --nproc_per_node 4 --host a,b {STEP1}", ["--host a,b: name the hosts", "--hostfile HOSTS"]),
+        (f"colossalai run --hostfile h --exclude a {STEP1}", ["--exclude a: name the hosts"]),
         (
             f"accelerate launch --num_processes 4 --mixed_precision bf16 {STEP1}",
             ["--mixed_precision bf16", "--dtype bf16"],
@@ -157,6 +159,9 @@ def test_a_shells_line():
         ("python3 -u -m torch.distributed.launch --nproc_per_node=4 x/main.py --a", ["--num_gpus", "4"], []),
         ("accelerate launch --num_processes 4 --num_machines 1 x/main.py --a", ["--num_gpus", "4"], []),
         ("accelerate launch --num-processes=4 --config_file c x/main.py --a", ["--num_gpus", "4"], []),
+        ("accelerate-launch --num_processes 4 x/main.py --a", ["--num_gpus", "4"], []),
+        ("colossalai run --host localhost --nproc_per_node 4 x/main.py --a", ["--num_gpus", "4"], []),
+        ("deepspeed -H h -i a:0,1 x/main.py --a", ["--hostfile", "h", "--include", "a:0,1"], []),
         ("accelerate launch --multi_gpu --num_processes 4 --mixed_precision no x/main.py --a", ["--num_gpus", "4"], []),
         ("python -m accelerate.commands.launch --num_processes 4 x/main.py --a", ["--num_gpus", "4"], []),
         ("sudo poetry run deepspeed --num_gpus 2 x/main.py --a", ["--num_gpus", "2"], []),
@@ -172,6 +177,31 @@ def test_launchers(text, launcher, environment):
     command = read_command(text)
     assert (command.launcher, command.environment) == (launcher, environment)
     assert (command.script, command.arguments) == ("x/main.py", ["--a"])
+
+
+def test_a_configuration_of_accelerate_s_counts(tmp_path):
+    path, line = tmp_path / "a.yaml", f"accelerate launch --config_file {tmp_path / 'a.yaml'} {{}} x/main.py --a"
+    path.write_text(
+        "distributed_type: MULTI_GPU\ngpu_ids: 2,3\nmixed_precision: 'no'\nnum_processes: 2\nuse_cpu: false\n"
+    )
+    command = read_command(line.format(""))
+    assert (command.launcher, command.environment) == (["--num_gpus", "2"], ["CUDA_VISIBLE_DEVICES=2,3"])
+    assert read_command(line.format("--num_processes 1")).launcher == ["--num_gpus", "1"]
+    for content, said in [
+        ("mixed_precision: bf16\nnum_processes: 2", "--mixed_precision bf16 of accelerate"),
+        ("deepspeed_config:\n  zero_stage: 3\nnum_processes: 2", "--deepspeed_config zero_stage of accelerate"),
+        ("num_processes: 2\nnum_machines: 2", "--num_machines 2: on several hosts"),
+        ("- 1", "a.yaml: not a configuration of accelerate's"),
+    ]:
+        path.write_text(content)
+        with pytest.raises(UserError, match=said):
+            read_command(line.format("--num_processes 2"))
+
+
+def test_ranks_of_all_hosts_count(tmp_path):
+    (tmp_path / "h").write_text("a slots=4\n# b\nc slots=4\n")
+    for flags, ranks in [("", 4), ("--num_nodes 3", 12), (f"--hostfile {tmp_path / 'h'}", 8), ("--hostfile none", 0)]:
+        assert ranks_of(read_command(f"deepspeed --num_gpus 4 {flags} x/main.py")) == ranks
 
 
 @pytest.mark.parametrize("text", ["accelerate launch x/main.py", "torchrun --nproc-per-node=gpu x/main.py"])

@@ -41,7 +41,8 @@ def launch_of(command: Command) -> Launch:
     """The launcher with the devices that the command takes.
 
     deepspeed ignores ``CUDA_VISIBLE_DEVICES`` where ``--num_gpus`` is given; torchrun and python do not: then its
-    devices are named. deepspeed reads numbers alone, so that UUIDs and MIG slices go to torchrun.
+    devices are named. deepspeed reads numbers alone, so that UUIDs and MIG slices go to torchrun, and so does an empty
+    value, which deepspeed's launcher takes for none.
 
     Raises:
         UserError: there are more ranks than devices.
@@ -49,8 +50,12 @@ def launch_of(command: Command) -> Launch:
     flags = command.launcher if command.launcher or command.all_gpus else SINGLE
     launch = Launch(command.environment, "deepspeed", list(flags))
     value = visible(command.environment)
+    hidden = not value and f"{NAME}=" in command.environment
     names = {word.partition("=")[0] for word in flags}
     beside = next((name for name in ("--hostfile", *_CHOSEN) if name in names), "")
+    if hidden and "--num_gpus" in flags and not (command.by_deepspeed or beside != "--num_gpus"):
+        launch.starter, launch.launcher = "torchrun", _torchruns(flags)
+        launch.notes.append("torchrun starts the ranks: deepspeed's launcher would give them GPUs")
     if not value or (command.by_deepspeed and not beside):
         return launch
     if command.by_deepspeed or beside not in ("", "--num_gpus"):
@@ -77,9 +82,14 @@ def _named(launch: Launch, value: str, count: str) -> Launch:
         launch.launcher = ["--include", f"localhost:{','.join(devices)}", *rest]
         return launch
     launch.starter = "torchrun"
-    launch.launcher = ["--nproc_per_node", str(len(devices)), *_without(rest, "--num_nodes")]
+    launch.launcher = _torchruns(["--num_gpus", str(len(devices)), *rest])
     launch.notes = ["torchrun starts the ranks: deepspeed's launcher takes numbers of devices alone"]
     return launch
+
+
+def _torchruns(flags: Sequence[str]) -> list[str]:
+    count = flags[flags.index("--num_gpus") + 1]
+    return ["--nproc_per_node", count, *_without(_without(flags, "--num_gpus"), "--num_nodes")]
 
 
 def _without(flags: Sequence[str], name: str) -> list[str]:

@@ -34,7 +34,7 @@ class Translation:
         flags: their program's.
         given: their flags as they were given -> values as text, none for a switch.
         defaults: our flag, with dashes -> its default here.
-        ranks: the processes that it starts on one host.
+        ranks: the processes that it starts, 0 where that is not known here.
         values: our flag -> values as text, none for a switch.
         lines: what has changed, a line each.
         refused: what can not be had, a line each.

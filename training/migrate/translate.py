@@ -8,7 +8,7 @@ import difflib
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from training.migrate.devices import launch_of, visible
@@ -162,15 +162,30 @@ def _folder(program: Program) -> str:
 
 
 def ranks_of(command: Command) -> int:
-    """The processes that a launcher's flags name, 1 where they name none; without any those of deepspeed here."""
+    """The processes that a launcher's flags name, 1 where they name none; without any those of deepspeed here.
+
+    0 where they are on hosts that are not known here.
+    """
     if command.all_gpus:
         return len(visible(command.environment).split(",")) if visible(command.environment) else gpus_here()
     flags = [part for word in command.launcher for part in word.split("=", 1)]
     given = dict(zip(flags[:-1], flags[1:], strict=True))
+    hosts = given.get("--num_nodes") or (_hosts_of(given["--hostfile"]) if "--hostfile" in given else "1")
     if given.get("--num_gpus", "").isdigit():
-        return int(given["--num_gpus"])
+        return int(given["--num_gpus"]) * (int(hosts) if hosts.isdigit() else 0)
+    if "--hostfile" in given:
+        return 0
     host, _, devices = given.get("--include", "").partition(":")
     return len(devices.split(",")) if host == "localhost" and devices else 1
+
+
+def _hosts_of(hostfile: str) -> str:
+    """How many hosts a file names, empty where it is not here."""
+    try:
+        lines = Path(hostfile).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return ""
+    return str(sum(bool(line.split("#")[0].strip()) for line in lines))
 
 
 def _unknown(given: set[str], program: Program) -> tuple[int, int]:

@@ -40,13 +40,15 @@ def settle_warm_up(t: Translation, share: float, batch: int, accumulation: int, 
         return
     together = math.prod(int(t.values.get(flag, ["1"])[0]) for flag in ("--tensor_parallel", "--sequence_parallel"))
     epochs, rows = int(t.values.get("--num_train_epochs", ["1"])[0]), batch * max(t.ranks // together, 1)
+    shared = f" / {together}" if together > 1 else ""
+    divisor = f"{rows * accumulation}" if t.ranks else f"({rows * accumulation} x ranks{shared})"
     data = t.values.get("--data_path", [])
-    if read := count_rows(data) if data else None:
+    if read := count_rows(data) if data and t.ranks else None:
         steps = epochs * max((read // rows if whole else math.ceil(read / rows)) // accumulation, 0 if whole else 1)
         counted = math.floor(share * steps) if whole else math.ceil(share * steps)
         t.set("--num_warmup_steps", counted, f"{why}: {share:g} x {steps} steps, {epochs} epochs of {read} rows")
         return
     t.lines.append(
-        f"{why} is not set, as the rows of {' '.join(data)} can not be counted here: add --num_warmup_steps N, "
-        f"N = {share:g} x {epochs} x rows / {rows * accumulation}"
+        f"{why} is not set, as the {'rows of ' + ' '.join(data) if t.ranks else 'ranks of all hosts'} can not be "
+        f"counted here: add --num_warmup_steps N, N = {share:g} x {epochs} x rows / {divisor}"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 from training.migrate.shell.filling import final
 from training.migrate.shell.grammar import ASSIGNMENT
@@ -28,22 +28,25 @@ _RANKS = {
     "--nproc_per_node": "--num_gpus",
     "--num_processes": "--num_gpus",
     "--hostfile": "--hostfile",
-    "--include": "--include",
-    "--exclude": "--exclude",
     "--master_port": "--master_port",
     "--master_addr": "--master_addr",
     "--main_process_port": "--master_port",
     "--main_process_ip": "--master_addr",
     "--num_nodes": "--num_nodes",
-    "--host": "--include",
     "--rdzv_backend": None,
     "--rdzv_id": None,
     "--standalone": None,
 }
 # Flags of accelerate's that change what its ranks compute
-_COMPUTES = re.compile(r"--(mixed_precision|downcast_bf16|use_(deepspeed|fsdp|megatron_lm)|deepspeed_config_file|"
-                       r"(zero|fsdp|offload|gradient|megatron_lm|fp8)_?\w*)")  # fmt: skip
+_COMPUTES = re.compile(r"--(mixed_precision|downcast_bf16|use_(deepspeed|fsdp|megatron_lm)|"
+                       r"(deepspeed|zero|fsdp|offload|gradient|megatron_lm|fp8)_?\w*)")  # fmt: skip
 _HOSTS = ("--nnodes", "--num_machines")
+_NAMED_HOSTS = ("--host", "--include", "--exclude")  # colossalai's, a comma between them
+_SHORT = {"-H": "--hostfile", "-i": "--include", "-e": "--exclude"}  # deepspeed's
+# What counts here of accelerate's configuration, which is a file of YAML
+_CONFIGURED = ("num_processes", "num_machines", "main_process_port", "main_process_ip", "mixed_precision", "gpu_ids",
+               "use_cpu")  # fmt: skip
+_COMPUTING = ("deepspeed_config", "fsdp_config", "megatron_lm_config", "fp8_config")
 
 
 @dataclass
@@ -144,6 +147,9 @@ def _started(words: Sequence[str]) -> Command | None:
             command.environment.append(f"CUDA_VISIBLE_DEVICES={between.pop(0)}")
     if _PYTHON.fullmatch(name):
         name, between = _started_by_python(between)
+    if name == "deepspeed":
+        between = [_SHORT.get(word, word) for word in between]
+    name = "accelerate" if name == "accelerate-launch" else name
     if name in _OTHERS:
         _other_launcher(command, name, between)
     elif name in ("", "deepspeed", "bash", "sh") or name.startswith("--"):
@@ -182,6 +188,8 @@ def _other_launcher(command: Command, launcher: str, flags: Sequence[str]) -> No
     while words:
         name = words.pop(0).replace("-", "_").replace("__", "--", 1)
         said[name] = words.pop(0) if words and not words[0].startswith("-") else ""
+    if launcher == "accelerate" and "--config_file" in said:
+        said = _configuration(said["--config_file"], command) | said
     computes = [name for name, value in said.items() if _COMPUTES.fullmatch(name) and value not in ("no", "none")]
     if launcher == "accelerate" and computes:
         written = ", ".join(f"{name} {said[name]}".strip() for name in computes)
@@ -199,15 +207,43 @@ def _other_launcher(command: Command, launcher: str, flags: Sequence[str]) -> No
             command.launcher += [ours, value]
             if name == "--hostfile":
                 command.notes.append(f"--hostfile {value}: each line as NAME slots=N, N the ranks of that host")
-        elif name not in _RANKS and name not in _HOSTS:
+        elif name in _NAMED_HOSTS and value not in ("localhost", "127.0.0.1"):
+            raise UserError(f"{name} {value}: name the hosts in a file, each line as NAME slots=N: --hostfile HOSTS")
+        elif name == "--gpu_ids" and value not in ("", "all"):
+            command.environment.append(f"CUDA_VISIBLE_DEVICES={value}")
+        elif name in ("--cpu", "--use_cpu"):
+            command.environment.append("CUDA_VISIBLE_DEVICES=")
+            command.launcher += [] if "--num_processes" in said else ["--num_gpus", "1"]
+        elif name not in (*_RANKS, *_HOSTS, *_NAMED_HOSTS, "--gpu_ids"):
             command.notes.append(f"{name} {value}".strip() + " of the launcher is left out: deepspeed starts the ranks")
     if "--num_gpus" in command.launcher or command.all_gpus:
         return
     if launcher == "accelerate":
-        if "--config_file" in said:
+        if "--config_file" in said and not Path(said["--config_file"]).expanduser().is_file():
             raise UserError(f"--config_file {said['--config_file']} says how many ranks accelerate starts: give "
                             "--num_processes N beside it")  # fmt: skip
         command.all_gpus = True
         command.notes.append("without --num_processes all GPUs are taken, accelerate's saved configuration is not read")
     elif launcher == "torchrun":
         command.launcher[:0] = ["--num_gpus", "1"]  # its default; deepspeed's is all GPUs
+
+
+def _configuration(path: str, command: Command) -> dict[str, str]:
+    """The flags that a configuration of accelerate's stands for; none, said aloud, where it is not here.
+
+    Raises:
+        UserError: it is no such file.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        command.notes.append(f"--config_file {path} is not here: what it says of precision, ZeRO and FSDP is left out")
+        return {}
+    import yaml  # not there outside the environment
+
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        found = {f"--{name}": str(content[name]) for name in _CONFIGURED if content.get(name) not in (None, False, "")}
+        found |= {f"--{name}": " ".join(content[name]) for name in _COMPUTING if content.get(name)}
+    except (yaml.YAMLError, ValueError, OSError, RecursionError, TypeError, AttributeError) as error:
+        raise UserError(f"--config_file {path}: not a configuration of accelerate's") from error
+    return {name: "no" if value == "False" else value for name, value in found.items()}
