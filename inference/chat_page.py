@@ -202,9 +202,14 @@ class Page:
         """A prompt goes to every model."""
         yield from self._turn(session, lambda s: s.ask(str(prompt or ""), str(system or "")), options)
 
-    def retry(self, session: Session | None, *options: Any) -> Iterator[Update]:
-        """The last prompt is answered again."""
-        yield from self._turn(session, lambda s: s.retry(), options)
+    def retry(self, session: Session | None, shown: int, *options: Any) -> Iterator[Update]:
+        """The last prompt is answered again, where it is the one that the tab shows last."""
+
+        def begin(session: Session) -> Turn:
+            self._check_shown(session, shown)
+            return session.retry()
+
+        yield from self._turn(session, begin, options)
 
     def _turn(
         self, session: Session | None, begin: Callable[[Session], Turn], options: Sequence[Any]
@@ -292,10 +297,11 @@ class Page:
         session.restart()
         return self.view(session)
 
-    def edit(self, session: Session | None) -> Update:
-        """The last prompt comes back into the box, and its turn goes."""
+    def edit(self, session: Session | None, shown: int) -> Update:
+        """The last prompt comes back into the box, and its turn goes, where the tab shows it last."""
         session = session or self.new_session()
         try:
+            self._check_shown(session, shown)
             prompt = session.take_back()
         except UserError as error:
             return self.view(session, str(error))
@@ -329,7 +335,7 @@ class Page:
 
     @staticmethod
     def _check_shown(session: Session, shown: int) -> None:
-        """Refuse a vote from a tab that shows something else than the last answers, as a duplicated one may.
+        """Refuse what a tab says of the last answers where it shows something else, as a duplicated one may.
 
         Raises:
             UserError: says so; the view that tells it shows them.
@@ -575,15 +581,15 @@ def _connect(blocks: gr.Blocks, page: Page, w: Widgets, others: dict[str, Any]) 
     gr.on(
         [w.send.click, w.prompt.submit], page.send, [w.session, w.prompt, others["system"], *options], w.outputs, **long
     )
-    others["retry"].click(page.retry, [w.session, *options], w.outputs, **long)
+    seen = [w.session, w.shown]
+    others["retry"].click(page.retry, [*seen, *options], w.outputs, **long)
     w.stop.click(page.stop, [w.session], None, queue=False, **quiet)
     others["clear"].click(page.clear, [w.session], w.outputs, **quiet)
     # only a visitor's own click: the page sets the box at the start without starting a conversation anew
     w.blind.input(page.set_blind, [w.session, w.blind], w.outputs, **quiet)
-    seen = [w.session, w.shown]
     for column, button in others["votes"]:
         button.click(lambda session, shown, winner=column: page.vote(session, winner, shown), seen, w.outputs, **quiet)
-    others["edit"].click(page.edit, [w.session], w.outputs, **quiet)
+    others["edit"].click(page.edit, seen, w.outputs, **quiet)
     w.unvote.click(page.unvote, seen, w.outputs, **quiet)
     others["export"].click(page.export, [w.session], [w.download, w.notice], **quiet).then(
         None, [w.download], None, js=_DOWNLOAD, **quiet

@@ -89,7 +89,7 @@ def test_the_second_turn_sees_its_own_columns_first_answer(page, monkeypatch):
     )
     list(p.send(session, "one", "be kind", *OPTIONS))
     list(p.send(session, "two", "be kind", *OPTIONS))
-    list(p.retry(session, *OPTIONS))
+    list(p.retry(session, session.last, *OPTIONS))
     assert [s[:2] for s in seen[2:4]] == [
         ("fox", ["be kind", "one", FOX, "two"]),
         ("house", ["be kind", "one", HOUSE, "two"]),
@@ -378,8 +378,19 @@ def test_a_tab_that_shows_other_answers_has_no_vote_on_the_last_ones(page):
     p.clear(session)
     *_, last = p.send(session, "one", "", *OPTIONS)
     assert last[p.widgets.shown] != shown, "nor has one from before Clear, or a retry"
-    *_, retried = p.retry(session, *OPTIONS)
+    *_, retried = p.retry(session, session.last, *OPTIONS)
     assert retried[p.widgets.shown] != last[p.widgets.shown]
+
+
+def test_a_tab_that_shows_other_answers_neither_retries_nor_edits_the_last_ones(page):
+    p, session = page("fox", "house")
+    *_, last = p.send(session, "one", "", *OPTIONS)
+    list(p.send(session, "two", "", *OPTIONS))
+    turns = list(session.turns)
+    for refused in (p.edit(session, last[p.widgets.shown]), *p.retry(session, last[p.widgets.shown], *OPTIONS)):
+        assert "another tab" in notice_of(refused, p) and p.widgets.prompt not in refused
+        assert refused[p.widgets.shown] == session.last and session.turns == turns and not session.busy
+    assert p.edit(session, session.last)[p.widgets.prompt] == "two"
 
 
 def test_one_vote_a_round_whatever_is_clicked_at_once(page):
