@@ -1,11 +1,13 @@
 """Users' functions: loaded, called, and what is said of those that fail."""
 
+import copy
 import os
 import pickle
 import sys
 from multiprocessing import get_context
 
 import pytest
+import torch
 
 from training.step3_rlhf_finetuning.reward_functions import call_text_function, load_text_function
 from training.utils.errors import UserError
@@ -66,6 +68,10 @@ def test_a_file_that_fails_leaves_no_module(tmp_path, monkeypatch):
     assert set(sys.modules) == before
 
 
+async def asynchronous(prompts, responses, rows):
+    return [1.0] * len(responses)
+
+
 def broken_at_two(prompts, responses, rows):
     return [1 / (len(r) - 2) for r in responses]
 
@@ -77,12 +83,31 @@ def broken_at_two(prompts, responses, rows):
         (lambda p, r, rows: [1.0, float("nan"), 1.0], "row 1"),
         (lambda p, r, rows: [1.0, 1.0, "good"], "row 2"),
         (lambda p, r, rows: [None, 1.0, 1.0], "row 0"),
+        (lambda p, r, rows: [1.0, 1e39, 1.0], "returned 1e\\+39 for row 1"),
+        (lambda p, r, rows: [1.0, 10**400, 1.0], "for row 1, response"),
+        (lambda p, r, rows: None, "returned None for 3 responses, not a number for each"),
+        (lambda p, r, rows: 1.0, "returned 1.0 for 3 responses"),
+        (lambda p, r, rows: torch.tensor(1.0), r"returned tensor\(1.\) for 3 responses"),
+        (lambda p, r, rows: {0: 1.0, 1: 2.0, 2: 0.5}, "returned {0: 1.0, 1: 2.0, 2: 0.5} for 3 responses"),
+        (lambda p, r, rows: {1.0, 2.0, 3.0}, "for 3 responses, not a number for each"),
+        (asynchronous, "an async function; name one that returns asyncio.run"),
         (broken_at_two, "at row 1, prompt 'p1', response 'bb'"),
     ],
 )
 def test_a_bad_function_is_one_line_that_names_the_row(function, words):
     with pytest.raises(UserError, match=words):
         call_text_function(function, PROMPTS, ANSWERS, [{}] * 3, "--eval_function")
+
+
+def test_a_function_may_change_what_it_is_given():
+    def spoils(prompts, responses, rows):
+        prompts[0][0]["content"], rows[0]["a"] = "", [1]
+        responses.clear()
+        return torch.tensor([1.0, 2.0, 3.0])
+
+    prompts, answers, rows = copy.deepcopy(PROMPTS), [*ANSWERS], [{"a": []} for _ in ANSWERS]
+    assert call_text_function(spoils, prompts, answers, rows, "--reward_function") == [1.0, 2.0, 3.0]
+    assert (prompts, answers, rows) == (PROMPTS, ANSWERS, [{"a": []} for _ in ANSWERS])
 
 
 @pytest.mark.parametrize("call", ["sys.exit(0)", "os._exit(0)", "raise SystemExit", "exit()"])

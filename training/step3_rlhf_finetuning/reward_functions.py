@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
+import inspect
 import itertools
 import math
 import os
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+import textwrap
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
 from training.utils.errors import UserError
 
 MODEL = "model"  # names the reward model among the sources of --reward_function
+LARGEST = 3.4028234e38  # in fp32
 NONE = "none"  # --critic_model_name_or_path none: there is no reward model
 
 Messages = list[dict[str, str]]
@@ -160,19 +164,25 @@ def call_text_function(
     rows: Sequence[dict[str, Any]],
     flag: str,
 ) -> list[float]:
-    """Call a user's function and check what it returns.
+    """Call a user's function, which may change what it is given, and check what it returns.
 
     Raises:
         UserError: it raises, or returns the wrong number of values, something that is no number, or one that
-            is not finite; the first such row is named.
+            is not finite in fp32; the first such row is named.
     """
     try:
         with no_exit():
-            values = list(function(prompts, responses, rows))
+            returned = function(*copy.deepcopy((list(prompts), list(responses), list(rows))))
+            values = list(returned) if _is_in_order(returned) else None
     except (Exception, SystemExit) as error:  # the user's own code may raise anything
         raise UserError(
             f"{flag}: {type(error).__name__}: {error}; {_failing_row(function, prompts, responses, rows)}"
         ) from error
+    if inspect.iscoroutine(returned):
+        returned.close()
+        raise UserError(f"{flag}: an async function; name one that returns asyncio.run(...) of it")
+    if values is None:
+        raise UserError(f"{flag}: returned {_short(returned)} for {len(responses)} responses, not a number for each")
     if len(values) != len(responses):
         raise UserError(f"{flag}: returned {len(values)} values for {len(responses)} responses")
     for i, value in enumerate(values):
@@ -188,14 +198,23 @@ def _failing_row(
     for i in range(len(responses)):
         try:
             with no_exit():
-                function(prompts[i : i + 1], responses[i : i + 1], rows[i : i + 1])
+                function(*copy.deepcopy(([prompts[i]], [responses[i]], [rows[i]])))
         except (Exception, SystemExit):  # looked for: the row that raises
             return f"at row {i}, prompt {prompts[i][-1]['content']!r}, response {responses[i]!r}"
     return "not at any single row"
 
 
+def _is_in_order(values: Any) -> bool:
+    """Whether these can be a number for each response: of a dictionary or a set nobody knows which is whose."""
+    return isinstance(values, Iterable) and not isinstance(values, (Mapping, Set)) and getattr(values, "ndim", 1) > 0
+
+
+def _short(value: Any) -> str:
+    return textwrap.shorten(repr(value), 80)
+
+
 def _is_finite(value: Any) -> bool:
     try:
-        return math.isfinite(float(value))
-    except (TypeError, ValueError):
+        return abs(float(value)) <= LARGEST
+    except (TypeError, ValueError, OverflowError):
         return False
