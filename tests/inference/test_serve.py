@@ -58,12 +58,61 @@ def test_it_answers_as_the_saved_model_and_ends_on_ctrl_c(chat_folders, free_por
         assert answer["usage"]["completion_tokens"] == len(out)
         other = httpx.post(f"{address}/chat/completions", json=asked | {"model": "another"}, timeout=60)
         assert other.status_code == 400 and folder.name in other.text
+        drawn = {}
+        for seed in (1, 2, 1):
+            sampled = asked | {"temperature": 1.5, "seed": seed}
+            [choice] = httpx.post(f"{address}/chat/completions", json=sampled, timeout=60).json()["choices"]
+            assert drawn.setdefault(seed, choice["message"]["content"]) == choice["message"]["content"]
+        assert drawn[1] != drawn[2], "a temperature counts"
+        several = httpx.post(f"{address}/chat/completions", json=asked | {"n": 2}, timeout=60)
+        assert several.status_code == 400 and "one answer" in several.text
+        long = asked | {"messages": [{"role": "user", "content": "hello " * 100_000}]}
+        for stream in (False, True):
+            reply = httpx.post(f"{address}/chat/completions", json=long | {"stream": stream}, timeout=60)
+            assert reply.status_code == 400 and "the model reads at most" in reply.text
+        loaded = httpx.post(f"{address[:-3]}/load_model", json={"model": str(chat_folders["rlhf"])}, timeout=60)
+        assert loaded.status_code == 400 and f"{folder.name} alone" in loaded.text
         program.send_signal(signal.SIGINT)
         assert program.wait(30) == 0
         assert f"model {folder.name} at {address}" in (tmp_path / "log").read_text()
     finally:
         program.kill()
         log.close()
+
+
+USER = {"messages": [{"role": "user", "content": "a"}]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, ""),
+        ({"n": 1, "logprobs": False, "presence_penalty": 0.0, "response_format": {"type": "text"}, "stop": None}, ""),
+        ({"temperature": 0, "top_p": 1, "max_tokens": 3, "seed": 0, "stop": ["a", "b"], "stream_options": {}}, ""),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, {"role": "tool", "content": "b"},
+                       {"role": "assistant", "content": None, "tool_calls": []}]}, ""),
+        ({"n": 2}, "n: a request gets one answer"),
+        ({"logprobs": True, "top_logprobs": 3}, "not served here: logprobs, top_logprobs"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"temperature": -1}, "temperature: a number from 0"),
+        ({"temperature": "hot"}, "temperature: a number"),
+        ({"temperature": float("nan")}, "temperature: a number"),
+        ({"top_p": 0}, "top_p: a number"),
+        ({"max_tokens": 0}, "max_tokens: a whole number from 1"),
+        ({"max_completion_tokens": 1.5}, "max_completion_tokens: a whole number"),
+        ({"seed": 2**80}, "seed: a whole number"),
+        ({"stop": [1]}, "stop: a text"),
+        ({"stop": 1}, "stop: a text"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"messages": []}, "messages is missing or empty"),
+        ({"messages": ["a"]}, "each has a role"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "images and sound are not read"),
+        ({"messages": [{"role": "user", "content": 3}]}, "a content is a text"),
+    ],
+)  # fmt: skip
+def test_what_would_be_left_unheard_or_fail_is_refused(changes, said):
+    found = serve.refusal(USER | changes, "messages")
+    assert said in found and bool(said) == bool(found)
 
 
 def refused(capsys, *flags: str) -> str:
