@@ -152,6 +152,10 @@ def test_bad_input(models, tiny_data, tmp_path):
         PPO(data, enable_ema=True, output_dir=str(tmp_path), **models)
     with pytest.raises(UserError, match="no such file"):
         PPO([str(tmp_path / "none.jsonl")], **models)
+    with pytest.raises(UserError, match="data_path is an empty list"):
+        PPO([], **models)
+    with pytest.raises(UserError, match="path.jsonl: no such file"):
+        PPO(tmp_path / "path.jsonl", **models)
     with pytest.raises(UserError, match="one.jsonl: no such file"):
         PPO(str(tmp_path / "one.jsonl"), **models)
     ppo = PPO(data, **models, **FLAGS)

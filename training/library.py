@@ -87,12 +87,14 @@ class PPO:
         UserError: as the program: a flag, a model or the data is wrong.
     """
 
-    def __init__(self, data_path: str | Sequence[str], *, strategy: str = "naive", **flags: Any) -> None:
+    def __init__(self, data_path: str | Path | Sequence[str | Path], *, strategy: str = "naive", **flags: Any) -> None:
         if strategy not in STRATEGIES:
             raise UserError(f"strategy {strategy!r}: there are {', '.join(STRATEGIES)}")
         if only := sorted(_OF_THE_PROGRAM & flags.keys()):
             raise UserError(f"{', '.join(only)}: what the program of step 3 does around its loop, not PPO")
-        sources = [data_path] if isinstance(data_path, str) else list(data_path)
+        sources = [str(one) for one in ([data_path] if isinstance(data_path, (str, Path)) else data_path)]
+        if not sources:
+            raise UserError("data_path is an empty list: there is nothing to train on")
         argv = flags_of({**flags, "data_path": sources, **STRATEGIES[strategy], "save_every": 0}, [])
         parsed = settings.Flags(*check(arguments.parse(ARGUMENTS, argv, prog="PPO", description=__doc__)))
         self._device = init_distributed()
