@@ -270,19 +270,21 @@ def _retry_after(response: httpx.Response) -> float | None:
     return min(max(seconds, 0.0), LONGEST_RETRY_AFTER) if seconds == seconds else None
 
 
-_OBJECT = re.compile(r"\{[^{}]*\}")
+_MEMBER = re.compile(r"\{\s*\"")  # where a JSON object with something in it may begin
 
 
 def verdict_in(text: str) -> str | None:
     """``A``, ``B`` or ``tie`` in a judge's words: its last JSON object with ``better``, or the word alone, or None."""
-    for found in reversed(_OBJECT.findall(text)):
+    value, at = None, 0
+    while found := _MEMBER.search(text, at):
+        at = found.start() + 1
         try:
-            value = json.loads(found).get("better")
-        except ValueError:
+            said, end = json.JSONDecoder().raw_decode(text, found.start())
+        except (ValueError, RecursionError):
             continue
-        if value is not None:
-            return _word(str(value))
-    return _word(text)
+        if said.get("better") is not None:  # what else it holds may quote braces, or other objects
+            value, at = said["better"], end
+    return _word(text if value is None else str(value))
 
 
 def _word(text: str) -> str | None:

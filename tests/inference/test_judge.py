@@ -480,6 +480,11 @@ def test_an_endpoint_that_refuses_everything_is_one_line_soon(answers, served, c
         ('{"better": "C"}', None),
         ("A is better", None),
         ('{"better": A}', None),
+        ('{"better": "A", "reason": "B has {x} in it"}', "A"),
+        ('{"better": "B", "scores": {"A": 1, "B": 2}}', "B"),
+        ('{"better": "A", "reason": {"better": "B", "why": "shorter"}}', "A"),
+        ('{"verdict": {"better": "tie"}}', "tie"),
+        ('{"a":' * 2000, None),
         ("", None),
     ],
 )
