@@ -215,6 +215,13 @@ def test_what_stays_for_the_shell_is_whole_and_named(monkeypatch, written, word,
             filled(word)
 
 
+def test_a_variable_of_the_shell_s_keeps_its_name_before_a_known_value(monkeypatch):
+    monkeypatch.setenv("THERE", "x")
+    text = 'B=2; C=$THERE; C+=_3; THERE+=4; deepspeed x/main.py "$NOT_SET$B" $NOT_SET"a" "$C" $THERE $NOT_SET.$B'
+    assert read_command(text).arguments == [
+        "${NOT_SET}2", "${NOT_SET}a", "${THERE}_3", "${THERE}4", "$NOT_SET.2"]  # fmt: skip
+
+
 def test_a_default_gives_way_to_the_environment_here(monkeypatch):
     text = "deepspeed x/main.py --port ${PORT_OF_TEST:-29500}"
     monkeypatch.delenv("PORT_OF_TEST", raising=False)

@@ -23,6 +23,7 @@ _GLOB = re.compile(r"[*?\[]")
 _ESCAPE = re.compile(r"\\(x[\da-fA-F]{1,2}|u[\da-fA-F]{1,4}|U[\da-fA-F]{1,8}|[0-7]{1,3}|.)", re.DOTALL)
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "e": "\x1b", "\\": "\\", "'": "'", '"': '"', "?": "?"}
 EXTENDED = re.compile(r"[?*+@!]\(")  # patterns in patterns, which are not read here
+_OPEN_NAME = re.compile(r"\$([A-Za-z_]\w*)$")
 _PLAIN = re.compile(r"[\w@%+=:,./-]*")
 _OPERATIONS: dict[type, Callable[[int, int], int]] = {
     ast.Add: operator.add,
@@ -73,7 +74,7 @@ class Variables:
         if add and isinstance(before, list):
             value = before + (value if isinstance(value, list) else [value])
         elif add and isinstance(before, str):
-            value = [before, *value] if isinstance(value, list) else before + value
+            value = [before, *value] if isinstance(value, list) else joined(before, value)
         self.values[name] = value
         self.undecided.pop(name, None)
         if name in os.environ or self.all_exported:
@@ -170,6 +171,11 @@ def pattern(word: str, known: Variables) -> str:
     return found.replace("[^", "[!")
 
 
+def joined(word: str, part: str) -> str:
+    """A word that goes on with a part, which makes no longer name of a variable that stays for the shell."""
+    return (_OPEN_NAME.sub(r"${\1}", word) if re.match(r"\w", part) else word) + part
+
+
 class _Written(str):
     """A word as it is written in place of a value: its quotes count."""
 
@@ -185,7 +191,7 @@ class _Fields:
     def add(self, part: str) -> None:
         """A part of the word that is open, or the first of a new one."""
         if self.open:
-            self.words[-1] += part
+            self.words[-1] = joined(self.words[-1], part)
         else:
             self.words.append(part)
         self.open = True
