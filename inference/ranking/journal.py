@@ -52,7 +52,7 @@ class Journal:
                 self.lines.append(json.loads(line))
             except (ValueError, RecursionError):
                 self.lines.append({})
-            if not isinstance(self.lines[-1], dict) or not self.lines[-1]:
+            if not _is_whole(self.lines[-1]):
                 raise UserError(
                     f"{shown(path)}:{number} is damaged: remove the line, and the prompt's rows in the other files, to "
                     "have it judged again"
@@ -71,6 +71,14 @@ class Journal:
     def close(self) -> None:
         """Let another process have it."""
         self._file.close()
+
+
+def _is_whole(line: Any) -> bool:
+    """Whether a line has what every act has."""
+    if not isinstance(line, dict):
+        return False
+    needed = {"act", "time"} if line.get("act") == "opened" else {"act", "time", "item", "judge", "answers"}
+    return needed <= line.keys()
 
 
 def append_bytes(file: Any, data: bytes) -> None:

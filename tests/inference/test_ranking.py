@@ -236,7 +236,7 @@ def test_a_page_goes_on_where_it_was_killed_between_the_journal_and_the_other_fi
     assert not make(2).rankings.rows and not rankings.read_bytes()
 
 
-@pytest.mark.parametrize("line", ["{", "[]", "3", "null", "{}", "[" * 100_000])
+@pytest.mark.parametrize("line", ["{", "[]", "3", "null", "{}", '{"item": "1"}', "[" * 100_000])
 def test_a_damaged_line_of_the_journal_is_named(line, make, tmp_path):
     ledger = make(3)
     ledger.save("ann", ledger.next_for("ann").id, "ranked", [1, 2, 3])
