@@ -105,6 +105,7 @@ def read_prompts(path: str, data: DataArguments, decoding: DecodingArguments, sp
     return list(found.values())
 
 
+@dataclass(eq=False)
 class Answering:
     """Answers prompts by one model after another, each rank its share.
 
@@ -117,23 +118,16 @@ class Answering:
         dtype, device: of the models.
     """
 
-    def __init__(
-        self,
-        prompts: Sequence[Prompt],
-        decoding: DecodingArguments,
-        count: int,
-        rewards: AnswerRewards,
-        data: DataArguments,
-        dtype: str,
-        device: torch.device,
-    ) -> None:
-        self.prompts = prompts
-        self.decoding = decoding
-        self.count = count
-        self.rewards = rewards
-        self.data = data
-        self.dtype = dtype
-        self.device = device
+    prompts: Sequence[Prompt]
+    decoding: DecodingArguments
+    count: int
+    rewards: AnswerRewards
+    data: DataArguments
+    dtype: str
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        decoding = self.decoding
         greedy = decoding.temperature == 0
         self.sampling = SamplingConfig(
             decoding.max_answer_seq_len, decoding.temperature or 1.0, decoding.top_p, decoding.top_k, greedy=greedy

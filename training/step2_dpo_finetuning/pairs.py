@@ -6,6 +6,7 @@ What is said of answers stands in tensors ``[2, P]``: the chosen ones, then the 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ def answer_tokens(batch: Batch) -> Tensor:
     return batch["response_mask"][:, 1:].sum(1)[torch.stack([batch[side] for side in SIDES])]
 
 
+@dataclass(frozen=True)
 class Preferences:
     """A policy, its reference and a loss.
 
@@ -52,11 +54,10 @@ class Preferences:
         sharing: whether both forward the common beginning of answers once, see `collate_answers`.
     """
 
-    def __init__(self, engine: Any, frozen: Any, settings: DPOArguments, sharing: Sharing | None = None) -> None:
-        self.engine = engine
-        self.frozen = frozen
-        self.settings = settings
-        self.sharing = sharing
+    engine: Any
+    frozen: Any
+    settings: DPOArguments
+    sharing: Sharing | None = None
 
     def reference(self, batch: Batch) -> Tensor | None:
         """`answer_log_probs` of the reference, None for a loss without one.

@@ -227,6 +227,7 @@ def shared_tokenizer(actor_path: str, sft_path: str, *flags: arguments.DataArgum
     return tokenizer
 
 
+@dataclass(frozen=True)
 class Evaluator:
     """Answers prompts by models from disk and judges the answers.
 
@@ -239,23 +240,13 @@ class Evaluator:
         backend: what decodes.
     """
 
-    def __init__(
-        self,
-        prompts: PromptSet,
-        rows: Sequence[int],
-        sampling: SamplingConfig,
-        batch_size: int,
-        dtype: str,
-        device: torch.device,
-        backend: RolloutBackend,
-    ) -> None:
-        self.backend = backend
-        self.prompts = prompts
-        self.rows = list(rows)
-        self.sampling = sampling
-        self.batch_size = batch_size
-        self.dtype = dtype
-        self.device = device
+    prompts: PromptSet
+    rows: Sequence[int]
+    sampling: SamplingConfig
+    batch_size: int
+    dtype: str
+    device: torch.device
+    backend: RolloutBackend
 
     def model(self, path: str) -> Any:
         """A causal LM from disk."""

@@ -13,7 +13,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,7 @@ class Kept:
         return self.within_bound and math.isfinite(value), value if math.isfinite(value) else -math.inf
 
 
+@dataclass(eq=False)
 class HeldOutEvaluation:
     """Evaluates the actor on held-out prompts during and after training.
 
@@ -113,44 +114,31 @@ class HeldOutEvaluation:
         due: the iteration whose evaluation has begun and not ended, 0 for none.
     """
 
-    def __init__(
-        self,
-        prompts: PromptSet,
-        roles: Roles,
-        backend: RolloutBackend,
-        sampling: SamplingConfig,
-        sizes: BatchSizes,
-        logger: MetricsLogger,
-        *,
-        every: int,
-        iterations: int,
-        functions: Sequence[EvalFunction],
-        base: str,
-        actor_dir: Path,
-        save: Callable[[], None],
-    ) -> None:
-        self.prompts = prompts
-        self.roles = roles
-        self.backend = backend
-        self.sampling = sampling
-        self.sizes = sizes
-        self.logger = logger
-        self.every = every
-        self.iterations = iterations
-        self.functions = functions
-        self.base = base
-        self.actor_dir = actor_dir
-        self.save = save
-        self.base_answers: list[Answer] = []
-        self.before: list[Answer] = []
-        self.after: list[Answer] = []
-        self.sft_values: dict[str, list[float]] = {}
-        self.values: Values = {}
-        self.kept: Kept | None = None
-        self.kept_answers: list[Answer] = []
-        self.seconds = 0.0
-        self.due = 0
-        self._started = 0.0
+    prompts: PromptSet
+    roles: Roles
+    backend: RolloutBackend
+    sampling: SamplingConfig
+    sizes: BatchSizes
+    logger: MetricsLogger
+    every: int
+    iterations: int
+    functions: Sequence[EvalFunction]
+    base: str
+    actor_dir: Path
+    save: Callable[[], None]
+    base_answers: list[Answer] = field(default_factory=list, init=False)
+    before: list[Answer] = field(default_factory=list, init=False)
+    after: list[Answer] = field(default_factory=list, init=False)
+    sft_values: dict[str, list[float]] = field(default_factory=dict, init=False)
+    values: Values = field(default_factory=dict, init=False)
+    kept: Kept | None = field(default=None, init=False)
+    kept_answers: list[Answer] = field(default_factory=list, init=False)
+    seconds: float = field(default=0.0, init=False)
+    due: int = field(default=0, init=False)
+    _started: float = field(default=0.0, init=False)
+
+    def __post_init__(self) -> None:
+        prompts = self.prompts
         self.running_rows = spread_rows(len(prompts.dataset), RUNNING_PROMPTS)
         self.rows = sorted({*spread_rows(len(prompts.dataset), MOST_PROMPTS), *sample_rows(prompts)})
         self.other_rows = sorted({*self.rows} - {*self.running_rows})

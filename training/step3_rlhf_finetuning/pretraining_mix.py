@@ -6,6 +6,7 @@ pre-training rows, as many rows as an optimizer step of PPO has, times ``--unsup
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from training.utils.engine import engine as engines
 from training.utils.model.language_modelling import micro_batches, negative_log_likelihood, predicted_tokens
 
 
+@dataclass(eq=False)
 class PretrainingMix:
     """Rows of plain text that the actor goes on learning.
 
@@ -29,25 +31,16 @@ class PretrainingMix:
         seed: of the order.
     """
 
-    def __init__(
-        self,
-        dataset: Any,
-        coefficient: float,
-        *,
-        rows: int,
-        micro_batch_size: int,
-        pad_id: int,
-        device: torch.device,
-        seed: int,
-    ) -> None:
-        self.dataset = dataset
-        self.coefficient = coefficient
-        self.rows = rows
-        self.micro_batch_size = micro_batch_size
-        self.pad_id = pad_id
-        self.device = device
-        self.seed = seed
-        self._tokens = predicted_tokens(dataset)
+    dataset: Any
+    coefficient: float
+    rows: int
+    micro_batch_size: int
+    pad_id: int
+    device: torch.device
+    seed: int
+
+    def __post_init__(self) -> None:
+        self._tokens = predicted_tokens(self.dataset)
         self._epoch = -1
         self._batches: list[list[int]] = []
 
