@@ -19,6 +19,7 @@ from typing import Any
 from chat_stream import Answer, Message
 
 from training.utils.errors import UserError
+from training.utils.run.files import whole_file
 
 MAX_PROMPT_CHARACTERS = 10_000  # a page of text has 3,000; beyond this it is a paste by mistake
 SAME = -1  # a vote for none of the columns
@@ -171,11 +172,8 @@ class Session:
     @property
     def can_vote(self) -> bool:
         """Whether the last turn waits for a vote."""
-        return len(self.names) > 1 and not self.busy and bool(self.turns) and self._votable(self.turns[-1])
-
-    @staticmethod
-    def _votable(turn: Turn) -> bool:
-        return turn.complete and turn.vote is None
+        waits = bool(self.turns) and self.turns[-1].complete and self.turns[-1].vote is None
+        return waits and len(self.names) > 1 and not self.busy
 
     def vote(self, winner: int, file: Path) -> list[dict[str, Any]]:
         """Record the vote on the last turn and show the names; returns the rows that were appended.
@@ -350,11 +348,7 @@ def remove_rows(file: Path, rows: Sequence[dict[str, Any]]) -> None:
                     raise UserError(f"The vote is no longer in {file.name}; it can not be undone here.")
                 del lines[len(lines) - 1 - lines[::-1].index(_line(row))]
             if rows:
-                scratch = file.with_name(file.name + ".tmp")
-                with scratch.open("wb") as out:
+                with whole_file(file) as out:
                     out.writelines(lines)
-                    out.flush()
-                    os.fsync(out.fileno())
-                scratch.replace(file)
     except OSError as error:
         raise UserError(f"The vote can not be taken out of {file.name}: {error.strerror}.") from error

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from training.utils.errors import UserError
-from training.utils.run.files import json_line
+from training.utils.run.files import append_whole, json_line, whole_file
 from training.utils.run.folders import shown
 
 OPENED = b'{"act": "opened"'  # what each start appends, the first one to an empty file
@@ -87,14 +87,9 @@ def append_bytes(file: Any, data: bytes) -> None:
     Raises:
         UserError: it can not be written.
     """
-    start = file.seek(0, os.SEEK_END)
     try:
-        rest = data
-        while rest:
-            rest = rest[file.write(rest) :]
-        os.fsync(file.fileno())
+        append_whole(file, data)
     except OSError as error:
-        file.truncate(start)
         raise UserError(f"not saved: {Path(file.name).name}: {error.strerror}; make room, and save again") from error
 
 
@@ -149,14 +144,9 @@ class RowsFile:
             self._size = self._write(b"".join(self.rows.values()))
 
     def _write(self, data: bytes) -> int:
-        scratch = self.path.with_name(self.path.name + ".tmp")
         try:
-            with scratch.open("wb") as file:
+            with whole_file(self.path) as file:
                 file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            scratch.replace(self.path)
         except OSError as error:
-            scratch.unlink(missing_ok=True)
             raise UserError(f"{shown(self.path)}: {error.strerror}") from error
         return len(data)

@@ -12,7 +12,6 @@ from tests.inference.conftest import INFERENCE
 from tests.marks import slow
 from tests.step3.hybrid_checks import save_tiny_reward_model
 from tests.tiny import save_tiny_model, tiny_tokenizer
-from training.utils import answers as answer_files
 from training.utils.answers import PartFile, prompt_id, read_answers
 from training.utils.arguments import DataArguments
 from training.utils.data import prepare_data
@@ -268,7 +267,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(asked, tmp_path, monkeypatch,
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         original(descriptor)
 
-    monkeypatch.setattr(answer_files.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     assert asked(*flags, output="b.jsonl") == 2
     [line] = capsys.readouterr().err.splitlines()[-1:]
     assert line.startswith("error: ") and "rank0.jsonl: No space left on device" in line

@@ -4,6 +4,7 @@ import datetime
 import email.utils
 import itertools
 import json
+import os
 import re
 import socket
 import threading
@@ -142,7 +143,7 @@ def test_a_full_disk_is_one_line(answers, rules, tmp_path, monkeypatch, capsys):
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(answer_files.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     assert run("--answers", path, "--judge", f"{rules}:length") == 2
     assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
     monkeypatch.undo()

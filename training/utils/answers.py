@@ -11,14 +11,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from training.utils.errors import UserError, half_character
-from training.utils.run.files import json_line, once_each, write_json
+from training.utils.run.files import append_whole, json_line, once_each, whole_file, write_json
 from training.utils.run.folders import locked, make_dir, shown
 
 SETTINGS_FILE = "settings.json"
@@ -104,17 +103,8 @@ def _check_answers(line: Any, where: str, at_least: int) -> None:
 
 def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     """Write a JSON lines file whole or not at all."""
-    scratch = path.with_name(path.name + ".tmp")
-    try:
-        with scratch.open("w", encoding="utf-8") as file:
-            file.writelines(json_line(line) + "\n" for line in lines)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            scratch.unlink(missing_ok=True)  # on a full disk it takes the room that the next try needs
-        raise
+    with whole_file(path) as file:
+        file.writelines((json_line(line) + "\n").encode() for line in lines)
 
 
 class PartFile:
@@ -208,14 +198,9 @@ class PartFile:
 
             def append(lines: Iterable[Mapping[str, Any]]) -> None:
                 """Write lines to the end; what a full disk leaves of them is taken back."""
-                rest = "".join(json_line(line) + "\n" for line in lines).encode()
-                start = file.seek(0, os.SEEK_END)
                 try:
-                    while rest:
-                        rest = rest[file.write(rest) :]
-                    os.fsync(file.fileno())
+                    append_whole(file, "".join(json_line(line) + "\n" for line in lines).encode())
                 except OSError as error:
-                    file.truncate(start)
                     raise UserError(
                         f"{shown(path)}: {error.strerror}; what was written before is kept: make room, and start again"
                     ) from error

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from training.utils.errors import UserError, half_character
 
@@ -66,14 +67,38 @@ def once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file whole or not at all, also where the machine stops."""
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write that gets its name when all of it is on the disk, also where the machine stops."""
     scratch = path.with_name(path.name + ".tmp")
-    with scratch.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
+    try:
+        with scratch.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)  # on a full disk it takes the room that the next try needs
+        raise
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with whole_file(path) as file:
+        file.write(text.encode())
+
+
+def append_whole(file: Any, data: bytes) -> None:
+    """Append to an unbuffered file, whole or not at all, and wait for the disk."""
+    start = file.seek(0, os.SEEK_END)
+    try:
+        while data:
+            data = data[file.write(data) :]
         os.fsync(file.fileno())
-    os.replace(scratch, path)
+    except OSError:
+        file.truncate(start)
+        raise
 
 
 def json_line(value: Any, default: Callable[[Any], Any] | None = None) -> str:
