@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -313,16 +314,10 @@ def settle_dpo(t: Translation) -> None:
         t.refused.append(f"--gamma {t.theirs('--gamma'):g} goes with --loss_type simpo_loss here")
 
 
-def settle_orpo(t: Translation) -> None:
-    """ORPO."""
+def settle_loss(t: Translation, loss: str) -> None:
+    """ORPO, or KTO."""
     settle_data(t)
-    t.set("--loss", "orpo", "train_orpo.py")
-
-
-def settle_kto(t: Translation) -> None:
-    """KTO."""
-    settle_data(t)
-    t.set("--loss", "kto", "train_kto.py")
+    t.set("--loss", loss, f"train_{loss}.py")
 
 
 def settle_buffer(t: Translation, answers: int) -> None:
@@ -426,16 +421,6 @@ def settle_rewards(t: Translation) -> None:
         t.refused.append("--rm_checkpoint_path is missing")
 
 
-def settle_ppo(t: Translation) -> None:
-    """PPO."""
-    settle_rollouts(t, 1)
-
-
-def settle_grpo(t: Translation) -> None:
-    """GRPO."""
-    settle_rollouts(t, t.theirs("--num_generations"))
-
-
 def settle_chat(t: Translation) -> None:
     """The terminal chat and the server."""
     model, tokenizer = t.values.get("--path"), t.theirs("--tokenizer_path")
@@ -517,11 +502,11 @@ COLOSSALCHAT = Predecessor(
                 settle=settle_data),
         Program("DPO", ("train_dpo.py",), "dpo", DPO, different=OVER_PAIRS_DIFFERENT, settle=settle_dpo),
         Program(
-            "ORPO", ("train_orpo.py",), "dpo", ORPO, settle=settle_orpo,
+            "ORPO", ("train_orpo.py",), "dpo", ORPO, settle=partial(settle_loss, loss="orpo"),
             different=(*OVER_PAIRS_DIFFERENT, MEAN_ODDS),
         ),
         Program(
-            "KTO", ("train_kto.py",), "dpo", KTO, settle=settle_kto,
+            "KTO", ("train_kto.py",), "dpo", KTO, settle=partial(settle_loss, loss="kto"),
             different=(*OVER_DATA_DIFFERENT, "it takes pairs, chosen and rejected; there answers with a label"),
         ),
         Program(
@@ -535,7 +520,7 @@ COLOSSALCHAT = Predecessor(
                 "--whiten_advantages": Constant(False, "advantages are not whitened there"),
             },
             (ON_LAST, CRITIC, SCHEDULE, ADAM),
-            settle_ppo,
+            partial(settle_rollouts, answers=1),
         ),
         Program(
             "GRPO", ("train_grpo.py",), "step3", GRPO,
@@ -546,7 +531,7 @@ COLOSSALCHAT = Predecessor(
             },
             ("the KL penalty is summed over a response's tokens; there their mean, so --kl_coef weighs more here",
              "the temperature stays as it is; there it falls to --final_temperature", SCHEDULE, ADAM),
-            settle_grpo,
+            lambda t: settle_rollouts(t, t.theirs("--num_generations")),
         ),
         Program("data preparation", ("prepare_dataset.py",), "preview", PREPARATION, settle=settle_preparation,
                 different=("training prepares data itself: --data_path and --chat_template are enough",)),

@@ -219,9 +219,8 @@ def settle_accumulation(t: Translation, generation: str, training: str, batches:
         t.set("--per_device_training_batch_size", rows, f"{training} {step_rows} cut to the responses there are")
         step_rows = rows
     if rows % step_rows:
-        t.refused.append(
-            f"{generation} {rows} is no multiple of {training} {step_rows}: give {training} {_divisor(rows, step_rows)}"
-        )
+        divisor = next(n for n in range(min(rows, step_rows), 0, -1) if rows % n == 0)
+        t.refused.append(f"{generation} {rows} is no multiple of {training} {step_rows}: give {training} {divisor}")
         return
     pieces, passes = rows // step_rows * t.theirs(batches), t.theirs("--ppo_epochs")
     accumulation = t.theirs(steps)
@@ -240,10 +239,6 @@ def settle_accumulation(t: Translation, generation: str, training: str, batches:
     t.set(steps, pieces * iterations, why)
     if passes > 1:
         t.set("--ppo_epochs", 1, f"{why}: passes without a step between them repeat one gradient")
-
-
-def _divisor(rows: int, most: int) -> int:
-    return next(n for n in range(min(rows, most), 0, -1) if rows % n == 0)
 
 
 def settle_rlhf(t: Translation) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 from training.migrate.program import Constant, Predecessor, Program, Translation
@@ -172,18 +173,10 @@ def settle_pretraining(t: Translation) -> None:
             t.set(flag, f"{t.values[flag][0]}:{found[1]}", f"{split} {text}")
 
 
-def settle_fixed_rl(t: Translation) -> None:
-    """Its reward model has a head of random numbers."""
-    if "--critic_model_name_or_path" not in t.values:
-        t.refused.append("its reward model is opt-125m with a random head: add --critic_model_name_or_path, the "
-                         "output of a step 2")  # fmt: skip
-
-
-def settle_sentiment(t: Translation) -> None:
-    """Its prompts are cut in its code."""
-    if "--data_path" not in t.values:
-        t.refused.append('its prompts are the first 3 to 12 tokens of IMDB reviews: write them as rows '
-                         '{"prompt": "..."} and add --data_path FILE')  # fmt: skip
+def settle_needed(t: Translation, flag: str, why: str) -> None:
+    """What its code makes itself, and no flag of ours can."""
+    if flag not in t.values:
+        t.refused.append(why)
 
 
 def fixed(values: dict[str, object], said: str) -> dict[str, Constant]:
@@ -194,6 +187,11 @@ def fixed(values: dict[str, object], said: str) -> dict[str, Constant]:
 KEPT = "a tenth of the prompts, or --eval_data_path, is held out, and the best model by it kept; there the last one"
 BETA = "AdamW's second beta is 0.95; there 0.999"
 INT8 = "frozen weights are in --dtype; there in 8 bits"
+RANDOM_HEAD = "its reward model is opt-125m with a random head: add --critic_model_name_or_path, the output of a step 2"
+CUT_PROMPTS = (
+    'its prompts are the first 3 to 12 tokens of IMDB reviews: write them as rows {"prompt": "..."} and add '
+    "--data_path FILE"
+)
 PROMPTS = "whole prompts are answered; there their first 5 to 20 characters"
 PPO = {
     "--clip_reward": 0.0, "--normalize_reward": False, "--whiten_advantages": False, "--missing_eos_penalty": 0.0,
@@ -255,11 +253,12 @@ OPEN_CHATGPT = Predecessor(
         Program("TL;DR, the reward model", ("train_reward_model.py",), "step2", {}, fixed(FIXED_RM, "in its code"),
                 ("it runs through all epochs and keeps the best; there it stops early",)),
         Program("TL;DR, PPO", ("train_ppo_rlhf.py",), "step3", RL_FLAGS, fixed(FIXED_RL, "in its code"),
-                (BETA, PROMPTS), settle_fixed_rl),
+                (BETA, PROMPTS), partial(settle_needed, flag="--critic_model_name_or_path", why=RANDOM_HEAD)),
         Program("positive sentiment, PPO", ("gpt2-sentiment.py",), "step3", {},
                 fixed(FIXED_SENTIMENT, "of it, or TRL's default"),
                 ("the KL coefficient stays as it is; there it follows a target of 6 nats",
-                 "answers end at 16 tokens; there at a drawn length of 4 to 16"), settle_sentiment),
+                 "answers end at 16 tokens; there at a drawn length of 4 to 16"),
+                partial(settle_needed, flag="--data_path", why=CUT_PROMPTS)),
     ),
     ("open-chatgpt",),
 )  # fmt: skip

@@ -146,7 +146,7 @@ def choose(command: Command, source: str = "") -> tuple[Predecessor, Program, li
     missing = [_unknown(given, program) for _, program in found]
     found = [pair for pair, count in zip(found, missing, strict=True) if count == min(missing)]
     folders = PurePosixPath(command.file).parts
-    found = [(p, program) for p, program in found if _folder(program) in folders] or found
+    found = [(p, program) for p, program in found if PurePosixPath(program.paths[0]).parent.name in folders] or found
     if len({program.ours for _, program in found}) > 1:
         paths = " or ".join(dict.fromkeys(program.paths[0] for _, program in found))
         raise UserError(f"{command.script} may be several steps' program: write its path, {paths}")
@@ -155,10 +155,6 @@ def choose(command: Command, source: str = "") -> tuple[Predecessor, Program, li
     name = predecessor.name
     told = [f"taken for {name}'s, whose defaults and constants count; else give --source {others[0]}"] if others else []
     return predecessor, program, told
-
-
-def _folder(program: Program) -> str:
-    return PurePosixPath(program.paths[0]).parent.name
 
 
 def ranks_of(command: Command) -> int:

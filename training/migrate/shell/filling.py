@@ -112,7 +112,7 @@ def fields(word: str, known: Variables) -> list[str]:
     for one in braces(word):
         made.open = False
         _read(one, known, made, split=True)
-    return made.found()
+    return made.words
 
 
 def braces(word: str) -> list[str]:
@@ -157,7 +157,7 @@ def text(word: str, known: Variables) -> str:
     """A word as it is written -> one text, as a shell takes what follows ``NAME=``."""
     made = _Fields()
     _read(word, known, made, split=False)
-    return " ".join(made.found())
+    return " ".join(made.words)
 
 
 def pattern(word: str, known: Variables) -> str:
@@ -204,10 +204,6 @@ class _Fields:
                 self.open = False
             if piece:
                 self.add(piece)
-
-    def found(self) -> list[str]:
-        """The words."""
-        return self.words
 
 
 def _read(word: str, known: Variables, made: _Fields, *, split: bool) -> None:
