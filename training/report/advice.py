@@ -27,7 +27,7 @@ def next_steps(run: RunRecord) -> list[str]:
     """Lines of plain text, the most important first; a run that did not finish says how to go on, and no more."""
     broken = [s for s in run.steps.values() if s.state in BROKEN]
     if broken:
-        return [f"{title(s)} is not finished ({s.state})." for s in broken] + [
+        return [f"{heading(s.name)} is not finished ({s.state})." for s in broken] + [
             "Go on where it ended with the same command and --output_dir set to this run; finished steps are skipped."
         ]
     steps = run.steps
@@ -36,7 +36,7 @@ def next_steps(run: RunRecord) -> list[str]:
     missing = [s for name, s in run.steps.items() if s.state == "not run" and name in asked]
     if missing:
         lines.append(
-            f"{title(missing[0])} has not run yet: the same command with --output_dir set to this run does it."
+            f"{heading(missing[0].name)} has not run yet: the same command with --output_dir set to this run does it."
         )
     if steps["step3"].summary or steps["dpo"].summary:
         lines.append(
@@ -57,11 +57,6 @@ def _asked(run: RunRecord) -> list[str]:
     after = words[words.index("--step") + 1 :]
     numbers = list(itertools.takewhile(lambda word: not word.startswith("-"), after))
     return [name for name in run.pipeline if ("2" if name == "dpo" else name[4:]) in numbers]
-
-
-def title(step: StepRecord) -> str:
-    """``step1`` -> ``Step 1``."""
-    return heading(step.name)
 
 
 def _step1(step: StepRecord) -> list[str]:

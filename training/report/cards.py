@@ -30,14 +30,14 @@ def failure(run: RunRecord) -> str:
         return ""
     step = broken[0]
     code = step.entry.get("exit_code")
-    heading = f"{advice.title(step)} {step.state}" + (f" (exit code {code})" if code is not None else "")
+    headline = f"{heading(step.name)} {step.state}" + (f" (exit code {code})" if code is not None else "")
     lines = "".join(f"<p>{e(line)}</p>" for line in advice.next_steps(run))
     command = _command(run)
     again = f"<pre>{e(command)}</pre>" if command else ""
     logs = "".join(
         f"<h3>Last lines of {s.name}.log</h3><pre>{e(chr(10).join(s.log_tail))}</pre>" for s in broken if s.log_tail
     )
-    return f'<section id="failure" class="failure"><h2>{e(heading)}</h2>{logs}{lines}{again}</section>'
+    return f'<section id="failure" class="failure"><h2>{e(headline)}</h2>{logs}{lines}{again}</section>'
 
 
 def _command(run: RunRecord) -> str:

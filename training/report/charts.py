@@ -79,7 +79,9 @@ def line_chart(title: str, x_label: str, y_label: str, series: Sequence[Series],
         parts.append(_curve(one, plane))
         label = figure(one.points[-1][1])
         parts.append(f'<text class="end c{one.colour}" x="{WIDTH - RIGHT + 6}" y="{end + 4:.1f}">{label}</text>')
-    return _figure(title, "".join(parts), _legend(shown) if len(shown) > 1 else "", f"{title}: {y_label} by {x_label}")
+    keys = "".join(f'<span><i class="c{s.colour}"></i>{e(s.label)}</span>' for s in shown)
+    legend = f'<p class="legend">{keys}</p>' if len(shown) > 1 else ""
+    return _figure(title, "".join(parts), legend, f"{title}: {y_label} by {x_label}")
 
 
 def path_chart(title: str, x_label: str, y_label: str, points: Sequence[Point], noun: str) -> str:
@@ -287,11 +289,6 @@ def _spread(places: Sequence[float], gap: float = 14) -> list[float]:
     for before, this in zip(order, order[1:], strict=False):
         moved[this] = max(moved[this], moved[before] + gap)
     return moved
-
-
-def _legend(series: Sequence[Series]) -> str:
-    keys = "".join(f'<span><i class="c{s.colour}"></i>{e(s.label)}</span>' for s in series)
-    return f'<p class="legend">{keys}</p>'
 
 
 def _figure(title: str, drawing: str, legend: str, described: str, height: int = HEIGHT) -> str:

@@ -293,13 +293,6 @@ def _notes(costs: RoleCosts, settings: plans.Settings) -> list[str]:
     return lines
 
 
-def _reward_parameters(path: str, scorer: FakeModel | None) -> int:
-    """Of the reward model on a rank; 0 without one."""
-    if scorer is not None:
-        return plans.role_size(scorer).parameters
-    return classifiers.parameter_count(path) if path else 0
-
-
 def show_rlhf_plan(models: Models, flags: Flags) -> int:
     """Print the plan of step 3; returns the exit code, see `training.utils.memory.plan.show_plan`.
 
@@ -318,16 +311,19 @@ def show_rlhf_plan(models: Models, flags: Flags) -> int:
         attn_implementation=roles.attn_implementation,
         tensor_parallel=zero.tensor_parallel,
     )
-    scorer = None
+    scorer, parameters = None, 0  # of the reward model on a rank
     if reward is not None and classifiers.scores_tokens(reward.path):
         scorer = build(reward.path, lora=LoraArguments(), classifier=True)
+        parameters = plans.role_size(scorer).parameters
+    elif reward is not None:
+        parameters = classifiers.parameter_count(reward.path)
     costs = RoleCosts(
         build(actor, lora=zero.lora("actor"), classifier=False),
         build(critic, lora=zero.lora("critic"), classifier=True) if critic else None,
         scorer,
         rollout.max_prompt_seq_len,
         rollout.max_answer_seq_len,
-        _reward_parameters(reward.path if reward else "", scorer),
+        parameters,
     )
     settings = plans.Settings(
         zero_stage=max(zero.actor_zero_stage, zero.critic_zero_stage),

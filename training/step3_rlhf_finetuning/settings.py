@@ -141,12 +141,15 @@ class Opened:
 
     def summary(self) -> dict[str, Any]:
         """What summary.json says of the run itself."""
+        reward = self.models.reward_path or NONE
+        found = ["--actor_model_name_or_path", self.models.actor, "--critic_model_name_or_path", reward]
+        started = [*self.argv, *found, "--output_dir", str(self.output_dir.resolve())]
         return {
             "iterations": len(self.schedule),
             "seconds": time.monotonic() - self.started + self.run.seconds,
             "phases": self.phases.summary(),
             precision.SUMMARY_KEY: self.settled,
-            "run_with": run_with(self.argv, self.models.actor, self.models.reward_path, self.output_dir),
+            "run_with": {"arguments": started, "folder": str(Path.cwd())},  # for evaluate.py, see `recorded_run`
         }
 
 
@@ -414,21 +417,6 @@ def origins(actor_path: str, reward_path: str, functions: Sequence[str]) -> dict
     files = {f"--reward_function {spec}": split_weight(spec)[0].rpartition(":")[0] for spec in functions if ":" in spec}
     reward = {"--critic_model_name_or_path": reward_path} if reward_path else {}
     return {"--actor_model_name_or_path": actor_path} | reward | files
-
-
-def run_with(argv: Sequence[str], actor_path: str, reward_path: str, output_dir: Path) -> dict[str, Any]:
-    """What the run was started with, for evaluate.py: goes into summary.json, as not every run has a manifest.
-
-    Args:
-        argv: the flags.
-        actor_path, reward_path: from `model_paths`: what the flags or their defaults stood for.
-        output_dir: where the run writes.
-
-    Returns:
-        ``arguments``, and ``folder``, which relative paths in them start from.
-    """
-    found = ["--actor_model_name_or_path", actor_path, "--critic_model_name_or_path", reward_path or NONE]
-    return {"arguments": [*argv, *found, "--output_dir", str(output_dir.resolve())], "folder": str(Path.cwd())}
 
 
 def reward_model_settings(

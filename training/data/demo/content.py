@@ -103,21 +103,13 @@ def _says_yes(text: str) -> bool:
     return bool(agrees) and not _says_no(text)
 
 
-def _is_story(text: str) -> bool:
-    return bool(_CHARACTER.search(text)) and len(_PAST.findall(text)) >= 2
-
-
-def _is_list(text: str) -> bool:
-    return sum(bool(re.search(r"\w{3}", part)) for part in _SEPARATOR.split(text)) >= 3
-
-
 FORMS: dict[str, Callable[[str], bool]] = {
     "number": lambda text: bool(_NUMBER.search(text)),
     "yes": _says_yes,
     "no": _says_no,
     "yes_no": lambda text: _says_yes(text) or _says_no(text),
-    "story": _is_story,
-    "list": _is_list,
+    "story": lambda text: bool(_CHARACTER.search(text)) and len(_PAST.findall(text)) >= 2,
+    "list": lambda text: sum(bool(re.search(r"\w{3}", part)) for part in _SEPARATOR.split(text)) >= 3,
     "name": lambda text: bool(_PROPER.search(text) or _QUOTED.search(text)),
     "steps": lambda text: bool(_STEP.search(text)),
     "explain": lambda text: bool(_EXPLANATION.search(text)),

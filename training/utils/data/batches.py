@@ -191,7 +191,7 @@ def distinct_answers(
     for name in SIDES:
         side = []
         for n, row in zip(ranking, rows, strict=True):
-            answer = side_of_pair(row, name)
+            answer = {"input_ids": row[f"{name}_ids"], "response_mask": row[f"{name}_mask"]}
             side.append(places.setdefault((n, tuple(answer["input_ids"])), len(places)))
             if side[-1] == len(answers):
                 answers.append(answer)
@@ -245,11 +245,6 @@ def pair_micro_batches(
         batch = collate_pairs([dataset[row] for rows in mine or rankings[:1] for row in rows], pad_id, sharing)
         batch["weights"] *= bool(mine)
         yield {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-def side_of_pair(row: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """One answer of a row of step 2, one of `SIDES`, as a row for `collate_sft`."""
-    return {"input_ids": row[f"{name}_ids"], "response_mask": row[f"{name}_mask"]}
 
 
 def collate_prompts(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:

@@ -256,19 +256,6 @@ def problems(report: DataReport) -> list[str]:
     return found
 
 
-def _prepare(preview: PreviewArguments, data: DataArguments, tokenizer: Any) -> StepData:
-    return prepare_data(
-        KINDS[preview.step - 1],
-        data,
-        tokenizer,
-        max_length=preview.max_seq_len,
-        max_prompt_length=preview.max_prompt_seq_len,
-        seed=preview.seed,
-        sft_only_data_path=preview.sft_only_data_path,
-        train_on_prompts=preview.train_on_prompts,
-    )
-
-
 def main(argv: Sequence[str]) -> int:
     """Run the program; returns its exit code."""
     preview, data = parse_flags(argv)
@@ -282,7 +269,16 @@ def main(argv: Sequence[str]) -> int:
         tokenizer = load_tokenizer(
             path, chat_template=data.chat_template, system_message=data.system_message, stop_ids=data.stop_ids
         )
-        prepared = _prepare(preview, data, tokenizer)
+        prepared = prepare_data(
+            KINDS[preview.step - 1],
+            data,
+            tokenizer,
+            max_length=preview.max_seq_len,
+            max_prompt_length=preview.max_prompt_seq_len,
+            seed=preview.seed,
+            sft_only_data_path=preview.sft_only_data_path,
+            train_on_prompts=preview.train_on_prompts,
+        )
     except UserError as error:
         if not preview.validate:
             raise

@@ -266,11 +266,6 @@ def stop_token_ids(tokenizer: Any) -> list[int]:
     return list(structure_of(tokenizer).stop_ids)
 
 
-def tools_of(messages: Sequence[Message]) -> list[dict[str, Any]] | None:
-    """The functions that a conversation offers to the model, as JSON schemas."""
-    return next((json.loads(message["tools"]) for message in messages if "tools" in message), None)
-
-
 def calls_of(message: Message) -> list[dict[str, Any]]:
     """The calls of tools in an assistant's turn: {"type": "function", "function": {"name", "arguments"}}."""
     return json.loads(message.get("tool_calls", "[]"))
@@ -297,7 +292,7 @@ def render_text(tokenizer: Any, messages: Sequence[Message], add_generation_prom
     try:
         text = tokenizer.apply_chat_template(
             [_for_template(message) for message in messages],
-            tools=tools_of(messages),
+            tools=next((json.loads(message["tools"]) for message in messages if "tools" in message), None),
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
         )

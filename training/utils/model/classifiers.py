@@ -116,19 +116,12 @@ def scores_tokens(path: str) -> bool:
     """Whether a reward model is a causal backbone with a ``score`` head, which can score every token
     (`training.utils.model.forward.TokenScorer`).
 
-    Others, such as DeBERTa, give one number for a whole text through their own forward (`load_text_classifier`).
+    Others, such as DeBERTa, give one number for a whole text through their own forward.
 
     Raises:
         UserError: the family has no sequence classifier, or the classifier has more than one output.
     """
     return _has_score_head(_bare_classifier(path))
-
-
-def load_text_classifier(
-    path: str, *, dtype: str, attn_implementation: str = "sdpa", ds_config: dict[str, Any] | None = None
-) -> PreTrainedModel:
-    """Load a classifier with one output that serves through its own forward; arguments as of `load_causal_lm`."""
-    return load_strictly(AutoModelForSequenceClassification, path, dtype, attn_implementation, ds_config)
 
 
 def _fresh_head(head: nn.Linear, seed: int) -> None:

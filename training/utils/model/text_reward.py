@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from training.utils.data import read_any
 from training.utils.engine.frozen import frozen_role, load_frozen_scorer
 from training.utils.engine.zero_config import frozen_config
 from training.utils.model import classifiers
 from training.utils.model.forward import module_of
+from training.utils.model.loading import load_strictly
 from training.utils.model.tokenizer import check_vocabulary, load_tokenizer, read_tokenizer
 
 Messages = Sequence[dict[str, str]]
@@ -178,8 +179,6 @@ def load_text_reward_model(
         )
         return TextRewardModel(scorer, tokenizer)
     config = frozen_config(zero_stage=zero_stage, dtype=dtype, offload=offload)
-    model = classifiers.load_text_classifier(
-        path, dtype=dtype, attn_implementation=attn_implementation, ds_config=config
-    )
+    model = load_strictly(AutoModelForSequenceClassification, path, dtype, attn_implementation, config)
     role = frozen_role(model, config, device)
     return TextRewardModel(role, tokenizer, own_forward=True)

@@ -75,7 +75,8 @@ def recorded_run(step_dir: Path) -> dict[str, Any]:
 
 def describe_environment(root: Path) -> dict[str, Any]:
     """Versions of Python and packages, the repository's commit, and the machine."""
-    return {"versions": _versions(), "git": _git(root), "machine": _machine()}
+    versions = {"python": platform.python_version()} | {name: version_of(name) for name in ("tripod", *PACKAGES)}
+    return {"versions": versions, "git": _git(root), "machine": _machine()}
 
 
 def hash_inputs(argv: Sequence[str], named: Mapping[str, Path]) -> dict[str, str | None]:
@@ -131,10 +132,6 @@ def version_of(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _versions() -> dict[str, str | None]:
-    return {"python": platform.python_version()} | {name: version_of(name) for name in ("tripod", *PACKAGES)}
 
 
 def _git(root: Path) -> dict[str, Any] | None:

@@ -257,10 +257,6 @@ def _pair_of(prompt: str, response: str) -> Converter:
     return convert
 
 
-def _prompt_label(row: Row) -> list[Example]:
-    return _pair_of("prompt", "label")(row)
-
-
 def _source_target(row: Row) -> list[Example]:
     """Seed pre-training rows: an empty source makes the target plain text."""
     if text_of(row, "source").strip():
@@ -342,7 +338,7 @@ FORMATS = (
     _format("instruction/answer", _alpaca),
     _format("prompt/completion", _pair_of("prompt", "completion")),
     _format("prompt/response", _pair_of("prompt", "response")),
-    _format("prompt/label", _prompt_label),
+    _format("prompt/label", _pair_of("prompt", "label")),
     _format("context/question/answers", _squad),
     _format("question/human_answers/chatgpt_answers", _hc3),
     _format("question/ground_truth", _marked_solutions),

@@ -64,16 +64,10 @@ def file_type(path: Path, flag: str = "--data_path") -> str:
     return found
 
 
-def _read_parquet(file: IO[bytes], path: Path) -> Iterator[RawRow]:
-    from training.utils.data.reading.tables import read_parquet  # pyarrow takes a moment
+def _read_table(file: IO[bytes], path: Path) -> Iterator[RawRow]:
+    from training.utils.data.reading import tables  # pyarrow takes a moment
 
-    return read_parquet(file, path)
-
-
-def _read_arrow(file: IO[bytes], path: Path) -> Iterator[RawRow]:
-    from training.utils.data.reading.tables import read_arrow
-
-    return read_arrow(file, path)
+    return tables.read_parquet(file, path) if type_of(path) == "parquet" else tables.read_arrow(file, path)
 
 
 def read_file(path: Path) -> Iterator[RawRow]:
@@ -88,8 +82,8 @@ def read_file(path: Path) -> Iterator[RawRow]:
         "txt": _read_txt,
         "csv": _read_csv,
         "tsv": _read_csv,
-        "parquet": _read_parquet,
-        "arrow": _read_arrow,
+        "parquet": _read_table,
+        "arrow": _read_table,
     }
     number = 0
     try:
