@@ -26,16 +26,12 @@ if TYPE_CHECKING:
         rankings_of,
         spread_rows,
     )
-    from training.utils.data.chat import Rendered, read_any, render
+    from training.utils.data.chat import read_any, render
     from training.utils.data.prepare import StepData, prepare_data, prepare_pretraining
-    from training.utils.data.report import DataReport
     from training.utils.data.template import RowError, configure_chat_template, stop_token_ids
-    from training.utils.data.template_file import template_names
 
 __all__ = [
     "SIDES",
-    "DataReport",
-    "Rendered",
     "RowError",
     "StepData",
     "batches_after",
@@ -57,7 +53,6 @@ __all__ = [
     "render",
     "spread_rows",
     "stop_token_ids",
-    "template_names",
 ]
 
 _MODULES = ("template", "template_file", "chat", "report", "batches", "prepare")  # where they are, the light ones first
