@@ -42,24 +42,19 @@ class Remark:
     text: str
 
 
-def not_rising(history: Sequence[float], minimum: int = FIRST_LOOK) -> tuple[float, float] | None:
+def not_rising(history: Sequence[float]) -> tuple[float, float] | None:
     """Means of the first and the last third of a history, if the last is not above the first by a standard error.
 
     Args:
-        history: one value for each iteration.
-        minimum: fewer values give None.
+        history: one value for each iteration; fewer than `FIRST_LOOK` give None.
     """
     third = len(history) // 3
-    if len(history) < minimum:
+    if len(history) < FIRST_LOOK:
         return None
     first, last = history[:third], history[-third:]
     error = math.sqrt((statistics.variance(first) + statistics.variance(last)) / third)
     start, end = statistics.fmean(first), statistics.fmean(last)
     return None if end > start + error else (start, end)
-
-
-def _ranges_of(metrics: Sequence[str]) -> list[tuple[str, tuple[float, float]]]:
-    return [(name, HEALTHY[name]) for name in metrics]
 
 
 class HealthMonitor:
@@ -132,7 +127,8 @@ class HealthMonitor:
             if value is None:
                 continue
             outside = not rule.low <= value <= rule.high
-            if any(not low <= metrics.get(name, low) <= high for name, (low, high) in _ranges_of(rule.unless)):
+            unless = [(name, *HEALTHY[name]) for name in rule.unless]
+            if any(not low <= metrics.get(name, low) <= high for name, low, high in unless):
                 outside = False
             if self._counted(rule.metric, outside, rule.patience, rule.once):
                 text = rule.text.format(value=value, count=self._outside[rule.metric])

@@ -6,6 +6,7 @@ docs/metrics.md shows the same ranges beside what each metric is; a test holds t
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -214,41 +215,33 @@ DPO_RULES = (
 HEALTHY = {rule.metric: (rule.low, rule.high) for rule in RULES}
 
 
-def _below(value: float, bound: float) -> bool:
-    return value < bound
-
-
-def _above(value: float, bound: float) -> bool:
-    return value > bound
-
-
 # (metric, bound as a share of the first three iterations' mean, what is outside, remark)
 DRIFTS: tuple[tuple[str, float, Callable[[float, float], bool], str], ...] = (
     (
         "rollout/length",
         SHRINK,
-        _below,
+        operator.lt,
         "responses shrank from {start:.0f} to {value:.0f} tokens: the reward may pay for brevity; look at the samples, "
         "lower --missing_eos_penalty or raise --kl_coef",
     ),
     (
         "rollout/length",
         GROW,
-        _above,
+        operator.gt,
         "responses grew from {start:.0f} to {value:.0f} tokens: the reward may pay for length; compare step 2's "
         "accuracy with always preferring the longer answer, raise --missing_eos_penalty or --kl_coef",
     ),
     (
         "policy/entropy",
         SHRINK,
-        _below,
+        operator.lt,
         "entropy fell from {start:.2f} to {value:.2f}: answers become all the same; set --entropy_coef, raise "
         "--kl_coef or lower --actor_learning_rate",
     ),
     (
         "policy/entropy",
         GROW,
-        _above,
+        operator.gt,
         "entropy rose from {start:.2f} to {value:.2f}, the sign of garbage: lower --actor_learning_rate, raise "
         "--kl_coef; --entropy_coef must not be too high",
     ),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import UserDict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from training.utils.data.formats.adapters import ADAPTERS
@@ -181,25 +182,16 @@ def _check_meaning(row: Row, plain: bool) -> None:
         raise Dropped("marked as a bad answer")
 
 
-class _Watched(Mapping[str, Any]):
+class _Watched(UserDict[str, Any]):
     """A row that keeps the names of the columns that were read."""
 
     def __init__(self, row: Row, read: set[str]) -> None:
-        self._row, self._read = row, read
+        self.data, self._read = dict(row), read
 
     def __getitem__(self, name: str) -> Any:
-        if name in self._row:
+        if name in self.data:
             self._read.add(name)
-        return self._row[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._row
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._row)
-
-    def __len__(self) -> int:
-        return len(self._row)
+        return self.data[name]
 
 
 _READ = _MAPPABLE.union({"kto_tag"}, _TOOLS, _UNREAD, *(columns for columns, _ in ADAPTERS.values()))
