@@ -80,7 +80,6 @@ from training.utils.run.watchdog import outlive_readers
 ROOT = repository_root()
 ACTOR = "--actor_model_name_or_path"
 REWARD = "--reward_model_name_or_path"
-LOG_LINES = 20  # of a failed step's log
 DEFAULT_PIPELINE = "sft,rm,ppo"
 NUMBERS = {"step1": 1, "step2": 2, "dpo": 2, "step3": 3}  # of --step
 
@@ -374,7 +373,7 @@ def tell_failure(step: Step, command: list[str], ended: Ended, run: Path, again:
     else:
         hint = " (killed; the machine may have run out of memory)" if ended.code in (137, 247) else ""
         lines = [f"\n{name} failed with exit code {ended.code}{hint}. The last lines of {shown(log)}:"]
-        lines += [f"    {line}" for line in last_lines(log, LOG_LINES)]
+        lines += [f"    {line}" for line in last_lines(log)]
     lines += [f"The run so far, as a page:     {report(run)}"]
     lines += [f"To run this step alone again:  {shlex.join(command)}", f"To go on with the run:         {again}"]
     print("\n".join(lines), file=sys.stderr, flush=True)

@@ -33,6 +33,7 @@ from training.utils.answers import Line, PartFile, read_answers
 from training.utils.arguments import LONGEST_WAIT, flag
 from training.utils.errors import UserError, run_resumable
 from training.utils.run.folders import shown
+from training.utils.run.inputs import check_function
 
 if TYPE_CHECKING:
     from judge_endpoint import Endpoint
@@ -94,9 +95,7 @@ def parse_flags(argv: Sequence[str]) -> list[Any]:
     if endpoint.judge_url:
         _check_endpoint(endpoint)
     for spec in options.judge:
-        file, colon, _ = spec.rpartition(":")
-        if colon and not Path(file).expanduser().is_file():
-            raise UserError(f"--judge {spec}: no such file; write it as path/to/file.py:function")
+        check_function(spec, "--judge")
     return groups
 
 

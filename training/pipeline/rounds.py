@@ -45,7 +45,6 @@ SAMPLED_LIKE = (
     "vllm_python",
     *("temperature", "top_p", "top_k", "dtype"),
 )
-LOG_LINES = 20  # of a failed program's log
 
 
 @dataclass
@@ -225,7 +224,7 @@ class Rounds:
         ended = run_logged(command, log)
         if ended.code:
             lines = [f"\nround {number}: {name} ended with exit code {ended.code}. The last lines of {shown(log)}:"]
-            lines += [f"    {line}" for line in last_lines(log, LOG_LINES)]
+            lines += [f"    {line}" for line in last_lines(log)]
             print("\n".join([*lines, f"To go on with the run:  {self.again}"]), file=sys.stderr, flush=True)
         return ended.code
 

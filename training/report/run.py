@@ -15,7 +15,6 @@ from training.utils.run.folders import PIPELINES, STEPS
 from training.utils.run.manifest import read_manifest
 from training.utils.run.processes import last_lines
 
-LOG_LINES = 20  # of a step that failed
 STOPPED = (130, 143)  # exit codes of Ctrl-C and SIGTERM
 _DATA_LINE = re.compile(
     r"rows read: |^dropped \d+: |^truncated \d+: |rows to train on, |prompt that is also trained on"
@@ -140,7 +139,7 @@ def _read_step(run: Path, name: str, entry: Mapping[str, Any], notes: list[str])
         with log.open(encoding="utf-8", errors="replace") as file:
             record.data = [line.strip() for _, line in zip(range(500), file, strict=False) if _DATA_LINE.search(line)]
         if record.state in ("failed", "unfinished"):
-            record.log_tail = last_lines(log, LOG_LINES)
+            record.log_tail = last_lines(log)
     return record
 
 

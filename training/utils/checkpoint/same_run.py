@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import training
+from training.utils.arguments import default_of
 from training.utils.checkpoint.digests import file_digest
 from training.utils.engine.zero_config import MAX_GRAD_NORM, user_config
 from training.utils.errors import UserError
@@ -75,7 +76,7 @@ def describe(
     return {
         "step": step,
         "flags": {field.name: _meaning(field.name, getattr(group, field.name)) for group, field in fields},
-        "defaults": {field.name: _default(field) for _, field in fields},
+        "defaults": {field.name: default_of(field) for _, field in fields},
         "fingerprints": FINGERPRINTS,
         "models": {flag: model_fingerprint(path) for flag, path in models.items()},
         "data": {name: data_fingerprint(rows) for name, rows in data.items()},
@@ -90,10 +91,6 @@ def describe(
 
 def _meaning(name: str, value: Any) -> Any:
     return user_config(value) or "" if name == "deepspeed_config" else value
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def model_fingerprint(path: str) -> str:

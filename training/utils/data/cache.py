@@ -21,6 +21,7 @@ import pyarrow
 from training.utils.data.kinds import Kind
 from training.utils.errors import UserError
 from training.utils.run.files import read_object
+from training.utils.run.folders import cache_dir
 from training.utils.run.watchdog import beat
 
 _NOT_CODE = ("__init__.py", "preview.py", "preview_page.py", "batches.py")  # they change no token
@@ -33,8 +34,7 @@ def cache_root(data_output_path: str) -> Path:
     """Where tokenised data lies: ``--data_output_path``, else the user's cache folder."""
     if data_output_path:
         return Path(data_output_path).expanduser()
-    base = os.environ.get("TRIPOD_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tripod"
-    return Path(base).expanduser() / "data"
+    return cache_dir().expanduser() / "data"
 
 
 def code_version() -> str:

@@ -60,7 +60,7 @@ def check_flag(name: str, values: Sequence[Any], *, weights: bool = True) -> Non
             elif name.endswith(DATA):
                 _check_data_path(text, f"--{name}")
             elif name in FUNCTIONS:
-                _check_function(text, f"--{name}")
+                check_function(text, f"--{name}")
             elif name == "chat_template":
                 read_template_file(text)
             elif name in FILES and not text.lstrip().startswith("{") and not Path(text).expanduser().is_file():
@@ -160,7 +160,8 @@ def _check_data_path(text: str, flag: str) -> None:
     local_source(text, "demonstrations", flag)
 
 
-def _check_function(spec: str, flag: str) -> None:
+def check_function(spec: str, flag: str) -> None:
+    """Refuse ``FILE:NAME`` where there is no such file."""
     file, colon, _ = spec.rpartition(":")
     if colon and not Path(file).expanduser().is_file():
         raise UserError(f"{flag} {spec}: no such file; write it as path/to/file.py:function")

@@ -111,7 +111,7 @@ def run_logged(command: Sequence[str], log: Path, *, grace: float = GRACE) -> En
     return Ended(128 - code if code < 0 else code)
 
 
-def last_lines(log: Path, count: int) -> list[str]:
+def last_lines(log: Path, count: int = 20) -> list[str]:
     """The last ``count`` lines of a log that are not empty."""
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - 65536))

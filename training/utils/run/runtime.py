@@ -17,7 +17,7 @@ import sys
 import sysconfig
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from training.utils.errors import UserError, run_program
@@ -154,28 +154,22 @@ def remove_abandoned_buffers() -> None:
             if time.time() - path.stat().st_mtime > BUILD_START]  # fmt: skip
     if not ours:
         return
-    mapped = "".join(_mapped_files(process) for process in Path("/proc").iterdir() if process.name.isdigit())
+    mapped = "".join(_of_processes(lambda process: (process / "maps").read_text(errors="replace")))
     for path in ours:
         if f"{path}\n" not in mapped:
             path.unlink(missing_ok=True)
 
 
-def _mapped_files(process: Path) -> str:
-    try:
-        return (process / "maps").read_text(errors="replace")
-    except OSError:  # it has ended, or is another user's
-        return ""
-
-
 def _working_folders() -> set[str]:
-    return {_working_folder(process) for process in Path("/proc").iterdir() if process.name.isdigit()}
+    return set(_of_processes(lambda process: os.readlink(process / "cwd")))
 
 
-def _working_folder(process: Path) -> str:
-    try:
-        return os.readlink(process / "cwd")
-    except OSError:  # it has ended, or is another user's
-        return ""
+def _of_processes(read: Callable[[Path], str]) -> Iterator[str]:
+    """What can be read of each process that runs."""
+    for process in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            if process.name.isdigit():
+                yield read(process)
 
 
 def available_cores() -> int:
