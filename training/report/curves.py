@@ -2,99 +2,88 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from training.report import cards, charts
 from training.report.charts import Series
 from training.report.run import RunRecord, StepRecord
 from training.report.text import TITLES, e, heading
 
-# What the figures of step 3 show, in their order; health remarks about it stand below them
-STEP3_METRICS = (
-    ("reward/", "eval/reward"), ("kl/", "eval/kl", "policy/approx_kl"), ("rollout/length",), ("rollout/eos_rate",),
-    ("policy/entropy",), ("critic/",),
-)  # fmt: skip
+
+@dataclass(frozen=True)
+class Curve:
+    """A metric as a `Series`."""
+
+    label: str
+    metric: str
+    colour: int = 1
+    dots: bool = False
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What one figure shows; the health monitor's warnings about metrics that begin with ``warned`` stand below it."""
+
+    title: str
+    y_label: str
+    curves: tuple[Curve, ...]
+    warned: tuple[str, ...] = ()
+    zero_one: bool = False
+
+
+def _both(name: str) -> tuple[Curve, ...]:
+    return Curve("training", f"train/{name}"), Curve("held out", f"eval/{name}", 2, dots=True)
+
+
+def _rollouts(metric: str, *held_out: str) -> tuple[Curve, ...]:
+    return Curve("rollouts", metric), *(Curve("held out", name, 2, dots=True) for name in held_out)
+
+
+FIGURES = {
+    "step1": [
+        Figure("Loss", "nats per token", _both("loss")),
+        Figure("Gradient norm", "norm", (Curve("norm", "train/grad_norm"),)),
+    ],
+    "step2": [
+        Figure("Pairs judged right", "share", _both("accuracy"), zero_one=True),
+        Figure("Loss", "nats per pair", _both("loss")),
+    ],
+    "dpo": [
+        Figure("Pairs whose chosen answer has the higher reward", "share", _both("accuracy"), zero_one=True),
+        Figure("Loss", "per pair", _both("loss")),
+        Figure("Held-out rewards", "beta x log-ratio to the reference",
+               (Curve("chosen", "eval/chosen_reward", 1, dots=True),
+                Curve("rejected", "eval/rejected_reward", 2, dots=True))),
+        Figure("How much likelier chosen answers are than before", "nats per token", _both("chosen_change"),
+               ("train/chosen_change", "eval/chosen_change", "eval/kl")),
+    ],
+    "step3": [
+        Figure("Reward", "mean reward", _rollouts("reward/mean", "eval/reward"), ("reward/", "eval/reward")),
+        Figure("KL to the SFT model", "nats per response", _rollouts("kl/per_sequence", "eval/kl"),
+               ("kl/", "eval/kl", "policy/approx_kl")),
+        Figure("Answer length", "tokens", _rollouts("rollout/length"), ("rollout/length",)),
+        Figure("Answers that end by themselves", "share", _rollouts("rollout/eos_rate"), ("rollout/eos_rate",),
+               zero_one=True),
+        Figure("Entropy of the policy", "nats per token", (Curve("entropy", "policy/entropy"),), ("policy/entropy",)),
+        Figure("Critic: explained variance", "1 is perfect, 0 useless",
+               (Curve("explained", "critic/explained_variance"),), ("critic/",)),
+    ],
+}  # fmt: skip
 
 
 def curves(run: RunRecord) -> str:
     """The training curves of all steps."""
-    one, two, dpo, three = (run.steps[name] for name in TITLES)
-    step, iteration = "optimizer step", "iteration"
-    drawn = {
-        "step1": [
-            charts.line_chart(
-                "Loss", step, "nats per token", [_train(one, "train/loss"), _held_out(one, "eval/loss")]
-            ),
-            charts.line_chart("Gradient norm", step, "norm", [Series("norm", one.curve("train/grad_norm"))]),
-        ],
-        "step2": [
-            charts.line_chart(
-                "Pairs judged right", step, "share", [_train(two, "train/accuracy"), _held_out(two, "eval/accuracy")],
-                zero_one=True,
-            ),
-            charts.line_chart("Loss", step, "nats per pair", [_train(two, "train/loss"), _held_out(two, "eval/loss")]),
-        ],
-        "dpo": [
-            charts.line_chart(
-                "Pairs whose chosen answer has the higher reward", step, "share",
-                [_train(dpo, "train/accuracy"), _held_out(dpo, "eval/accuracy")], zero_one=True,
-            ),
-            charts.line_chart("Loss", step, "per pair", [_train(dpo, "train/loss"), _held_out(dpo, "eval/loss")]),
-            charts.line_chart(
-                "Held-out rewards", step, "beta x log-ratio to the reference",
-                [Series("chosen", dpo.curve("eval/chosen_reward"), 1, dots=True),
-                 Series("rejected", dpo.curve("eval/rejected_reward"), 2, dots=True)],
-            ),
-            _warned(
-                charts.line_chart(
-                    "How much likelier chosen answers are than before", step, "nats per token",
-                    [_train(dpo, "train/chosen_change"), _held_out(dpo, "eval/chosen_change")],
-                ),
-                dpo, ("train/chosen_change", "eval/chosen_change", "eval/kl"),
-            ),
-        ],
-        "step3": [
-            charts.line_chart(
-                "Reward", iteration, "mean reward",
-                [Series("rollouts", three.curve("reward/mean")), _held_out(three, "eval/reward")],
-            ),
-            charts.line_chart(
-                "KL to the SFT model", iteration, "nats per response",
-                [Series("rollouts", three.curve("kl/per_sequence")), _held_out(three, "eval/kl")],
-            ),
-            charts.line_chart(
-                "Answer length", iteration, "tokens", [Series("rollouts", three.curve("rollout/length"))]
-            ),
-            charts.line_chart(
-                "Answers that end by themselves", iteration, "share",
-                [Series("rollouts", three.curve("rollout/eos_rate"))], zero_one=True,
-            ),
-            charts.line_chart("Entropy of the policy", iteration, "nats per token",
-                              [Series("entropy", three.curve("policy/entropy"))]),
-            charts.line_chart(
-                "Critic: explained variance", iteration, "1 is perfect, 0 useless",
-                [Series("explained", three.curve("critic/explained_variance"))],
-            ),
-        ],
-    }  # fmt: skip
-    drawn["step3"] = [
-        _warned(drawing, three, metrics) for drawing, metrics in zip(drawn["step3"], STEP3_METRICS, strict=True)
-    ]
-    parts = [
+    drawn = {name: [_drawn(figure, run.steps[name]) for figure in FIGURES[name]] for name in TITLES}
+    return "".join(
         f'<h3>{heading(name)} · {TITLES[name]}</h3><div class="grid">{"".join(figures)}</div>'
         for name, figures in drawn.items()
         if any(figures)
-    ]
-    return "".join(parts)
+    )
 
 
-def _warned(drawing: str, step: StepRecord, metrics: tuple[str, ...]) -> str:
-    """A figure with the health monitor's warnings about what it shows."""
-    lines = "".join(f'<p class="warning small">{e(text)}</p>' for text in cards.remarks(step, metrics))
+def _drawn(figure: Figure, step: StepRecord) -> str:
+    series = [Series(one.label, step.curve(one.metric), one.colour, one.dots) for one in figure.curves]
+    unit = "iteration" if step.name == "step3" else "optimizer step"
+    drawing = charts.line_chart(figure.title, unit, figure.y_label, series, zero_one=figure.zero_one)
+    lines = "".join(f'<p class="warning small">{e(text)}</p>' for text in cards.remarks(step, figure.warned))
     return drawing.replace("</figure>", f"{lines}</figure>") if lines else drawing
-
-
-def _train(step: StepRecord, name: str) -> Series:
-    return Series("training", step.curve(name), 1)
-
-
-def _held_out(step: StepRecord, name: str) -> Series:
-    return Series("held out", step.curve(name), 2, dots=True)
