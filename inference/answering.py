@@ -71,8 +71,7 @@ def resolved_models(models: Mapping[str, str], decoding: DecodingArguments) -> d
 
 def tokenizer_of(path: str, data: DataArguments) -> Any:
     """A model's tokenizer, with its own chat template or that of the flags."""
-    template = {"chat_template": data.chat_template, "system_message": data.system_message, "stop_ids": data.stop_ids}
-    tokenizer = load_tokenizer(path, **template)  # type: ignore[arg-type]
+    tokenizer = load_tokenizer(path, **data.template)
     check_vocabulary(path, tokenizer)
     return tokenizer
 

@@ -216,11 +216,9 @@ def shared_tokenizer(actor_path: str, sft_path: str, *flags: arguments.DataArgum
         UserError: the models have different ones.
     """
     data = flags[0]
-    tokenizer = load_tokenizer(
-        actor_path, chat_template=data.chat_template, system_message=data.system_message, stop_ids=data.stop_ids
-    )
+    tokenizer = load_tokenizer(actor_path, **data.template)
     other = load_tokenizer(sft_path)
-    if any(data.chat_template or data.system_message or data.stop_ids for data in flags):
+    if any(any(data.template.values()) for data in flags):
         other.chat_template = tokenizer.chat_template
     if not same_tokenizer(tokenizer, other):
         raise UserError(f"--sft_model_name_or_path {sft_path} has another tokenizer or chat template than {actor_path}")

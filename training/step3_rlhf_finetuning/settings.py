@@ -165,7 +165,8 @@ def find_models(flags: Flags) -> Models:
     if flags.train.enable_ema and states_on_nvme(overrides):
         raise UserError("--enable_ema averages weights that --deepspeed_config puts on NVMe: use --offload instead")
     actor, reward_path = model_paths(args, ppo.reward_function, weights=not flags.output.plan)
-    tokenizer = actor_tokenizer(args, flags.data, actor)
+    source = loading.resolve_model(args.tokenizer_name_or_path or actor, "--tokenizer_name_or_path", weights=False)
+    tokenizer = load_tokenizer(source, **flags.data.template)
     reward = reward_model_settings(
         reward_path, tokenizer, normalize=ppo.normalize_reward, weight=weight, plan=flags.output.plan
     )
@@ -402,14 +403,6 @@ def model_paths(args: RoleArguments, functions: Sequence[str], *, weights: bool 
         return actor, ""
     named = args.critic_model_name_or_path or str(latest_output("step2"))
     return actor, loading.resolve_model(named, "--critic_model_name_or_path", weights=weights)
-
-
-def actor_tokenizer(args: RoleArguments, data: DataArguments, actor_path: str) -> Any:
-    """The tokenizer of actor and critic, with the chat template that will be in force: the actor's, or the flags'."""
-    source = loading.resolve_model(args.tokenizer_name_or_path or actor_path, "--tokenizer_name_or_path", weights=False)
-    return load_tokenizer(
-        source, chat_template=data.chat_template, system_message=data.system_message, stop_ids=data.stop_ids
-    )
 
 
 def origins(actor_path: str, reward_path: str, functions: Sequence[str]) -> dict[str, str]:

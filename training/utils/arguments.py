@@ -164,6 +164,11 @@ class DataArguments:
 
             parse_column_map(self.column_map)
 
+    @property
+    def template(self) -> dict[str, Any]:
+        """What `load_tokenizer` takes of these flags."""
+        return {"chat_template": self.chat_template, "system_message": self.system_message, "stop_ids": self.stop_ids}
+
     def sources(self, more: Sequence[str] = ()) -> list[str]:
         """``--data_path``; without it the demo, unless there are ``more`` sources that it need not join."""
         return self.data_path or ([] if more else [DEMO])

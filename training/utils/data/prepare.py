@@ -115,7 +115,7 @@ def prepare_data(
     Raises:
         UserError: a source, a row (with file:line) or a flag is wrong, or no row is left.
     """
-    configure_chat_template(tokenizer, arguments.chat_template, arguments.system_message, arguments.stop_ids)
+    configure_chat_template(tokenizer, **arguments.template)
     length = (max_prompt_length or max_length) if kind == "prompts" else max_length
     request = make_request(kind, arguments, sft_only_data_path, seed, length, train_on_prompts, hold_out, flag)
     fingerprints = [stream.source.fingerprint() for stream in request.streams]

@@ -266,9 +266,7 @@ def main(argv: Sequence[str]) -> int:
         data.on_bad_row = "skip"  # to tell of all of them, not of the first alone
     try:
         path = resolve_model(preview.model_name_or_path, weights=False)
-        tokenizer = load_tokenizer(
-            path, chat_template=data.chat_template, system_message=data.system_message, stop_ids=data.stop_ids
-        )
+        tokenizer = load_tokenizer(path, **data.template)
         prepared = prepare_data(
             KINDS[preview.step - 1],
             data,
