@@ -47,17 +47,13 @@ from training.step1_supervised_finetuning.answers import RougeJudge  # noqa: E40
 from training.utils.checkpoint.resume import BEST, resume_output_dir  # noqa: E402
 from training.utils.data import epoch_batches  # noqa: E402
 from training.utils.engine import engine as engines, precision  # noqa: E402
-from training.utils.engine.tensor_parallel import divide_model  # noqa: E402
-from training.utils.engine.zero_config import read_user_config  # noqa: E402
-from training.utils.fine_tuning import build_engine, open_run, step_metrics  # noqa: E402
+from training.utils.fine_tuning import build_engine, find_model, open_run, step_metrics  # noqa: E402
 from training.utils.memory.training import show_sequence_plan  # noqa: E402
 from training.utils.metrics import watched  # noqa: E402
 from training.utils.model import loading  # noqa: E402
 from training.utils.model.export import move_into  # noqa: E402
 from training.utils.model.language_modelling import micro_batches, negative_log_likelihood, predicted_tokens  # noqa: E402
-from training.utils.model.limits import check_length, divide_rows  # noqa: E402
 from training.utils.model.logprobs import answer_sums  # noqa: E402
-from training.utils.model.lora import check_lora  # noqa: E402
 from training.utils.run import watchdog  # noqa: E402
 from training.utils.run.distributed import data_size, is_main, reduce_sums, say  # noqa: E402
 from training.utils.sharing.rows import Sharing  # noqa: E402
@@ -81,15 +77,8 @@ def held_out_loss(engine, dataset, batch_size: int, pad_id: int, sharing: Sharin
 def main(argv: Sequence[str]) -> int:
     """Run step 1; returns the exit code. See the module's docstring for what it writes."""
     groups = parse_flags(argv)
-    data, model_args, lora, train, ds, output, reliability, step = groups
-    precision.check_dtype(model_args.dtype)
-    overrides = read_user_config(ds.deepspeed_config, reliability.save_every)
-    named = model_args.model_name_or_path or loading.EMBEDDED
-    model_path = loading.resolve_policy(named, weights=not output.plan)
-    check_length(model_path, model_args.max_seq_len, "--max_seq_len")
-    check_lora(model_path, lora)
-    divide_model(ds.tensor_parallel, model_path)
-    attention = divide_rows(model_path, model_args, ds.sequence_parallel)
+    _, model_args, lora, train, ds, output, reliability, step = groups
+    model_path, attention, overrides = find_model(groups, loading.resolve_policy, lambda: loading.EMBEDDED)
     if output.plan:
         precision.settle(model_args, resume_output_dir(reliability.resume, output.output_dir), reliability.resume)
         return show_sequence_plan("step1", model_path, attention, model_args, lora, train, ds, overrides)
@@ -166,7 +155,7 @@ def main(argv: Sequence[str]) -> int:
         "base_model": model_path,
         "best_step": progress["best_step"],
     }
-    tuning.finish("sft", named, results)
+    tuning.finish("sft", model_args.model_name_or_path or loading.EMBEDDED, results)
     return 0
 
 

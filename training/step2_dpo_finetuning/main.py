@@ -52,16 +52,12 @@ from training.utils.checkpoint.resume import METRICS, resume_output_dir  # noqa:
 from training.utils.data import pair_micro_batches, rankings_of  # noqa: E402
 from training.utils.engine import engine as engines, precision  # noqa: E402
 from training.utils.engine.frozen import load_reference  # noqa: E402
-from training.utils.engine.tensor_parallel import divide_model  # noqa: E402
-from training.utils.engine.zero_config import read_user_config  # noqa: E402
-from training.utils.fine_tuning import build_engine, open_run, step_metrics  # noqa: E402
+from training.utils.fine_tuning import build_engine, find_model, open_run, step_metrics  # noqa: E402
 from training.utils.health import HealthMonitor  # noqa: E402
 from training.utils.health_rules import DPO_RULES  # noqa: E402
 from training.utils.intervals import wilson_interval  # noqa: E402
 from training.utils.memory.training import show_sequence_plan  # noqa: E402
 from training.utils.model import loading  # noqa: E402
-from training.utils.model.limits import check_length, divide_rows  # noqa: E402
-from training.utils.model.lora import check_lora  # noqa: E402
 from training.utils.run import watchdog  # noqa: E402
 from training.utils.run.distributed import reduce_sums, say  # noqa: E402
 from training.utils.run.folders import latest_output  # noqa: E402
@@ -72,14 +68,7 @@ def main(argv: Sequence[str]) -> int:
     """Run DPO; returns the exit code. See the module's docstring for what it writes."""
     groups = parse_flags(argv)
     _, model_args, lora, train, ds, output, reliability, step = groups
-    precision.check_dtype(model_args.dtype)
-    overrides = read_user_config(ds.deepspeed_config, reliability.save_every)
-    named = model_args.model_name_or_path or str(latest_output("step1"))
-    model_path = loading.resolve_policy(named, weights=not output.plan)
-    check_length(model_path, model_args.max_seq_len, "--max_seq_len")
-    check_lora(model_path, lora)
-    divide_model(ds.tensor_parallel, model_path)
-    attention = divide_rows(model_path, model_args, ds.sequence_parallel)
+    model_path, attention, overrides = find_model(groups, loading.resolve_policy, lambda: str(latest_output("step1")))
     adapters_only, needs_reference = lora.only_optimize_lora, step.loss not in arguments.WITHOUT_REFERENCE
     if output.plan:
         precision.settle(model_args, resume_output_dir(reliability.resume, output.output_dir), reliability.resume)

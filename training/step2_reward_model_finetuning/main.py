@@ -61,15 +61,11 @@ from training.utils.checkpoint.resume import resume_output_dir  # noqa: E402
 from training.utils.data import pair_micro_batches, rankings_of  # noqa: E402
 from training.utils.engine import engine as engines, precision  # noqa: E402
 from training.utils.engine.frozen import load_frozen_scorer  # noqa: E402
-from training.utils.engine.tensor_parallel import divide_model  # noqa: E402
-from training.utils.engine.zero_config import read_user_config  # noqa: E402
-from training.utils.fine_tuning import FineTuning, build_engine, open_run, step_metrics  # noqa: E402
+from training.utils.fine_tuning import FineTuning, build_engine, find_model, open_run, step_metrics  # noqa: E402
 from training.utils.memory.training import show_sequence_plan  # noqa: E402
 from training.utils.metrics import MetricsLogger  # noqa: E402
 from training.utils.model import classifiers, loading  # noqa: E402
 from training.utils.model.forward import TokenScorer, answer_rewards  # noqa: E402
-from training.utils.model.limits import check_length, divide_rows  # noqa: E402
-from training.utils.model.lora import check_lora  # noqa: E402
 from training.utils.model.reward_stats import RewardStats, few_held_out  # noqa: E402
 from training.utils.run import watchdog  # noqa: E402
 from training.utils.run.distributed import is_main, reduce_sums, say  # noqa: E402
@@ -80,16 +76,9 @@ from training.utils.sharing.trial import find_sharing  # noqa: E402
 def main(argv: Sequence[str]) -> int:
     """Run step 2; returns the exit code. See the module's docstring for what it writes."""
     groups = parse_flags(argv)
-    data, model_args, lora, train, ds, output, reliability, step = groups
-    precision.check_dtype(model_args.dtype)
-    overrides = read_user_config(ds.deepspeed_config, reliability.save_every)
-    named = model_args.model_name_or_path or str(latest_output("step1"))
-    model_path = loading.resolve_model(named, weights=not output.plan)
-    check_length(model_path, model_args.max_seq_len, "--max_seq_len")
+    _, model_args, lora, train, ds, output, reliability, step = groups
+    model_path, attention, overrides = find_model(groups, loading.resolve_model, lambda: str(latest_output("step1")))
     classifiers.check_reward_family(model_path)
-    check_lora(model_path, lora)
-    divide_model(ds.tensor_parallel, model_path)
-    attention = divide_rows(model_path, model_args, ds.sequence_parallel)
     if output.plan:
         precision.settle(model_args, resume_output_dir(reliability.resume, output.output_dir), reliability.resume)
         return show_sequence_plan("step2", model_path, attention, model_args, lora, train, ds, overrides)

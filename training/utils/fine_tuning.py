@@ -29,12 +29,14 @@ from training.utils.checkpoint.resume import Run, resume_output_dir
 from training.utils.data import StepData, batches_after, element_lengths, prepare_data, stop_token_ids
 from training.utils.data.kinds import Kind
 from training.utils.engine import engine as engines, four_bit, precision
-from training.utils.engine.zero_config import deepspeed_config
+from training.utils.engine.tensor_parallel import divide_model
+from training.utils.engine.zero_config import deepspeed_config, read_user_config
 from training.utils.metrics import MetricsLogger, progress_bar, write_summary
 from training.utils.model.card import write_model_card
 from training.utils.model.export import save_model
 from training.utils.model.forward import enable_gradient_checkpointing
-from training.utils.model.lora import with_adapters
+from training.utils.model.limits import check_length, divide_rows
+from training.utils.model.lora import check_lora, with_adapters
 from training.utils.model.tokenizer import check_vocabulary, load_tokenizer
 from training.utils.phases import Phases
 from training.utils.run import watchdog
@@ -54,6 +56,32 @@ class Flags:
     ds: DeepSpeedArguments
     output: OutputArguments
     reliability: ReliabilityArguments
+
+
+def find_model(
+    groups: Sequence[Any], resolve: Callable[..., str], default: Callable[[], str]
+) -> tuple[str, str, dict[str, Any]]:
+    """Find the model and check it against the flags, before anything is loaded.
+
+    Args:
+        groups: the flags, the first seven those of `Flags`.
+        resolve: `loading.resolve_policy`, or what else finds a model's folder by its name.
+        default: names the model where ``--model_name_or_path`` does not.
+
+    Returns:
+        Its folder, the attention of its layers, and the user's own configuration of DeepSpeed.
+
+    Raises:
+        UserError: a flag is wrong, or the model can not be trained so.
+    """
+    flags = Flags(*groups[:7])
+    precision.check_dtype(flags.model.dtype)
+    overrides = read_user_config(flags.ds.deepspeed_config, flags.reliability.save_every)
+    path = resolve(flags.model.model_name_or_path or default(), weights=not flags.output.plan)
+    check_length(path, flags.model.max_seq_len, "--max_seq_len")
+    check_lora(path, flags.lora)
+    divide_model(flags.ds.tensor_parallel, path)
+    return path, divide_rows(path, flags.model, flags.ds.sequence_parallel), overrides
 
 
 @dataclass
@@ -193,9 +221,7 @@ def open_run(
     settled = precision.settle(flags.model, output_dir, reliability.resume)
     torch.manual_seed(train.seed)
     data = flags.data
-    tokenizer = load_tokenizer(
-        model_path, chat_template=data.chat_template, system_message=data.system_message, stop_ids=data.stop_ids
-    )
+    tokenizer = load_tokenizer(model_path, **data.template)
     check_vocabulary(model_path, tokenizer)
     options: dict[str, Any] = {"max_length": flags.model.max_seq_len, "seed": train.seed, "run_dir": output_dir}
     rows = prepare_data(kind, data, tokenizer, **options, **data_options)
