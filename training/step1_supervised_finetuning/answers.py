@@ -13,7 +13,7 @@ from training.utils.data import collate_prompts, rank_micro_batches, spread_rows
 from training.utils.engine.sequence_parallel import whole_rows
 from training.utils.errors import UserError
 from training.utils.generation.engines import rollout_backend
-from training.utils.generation.requests import RolloutBackend, RolloutRequest
+from training.utils.generation.requests import RolloutBackend, RolloutRequest, response_texts
 from training.utils.generation.sampling import SamplingConfig
 from training.utils.metrics import watched
 from training.utils.model.forward import without_adapters
@@ -51,8 +51,7 @@ def decoded(
         pad_id=tokenizer.pad_token_id,
     )
     rollout = backend.generate(model, request, sampling)
-    answers = zip(rollout.input_ids[:, rollout.response_start :], rollout.response_mask, strict=True)
-    return [tokenizer.decode(row[mask], skip_special_tokens=True).strip() for row, mask in answers]
+    return response_texts(rollout, tokenizer)
 
 
 class RougeJudge:
