@@ -16,9 +16,8 @@ from training.utils.engine.precision import for_device
 from training.utils.engine.zero_config import DTYPES
 from training.utils.errors import UserError
 from training.utils.model.loading import resolve_model
+from training.utils.model.reward_stats import STATS_FILE
 from training.utils.model.text_reward import TextRewardModel, load_text_reward_model
-
-STATS = "reward_stats.json"
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def load_reward_model(path: str, report: Callable[[str], None]) -> RewardModel:
         UserError: no model there, more than one output, or a damaged ``reward_stats.json``.
     """
     folder = resolve_model(path, "--reward_model")
-    mean, std, dtype = _stats(Path(folder) / STATS)
+    mean, std, dtype = _stats(Path(folder) / STATS_FILE)
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     best, _ = for_device(AUTO, device)
     dtype = dtype if dtype in ("fp32", best) else best  # emulated, it would be slower than rounding is wrong

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import difflib
-import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -186,7 +184,7 @@ def _hosts_of(hostfile: str) -> str:
 
 def _unknown(given: set[str], program: Program) -> tuple[int, int]:
     """How many flags a program does not have: neither there nor here, and there."""
-    ours = {f"--{name}" for name in _own(OURS[program.ours])} if program.ours in OURS else set()
+    ours = {f"--{name}" for name in arguments.fields_of(OURS[program.ours].groups)} if program.ours in OURS else set()
     here, there = (
         sum(arguments.with_underscores(name, known) not in known for name in given)
         for known in (program.flags.keys() | ours, program.flags)
@@ -194,18 +192,9 @@ def _unknown(given: set[str], program: Program) -> tuple[int, int]:
     return here, there
 
 
-def _own(ours: Ours) -> dict[str, tuple[dataclasses.Field, Any]]:
-    """Our program's flags, without dashes -> field and type."""
-    return {
-        field.name: (field, typing.get_type_hints(group)[field.name])
-        for group in ours.groups
-        for field in dataclasses.fields(group)
-    }
-
-
 def defaults_of(ours: Ours) -> dict[str, Any]:
     """Our flag, with dashes -> its default."""
-    return {f"--{name}": arguments.default_of(field) for name, (field, _) in _own(ours).items()}
+    return {f"--{name}": arguments.default_of(field) for name, (_, field) in arguments.fields_of(ours.groups).items()}
 
 
 def given_flags(flags: Mapping[str, OtherFlag], ours: Ours, command: Command) -> dict[str, list[str]]:
@@ -223,7 +212,7 @@ def given_flags(flags: Mapping[str, OtherFlag], ours: Ours, command: Command) ->
             parser.add_argument(name, dest=name, action="store_const", const=[], **hidden)
         else:
             parser.add_argument(name, dest=name, type=_checked(other), nargs="*" if other.many else 1, **hidden)
-    for name, (_, hint) in _own(ours).items():
+    for name, (hint, _) in arguments.fields_of(ours.groups).items():
         switch: dict[str, Any] = {"action": "store_const", "const": []} if hint is bool else {"nargs": "*"}
         for written in (f"--{name}", f"--no-{name}")[: 2 if hint is bool else 1]:
             if written not in flags:

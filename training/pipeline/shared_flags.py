@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from training.migrate.predecessors import others_of
 from training.step3_rlhf_finetuning.arguments import ALIASES, ARGUMENTS as STEP3, check
-from training.utils.arguments import DPO, STEP1, STEP2, check_fine_tuning, flags_in, parse
+from training.utils.arguments import DPO, STEP1, STEP2, check_fine_tuning, fields_of, flags_in, parse
 from training.utils.errors import UserError
 from training.utils.run.folders import title
 
@@ -17,16 +16,7 @@ GROUPS: Mapping[str, Sequence[type]] = {"step1": STEP1, "step2": STEP2, "dpo": D
 OWN = ("output_dir", "resume", "plan")  # of train.py itself, with a meaning for the whole run
 
 
-def _fields(groups: Sequence[type]) -> dict[str, tuple[Any, dataclasses.Field]]:
-    """Flag -> its type and its field."""
-    return {
-        field.name: (typing.get_type_hints(group)[field.name], field)
-        for group in groups
-        for field in dataclasses.fields(group)
-    }
-
-
-_FLAGS = {name: _fields(groups) for name, groups in GROUPS.items()}
+_FLAGS = {name: fields_of(groups) for name, groups in GROUPS.items()}
 
 # Step 1's field stands for all: where step 3 takes a value for each role, one counts for both. None is "not given".
 SharedArguments: type = dataclasses.make_dataclass(

@@ -20,7 +20,7 @@ import shlex
 import sys
 import types
 import typing
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -448,6 +448,15 @@ def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field, hint: An
         kwargs["help"] += " (default: %(default)s)"
     kwargs["metavar"] = None if kwargs["choices"] else getattr(kwargs["type"], "__name__", "value").upper()
     group.add_argument(name, **kwargs)
+
+
+def fields_of(groups: Iterable[type]) -> dict[str, tuple[Any, dataclasses.Field]]:
+    """Flag, without dashes -> its type and its field."""
+    return {
+        field.name: (typing.get_type_hints(group)[field.name], field)
+        for group in groups
+        for field in dataclasses.fields(group)
+    }
 
 
 def default_of(field: dataclasses.Field) -> Any:
