@@ -89,7 +89,10 @@ def test_the_sample_feeds_every_step(name):
         data = next(group for group in groups if isinstance(group, DataArguments))
         kind = KINDS[int(step[-1]) - 1]
         rows = prepare_data(kind, data, tiny_tokenizer(), max_length=512, seed=1234)
-        assert len(rows.train) >= 4 and len(rows.held_out) >= 1 and not rows.report.dropped, (step, rows.report.text())
+        assert len(rows.train) >= 4 and len(rows.held_out) >= 1 and not rows.report.dropped, (
+            step,
+            "\n".join(rows.report.lines()),
+        )
 
 
 def test_samples_say_whose_they_are():

@@ -73,7 +73,7 @@ def test_a_bad_row_is_one_line_or_counted(tok, tmp_path, kind):
     data = prepare(1, tok, str(path), on_bad_row="skip")
     drop = data.report.dropped[counted_as]
     assert drop.count == 1 and drop.places[0].startswith(f"{path}:5")
-    assert len(data.train) + len(data.held_out) == 5 and len(data.report.text()) < 600
+    assert len(data.train) + len(data.held_out) == 5 and len("\n".join(data.report.lines())) < 600
 
 
 def test_a_row_of_10_mb_in_a_list_and_in_a_table(tok, tmp_path):

@@ -196,7 +196,7 @@ def test_what_lies_beside_the_rows_is_not_taken_for_them(tmp_path):
     assert [path.name for path in source.train] == ["train.jsonl"]
     assert sorted(source.unread) == ["LICENSE.txt", "dataset_info.json", "metadata.csv", "requirements.txt"]
     data = prepare(1, families.smol_like(), str(tmp_path))
-    assert "not read: LICENSE.txt" in data.report.text()
+    assert "not read: LICENSE.txt" in "\n".join(data.report.lines())
 
 
 def test_a_pointer_of_git_lfs_is_named(tmp_path):

@@ -236,7 +236,7 @@ def test_step_1_learns_from_a_conversation_that_nobody_answered(tok, tmp_path):
         "exact duplicate": 1,
         "no response to learn from": 1,
     }
-    assert "1 lost their last user turn, which has no answer" in data.report.text()
+    assert "1 lost their last user turn, which has no answer" in "\n".join(data.report.lines())
     assert prepare(3, tok, str(tmp_path / "a.jsonl")).report.open_turns == 0
 
 
@@ -273,7 +273,7 @@ def test_exact_duplicates_and_identical_pairs(tok, tmp_path):
     assert data.report.dropped["exact duplicate"].places == [f"{path}:7", f"{path}:8"]
     assert data.report.dropped["identical pair"].places == [f"{path}:9"]
     assert len(data.train) + len(data.held_out) == 6
-    assert "dropped 2: exact duplicate" in data.report.text()
+    assert "dropped 2: exact duplicate" in "\n".join(data.report.lines())
 
 
 def test_several_pairs_of_one_row_are_one_prompt_not_duplicates(tok, tmp_path):

@@ -63,7 +63,7 @@ def test_rows_of_rankings_and_pairs(tok, tmp_path):
             if len(rows) == 5:
                 assert shown[0] == (best, poor), "the best against the worst comes first"
                 assert set(shown) == {(best, good), *itertools.product((best, good), (bad, poor))}
-    told = report.text()
+    told = "\n".join(report.lines())
     assert f"{report.train_prompts} prompts ({report.train_rows} pairs) to train on" in told
     assert "up to 4 answers to a prompt" in told
 
@@ -71,7 +71,7 @@ def test_rows_of_rankings_and_pairs(tok, tmp_path):
 def test_ordinary_pairs_are_told_as_before(tok, tmp_path):
     data = prepare("pairs", tok, write(tmp_path / "a.jsonl", pairs(20)))
     assert set(data.train["pairs"]) == {1} and not data.report.has_rankings
-    assert f"{data.report.train_rows} rows to train on" in data.report.text()
+    assert f"{data.report.train_rows} rows to train on" in "\n".join(data.report.lines())
     assert element_lengths(data.train) == data.train["length"][:]
 
 
@@ -100,7 +100,7 @@ def test_an_answer_that_is_too_long_leaves_with_its_pairs(tok, tmp_path):
     assert set(data.train["pairs"][:3]) == {3}
     assert data.report.answers_too_long == 1
     assert data.report.dropped["no room: the response alone is too long"].count == 1
-    assert "1 answers of rankings are too long" in data.report.text()
+    assert "1 answers of rankings are too long" in "\n".join(data.report.lines())
 
 
 def test_one_answer_and_all_tied_are_told(tok, tmp_path):

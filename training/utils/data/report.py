@@ -140,10 +140,6 @@ class DataReport:
         lines.append(f"{self.kind}: {counts}{' from the cache' if self.from_cache else ''}")
         return lines
 
-    def text(self) -> str:
-        """`lines` as one text."""
-        return "\n".join(self.lines())
-
     def to_dict(self) -> dict:
         """For JSON."""
         return dataclasses.asdict(self)

@@ -52,7 +52,7 @@ class Structure:
     """What a template puts around an assistant's text, found by rendering plain conversations.
 
     Attributes:
-        end_token, end_id: what ends the last answer.
+        end_token: what ends the last answer.
         stop_ids: what ends a response: EOS, the end token, the token that ends a call of a tool, and further ones
             that ``--stop_ids`` or a conversation template named.
         leads: texts between the generation prompt and the answer.
@@ -64,7 +64,6 @@ class Structure:
     """
 
     end_token: str
-    end_id: int
     stop_ids: tuple[int, ...]
     leads: tuple[str, ...]
     tails: tuple[str, ...]
@@ -382,7 +381,6 @@ def structure_of(tokenizer: Any) -> Structure:
     ids += _further_stop_ids(tokenizer.chat_template)
     found = Structure(
         end_token=end_token,
-        end_id=int(tokenizer.convert_tokens_to_ids(end_token)),
         stop_ids=tuple(dict.fromkeys(ids)),
         leads=tuple(sorted({around.lead for around in last}, key=len, reverse=True)),
         tails=tuple(sorted({around.tail for around in last}, key=len, reverse=True)),
