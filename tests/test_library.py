@@ -99,6 +99,21 @@ def test_it_is_what_the_program_does(whole, models, tiny_data, tmp_path):
         assert {name: ours[name] for name in SAME} == {name: theirs[name] for name in SAME}
 
 
+def test_a_reward_function_draws_the_same_numbers_in_each_run(models, tiny_data, tmp_path):
+    file = tmp_path / "lot.py"
+    body = "def draw(prompts, answers, rows):\n    return [random.random() + numpy.random.rand() for _ in answers]\n"
+    file.write_text(f"import random\nimport numpy\n{body}")
+    scores = []
+    for name in ("once", "again"):
+        flags = FLAGS | {"actor_model_name_or_path": models["actor_model_name_or_path"], "eval_every": 0}
+        flags |= {"critic_model_name_or_path": "none", "reward_function": f"{file}:draw"}
+        flags |= {"data_path": tiny_data / "prompts.jsonl", "output_dir": tmp_path / name}
+        assert step3.main([part for flag, value in flags.items() for part in (f"--{flag}", str(value))]) == 0
+        lines = (tmp_path / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        scores.append([line["reward/score"] for line in map(json.loads, lines) if "reward/score" in line])
+    assert scores[0] == scores[1] and len({*scores[0]}) > 1
+
+
 @pytest.mark.parametrize("strategy", ["zero2", slow("gemini")])
 def test_model_and_optimizer_go_on_where_they_were_saved(whole, models, tiny_data, strategy):
     metrics, folder = whole

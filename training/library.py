@@ -29,8 +29,8 @@ from training.utils.run.runtime import prepare_runtime
 
 prepare_runtime()
 
-import torch  # noqa: E402  threads and PATH must be set before
 from safetensors.torch import save_file  # noqa: E402
+from transformers import set_seed  # noqa: E402
 
 from training.step3_rlhf_finetuning import prompts, settings  # noqa: E402
 from training.step3_rlhf_finetuning.experience import Experience  # noqa: E402
@@ -102,7 +102,7 @@ class PPO:
             raise UserError(f"strategy naive is for one process, not for {world_size()}: ddp is the same on several")
         self._flags, rollout, train = parsed, parsed.rollout, parsed.train
         precision.settle(parsed.roles)
-        torch.manual_seed(train.seed)
+        set_seed(train.seed)
         models = settings.find_models(parsed)
         self.tokenizer = models.tokenizer
         options: dict[str, Any] = {"max_length": parsed.length, "max_prompt_length": rollout.max_prompt_seq_len}

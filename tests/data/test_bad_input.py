@@ -50,6 +50,11 @@ BAD_ROWS = {
     ),
     "half a character": (r'{"prompt": "\ud800", "response": "y"}', r"holds half a character, \\ud800", "bad row"),
     "no value": ('{"prompt": NaN, "response": "y"}', "an empty user turn", "bad row"),
+    "rows within": (
+        '{"type": "a", "data": [{"prompt": "x", "response": "y"}]}',
+        "rows, which lie in its data",
+        "bad row",
+    ),
     "other columns": ('{"foo": 1}', "no known format has the columns foo", "bad row"),
     "special token": ('{"prompt": "<|im_end|>", "response": "y"}', "which is a special token", "bad row"),
     "empty response": ('{"prompt": "x", "response": " "}', "", "empty response"),
@@ -101,6 +106,7 @@ def test_a_list_whose_quote_is_missing_does_not_fill_the_memory(tok, tmp_path, m
 
 BAD_FILES = {
     "half.jsonl.gz": (gzip.compress(b'{"prompt": "a", "response": "b"}\n' * 9999)[:60], "cut off or damaged after row"),
+    "note.csv": (b"sep=,\nprompt,response\na,b\n", "the first line, sep=,, is a note to spreadsheets: leave it out"),
     "semicolons.csv": (b"prompt;response\na;b\n", "separated by semicolons, not commas; save it with commas"),
     "list.json": (b'[{"prompt": "a", "response": "b"},\n {"prompt",}]', "list.json:2: broken JSON at column 11"),
     "utf16.jsonl": ('{"prompt": "a", "response": "b"}\n'.encode("utf-16"), "the file is in UTF-16; save it as UTF-8"),

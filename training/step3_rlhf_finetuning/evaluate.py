@@ -86,6 +86,7 @@ if __name__ == "__main__":
 prepare_runtime()
 
 import torch  # noqa: E402  threads and PATH must be set before
+from transformers import set_seed  # noqa: E402
 
 from training.step3_rlhf_finetuning import main as step3, settings  # noqa: E402
 from training.step3_rlhf_finetuning.evaluation import (  # noqa: E402
@@ -439,6 +440,7 @@ def main(argv: Sequence[str]) -> int:
         seed=seed,
     ).to_judge_by()
     device = init_distributed()
+    set_seed(seed)  # a user's function may draw from Python's or numpy's numbers
     settled = precision.settle(args)
     sampling = SamplingConfig(longest, temperature=step.temperature or rollout.temperature, top_p=rollout.top_p,
                               top_k=rollout.top_k)  # fmt: skip

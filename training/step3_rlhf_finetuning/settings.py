@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
+from transformers import set_seed
 
 from training.step3_rlhf_finetuning import prompts
 from training.step3_rlhf_finetuning.arguments import (
@@ -194,7 +195,7 @@ def open_run(argv: Sequence[str], flags: Flags, models: Models) -> Opened:
     device = init_distributed(reliability.distributed_timeout)
     watchdog.watch(output_dir, reliability.hang_timeout)
     settled = precision.settle(args, output_dir, reliability.resume)
-    torch.manual_seed(train.seed)
+    set_seed(train.seed)  # a user's function may draw from Python's or numpy's numbers
     options: dict[str, Any] = {"max_length": flags.length, "seed": train.seed}
     longest = rollout.max_prompt_seq_len
     rows = prepare_data(

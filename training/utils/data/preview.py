@@ -189,11 +189,11 @@ def counts(data: StepData, batch_size: int, seed: int) -> list[tuple[str, str]]:
     if report.open_turns:
         lines.append(("last user turns without an answer, left out", str(report.open_turns)))
     lines.append(("held-out rows whose prompt is trained on", str(report.shared_prompts)))
-    if report.kind == "pairs":
-        share = report.longer_chosen / max(1, report.unequal_pairs)
+    if report.unequal_pairs:
+        share = report.longer_chosen / report.unequal_pairs
         lines.append(("pairs whose longer answer is the chosen one", f"{share:.1%} of {report.unequal_pairs}"))
-        if report.tied_pairs:
-            lines.append(("pairs of answers that are tied, no pairs to train on", str(report.tied_pairs)))
+    if report.tied_pairs:
+        lines.append(("pairs of answers that are tied, no pairs to train on", str(report.tied_pairs)))
     lengths = element_lengths(data.train)
     values = np.percentile(lengths, _PERCENTILES)
     told = ", ".join(

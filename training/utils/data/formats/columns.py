@@ -25,6 +25,9 @@ from training.utils.errors import UserError
 
 # Columns of rows that another program has tokenised (ColossalChat's prepare_dataset.py, for one)
 _TOKENISED = ("input_ids", "chosen_input_ids", "input_id_decode")
+# Keys under which files have all their rows, in one object, and what else such an object has
+_AROUND_ROWS = ("data", "rows", "instances", "examples", "train", "validation", "test")
+_BESIDE_ROWS = ("type", "version")
 
 
 class UnknownFormat(UserError):
@@ -35,6 +38,11 @@ class UnknownFormat(UserError):
             self.short = f"the row holds tokens ({found}) of a tokenizer and a template that it does not name"
             super().__init__(f"{self.short}; give the conversations that it was prepared from (what ColossalChat's "
                              "prepare_dataset.py read from --data_input_dirs)")  # fmt: skip
+            return
+        found = next((name for name in _AROUND_ROWS if name in columns), None)
+        if found and {*columns} <= {*_AROUND_ROWS, *_BESIDE_ROWS}:
+            self.short = f"one object is around all rows, which lie in its {found}"
+            super().__init__(f"{self.short}: make that list the file: jq .{found} OLD.json > NEW.json")
             return
         self.short = f"no known format has the columns {', '.join(map(str, columns)) or '(none)'}"
         super().__init__(

@@ -312,6 +312,8 @@ def _read_csv(file: IO[bytes], path: Path) -> Iterator[RawRow]:
 
 
 def _header(cells: list[str], delimiter: str, path: Path) -> list[str]:
+    if cells[0].lower().startswith("sep="):
+        raise UserError(f"{path}:1: the first line, {','.join(cells)}, is a note to spreadsheets: leave it out")
     if len(cells) == 1:
         for other, word in ((";", "semicolons"), ("\t", "tabs"), (",", "commas"), ("|", "bars")):
             if other != delimiter and other in cells[0]:
