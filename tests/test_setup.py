@@ -405,7 +405,8 @@ libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-size = 30 * 2**20
+size = int(sys.argv[1]) * 2**20
+other = libc.malloc(2**20)
 block = libc.malloc(size)
 ctypes.memset(block, 1, size)
 used = resident()
@@ -417,12 +418,14 @@ print((used - resident()) / size)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or runtime.has_accelerator(), reason="glibc without accelerator")
-def test_freed_memory_is_kept() -> None:
+@pytest.mark.parametrize("size", [30, 100])
+def test_freed_memory_is_kept(size: int) -> None:
+    """Also that of blocks above the largest threshold, such as an embedding's gradient."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_") and k != "GLIBC_TUNABLES"}
 
     def given_back(*arguments: str) -> float:
-        """The part of a block of 30 MiB that the process no longer holds after its ``free``."""
-        command = [sys.executable, "-c", FREE_A_BLOCK, *arguments]
+        """The part of a block that the process no longer holds after its ``free``."""
+        command = [sys.executable, "-c", FREE_A_BLOCK, str(size), *arguments]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         return float(done.stdout)
 

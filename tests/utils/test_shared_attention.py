@@ -91,7 +91,8 @@ def test_few_scores_exist_at_once(monkeypatch):
     parts = torch.tensor([[1] * 100 + [place for n in range(1, 5) for place in [n * PROMPT + 1] * 200]])
     mask = attention.block_mask(parts)
     assert mask.shape == (1, 1, 900, 900) and mask.untyped_storage().nbytes() == 1
-    pieces, slots = attention._rows_of[mask][1]
+    blocks = attention._rows_of[mask][1]
+    pieces, slots = blocks.pieces, blocks.slots(1)
     assert len(pieces) > 10 and all(piece.bias.numel() <= 64 * 300 for piece in pieces)
     asked = torch.cat([piece.queries.flatten() for piece in pieces])
     assert torch.equal(asked[slots], torch.arange(900))

@@ -33,10 +33,12 @@ HARMLESS_WARNINGS = (
 # One of these is there when DeepSpeed could find an accelerator: NVIDIA, WSL, AMD, Intel, Habana and others.
 ACCELERATOR_DEVICES = ("nvidia*", "dxg", "kfd", "dri/renderD*", "accel*", "davinci*", "hl*")
 
-# mallopt(3): the numbers of two settings in malloc.h, the largest value of the first on 64 bits, and an int's largest
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+# mallopt(3): the numbers of three settings in malloc.h; the largest value of the last on 64 bits, an int's largest, and
+# more than the largest gradient of the models that a CPU trains takes (an embedding's)
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 LARGEST_MMAP_THRESHOLD = 32 << 20
 MOST_KEPT = (1 << 31) - 1
+GROWN_BY = 256 << 20
 
 SHARED_MEMORY = Path("/dev/shm")
 BUILD_START = 30.0  # seconds from torch's lock to its compiler at work, on a machine that is very busy
@@ -208,9 +210,10 @@ def set_threads() -> None:
 def keep_freed_memory() -> None:
     """Let glibc keep up to 2 GiB of freed memory for the next tensors, on a machine without an accelerator.
 
-    Its default gives large blocks back at every free, and the kernel clears each page again at the next use;
-    docs/experiments.md has what was seen. Settings in the environment (``MALLOC_...``, ``GLIBC_TUNABLES``) are left
-    alone.
+    Its default gives large blocks back at every free, and the kernel clears each page again at the next use. A block
+    above the largest threshold is given back all the same, unless there was room for it at the end of what glibc has:
+    so that grows by more than the largest gradients take. docs/experiments.md has what was seen. Settings in the
+    environment (``MALLOC_...``, ``GLIBC_TUNABLES``) are left alone.
     """
     chosen = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
     if chosen or has_accelerator() or platform.libc_ver()[0] != "glibc":
@@ -218,6 +221,7 @@ def keep_freed_memory() -> None:
     libc = ctypes.CDLL(None)
     libc.mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)
     libc.mallopt(M_TRIM_THRESHOLD, MOST_KEPT)
+    libc.mallopt(M_TOP_PAD, GROWN_BY)
 
 
 def give_back_freed_memory() -> None:

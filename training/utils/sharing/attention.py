@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -43,23 +43,62 @@ class Piece(NamedTuple):
         queries: ``[N, C]``, of no token where a block is shorter.
         keys: ``[N, K]``, likewise: the way to the block's last query.
         bias: ``[N, 1, C, K]`` fp32, 0 where a query sees a key, else -inf.
+        none: the places in ``queries`` that are of no token.
     """
 
     queries: Tensor
     keys: Tensor
     bias: Tensor
+    none: tuple[Tensor, ...]
 
 
-class Blocks(NamedTuple):
-    """The blocks of all rows.
+@dataclass
+class Blocks:
+    """The blocks of all rows, ``[R, W]``.
 
     Attributes:
         pieces: of them, one after another.
-        slots: ``[T]``, where each token is among the queries of all pieces; behind the last of them if in none.
+        rows, width: R and W.
     """
 
     pieces: list[Piece]
-    slots: Tensor
+    rows: int
+    width: int
+    _places: dict[Any, Tensor] = field(default_factory=dict)
+
+    def places(self, tokens: Tensor, heads: int, by_head: bool) -> Tensor:
+        """Where the vectors of each head lie among those of all rows, once found for all layers.
+
+        Args:
+            tokens: ``[N, C]``, a piece's; in the place of no token comes the last one's vector.
+            heads: of the tensor.
+            by_head: it lies as ``[R, heads, W, D]``, else as ``[R, W, heads, D]``.
+
+        Returns:
+            ``[N * heads * C]``.
+        """
+        key = (id(tokens), heads, by_head)
+        if (found := self._places.get(key)) is None:
+            asked = tokens.clamp(max=self.rows * self.width - 1)
+            first, step = asked * heads, 1
+            if by_head:
+                first, step = asked // self.width * (heads - 1) * self.width + asked, self.width
+            found = (first[:, None] + torch.arange(heads)[:, None] * step).flatten()
+            self._places[key] = found
+        return found
+
+    def slots(self, heads: int) -> Tensor:
+        """Where what is found for a token lies among that of all pieces, ``[R * W * heads]``; behind it if nowhere."""
+        if (found := self._places.get(heads)) is None:
+            table, begin = torch.empty(self.rows * self.width + 1, heads, dtype=torch.long), 0
+            table[:] = heads * sum(piece.queries.numel() for piece in self.pieces)
+            for piece in self.pieces:
+                blocks, size = piece.queries.shape
+                first = begin + torch.arange(blocks)[:, None] * heads * size + torch.arange(size)
+                table[piece.queries] = first[..., None] + torch.arange(heads) * size
+                begin += blocks * heads * size
+            found = self._places[heads] = table[:-1].flatten()
+        return found
 
 
 _rows_of: Any = WeakTensorKeyDictionary()  # parts and blocks of each `block_mask`, while it is in use
@@ -80,11 +119,8 @@ def block_mask(parts: Tensor) -> Tensor:
         parts: ``[R, W]``, see `tree_mask`.
     """
     pieces = list(_pieces(ways_back(parts), parts.numel()))
-    asked = torch.cat([piece.queries.flatten() for piece in pieces])
-    slots = torch.full((parts.numel() + 1,), len(asked))
-    slots[asked] = torch.arange(len(asked))
     mask = torch.ones(1, dtype=torch.bool).expand(len(parts), 1, parts.shape[1], parts.shape[1])
-    _rows_of[mask] = parts, Blocks(pieces, slots[:-1])
+    _rows_of[mask] = parts, Blocks(pieces, *parts.shape)
     return mask
 
 
@@ -131,7 +167,8 @@ def _piece(blocks: Sequence[Block], blank: int) -> Piece:
         keys[n, : len(seen)] = torch.tensor(seen)
     last = torch.tensor([[len(seen) - len(asking)] for asking, seen in blocks]) + torch.arange(most)
     hidden = torch.arange(longest) > last[:, None, :, None]
-    return Piece(queries, keys, torch.zeros(hidden.shape).masked_fill(hidden, float("-inf")))
+    bias = torch.zeros(hidden.shape).masked_fill(hidden, float("-inf"))
+    return Piece(queries, keys, bias, torch.where(queries == blank))
 
 
 def shared_attention(
@@ -160,32 +197,66 @@ def shared_attention(
     if blocks is None or dropout or any(kwargs.get(name) is not None for name in BEYOND_MASK):
         attention_mask = attention_mask if parts is None else tree_mask(parts)
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    of_token = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value)]  # [T, heads, D]
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = _BlockAttention.apply(*of_token, blocks, scale)
-    return out.unflatten(0, (query.shape[0], -1)), None
+    return _BlockAttention.apply(
+        query, key, value, blocks, query.shape[-1] ** -0.5 if scaling is None else scaling
+    ), None
 
 
 AttentionInterface.register("sdpa", shared_attention)
 
 
-def _of_blocks(tensor: Tensor, tokens: Tensor, key_heads: int) -> Tensor:
-    """``[T, heads, D]`` -> ``[N * KV, G * C, D]`` of tokens ``[N, C]``: the heads of a key stand behind one another."""
-    found = pad(tensor.flatten(1), (0, 0, 0, 1)).index_select(0, tokens.flatten())
-    grouped = found.view(*tokens.shape, key_heads, -1, tensor.shape[-1]).permute(0, 2, 3, 1, 4)
-    return grouped.reshape(len(tokens) * key_heads, -1, tensor.shape[-1])
+class _Vectors(NamedTuple):
+    """The vectors of ``[R, heads, W, D]`` as they lie in memory, or of a copy.
+
+    Attributes:
+        found: ``[R * heads * W, D]``.
+        heads: how many.
+        by_head: whether the tokens of a head lie behind one another, else the heads of a token do.
+    """
+
+    found: Tensor
+    heads: int
+    by_head: bool
+
+    def of(self, tokens: Tensor, blocks: Blocks, key_heads: int) -> Tensor:
+        """Those of tokens ``[N, C]``, ``[N * KV, G * C, D]``: the heads of a key stand behind one another."""
+        places = blocks.places(tokens, self.heads, self.by_head)
+        return self.found.index_select(0, places).view(len(tokens) * key_heads, -1, self.found.shape[-1])
+
+    def add(self, tokens: Tensor, blocks: Blocks, more: Tensor) -> None:
+        """Add ``[N * heads, C, D]`` to those of tokens ``[N, C]``."""
+        self.found.index_add_(
+            0, blocks.places(tokens, self.heads, self.by_head), more.flatten(0, 1).to(self.found.dtype)
+        )
+
+    def gathered(self, like: Tensor) -> Tensor:
+        """``[R, heads, W, D]``, of that tensor's shape and type."""
+        shape = like.shape if self.by_head else like.transpose(1, 2).shape
+        lying = self.found.to(like.dtype).view(shape)
+        return lying if self.by_head else lying.transpose(1, 2)
 
 
-def _of_tokens(blocks: Tensor, tokens: Tensor, key_heads: int) -> Tensor:
-    """Back from `_of_blocks`, one row for each of ``tokens``: ``[N * C, heads * D]``."""
-    grouped = blocks.view(len(tokens), key_heads, -1, tokens.shape[1], blocks.shape[-1]).permute(0, 3, 1, 2, 4)
-    return grouped.reshape(tokens.numel(), -1)
+def _vectors(tensor: Tensor) -> _Vectors:
+    by_head = not tensor.transpose(1, 2).is_contiguous()
+    lying = tensor if by_head else tensor.transpose(1, 2)
+    return _Vectors(lying.reshape(-1, tensor.shape[-1]), tensor.shape[1], by_head)
 
 
-def _in_order(found: Sequence[Tensor], blocks: Blocks, like: Tensor) -> Tensor:
-    """``[T, heads, D]`` of what `_of_tokens` gave of the queries of each piece."""
-    nothing = found[0].new_zeros(1, found[0].shape[1])
-    return torch.cat([*found, nothing]).index_select(0, blocks.slots).view(*like.shape[:2], -1)
+def _room(blocks: Blocks, like: Tensor, heads: int, key_heads: int) -> tuple[Tensor, list[Tensor]]:
+    """Room for a vector like those of a tensor for each query, with zeros behind it, and the pieces' parts of it.
+
+    The parts are ``[N * KV, G * C, D]``.
+    """
+    sizes = [piece.queries.numel() * heads for piece in blocks.pieces]
+    room = like.new_empty(sum(sizes) + 1, like.shape[-1])
+    room[-1] = 0
+    parts = zip(room[:-1].split(sizes), blocks.pieces, strict=True)
+    return room, [part.view(len(piece.queries) * key_heads, -1, room.shape[-1]) for part, piece in parts]
+
+
+def _in_order(room: Tensor, blocks: Blocks, heads: int) -> Tensor:
+    """`_room` -> ``[R, W, heads, D]``."""
+    return room.index_select(0, blocks.slots(heads)).view(blocks.rows, blocks.width, heads, -1)
 
 
 def _weights(query: Tensor, key: Tensor, piece: Piece, scale: float) -> Tensor:
@@ -200,36 +271,38 @@ class _BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, scale: float) -> Tensor:
-        """Query, key and value ``[T, heads, D]``, the last two with as many heads as they have -> as the query."""
-        heads, found, kept = key.shape[1], [], []
-        for piece in blocks.pieces:
-            keys, values = (_of_blocks(tensor, piece.keys, heads) for tensor in (key, value))
-            weights = _weights(_of_blocks(query, piece.queries, heads), keys, piece, scale)
-            found.append(_of_tokens(torch.bmm(weights, values), piece.queries, heads))
+        """``[R, heads, W, D]``, key and value with as many heads as they have -> ``[R, W, heads, D]``."""
+        heads, key_heads, kept = query.shape[1], key.shape[1], []
+        asking, keys, values = map(_vectors, (query, key, value))
+        room, parts = _room(blocks, value, heads, key_heads)
+        for piece, part in zip(blocks.pieces, parts, strict=True):
+            asked, seen = asking.of(piece.queries, blocks, key_heads), keys.of(piece.keys, blocks, key_heads)
+            weights = _weights(asked, seen, piece, scale)
+            torch.bmm(weights, values.of(piece.keys, blocks, key_heads), out=part)
             kept.append(weights if piece.keys.shape[1] <= KEPT_KEYS else None)
         ctx.save_for_backward(query, key, value, *kept)
         ctx.blocks, ctx.scale = blocks, scale
-        return _in_order(found, blocks, query)
+        return _in_order(room, blocks, heads)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         """Gradients of query, key and value; those of a key are summed in fp32."""
         query, key, value, *kept = ctx.saved_tensors
-        heads, of_query = key.shape[1], []
-        of_key, of_value = (
-            tensor.new_zeros(len(tensor) + 1, tensor[0].numel(), dtype=torch.float32) for tensor in (key, value)
-        )
-        for piece, weights in zip(ctx.blocks.pieces, kept, strict=True):
-            queries, out = (_of_blocks(tensor, piece.queries, heads) for tensor in (query, grads[0]))
-            keys, values = (_of_blocks(tensor, piece.keys, heads) for tensor in (key, value))
+        blocks, heads, key_heads = ctx.blocks, query.shape[1], key.shape[1]
+        asking, keys, values, said = map(_vectors, (query, key, value, grads[0].transpose(1, 2)))
+        of_key, of_value = (of._replace(found=torch.zeros_like(of.found, dtype=torch.float32)) for of in (keys, values))
+        room, parts = _room(blocks, query, heads, key_heads)
+        for piece, weights, part in zip(blocks.pieces, kept, parts, strict=True):
+            asked, out = (of.of(piece.queries, blocks, key_heads) for of in (asking, said))
+            seen, worth = (of.of(piece.keys, blocks, key_heads) for of in (keys, values))
+            out.view(len(piece.queries), heads, -1, out.shape[-1])[piece.none[0], :, piece.none[1]] = 0
             if weights is None:
-                weights = _weights(queries, keys, piece, ctx.scale)
-            of_weights = torch.bmm(out, values.transpose(1, 2))
+                weights = _weights(asked, seen, piece, ctx.scale)
+            of_weights = torch.bmm(out, worth.transpose(1, 2))
             of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype)
-            for total, by, asking in ((of_value, weights, out), (of_key, of_scores, queries)):
-                said = _of_tokens(torch.bmm(by.transpose(1, 2), asking), piece.keys, heads)
-                total.index_add_(0, piece.keys.flatten(), said.float())
-            of_query.append(_of_tokens(torch.bmm(of_scores, keys), piece.queries, heads))
-        of_key *= ctx.scale
-        summed = (total[:-1].view_as(tensor).to(tensor.dtype) for total, tensor in ((of_key, key), (of_value, value)))
-        return _in_order(of_query, ctx.blocks, query).mul_(ctx.scale), *summed, None, None
+            of_value.add(piece.keys, blocks, torch.bmm(weights.transpose(1, 2), out))
+            of_key.add(piece.keys, blocks, torch.bmm(of_scores.transpose(1, 2), asked))
+            torch.bmm(of_scores, seen, out=part)
+        of_query = _in_order(room, blocks, heads).mul_(ctx.scale).transpose(1, 2)
+        of_key.found.mul_(ctx.scale)
+        return of_query, of_key.gathered(key), of_value.gathered(value), None, None
