@@ -158,6 +158,7 @@ def settle_requests(model: str) -> None:
         return named(asked)
 
     def fits(model: Any, inputs: Any, config: Any) -> None:
+        """Refuse a prompt that leaves no room in the context, and end an answer where the context does."""
         length, context = len(inputs["input_ids"][0]), getattr(model.config, "max_position_embeddings", None)
         if context and length >= context:
             raise HTTPException(400, f"the prompt has {length:,} tokens, the model reads at most {context - 1:,}")

@@ -77,7 +77,7 @@ class Blocks:
         Returns:
             ``[N * heads * C]``.
         """
-        key = (id(tokens), heads, by_head)
+        key = (id(tokens), heads, by_head)  # the pieces live as long as this
         if (found := self._places.get(key)) is None:
             asked = tokens.clamp(max=self.rows * self.width - 1)
             first, step = asked * heads, 1
