@@ -50,9 +50,8 @@ from training.utils.generation.engines import FastBackend, HfBackend
 from training.utils.generation.requests import RolloutRequest
 from training.utils.generation.sampling import SamplingConfig
 from training.utils.model import classifiers, loading
-from training.utils.model.forward import TokenScorer
+from training.utils.model.forward import TokenScorer, response_log_probs
 from training.utils.model.language_modelling import negative_log_likelihood
-from training.utils.model.logprobs import response_log_probs
 from training.utils.model.reward_stats import RewardStats
 from training.utils.phases import Phases
 from training.utils.run.distributed import init_distributed

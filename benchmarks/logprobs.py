@@ -25,7 +25,7 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 from training.utils.memory.live import LiveMemory  # noqa: E402
-from training.utils.model.logprobs import response_log_probs  # noqa: E402
+from training.utils.model.forward import response_log_probs  # noqa: E402
 
 VOCABULARY, WIDTH = 49_152, 64
 

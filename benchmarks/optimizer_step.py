@@ -40,8 +40,8 @@ def child(arguments: argparse.Namespace) -> dict[str, Any]:
     from training.utils.arguments import LoraArguments
     from training.utils.engine import engine as engines
     from training.utils.engine.zero_config import deepspeed_config
+    from training.utils.model.forward import response_log_probs
     from training.utils.model.loading import load_causal_lm, resolve_model
-    from training.utils.model.logprobs import response_log_probs
     from training.utils.model.lora import with_adapters
     from training.utils.run.distributed import init_distributed
     from training.utils.run.runtime import prepare_runtime

@@ -36,8 +36,8 @@ from training.utils.data import prepare_data, spread_rows, stop_token_ids  # noq
 from training.utils.generation.engines import rollout_backend  # noqa: E402
 from training.utils.generation.requests import RolloutBatch  # noqa: E402
 from training.utils.generation.sampling import SamplingConfig  # noqa: E402
+from training.utils.model.forward import response_log_probs  # noqa: E402
 from training.utils.model.loading import load_causal_lm, resolve_model  # noqa: E402
-from training.utils.model.logprobs import response_log_probs  # noqa: E402
 from training.utils.model.tokenizer import load_tokenizer  # noqa: E402
 from training.utils.sharing.rows import Sharing  # noqa: E402
 

@@ -27,8 +27,7 @@ from training.utils.generation.engines import rollout_backend
 from training.utils.generation.requests import RolloutRequest
 from training.utils.generation.sampling import SamplingConfig
 from training.utils.model import classifiers, export, loading
-from training.utils.model.forward import TokenScorer
-from training.utils.model.logprobs import response_log_probs
+from training.utils.model.forward import TokenScorer, response_log_probs
 from training.utils.model.lora import check_lora, with_adapters
 
 VOCABULARY, PAD = 512, 0

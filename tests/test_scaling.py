@@ -21,7 +21,7 @@ def moved_bytes(path: str, stage: int, micro_batches: int, overrides: dict[str, 
     from training.utils.engine.engine import gathered
     from training.utils.engine.zero_config import deepspeed_config
     from training.utils.model import loading
-    from training.utils.model.logprobs import response_log_probs
+    from training.utils.model.forward import response_log_probs
     from training.utils.run.distributed import init_distributed, world_size
 
     init_distributed()

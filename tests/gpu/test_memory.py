@@ -17,8 +17,7 @@ from training.utils.engine.zero_config import DTYPES
 from training.utils.memory import plan as plans
 from training.utils.memory.live import LiveMemory
 from training.utils.memory.training import SequenceCosts
-from training.utils.model.forward import enable_gradient_checkpointing
-from training.utils.model.logprobs import response_log_probs
+from training.utils.model.forward import enable_gradient_checkpointing, response_log_probs
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {  # the smallest for which the allocator's blocks of 512 bytes to 2 MiB do not count

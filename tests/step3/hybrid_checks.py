@@ -39,8 +39,7 @@ from training.utils.generation.requests import RolloutRequest
 from training.utils.generation.sampling import SamplingConfig
 from training.utils.model import loading
 from training.utils.model.export import full_state_dict
-from training.utils.model.forward import answer_rewards
-from training.utils.model.logprobs import response_log_probs
+from training.utils.model.forward import answer_rewards, response_log_probs
 from training.utils.model.reward_stats import RewardStats
 from training.utils.run.distributed import data_rank, data_size, init_distributed, rank, world_size
 from training.utils.sharing.trial import find_sharing

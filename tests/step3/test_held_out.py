@@ -29,7 +29,7 @@ from training.utils.errors import UserError
 from training.utils.generation.engines import rollout_backend
 from training.utils.generation.sampling import SamplingConfig
 from training.utils.health_rules import MAX_KL
-from training.utils.model.logprobs import response_log_probs
+from training.utils.model.forward import response_log_probs
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])

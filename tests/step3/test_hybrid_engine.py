@@ -17,8 +17,8 @@ from training.utils.generation.engines import rollout_backend
 from training.utils.generation.vllm import VllmOptions, cache_room
 from training.utils.memory import generation
 from training.utils.memory.generation import free_bytes, generation_bytes
+from training.utils.model.forward import response_log_probs
 from training.utils.model.loading import load_causal_lm
-from training.utils.model.logprobs import response_log_probs
 from training.utils.model.lora import with_adapters
 
 

@@ -70,8 +70,8 @@ def test_greedy_tokens_equal_before_and_after_steps_on_two_ranks(model, rank_pai
     "how", [{}, {"temperature": 0.6}, {"temperature": 1.5, "top_k": 5}, {"top_p": 0.7}, {"repetition_penalty": 1.7}]
 )
 def test_kept_log_probs_are_the_policys_whatever_it_draws_from(model, how):
+    from training.utils.model.forward import response_log_probs
     from training.utils.model.loading import load_causal_lm
-    from training.utils.model.logprobs import response_log_probs
 
     rollout = sampled(model, PYTHON, **how)["vllm"]
     assert sampled(model, PYTHON, **how)["vllm"].input_ids.tolist() == rollout.input_ids.tolist()  # by its seeds

@@ -56,8 +56,8 @@ from training.utils.generation.engines import rollout_backend  # noqa: E402
 from training.utils.generation.sampling import SamplingConfig  # noqa: E402
 from training.utils.metrics import progress_bar  # noqa: E402
 from training.utils.model import loading  # noqa: E402
+from training.utils.model.forward import answer_sums  # noqa: E402
 from training.utils.model.limits import check_length, max_positions  # noqa: E402
-from training.utils.model.logprobs import answer_sums  # noqa: E402
 from training.utils.model.tokenizer import load_tokenizer  # noqa: E402
 from training.utils.run.distributed import init_distributed, say  # noqa: E402
 from training.utils.run.files import read_object  # noqa: E402

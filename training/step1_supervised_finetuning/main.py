@@ -52,8 +52,8 @@ from training.utils.memory.training import show_sequence_plan  # noqa: E402
 from training.utils.metrics import watched  # noqa: E402
 from training.utils.model import loading  # noqa: E402
 from training.utils.model.export import move_into  # noqa: E402
+from training.utils.model.forward import answer_sums  # noqa: E402
 from training.utils.model.language_modelling import micro_batches, negative_log_likelihood, predicted_tokens  # noqa: E402
-from training.utils.model.logprobs import answer_sums  # noqa: E402
 from training.utils.run import watchdog  # noqa: E402
 from training.utils.run.distributed import data_size, is_main, reduce_sums, say  # noqa: E402
 from training.utils.sharing.rows import Sharing  # noqa: E402

@@ -23,9 +23,8 @@ from training.utils.data import (
     rankings_of,
     spread_rows,
 )
-from training.utils.engine.frozen import reference_policy
 from training.utils.metrics import watched
-from training.utils.model.logprobs import answer_sums, response_kl
+from training.utils.model.forward import answer_sums, reference_policy, response_kl
 from training.utils.run.distributed import data_rank, data_size, gather_rows, reduce_sums
 from training.utils.sharing.rows import Sharing
 

@@ -167,18 +167,29 @@ class Scoring:
         temperature, sharing = self.rollout.temperature, self.roles.actor.sharing
         return score_log_probs(model, rollout, self._rows, temperature, entropy=entropy, sharing=sharing)
 
-    def _score_one(
-        self, rollout: RolloutBatch, request: RolloutRequest, reference_log_probs: Tensor
-    ) -> tuple[ScoredBatch, dict[str, float]]:
-        flags, mask, critic = self.ppo, rollout.response_mask, self.roles.critic
+    def _asked(
+        self, rollout: RolloutBatch, request: RolloutRequest
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """What actor, critic and reward sources say of a rollout.
+
+        Returns:
+            The actor's log-probs and entropies and the critic's values, 0 without one, ``[B, R]``; the reward and the
+            raw rewards by source, ``[B]``.
+        """
+        critic = self.roles.critic
         with self.roles.actor.scoring_mode() as engine:
             log_probs, entropy = self._log_probs(engine, rollout, entropy=True)
             assert entropy is not None
         reward, raw = self.roles.rewards.score(rollout, request.rows, self.prompts, self._rows)
         if critic is None:
-            values = torch.zeros_like(log_probs)
-        else:
-            values = score_values(critic, rollout, self._rows, self.roles.values_sharing)
+            return log_probs, entropy, torch.zeros_like(log_probs), reward, raw
+        return log_probs, entropy, score_values(critic, rollout, self._rows, self.roles.values_sharing), reward, raw
+
+    def _score_one(
+        self, rollout: RolloutBatch, request: RolloutRequest, reference_log_probs: Tensor
+    ) -> tuple[ScoredBatch, dict[str, float]]:
+        flags, mask = self.ppo, rollout.response_mask
+        log_probs, entropy, values, reward, raw = self._asked(rollout, request)
         finite = reward.isfinite()
         for by_token in (log_probs, reference_log_probs, values):
             finite = finite & (by_token.isfinite() | ~mask).all(1)

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from training.utils.generation.requests import RolloutBatch
-from training.utils.model.forward import last_token_scores, token_scores
-from training.utils.model.logprobs import response_log_probs
+from training.utils.model.forward import last_token_scores, response_log_probs, token_scores
 from training.utils.run.watchdog import beat
 from training.utils.sharing.rows import Sharing, behind_beginnings
 

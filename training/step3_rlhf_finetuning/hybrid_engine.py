@@ -30,10 +30,10 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from training.utils.engine.engine import gathered
-from training.utils.engine.frozen import reference_policy
 from training.utils.engine.states import resting_bytes, states_on_host
 from training.utils.generation.vllm import VllmBackend, awake_bytes
 from training.utils.memory.generation import decoding_bytes, fits, free_bytes, generation_bytes, saved_bytes
+from training.utils.model.forward import reference_policy
 from training.utils.model.lora import adapters_merged
 from training.utils.run.distributed import ranks_of_a_row, say
 from training.utils.sharing.rows import Sharing

@@ -32,8 +32,7 @@ from training.utils.generation.engines import rollout_backend
 from training.utils.generation.requests import RolloutBackend
 from training.utils.generation.vllm import VllmBackend
 from training.utils.model import classifiers, loading
-from training.utils.model.forward import TokenScorer, answer_rewards, enable_gradient_checkpointing
-from training.utils.model.logprobs import answer_sums
+from training.utils.model.forward import TokenScorer, answer_rewards, answer_sums, enable_gradient_checkpointing
 from training.utils.model.lora import with_adapters
 from training.utils.model.reward_stats import RewardStats
 from training.utils.model.text_reward import load_text_reward_model

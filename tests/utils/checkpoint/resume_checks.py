@@ -15,7 +15,7 @@ from training.utils.engine import engine as engines
 from training.utils.engine.zero_config import deepspeed_config
 from training.utils.model import loading
 from training.utils.model.export import full_state_dict
-from training.utils.model.logprobs import response_log_probs
+from training.utils.model.forward import response_log_probs
 from training.utils.model.lora import with_adapters
 from training.utils.run.distributed import barrier, init_distributed, rank
 

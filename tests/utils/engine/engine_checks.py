@@ -20,8 +20,7 @@ from training.utils.engine.tensor_parallel import divide_model
 from training.utils.engine.zero_config import MAX_GRAD_NORM, deepspeed_config
 from training.utils.model import export, loading
 from training.utils.model.export import full_state_dict, gathered, plain_weights, save_model
-from training.utils.model.forward import enable_gradient_checkpointing
-from training.utils.model.logprobs import response_log_probs
+from training.utils.model.forward import enable_gradient_checkpointing, response_log_probs
 from training.utils.model.lora import with_adapters
 from training.utils.run import distributed
 from training.utils.run.distributed import data_rank, data_size, init_distributed, rank, reduce_sums, world_size

@@ -17,9 +17,8 @@ from training.utils.engine.frozen import load_reference
 from training.utils.engine.zero_config import deepspeed_config
 from training.utils.memory.live import LiveMemory
 from training.utils.model import classifiers, loading
-from training.utils.model.forward import TokenScorer, enable_gradient_checkpointing
+from training.utils.model.forward import TokenScorer, enable_gradient_checkpointing, response_log_probs
 from training.utils.model.language_modelling import negative_log_likelihood
-from training.utils.model.logprobs import response_log_probs
 from training.utils.model.lora import with_adapters
 from training.utils.run.distributed import data_rank, data_size, init_distributed, reduce_sums, share_rows
 

@@ -36,7 +36,7 @@ from training.utils.memory.generation import saved_bytes, weight_bytes
 from training.utils.memory.zero import BYTES
 from training.utils.model import classifiers, loading
 from training.utils.model.export import save_model
-from training.utils.model.logprobs import response_log_probs
+from training.utils.model.forward import response_log_probs
 from training.utils.model.lora import check_lora, with_adapters
 
 bnb = pytest.importorskip("bitsandbytes", reason="requirements-optional.txt")

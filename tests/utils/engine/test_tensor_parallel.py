@@ -15,7 +15,7 @@ from tests.utils.engine.engine_checks import collate, fixed_rows, frozen_divided
 from training.utils.engine import tensor_parallel
 from training.utils.engine.tensor_parallel import FAMILIES, divide_model
 from training.utils.errors import UserError
-from training.utils.model.logprobs import response_log_probs
+from training.utils.model.forward import response_log_probs
 
 # The same number is added to all of a query's scores: its gradient is 0 but for rounding, and Adam makes steps of it
 UNDETERMINED = ("k_proj.bias", "query_key_value.bias")

@@ -14,7 +14,7 @@ from training.utils.engine.zero_config import deepspeed_config
 from training.utils.memory.live import LiveMemory
 from training.utils.memory.zero import RoleSize
 from training.utils.model import loading
-from training.utils.model.logprobs import response_log_probs
+from training.utils.model.forward import response_log_probs
 from training.utils.model.lora import with_adapters
 from training.utils.run.distributed import init_distributed
 

@@ -35,9 +35,8 @@ from training.utils.memory import plan as plans
 from training.utils.memory.live import LiveMemory
 from training.utils.memory.training import SequenceCosts, sequence_plan
 from training.utils.model import loading
-from training.utils.model.forward import enable_gradient_checkpointing
+from training.utils.model.forward import enable_gradient_checkpointing, response_log_probs
 from training.utils.model.language_modelling import negative_log_likelihood
-from training.utils.model.logprobs import response_log_probs
 from training.utils.run.recipes import flags_of, read_recipe
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -9,10 +9,9 @@ from transformers import AutoModelForCausalLM
 
 from tests.utils.engine.engine_checks import collate, fixed_rows
 from training.utils.memory.live import LiveMemory
-from training.utils.model import logprobs
+from training.utils.model import forward
 from training.utils.model.classifiers import load_classifier
-from training.utils.model.forward import TokenScorer, last_token_scores
-from training.utils.model.logprobs import response_kl, response_log_probs
+from training.utils.model.forward import TokenScorer, last_token_scores, response_kl, response_log_probs
 from training.utils.model.reward_stats import RewardStats
 
 
@@ -132,7 +131,7 @@ def plainly(model, batch, temperature):
 @pytest.mark.parametrize("pieces", [1, 7, 1000])
 def test_gradients_are_those_of_autograd(monkeypatch, entropy, dtype, last, pieces):
     """In pieces of any size; with an output layer whose own backward needs what it said (tanh), too."""
-    monkeypatch.setattr(logprobs, "CHUNK_POSITIONS", pieces)
+    monkeypatch.setattr(forward, "CHUNK_POSITIONS", pieces)
     model, batch = Output(50, last=last).to(dtype), batch_of(4, 9, 50)
     weights = torch.linspace(-1, 2, 36).view(4, 9)
     gradients = []
@@ -160,7 +159,7 @@ def test_a_backward_that_is_made_twice_is_refused():
 def test_there_is_no_second_copy_of_the_logits(monkeypatch):
     """Forward and backward: the logits, their width in fp32 for a piece, and what the layers' weights take."""
     vocabulary, columns = 20_000, 64
-    monkeypatch.setattr(logprobs, "CHUNK_POSITIONS", 8)
+    monkeypatch.setattr(forward, "CHUNK_POSITIONS", 8)
     model, batch = Output(vocabulary, width=2), batch_of(4, columns, vocabulary)
     logits = 4 * columns * vocabulary * 4
     peaks = []
@@ -176,7 +175,7 @@ def test_there_is_no_second_copy_of_the_logits(monkeypatch):
 def test_a_kl_takes_the_logits_of_both_and_no_more(monkeypatch):
     """Twice those of the answers, which is what a pair's two answers take in the rest of an evaluation."""
     vocabulary, columns = 20_000, 64
-    monkeypatch.setattr(logprobs, "CHUNK_POSITIONS", 8)
+    monkeypatch.setattr(forward, "CHUNK_POSITIONS", 8)
     model, batch = Output(vocabulary, width=2), batch_of(4, columns, vocabulary)
     with LiveMemory([*model.parameters()]) as memory:
         response_kl(model, contextlib.nullcontext(model), **batch)

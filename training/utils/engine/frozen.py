@@ -7,8 +7,6 @@ frozen copy. Step 3 and DPO use it.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,7 +15,7 @@ from torch import nn
 from training.utils.engine.engine import initialized
 from training.utils.engine.zero_config import frozen_config
 from training.utils.model.classifiers import load_classifier
-from training.utils.model.forward import TokenScorer, module_of
+from training.utils.model.forward import TokenScorer
 from training.utils.model.loading import load_causal_lm
 from training.utils.run.distributed import say
 
@@ -95,19 +93,3 @@ def load_reference(
         return None
     say("reference policy: a second, frozen copy of the model that training starts from")
     return load_frozen_causal_lm(path, zero_stage=zero_stage, offload=offload, device=device, **load)
-
-
-@contextlib.contextmanager
-def reference_policy(policy: Any, frozen: Any) -> Iterator[Any]:
-    """Inside, a causal LM (or its engine) that gives the reference's log-probs; no gradients are recorded.
-
-    Args:
-        policy: the policy's PEFT model or its engine; unused with a frozen copy.
-        frozen: from `load_reference`.
-    """
-    with torch.no_grad():
-        if frozen is not None:
-            yield frozen
-            return
-        with module_of(policy).disable_adapter():
-            yield policy

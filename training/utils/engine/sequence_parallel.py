@@ -256,7 +256,7 @@ def asked(model: Any, targets: torch.Tensor | None, temperature: float = 1.0) ->
     Args:
         model: after `mlps_in_pieces`.
         targets: ``[B, C]`` tokens at the positions that the output layer is run on; None for its inputs.
-        temperature: see `training.utils.model.logprobs.response_log_probs`.
+        temperature: see `training.utils.model.forward.response_log_probs`.
     """
     head = model.get_output_embeddings()
     head.asked = _Asked(targets, temperature)

@@ -34,9 +34,8 @@ from training.utils.generation.sampling import SamplingConfig, row_keys
 from training.utils.generation.vllm_process import Worker
 from training.utils.memory.generation import cache_bytes, cache_share, key_heads
 from training.utils.model.export import plain_weights, tied_names, unwrap
-from training.utils.model.forward import without_adapters
+from training.utils.model.forward import response_log_probs, without_adapters
 from training.utils.model.loading import load_config
-from training.utils.model.logprobs import response_log_probs
 from training.utils.run.distributed import gather_objects, on_all_ranks, rank, say, world_size
 from training.utils.run.processes import unused_port
 from training.utils.run.runtime import local_ranks

@@ -12,7 +12,7 @@ from training.utils.engine.zero_config import deepspeed_config, effective_stage,
 from training.utils.memory import plan as plans
 from training.utils.memory.live import FakeModel, PassMemory
 from training.utils.memory.zero import BYTES, frozen_memory, trained_memory
-from training.utils.model.logprobs import response_log_probs
+from training.utils.model.forward import response_log_probs
 from training.utils.run.distributed import world_size
 from training.utils.run.folders import title
 
