@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from training.utils.data import configure_chat_template
@@ -105,6 +105,22 @@ def llama_like(scheme: str) -> Any:
     state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] in specials]
     tokenizer = Tokenizer.from_str(json.dumps(state))
     return _fast(tokenizer, "llama2", unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def phi_like(scheme: str) -> Any:
+    """Phi-3's arrangement: tokens of roles and of a turn's end take in the newline that its template puts behind them.
+
+    ``scheme`` is that of `llama_like`, or empty for byte BPE.
+    """
+    raw = llama_like(scheme).backend_tokenizer if scheme else byte_bpe()
+    marks = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+    raw.add_special_tokens([AddedToken(mark, rstrip=True, normalized=False, special=True) for mark in marks])
+    fast = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>" if scheme else "<|endoftext|>")
+    fast.chat_template = (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
+        "{{ '<|assistant|>\n' if add_generation_prompt else eos_token }}"
+    )
+    return fast
 
 
 def word_piece() -> Any:

@@ -122,6 +122,22 @@ def test_no_space_is_invented_inside_a_text(name):
     assert told == "".join(rendered.text[a:b] for a, b in rendered.spans)
 
 
+@pytest.mark.parametrize("scheme", ["legacy", "first", "never", ""])
+def test_white_space_that_a_token_takes_in_gives_no_token(scheme):
+    """Phi-3's tokens do: cut behind one, the newline of its template would be a token that the model never saw."""
+    tok = families.phi_like(scheme)
+    messages = chat_of("Hello", "The capital is Paris.", "Yes", "Paris", system="Be brief.")
+    rendered = render(tok, messages)
+    assert rendered.input_ids == tok(rendered.text, add_special_tokens=False)["input_ids"]
+    trained = [i for i, bit in zip(rendered.input_ids, rendered.response_mask, strict=True) if bit]
+    told = tok.decode(trained, clean_up_tokenization_spaces=False)
+    assert [text.strip() for text in told.split("<|end|>")] == ["The capital is Paris.", "Paris", ""]
+    indented = render(tok, chat_of("Hello", "\n  def f", "Yes", "  Paris"))
+    first = indented.response_mask.index(1)
+    assert indented.input_ids[:first] == render(tok, chat_of("Hello"), add_generation_prompt=True).input_ids
+    assert tok.decode(indented.input_ids[first:]).startswith("\n  def f"), "an answer keeps its own"
+
+
 def test_smollm2_arrangement():
     tok = tokenizer("smollm2-like")
     rendered = render(tok, chat_of("Hi", "Hello"))

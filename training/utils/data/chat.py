@@ -228,15 +228,17 @@ def _lay_out(
     spans = list(found.values())
     if ends:
         full = full[: spans[-1][1]]  # cuts the newline that many templates put after the last end token
-    added = added_texts(tokenizer) if structure.adds_prefix else ()
+    added = tuple(added_texts(tokenizer)) if structure.adds_prefix else ()
     pieces: list[tuple[str, str, str]] = []
     position = 0
     kinds = [_LEFT_OUT if "train" in messages[index] else _TRAINED for index in found]
     for (start, end), answer in zip([*spans, (len(full), len(full))], [*kinds, _PROMPT], strict=True):
+        if full.endswith(structure.takes_blanks, start, end):  # behind a cut they would be tokens
+            end += len(full[end:]) - len(full[end:].lstrip())
         for a, b, kind in ((position, start, _PROMPT), (start, end, answer)):
             if b > a:
                 before = full[max(0, a - 200) : a]
-                after_token = any(before.endswith(token) for token in added)
+                after_token = before.endswith(added) or before.rstrip().endswith(structure.takes_blanks)
                 context = "first" if a == 0 else "token" if after_token or not structure.adds_prefix else "text"
                 pieces.append((full[a:b], context, kind))
         position = end
@@ -269,14 +271,16 @@ def _encode_pieces(
     """Tokenise pieces of texts as they stand: no space is invented where the text before them goes on.
 
     SentencePiece tokenizers put a space before any text. A piece that follows other text is therefore tokenised
-    behind a character that nothing merges with, and one that follows a special token behind a special token;
-    what that adds is cut off again.
+    behind a character that nothing merges with, and one that follows a special token behind a special token, unless
+    that takes in the white space that the piece begins with; what that adds is cut off again.
     """
     if not structure.adds_prefix or not tokenizer.is_fast:
         return _encode_plain(tokenizer, [piece for piece, _ in pieces], offsets)
     results: list[tuple[list[int], list[tuple[int, int]]] | None] = [None] * len(pieces)
-    for guard, context in (("", "first"), (structure.end_token, "token"), ("\n", "text"), (".", "text"), ("", "text")):
-        open_ = [i for i, (_, c) in enumerate(pieces) if c == context and results[i] is None]
+    behind, anything = ("token",), ("token", "text")
+    guards = (("", ("first",)), (structure.end_token, behind), ("\n", anything), (".", anything), ("", anything))
+    for guard, contexts in guards:
+        open_ = [i for i, (_, context) in enumerate(pieces) if context in contexts and results[i] is None]
         for i, found in zip(open_, _encode_plain(tokenizer, [guard + pieces[i][0] for i in open_], True), strict=True):
             results[i] = _cut(found, len(guard)) if guard else found
     assert all(result is not None for result in results)

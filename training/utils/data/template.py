@@ -61,6 +61,7 @@ class Structure:
             open, as GLM-4's does (there the header of the next turn ends it); else empty.
         rewrites: an earlier answer is written in another way than the last one, so one rendering has one answer.
         adds_prefix: the tokenizer puts a space before a text that stands alone (SentencePiece).
+        takes_blanks: tokens that take in white space behind them (Phi-3's), so that it gives no token.
     """
 
     end_token: str
@@ -71,6 +72,7 @@ class Structure:
     closes_call: str
     rewrites: bool
     adds_prefix: bool
+    takes_blanks: tuple[str, ...]
 
 
 _structures: weakref.WeakKeyDictionary[Any, tuple[str, Structure]] = weakref.WeakKeyDictionary()
@@ -388,6 +390,7 @@ def structure_of(tokenizer: Any) -> Structure:
         closes_call=(call.tail + call.end or closes) if closes else "",
         rewrites=(earlier.lead, earlier.tail, earlier.end) not in {(a.lead, a.tail, a.end) for a in last},
         adds_prefix=_adds_prefix(tokenizer),
+        takes_blanks=tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.rstrip),
     )
     _structures[tokenizer] = (tokenizer.chat_template, found)
     return found
