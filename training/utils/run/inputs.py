@@ -67,6 +67,11 @@ def check_flag(name: str, values: Sequence[Any], *, weights: bool = True) -> Non
                 raise UserError(f"--{name} {text}: no such file")
 
 
+def names_input(name: str) -> bool:
+    """Whether a flag, ``name`` without dashes, names something that has to be there: what `check_flag` looks for."""
+    return name.endswith((*MODELS, *DATA)) or name in (*FUNCTIONS, *FILES, "chat_template")
+
+
 def check_model_path(name_or_path: str, flag: str, *, weights: bool = True) -> None:
     """Refuse a path that holds no model; a name without a path's look may be the hub's.
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from training.utils.arguments import DEMO
 from training.utils.errors import UserError
+from training.utils.run.demo import EMBEDDED
 from training.utils.run.folders import STEPS, repository_root, shown
+from training.utils.run.inputs import names_input
 
 # What train.py itself gives each step; a recipe may name the models that steps 1, 2 and DPO start from.
 GIVEN = {
@@ -18,6 +22,7 @@ GIVEN = {
     "step3": ("output_dir", "actor_model_name_or_path", "critic_model_name_or_path"),
 }
 
+_NO_FILES = ("", DEMO, EMBEDDED, "none")  # values of such flags with a meaning of their own
 MERGE = "tag:yaml.org,2002:merge"  # the key <<, which takes over another mapping's flags
 
 
@@ -94,15 +99,22 @@ def flags_of(section: Mapping[str, Any], folders: Sequence[Path]) -> list[str]:
         if isinstance(value, bool):
             argv.append(f"--{name}" if value else f"--no-{name}")
             continue
-        values = [located(str(v), folders) for v in (value if isinstance(value, list) else [value])]
+        values = [str(v) for v in (value if isinstance(value, list) else [value])]
+        if names_input(name.replace("-", "_")):
+            values = [located(v, folders) for v in values]
         argv += [f"--{name}={values[0]}"] if len(values) == 1 and values[0].startswith("-") else [f"--{name}", *values]
     return argv
 
 
 def located(value: str, folders: Sequence[Path]) -> str:
-    """A relative path in a recipe, perhaps with ``:name`` behind it, as seen from the current folder."""
+    """A path in a recipe, perhaps with ``:name`` behind it, as seen from the current folder, which comes first.
+
+    Args:
+        value: of a flag that `names_input`.
+        folders: where a relative path may lie that is not there from the current folder.
+    """
     path, colon, suffix = value.partition(":")
-    if "/" not in path or Path(path).is_absolute() or Path(path).exists():
+    if path in _NO_FILES or os.path.isabs(path) or os.path.exists(path):
         return value
-    found = next((folder / path for folder in folders if (folder / path).exists()), None)
+    found = next((folder / path for folder in folders if os.path.exists(folder / path)), None)
     return f"{shown(found)}{colon}{suffix}" if found else value
