@@ -201,3 +201,25 @@ def test_judges_ties_and_length(run, tmp_path):
     told = table(out)
     assert alone == 0 and told["prompts by judge"] == "ada 4" and "two judges say the same of two answers" not in told
     assert "prompts by judge" not in run("--data_path", write(tmp_path / "c.jsonl", pairs(20)), "--step", "2")[1]
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ("--step 3 --max_seq_len 64", "--max_seq_len changes nothing in rows of --step 3: .*--max_prompt_seq_len"),
+        ("--step 1 --max-prompt-seq-len 64", "--max_prompt_seq_len changes nothing in rows of --step 1"),
+        ("--step 2 --max_prompt_seq_len=256", "--max_prompt_seq_len changes nothing in rows of --step 2"),
+        ("--step 2 --sft_only_data_path demo", "--sft_only_data_path changes nothing in rows of --step 2"),
+        ("--step 3 --train_on_prompts", "--train_on_prompts changes nothing in rows of --step 3"),
+        ("--validate --html page.html", "--validate .*leave out --html"),
+        ("--validate --write rows.jsonl", "--validate .*leave out --write"),
+    ],
+)
+def test_a_flag_that_would_do_nothing_is_refused(run, argv, said):
+    code, out, err = run("--data_path", "demo", *argv.split())
+    assert (code, out) == (2, "") and re.match(f"error: {said}", err) and err.count("\n") == 1
+
+
+def test_a_switch_that_is_off_may_be_given(run, tmp_path):
+    path = write(tmp_path / "a.jsonl", pairs(10))
+    assert run("--data_path", path, "--step", "2", "--no-train_on_prompts", "--html", "", "--validate")[0] == 0

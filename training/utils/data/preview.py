@@ -54,10 +54,31 @@ class PreviewArguments:
             check_page(html, "--html")
 
 
+# Flags that rows of some steps alone depend on: flag -> those, and what to do in others
+_OF_STEPS = {
+    "max_seq_len": ((1, 2), "their limit is --max_prompt_seq_len"),
+    "max_prompt_seq_len": ((3,), "their limit is --max_seq_len"),
+    "sft_only_data_path": ((1,), "leave it out"),
+    "train_on_prompts": ((1,), "leave it out"),
+}
+
+
 def parse_flags(argv: Sequence[str]) -> list[Any]:
-    """The flags; without torch, so that ``--help`` and mistakes answer at once."""
+    """The flags; without torch, so that ``--help`` and mistakes answer at once.
+
+    Raises:
+        UserError: a flag is wrong, or would do nothing.
+    """
     prog, description = "python -m training.utils.data.preview", (__doc__ or "").strip()
-    return arguments.parse([PreviewArguments, DataArguments], argv, prog=prog, description=description)
+    groups = arguments.parse([PreviewArguments, DataArguments], argv, prog=prog, description=description)
+    preview = groups[0]
+    for name, (steps, advice) in _OF_STEPS.items():
+        if name in arguments.flags_in(argv) and getattr(preview, name) and preview.step not in steps:
+            raise UserError(f"--{name} changes nothing in rows of --step {preview.step}: {advice}")
+    files = [f"--{name}" for name in ("html", "write") if getattr(preview, name)]
+    if preview.validate and files:
+        raise UserError(f"--validate prints problems only, and writes no file: leave out {files[0]}, or --validate")
+    return groups
 
 
 if __name__ == "__main__":
