@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from training.utils.run.folders import is_finished, title
 from training.utils.run.inputs import MODELS, check_flag
 
 START = "start"  # the recipe of own data; the demo's has the name of its source
-MOST_ROWS = 10_000  # of a source, in which a pair or a prompt is looked for
 _PAIRS = (
     "preference pairs",
     "preference pairs, and none of {} rows is one (two answers that differ); give rows with columns prompt, chosen and "
@@ -127,7 +125,7 @@ def _usable(step: str, flag: str, paths: Sequence[str], columns: Sequence[str], 
         if source is None:
             return None
         held_out = flag == "--eval_data_path" and source.has_held_out
-        for row in itertools.islice(source.rows(held_out), MOST_ROWS):
+        for row in source.rows(held_out):
             count += 1
             try:
                 examples = [] if isinstance(row.values, RowError) else convert(row.values, source.name, column_map)[1]
