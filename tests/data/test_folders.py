@@ -87,6 +87,29 @@ def test_data_files_in_subfolders_beside_others_are_named(tmp_path):
     assert source.unread == ("more/ (2 files)", "one/ (1 file)")
 
 
+@pytest.mark.parametrize("beside", ["dataset_infos.json", "LICENSE.txt", "rows.json"])
+def test_what_is_no_rows_does_not_hide_the_subfolders(tmp_path, beside):
+    """Of older hub datasets the clone has a JSON file beside the folder of its rows; Spark's folders end in .json."""
+    folder = tmp_path / "clone"
+    rows = parquet(folder / "data" / "train-0.parquet", sft(3))
+    if beside == "rows.json":
+        (folder / beside).mkdir()
+    else:
+        (folder / beside).write_text("{}")
+    source = resolve(str(folder), "demonstrations")
+    assert rows_of(folder) == rows and source.unread == ((beside,) if beside != "rows.json" else ())
+
+
+def test_files_that_are_packed_otherwise_are_named(tmp_path):
+    (tmp_path / "deep").mkdir()
+    write(tmp_path / "a.jsonl", sft(2))
+    for name in ("b.jsonl.zst", "deep/c.parquet.bz2", "notes.md", ".d.csv.zip", "e.tar.zst"):
+        (tmp_path / name).write_bytes(b"(\xb5/\xfd")
+    source = resolve(str(tmp_path), "demonstrations")
+    assert [path.name for path in source.train] == ["a.jsonl"]
+    assert source.unread == ("b.jsonl.zst", "deep/c.parquet.bz2")
+
+
 def test_links_to_folders_are_followed_once(tmp_path):
     """Also where they lead in a ring, or up to the folder that they are in."""
     real, folder = tmp_path / "real", tmp_path / "folder"

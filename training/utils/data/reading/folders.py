@@ -50,8 +50,9 @@ def files_of(where: str, folder: Path) -> Files:
     for found in (_saved(where, folder), _of_readme(where, folder)):
         if found is not None:
             return found
-    top, below = _data_files(folder.iterdir()), _data_files(_below(folder))
-    named = top or below
+    here, there = list(folder.iterdir()), list(_below(folder))
+    top, below = _data_files(here), _data_files(there)
+    named = top if any(p.name.lower() not in _BESIDE for p in top) else below
     if (lost := next((p for p in named if p.is_symlink() and not p.exists()), None)) is not None:
         raise UserError(f"{where}: {lost} is a link to a file that is not there")
     files = [p for p in named if p.is_file() and p.name.lower() not in _BESIDE]
@@ -62,7 +63,8 @@ def files_of(where: str, folder: Path) -> Files:
         raise UserError(f"{where}: the folder holds no data file ({', '.join(TYPES)}, each also .gz)")
     held_out = tuple(p for p in files if is_eval(p, folder))
     train = tuple(p for p in files if not is_eval(p, folder))
-    unread = [p.name for p in named if p not in files and p.parent == folder]
+    unread = [p.name for p in top if p not in files]
+    unread += sorted(p.relative_to(folder).as_posix() for p in [*here, *there] if _is_packed(p))
     beside = Counter(p.relative_to(folder).parts[0] for p in below if p not in files and p.name.lower() not in _BESIDE)
     unread += [f"{name}/ ({count} file{'s' * (count > 1)})" for name, count in sorted(beside.items())]
     return Files(train, held_out, tuple(unread)) if train else Files(held_out, (), tuple(unread))
@@ -85,7 +87,13 @@ def _below(folder: Path) -> Iterator[Path]:
 
 
 def _data_files(paths: Iterable[Path]) -> list[Path]:
-    return sorted(p for p in paths if type_of(p) and not p.name.startswith((".", "_")))
+    return sorted(p for p in paths if type_of(p) and not p.name.startswith((".", "_")) and not p.is_dir())
+
+
+def _is_packed(path: Path) -> bool:
+    """Whether a file of rows is packed in a way that is not read, such as ``rows.jsonl.zst``."""
+    packed = any(suffix.lower().lstrip(".") in TYPES for suffix in path.suffixes) and not type_of(path)
+    return packed and not path.name.startswith((".", "_")) and path.is_file()
 
 
 def is_eval(path: Path, folder: Path) -> bool:
