@@ -341,6 +341,10 @@ def test_a_ranking_in_every_form():
         ({"prompt": [U], "ranking": levels}, "ranking: 1. a 2. c 2. d 3. e"),
         ({"prompt": "q", "responses": ["a", "b", "a"], "scores": [2, "1", 2.0]}, "chosen: a → rejected: b"),
         ({"prompt": "q", "responses": ["a", "b", "c"], "ranks": "[2, 1, 1]"}, "ranking: 1. b 1. c 2. a"),
+        (
+            {"prompt": "q", "answers": [{"text": t, "rank": None, "score": n} for n, t in enumerate("ab")]},
+            "chosen: b → rejected: a",
+        ),
         ({"prompt": "q", "ranking": ["a"]}, "response: a"),
         ({"prompt": "q", "ranking": ["a", "b"], "response": "c"}, "response: c → chosen: a → rejected: b"),
     ):

@@ -100,7 +100,7 @@ def _order(row: Row, items: Sequence[Any]) -> list[float] | None:
         for name in names:
             if row.get(f"{name}s") is not None:
                 return [sign * n for n in _numbers(listed(row[f"{name}s"], f"{name}s"), f"{name}s", len(items))]
-            if any(isinstance(item, Mapping) and name in item for item in items):
+            if any(isinstance(item, Mapping) and item.get(name) is not None for item in items):
                 found = [item.get(name) if isinstance(item, Mapping) else None for item in items]
                 return [sign * n for n in _numbers(found, name, len(items))]
     return None
