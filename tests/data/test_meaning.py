@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from tests.data import families
@@ -111,6 +113,22 @@ def test_a_turn_of_weight_0_is_read_and_not_trained(tok, tmp_path, mark, train_o
     untrained = [i for i, m in zip(row["input_ids"], row["response_mask"], strict=True) if not m]
     text = tok.decode(untrained)
     assert "A bad answer." in text and "So." not in text and ("Why?" in text) != train_on_prompts
+
+
+def test_marks_of_training_make_no_other_prompt(tok, tmp_path):
+    """What one row holds out no other may train on, and step 3 asks it once, without a mark."""
+    plain, marked = [], []
+    for n in range(30):
+        turns = [{"role": "user", "content": f"Why {n}?"}, ANSWER, {"role": "user", "content": "And?"}]
+        plain.append({"messages": [*turns, ANSWER]})
+        marked.append({"messages": [turns[0] | {"loss": False}, ANSWER | {"weight": 0}, turns[2], ANSWER]})
+    paths = [write(tmp_path / f"{name}.jsonl", rows) for name, rows in (("plain", plain), ("marked", marked))]
+    data = prepare(1, tok, *paths)
+    assert (data.report.shared_prompts, len(data.train) + len(data.held_out)) == (0, 60)
+    assert {tuple(row["input_ids"]) for row in data.train}.isdisjoint(tuple(row["input_ids"]) for row in data.held_out)
+    asked = prepare(3, tok, *reversed(paths))
+    assert asked.report.dropped["exact duplicate"].count == 30
+    assert all(set(turn) == {"role", "content"} for turn in json.loads(asked.train[0]["messages"]))
 
 
 def test_a_row_without_a_trained_turn_is_left_out_and_counted(tok, tmp_path):

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from training.utils.arguments import DataArguments
 from training.utils.data.division import duplicates, hash_of, hold_out, split_prompts
 from training.utils.data.formats.columns import ColumnMap, UnknownFormat, convert, parse_column_map
-from training.utils.data.formats.conversations import Dropped, Example, demonstration
+from training.utils.data.formats.conversations import Dropped, Example, demonstration, without_marks
 from training.utils.data.kinds import KINDS, Kind, shares_of
 from training.utils.data.reading.rows import RawRow
 from training.utils.data.reading.sources import DATA_PATH, Source, resolve
@@ -208,8 +208,9 @@ def _identity(example: Example, kind: Kind) -> Any:
     """What makes two examples the same row of a kind."""
     if kind == "demonstrations":
         return [example.text, *demonstration(example)]
-    pair = [example.prompt, example.chosen, example.rejected, *([example.answers, example.ranks] * bool(example.ranks))]
-    return pair if kind == "pairs" else example.prompt
+    prompt = without_marks(example.prompt)
+    pair = [prompt, example.chosen, example.rejected, *([example.answers, example.ranks] * bool(example.ranks))]
+    return pair if kind == "pairs" else prompt
 
 
 @dataclass(frozen=True)
@@ -232,7 +233,7 @@ def _scan(stream: Stream, request: Request, forbidden: re.Pattern[str], report: 
         if not rows or rows[-1] != candidate.row_number:
             first_of_row = len(rows)
         rows.append(candidate.row_number)
-        groups.append(hash_of(example.text or example.prompt, str(request.seed)))
+        groups.append(hash_of(example.text or without_marks(example.prompt), str(request.seed)))
         identities.append(hash_of(_identity(example, request.kind)))
         usable.append(0)
         if identities[-1] in identities[first_of_row:-1]:

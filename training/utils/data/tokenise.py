@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from training.utils.data.chat import Rendered, encode, is_trained_whole, render_many
-from training.utils.data.formats.conversations import Example, demonstration
+from training.utils.data.formats.conversations import Example, demonstration, without_marks
 from training.utils.data.report import DataReport
 from training.utils.data.template import Message
 
@@ -172,11 +172,6 @@ def _hides_an_untrained_answer(prompt: Sequence[Message], row: Rendered) -> bool
     return len(row.spans) <= len(answers) and any(message.get("train") == "no" for message in answers)
 
 
-def _without_marks(messages: Sequence[Message]) -> list[Message]:
-    """A conversation whose answers are compared: what step 1 does not learn counts here as well."""
-    return [{key: value for key, value in message.items() if key != "train"} for message in messages]
-
-
 def pair_rows(
     tokenizer: Any, examples: Sequence[Example], max_length: int, report: DataReport
 ) -> list[list[Row] | str]:
@@ -190,7 +185,7 @@ def pair_rows(
         """The prompt of each row, and the conversation with each of its answers."""
         asked: list[tuple[list[Message], bool]] = []
         for prompt, n in zip(prompts, numbers, strict=True):
-            asked += [(prompt, True), *((_without_marks([*prompt, *whole]), False) for whole in answers[n])]
+            asked += [(prompt, True), *((without_marks([*prompt, *whole]), False) for whole in answers[n])]
         flat = iter(render_many(tokenizer, asked))
         return [list(itertools.islice(flat, 1 + len(answers[n]))) for n in numbers]
 
@@ -245,6 +240,6 @@ def prompt_rows(
             results.append(NO_ROOM_FOR_TEXT)
             continue
         fitted.count(n, report)
-        text = json.dumps(messages, ensure_ascii=False)
+        text = json.dumps(without_marks(messages), ensure_ascii=False)
         results.append([{"prompt_ids": prompt.input_ids, "messages": text, "length": len(prompt.input_ids)}])
     return results

@@ -161,7 +161,8 @@ def _message(item: Any, where: str) -> Message:
         "role": _ROLES[str(role).lower()],
         "content": plain_text(item.get("content", item.get("value")), f"the content of {where}"),
     }
-    return {**message, **more, **({} if _is_trained(item, where) else NOT_TRAINED)}
+    untrained = not _is_trained(item, where) and message["role"] == "assistant"
+    return {**message, **more, **(NOT_TRAINED if untrained else {})}
 
 
 # Keys of a message that change what it means, for which there is no place in a conversation here
@@ -258,6 +259,11 @@ def says_nothing(message: Message) -> bool:
 # Keys under which data of other programs say whether an assistant's turn is trained on
 _MARKS = ("train", "trainable", "loss", "loss_mask", "train_turn")
 NOT_TRAINED = {"train": "no"}  # in a message: the turn is part of the conversation, and step 1 does not learn it
+
+
+def without_marks(messages: Sequence[Message]) -> list[Message]:
+    """A conversation as others than step 1 see it: what that does not learn is asked, and compared, as well."""
+    return [{key: value for key, value in message.items() if key not in NOT_TRAINED} for message in messages]
 
 
 def has_value(value: Any) -> bool:
