@@ -13,7 +13,7 @@ import pytest
 from training.utils.data.formats import columns
 from training.utils.data.formats.adapters import ADAPTERS
 from training.utils.data.formats.columns import convert, parse_column_map
-from training.utils.data.formats.conversations import Dropped, Example
+from training.utils.data.formats.conversations import Dropped, Example, demonstration
 from training.utils.data.formats.shapes import FORMATS
 from training.utils.data.template import RowError
 from training.utils.errors import UserError
@@ -358,6 +358,20 @@ def test_a_turn_of_a_tree_that_ranks_nothing_leaves_the_others():
     assert summary(outcome(row)[1]) == "dropped: tie"
     tied[0]["replies"] = [{"text": "more?", "replies": more}, {"text": "else?", "replies": [{"text": " "}]}]
     assert summary(outcome(row)[1]) == "user: q assistant: a user: more? → chosen: No. → rejected: Yes."
+
+
+def test_an_answer_of_a_tree_teaches_where_it_is_the_best_alone():
+    """A conversation that goes on from a worse answer must not teach that one."""
+    more = [{"text": "more?", "replies": [{"text": "Yes."}]}]
+    replies = [{"text": "worse", "rank": 1, "replies": more}, {"text": "best", "rank": 0, "replies": more}]
+    examples = convert({"message_tree_id": "7", "prompt": {"text": "q", "replies": replies}})[1]
+    trained = [
+        turn["content"]
+        for example in examples
+        for turn in itertools.chain(*demonstration(example))
+        if turn["role"] == "assistant" and "train" not in turn
+    ]
+    assert sorted(trained) == ["Yes.", "Yes.", "best"]
 
 
 def test_all_pairs_of_a_ranking_but_the_ties():

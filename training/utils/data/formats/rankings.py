@@ -13,6 +13,7 @@ from typing import Any
 
 from training.utils.data.formats.conversations import (
     MOST_MESSAGES,
+    NOT_TRAINED,
     Converter,
     Dropped,
     Example,
@@ -197,8 +198,9 @@ def tree(row: Row) -> list[Example]:
         prompt = [*before, user_turn(plain_text(node.get("text"), "a message"))]
         replies = [r for r in node.get("replies") or [] if isinstance(r, dict) and not r.get("deleted")]
         for reply in replies:
-            answer = assistant_turn(plain_text(reply.get("text"), "a reply"))
-            open_ += [([*prompt, *answer], further) for further in reply.get("replies") or []]
+            (answer,) = assistant_turn(plain_text(reply.get("text"), "a reply"))
+            answer |= NOT_TRAINED  # what goes on from it does not teach it: it may be the worse one
+            open_ += [([*prompt, answer], further) for further in reply.get("replies") or []]
         ranked = [r for r in replies if r.get("rank") is not None] or replies[:1]
         if ranked:
             texts = [assistant_turn(plain_text(r.get("text"), "a reply")) for r in ranked]
