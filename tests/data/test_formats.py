@@ -319,6 +319,14 @@ BAD = {
     "the prompt is empty, or its column has another name": {"prompt": None, "chosen": "yes", "rejected": "no"},
     "column 'text' stands beside 'role'": {"message_id": "1", "parent_id": None, "text": "Hi", "role": "prompter"},
     "column 'text' stands beside 'question'.* --column_map text=text": {"Text": "A passage.", "question": "Who?"},
+    "column 'text' stands beside 'summary'": {"text": "A passage.", "summary": "Short."},
+    "column 'prompt' stands beside 'context', which prompt/response .* --column_map prompt=prompt": {
+        "prompt": "Sum up.",
+        "context": "A passage.",
+        "response": "Short.",
+    },
+    "column 'input' stands beside 'prompt'": {"prompt": "Into French", "input": "Hello", "output": "Bonjour"},
+    "column 'question' stands beside 'choices'": {"question": "1 + 1?", "choices": ["2", "3"], "answer": "A"},
     "rejected must end with an assistant turn": {
         "prompt": "a",
         "chosen": "b",
@@ -331,6 +339,27 @@ def test_a_text_beside_columns_of_a_conversation_is_plain_where_that_is_said():
     row = {"text": "A passage.", "question": "Who?", "role": "", "parent_id": None}
     assert convert(row, column_map=parse_column_map(["text=text"]))[1] == [Example(text="A passage.")]
     assert convert(row | {"question": None, "lang": "en"})[1] == [Example(text="A passage.")], "empty ones say nothing"
+
+
+def test_a_part_of_what_is_asked_may_be_in_the_prompt_or_be_named():
+    """What a prompt was put together from is metadata; an instruction takes its input or context with it."""
+    row = {"prompt": "Who? (A) Ada (B) Bob", "input": "Who?", "context": " ", "completion": "A"}
+    assert summary(outcome(row)[1]) == "user: Who? (A) Ada (B) Bob → response: A"
+    row = {"question": row["prompt"], "options": ["Ada", "Bob"], "answer": "A"}
+    assert summary(outcome(row)[1]) == "user: Who? (A) Ada (B) Bob → response: A"
+    row = {"prompt": "Into French", "input": "Hello", "output": "Bonjour"}
+    for pair, asked in (("instruction=prompt", "Into French\n\nHello"), ("input=input", "Hello")):
+        (example,) = convert(row, column_map=parse_column_map([pair]))[1]
+        assert [turn["content"] for turn in example.prompt] == [asked]
+
+
+def test_a_system_turn_under_other_names():
+    for name in ("system_prompt", "System_Message"):
+        read: set[str] = set()
+        (example,) = convert({name: "Be kind.", "prompt": "Hi", "response": "Hello"}, read=read)[1]
+        assert example.prompt[0] == {"role": "system", "content": "Be kind."} and name.lower() in read
+    row = {"system": "Be brief.", "system_prompt": "Be kind.", "prompt": "Hi", "chosen": "Hello", "rejected": "No"}
+    assert convert(row)[1][0].prompt[0]["content"] == "Be brief."
 
 
 def test_a_ranking_in_every_form():

@@ -156,6 +156,7 @@ def _check_readable(row: Row, columns: frozenset[str]) -> None:
             raise row[name]
 
 
+_SYSTEM = ("system", "system_prompt", "system_message")
 _TOOLS = ("tools", "functions")
 # Columns without which a row means something else, and which no format reads
 _UNREAD = {
@@ -163,29 +164,49 @@ _UNREAD = {
     **dict.fromkeys(("images", "image", "videos", "video", "audios", "audio"), "what is no text"),
 }
 
-_NOT_PLAIN = ("parent_id", "role", "instruction", "input", "question", "user", "assistant")  # a text's, if it is alone
+# Formats whose columns may be a part of what a row says -> columns with the rest of it, which they do not read
+_REST = {
+    "text": ("parent_id", "role", "instruction", "input", "question", "user", "assistant", "output", "response",
+             "answer", "completion", "target", "summary"),
+    **dict.fromkeys(("prompt/completion", "prompt/response", "prompt/label", "query/response"), ("context", "input")),
+    **dict.fromkeys(("input/output", "input/target"), ("prompt", "question", "query", "context")),
+    "question/answer": ("input", "passage", "choices", "options"),
+}  # fmt: skip
 
 
-def _check_meaning(row: Row, plain: bool) -> None:
+def _is_told(value: Any, text: str) -> bool:
+    """Whether a text holds all that a column says, as a prompt does that was put together from it."""
+    return all(str(part).strip() in text for part in (value if isinstance(value, list) else [value]))
+
+
+def _check_meaning(row: Row, format_: str) -> None:
     """Refuse what a row would lose without a word; other columns that no format reads are metadata.
 
     Args:
         row: its columns, in lower case.
-        plain: its column ``text`` would be all that is read, and ``--column_map`` does not say so.
+        format_: the name of its format; empty if ``--column_map`` says what is read.
 
     Raises:
-        RowError: a column with images or calls of tools has something in it, or one that makes more of a text than
-            that.
+        RowError: a column with images or calls of tools has something in it, or one that makes more of the row than
+            its format reads.
         Dropped: LLaMA-Factory's mark of a bad answer.
     """
     for name, kind in _UNREAD.items():
         if has_value(row.get(name)):
             raise RowError(f"column {name!r} holds {kind}, which can not be trained on, and without it the row means "
                            "something else; remove the column, or the row", about=name)  # fmt: skip
-    if plain and (of := next((name for name in _NOT_PLAIN if has_value(row.get(name))), None)):
+    first = format_.partition("/")[0]
+    rest = [name for name in _REST.get(format_, ()) if has_value(row.get(name))]
+    if rest and first == "text":
+        of = rest[0]
         raise RowError(f"column 'text' stands beside {of!r}, so it may be a part of a conversation, which no format "
                        "reads from these columns; name them (--column_map prompt=COLUMN response=COLUMN), or say that "
                        "it is plain text to learn from: --column_map text=text", about=of)  # fmt: skip
+    if of := next((name for name in rest if not _is_told(row[name], str(row[first]))), ""):
+        raise RowError(f"column {first!r} stands beside {of!r}, which {format_} does not read, so a part of what is "
+                       "asked may be lost; name the instruction, which an input or a context belongs to (--column_map "
+                       f"instruction=COLUMN response=COLUMN), or say that it is all: --column_map {first}={first}",
+                       about=of)  # fmt: skip
     if truth_of(row.get("kto_tag"), "kto_tag") is False:
         raise Dropped("marked as a bad answer")
 
@@ -202,7 +223,7 @@ class _Watched(UserDict[str, Any]):
         return self.data[name]
 
 
-_READ = _MAPPABLE.union({"kto_tag"}, _TOOLS, _UNREAD, *(columns for columns, _ in ADAPTERS.values()))
+_READ = _MAPPABLE.union({"kto_tag"}, _SYSTEM, _TOOLS, _UNREAD, *(columns for columns, _ in ADAPTERS.values()))
 
 
 def _by_lower_case(row: Row, mapped: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
@@ -248,11 +269,11 @@ def convert(
     format_ = format_ or _find(frozenset(columns), {name: column for name, (column, _) in mapped.items()})
     if format_ is None or _is_ids(columns.get("prompt")):
         raise UnknownFormat(list(row))
-    _check_readable(columns, format_.columns | _OPTIONAL)
-    _check_meaning(columns, plain=format_.name == "text" and "text" not in mapped)
+    _check_readable(columns, format_.columns.union(_OPTIONAL, _SYSTEM))
+    _check_meaning(columns, "" if format_.columns & mapped.keys() else format_.name)
     used: set[str] = set()
     watched = _Watched(columns, used)
-    system = text_of(watched, "system")
+    system = next((said for name in _SYSTEM if (said := text_of(watched, name)).strip()), "")
     try:
         examples = [with_system(example, system) for example in format_.convert(watched)]
         for name in _TOOLS:

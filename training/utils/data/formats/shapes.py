@@ -293,6 +293,11 @@ def _squad(row: Row) -> list[Example]:
     return answered(_passage_and_question(row), first_item(texts, "text", "answers"))
 
 
+def _passage_and_answer(row: Row) -> list[Example]:
+    _check_not_bad(row)
+    return answered(_passage_and_question(row), text_of(row, "answer"))
+
+
 def _hc3(row: Row) -> list[Example]:
     return answered(text_of(row, "question"), first_item(row["human_answers"], "text", "human_answers"))
 
@@ -342,6 +347,7 @@ FORMATS = (
     _format("context/question/answers", _squad),
     _format("question/human_answers/chatgpt_answers", _hc3),
     _format("question/ground_truth", _marked_solutions),
+    _format("context/question/answer", _passage_and_answer),
     _format("question/answer", _pair_of("question", "answer")),
     _format("query/response", _pair_of("query", "response")),
     _format("input/output", _pair_of("input", "output")),
