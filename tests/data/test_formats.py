@@ -260,6 +260,8 @@ def test_marks_of_bad_answers_in_every_form(good, mark):
         messages(("user", "q"), ("assistant", "a"), label=mark),
         {"prompt": "q", "completion": "a", "label": mark},
         {"prompt": "q", "response": "a", "label": mark},
+        {"instruction": "q", "output": "a", "label": mark},
+        {"context": "", "question": "q", "answer": "a", "label": mark},
     ]
     for row in rows:
         assert summary(outcome(row)[1]) == ("user: q → response: a" if good else "dropped: marked as a bad answer")

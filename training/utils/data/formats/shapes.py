@@ -235,6 +235,7 @@ def _instruction(row: Row) -> str | list[Message]:
 
 def _alpaca(row: Row) -> list[Example]:
     """An instruction, and output, response or answer."""
+    _check_not_bad(row)
     prompt = as_prompt(_instruction(row))
     answer = next(name for name in ("output", "response", "answer") if name in row)
     value = row[answer]
