@@ -333,6 +333,18 @@ def test_own_eval_split_is_held_out(tok, tmp_path):
     assert (len(data.train), len(data.held_out)) == (10, 3)
 
 
+def test_a_prompt_held_out_of_one_source_is_not_trained_in_another(tok, tmp_path):
+    """That with an eval split of its own has no share to hold out, but prompts of one that has."""
+    (tmp_path / "a").mkdir()
+    write(tmp_path / "a" / "train.jsonl", sft(40))
+    write(tmp_path / "a" / "test.jsonl", sft(5, 60))
+    other = write(tmp_path / "b.jsonl", [row | {"response": "Another."} for row in sft(60)])
+    for order in ((str(tmp_path / "a"), other), (other, str(tmp_path / "a"))):
+        data = prepare(1, tok, *order)
+        assert not prompts_of(data.train) & prompts_of(data.held_out) and data.report.shared_prompts == 0
+        assert len(data.train) + len(data.held_out) == 105
+
+
 def test_another_step_or_template_or_edit_is_another_cache(tok, tmp_path):
     path = write(tmp_path / "a.jsonl", sft(10))
     assert not prepare(1, tok, path).report.from_cache

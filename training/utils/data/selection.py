@@ -303,6 +303,8 @@ def _places(request: Request, scans: Sequence[_Scan]) -> list[np.ndarray | None]
 def hold_out_of(streams: Sequence[tuple[Stream, np.ndarray]]) -> bool:
     """Hold a share of the prompts out of the streams that have no eval split of their own; whether there was any.
 
+    Where one stands in a stream that has, too, it is held out of that as well.
+
     Args:
         streams: each with a mask of the examples that may be held out.
     """
@@ -310,6 +312,10 @@ def hold_out_of(streams: Sequence[tuple[Stream, np.ndarray]]) -> bool:
     held = hold_out([stream.prompts[rows] for stream, rows in both])
     for (stream, rows), of_stream in zip(both, held, strict=True):
         stream.decisions[rows[of_stream]] = HELD_OUT
+        asked = stream.prompts[rows[of_stream]]
+        for other, mask in streams:
+            if other.use == "train":
+                other.decisions[mask & np.isin(other.prompts, asked)] = HELD_OUT
     return any(of_stream.any() for of_stream in held)
 
 
