@@ -163,6 +163,17 @@ def test_a_spreadsheets_empty_rows_and_columns_are_none(tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_a_header_in_the_middle_is_no_row(tmp_path, mark):
+    """Of files that were put together with cat: "prompt" would be a prompt."""
+    path = tmp_path / "a.csv"
+    path.write_bytes(2 * (mark + b"prompt, response\nHi,Hello\n"))
+    first, second, third = read_file(path)
+    assert first.values == third.values == {"prompt": "Hi", "response": "Hello"}
+    assert isinstance(second.values, RowError) and "the header stands here again" in str(second.values)
+    assert second.place.endswith("a.csv:3")
+
+
 def test_csv_row_with_too_few_cells(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("prompt,response\na,b\nc\n")

@@ -304,6 +304,8 @@ def _read_csv(file: IO[bytes], path: Path) -> Iterator[RawRow]:
         size = sum(map(len, cells))
         if len(cells) != len(columns):
             values = RowError(f"{len(cells)} cells where the header has {len(columns)}; is a quote missing?")
+        elif [cell.strip("\ufeff").strip() for cell in cells] == columns:
+            values = RowError("the header stands here again, as where files were put together; remove the line")
         elif size > MAX_ROW_CHARACTERS:
             values = too_big(size)
         elif (wrong := next(filter(None, map(_ESCAPED.search, cells)), None)) is not None:
