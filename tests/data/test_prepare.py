@@ -240,6 +240,20 @@ def test_step_1_learns_from_a_conversation_that_nobody_answered(tok, tmp_path):
     assert prepare(3, tok, str(tmp_path / "a.jsonl")).report.open_turns == 0
 
 
+def test_a_conversation_of_many_turns_is_rendered_a_few_times(tok, tmp_path, monkeypatch):
+    """One turn less at a time, a conversation of 200 turns took half a minute."""
+    calls, render_many = [], tokenise.render_many
+    monkeypatch.setattr(tokenise, "render_many", lambda *args: calls.append(1) or render_many(*args))
+    path = write(tmp_path / "a.jsonl", [{"messages": turns(100)}])
+    other = [write(tmp_path / "b.jsonl", sft(1))]
+    row = prepare(1, tok, path, max_length=200, eval_data_path=other).train[0]
+    assert 2 <= len(calls) <= 10
+    kept = [int(number) for number in re.findall(r"Question (\d+)", tok.decode(row["input_ids"]))]
+    assert kept == list(range(kept[0], 100)) and row["length"] <= 200
+    longer = [*turns(0), *turns(100)[1 + 2 * (kept[0] - 1) :]]
+    assert len(render(tok, longer).input_ids) > 200, "one turn more does not fit"
+
+
 @pytest.mark.parametrize("step", [1, 2])
 def test_rows_without_room_are_dropped_and_counted(tok, tmp_path, step):
     rows = pairs(5) + [{"prompt": "Hi", "chosen": "word " * 50, "rejected": "No."}]

@@ -27,19 +27,20 @@ NO_TOKEN = "a text that gives no token"
 SAME_TOKENS = "identical pair after tokenising"
 
 
-def _shorter(prompt: list[Message]) -> list[Message] | None:
-    """The prompt from its second user turn on, system turn and tools kept; None if it has one user turn."""
+def _user_turns(prompt: Sequence[Message]) -> list[int]:
+    return [i for i, message in enumerate(prompt) if message["role"] == "user"]
+
+
+def _without_oldest(prompt: list[Message], turns: int) -> list[Message]:
+    """The prompt from a later user turn on, so many after the first; the system turn and the tools are kept."""
     system = prompt[:1] if prompt[0]["role"] == "system" else []
-    users = [i for i, message in enumerate(prompt) if message["role"] == "user"]
-    if len(users) < 2:
-        return None
-    first, *others = [*system, *prompt[users[1] :]]
+    first, *others = [*system, *prompt[_user_turns(prompt)[turns] :]]
     return [{**first, "tools": prompt[0]["tools"]} if "tools" in prompt[0] else first, *others]
 
 
 def _with_less_text(tokenizer: Any, prompt: list[Message], excess: int) -> list[Message] | None:
     """The prompt without the first ``excess`` tokens of its longest user text; None if that has no more."""
-    users = [i for i, message in enumerate(prompt) if message["role"] == "user"]
+    users = _user_turns(prompt)
     if not users:
         return None
     at = max(users, key=lambda i: len(prompt[i]["content"]))
@@ -74,7 +75,7 @@ Rendering = Callable[[list[list[Message]], list[int]], list[list[Rendered]]]
 
 
 def _fit(tokenizer: Any, prompts: Sequence[list[Message]], renderings: Rendering, max_length: int) -> _Fitted:
-    """Render every row, and again with fewer turns, then with less text, until it fits.
+    """Render every row; one that does not fit again with as few turns less as are enough, else with less text.
 
     Args:
         tokenizer: counts a text's tokens.
@@ -83,25 +84,34 @@ def _fit(tokenizer: Any, prompts: Sequence[list[Message]], renderings: Rendering
         max_length: in tokens.
     """
     fitted = _Fitted(list(prompts), [[] for _ in prompts], set(), set(), set())
-    open_ = list(range(len(fitted.prompts)))
-    while open_:
-        for i, rendered in zip(open_, renderings([fitted.prompts[i] for i in open_], open_), strict=True):
-            fitted.rendered[i] = rendered
-        again = []
-        for i in open_:
-            excess = max(len(r.input_ids) for r in fitted.rendered[i]) - max_length
-            if excess <= 0:
-                continue
-            smaller, lost = _shorter(fitted.prompts[i]), fitted.shortened
-            if smaller is None:
-                smaller, lost = _with_less_text(tokenizer, fitted.prompts[i], excess), fitted.cut
-            if smaller is None:
-                fitted.without_room.add(i)
-                continue
-            fitted.prompts[i] = smaller
-            lost.add(i)
-            again.append(i)
-        open_ = again
+    excess = dict.fromkeys(range(len(prompts)), 1)  # tokens that the rendering which is kept has too many; 0: it fits
+
+    def render(rows: Sequence[int], tried: Sequence[list[Message]]) -> set[int]:
+        """Render rows with these prompts; which of them fit. What does not replaces nothing that does."""
+        fit = set()
+        for i, prompt, rendered in zip(rows, tried, renderings(list(tried), list(rows)), strict=True):
+            over = max(0, max(len(r.input_ids) for r in rendered) - max_length)
+            if excess[i] or not over:
+                fitted.prompts[i], fitted.rendered[i], excess[i] = prompt, rendered, over
+            fit |= set() if over else {i}
+        return fit
+
+    render(range(len(prompts)), prompts)
+    # How many turns less are too few, and enough (or more than can go): by halves, a long row has hundreds of turns
+    less = {i: (0, len(_user_turns(prompts[i]))) for i, over in excess.items() if over}
+    while rows := [i for i, (few, enough) in less.items() if enough - few > 1]:
+        middle = {i: sum(less[i]) // 2 for i in rows}
+        fit = render(rows, [_without_oldest(prompts[i], middle[i]) for i in rows])
+        less |= {i: (less[i][0], middle[i]) if i in fit else (middle[i], less[i][1]) for i in rows}
+    fitted.shortened.update(i for i, (few, _) in less.items() if few or not excess[i])
+    rows = [i for i in less if excess[i]]
+    while rows:
+        cut = {i: _with_less_text(tokenizer, fitted.prompts[i], excess[i]) for i in rows}
+        fitted.without_room.update(i for i, prompt in cut.items() if prompt is None)
+        kept = {i: prompt for i, prompt in cut.items() if prompt is not None}
+        fitted.cut.update(kept)
+        fit = render(list(kept), list(kept.values()))
+        rows = [i for i in kept if i not in fit]
     return fitted
 
 
