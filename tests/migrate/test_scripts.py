@@ -73,6 +73,7 @@ SCRIPTS = [
     "export XX_A=1 XX_B=2\nexport -n XX_A\ndeepspeed x/main.py\n",
     'A=1\ndeepspeed x/main.py "${A:+--l 8}" ${A:+--l 8} ${A:+"--l 8"} ${B:-"d e"} "${B:-\'x\'}" "${B:-"x y"}"\n',
     'A=\'[x]y*z\'\ndeepspeed x/main.py ${A#\\[x]} "${A%\'*z\'}" "${A%\\*z}" "${A#*x]}"\n',
+    'A=$"x y"\ncase xy in $"x"*) B=1;; esac\ndeepspeed x/main.py --a $"hi" "$A" $B \'$"z"\' a$"b"\n',
 ]
 
 

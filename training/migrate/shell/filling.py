@@ -166,7 +166,7 @@ def pattern(word: str, known: Variables) -> str:
     while at < len(word):
         end = piece_end(word, at)
         piece = text(word[at:end], known)
-        found += glob.escape(piece) if word[at] in "'\"\\" or word.startswith("$'", at) else piece
+        found += glob.escape(piece) if word[at] in "'\"\\" or word.startswith(("$'", '$"'), at) else piece
         at = end
     return found.replace("[^", "[!")
 
@@ -211,6 +211,8 @@ def _read(word: str, known: Variables, made: _Fields, *, split: bool) -> None:
     while at < len(word):
         end = piece_end(word, at)
         piece = word[at:end]
+        if piece.startswith('$"'):  # a text that a shell may translate
+            piece = piece[1:]
         if piece.startswith("$'"):
             made.add(_literal(_ESCAPE.sub(_escaped, piece[2:-1])))
         elif piece.startswith("'"):

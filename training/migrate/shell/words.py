@@ -133,8 +133,8 @@ def piece_end(text: str, at: int, *, in_quotes: bool = False) -> int:
         if end < 0:
             raise _open(text, at)
         return end + 1
-    if text[at] == '"':
-        return _quote_end(text, at)
+    if text[at] == '"' or (text.startswith('$"', at) and not in_quotes):
+        return _quote_end(text, text.index('"', at))
     return expansion_end(text, at) or at + 1
 
 
