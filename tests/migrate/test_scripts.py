@@ -74,6 +74,8 @@ SCRIPTS = [
     'A=1\ndeepspeed x/main.py "${A:+--l 8}" ${A:+--l 8} ${A:+"--l 8"} ${B:-"d e"} "${B:-\'x\'}" "${B:-"x y"}"\n',
     'A=\'[x]y*z\'\ndeepspeed x/main.py ${A#\\[x]} "${A%\'*z\'}" "${A%\\*z}" "${A#*x]}"\n',
     'A=$"x y"\ncase xy in $"x"*) B=1;; esac\ndeepspeed x/main.py --a $"hi" "$A" $B \'$"z"\' a$"b"\n',
+    "E=1+2\ndeepspeed x/main.py $((E*2)) $(($E*2))\n",
+    "A=(a b c)\nI=1\ndeepspeed x/main.py ${A[$I]} ${A[I]} ${A[I+1]} ${A[7]} ${A[-1]} end\n",
 ]
 
 
@@ -216,6 +218,19 @@ def test_what_stays_for_the_shell_is_whole_and_named(monkeypatch, written, word,
             filled(word)
 
 
+@pytest.mark.parametrize(
+    ("known", "written", "word"),
+    [
+        ("N=3", "$((N**2))", "$((3**2))"),
+        ("N=008", "$((10#$N + 1))", "$((10#008 + 1))"),
+        ("P=12", "$((P + RANDOM % 9))", "$((12 + RANDOM % 9))"),
+        ("set -- a b", "$(echo $1 | awk '{print $2}')", "$(echo a | awk '{print $2}')"),
+    ],
+)
+def test_what_stays_for_the_shell_has_the_script_s_values(known, written, word):
+    assert read_command(f"{known}; deepspeed x/main.py --a {written}").arguments == ["--a", word]
+
+
 def test_a_variable_of_the_shell_s_keeps_its_name_before_a_known_value(monkeypatch):
     monkeypatch.setenv("THERE", "x")
     text = 'B=2; C=$THERE; C+=_3; THERE+=4; deepspeed x/main.py "$NOT_SET$B" $NOT_SET"a" "$C" $THERE $NOT_SET.$B'
@@ -236,6 +251,13 @@ def test_a_default_gives_way_to_the_environment_here(monkeypatch):
     [
         ("X=a; deepspeed x/main.py --a ${X^^}", r"\$\{X\^\^\} is not read here: write its value"),
         ("X=a; deepspeed x/main.py --a ${X%@(a|b)}", r"\$\{X%@\(a\|b\)\} is not read here: write its value"),
+        ("X=a; Y=X; deepspeed x/main.py --a ${!Y}", r"\$\{!Y\} is not read here"),
+        ("set -- a b; deepspeed x/main.py ${@:2}", r"\$\{@:2\} is not read here"),
+        ("A=(ab cb); deepspeed x/main.py ${A[@]%b}", r"\$\{A\[@\]%b\} is not read here"),
+        ("A=(ab cb); deepspeed x/main.py ${A[1]:-c}", r"\$\{A\[1\]:-c\} is not read here"),
+        ("declare -A M=([a]=1); deepspeed x/main.py --a ${M[a]}", r"\$\{M\[a\]\} is not read here"),
+        ("X='a b'; deepspeed x/main.py --a $(echo $X)", r"\$\(echo \$X\) is not read here"),
+        ("X=ab; deepspeed x/main.py --a $(echo ${X:1})", r"\$\(echo \$\{X:1\}\) is not read here"),
         ("declare -n R=X; R=5; deepspeed x/main.py --a $X", "declare -n R=X: another name of a variable is not read"),
         ("deepspeed x/main.py {a..c} {01..03}", r"\{a\.\.c\} is not read here: write what it becomes"),
         ("X=a; deepspeed x/main.py --a '$X'", "a dollar that is not the shell's"),

@@ -25,6 +25,8 @@ _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "e": "\x1b", "\\": "\\", "'": "'", 
 EXTENDED = re.compile(r"[?*+@!]\(")  # patterns in patterns, which are not read here
 _OPEN_NAME = re.compile(r"\$([A-Za-z_]\w*)$")
 _PLAIN = re.compile(r"[\w@%+=:,./-]*")
+# What is quoted in $(...), and names of variables in it
+_INNER = re.compile(r"'[^']*'|\\.|\$(\w+|[@*])|\$\{[!#]?(\w+|[@*])[^}]*\}?", re.DOTALL)
 _OPERATIONS: dict[type, Callable[[int, int], int]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -97,6 +99,10 @@ class Variables:
         if name.isdigit() and name != "0":
             return self.arguments[int(name) - 1] if int(name) <= len(self.arguments) else ""
         return None
+
+    def knows(self, name: str) -> bool:
+        """Whether the script says what a variable or an argument is."""
+        return bool(self.arguments) if name in ("@", "*") else self.text(name) is not None
 
     def texts(self, name: str) -> list[str] | None:
         """All of an array or of the arguments; None where it is not known."""
@@ -303,12 +309,14 @@ def _value(piece: str, known: Variables) -> str | None:
     if match is None:
         return None
     name, index, form = match[1], match[2], match[3]
+    if index and form and known.texts(name) is not None:
+        return None
     if default := _DEFAULT.fullmatch(form):
         return _with_default(name, default[1], default[2], known)
     value = known.text(name)
     if index and index not in ("[@]", "[*]"):
-        items = known.texts(name)
-        value = items[int(index[1:-1])] if items and index[1:-1].isdigit() and int(index[1:-1]) < len(items) else None
+        items, at = known.texts(name), arithmetic(index[1:-1], known)
+        value = None if items is None or at is None else items[at] if -len(items) <= at < len(items) else ""
     if value is None or not form:
         return value
     cut = _CUT.fullmatch(form)
@@ -372,9 +380,12 @@ def arithmetic(written: str, known: Variables) -> int | None:
 
     def number(match: re.Match[str]) -> str:
         name = match[0].strip("${}")
-        return (known.text(name) if name not in known.undecided else None) or "unknown"
+        value = (known.text(name) if name not in known.undecided else None) or "unknown"
+        return value if match[0].startswith("$") else f"({value})"
 
     source = NAME.sub(number, re.sub(r"\$\{?(\w+|#)\}?", number, written)) or "0"
+    if "#" in source:  # a base before it; to Python a remark
+        return None
     try:
         return _computed(ast.parse(source.strip(), mode="eval").body)
     except (SyntaxError, ValueError, ZeroDivisionError, RecursionError):
@@ -411,19 +422,25 @@ def _as_left(piece: str, known: Variables) -> str:
     """An expansion for the shell that starts the command, which does not have the script's variables."""
     if piece.startswith("`"):
         piece = f"$({piece[1:-1]})"
-    if piece.startswith("$("):
-        return re.sub(r"\$\{?([A-Za-z_]\w*)\}?", lambda match: _plain(match, known), piece)
-    match = _BRACED.fullmatch(piece[2:-1]) if piece.startswith("${") else None
-    if match and match[3]:
-        if known.text(match[1]) is not None:
-            known.unread.add(piece)
-        elif _DEFAULT.fullmatch(match[3]) and not match[3].startswith(("?", ":?")):
-            return f"${match[1]}"
+    if piece.startswith(("$(", "$[")):
+        made = _INNER.sub(lambda match: _plain(match, known), piece)
+        if piece.startswith(("$((", "$[")):
+            made = NAME.sub(lambda match: _plain(match, known), made)
+        if any(known.knows(name) for found in _INNER.finditer(made) if (name := found[1] or found[2])):
+            known.unread.add(made)
+        return made
+    match = _BRACED.fullmatch(piece[2:-1].removeprefix("!")) if piece.startswith("${") else None
+    if match and known.knows(match[1]):
+        known.unread.add(piece)
+    elif match and (default := _DEFAULT.fullmatch(match[3])) and not default[1].endswith("?"):
+        return f"${match[1]}"
     return piece
 
 
 def _plain(match: re.Match[str], known: Variables) -> str:
-    value = known.text(match[1])
+    """The value of a variable that is named as ``$NAME`` or ``${NAME}``, where it needs no quotes; else as it is."""
+    form = re.fullmatch(r"\$?(\w+)|\$\{(\w+)\}", match[0])
+    value = known.text(form[1] or form[2]) if form else None
     return value if value is not None and _PLAIN.fullmatch(value) else match[0]
 
 
