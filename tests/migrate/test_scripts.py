@@ -76,6 +76,15 @@ SCRIPTS = [
     'A=$"x y"\ncase xy in $"x"*) B=1;; esac\ndeepspeed x/main.py --a $"hi" "$A" $B \'$"z"\' a$"b"\n',
     "E=1+2\ndeepspeed x/main.py $((E*2)) $(($E*2))\n",
     "A=(a b c)\nI=1\ndeepspeed x/main.py ${A[$I]} ${A[I]} ${A[I+1]} ${A[7]} ${A[-1]} end\n",
+    "A=(1 2)\nA=x\nA+=y\nB=()\nB+=z\ndeepspeed x/main.py ${A[@]} ${B[@]}\n",
+    f'A=0\nB=0\nO=-eq\n[ 2 $O 2 ] && A=1\n[ "$1" "=" 2 ] && B=2{LINE}',
+    "set a b\ndeepspeed x/main.py $@\n",
+    "set -ex -o pipefail -- --a -b\ndeepspeed x/main.py $@\n",
+    f"A=1;B=2\nA=3 & {{ B=4; }} &\nwait{LINE}",
+    f"f() {{ local A=9; }}\nA=1;B=2\nf{LINE}",
+    "export XX_A=1\nbash -c 'deepspeed x/main.py $XX_A $1' q r\n",
+    f'A=0\nB=0\nset -e\n[ "$1" = 7 ] && A=1\nif [ "$1" = 7 ]; then A=2; fi\n! true\n[ "$1" = 7 ] || B=3\nfalse || B=4{LINE}',
+    "deepspeed x/main.py ${0##*/} ${BASH_SOURCE[0]##*/}\n",
 ]
 
 
@@ -155,6 +164,8 @@ def test_a_scripts_arguments_count(tmp_path):
         "case abc in @(abc|b)) LR=1;; *) LR=2;; esac",
         "[[ abc == @(abc|b) ]] && LR=1",
         "[[ abc != *(x) ]] && LR=1",
+        "[ b \\> a ] && LR=1",
+        "LR=(1 2); unset LR[1]",
     ],
 )
 def test_what_can_not_be_known_is_not_taken(unknown):
@@ -224,6 +235,7 @@ def test_what_stays_for_the_shell_is_whole_and_named(monkeypatch, written, word,
         ("N=3", "$((N**2))", "$((3**2))"),
         ("N=008", "$((10#$N + 1))", "$((10#008 + 1))"),
         ("P=12", "$((P + RANDOM % 9))", "$((12 + RANDOM % 9))"),
+        ("X=a", '$(echo "$(echo "$X")" "it\'s" ${X:-b})', '$(echo "$(echo "a")" "it\'s" a)'),
         ("set -- a b", "$(echo $1 | awk '{print $2}')", "$(echo a | awk '{print $2}')"),
     ],
 )
@@ -258,6 +270,8 @@ def test_a_default_gives_way_to_the_environment_here(monkeypatch):
         ("declare -A M=([a]=1); deepspeed x/main.py --a ${M[a]}", r"\$\{M\[a\]\} is not read here"),
         ("X='a b'; deepspeed x/main.py --a $(echo $X)", r"\$\(echo \$X\) is not read here"),
         ("X=ab; deepspeed x/main.py --a $(echo ${X:1})", r"\$\(echo \$\{X:1\}\) is not read here"),
+        ("set -e; false; deepspeed x/main.py", "ends at 'false' before it starts"),
+        ("set -o errexit; [ a = b ]; deepspeed x/main.py", r"ends at '\[ a = b \]' before it starts"),
         ("declare -n R=X; R=5; deepspeed x/main.py --a $X", "declare -n R=X: another name of a variable is not read"),
         ("deepspeed x/main.py {a..c} {01..03}", r"\{a\.\.c\} is not read here: write what it becomes"),
         ("X=a; deepspeed x/main.py --a '$X'", "a dollar that is not the shell's"),

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from training.migrate.shell.filling import final
 from training.migrate.shell.grammar import ASSIGNMENT
 from training.migrate.shell.script import BEFORE, Run, read_script
-from training.migrate.shell.words import left_to_the_shell
+from training.migrate.shell.words import LITERAL, UNREAD, left_to_the_shell
 from training.utils.errors import UserError
 
 _ENVIRONMENTS = ("poetry", "uv", "pipenv", "pdm", "hatch")  # with "run" behind it: the environment of what follows
@@ -100,7 +100,7 @@ def read_command(text: str) -> Command:
     [(run, command)] = started
     finish(command, run)
     command.file = run.file
-    command.notes += [*run.notes, *notes]
+    command.notes += [note.replace(LITERAL, "$").replace(UNREAD, "") for note in (*run.notes, *notes)]
     return command
 
 
@@ -112,10 +112,10 @@ def finish(command: Command, run: Run) -> None:
     """
     own = {entry.partition("=")[0] for entry in command.environment}
     exported = [entry for entry in run.environment if entry.partition("=")[0] not in own]
-    command.environment = [final(entry, run.known) for entry in [*exported, *command.environment]]
-    command.launcher = [final(word, run.known) for word in command.launcher]
-    command.arguments = [final(word, run.known) for word in command.arguments]
-    command.script = str(PurePosixPath(final(run.folder, run.known)) / final(command.script, run.known))
+    command.environment = [final(entry) for entry in [*exported, *command.environment]]
+    command.launcher = [final(word) for word in command.launcher]
+    command.arguments = [final(word) for word in command.arguments]
+    command.script = str(PurePosixPath(final(run.folder)) / final(command.script))
     words = [*command.launcher, *command.arguments]
     lefts = {left for word in words for left in left_to_the_shell(word)}
     lefts |= {left for entry in command.environment for left in left_to_the_shell(entry) if left.startswith("$(")}

@@ -9,9 +9,9 @@ import operator
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from training.migrate.shell.words import LITERAL, NAME, expansion_end, expansions, piece_end
+from training.migrate.shell.words import LITERAL, NAME, UNREAD, expansion_end, expansions, piece_end
 from training.utils.errors import UserError
 
 Value = str | list[str]
@@ -25,8 +25,6 @@ _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "e": "\x1b", "\\": "\\", "'": "'", 
 EXTENDED = re.compile(r"[?*+@!]\(")  # patterns in patterns, which are not read here
 _OPEN_NAME = re.compile(r"\$([A-Za-z_]\w*)$")
 _PLAIN = re.compile(r"[\w@%+=:,./-]*")
-# What is quoted in $(...), and names of variables in it
-_INNER = re.compile(r"'[^']*'|\\.|\$(\w+|[@*])|\$\{[!#]?(\w+|[@*])[^}]*\}?", re.DOTALL)
 _OPERATIONS: dict[type, Callable[[int, int], int]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -49,22 +47,22 @@ class Variables:
         arguments: of the script; None where it is a text without any.
         exported: variables that the programs get, which have a value here or in ``undecided``.
         undecided: variable -> what decides its value, which can not be known here.
-        unread: forms of known variables that are not read here, as they were met.
         all_exported: what is set is exported, ``set -a``.
+        ends_early: a command that fails ends the script, ``set -e``.
     """
 
     values: dict[str, Value] = field(default_factory=dict)
     arguments: list[str] | None = None
     exported: dict[str, None] = field(default_factory=dict)
     undecided: dict[str, str] = field(default_factory=dict)
-    unread: set[str] = field(default_factory=set)
     all_exported: bool = False
+    ends_early: bool = False
 
     def copy(self) -> Variables:
         """The same, to go on with apart from these."""
         arguments = None if self.arguments is None else list(self.arguments)
         values, exported, undecided = dict(self.values), dict(self.exported), dict(self.undecided)
-        return Variables(values, arguments, exported, undecided, self.unread, self.all_exported)
+        return replace(self, values=values, arguments=arguments, exported=exported, undecided=undecided)
 
     def set(self, name: str, value: Value, *, add: bool = False) -> None:
         """Give a variable a value, or add it to the one it has."""
@@ -73,8 +71,10 @@ class Variables:
             if name in self.undecided:
                 return
             before = [] if isinstance(value, list) else f"${name}" if name in os.environ else ""
-        if add and isinstance(before, list):
-            value = before + (value if isinstance(value, list) else [value])
+        if isinstance(before, list) and isinstance(value, str):  # its first place
+            value = [joined(before[0], value) if add and before else value, *before[1:]]
+        elif add and isinstance(before, list):
+            value = [*before, *value]
         elif add and isinstance(before, str):
             value = [before, *value] if isinstance(value, list) else joined(before, value)
         self.values[name] = value
@@ -309,7 +309,7 @@ def _value(piece: str, known: Variables) -> str | None:
     if match is None:
         return None
     name, index, form = match[1], match[2], match[3]
-    if index and form and known.texts(name) is not None:
+    if index not in (None, "[0]") and form and known.texts(name) is not None:
         return None
     if default := _DEFAULT.fullmatch(form):
         return _with_default(name, default[1], default[2], known)
@@ -423,25 +423,31 @@ def _as_left(piece: str, known: Variables) -> str:
     if piece.startswith("`"):
         piece = f"$({piece[1:-1]})"
     if piece.startswith(("$(", "$[")):
-        made = _INNER.sub(lambda match: _plain(match, known), piece)
-        if piece.startswith(("$((", "$[")):
-            made = NAME.sub(lambda match: _plain(match, known), made)
-        if any(known.knows(name) for found in _INNER.finditer(made) if (name := found[1] or found[2])):
-            known.unread.add(made)
-        return made
-    match = _BRACED.fullmatch(piece[2:-1].removeprefix("!")) if piece.startswith("${") else None
+        return _command(piece, known)
+    match = _BRACED.fullmatch(piece[2:-1].removeprefix("!") if piece.startswith("${") else piece[1:])
     if match and known.knows(match[1]):
-        known.unread.add(piece)
-    elif match and (default := _DEFAULT.fullmatch(match[3])) and not default[1].endswith("?"):
+        return UNREAD + piece
+    if match and (default := _DEFAULT.fullmatch(match[3])) and not default[1].endswith("?"):
         return f"${match[1]}"
     return piece
 
 
-def _plain(match: re.Match[str], known: Variables) -> str:
-    """The value of a variable that is named as ``$NAME`` or ``${NAME}``, where it needs no quotes; else as it is."""
-    form = re.fullmatch(r"\$?(\w+)|\$\{(\w+)\}", match[0])
-    value = known.text(form[1] or form[2]) if form else None
-    return value if value is not None and _PLAIN.fullmatch(value) else match[0]
+def _command(piece: str, known: Variables) -> str:
+    """``$(...)`` or a sum with the values of the script's variables that need no quotes there."""
+    made, at, in_quotes = piece[:2], 2, False
+    while at < len(piece):
+        end = expansion_end(piece, at)
+        if end:
+            value = text(piece[at:end], known)
+            made += value if _PLAIN.fullmatch(value) else _as_left(piece[at:end], known)
+        else:
+            end = piece_end(piece, at) if piece[at] == "\\" or (piece[at] == "'" and not in_quotes) else at + 1
+            in_quotes ^= piece[at] == '"'
+            made += piece[at:end]
+        at = end
+    if not piece.startswith(("$((", "$[")):
+        return made
+    return NAME.sub(lambda name: value if _PLAIN.fullmatch(value := known.text(name[0]) or "$") else name[0], made)
 
 
 def in_environment(word: str, known: Variables) -> str | None:
@@ -454,21 +460,22 @@ def in_environment(word: str, known: Variables) -> str | None:
         match = re.fullmatch(r"\$\{?(\w+)\}?", word[begin:end])
         if begin == end:
             break
-        if match is None or match[1] in known.undecided:
+        if match is None or match[1] in known.undecided or UNREAD in word:
             return None
         found += os.environ.get(match[1], "")
     return found.replace(LITERAL, "$")
 
 
-def final(word: str, known: Variables) -> str:
+def final(word: str) -> str:
     """A word of a command that is read: what stays in it is what a shell can fill in.
 
     Raises:
         UserError: it has a form that is not read here, or a dollar that no shell is to take for its own.
     """
     for begin, end in expansions(word):
-        if word[begin:end] in known.unread:
-            raise UserError(f"{word[begin:end]} is not read here: write its value in its place")
+        if UNREAD in word[max(begin - 1, 0) : end]:
+            form = word[begin:end].replace(UNREAD, "")
+            raise UserError(f"{form} is not read here: write its value in its place")
     plain = word.replace(LITERAL, "$")
     if LITERAL in word and len(expansions(plain)) > len(expansions(word)):
         raise UserError(f"{plain}: a dollar that is not the shell's can not be written here: give it in a file")

@@ -12,7 +12,7 @@ from training.utils.errors import UserError
 
 ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)(\[[^\]]*\])?(\+?)=")
 LOOPS = ("for", "while", "until", "select")
-DECLARE = ("export", "declare", "typeset", "local", "readonly")
+DECLARE = ("export", "declare", "typeset", "readonly")  # not "local": what it sets ends with its function
 _CALCULATED = re.compile(r"([A-Za-z_]\w*)(?:\[[^\]]*\])?\s*(?:(?:[-+*/%&^|]|<<|>>)?=(?!=)|\+\+|--)|(?:\+\+|--)\s*(\w+)")
 _ENDS = ("then", "elif", "else", "fi", "do", "done", "esac", "}", ")", ";;")
 
@@ -177,10 +177,13 @@ class _Parser:
         """All up to a word that ends something."""
         nodes: list[Node] = []
         while True:
-            self.skip(";", "&", "\n")
+            self.skip(";", "\n")
             if not self.peek() or self.peek() in _ENDS:
                 return nodes
-            nodes.append(self.chain())
+            node = self.chain()
+            behind = isinstance(self.peek(), Operator) and self.peek() == "&"  # a shell of its own does it
+            nodes.append(Body("(", "", [node]) if behind else node)
+            self.skip("&")
 
     def chain(self) -> Node:
         """Up to what separates commands."""

@@ -111,6 +111,8 @@ class _Reader:
         """Read a whole text; what it sets ends with it."""
         before = self.known, self.folder, self.functions, self.file
         self.known, self.file = known, file or self.file
+        if file:
+            known.values |= {"0": file, "BASH_SOURCE": file}
         try:
             self.all(parse(source))
         except _EndedError as error:
@@ -118,11 +120,16 @@ class _Reader:
         finally:
             self.known, self.folder, self.functions, self.file = before
 
-    def all(self, nodes: Sequence[Node]) -> bool | None:
-        """Read commands one after another; whether the last one succeeds, None where that is not known."""
+    def all(self, nodes: Sequence[Node], *, tested: bool = False) -> bool | None:
+        """Read commands one after another; whether the last one succeeds, None where that is not known.
+
+        ``tested``: something hangs on that, so that no ``set -e`` ends the script.
+        """
         status: bool | None = True
         for node in nodes:
             status = self.one(node)
+            if status is False and self.known.ends_early and isinstance(node, Simple) and not (tested or self.inside):
+                raise _EndedError(" ".join(node.words))
         return status
 
     def one(self, node: Node) -> bool | None:
@@ -201,7 +208,7 @@ class _Reader:
         """Read what follows the condition that holds; all that may hold where that is not known."""
         unknown = ""
         for condition, body in node.clauses:
-            status = True if not condition else self.all(condition)
+            status = True if not condition else self.all(condition, tested=True)
             if status is False:
                 continue
             if not unknown and status:
@@ -258,8 +265,8 @@ class _Reader:
         """Whether ``[ ... ]`` holds; what is neither set by the script nor an argument is as it is here."""
         if words[0] == "[[":
             made = [(word, text(word, self.known), pattern(word, self.known)) for word in words]
-        else:  # which has no patterns
-            made = [(word, part, glob.escape(part)) for word in words for part in fields(word, self.known)]
+        else:  # which has no patterns, and does not see what is quoted
+            made = [(part, part, glob.escape(part)) for word in words for part in fields(word, self.known)]
         made = made[1:] if words[0] == "test" else made[1:-1]
         known = self.known
         filled = [(word, in_environment(part, known), in_environment(shape, known)) for word, part, shape in made]
@@ -294,6 +301,8 @@ class _Reader:
             self.declare(written)
         elif name == "unset":
             for one in words[1:]:
+                if "[" in one:
+                    self.known.leave_open(one.partition("[")[0], " ".join(words))
                 self.known.values.pop(one, None)
                 self.known.undecided.pop(one, None)
                 self.known.exported.pop(one, None)
@@ -324,12 +333,17 @@ class _Reader:
         return True
 
     def set(self, words: Sequence[str]) -> None:
-        """``set`` with arguments for the script, or with what exports all that follows."""
-        if "--" in words:
-            self.known.arguments = list(words[words.index("--") + 1 :])
-        for before, word in zip(["", *words], words, strict=False):
-            if re.fullmatch(r"[-+]\w*a\w*", word) or (before in ("-o", "+o") and word == "allexport"):
-                self.known.all_exported = "-" in (word[0], before[:1])
+        """``set`` with arguments for the script, with what exports all that follows, or with what ends it early."""
+        rest = list(words)
+        while rest and re.fullmatch(r"[-+]\w*", rest[0]) and rest[0] != "--":
+            option = rest.pop(0)
+            named = rest.pop(0) if option.endswith("o") and rest else ""
+            if "a" in option or named == "allexport":
+                self.known.all_exported = option[0] == "-"
+            if "e" in option or named == "errexit":
+                self.known.ends_early = option[0] == "-"
+        if rest:
+            self.known.arguments = rest[rest[0] == "--" :]
 
     def go(self, name: str, words: Sequence[str]) -> None:
         """``cd``, ``pushd`` and ``popd``."""
@@ -402,7 +416,7 @@ class _Reader:
             return False
         file = ""
         if rest[0] == "-c":
-            source, arguments = (rest[1] if len(rest) > 1 else ""), rest[3:]
+            source, arguments = "".join(rest[1:2]).replace(LITERAL, "$"), rest[3:]
         else:
             path = self.path(rest[0])
             if path is None:
@@ -421,7 +435,7 @@ class _Reader:
         known = self.known.copy()
         known.values = {name: value for name, value in known.values.items() if name in known.exported}
         known.undecided = {name: why for name, why in known.undecided.items() if name in known.exported}
-        known.arguments, known.all_exported = list(arguments), False
+        known.arguments, known.all_exported, known.ends_early = list(arguments), False, False
         for word in words:
             if word in BEFORE:
                 continue

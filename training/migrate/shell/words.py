@@ -8,6 +8,7 @@ import shlex
 from training.utils.errors import UserError
 
 LITERAL = "\ue024"  # stands for a dollar that no shell fills in, until the command is read
+UNREAD = "\ue025"  # stands before a form of a known variable that is not read here, until then
 NAME = re.compile(r"[A-Za-z_]\w*")
 _SIMPLE = re.compile(r"\$(?:[A-Za-z_]\w*|\d|[@*#?$!])")
 _OPERATORS = ("&>>", "<<<", "<<-", "&&", "||", ";;", "&>", ">>", ">&", "<&", "<<", "|&", ">|", "<>", ";", "&", "|", "<",
