@@ -83,7 +83,8 @@ SCRIPTS = [
     f"A=1;B=2\nA=3 & {{ B=4; }} &\nwait{LINE}",
     f"f() {{ local A=9; }}\nA=1;B=2\nf{LINE}",
     "export XX_A=1\nbash -c 'deepspeed x/main.py $XX_A $1' q r\n",
-    f'A=0\nB=0\nset -e\n[ "$1" = 7 ] && A=1\nif [ "$1" = 7 ]; then A=2; fi\n! true\n[ "$1" = 7 ] || B=3\nfalse || B=4{LINE}',
+    f'A=0\nset -e\n[ "$1" = 7 ] && A=1\nif [ "$1" = 7 ]; then A=2; fi\n! true\n[ 1 = 7 ] || B=3\nfalse || B=4{LINE}',
+    "while read -r A; do :; done < <(echo 1)\ndeepspeed x/main.py --a 1 2> >(cat >&2) --b\n",
     "deepspeed x/main.py ${0##*/} ${BASH_SOURCE[0]##*/}\n",
 ]
 
@@ -272,6 +273,10 @@ def test_a_default_gives_way_to_the_environment_here(monkeypatch):
         ("X=ab; deepspeed x/main.py --a $(echo ${X:1})", r"\$\(echo \$\{X:1\}\) is not read here"),
         ("set -e; false; deepspeed x/main.py", "ends at 'false' before it starts"),
         ("set -o errexit; [ a = b ]; deepspeed x/main.py", r"ends at '\[ a = b \]' before it starts"),
+        ("deepspeed x/main.py --a <(echo $1) --b 2", r"<\(echo \$1\) is not read here: write its value"),
+        ("X='a b'; deepspeed x/main.py --a=<(echo $X)", r"<\(echo \$X\) is not read here: write its value"),
+        ("case a in a) A=1 ;& b) A=2;; esac; deepspeed x/main.py", "case a: ;& is not read here: end each branch with"),
+        ("case $1 in a) A=1;;& *) A=2;; esac; deepspeed x/main.py", r"case \$1: ;;& is not read here"),
         ("declare -n R=X; R=5; deepspeed x/main.py --a $X", "declare -n R=X: another name of a variable is not read"),
         ("deepspeed x/main.py {a..c} {01..03}", r"\{a\.\.c\} is not read here: write what it becomes"),
         ("X=a; deepspeed x/main.py --a '$X'", "a dollar that is not the shell's"),

@@ -114,6 +114,8 @@ class Variables:
 
 def fields(word: str, known: Variables) -> list[str]:
     """A word as it is written -> the words that a shell makes of it."""
+    if word.startswith(UNREAD):
+        return [word]
     made = _Fields(known.text("IFS"))
     for one in braces(word):
         made.open = False
@@ -472,10 +474,10 @@ def final(word: str) -> str:
     Raises:
         UserError: it has a form that is not read here, or a dollar that no shell is to take for its own.
     """
-    for begin, end in expansions(word):
-        if UNREAD in word[max(begin - 1, 0) : end]:
-            form = word[begin:end].replace(UNREAD, "")
-            raise UserError(f"{form} is not read here: write its value in its place")
+    if UNREAD in word:
+        at = word.index(UNREAD)
+        form = next((word[begin:end] for begin, end in expansions(word) if begin <= at + 1 < end), word[at:])
+        raise UserError(f"{form.replace(UNREAD, '')} is not read here: write its value in its place")
     plain = word.replace(LITERAL, "$")
     if LITERAL in word and len(expansions(plain)) > len(expansions(word)):
         raise UserError(f"{plain}: a dollar that is not the shell's can not be written here: give it in a file")

@@ -14,7 +14,7 @@ ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)(\[[^\]]*\])?(\+?)=")
 LOOPS = ("for", "while", "until", "select")
 DECLARE = ("export", "declare", "typeset", "readonly")  # not "local": what it sets ends with its function
 _CALCULATED = re.compile(r"([A-Za-z_]\w*)(?:\[[^\]]*\])?\s*(?:(?:[-+*/%&^|]|<<|>>)?=(?!=)|\+\+|--)|(?:\+\+|--)\s*(\w+)")
-_ENDS = ("then", "elif", "else", "fi", "do", "done", "esac", "}", ")", ";;")
+_ENDS = ("then", "elif", "else", "fi", "do", "done", "esac", "}", ")", ";;", ";&", ";;&")
 
 
 @dataclass
@@ -275,6 +275,8 @@ class _Parser:
                 patterns.append(self.take())
             self.expect(")")
             node.clauses.append((patterns, self.commands()))
+            if self.peek() in (";&", ";;&"):
+                raise UserError(f"case {node.word}: {self.peek()} is not read here: end each branch with ;;")
             if self.peek() != "esac":
                 self.expect(";;")
             self.skip("\n")

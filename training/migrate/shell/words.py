@@ -8,10 +8,10 @@ import shlex
 from training.utils.errors import UserError
 
 LITERAL = "\ue024"  # stands for a dollar that no shell fills in, until the command is read
-UNREAD = "\ue025"  # stands before a form of a known variable that is not read here, until then
+UNREAD = "\ue025"  # stands before what is not read here, such as a form of a known variable, until then
 NAME = re.compile(r"[A-Za-z_]\w*")
 _SIMPLE = re.compile(r"\$(?:[A-Za-z_]\w*|\d|[@*#?$!])")
-_OPERATORS = ("&>>", "<<<", "<<-", "&&", "||", ";;", "&>", ">>", ">&", "<&", "<<", "|&", ">|", "<>", ";", "&", "|", "<",
+_OPERATORS = ("&>>", "<<<", "<<-", ";;&", "&&", "||", ";;", ";&", "&>", ">>", ">&", "<&", "<<", "|&", ">|", "<>", ";", "&", "|", "<",
               ">", "(", ")", "\n")  # fmt: skip
 REDIRECTIONS = ("&>>", "<<<", "<<-", "&>", ">>", ">&", "<&", "<<", ">|", "<>", "<", ">")
 _GOES_ON = re.compile(r"\\(?:[ \t]+#[^\n]*)?\n")  # a remark may stand there, as in their pages
@@ -51,6 +51,10 @@ def tokens(text: str) -> list[str]:
         elif text.startswith("((", at):
             end = _closed(text, at + 1, "(", ")") + 1
             found.append(_joined(text[at:end]))
+            at = end
+        elif text.startswith(("<(", ">("), at):
+            end = _closed(text, at + 1, "(", ")")
+            found.append(UNREAD + text[at:end])
             at = end
         elif operator := _operator(text, at, found):
             found.append(operator)
