@@ -85,6 +85,7 @@ SCRIPTS = [
     "export XX_A=1\nbash -c 'deepspeed x/main.py $XX_A $1' q r\n",
     f'A=0\nset -e\n[ "$1" = 7 ] && A=1\nif [ "$1" = 7 ]; then A=2; fi\n! true\n[ 1 = 7 ] || B=3\nfalse || B=4{LINE}',
     "while read -r A; do :; done < <(echo 1)\ndeepspeed x/main.py --a 1 2> >(cat >&2) --b\n",
+    "A=( # it's\n1 # one (more\n)\nB=$(echo 1 # it's\n)\ndeepspeed x/main.py ${A[@]}\n",
     "deepspeed x/main.py ${0##*/} ${BASH_SOURCE[0]##*/}\n",
 ]
 
@@ -249,6 +250,14 @@ def test_a_variable_of_the_shell_s_keeps_its_name_before_a_known_value(monkeypat
     text = 'B=2; C=$THERE; C+=_3; THERE+=4; deepspeed x/main.py "$NOT_SET$B" $NOT_SET"a" "$C" $THERE $NOT_SET.$B'
     assert read_command(text).arguments == [
         "${NOT_SET}2", "${NOT_SET}a", "${THERE}_3", "${THERE}4", "$NOT_SET.2"]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["$A", "${A}", "${L[@]}", "$*"])
+def test_a_value_with_a_variable_of_the_shell_s_is_several_words(form):
+    text = f'A="--a $NOT_SET/x --b 2"; L=("$A"); set -- "$A"; deepspeed x/main.py {form}'
+    assert read_command(text).arguments == ["--a", "$NOT_SET/x", "--b", "2"]
+    assert read_command(text.replace(form, f'"{form}"')).arguments == ["--a $NOT_SET/x --b 2"]
+    assert read_command('C="deepspeed x/main.py --a $NOT_SET"; $C').arguments == ["--a", "$NOT_SET"]
 
 
 def test_a_default_gives_way_to_the_environment_here(monkeypatch):

@@ -205,13 +205,17 @@ class _Fields:
         self.open = True
 
     def add_split(self, part: str) -> None:
-        """A value, of which a shell makes several words."""
-        pieces = re.split(f"[{re.escape(self.separators)}]+", part) if self.separators else [part]
-        for number, piece in enumerate(pieces):
-            if number:
-                self.open = False
-            if piece:
-                self.add(piece)
+        """A value, of which a shell makes several words; what stays in it for the shell is a part of one."""
+        last, between = 0, f"[{re.escape(self.separators)}]+" if self.separators else "(?!)"
+        for begin, end in [*expansions(part), (len(part), len(part))]:
+            for number, piece in enumerate(re.split(between, part[last:begin])):
+                if number:
+                    self.open = False
+                if piece:
+                    self.add(piece)
+            if begin < end:
+                self.add(part[begin:end])
+            last = end
 
 
 def _read(word: str, known: Variables, made: _Fields, *, split: bool) -> None:
@@ -272,7 +276,7 @@ def _expand(piece: str, known: Variables, made: _Fields, *, split: bool, in_quot
     if all_of and (found := known.texts(name)) is not None:
         for number, one in enumerate([" ".join(found)] if "*" in piece else found):
             made.open = made.open and not number
-            made.add_split(one) if split and not expansions(one) else made.add(one)
+            made.add_split(one) if split else made.add(one)
         return
     value = _value(piece, known)
     if value is None:
@@ -281,7 +285,7 @@ def _expand(piece: str, known: Variables, made: _Fields, *, split: bool, in_quot
         _read_quoted(re.sub(r'(\\.)|"', r"\1", value), known, made)
     elif isinstance(value, _Written):
         _read(value, known, made, split=split)
-    elif split and not expansions(value):
+    elif split:
         made.add_split(value)
     else:
         made.add(value)
@@ -443,7 +447,8 @@ def _command(piece: str, known: Variables) -> str:
             value = text(piece[at:end], known)
             made += value if _PLAIN.fullmatch(value) else _as_left(piece[at:end], known)
         else:
-            end = piece_end(piece, at) if piece[at] == "\\" or (piece[at] == "'" and not in_quotes) else at + 1
+            single = piece[at] == "'" and not in_quotes and "'" in piece[at + 1 :]
+            end = piece_end(piece, at) if single or piece[at] == "\\" else at + 1
             in_quotes ^= piece[at] == '"'
             made += piece[at:end]
         at = end

@@ -172,6 +172,9 @@ def _closed(text: str, begin: int, opening: str, closing: str) -> int:
     """The place behind the bracket that closes one."""
     depth, at = 1, begin + 1
     while at < len(text):
+        if text[at] == "#" and opening == "(" and text[at - 1] in " \t\n(":  # a remark
+            at = _line_end(text, at)
+            continue
         depth += (text[at] == opening) - (text[at] == closing)
         if not depth:
             return at + 1
