@@ -100,7 +100,11 @@ def test_a_step_that_would_end_within_an_iteration_is_refused_with_the_nearest()
         ("deepspeed main.py --model_name_or_path a", ["may be several steps' program"]),
         ("python other.py", ["other.py", "no program of DeepSpeed-Chat"]),
         ("ls -l", ["starts no Python program"]),
-        ("python a.py; python b.py", ["starts 2 programs"]),
+        ("python a.py; python b.py", ["starts 2 programs, a.py, b.py: give one"]),
+        ("python -m x.step1.main --a 1", ["python -m x.step1.main", "write x/step1/main.py in place of -m"]),
+        ("torchrun --nproc_per_node 2 -m fastchat.train.train", ["write fastchat/train/train.py in place of -m"]),
+        (f"M=; deepspeed {STEP1} --model_name_or_path $M --seed 1", ["--model_name_or_path $M: that is empty there"]),
+        (f'set --; deepspeed {STEP1} --seed 1 --data_path ${{1}}', ["--data_path ${1}: that is empty there"]),
         (f"deepspeed {STEP1} --eot_token 'a", ["No closing quotation"]),
         ("bash nowhere.sh out", ["nowhere.sh: no such file"]),
         (f"for s in 1 2; do deepspeed {STEP1} --seed $s; done", ["is started by a loop, 'for s in 1 2'"]),
@@ -228,6 +232,12 @@ def test_words_for_the_shell():
     assert [quoted(word) for word in ("a", "$X/y", "a b", "$X y", "<|e|>", "~/x")] == [
         "a", "$X/y", "'a b'", '"$X y"', "'<|e|>'", "~/x"
     ]  # fmt: skip
+
+
+def test_what_a_script_does_before_its_step_is_left_out():
+    made = translate(f"python prepare.py --n 3\nX=\ndeepspeed {STEP1} --seed 1 --deepspeed $X \\\r\n --lora_dim 8")
+    assert "prepare.py is left out: it is none of their steps" in made.lines
+    assert {"--seed", "--lora_dim"} < set(made.arguments), "lines of a file of Windows' go on, too"
 
 
 def test_a_flag_twice_dashes_and_our_own_flags():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -100,7 +101,7 @@ def translate(text: str, source: str = "") -> Translated:
     Raises:
         UserError: no predecessor has such a program, or the command can not be had here: all reasons, in one line.
     """
-    command = read_command(text)
+    command = read_command(text, {PurePosixPath(path).name for p in PREDECESSORS for q in p.programs for path in q.paths})
     predecessor, program, told = choose(command, source)
     ours = OURS.get(program.ours)
     if ours is None:
@@ -217,8 +218,12 @@ def given_flags(flags: Mapping[str, OtherFlag], ours: Ours, command: Command) ->
         for written in (f"--{name}", f"--no-{name}")[: 2 if hint is bool else 1]:
             if written not in flags:
                 parser.add_argument(written, dest=written, **switch, **hidden)
-    known = {name for action in parser._actions for name in action.option_strings}
+    known = {name: action for action in parser._actions for name in action.option_strings}
     words = [arguments.with_underscores(word, known) for word in command.arguments]
+    for name, behind in itertools.pairwise([*words, "--"]):
+        if name in command.empty.keys() & known and behind.startswith("--") and known[name].nargs != 0:
+            raise UserError(f"{name} {command.empty[name]}: that is empty there; write its value in its place, or give "
+                            'the script\'s arguments, as in "bash FILE.sh OUTPUT 3"')  # fmt: skip
     values, unknown = parser.parse_known_args(words)
     if names := list(dict.fromkeys(word.partition("=")[0] for word in unknown if word.startswith("-"))):
         near = {name: difflib.get_close_matches(name, known, n=1, cutoff=arguments.CLOSE) for name in names}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -23,6 +23,7 @@ _MODULES = {
     **dict.fromkeys(("deepspeed", "deepspeed.launcher.runner"), "deepspeed"),
 }
 _PYTHON = re.compile(r"python[\d.]*")
+_MODULE = re.compile(r"(?:^|\s|/)(?:python[\d.]*|torchrun|deepspeed)\s(?:.*\s)?-m\s+(\w+(?:\.\w+)+)")
 # Launchers other than deepspeed: their flag -> deepspeed's; None: it has nothing to say to deepspeed
 _RANKS = {
     "--nproc_per_node": "--num_gpus",
@@ -61,6 +62,7 @@ class Command:
         script: the program's path, below the folder that ``cd`` went to.
         arguments: what follows it.
         file: the script of the shell's that it stands in, a whole path.
+        empty: what is empty in it, by what stands before that.
         notes: what was read over, a line each.
     """
 
@@ -71,19 +73,26 @@ class Command:
     script: str = ""
     arguments: list[str] = field(default_factory=list)
     file: str = ""
+    empty: Mapping[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
-def read_command(text: str) -> Command:
+def read_command(text: str, known: Collection[str] = ()) -> Command:
     """The command in a text: one line, or a whole script of which one command starts a Python program.
 
     Variables that the text sets are filled in, and conditions on them decided; others stay for the shell.
+
+    Args:
+        text: as a shell takes it.
+        known: files of programs; where one of several commands starts such a one, it is meant.
 
     Raises:
         UserError: there is no such command or several, or a quote is open.
     """
     runs, notes, ended = read_script(text)
-    started = [(run, command) for run in runs if (command := _started(run.words)) is not None]
+    every = [(run, command) for run in runs if (command := _started(run.words)) is not None]
+    started = [pair for pair in every if PurePosixPath(pair[1].script).name in known] or every
+    notes += [f"{pair[1].script} is left out: it is none of their steps" for pair in every if pair not in started]
     for run, command in started:
         if run.inside.endswith("()"):
             raise UserError(f"{run.inside} is no launcher that is known here: give the command in it alone")
@@ -91,15 +100,20 @@ def read_command(text: str) -> Command:
             raise UserError(f"{command.script} is started by a loop, {run.inside!r}: give the command in it alone, "
                             "and put what it becomes in its place")  # fmt: skip
     if len(started) > 1:
-        raise UserError(f"this command starts {len(started)} programs: give one at a time")
+        names = ", ".join(command.script for _, command in started)
+        raise UserError(f"this command starts {len(started)} programs, {names}: give one at a time")
     if not started and ended:
         raise UserError(f'this command ends at {ended!r} before it starts a Python program: give the script\'s '
                         'arguments, as in "bash FILE.sh OUTPUT 3"')  # fmt: skip
+    module = next((found[1] for run in runs if (found := _MODULE.search(" ".join(run.words)))), "")
+    if not started and module:
+        raise UserError(f"python -m {module}: programs are known by their files: write {module.replace('.', '/')}.py "
+                        f"in place of -m {module}")  # fmt: skip
     if not started:
         raise UserError('this command starts no Python program, as in "deepspeed --num_gpus 2 main.py ..."')
     [(run, command)] = started
     finish(command, run)
-    command.file = run.file
+    command.file, command.empty = run.file, run.empty
     command.notes += [note.replace(LITERAL, "$").replace(UNREAD, "") for note in (*run.notes, *notes)]
     return command
 

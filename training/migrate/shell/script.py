@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import glob
+import itertools
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -56,6 +57,7 @@ class Run:
         known: the variables at its place.
         file: the script that it stands in, a whole path; empty for the text itself.
         notes: what was read over, a line each.
+        empty: what is empty in it, by what stands before that, both as they are written.
     """
 
     words: list[str]
@@ -65,6 +67,7 @@ class Run:
     known: Variables
     file: str = ""
     notes: list[str] = field(default_factory=list)
+    empty: Mapping[str, str] = field(default_factory=dict)
 
 
 class _EndedError(Exception):
@@ -459,7 +462,8 @@ class _Reader:
                 notes.append(f"{name} is not set here: {known.undecided[name]} decides it")
             elif (value := known.text(name)) is not None:
                 environment.append(f"{name}={value}")
-        return Run(words, environment, self.folder, self.inside, known.copy(), self.file, notes)
+        empty = {before: word for before, word in itertools.pairwise(node.words) if not fields(word, known)}
+        return Run(words, environment, self.folder, self.inside, known.copy(), self.file, notes, empty)
 
 
 def _said(condition: Sequence[Node], otherwise: str) -> str:

@@ -14,7 +14,7 @@ _SIMPLE = re.compile(r"\$(?:[A-Za-z_]\w*|\d|[@*#?$!])")
 _OPERATORS = ("&>>", "<<<", "<<-", ";;&", "&&", "||", ";;", ";&", "&>", ">>", ">&", "<&", "<<", "|&", ">|", "<>", ";", "&", "|", "<",
               ">", "(", ")", "\n")  # fmt: skip
 REDIRECTIONS = ("&>>", "<<<", "<<-", "&>", ">>", ">&", "<&", "<<", ">|", "<>", "<", ">")
-_GOES_ON = re.compile(r"\\(?:[ \t]+#[^\n]*)?\n")  # a remark may stand there, as in their pages
+_GOES_ON = re.compile(r"\\(?:[ \t]+#[^\n]*)?\r?\n")  # a remark may stand there, as in their pages
 _QUOTED = re.compile(r"\$'(?:[^'\\]|\\.)*'|'[^']*'|\"(?:[^\"\\]|\\.)*\"|\\.", re.DOTALL)
 _NUMBER = re.compile(r"\d+(?=[<>])")  # of what is redirected
 _BRACES = re.compile(r"(?<!\$)\{[^{}]*(?:,|\.\.)")
