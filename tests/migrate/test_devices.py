@@ -1,11 +1,14 @@
 """A command's ranks take the devices that its ``CUDA_VISIBLE_DEVICES`` names, as its own launcher would have it."""
 
+import sys
+
 import pytest
 
 from training.migrate.__main__ import start
 from training.migrate.shell.command import read_command
 from training.migrate.translate import ranks_of, translate
 from training.utils.errors import UserError
+from training.utils.run.folders import shown
 
 STEP1 = "training/step1_supervised_finetuning/main.py"
 GPUS = "CUDA_VISIBLE_DEVICES=8,9"
@@ -66,7 +69,8 @@ def test_devices_without_numbers_go_to_torchrun(monkeypatch):
     made = translate(f"{entry},GPU-c torchrun --nproc_per_node=2 --master_port 9 {STEP1} --seed 1")
     assert (made.environment, made.starter) == ([f"{entry},GPU-c"], "torchrun")
     assert made.launcher == ["--nproc_per_node", "2", "--master_port", "9"]
-    assert f"\n{entry},GPU-c torchrun --nproc_per_node 2 --master_port 9 " in made.text()
+    python = f"{shown(sys.executable)} -m torch.distributed.run"
+    assert f"\n{entry},GPU-c {python} --nproc_per_node 2 --master_port 9 " in made.text()
     called = []
     monkeypatch.setattr("os.execvpe", lambda program, words, environment: called.append((words, environment)))
     start(made)
@@ -82,7 +86,7 @@ def test_more_ranks_than_devices_are_refused():
 
 def test_programs_of_one_process_keep_the_variable():
     made = translate(f"{GPUS} python training/step2_reward_model_finetuning/rw_eval.py --model_name_or_path a")
-    assert made.text().splitlines()[-2].startswith(f"{GPUS} python ")
+    assert made.text().splitlines()[-2].startswith(f"{GPUS} {shown(sys.executable)} ")
 
 
 @pytest.mark.parametrize(

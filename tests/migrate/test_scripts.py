@@ -9,6 +9,7 @@ from training.migrate.__main__ import filled, parse_flags
 from training.migrate.shell.command import read_command
 from training.migrate.translate import translate
 from training.utils.errors import UserError
+from training.utils.run.folders import deepspeed_launcher
 
 STEP1 = "training/step1_supervised_finetuning/main.py"
 # Prints its arguments and what it has in its environment, a line each
@@ -200,8 +201,8 @@ def test_exports_are_carried_over():
         "export CUDA_VISIBLE_DEVICES=4,5,6,7\n# export NCCL_IB_HCA=a\nexport HF_HOME='/x y'\nNOT_EXPORTED=1\n"
         f"export PATH=/x:$PATH\nTOKENIZERS_PARALLELISM=false deepspeed {STEP1} --seed 1"
     )
-    entries = "CUDA_VISIBLE_DEVICES=4,5,6,7 HF_HOME='/x y' PATH=/x:$PATH TOKENIZERS_PARALLELISM=false deepspeed "
-    assert f"\n{entries}" in made.text()
+    entries = "CUDA_VISIBLE_DEVICES=4,5,6,7 HF_HOME='/x y' PATH=/x:$PATH TOKENIZERS_PARALLELISM=false "
+    assert f"\n{entries}{' '.join(deepspeed_launcher())} " in made.text()
     left = read_command("[ -f a ] && export CUDA_VISIBLE_DEVICES=1\ndeepspeed x/main.py")
     assert left.environment == []
     assert any(note.startswith("CUDA_VISIBLE_DEVICES is not set") for note in left.notes)

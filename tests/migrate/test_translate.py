@@ -1,6 +1,7 @@
 """Commands of other projects become commands here with the same values; what can not be had is one line."""
 
 import dataclasses
+import os
 
 import pytest
 
@@ -12,6 +13,7 @@ from training.migrate.shell.words import quoted
 from training.migrate.translate import OURS, ranks_of, translate
 from training.utils import arguments
 from training.utils.errors import UserError
+from training.utils.run.folders import deepspeed_launcher
 
 STEP1, STEP2, STEP3 = (
     f"training/{name}/main.py"
@@ -104,7 +106,7 @@ def test_a_step_that_would_end_within_an_iteration_is_refused_with_the_nearest()
         ("python -m x.step1.main --a 1", ["python -m x.step1.main", "write x/step1/main.py in place of -m"]),
         ("torchrun --nproc_per_node 2 -m fastchat.train.train", ["write fastchat/train/train.py in place of -m"]),
         (f"M=; deepspeed {STEP1} --model_name_or_path $M --seed 1", ["--model_name_or_path $M: that is empty there"]),
-        (f'set --; deepspeed {STEP1} --seed 1 --data_path ${{1}}', ["--data_path ${1}: that is empty there"]),
+        (f"set --; deepspeed {STEP1} --seed 1 --data_path ${{1}}", ["--data_path ${1}: that is empty there"]),
         (f"deepspeed {STEP1} --eot_token 'a", ["No closing quotation"]),
         ("bash nowhere.sh out", ["nowhere.sh: no such file"]),
         (f"for s in 1 2; do deepspeed {STEP1} --seed $s; done", ["is started by a loop, 'for s in 1 2'"]),
@@ -265,8 +267,10 @@ def test_a_number_that_others_hang_on_must_be_known():
 
 
 def test_deepspeed_without_flags_takes_all_gpus(monkeypatch):
-    assert translate(f"deepspeed {STEP1}").start() == ["deepspeed", STEP1]
-    assert translate(f"python {STEP1}").start() == ["deepspeed", "--num_gpus", "1", STEP1]
+    launcher = deepspeed_launcher()
+    assert os.path.isfile(launcher[0]), "a command that is printed can be started where no environment is active"
+    assert translate(f"deepspeed {STEP1}").start() == [*launcher, STEP1]
+    assert translate(f"python {STEP1}").start() == [*launcher, "--num_gpus", "1", STEP1]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
     assert ranks_of(read_command(f"deepspeed {STEP1}")) == 3
     assert ranks_of(read_command(f"python {STEP1}")) == 1

@@ -23,7 +23,6 @@ from training.migrate.translate import Translated, translate
 from training.utils import arguments
 from training.utils.errors import UserError, run_program
 from training.utils.run.environment import check_environment
-from training.utils.run.folders import deepspeed_launcher, repository_root, shown
 
 
 @dataclass
@@ -72,10 +71,7 @@ def filled(word: str) -> str:
 
 def start(made: Translated) -> NoReturn:
     """Become a translated command."""
-    script = shown(repository_root() / made.ours.script)
-    starter = [sys.executable, "-m", "torch.distributed.run"] if made.starter == "torchrun" else deepspeed_launcher()
-    launcher = [*starter, *made.launcher] if made.ours.launched else [sys.executable]
-    words = [filled(word) for word in (*launcher, script, *made.arguments)]
+    words = [filled(word) for word in (*made.start(), *made.arguments)]
     environment = dict(filled(entry).split("=", 1) for entry in made.environment)
     os.execvpe(words[0], words, os.environ | environment)
 

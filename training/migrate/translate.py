@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import itertools
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -20,7 +21,7 @@ from training.step3_rlhf_finetuning import arguments as step3
 from training.utils import arguments
 from training.utils.arguments import OtherFlag
 from training.utils.errors import UserError
-from training.utils.run.folders import STEPS, repository_root, shown
+from training.utils.run.folders import STEPS, deepspeed_launcher, repository_root, shown
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,12 @@ class Translated:
     lines: list[str]
 
     def start(self) -> list[str]:
-        """The words before the arguments, but for the environment."""
-        starter = [self.starter, *self.launcher] if self.ours.launched else ["python"]
-        return [*starter, shown(repository_root() / self.ours.script)]
+        """The words before the arguments, but for the environment; programs are those beside this interpreter."""
+        python, script = shown(sys.executable), shown(repository_root() / self.ours.script)
+        if not self.ours.launched:
+            return [python, script]
+        torchrun = [python, "-m", "torch.distributed.run"]
+        return [*(torchrun if self.starter == "torchrun" else deepspeed_launcher()), *self.launcher, script]
 
     def text(self) -> str:
         """For a terminal or a script: what has changed as comments, then the command, a flag a line."""
@@ -101,7 +105,9 @@ def translate(text: str, source: str = "") -> Translated:
     Raises:
         UserError: no predecessor has such a program, or the command can not be had here: all reasons, in one line.
     """
-    command = read_command(text, {PurePosixPath(path).name for p in PREDECESSORS for q in p.programs for path in q.paths})
+    command = read_command(
+        text, {PurePosixPath(path).name for p in PREDECESSORS for q in p.programs for path in q.paths}
+    )
     predecessor, program, told = choose(command, source)
     ours = OURS.get(program.ours)
     if ours is None:

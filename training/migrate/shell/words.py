@@ -11,8 +11,8 @@ LITERAL = "\ue024"  # stands for a dollar that no shell fills in, until the comm
 UNREAD = "\ue025"  # stands before what is not read here, such as a form of a known variable, until then
 NAME = re.compile(r"[A-Za-z_]\w*")
 _SIMPLE = re.compile(r"\$(?:[A-Za-z_]\w*|\d|[@*#?$!])")
-_OPERATORS = ("&>>", "<<<", "<<-", ";;&", "&&", "||", ";;", ";&", "&>", ">>", ">&", "<&", "<<", "|&", ">|", "<>", ";", "&", "|", "<",
-              ">", "(", ")", "\n")  # fmt: skip
+_OPERATORS = ("&>>", "<<<", "<<-", ";;&", "&&", "||", ";;", ";&", "&>", ">>", ">&", "<&", "<<", "|&", ">|", "<>", ";",
+              "&", "|", "<", ">", "(", ")", "\n")  # fmt: skip
 REDIRECTIONS = ("&>>", "<<<", "<<-", "&>", ">>", ">&", "<&", "<<", ">|", "<>", "<", ">")
 _GOES_ON = re.compile(r"\\(?:[ \t]+#[^\n]*)?\r?\n")  # a remark may stand there, as in their pages
 _QUOTED = re.compile(r"\$'(?:[^'\\]|\\.)*'|'[^']*'|\"(?:[^\"\\]|\\.)*\"|\\.", re.DOTALL)
