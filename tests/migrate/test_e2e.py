@@ -153,3 +153,12 @@ def test_stages_of_e2e_rlhf_count_before_a_script_s_and_an_unknown_script_is_nam
     assert "--step1_args" not in found.arguments and "--step2_args" in found.arguments
     assert any("single_node/run_30b.sh of step 1: translate it" in line for line in found.lines)
     assert "--step1_args '" in translate(command).text()
+
+
+def test_alpaca_rlhf_s_steps_have_its_own_constants_there():
+    line = "python alpaca_rlhf/deepspeed_chat/train.py --actor-model 1.3b --deployment-type"
+    made = translate(f"{line} single_gpu")
+    args = dict(zip(made.arguments, made.arguments[1:], strict=False))
+    assert "--kl_coef 0.02" in args["--step3_args"] and "normalize_reward" not in args["--step3_args"]
+    assert args["--data_split"] == "4,4,2" and "lora_learning_rate" not in args["--step1_args"]
+    assert "2,4,4" in translate(f"{line} single_node").arguments, "its scripts for more GPUs say so"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 from training.migrate import deepspeed_chat as chat, e2e
 from training.migrate.deepspeed_chat import same
 from training.migrate.program import Constant, Predecessor, Program, Translation
@@ -69,7 +72,7 @@ ALPACA_RLHF = Predecessor(
             (chat.GREEDY, "rewards are normalised by step 2's reward_stats.json; there by two numbers in the code"),
             settle_step3,
         ),
-        e2e.PROGRAM,
+        replace(e2e.PROGRAM, settle=partial(e2e.settle_e2e, source="alpaca-rlhf", split="4,4,2")),
         *chat.EVALUATIONS,
         Program("the chat page", ("llama_chatbot_gradio.py",), "page", {"--path": chat.CHAT["--path"]}),
     ),

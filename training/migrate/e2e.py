@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from training.migrate.e2e_scripts import SCRIPTS
+from training.migrate.e2e_scripts import SCRIPTS, SINGLE
 from training.migrate.program import Program, Translation, as_text
 from training.utils.arguments import OtherFlag
 from training.utils.errors import UserError
@@ -35,7 +35,7 @@ E2E: Mapping[str, OtherFlag] = {
 STAGES = {"--actor-zero-stage": ((1, "--zero_stage"), (3, "--actor_zero_stage")),
           "--reward-zero-stage": ((2, "--zero_stage"), (3, "--critic_zero_stage"))}  # fmt: skip
 FOLDERS = {"--actor-model": ("actor-models", "step1"), "--reward-model": ("reward-models", "step2")}
-DATA, RECIPE = "Dahoas/rm-static", "start"
+DATA, SPLIT, RECIPE = "Dahoas/rm-static", "2,4,4", "start"
 NAMES = {"--actor-model": "--actor_model_name_or_path", "--reward-model": "--reward_model_name_or_path"}
 
 
@@ -139,8 +139,12 @@ def rewritten(argv: Sequence[str]) -> list[str]:
     return rest
 
 
-def script_flags(step: int, deployment: str, size: str, ranks: int) -> tuple[str, list[str]] | None:
+def script_flags(
+    step: int, deployment: str, size: str, ranks: int, source: str = "DeepSpeed-Chat"
+) -> tuple[str, list[str]] | None:
     """What a script of e2e_rlhf.py gives its step, as flags here, and what has changed; None if it is not known.
+
+    ``source`` is the project whose step it starts.
 
     Raises:
         UserError: it can not be had here.
@@ -152,7 +156,7 @@ def script_flags(step: int, deployment: str, size: str, ranks: int) -> tuple[str
     ours = OURS[f"step{step}"]
     paths = [f"--{name}" for name in GIVEN[f"step{step}"]]  # train.py gives them
     command = ["deepspeed --num_gpus", str(ranks), ours.script, *(f"{flag} PATH" for flag in paths)]
-    made = translate(" ".join([*command, SCRIPTS[step][deployment, size]]), "DeepSpeed-Chat")
+    made = translate(" ".join([*command, SCRIPTS[step][deployment, size]]), source)
     words, flags = list(made.arguments), dict[str, list[str]]()
     while words:
         values = flags.setdefault(words.pop(0), [])
@@ -169,8 +173,11 @@ def script_flags(step: int, deployment: str, size: str, ranks: int) -> tuple[str
     return text, [line for line in made.lines if "--data_" not in line]
 
 
-def settle_e2e(t: Translation) -> None:
-    """Its models, stages and ranks, and what its scripts give their steps."""
+def settle_e2e(t: Translation, source: str = "DeepSpeed-Chat", split: str = SPLIT) -> None:
+    """Its models, stages and ranks, and what its scripts give their steps.
+
+    ``source`` is the project, ``split`` its division of the data where a script has none.
+    """
     steps = [int(text) for text in t.given.get("--step", [])] or [1, 2, 3]
     given = {name: str(t.theirs(name)) for name in E2E if name != "--step" and t.theirs(name) not in (None, "")}
     try:
@@ -179,14 +186,14 @@ def settle_e2e(t: Translation) -> None:
     except UserError as error:
         t.refused.append(str(error))
     t.set("--data_path", DATA, "the data of its scripts")
-    t.set("--data_split", "2,4,4", "the data of its scripts")
+    t.set("--data_split", split if given["--deployment-type"] == SINGLE else SPLIT, "the data of its scripts")
     t.set("--recipe", RECIPE, "this project's values for own data")
     folder = given["--deployment-type"]
     for step in steps:
         size = given["--reward-model" if step == 2 else "--actor-model"].removeprefix("facebook/opt-")
         script, name = f"{folder}/run_{size}.sh of step {step}", f"--step{step}_args"
         try:
-            found = script_flags(step, folder, size, int(t.values.get("--num_gpus", ["1"])[0]))
+            found = script_flags(step, folder, size, int(t.values.get("--num_gpus", ["1"])[0]), source)
         except UserError as error:
             t.refused.append(f"{script}: {error}")
             continue
