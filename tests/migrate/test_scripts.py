@@ -135,6 +135,13 @@ def test_a_scripts_arguments_count(tmp_path):
         assert translate(text).arguments[2:6] == ["--zero_stage", "2", "--output_dir", "./output"]
 
 
+def test_a_project_is_known_by_the_folder_of_its_script(tmp_path):
+    (tmp_path / "alpaca_rlhf").mkdir()
+    path = script_of_theirs(tmp_path / "alpaca_rlhf")
+    assert translate(f"bash {path}").predecessor.name == "alpaca-rlhf"
+    assert translate(f"bash {path}", "DeepSpeed-Chat").predecessor.name == "DeepSpeed-Chat"
+
+
 @pytest.mark.parametrize(
     "unknown",
     [

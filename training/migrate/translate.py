@@ -146,7 +146,8 @@ def choose(command: Command, source: str = "") -> tuple[Predecessor, Program, li
     if not found:
         names = ", ".join(p.name for p in PREDECESSORS)
         raise UserError(f"{command.script}: no program of {source or names} has this name")
-    found = [(p, program) for p, program in found if any(mark in script for mark in p.marks)] or found
+    for place in (script, command.file.lower()):
+        found = [(p, program) for p, program in found if any(mark in place for mark in p.marks)] or found
     given = {word.partition("=")[0] for word in command.arguments if word.startswith("--")}
     missing = [_unknown(given, program) for _, program in found]
     found = [pair for pair, count in zip(found, missing, strict=True) if count == min(missing)]
