@@ -200,7 +200,22 @@ def test_folders_are_left_again():
         ("(pushd a); popd; cd -P b", "b"),
     ]:
         assert read_command(f"{text}; deepspeed x/main.py").script == f"{folder}/x/main.py"
+    assert (
+        "cd c is left out: paths are taken from where this command is started"
+        in read_command("cd c; deepspeed x/main.py").notes
+    )
     assert "'{a,b}'" in translate(f"deepspeed {STEP1} --output_dir '{{a,b}}'").text()
+
+
+def test_a_tilde_in_quotes_is_said():
+    for text in (
+        'D="~/o"; deepspeed x/main.py --a $D',
+        "deepspeed x/main.py --a '~/o'",
+        "deepspeed x/main.py --a=\\~/o",
+    ):
+        found = read_command(text)
+        assert any("~/o" in note and "begins in the home folder here" in note for note in found.notes), text
+    assert not read_command("D=~/o; deepspeed x/main.py --a $D ~/b 'a~/b'").notes
 
 
 def test_exports_are_carried_over():

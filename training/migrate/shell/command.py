@@ -130,6 +130,8 @@ def finish(command: Command, run: Run) -> None:
     command.launcher = [final(word) for word in command.launcher]
     command.arguments = [final(word) for word in command.arguments]
     command.script = str(PurePosixPath(final(run.folder)) / final(command.script))
+    if run.folder:
+        command.notes.append(f"cd {final(run.folder)} is left out: paths are taken from where this command is started")
     words = [*command.launcher, *command.arguments]
     lefts = {left for word in words for left in left_to_the_shell(word)}
     lefts |= {left for entry in command.environment for left in left_to_the_shell(entry) if left.startswith("$(")}

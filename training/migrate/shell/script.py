@@ -288,6 +288,7 @@ class _Reader:
         match = ASSIGNMENT.match(word)
         assert match
         name, value = match[1], word[match.end() :]
+        self.notes += _at_home(value)
         is_number = re.fullmatch(r"0|-?[1-9]\d*", value) and not match[3]
         if match[2] or (name in self.shaped and not is_number):
             self.known.leave_open(name, word)
@@ -451,7 +452,7 @@ class _Reader:
 
     def started(self, words: list[str], node: Simple) -> Run:
         """A command with what it is started with."""
-        known, notes = self.known, list(self.taken)
+        known, notes = self.known, [*self.taken, *(note for word in node.words for note in _at_home(word))]
         for operator, target in node.redirections:
             if operator in _OUTPUT:
                 said = text(target, known)
@@ -464,6 +465,14 @@ class _Reader:
                 environment.append(f"{name}={value}")
         empty = {before: word for before, word in itertools.pairwise(node.words) if not fields(word, known)}
         return Run(words, environment, self.folder, self.inside, known.copy(), self.file, notes, empty)
+
+
+def _at_home(word: str) -> list[str]:
+    """What is to be said of a word whose tilde is quoted, for all programs here take it for the home folder."""
+    quoted = re.search(r"(?:^|=)([\"'\\]~/.*)", word, re.DOTALL)
+    return (
+        [f"{quoted[1]} begins in the home folder here; there, as it is quoted, in a folder called ~"] if quoted else []
+    )
 
 
 def _said(condition: Sequence[Node], otherwise: str) -> str:
