@@ -270,7 +270,7 @@ CASES = [
             ),
             ("config.json", "{}", "its configuration can not be used: Unrecognized model"),
             ("config.json", '{"model_type": "llama", "hidden_size": "x"}', "'hidden_size' expected int, got str"),
-            ("config.json", '{"model_type": "llama", "architectures": 3}', "architectures is no list of names"),
+            ("config.json", '{"model_type": "llama", "architectures": 3}', "architectures"),
             ("tokenizer_config.json", '{"eos_token": 3}', "TypeError: Special token eos_token has to be"),
             ("tokenizer_config.json", '{"tokenizer_class": []}', "no tokenizer can be loaded from it (TypeError"),
             ("tokenizer_config.json", '{"eos_token": "<|im_end|>", "model_max_length": "x"}', "no tokenizer can be"),

@@ -297,6 +297,7 @@ def test_longrope_says_where_a_row_depends_on_its_neighbours(tmp_path, capsys):
 
 
 def test_a_converted_gguf_file_may_be_read_by_whom_the_user_allows(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRIPOD_CACHE", str(tmp_path / "cache"))
     (tmp_path / "a.gguf").touch()
     (tmp_path / "any").mkdir()
     tokenizer, model = AutoTokenizer.from_pretrained(tiny_model), AutoModelForCausalLM.from_pretrained(tiny_model)
