@@ -122,6 +122,8 @@ def test_colossalchats_reward_models(tmp_path, tiny_data, capsys):
     base, head = save_theirs(tmp_path / "theirs", FAMILIES["llama"], "model.", "value_head", bias=True)
     (tmp_path / "theirs" / "config.json").rename(tmp_path / "tokenizer" / "config.json")
     (tmp_path / "theirs" / "pytorch_model.bin").rename(tmp_path / "theirs" / "pytorch_model-00001.bin")
+    assert convert(tmp_path, tiny_data) == 2, "as --save_dir, in which they lie in modeling/"
+    assert f"no weights there (pytorch_model.bin); give {tmp_path / 'theirs'}" in capsys.readouterr().err
     assert convert(tmp_path / "theirs", tiny_data) == 2
     assert "--chat_template FILE" in capsys.readouterr().err
     template = {"system_message": "Be kind.", "end_of_assistant": "<|im_end|>", "stop_ids": [0]}
@@ -133,9 +135,17 @@ def test_colossalchats_reward_models(tmp_path, tiny_data, capsys):
     assert tokenizer.apply_chat_template(turns, tokenize=False).startswith("<|im_start|>system\nBe kind.<|im_end|>")
 
 
+def test_alpaca_rlhfs_reward_models(tmp_path, tiny_data):
+    """As DeepSpeed-Chat's of before October 2023 they have a slip of the pen in their names."""
+    base, head = save_theirs(tmp_path / "theirs", FAMILIES["llama"], "rwtranrsformer.")
+    assert convert(tmp_path / "theirs", tiny_data) == 0
+    check_scores(base, head, tmp_path / "ours")
+
+
+@pytest.mark.parametrize("backbone", ["rwtransformer.", "rwtranrsformer."])
 @pytest.mark.parametrize("legacy", [False, True])
-def test_such_a_folder_is_known_by_its_names_alone(tmp_path, legacy):
-    save_theirs(tmp_path / "theirs", FAMILIES["llama"])
+def test_such_a_folder_is_known_by_its_names_alone(tmp_path, legacy, backbone):
+    save_theirs(tmp_path / "theirs", FAMILIES["llama"], backbone)
     if legacy:
         file = tmp_path / "theirs" / "pytorch_model.bin"
         torch.save(torch.load(file, weights_only=True), file, _use_new_zipfile_serialization=False)

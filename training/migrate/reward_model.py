@@ -4,11 +4,12 @@
         --tokenizer_name_or_path BASE
 
 Theirs are a backbone and a head of their own in PyTorch's files: `rwtransformer.*` and `v_head.weight` of
-DeepSpeed-Chat and alpaca-rlhf, `gpt_neox.*` and `out_proj` of OpenAssistant's Pythia models, `model.*` and
-`value_head` of ColossalChat. The last have no config.json: that of --tokenizer_name_or_path is taken, and
---chat_template is the conversation template that their data were prepared with. What is written loads in plain
-transformers as a sequence classifier. The rewards of all pairs of --data_path give reward_stats.json. A bias of their
-head moves all rewards alike; it is left out, and the statistics are of the rewards without it.
+DeepSpeed-Chat (until October 2023, and of alpaca-rlhf, `rwtranrsformer.*`), `gpt_neox.*` and `out_proj` of
+OpenAssistant's Pythia models, `model.*` and `value_head` of ColossalChat. The last have no config.json: that of
+--tokenizer_name_or_path is taken, and --chat_template is the conversation template that their data were prepared with.
+What is written loads in plain transformers as a sequence classifier. The rewards of all pairs of --data_path give
+reward_stats.json. A bias of their head moves all rewards alike; it is left out, and the statistics are of the rewards
+without it.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ def check_folder(args: ConversionArguments) -> None:
     if not folder.is_dir():
         raise UserError(f"--path {args.path}: no such folder")
     if not weight_files(folder):
-        raise UserError(f"--path {args.path}: no weights there (pytorch_model.bin)")
+        below = next((f"; give {file.parent}" for file in sorted(folder.glob("*/pytorch_model*.bin"))), "")
+        raise UserError(f"--path {args.path}: no weights there (pytorch_model.bin){below}")
     config = config_folder(args) / "config.json"
     if not config.is_file():
         raise UserError(f"--path {args.path}: no config.json there; name the base model's folder, which has one, with "
@@ -135,6 +137,7 @@ class Layout:
 
 LAYOUTS = (
     Layout("DeepSpeed-Chat", "rwtransformer.", "v_head", "\n\nHuman: ", "\n\nAssistant: "),
+    Layout("DeepSpeed-Chat of 2023", "rwtranrsformer.", "v_head", "\n\nHuman: ", "\n\nAssistant: "),
     Layout("OpenAssistant", "gpt_neox.", "out_proj", "<|prompter|>", "<|assistant|>", "<|endoftext|>"),
     Layout("ColossalChat", "model.", "value_head"),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import dataclasses
 import importlib.util
+import re
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -145,6 +146,9 @@ def _missing_weights(folder: Path) -> str:
     return f"{len(missing)} of its files of weights are missing, {missing[0]} among them" if missing else ""
 
 
+_THEIR_BACKBONE = re.compile(rb"rwtran(?:s|rs)former\.")  # so written, and miswritten until October 2023
+
+
 def _of_another_project(folder: Path) -> bool:
     """Whether a reward model lies there that training/migrate/reward_model.py converts; its tensors are not read."""
     if b'"gpt_neox_reward_model"' in (folder / "config.json").read_bytes():
@@ -154,9 +158,10 @@ def _of_another_project(folder: Path) -> bool:
         return False
     if not zipfile.is_zipfile(file):
         with file.open("rb") as opened:
-            return b"rwtransformer." in opened.read(1 << 20)  # where older files have their names
+            return _THEIR_BACKBONE.search(opened.read(1 << 20)) is not None  # where older files have their names
     with zipfile.ZipFile(file) as opened:
-        return any(b"rwtransformer." in opened.read(name) for name in opened.namelist() if name.endswith("data.pkl"))
+        names = (opened.read(name) for name in opened.namelist() if name.endswith("data.pkl"))
+        return any(_THEIR_BACKBONE.search(found) for found in names)
 
 
 def _check_data_path(text: str, flag: str) -> None:
