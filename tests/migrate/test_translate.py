@@ -103,8 +103,10 @@ def test_a_step_that_would_end_within_an_iteration_is_refused_with_the_nearest()
         ("python other.py", ["other.py", "no program of DeepSpeed-Chat"]),
         ("ls -l", ["starts no Python program"]),
         ("python a.py; python b.py", ["starts 2 programs, a.py, b.py: give one"]),
-        ("python -m x.step1.main --a 1", ["python -m x.step1.main", "write x/step1/main.py in place of -m"]),
-        ("torchrun --nproc_per_node 2 -m fastchat.train.train", ["write fastchat/train/train.py in place of -m"]),
+        (
+            "deepspeed --module openrlhf.cli.train_sft --a 1",
+            ["openrlhf/cli/train_sft.py: no program of DeepSpeed-Chat"],
+        ),
         (f"M=; deepspeed {STEP1} --model_name_or_path $M --seed 1", ["--model_name_or_path $M: that is empty there"]),
         (f"set --; deepspeed {STEP1} --seed 1 --data_path ${{1}}", ["--data_path ${1}: that is empty there"]),
         (f"deepspeed {STEP1} --eot_token 'a", ["No closing quotation"]),
@@ -158,6 +160,10 @@ def test_a_shells_line():
         ("--num_gpus 2 x/main.py --a", ["--num_gpus", "2"], []),
         ("nohup sh run.sh --num_gpus 2 x/main.py --a > 1.log 2>&1 &", ["--num_gpus", "2"], []),
         ("sh run_inference.sh 1 x/main.py --a", [], ["CUDA_VISIBLE_DEVICES=1"]),
+        ("python -u -m x.main --a", [], []),
+        ("python -m torch.distributed.run --nproc_per_node 2 -m x.main --a", ["--num_gpus", "2"], []),
+        ("deepspeed --num_gpus 2 --module x.main --a", ["--num_gpus", "2"], []),
+        ("python -m nltk.downloader punkt; python -m pip install -e .; deepspeed x/main.py --a", [], []),
         ("python alpaca_rlhf/my_deepspeed.py --num_gpus 2 x/main.py --a", ["--num_gpus", "2"], []),
         ("torchrun --standalone --nproc_per_node=4 x/main.py --a", ["--num_gpus", "4"], []),
         ("python -m torch.distributed.run --nproc-per-node 4 x/main.py --a", ["--num_gpus", "4"], []),
@@ -180,7 +186,7 @@ def test_a_shells_line():
     ],
 )  # fmt: skip
 def test_launchers(text, launcher, environment):
-    command = read_command(text)
+    command = read_command(text, ["main.py"])
     assert (command.launcher, command.environment) == (launcher, environment)
     assert (command.script, command.arguments) == ("x/main.py", ["--a"])
 

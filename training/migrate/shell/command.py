@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,6 @@ _MODULES = {
     **dict.fromkeys(("deepspeed", "deepspeed.launcher.runner"), "deepspeed"),
 }
 _PYTHON = re.compile(r"python[\d.]*")
-_MODULE = re.compile(r"(?:^|\s|/)(?:python[\d.]*|torchrun|deepspeed)\s(?:.*\s)?-m\s+(\w+(?:\.\w+)+)")
 # Launchers other than deepspeed: their flag -> deepspeed's; None: it has nothing to say to deepspeed
 _RANKS = {
     "--nproc_per_node": "--num_gpus",
@@ -105,10 +105,6 @@ def read_command(text: str, known: Collection[str] = ()) -> Command:
     if not started and ended:
         raise UserError(f'this command ends at {ended!r} before it starts a Python program: give the script\'s '
                         'arguments, as in "bash FILE.sh OUTPUT 3"')  # fmt: skip
-    module = next((found[1] for run in runs if (found := _MODULE.search(" ".join(run.words)))), "")
-    if not started and module:
-        raise UserError(f"python -m {module}: programs are known by their files: write {module.replace('.', '/')}.py "
-                        f"in place of -m {module}")  # fmt: skip
     if not started:
         raise UserError('this command starts no Python program, as in "deepspeed --num_gpus 2 main.py ..."')
     [(run, command)] = started
@@ -153,7 +149,10 @@ def _started(words: Sequence[str]) -> Command | None:
         return None
     at = next((i for i, word in enumerate(rest) if word.endswith(".py") and not word.endswith(_BOOTSTRAPS)), None)
     if at is None:
-        return None
+        at = next((i for i, pair in enumerate(itertools.pairwise(rest)) if _names_module(*pair)), None)
+        if at is None:
+            return None
+        rest[at : at + 2] = [rest[at + 1].replace(".", "/") + ".py"]
     before, command.script, command.arguments = rest[:at], rest[at], rest[at + 1 :]
     name = PurePosixPath(before[0]).name if before else ""
     between = before if name.startswith("-") else before[1:]
@@ -179,6 +178,11 @@ def _started(words: Sequence[str]) -> Command | None:
 
 def _chooses_environment(words: Sequence[str]) -> bool:
     return words[0] in _ENVIRONMENTS and words[1:2] == ["run"]
+
+
+def _names_module(flag: str, name: str) -> bool:
+    """Whether a program is started by its name as a module, which stands for its file."""
+    return flag in ("-m", "--module") and name not in _MODULES and bool(re.fullmatch(r"\w+(\.\w+)+", name))
 
 
 def _started_by_python(words: Sequence[str]) -> tuple[str, list[str]]:
