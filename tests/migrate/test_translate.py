@@ -103,10 +103,7 @@ def test_a_step_that_would_end_within_an_iteration_is_refused_with_the_nearest()
         ("python other.py", ["other.py", "no program of DeepSpeed-Chat"]),
         ("ls -l", ["starts no Python program"]),
         ("python a.py; python b.py", ["starts 2 programs, a.py, b.py: give one"]),
-        (
-            "deepspeed --module openrlhf.cli.train_sft --a 1",
-            ["openrlhf/cli/train_sft.py: no program of DeepSpeed-Chat"],
-        ),
+        ("python -m verl.trainer.main_ppo --a", ["verl/trainer/main_ppo.py: no program of"]),
         (f"M=; deepspeed {STEP1} --model_name_or_path $M --seed 1", ["--model_name_or_path $M: that is empty there"]),
         (f"set --; deepspeed {STEP1} --seed 1 --data_path ${{1}}", ["--data_path ${1}: that is empty there"]),
         (f"deepspeed {STEP1} --eot_token 'a", ["No closing quotation"]),
