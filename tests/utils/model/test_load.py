@@ -283,6 +283,19 @@ def test_the_pad_token_is_never_part_of_a_text(make, expected, tmp_path):
             assert plain == skipped or not fallback, "a text lost something"
 
 
+def test_a_vocabulary_alone_needs_the_model_s_own_end(tmp_path):
+    """As DeepSpeed-Chat saves a model: OPT's family is read as GPT-2's, whose EOS it does not have."""
+    trained = tokenizers.ByteLevelBPETokenizer()
+    trained.train_from_iterator(["What is two and one?"], special_tokens=["<s>", "<pad>", "</s>"])
+    trained.save_model(str(tmp_path))
+    config = {"model_type": "opt", "vocab_size": trained.get_vocab_size(), "eos_token_id": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"taken for '<\|endoftext\|>' .*, the model's is id 2: copy the tokenizer"):
+        load_tokenizer(str(tmp_path))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "bos_token": "<s>"}))
+    assert load_tokenizer(str(tmp_path)).eos_token_id == 2
+
+
 def test_longrope_says_where_a_row_depends_on_its_neighbours(tmp_path, capsys):
     scaling = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     config = Phi3Config(

@@ -30,13 +30,14 @@ def load_tokenizer(
         named: what the user has called it, for messages; ``path`` when empty.
 
     Raises:
-        UserError: no tokenizer there, no EOS token, or a template that can not be used.
+        UserError: no tokenizer there, no EOS token or not the model's, or a template that can not be used.
     """
     from training.utils.data import configure_chat_template
 
     tokenizer = read_tokenizer(path, named)
     if tokenizer.eos_token_id is None:
         raise UserError(f"{named or path}: the tokenizer has no EOS token, so a model could never stop")
+    _check_vocabulary_alone(tokenizer, Path(path), named or path)
     configure_chat_template(tokenizer, chat_template, system_message, stop_ids)
     _choose_pad_token(tokenizer)
     return tokenizer
@@ -66,6 +67,25 @@ def read_tokenizer(path: str, named: str = "") -> PreTrainedTokenizerBase:
         )
         raise UserError(f"{named or path}: no tokenizer can be loaded from it ({why})") from error
     return tokenizer
+
+
+def _check_vocabulary_alone(tokenizer: PreTrainedTokenizerBase, folder: Path, named: str) -> None:
+    """Refuse another EOS than the model's where a vocabulary is all that was saved, as DeepSpeed-Chat does.
+
+    Raises:
+        UserError: transformers took the family's usual special tokens, which are not the model's.
+    """
+    names = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
+    if not (folder / "vocab.json").is_file() or any((folder / name).is_file() for name in names):
+        return
+    found = load_config(str(folder), named).eos_token_id
+    ends = found if isinstance(found, list) else [found]
+    if found is not None and tokenizer.eos_token_id not in ends:
+        raise UserError(
+            f"{named}: without tokenizer_config.json its EOS is taken for {tokenizer.eos_token!r} (id "
+            f"{tokenizer.eos_token_id}), the model's is id {ends[0]}: copy the tokenizer files of the model it was "
+            "made from into the folder"
+        )
 
 
 def _damage(file: Path) -> str:
