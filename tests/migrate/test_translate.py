@@ -5,6 +5,7 @@ import os
 
 import pytest
 
+from tests.tiny import tiny_tokenizer
 from training.migrate.__main__ import filled
 from training.migrate.deepspeed_chat import DEEPSPEED_CHAT
 from training.migrate.program import as_text
@@ -12,6 +13,8 @@ from training.migrate.shell.command import read_command
 from training.migrate.shell.words import quoted
 from training.migrate.translate import OURS, ranks_of, translate
 from training.utils import arguments
+from training.utils.data import configure_chat_template
+from training.utils.data.template import render_text
 from training.utils.errors import UserError
 from training.utils.run.folders import deepspeed_launcher
 
@@ -298,3 +301,29 @@ def test_every_flag_that_is_mapped_is_one_of_ours():
 
 def test_numbers_are_not_rounded():
     assert as_text([9.65e-6, 1, "a", 0.1 + 0.2]) == ["9.65e-06", "1", "a", "0.3"]
+
+
+def test_what_theirs_does_without_being_asked_is_said():
+    dropout = "not the same: dropout is off; there the model's own counts without --dropout 0.0"
+    assert dropout in translate(f"deepspeed {STEP1} --seed 1").lines
+    for given in ("--dropout 0.0", "--disable_dropout"):
+        assert dropout not in translate(f"deepspeed {STEP1} {given}").lines
+    lines = translate(f"deepspeed {STEP3} {ROLES} --actor_dropout 0.0 --unsupervised_dataset_name a").lines
+    assert [line for line in lines if "dropout is off" in line] == [
+        "not the same: dropout is off; there the critic's own counts without --critic_dropout 0.0"
+    ]
+    assert any("the pre-training mix counts; there with --unsupervised_dataset_config_name" in line for line in lines)
+
+
+def test_conversations_can_be_written_as_there():
+    """The text of a row of rm-static, and the prompt that its answer is sampled from."""
+    assert any("needs --chat_template hh" in line for line in translate("python chat.py --path m").lines)
+    given = translate(f"deepspeed {STEP2} --chat_template hh")
+    assert "hh" in given.arguments and not any("chat_template" in line for line in given.lines)
+    tokenizer = tiny_tokenizer()
+    configure_chat_template(tokenizer, "hh")
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    written = render_text(tokenizer, turns)
+    assert written.removeprefix(tokenizer.bos_token or "") == f"\n\nHuman: Hi\n\nAssistant: Hello{tokenizer.eos_token}"
+    prompt = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
+    assert written.startswith(prompt) and prompt.endswith("\n\nHuman: Hi\n\nAssistant:")

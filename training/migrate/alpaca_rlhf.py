@@ -62,7 +62,7 @@ ALPACA_RLHF = Predecessor(
         Program("step 1, supervised fine-tuning", ("step1_supervised_finetuning/main.py",), "step1", STEP1, FP16,
                 (chat.KEPT,), settle_step1),
         Program("step 2, the reward model", ("step2_reward_model_finetuning/main.py",), "step2", STEP2, FP16,
-                (chat.LAST_TOKEN,), chat.settle_fine_tuning),
+                (chat.LAST_TOKEN, chat.CUT), chat.settle_fine_tuning),
         Program(
             "step 3, RLHF",
             ("step3_rlhf_finetuning/main.py",),
@@ -74,7 +74,8 @@ ALPACA_RLHF = Predecessor(
         ),
         replace(e2e.PROGRAM, settle=partial(e2e.settle_e2e, source="alpaca-rlhf", split="4,4,2")),
         *chat.EVALUATIONS,
-        Program("the chat page", ("llama_chatbot_gradio.py",), "page", {"--path": chat.CHAT["--path"]}),
+        Program("the chat page", ("llama_chatbot_gradio.py",), "page", {"--path": chat.CHAT["--path"]},
+                settle=chat.settle_template),
     ),
     ("alpaca_rlhf", "alpaca-rlhf"),
 )  # fmt: skip

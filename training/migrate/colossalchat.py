@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from training.migrate.program import Constant, Predecessor, Program, Translation
+from training.migrate.program import DROPOUT, Constant, Predecessor, Program, Translation
 from training.migrate.warm_up import settle_warm_up
 from training.utils.arguments import OtherFlag
 
@@ -491,14 +491,15 @@ def settle_preparation(t: Translation) -> None:
 
 
 OVER_DATA_DIFFERENT = (SCHEDULE, ADAM, KEPT)
+WITH_DROPOUT = (*OVER_DATA_DIFFERENT, DROPOUT)  # of the programs that leave it on
 OVER_PAIRS_DIFFERENT = (*OVER_DATA_DIFFERENT, "too long pairs lose their oldest turns; there they are left out")
 MEAN_ODDS = "the odds are of a response's mean log-prob; there means of each token's odds"
 COLOSSALCHAT = Predecessor(
     "ColossalChat",
     (
-        Program("supervised fine-tuning", ("train_sft.py",), "step1", SFT, different=OVER_DATA_DIFFERENT,
+        Program("supervised fine-tuning", ("train_sft.py",), "step1", SFT, different=WITH_DROPOUT,
                 settle=settle_data),
-        Program("the reward model", ("train_rm.py",), "step2", REWARD, different=OVER_PAIRS_DIFFERENT,
+        Program("the reward model", ("train_rm.py",), "step2", REWARD, different=(*OVER_PAIRS_DIFFERENT, DROPOUT),
                 settle=settle_data),
         Program("DPO", ("train_dpo.py",), "dpo", DPO, different=OVER_PAIRS_DIFFERENT, settle=settle_dpo),
         Program(

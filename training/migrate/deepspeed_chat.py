@@ -175,6 +175,8 @@ PPO_CONSTANTS = {
 GREEDY = "answers are sampled at temperature 1, to the end token; there decoded greedily to the full length"
 LAST_TOKEN = "the loss takes the reward at the last token of each answer; there all tokens after the answers part"
 KEPT = "the model of the lowest held-out loss is kept; there the last one"
+CUT = "a row beyond --max_seq_len loses its oldest turns; there its end"
+LONG = "a prompt beyond --max_prompt_seq_len loses its oldest turns; there it is left out"
 
 
 def settle_lora(t: Translation, role: str = "") -> None:
@@ -192,10 +194,27 @@ def settle_only_lora(t: Translation, *roles: str) -> None:
         t.leave("--only_optimize_lora", "there are no adapters")
 
 
+def settle_dropout(t: Translation, *roles: str) -> None:
+    """What a command says nothing of, as it is there."""
+    for role in roles:
+        if not {f"--{role}dropout", f"--disable_{role}dropout"} & t.given.keys():
+            whose = f"the {role[:-1]}'s" if role else "the model's"
+            t.lines.append(f"not the same: dropout is off; there {whose} own counts without --{role}dropout 0.0")
+
+
+def settle_template(t: Translation) -> None:
+    """How conversations are written."""
+    if "--chat_template" not in t.values:
+        t.lines.append("turns are written by the tokenizer's own chat template or as Human: and Assistant: in lines of "
+                       "their own; what was trained there needs --chat_template hh")  # fmt: skip
+
+
 def settle_fine_tuning(t: Translation) -> None:
     """Steps 1 and 2, and DPO."""
     settle_lora(t)
     settle_only_lora(t, "")
+    settle_dropout(t, "")
+    settle_template(t)
 
 
 def settle_dpo(t: Translation) -> None:
@@ -246,8 +265,12 @@ def settle_rlhf(t: Translation) -> None:
     for role in ("actor_", "critic_"):
         settle_lora(t, role)
     settle_only_lora(t, "actor_", "critic_")
+    settle_dropout(t, "actor_", "critic_")
+    settle_template(t)
     if "--unsupervised_dataset_name" not in t.given:
         t.leave("--unsup_coef", "there is no pre-training mix" if "--unsup_coef" in t.given else "")
+    else:
+        t.lines.append("not the same: the pre-training mix counts; there with --unsupervised_dataset_config_name alone")
     for model, role in (("reference", "actor"), ("reward", "critic")):
         if t.values.get(f"--offload_{model}_model") is not None and t.theirs(f"--{role}_zero_stage") < 3:
             t.leave(f"--offload_{model}_model", f"it moves the parameters of --{role}_zero_stage 3")
@@ -300,7 +323,7 @@ DEEPSPEED_CHAT = Predecessor(
             "step1",
             STEP1,
             {"--train_on_prompts": Constant(True, "prompt tokens train there, too")},
-            (KEPT,),
+            (KEPT, CUT),
             settle_fine_tuning,
         ),
         Program(
@@ -308,10 +331,10 @@ DEEPSPEED_CHAT = Predecessor(
             ("step2_reward_model_finetuning/main.py",),
             "step2",
             STEP2,
-            different=(LAST_TOKEN,),
+            different=(LAST_TOKEN, CUT),
             settle=settle_fine_tuning,
         ),
-        Program("step 2, DPO", ("step2_dpo_finetuning/main.py",), "dpo", DPO, settle=settle_dpo),
+        Program("step 2, DPO", ("step2_dpo_finetuning/main.py",), "dpo", DPO, different=(CUT,), settle=settle_dpo),
         Program(
             "step 3, RLHF",
             ("step3_rlhf_finetuning/main.py",),
@@ -322,13 +345,13 @@ DEEPSPEED_CHAT = Predecessor(
                 "--kl_coef": Constant(0.1, "kl_ctl"),
                 "--normalize_reward": Constant(False, "rewards are clipped as they are there"),
             },
-            (GREEDY,),
+            (GREEDY, LONG),
             settle_step3,
         ),
         e2e.PROGRAM,
         *EVALUATIONS,
-        Program("the chat", ("inference/chatbot.py",), "chat", CHAT),
-        Program("the chat", ("deepspeed-chat/chat.py",), "chat", CHAT_SCRIPT),
+        Program("the chat", ("inference/chatbot.py",), "chat", CHAT, settle=settle_template),
+        Program("the chat", ("deepspeed-chat/chat.py",), "chat", CHAT_SCRIPT, settle=settle_template),
     ),
     ("deepspeed-chat", "deepspeedexamples"),
 )

@@ -8,7 +8,7 @@ import re
 from functools import partial
 from pathlib import Path
 
-from training.migrate.program import Constant, Predecessor, Program, Translation
+from training.migrate.program import DROPOUT, Constant, Predecessor, Program, Translation
 from training.migrate.warm_up import settle_warm_up
 from training.utils.arguments import SCHEDULES, OtherFlag
 
@@ -241,13 +241,13 @@ OPEN_CHATGPT = Predecessor(
     "open-chatgpt",
     (
         Program("Alpaca", ("train_alpaca.py", "train_alpaca_mem.py"), "step1", TRAINER,
-                fixed({"--chat_template": "alpaca"}, "its prompts"), (KEPT, BETA), settle_trainer),
+                fixed({"--chat_template": "alpaca"}, "its prompts"), (KEPT, DROPOUT, BETA), settle_trainer),
         Program("Alpaca with LoRA", ("train_alpaca_lora.py", "train_alpaca_lora_mem.py"), "step1", LORA,
-                fixed({"--chat_template": "alpaca"}, "its prompts"), (KEPT, BETA, INT8), settle_lora),
+                fixed({"--chat_template": "alpaca"}, "its prompts"), (KEPT, DROPOUT, BETA, INT8), settle_lora),
         Program("Vicuna", ("train/train_mem.py", "train_mem.py"), "step1", TRAINER,
-                fixed({"--chat_template": "vicuna"}, "its prompts"), (KEPT, BETA), settle_trainer),
+                fixed({"--chat_template": "vicuna"}, "its prompts"), (KEPT, DROPOUT, BETA), settle_trainer),
         Program("pre-training", ("train/pt/train.py", "pt/train.py"), "step1", PRETRAINING,
-                fixed({"--train_on_prompts": True}, "all tokens train"), (KEPT, BETA), settle_pretraining),
+                fixed({"--train_on_prompts": True}, "all tokens train"), (KEPT, DROPOUT, BETA), settle_pretraining),
         Program("TL;DR, supervised fine-tuning", ("train_fintune_summarize.py",), "step1", {},
                 fixed(FIXED_SFT, "in its code"), (BETA, "the model of the lowest held-out loss is kept, as there")),
         Program("TL;DR, the reward model", ("train_reward_model.py",), "step2", {}, fixed(FIXED_RM, "in its code"),

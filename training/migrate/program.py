@@ -24,6 +24,7 @@ class Constant:
 
 
 THEIR_DEFAULT = "their default"
+DROPOUT = "dropout is off; there the model's own counts"  # of programs that have no flag for it
 
 
 @dataclass
