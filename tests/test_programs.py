@@ -8,6 +8,7 @@ of its own is tested per step in `tests/test_early_answers.py`, and over two hos
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -272,3 +273,21 @@ def test_step_3_is_evaluated_from_disk_and_drawn(trained, tiny_data, tmp_path):
     program = ROOT / "benchmarks" / "plot_reward_kl.py"
     assert "| best of 2 |" in run([sys.executable, str(program), str(base), str(tmp_path / "kl.png")])
     assert (tmp_path / "kl.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        ["training.migrate", "deepspeed training/step1_supervised_finetuning/main.py"],
+        pytest.param(["training.utils.data.preview", "--data_path", "demo", "--step", "1"], marks=pytest.mark.slow),
+    ],
+)
+def test_programs_that_print_end_well_when_nobody_reads_on(program, tmp_path, monkeypatch):
+    """As behind ``| head``."""
+    monkeypatch.setenv("TRIPOD_CACHE", str(tmp_path))
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", *program]
+    result = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr[-2000:]

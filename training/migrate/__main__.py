@@ -23,6 +23,7 @@ from training.migrate.translate import Translated, translate
 from training.utils import arguments
 from training.utils.errors import UserError, run_program
 from training.utils.run.environment import check_environment
+from training.utils.run.watchdog import outlive_readers
 
 
 @dataclass
@@ -88,4 +89,5 @@ def main(argv: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     check_environment()
+    outlive_readers()
     sys.exit(run_program(main))

@@ -95,6 +95,7 @@ from training.utils.data.preview_page import Piece, page  # noqa: E402
 from training.utils.data.reading.sources import resolve  # noqa: E402
 from training.utils.data.report import IGNORED, READ, REFUSED, DataReport  # noqa: E402
 from training.utils.data.template import RowError  # noqa: E402
+from training.utils.run.watchdog import outlive_readers  # noqa: E402
 
 NOTHING_HELD_OUT = "no row is held out, so training refuses this: give more prompts, or --eval_data_path"
 _PERCENTILES = (5, 25, 50, 75, 95, 99, 100)
@@ -329,4 +330,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     sys.exit(run_program(main))
