@@ -135,6 +135,18 @@ def test_a_scripts_arguments_count(tmp_path):
         assert translate(text).arguments[2:6] == ["--zero_stage", "2", "--output_dir", "./output"]
 
 
+def test_flags_that_a_script_does_not_hand_on_are_said(tmp_path):
+    path = script_of_theirs(tmp_path)
+    said = "--dtype: the script does not hand on what it is given; write it there"
+    assert said in translate(f"bash {path} out 2 --dtype bf16").lines
+    path.write_text(path.read_text().replace("--output_dir $OUTPUT", '--output_dir $OUTPUT "${@:3}"'))
+    with pytest.raises(UserError, match=r"\$\{@:3\} is not read here"):
+        translate(f"bash {path} out 2 --dtype bf16")
+    path.write_text("deepspeed main.py --seed 1 $@\n")
+    made = translate(f"bash {path} --dtype bf16")
+    assert "bf16" in made.arguments and said not in made.lines
+
+
 def test_a_project_is_known_by_the_folder_of_its_script(tmp_path):
     (tmp_path / "alpaca_rlhf").mkdir()
     path = script_of_theirs(tmp_path / "alpaca_rlhf")

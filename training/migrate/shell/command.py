@@ -129,6 +129,9 @@ def finish(command: Command, run: Run) -> None:
     if run.folder:
         command.notes.append(f"cd {final(run.folder)} is left out: paths are taken from where this command is started")
     words = [*command.launcher, *command.arguments]
+    unheard = [word for word in run.known.arguments or () if word.startswith("--") and word not in words]
+    if unheard and not run.known.undecided:
+        command.notes.append(f"{', '.join(unheard)}: the script does not hand on what it is given; write it there")
     lefts = {left for word in words for left in left_to_the_shell(word)}
     lefts |= {left for entry in command.environment for left in left_to_the_shell(entry) if left.startswith("$(")}
     for left in sorted(lefts):
