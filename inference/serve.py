@@ -9,13 +9,16 @@ http://127.0.0.1:8000/v1, as any client of that interface does. Ctrl-C ends the 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib.util
 import math
 import os
 import socket
 import sys
+import threading
 from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,12 +35,19 @@ from training.utils.run.inputs import check_model_path
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 NEEDED = {"ChatCompletionHandler": "messages", "CompletionHandler": "prompt", "ResponseHandler": "input"}
-# What transformers' server leaves unheard although it changes the answer; values that ask for nothing may stand there
-UNHEARD = ("logprobs", "top_logprobs", "presence_penalty", "response_format", "functions", "function_call", "audio",
-           "prediction", "echo")  # fmt: skip
-NOTHING: tuple[Any, ...] = (None, False, 0, [], {}, {"type": "text"})
-NUMBERS = {"temperature": (0, math.inf), "top_p": (1e-9, 1), "frequency_penalty": (-0.999, math.inf)}
+# What transformers' server leaves unheard although it changes the answer, or takes for something else (a frequency
+# penalty for one on whatever was said, a suffix for an end of the answer); values that ask for nothing may stand there
+UNHEARD = ("logprobs", "top_logprobs", "presence_penalty", "frequency_penalty", "response_format", "functions", "audio",
+           "function_call", "prediction", "echo", "suffix", "web_search_options", "modalities", "reasoning", "text",
+           "reasoning_effort", "verbosity", "prompt", "conversation", "previous_response_id", "context_management",
+           "image", "truncation", "background")  # fmt: skip
+EMPTY: tuple[Any, ...] = (None, "", [], {})
+NOTHING = (*EMPTY, False, 0, {"type": "text"}, {"format": {"type": "text"}}, ["text"], "medium", "disabled")
+TEXTS = ("text", "input_text", "output_text")  # types of the parts of a message
+NUMBERS = {"temperature": (0, math.inf), "top_p": (1e-9, 1)}
 COUNTS = {"max_tokens": 1, "max_completion_tokens": 1, "max_output_tokens": 1, "seed": 0}  # field -> its least value
+SEED: ContextVar[int | None] = ContextVar("SEED", default=None)  # of the request that is worked on
+LONGEST = 1024  # tokens of an answer, where a request does not say; the server's own
 
 
 @dataclass
@@ -92,7 +102,7 @@ def refusal(body: dict[str, Any], needed: str) -> str:
     for name in ("n", "best_of"):
         if body.get(name) not in (None, 1):
             return f"{name}: a request gets one answer here; ask again, with another seed"
-    if unheard := [name for name in UNHEARD if body.get(name) not in NOTHING]:
+    if unheard := [name for name in UNHEARD if name != needed and body.get(name) not in NOTHING]:
         return f"not served here: {', '.join(unheard)}"
     if body.get("tool_choice") not in (None, "auto", "none"):
         return "tool_choice: auto or none here"
@@ -109,19 +119,64 @@ def refusal(body: dict[str, Any], needed: str) -> str:
         return "stop: a text, or a list of texts"
     if needed and not body.get(needed):
         return f"{needed} is missing or empty"
-    return next(filter(None, map(_no_message, body["messages"])), "") if needed == "messages" else ""
+    return _no_messages(needed, body[needed]) if needed in ("messages", "input") else ""
 
 
-def _no_message(message: Any) -> str:
-    """Why that is no message; empty if it is one."""
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+def _no_messages(name: str, said: Any) -> str:
+    """Why these are no messages, or no input of a response; empty if they are."""
+    items = said if isinstance(said, list) else []
+    of_roles = [item for item in items if isinstance(item, dict) and isinstance(item.get("role"), str)]
+    if name == "messages" and (not items or len(of_roles) < len(items)):
         return "messages: each has a role and a content"
-    content = message.get("content")
-    parts = content if isinstance(content, list) else [{"type": "text", "text": content or ""}]
-    texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
-    if len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
-        return "messages: a content is a text, or parts of type text; images and sound are not read here"
+    contents = [item.get("content") for item in of_roles] if of_roles[:1] == items[:1] else [items]
+    for content in contents:
+        parts = content if isinstance(content, list) else [{"type": "text", "text": content or ""}]
+        texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") in TEXTS]
+        if len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
+            return f"{name}: a content is a text, or parts of type text; images and sound are not read here"
     return ""
+
+
+def settle(body: dict[str, Any]) -> None:
+    """Put a request that is served into what the server takes as it is meant: an empty value asks for nothing.
+
+    The server ends an answer at the stop "", drops what a message says beside ``tool_calls``, an empty list too, and
+    streams a response that does not ask for it.
+    """
+    for one in (body, *body.get("messages", ())):
+        for name in [name for name, value in one.items() if value in EMPTY]:
+            del one[name]
+    if body.get("tool_choice") == "none":
+        body.pop("tools", None)
+    body.setdefault("stream", False)
+    if "logit_bias" in body:
+        body["logit_bias"] = {token: float(bias) for token, bias in body["logit_bias"].items()}
+
+
+class Leaving:
+    """ASGI middleware that ends the work on a request whose client has gone; the server ends that on streams alone."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Pass a request on, and watch its client meanwhile."""
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        said: asyncio.Queue[Any] = asyncio.Queue()
+        work = asyncio.ensure_future(self.app(scope, said.get, send))
+
+        async def listen() -> None:
+            """Hand on what the client sends, until it has gone."""
+            while (message := await receive())["type"] != "http.disconnect":
+                said.put_nowait(message)
+            said.put_nowait(message)
+            work.cancel()
+
+        listening = asyncio.ensure_future(listen())
+        with contextlib.suppress(asyncio.CancelledError):
+            await work
+        listening.cancel()
 
 
 def settle_requests(model: str) -> None:
@@ -131,24 +186,30 @@ def settle_requests(model: str) -> None:
         model: the one that is served, as the server calls it.
     """
     from fastapi import HTTPException
+    from jinja2 import TemplateError
+    from transformers.cli.serving import chat_completion, completion, response, server
     from transformers.cli.serving.model_manager import ModelManager
-    from transformers.cli.serving.utils import BaseHandler, GenerateManager
+    from transformers.cli.serving.utils import BaseHandler
 
-    validate, configure = BaseHandler._validate_request, BaseHandler._build_generation_config
-    named, stream, answer = (
+    validate, configure, named = (
+        BaseHandler._validate_request,
+        BaseHandler._build_generation_config,
         ModelManager.process_model_name,
-        GenerateManager.generate_streaming,
-        GenerateManager.generate_non_streaming,
     )
 
     def validated(handler: Any, body: dict[str, Any]) -> None:
         if reason := refusal(body, NEEDED.get(type(handler).__name__, "")):
             raise HTTPException(400, reason)
+        settle(body)
         validate(handler, body)
 
     def configured(handler: Any, body: dict[str, Any], saved: Any, use_cb: bool = False) -> Any:
+        SEED.set(body.pop("seed", None))  # the server would set it now, in the midst of another's answer
         config = configure(handler, body, saved, use_cb=use_cb)
-        if not saved.do_sample and (body.get("temperature") or (body.get("top_p") and body.get("temperature") != 0)):
+        config.max_new_tokens = config.max_new_tokens or LONGEST
+        if "logit_bias" in body:
+            config.sequence_bias = {(int(token),): bias for token, bias in body["logit_bias"].items()}
+        if not config.do_sample and (body.get("temperature") or (body.get("top_p") and body.get("temperature") != 0)):
             config.do_sample, config.top_k = True, 0  # else temperature and top_p have no effect
         return config
 
@@ -157,28 +218,72 @@ def settle_requests(model: str) -> None:
             raise HTTPException(400, f"{model} alone is served here")
         return named(asked)
 
-    def fits(model: Any, inputs: Any, config: Any) -> None:
-        """Refuse a prompt that leaves no room in the context, and end an answer where the context does."""
-        length, context = len(inputs["input_ids"][0]), getattr(model.config, "max_position_embeddings", None)
-        if context and length >= context:
-            raise HTTPException(400, f"the prompt has {length:,} tokens, the model reads at most {context - 1:,}")
-        if context:
-            config.max_new_tokens = min(config.max_new_tokens, context - length)
+    def understood(handle: Any) -> Any:
+        """A handler that says so where the server fails at what it reads: a template, or a value of another type."""
 
-    def streamed(manager: Any, model: Any, processor: Any, inputs: Any, config: Any, **more: Any) -> Any:
-        fits(model, inputs, config)
-        return stream(manager, model, processor, inputs, config, **more)
+        async def handled(handler: Any, body: dict[str, Any], request_id: str) -> Any:
+            try:
+                return await handle(handler, body, request_id)
+            except (ValueError, TypeError, LookupError, AttributeError, TemplateError) as error:
+                raise HTTPException(400, f"not understood: {type(error).__name__}: {error}") from error
 
-    async def answered(manager: Any, model: Any, processor: Any, inputs: Any, config: Any, **more: Any) -> Any:
-        fits(model, inputs, config)
-        return await answer(manager, model, processor, inputs, config, **more)
+        return handled
 
-    GenerateManager.generate_streaming, GenerateManager.generate_non_streaming = streamed, answered
+    for kind in (chat_completion.ChatCompletionHandler, completion.CompletionHandler, response.ResponseHandler):
+        kind.handle_request = understood(kind.handle_request)
     BaseHandler._validate_request = validated
     BaseHandler._build_generation_config = configured
     ModelManager.process_model_name = staticmethod(pinned)
     # What the server would list is the hub's cache, and it fails where there is none
     ModelManager.get_gen_models = staticmethod(lambda: [{"id": model, "object": "model", "owned_by": "", "created": 0}])
+    build = server.build_server
+    server.build_server = lambda *given, **more: Leaving(build(*given, **more))
+    settle_answers()
+
+
+def settle_answers() -> None:
+    """Make transformers' server keep to the model's context, to a request's own seed, and end what nobody waits for."""
+    import torch
+    from fastapi import HTTPException
+    from transformers.cli.serving.utils import GenerateManager
+
+    stream, answer = GenerateManager.generate_streaming, GenerateManager.generate_non_streaming
+
+    def begin(manager: Any, model: Any, inputs: Any, config: Any) -> None:
+        """Refuse a prompt that leaves no room in the context, end an answer where the context does, and seed it.
+
+        The seed goes to the thread that generates, before the answer: what it does now belongs to another request.
+        """
+        length, context = len(inputs["input_ids"][0]), getattr(model.config, "max_position_embeddings", None)
+        if context and length >= context:
+            raise HTTPException(400, f"the prompt has {length:,} tokens, the model reads at most {context - 1:,}")
+        if context:
+            config.max_new_tokens = min(config.max_new_tokens, context - length)
+        seed = SEED.get()
+        manager.submit(*((torch.seed,) if seed is None else (torch.manual_seed, seed)))
+
+    def streamed(manager: Any, model: Any, processor: Any, inputs: Any, config: Any, **more: Any) -> Any:
+        begin(manager, model, inputs, config)
+        return stream(manager, model, processor, inputs, config, **more)
+
+    async def answered(manager: Any, model: Any, processor: Any, inputs: Any, config: Any, **more: Any) -> Any:
+        gone = threading.Event()
+
+        def ends(ids: Any, scores: Any, **kwargs: Any) -> Any:
+            """Whether each row is to end, as a stopping criterion of ``generate``."""
+            return torch.full((len(ids),), gone.is_set(), device=ids.device)
+
+        async def work() -> Any:
+            begin(manager, model, inputs, config)
+            return await answer(manager, model, processor, {**inputs, "stopping_criteria": [ends]}, config, **more)
+
+        try:
+            return await asyncio.shield(asyncio.ensure_future(work()))
+        except asyncio.CancelledError:
+            gone.set()
+            raise
+
+    GenerateManager.generate_streaming, GenerateManager.generate_non_streaming = streamed, answered
 
 
 def main(argv: Sequence[str]) -> int:
@@ -208,6 +313,8 @@ def main(argv: Sequence[str]) -> int:
     if (folder := Path(model)).is_dir():  # the server calls a model by its path: step1, actor
         os.chdir(folder.parent)
         model = folder.name
+    if "@" in model:
+        raise UserError(f"--path {given.path}: behind the @ of {model} the server reads a revision: rename it")
     settle_requests(model)
     print(f"model {model} at http://{given.host}:{given.port}/v1", flush=True)
     precision = str(DTYPES[dtype]).removeprefix("torch.")

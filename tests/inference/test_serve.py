@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import httpx
@@ -16,6 +18,7 @@ import serve
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.inference.conftest import INFERENCE
+from tests.inference.tiny_chat import save_chat_model
 from tests.signals import hear_signals
 from training.utils.errors import run_program
 from training.utils.run.folders import python_path
@@ -30,7 +33,7 @@ def free_port():
 
 def test_it_answers_as_the_saved_model_and_ends_on_ctrl_c(chat_folders, free_port, tmp_path):
     pytest.importorskip("openai")
-    folder = chat_folders["sft"]
+    folder = save_chat_model(tmp_path / "sft", 1, max_position_embeddings=50_000)
     command = [sys.executable, str(INFERENCE / "serve.py"), "--path", str(folder), "--port", str(free_port)]
     environment = os.environ | {"PYTHONPATH": python_path(), "HF_HOME": str(tmp_path / "none")}
     log = (tmp_path / "log").open("w+")
@@ -64,6 +67,9 @@ def test_it_answers_as_the_saved_model_and_ends_on_ctrl_c(chat_folders, free_por
             [choice] = httpx.post(f"{address}/chat/completions", json=sampled, timeout=60).json()["choices"]
             assert drawn.setdefault(seed, choice["message"]["content"]) == choice["message"]["content"]
         assert drawn[1] != drawn[2], "a temperature counts"
+        meant_alike(address, asked)
+        seeds_at_once(address, asked)
+        nobody_waits(address, asked | {"logit_bias": {str(model.generation_config.eos_token_id[0]): -100}})
         several = httpx.post(f"{address}/chat/completions", json=asked | {"n": 2}, timeout=60)
         assert several.status_code == 400 and "one answer" in several.text
         long = asked | {"messages": [{"role": "user", "content": "hello " * 100_000}]}
@@ -78,6 +84,53 @@ def test_it_answers_as_the_saved_model_and_ends_on_ctrl_c(chat_folders, free_por
     finally:
         program.kill()
         log.close()
+
+
+def meant_alike(address, asked):
+    """What a client may write in several ways; and what can not be read is the client's mistake, not the server's."""
+
+    def said(**changes):
+        reply = httpx.post(f"{address}/chat/completions", json=asked | changes, timeout=60)
+        assert reply.status_code == 200, reply.text
+        return reply.json()["choices"][0]["message"]["content"]
+
+    turns = [*asked["messages"], {"role": "assistant", "content": "hello there"}, {"role": "user", "content": "b"}]
+    again = said(messages=turns)
+    for nothing in (None, []):
+        turns[1] = {"role": "assistant", "content": "hello there", "tool_calls": nothing, "audio": None}
+        assert said(messages=turns) == again
+    assert said(stop="") == said(stop=[]) == said(logit_bias={}) == said(generation_config="{}") == said()
+    assert said(logit_bias={"5": 100}, max_tokens=3) == "###"
+    for changes in ({"chat_template_kwargs": 3}, {"generation_config": "{"}, {"logit_bias": {"a": 1}}):
+        reply = httpx.post(f"{address}/chat/completions", json=asked | changes, timeout=60)
+        assert reply.status_code == 400 and "not understood" in reply.text
+    response = httpx.post(f"{address}/responses", json={"model": asked["model"], "input": "a"}, timeout=60).json()
+    assert response["status"] == "completed", "a stream comes where one is asked for"
+
+
+def seeds_at_once(address, asked):
+    """An answer hangs on its own seed alone, whoever else asks while it is written."""
+    found: dict[int, list[str]] = {1: [], 2: [], 3: []}
+
+    def ask(seed):
+        sampled = asked | {"temperature": 2.0, "seed": seed, "max_tokens": 100}
+        [choice] = httpx.post(f"{address}/chat/completions", json=sampled, timeout=60).json()["choices"]
+        found[seed].append(choice["message"]["content"])
+
+    for together in ([1], [2], [3], [1, 2, 3]):
+        askers = [threading.Thread(target=ask, args=(seed,)) for seed in together]
+        for asker in askers:
+            asker.start()
+        for asker in askers:
+            asker.join()
+    assert all(len(answers) == 2 and len(set(answers)) == 1 for answers in found.values())
+
+
+def nobody_waits(address, asked):
+    """An answer that would go on for minutes ends when its client leaves: the next one is not kept waiting."""
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{address}/chat/completions", json=asked | {"max_tokens": 40_000}, timeout=1)
+    assert httpx.post(f"{address}/chat/completions", json=asked, timeout=20).status_code == 200
 
 
 USER = {"messages": [{"role": "user", "content": "a"}]}
@@ -108,10 +161,38 @@ USER = {"messages": [{"role": "user", "content": "a"}]}
         ({"messages": ["a"]}, "each has a role"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "images and sound are not read"),
         ({"messages": [{"role": "user", "content": 3}]}, "a content is a text"),
+        ({"messages": "a"}, "each has a role"),
+        ({"messages": {"role": "user", "content": "a"}}, "each has a role"),
+        ({"frequency_penalty": 0.5}, "not served here: frequency_penalty"),
+        ({"reasoning_effort": "high"}, "not served here: reasoning_effort"),
+        ({"modalities": ["text"], "verbosity": "medium", "frequency_penalty": 0}, ""),
     ],
 )  # fmt: skip
 def test_what_would_be_left_unheard_or_fail_is_refused(changes, said):
     found = serve.refusal(USER | changes, "messages")
+    assert said in found and bool(said) == bool(found)
+
+
+@pytest.mark.parametrize(
+    ("field", "body", "said"),
+    [
+        ("prompt", {"prompt": "a", "suffix": ""}, ""),
+        ("prompt", {"prompt": "a", "suffix": "b"}, "not served here: suffix"),
+        ("prompt", {"prompt": ""}, "prompt is missing or empty"),
+        ("input", {"input": "a", "text": {"format": {"type": "text"}}, "truncation": "disabled"}, ""),
+        ("input", {"input": [{"type": "input_text", "text": "a"}]}, ""),
+        ("input", {"input": [{"role": "user", "content": [{"type": "input_text", "text": "a"}]},
+                             {"type": "function_call_output", "call_id": "1", "output": "b"}]}, ""),
+        ("input", {"input": "a", "previous_response_id": "1"}, "not served here: previous_response_id"),
+        ("input", {"input": "a", "text": {"format": {"type": "json_object"}}}, "not served here: text"),
+        ("input", {"input": "a", "prompt": {"id": "1"}}, "not served here: prompt"),
+        ("input", {"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "images and sound are not read"),
+        ("input", {"input": [{"type": "input_image"}]}, "images and sound are not read"),
+        ("input", {"input": [3]}, "a content is a text"),
+    ],
+)  # fmt: skip
+def test_the_other_endpoints_refuse_it_too(field, body, said):
+    found = serve.refusal(body, field)
     assert said in found and bool(said) == bool(found)
 
 
@@ -135,3 +216,5 @@ def test_bad_input_is_one_line(chat_folders, free_port, monkeypatch, capsys, tmp
     assert "no such" in refused(capsys, "--path", str(tmp_path / "none"), *port)
     assert "gives scores, not text" in refused(capsys, "--path", str(chat_folders["reward"]), *port)
     assert "--path" in refused(capsys, "--path", str(chat_folders["adapter"]), *port)
+    marked = shutil.copytree(chat_folders["sft"], tmp_path / "sft@2")
+    assert "a revision: rename it" in refused(capsys, "--path", str(marked), *port)
