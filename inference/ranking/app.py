@@ -121,7 +121,7 @@ def _judging(ledger: Ledger) -> list[Route]:
     def undo(said: Mapping[str, Any]) -> JSONResponse:
         """The last judgement is taken back; the answer is its prompt."""
         judge = judge_name(said["judge"])
-        return state(judge, *ledger.undo(judge))
+        return state(judge, *ledger.undo(judge, said["mine"]))
 
     acts = {"next": next_, "save": save, "undo": undo}
     return [Route(f"/api/{name}", _answered(act), methods=["POST"]) for name, act in acts.items()]
@@ -164,7 +164,7 @@ def _static() -> list[Route]:
     return [Route("/", static), Route("/page/{name}", static), Route("/api/ping", ping)]
 
 
-_TYPES = {"judge": str, "item": str, "digest": str, "act": str, "note": str, "better": str, "places": list}
+_TYPES = {"judge": str, "item": str, "digest": str, "act": str, "note": str, "better": str, "places": list, "mine": int}
 
 
 def _answered(act: Callable[[Mapping[str, Any]], JSONResponse]) -> Callable[[Request], Awaitable[Response]]:

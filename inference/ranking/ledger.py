@@ -45,6 +45,7 @@ class Ledger:
         self.judges_per_item = judges_per_item
         self.judged: dict[str, dict[str, Event]] = defaultdict(dict)  # prompt -> judge -> the last act
         self.history: dict[str, list[str]] = defaultdict(list)  # judge -> prompts, as they were judged
+        self.undone: dict[str, tuple[Item, Event]] = {}  # judge -> what was taken back last, if nothing was said since
         self.held: dict[str, dict[str, float]] = defaultdict(dict)  # prompt -> judge -> since when
         self.behind = ""  # why the files for training do not follow the journal
         self.rankings = RowsFile(folder / RANKINGS)
@@ -131,18 +132,26 @@ class Ledger:
             raise UserError("You have judged this prompt already; Undo brings it back.")
         self._record(item, judge, act, said)
 
-    def undo(self, judge: str) -> tuple[Item, Event]:
+    def undo(self, judge: str, judged: int) -> tuple[Item, Event]:
         """Take a judge's last judgement back; gives the prompt, which is open to them again, and what they had said.
 
+        The same asked twice (a second click, a lost answer) takes one back, and gives it twice.
+
+        Args:
+            judge: their name.
+            judged: how many judgements of theirs the page shows.
+
         Raises:
-            UserError: there is none, or the disk is full.
+            UserError: there is none, there are others than the page shows, or the disk is full.
         """
-        if not self.history[judge]:
+        if judged == len(self.history[judge]) + 1 and judge in self.undone:
+            return self.undone[judge]
+        if judged != len(self.history[judge]):
+            raise UserError("You have gone on in another tab; load the page again.")
+        if not judged:
             raise UserError("There is nothing to undo.")
-        item = self.items[self.history[judge][-1]]
-        said = self.judged[item.id][judge]
-        self._record(item, judge, "undone")
-        return item, said
+        self._record(self.items[self.history[judge][-1]], judge, "undone")
+        return self.undone[judge]
 
     def _record(self, item: Item, judge: str, act: str, said: Mapping[str, Any] | None = None) -> None:
         event = {"item": item.id, "judge": judge, "act": act, **(said or {}), "time": _now(), "answers": item.digest}
@@ -162,12 +171,13 @@ class Ledger:
             self.held[item.id][judge] = datetime.fromisoformat(event["time"]).timestamp()
         if act == "undone":
             self.history[judge].remove(item.id)
-            del self.judged[item.id][judge]
+            self.undone[judge] = item, self.judged[item.id].pop(judge)
             self.rankings.drop(key)
             self.demonstrations.drop(key)
         if act not in ACTS:
             return
         self.held[item.id].pop(judge, None)
+        self.undone.pop(judge, None)
         self.judged[item.id][judge] = event
         self.history[judge].append(item.id)
         for file, row in ((self.rankings, _ranking(item, event)), (self.demonstrations, _demonstration(item, event))):

@@ -170,20 +170,26 @@ def test_undo_goes_back_one_by_one_and_leaves_no_row(make, tmp_path):
         items.append(ledger.next_for("ann"))
         ledger.save("ann", items[-1].id, "ranked", places, better="Mine.")
     opened = ledger.next_for("ann")
-    item, said = ledger.undo("ann")
+    item, said = ledger.undo("ann", 2)
+    assert ledger.undo("ann", 2) == (item, said), "asked twice, by a second click or where the answer was lost"
     assert item is items[1] and said["better"] == "Mine." and ledger.next_for("ann") is item, "and not the open one"
     assert ledger.next_for("bob") is None or ledger.next_for("bob") not in (item, opened)
     assert [row["id"] for row in rows_of(tmp_path / "out" / "rankings.jsonl")] == ["p0"]
-    assert ledger.undo("ann")[0] is items[0]
+    assert ledger.undo("ann", 1)[0] is items[0]
     assert (
         (tmp_path / "out" / "rankings.jsonl").read_text()
         == (tmp_path / "out" / "demonstrations.jsonl").read_text()
         == ""
     )
     with pytest.raises(UserError, match="nothing to undo"):
-        ledger.undo("ann")
+        ledger.undo("ann", 0)
     again = make()
     assert not again.rankings.rows and again.next_for("ann") in items
+    assert again.undo("ann", 1)[0].id == items[0].id, "also where the page was started anew"
+    again.save("ann", items[0].id, "skipped")
+    for count in (0, 2):
+        with pytest.raises(UserError, match="in another tab"):
+            again.undo("ann", count)
 
 
 def test_a_start_makes_the_files_for_training_anew_and_cuts_a_line_that_was_not_finished(make, tmp_path):
@@ -231,7 +237,7 @@ def test_a_page_goes_on_where_it_was_killed_between_the_journal_and_the_other_fi
     rankings = tmp_path / "out" / "rankings.jsonl"
     ledger.save("ann", ledger.next_for("ann").id, "ranked", [1, 2, 3])
     undone = rankings.read_bytes()
-    ledger.undo("ann")
+    ledger.undo("ann", len(ledger.history["ann"]))
     rankings.write_bytes(undone)  # as if killed before the row was taken out
     assert not make(2).rankings.rows and not rankings.read_bytes()
 

@@ -13,6 +13,7 @@ let judge = "";      // their name
 let item = null;     // {id, digest, prompt, answers, pair}; the digest tells answers of another file apart
 let order = [];      // [["C"], ["A", "B"]]: C is best, A and B are tied
 let touched = false; // the order is the judge's own, not the one that was drawn
+let mine = 0;        // judgements of theirs that are shown
 let busy = false;    // a request is on its way
 
 // ---------------------------------------------------------------- orders: each gives a new one
@@ -134,7 +135,8 @@ function choose(found) { // of two answers
 // ---------------------------------------------------------------- what is shown
 
 function show(found, said) {
-  const { mine, done, asked, judges } = found.progress;
+  const { done, asked, judges } = found.progress;
+  mine = found.progress.mine;
   $("bar").max = asked;
   $("bar").value = done;
   $("count").textContent = `${done} of ${asked} judgements` + (judges > 1 ? ` by ${judges} judges` : "") + `, ${mine} yours`;
@@ -373,7 +375,7 @@ function pressed(event) {
   }
 }
 
-const undo = () => act("api/undo", {}, "");
+const undo = () => act("api/undo", { mine }, "");
 
 // ---------------------------------------------------------------- results
 
