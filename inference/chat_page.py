@@ -198,21 +198,16 @@ class Page:
         said = f"{others} other visitors are being answered. Yours is next in line, it starts by itself."
         return {self.widgets.notice: gr.update(value=said, visible=True)}
 
-    def send(self, session: Session | None, prompt: str, system: str, *options: Any) -> Iterator[Update]:
-        """A prompt goes to every model."""
-        yield from self._turn(session, lambda s: s.ask(str(prompt or ""), str(system or "")), options)
+    def send(self, session: Session | None, shown: int, prompt: str, system: str, *options: Any) -> Iterator[Update]:
+        """A prompt goes to every model, after the turn that the tab shows last."""
+        yield from self._turn(session, shown, lambda s: s.ask(str(prompt or ""), str(system or "")), options)
 
     def retry(self, session: Session | None, shown: int, *options: Any) -> Iterator[Update]:
         """The last prompt is answered again, where it is the one that the tab shows last."""
-
-        def begin(session: Session) -> Turn:
-            self._check_shown(session, shown)
-            return session.retry()
-
-        yield from self._turn(session, begin, options)
+        yield from self._turn(session, shown, Session.retry, options)
 
     def _turn(
-        self, session: Session | None, begin: Callable[[Session], Turn], options: Sequence[Any]
+        self, session: Session | None, shown: int, begin: Callable[[Session], Turn], options: Sequence[Any]
     ) -> Iterator[Update]:
         session = session or self.new_session()
         if session.busy:
@@ -220,6 +215,7 @@ class Page:
             return
         before = list(session.turns)
         try:
+            self._check_shown(session, shown)
             sampling = checked_sampling(options)
             turn = begin(session)
         except UserError as error:
@@ -290,10 +286,21 @@ class Page:
         if session is not None:
             session.cancel = True
 
-    def clear(self, session: Session | None) -> Update:
-        """A new conversation, also while answers grow: they end at their next token."""
+    def clear(self, session: Session | None, shown: int, blind: bool | None = None) -> Update:
+        """A new conversation in place of what the tab shows, also while answers grow: they end at their next token.
+
+        Args:
+            session: the visitor's.
+            shown: the turn that the tab shows last.
+            blind: as the new one is to be; None for as before.
+        """
         session = session or self.new_session()
+        try:
+            self._check_shown(session, shown)
+        except UserError as error:
+            return self.view(session, str(error))
         session.cancel = True
+        session.blind = session.blind if blind is None else blind
         session.restart()
         return self.view(session)
 
@@ -307,15 +314,12 @@ class Page:
             return self.view(session, str(error))
         return self.view(session, prompt=prompt)
 
-    def set_blind(self, session: Session | None, blind: bool) -> Update:
+    def set_blind(self, session: Session | None, shown: int, blind: bool) -> Update:
         """Blind mode on: a new conversation with shuffled columns. Off: the names are shown."""
+        if blind:
+            return self.clear(session, shown, True)
         session = session or self.new_session()
-        session.blind = bool(blind)
-        if session.blind:
-            session.cancel = True
-            session.restart()
-        session.revealed = not session.blind
-        session.seen = session.seen or session.revealed
+        session.blind, session.revealed, session.seen = False, True, True
         return self.view(session)
 
     def _check_trainable(self, session: Session) -> None:
@@ -576,17 +580,14 @@ def _connect(blocks: gr.Blocks, page: Page, w: Widgets, others: dict[str, Any]) 
     options = others["options"]
     blocks.load(page.start, [others["token"]], w.outputs, js=_TOKEN, **quiet)
     # first: the browser starts the handlers of a click one after another, each when the one before is done
-    asked = [w.send.click, w.prompt.submit, others["retry"].click]
+    asked, seen = [w.send.click, w.prompt.submit, others["retry"].click], [w.session, w.shown]
     gr.on(asked, page.knock, [w.session], [w.notice], queue=False, **quiet)
-    gr.on(
-        [w.send.click, w.prompt.submit], page.send, [w.session, w.prompt, others["system"], *options], w.outputs, **long
-    )
-    seen = [w.session, w.shown]
+    gr.on([w.send.click, w.prompt.submit], page.send, [*seen, w.prompt, others["system"], *options], w.outputs, **long)
     others["retry"].click(page.retry, [*seen, *options], w.outputs, **long)
     w.stop.click(page.stop, [w.session], None, queue=False, **quiet)
-    others["clear"].click(page.clear, [w.session], w.outputs, **quiet)
+    others["clear"].click(page.clear, seen, w.outputs, **quiet)
     # only a visitor's own click: the page sets the box at the start without starting a conversation anew
-    w.blind.input(page.set_blind, [w.session, w.blind], w.outputs, **quiet)
+    w.blind.input(page.set_blind, [*seen, w.blind], w.outputs, **quiet)
     for column, button in others["votes"]:
         button.click(lambda session, shown, winner=column: page.vote(session, winner, shown), seen, w.outputs, **quiet)
     others["edit"].click(page.edit, seen, w.outputs, **quiet)

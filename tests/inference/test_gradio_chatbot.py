@@ -67,7 +67,7 @@ def test_both_answers_grow_side_by_side_and_get_rewards(page, chat_folders, monk
     monkeypatch.setattr(chat_page, "REFRESH_SECONDS", 0)
     judge = load_reward_model(str(chat_folders["reward"]), lambda line: None)
     p, session = page("fox", "house", judge=judge)
-    updates = list(p.send(session, "hello", "", *OPTIONS))
+    updates = list(p.send(session, session.last, "hello", "", *OPTIONS))
     both = [(text_of(u, p, 0)[0], text_of(u, p, 1)[0]) for u in updates]
     growing = [(a, b) for a, b in both if a not in ("…", FOX) and b not in ("…", HOUSE)]
     assert len(growing) >= 2, "one column waits for the other"
@@ -87,8 +87,8 @@ def test_the_second_turn_sees_its_own_columns_first_answer(page, monkeypatch):
         "stream_answer",
         lambda m, h, s: seen.append((m.name, [x["content"] for x in h], s)) or stream(m, h, s),
     )
-    list(p.send(session, "one", "be kind", *OPTIONS))
-    list(p.send(session, "two", "be kind", *OPTIONS))
+    list(p.send(session, session.last, "one", "be kind", *OPTIONS))
+    list(p.send(session, session.last, "two", "be kind", *OPTIONS))
     list(p.retry(session, session.last, *OPTIONS))
     assert [s[:2] for s in seen[2:4]] == [
         ("fox", ["be kind", "one", FOX, "two"]),
@@ -110,24 +110,24 @@ def test_the_second_turn_sees_its_own_columns_first_answer(page, monkeypatch):
 )
 def test_bad_input_is_a_message_in_the_page_and_changes_nothing(prompt, options, message, page):
     p, session = page("fox", "house")
-    updates = list(p.send(session, prompt, "", *options))
+    updates = list(p.send(session, session.last, prompt, "", *options))
     assert message in notice_of(updates[-1], p)
     assert session.turns == [] and not session.busy
     assert updates[-1].get(p.widgets.prompt, prompt) == prompt.strip(), "the prompt is not lost"
-    assert text_of(list(p.send(session, "hello", "", *OPTIONS))[-1], p, 0)[0] == FOX, "the page goes on"
+    assert text_of(list(p.send(session, session.last, "hello", "", *OPTIONS))[-1], p, 0)[0] == FOX, "the page goes on"
 
 
 def test_a_failing_model_is_a_message_in_the_page(page, monkeypatch, caplog):
     p, session = page("fox", "house")
     monkeypatch.setattr(p.models[1].weights.model, "forward", lambda **kw: 1 / 0)
-    *_, last = p.send(session, "hello", "", *OPTIONS)
+    *_, last = p.send(session, session.last, "hello", "", *OPTIONS)
     assert "terminal" in notice_of(last, p) and "ZeroDivisionError" in caplog.text
     assert session.turns == [] and last[p.widgets.send]["visible"]
 
 
 def test_answers_stay_where_the_reward_model_fails(page, caplog):
     p, session = page("fox", "house", judge=SimpleNamespace(std=None, score=lambda messages: 1 / 0))
-    *_, last = p.send(session, "hello", "", *OPTIONS)
+    *_, last = p.send(session, session.last, "hello", "", *OPTIONS)
     assert "reward model failed" in notice_of(last, p) and "ZeroDivisionError" in caplog.text
     assert text_of(last, p, 0)[0] == FOX and session.turns[0].rewards == [None, None]
     assert session.can_vote and p.widgets.prompt not in last
@@ -136,7 +136,7 @@ def test_answers_stay_where_the_reward_model_fails(page, caplog):
 def test_who_has_to_wait_is_told_at_once(page):
     page, _ = page("fox", "house")
     sessions = [page.new_session() for _ in range(chat_page.VISITORS_AT_ONCE + 1)]
-    turns = [page.send(session, "hello", "", *OPTIONS) for session in sessions[:-1]]
+    turns = [page.send(session, session.last, "hello", "", *OPTIONS) for session in sessions[:-1]]
     assert page.knock(sessions[-1])[page.widgets.notice] == gr.skip()
     for turn in turns:
         next(turn)
@@ -150,7 +150,7 @@ def test_who_has_to_wait_is_told_at_once(page):
 def test_stop_keeps_what_is_there(page, monkeypatch):
     monkeypatch.setattr(chat_page, "REFRESH_SECONDS", 0)
     p, session = page("fox", "house")
-    updates = p.send(session, "hello", "", *OPTIONS)
+    updates = p.send(session, session.last, "hello", "", *OPTIONS)
     for _ in range(3):
         next(updates)
     p.stop(session)
@@ -163,7 +163,7 @@ def test_stop_keeps_what_is_there(page, monkeypatch):
 def test_a_visitor_who_leaves_frees_the_models(page, monkeypatch):
     monkeypatch.setattr(chat_page, "REFRESH_SECONDS", 0)
     p, session = page("sft", "rlhf")
-    updates = p.send(session, "hello", "", *OPTIONS)
+    updates = p.send(session, session.last, "hello", "", *OPTIONS)
     for _ in range(3):
         next(updates)
     updates.close()  # what gradio does after a disconnect
@@ -174,9 +174,9 @@ def test_a_visitor_who_leaves_frees_the_models(page, monkeypatch):
 def test_one_answer_at_a_time_for_each_visitor(page, monkeypatch):
     monkeypatch.setattr(chat_page, "REFRESH_SECONDS", 0)
     p, session = page("fox", "house")
-    first = p.send(session, "hello", "", *OPTIONS)
+    first = p.send(session, session.last, "hello", "", *OPTIONS)
     next(first)
-    [refused] = p.send(session, "again", "", *OPTIONS)
+    [refused] = p.send(session, session.last, "again", "", *OPTIONS)
     assert "still being written" in notice_of(refused, p) and len(session.turns) == 1
     list(first)
     assert session.turns
@@ -184,13 +184,13 @@ def test_one_answer_at_a_time_for_each_visitor(page, monkeypatch):
 
 def test_votes_land_in_the_file(page):
     p, session = page("fox", "house")
-    list(p.send(session, "hello", "", *OPTIONS))
+    list(p.send(session, session.last, "hello", "", *OPTIONS))
     said = notice_of(p.vote(session, 1, session.last), p)
     assert said == "Saved: B · house is better."
     [row] = [json.loads(line) for line in p.votes.read_text().splitlines()]
     assert (row["chosen"], row["rejected"]) == (HOUSE, FOX)
     assert "nothing to vote on" in notice_of(p.vote(session, 1, session.last), p)
-    list(p.send(session, "hello", "", *OPTIONS))
+    list(p.send(session, session.last, "hello", "", *OPTIONS))
     assert "about the same" in notice_of(p.vote(session, SAME, session.last), p)
     assert len(p.votes.read_text().splitlines()) == 1
 
@@ -198,27 +198,27 @@ def test_votes_land_in_the_file(page):
 def test_blind_mode_in_the_page(page):
     p, session = page("fox", "house", blind=True)
     names = ("fox", "house")
-    updates = list(p.send(session, "hello", "", *OPTIONS))
+    updates = list(p.send(session, session.last, "hello", "", *OPTIONS))
     headings = [updates[-1][h] for h in p.widgets.headings]
     assert headings == ["A", "B"]
     assert all(len(text_of(u, p, c)) == 1 for u in updates for c in range(2)), "no note: speed and reward tell"
     shown = p.vote(session, 0, session.last)
     assert sorted(shown[h][4:] for h in p.widgets.headings) == sorted(names)
     assert "Clear starts the next blind round" in notice_of(shown, p)
-    assert [p.clear(session)[h] for h in p.widgets.headings] == ["A", "B"]
-    assert sorted(p.set_blind(session, False)[h][4:] for h in p.widgets.headings) == sorted(names)
-    assert [p.set_blind(session, True)[h] for h in p.widgets.headings] == ["A", "B"]
+    assert [p.clear(session, session.last)[h] for h in p.widgets.headings] == ["A", "B"]
+    assert sorted(p.set_blind(session, session.last, False)[h][4:] for h in p.widgets.headings) == sorted(names)
+    assert [p.set_blind(session, session.last, True)[h] for h in p.widgets.headings] == ["A", "B"]
 
 
 def test_one_model_is_a_plain_chat(page):
     p, session = page("fox", blind=True)
-    *_, last = p.send(session, "hello", "", *OPTIONS)
+    *_, last = p.send(session, session.last, "hello", "", *OPTIONS)
     assert text_of(last, p, 0)[0] == FOX and last[p.widgets.headings[0]] == "fox" and p.widgets.votes == []
 
 
 def test_an_empty_answer_is_visible(page, monkeypatch):
     p, session = page("fox", "house")
-    list(p.send(session, "hello", "", *OPTIONS))
+    list(p.send(session, session.last, "hello", "", *OPTIONS))
     session.turns[0].answers[0].token_ids = []
     assert "empty answer" in text_of(p.view(session), p, 0)[0]
 
@@ -367,16 +367,16 @@ def test_a_page_with_a_password_takes_no_requests_of_other_pages(served, origin)
 def test_a_tab_that_shows_other_answers_has_no_vote_on_the_last_ones(page):
     """A duplicated tab has the conversation of the first, and the answers that it was opened with."""
     p, session = page("fox", "house")
-    *_, last = p.send(session, "one", "", *OPTIONS)
+    *_, last = p.send(session, session.last, "one", "", *OPTIONS)
     shown = last[p.widgets.shown]
-    *_, other = p.send(session, "two", "", *OPTIONS)
+    *_, other = p.send(session, session.last, "two", "", *OPTIONS)
     refused = p.vote(session, 1, shown)
     assert "another tab" in notice_of(refused, p) and not p.votes.exists()
     assert refused[p.widgets.shown] == other[p.widgets.shown], "and now it shows them"
     assert "is better" in notice_of(p.vote(session, 1, refused[p.widgets.shown]), p)
     assert "another tab" in notice_of(p.unvote(session, shown), p) and p.votes.read_text()
-    p.clear(session)
-    *_, last = p.send(session, "one", "", *OPTIONS)
+    p.clear(session, session.last)
+    *_, last = p.send(session, session.last, "one", "", *OPTIONS)
     assert last[p.widgets.shown] != shown, "nor has one from before Clear, or a retry"
     *_, retried = p.retry(session, session.last, *OPTIONS)
     assert retried[p.widgets.shown] != last[p.widgets.shown]
@@ -384,8 +384,8 @@ def test_a_tab_that_shows_other_answers_has_no_vote_on_the_last_ones(page):
 
 def test_a_tab_that_shows_other_answers_neither_retries_nor_edits_the_last_ones(page):
     p, session = page("fox", "house")
-    *_, last = p.send(session, "one", "", *OPTIONS)
-    list(p.send(session, "two", "", *OPTIONS))
+    *_, last = p.send(session, session.last, "one", "", *OPTIONS)
+    list(p.send(session, session.last, "two", "", *OPTIONS))
     turns = list(session.turns)
     for refused in (p.edit(session, last[p.widgets.shown]), *p.retry(session, last[p.widgets.shown], *OPTIONS)):
         assert "another tab" in notice_of(refused, p) and p.widgets.prompt not in refused
@@ -393,9 +393,26 @@ def test_a_tab_that_shows_other_answers_neither_retries_nor_edits_the_last_ones(
     assert p.edit(session, session.last)[p.widgets.prompt] == "two"
 
 
+def test_a_tab_that_shows_other_answers_neither_adds_to_them_nor_clears_them(page):
+    p, session = page("fox", "house")
+    *_, last = p.send(session, 0, "one", "", *OPTIONS)
+    *_, other = p.send(session, last[p.widgets.shown], "two", "", *OPTIONS)
+    turns, stale = list(session.turns), last[p.widgets.shown]
+    added = list(p.send(session, stale, "three", "", *OPTIONS))
+    for refused in (*added, p.clear(session, stale), p.set_blind(session, stale, True)):
+        assert "another tab" in notice_of(refused, p) and p.widgets.prompt not in refused
+        assert refused[p.widgets.shown] == other[p.widgets.shown] and not refused[p.widgets.blind]
+        assert session.turns == turns and not session.busy and not session.cancel
+    *_, then = p.send(session, added[0][p.widgets.shown], "three", "", *OPTIONS)
+    assert len(session.turns) == 3 and not notice_of(then, p)
+    p.clear(session, session.last)
+    [refused] = p.send(session, then[p.widgets.shown], "four", "", *OPTIONS)
+    assert "another tab" in notice_of(refused, p) and not session.turns, "it has been cleared meanwhile"
+
+
 def test_one_vote_a_round_whatever_is_clicked_at_once(page):
     p, session = page("fox", "house")
-    list(p.send(session, "hello", "", *OPTIONS))
+    list(p.send(session, session.last, "hello", "", *OPTIONS))
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda n: p.vote(session, n % 2, session.last), range(32)))
     assert len(p.votes.read_text().splitlines()) == 1
@@ -404,7 +421,7 @@ def test_one_vote_a_round_whatever_is_clicked_at_once(page):
 def test_a_vote_that_step_2_would_refuse_is_not_saved(page):
     """README promises that votes train as they are."""
     p, session = page("fox", "house")
-    list(p.send(session, "what does <|im_end|> mean?", "", *OPTIONS))
+    list(p.send(session, session.last, "what does <|im_end|> mean?", "", *OPTIONS))
     assert "holds <|im_end|>" in notice_of(p.vote(session, 1, session.last), p)
     assert not p.votes.exists()
 
@@ -465,7 +482,7 @@ def test_reasoning_is_a_bubble_of_its_own_and_no_part_of_what_is_judged(page, mo
     p.judge = SimpleNamespace(score=lambda messages: judged.append(messages) or 0.5, std=1.0)
     written = "<think>\nSmall or red?\n</think>\n\nRed."
     monkeypatch.setattr(chat_page, "stream_answer", lambda model, *_: iter([thinking(model, written)]))
-    *_, last = p.send(session, "which?", "", *OPTIONS)
+    *_, last = p.send(session, session.last, "which?", "", *OPTIONS)
     reasoning, answer, _ = (b["content"][0] for b in last[p.widgets.chats[0]] if b["role"] == "assistant")
     assert (reasoning["text"], answer["text"]) == ("Small or red?", "Red.")
     titles = [bubble.get("metadata", {}).get("title") for bubble in last[p.widgets.chats[0]]]
@@ -494,20 +511,20 @@ def test_markup_of_an_answer_is_shown_and_code_stays_code(text, shown):
 
 def test_clear_while_answers_grow_clears_and_ends_them(page):
     p, session = page("fox", "house")
-    turn = p.send(session, "hello", "", *OPTIONS)
+    turn = p.send(session, session.last, "hello", "", *OPTIONS)
     next(turn)
     next(turn, None)
-    update = p.clear(session)
+    update = p.clear(session, session.last)
     assert session.turns == [] and update[p.widgets.chats[0]] == []
     *_, last = [update, *turn]
     assert session.turns == [] and not session.busy and last[p.widgets.chats[1]] == []
-    assert text_of(list(p.send(session, "again", "", *OPTIONS))[-1], p, 0)[0] == FOX
+    assert text_of(list(p.send(session, session.last, "again", "", *OPTIONS))[-1], p, 0)[0] == FOX
 
 
 def test_a_tab_finds_its_conversation_again_and_old_ones_go(page, monkeypatch):
     p, _ = page("fox", "house")
     first = p.start("token")[p.widgets.session]
-    list(p.send(first, "hello", "", *OPTIONS))
+    list(p.send(first, first.last, "hello", "", *OPTIONS))
     assert p.start("token")[p.widgets.session] is first and p.start("other")[p.widgets.session] is not first
     assert p.start("")[p.widgets.session] is not p.start("")[p.widgets.session]
     monkeypatch.setattr(chat_page, "MOST_SESSIONS", 2)
