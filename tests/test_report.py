@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, strategies as st
 
 import train
-from training.report import advice, charts
+from training.report import advice, charts, sections
 from training.report.__main__ import main
 from training.report.charts import Series
 from training.report.page import render_report, write_report
-from training.report.run import read_run
+from training.report.run import RunRecord, StepRecord, read_run
 from training.report.text import shortened
 from training.utils.errors import UserError, run_program
 
@@ -392,6 +392,16 @@ def test_evaluations_and_health_are_shown_whatever_they_hold(tmp_path):
     assert page.count("0 to 1: 9") == 1, "the histogram's bar"
     save(run / "step3" / "health.jsonl", "")
     assert "Nothing left its healthy range" in Reader(page_of(run)).text
+
+
+def test_of_many_remarks_those_that_are_shown_are_written(monkeypatch):
+    written = []
+    monkeypatch.setattr(sections, "e", lambda value: written.append(value) or str(value))
+    said = [{"step": i, "level": "info", "text": f"remark {i}."} for i in range(1000)]
+    steps = {"step1": StepRecord("step1"), "step3": StepRecord("step3", health=said)}
+    page = sections.health(RunRecord(Path("demo"), {}, steps, [], []))
+    assert "remark 59." in page and "remark 60." not in page and "940 more." in page
+    assert len(written) == 3 * 60, "text is looked through for this machine's folders, which takes time"
 
 
 def test_a_long_run_stays_small(tmp_path):

@@ -248,18 +248,18 @@ def health(run: RunRecord) -> str:
     known = {name: step.health for name, step in run.steps.items() if step.health is not None}
     if not known:
         return '<p class="muted">This run has no remarks of a health monitor (health.jsonl).</p>'
+    remarks = [(name, remark) for name, said in known.items() for remark in said]
+    if not remarks:
+        return "<p>Nothing left its healthy range.</p>"
     rows = [
         f'<tr><td>{heading(name)}</td><td class="n">{e(r.get("step", ""))}</td>'
         f'<td class="{"warning" if r.get("level") == "warning" else "muted"}">{e(r.get("level", ""))}</td>'
         f"<td>{e(r.get('text', ''))}</td></tr>"
-        for name, remarks in known.items()
-        for r in remarks
+        for name, r in remarks[:MOST_REMARKS]
     ]
-    if not rows:
-        return "<p>Nothing left its healthy range.</p>"
-    more = f'<p class="muted small">{len(rows) - MOST_REMARKS} more.</p>' if len(rows) > MOST_REMARKS else ""
+    more = f'<p class="muted small">{len(remarks) - len(rows)} more.</p>' if len(remarks) > len(rows) else ""
     head = '<tr><th></th><th class="n">iteration</th><th></th><th>remark</th></tr>'
-    return f'<div class="scroll"><table>{head}{"".join(rows[:MOST_REMARKS])}</table></div>{more}'
+    return f'<div class="scroll"><table>{head}{"".join(rows)}</table></div>{more}'
 
 
 def next_steps(run: RunRecord) -> str:
