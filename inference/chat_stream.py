@@ -39,7 +39,7 @@ def checked_sampling(values: Sequence[object]) -> SamplingArguments:
     """Options from anywhere else than the command line, in the order of the fields, held to the same ranges.
 
     Raises:
-        UserError: a value that is not a number, or out of range.
+        UserError: a value that is not a number, not a whole one where these are, or out of range.
     """
     chosen = {}
     for option, value in zip(fields(SamplingArguments), values, strict=True):
@@ -51,7 +51,9 @@ def checked_sampling(values: Sequence[object]) -> SamplingArguments:
         low, high, above = (option.metadata[bound] for bound in ("minimum", "maximum", "above"))
         if not number <= high or (low is not None and number < low) or (above is not None and number <= above):
             bound = f"at least {low:g}" if low is not None else f"above {above:g}"
-            raise UserError(f"The {what} must be {bound} and at most {high:g}.")
+            raise UserError(f"The {what} must be {bound} and at most {high}.")
+        if option.type == "int" and not number.is_integer():
+            raise UserError(f"The {what} must be a whole number.")
         chosen[option.name] = int(number) if option.type == "int" else number
     return SamplingArguments(**chosen)  # type: ignore[arg-type]  # int where the field says so
 

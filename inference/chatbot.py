@@ -65,6 +65,12 @@ class Conversation:
     messages: list[dict[str, str]] = field(default_factory=list)
     attempts: int = 0
 
+    def restart(self) -> None:
+        """A new conversation, whose answers draw what those of one that began so would."""
+        self.messages.clear()
+        self.attempts = 0
+        print("(new conversation)")
+
     def with_system(self) -> list[dict[str, str]]:
         """The messages, the system message first if there is one."""
         return ([{"role": "system", "content": self.system}] if self.system else []) + self.messages
@@ -88,19 +94,14 @@ def command(line: str, chat: Conversation) -> bool:
     if name == "/help":
         print(HELP)
     elif name == "/reset":
-        chat.messages.clear()
-        print("(new conversation)")
+        chat.restart()
     elif name == "/system":
         if rest:
             chat.system = "" if rest == "-" else rest
-            chat.messages.clear()
-            print("(new conversation)")
+            chat.restart()
         print(f"system message: {chat.system or '(none)'}")
     elif name == "/seed":
-        if not rest.isdecimal() or int(rest) >= 2**31:
-            raise UserError("/seed takes a number from 0 to 2147483647")
-        chat.sampling, chat.attempts = dataclasses.replace(chat.sampling, seed=int(rest)), 0
-        print(f"(seed {rest})")
+        _set(f"seed {rest}", chat)
     elif name == "/set":
         _set(rest, chat)
     elif name == "/save":
@@ -122,6 +123,8 @@ def _set(rest: str, chat: Conversation) -> None:
     if name not in settings:
         raise UserError(f"/set {name}: the settings are {', '.join(settings)}")
     chat.sampling = checked_sampling(list((settings | {name: value}).values()))
+    if name == "seed":
+        chat.attempts = 0
     print(f"({name} {getattr(chat.sampling, name)})")
 
 
@@ -169,7 +172,10 @@ def answer(chat: Conversation, prompt: str, model: ChatModel) -> None:
         last.ended = "cancelled"
     assert last is not None
     print()
-    notes = {"length": f"cut at --max_new_tokens {sampling.max_new_tokens}", "cancelled": "stopped"}
+    limit = f"--max_new_tokens {sampling.max_new_tokens}"
+    if len(last.token_ids) < sampling.max_new_tokens:
+        limit = f"the model's context, {model.context:,} tokens"
+    notes = {"length": f"cut at {limit}", "cancelled": "stopped"}
     parts = [f"{len(last.token_ids)} tokens", f"{time.monotonic() - started:.1f} s"]
     parts += [notes[last.ended]] if last.ended in notes else []
     parts += [f"the oldest {last.dropped} messages no longer fit"] if last.dropped else []

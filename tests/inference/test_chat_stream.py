@@ -182,7 +182,7 @@ def test_options_from_a_request_are_held_to_the_flags_ranges():
     good = [64, 0.5, 0.9, 0, 1.0, 7]
     for position, bad in [
         (0, 0), (0, 10**9), (1, -1), (1, float("nan")), (2, 0), (2, 1.5), (3, -1), (4, 0), (5, -1), (5, 2**31),
-        (1, "warm"), (1, None), (0, float("inf")),
+        (1, "warm"), (1, None), (0, float("inf")), (0, 9.5), (5, "7.6"),
     ]:  # fmt: skip
         values = [*good]
         values[position] = bad

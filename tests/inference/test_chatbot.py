@@ -10,6 +10,7 @@ import chat_stream
 import chatbot
 import pytest
 from chat_reasoning import marks_of
+from transformers import AutoTokenizer
 
 from tests.inference.conftest import INFERENCE
 from tests.inference.tiny_chat import save_parrot
@@ -65,10 +66,12 @@ def seen(monkeypatch):
 
 
 def test_the_model_sees_the_history_and_the_system_message(type_in, chat_folders, seen):
-    lines = ["one", "/seed 9", "two", "/system be brief", "three", "/system -", "four"]
+    lines = ["one", "/seed 9", "two", "/system be brief", "three", "/system -", "four", "five"]
+    lines += ["/reset", "six", "/set seed 9", "seven"]
     type_in(lines, "--path", str(chat_folders["fox"]), "--temperature", "0.3", "--top_k", "4", "--seed", "3")
-    assert [m for m, _ in seen] == [["one"], ["one", FOX, "two"], ["be brief", "three"], ["four"]]
-    assert [s.seed for _, s in seen] == [3, 9, 10, 11]
+    assert [m for m, _ in seen] == [["one"], ["one", FOX, "two"], ["be brief", "three"], ["four"],
+                                      ["four", FOX, "five"], ["six"], ["six", FOX, "seven"]]  # fmt: skip
+    assert [s.seed for _, s in seen] == [3, 9, 9, 9, 10, 9, 9], "one seed and conversation, one answer"
     assert all(s.temperature == 0.3 and s.top_k == 4 for _, s in seen)
 
 
@@ -81,7 +84,8 @@ def test_commands(type_in, chat_folders, tmp_path):
     assert code == 0 and out.count(FOX) == 1
     for said in ("/save FILE", "system message: (none)", "/save needs", "nothing to save", "unknown command /nonsense"):
         assert said in out
-    assert out.count("/seed takes a number") == 2 and "can not be written" in out
+    for said in ("seed must be a number", "seed must be at least 0 and at most", "can not be written"):
+        assert said in out
 
 
 def test_ctrl_c_ends_the_answer_and_not_the_chat(type_in, chat_folders, monkeypatch, tmp_path):
@@ -132,6 +136,10 @@ def test_answers_can_not_command_the_terminal(type_in, tmp_path):
 def test_a_cut_answer_is_said(type_in, chat_folders):
     _, out, _ = type_in(["hello"], "--path", str(chat_folders["fox"]), "--max_new_tokens", "2")
     assert "cut at --max_new_tokens 2" in out
+    tokenizer = AutoTokenizer.from_pretrained(chat_folders["fox"])
+    around = tokenizer.apply_chat_template([{"role": "user", "content": ""}], add_generation_prompt=True)["input_ids"]
+    _, out, _ = type_in(["~" * (510 - len(around))], "--path", str(chat_folders["fox"]), "--max_new_tokens", "99")
+    assert "(2 tokens" in out and "cut at the model's context, 512 tokens" in out
 
 
 def test_a_prompt_that_does_not_fit_is_said_and_forgotten(type_in, chat_folders):
