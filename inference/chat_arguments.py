@@ -83,17 +83,20 @@ def adapter_base(path: str, flag: str) -> str:
     """The base model that a folder with a LoRA adapter alone names, a folder or a hub name; empty for other paths.
 
     Raises:
-        UserError: the adapter is damaged; names ``flag``.
+        UserError: the adapter is damaged, or of another kind; names ``flag``.
     """
     folder = Path(path).expanduser()
     if not (folder / ADAPTER_CONFIG).is_file() or (folder / "config.json").is_file():
         return ""
     try:
-        base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        base, virtual = config["base_model_name_or_path"], "num_virtual_tokens" in config
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{flag} {path}: {ADAPTER_CONFIG} is damaged ({type(error).__name__})") from error
     if not isinstance(base, str) or not base:
         raise UserError(f"{flag} {path}: {ADAPTER_CONFIG} does not name the base model")
+    if virtual:
+        raise UserError(f"{flag} {path}: an adapter of virtual tokens; adapters of weights are read here, such as LoRA")
     if not any(folder.glob("adapter_model.*")):
         raise UserError(f"{flag} {path}: the adapter has no weights (adapter_model.safetensors)")
     beside = (folder / base).resolve()

@@ -230,6 +230,10 @@ def _adapter_foreign_base(tmp_path, folders):
     return _adapter_config(tmp_path, folders, target_modules=["query_key_value"]), "adapter can not be loaded"
 
 
+def _adapter_of_virtual_tokens(tmp_path, folders):
+    return _adapter_config(tmp_path, folders, peft_type="PROMPT_TUNING", num_virtual_tokens=4), "virtual tokens"
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -237,6 +241,7 @@ def _adapter_foreign_base(tmp_path, folders):
         _adapter_of_a_wrong_kind, _adapter_stops_at_a_word, _adapter_generates_by_a_list, _stops_at_a_word,
         _config_of_a_wrong_kind, _tokenizer_of_nothing, _other_sizes,
         _adapter_lost_base, _adapter_no_base, _adapter_other_rank, _adapter_lacks_layers, _adapter_foreign_base,
+        _adapter_of_virtual_tokens,
     ],
 )  # fmt: skip
 def test_what_can_not_be_loaded_is_said_in_one_line(make, tmp_path, chat_folders):
