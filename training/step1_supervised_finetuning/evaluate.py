@@ -148,10 +148,8 @@ def main(argv: Sequence[str]) -> int:
             "perplexity_interval": [math.exp(end) for end in interval],
         }
         for kind, values in rouge_scores(answers[name], references).items():
-            results[name] |= {
-                kind: intervals.mean(values),
-                f"{kind}_interval": intervals.bootstrap_interval(values, seed=seed),
-            }
+            interval = intervals.bootstrap_interval(values, seed=seed)
+            results[name] |= {kind: intervals.mean(values), f"{kind}_interval": interval}
         del model
     columns = [key for key in results["base"] if not key.endswith("_interval")]
     head = ["", "base", "", "SFT", ""]

@@ -44,10 +44,10 @@ prepare_runtime()
 import torch  # noqa: E402  threads and PATH must be set before
 
 from training.step1_supervised_finetuning.answers import RougeJudge  # noqa: E402
-from training.utils.checkpoint.resume import BEST, resume_output_dir  # noqa: E402
+from training.utils.checkpoint.resume import BEST  # noqa: E402
 from training.utils.data import epoch_batches  # noqa: E402
-from training.utils.engine import engine as engines, precision  # noqa: E402
-from training.utils.fine_tuning import build_engine, find_model, open_run, step_metrics  # noqa: E402
+from training.utils.engine import engine as engines  # noqa: E402
+from training.utils.fine_tuning import FineTuning, build_engine, find_model, open_run, step_metrics  # noqa: E402
 from training.utils.memory.training import show_sequence_plan  # noqa: E402
 from training.utils.metrics import watched  # noqa: E402
 from training.utils.model import loading  # noqa: E402
@@ -61,102 +61,109 @@ from training.utils.sharing.trial import find_sharing, shares_across  # noqa: E4
 
 
 @torch.no_grad()
-def held_out_loss(engine, dataset, batch_size: int, pad_id: int, sharing: Sharing | None) -> float:
+def held_out_loss(tuning: FineTuning, engine: Any, sharing: Sharing | None) -> float:
     """Mean negative log-likelihood of the held-out response tokens, in nats, over all ranks."""
     engine.eval()
+    dataset, size = tuning.rows.held_out, tuning.flags.train.per_device_eval_batch_size
     sums = {"nll": 0.0, "tokens": 0.0}
-    for indices in watched(epoch_batches(dataset["length"], batch_size * data_size(), 0, 0), "held out"):
-        for batch in micro_batches(dataset, indices, batch_size, pad_id, engine.device, sharing):
+    for indices in watched(epoch_batches(dataset["length"], size * data_size(), 0, 0), "held out"):
+        for batch in micro_batches(dataset, indices, size, tuning.tokenizer.pad_token_id, tuning.device, sharing):
             sums["nll"] += negative_log_likelihood(engine, batch).item()
             sums["tokens"] += batch["response_mask"][:, 1:].sum().item()
     engine.train()
-    total = reduce_sums(sums, engine.device)
+    total = reduce_sums(sums, tuning.device)
     return total["nll"] / max(total["tokens"], 1.0)
 
 
 def main(argv: Sequence[str]) -> int:
     """Run step 1; returns the exit code. See the module's docstring for what it writes."""
     groups = parse_flags(argv)
-    _, model_args, lora, train, ds, output, reliability, step = groups
-    model_path, attention, overrides = find_model(groups, loading.resolve_policy, lambda: loading.EMBEDDED)
-    if output.plan:
-        precision.settle(model_args, resume_output_dir(reliability.resume, output.output_dir), reliability.resume)
-        return show_sequence_plan("step1", model_path, attention, model_args, lora, train, ds, overrides)
+    step = groups[-1]
+    model = find_model(groups, loading.resolve_policy, lambda: loading.EMBEDDED)
+    if model.flags.output.plan:
+        return show_sequence_plan("step1", model)
     more = {"sft_only_data_path": step.sft_only_data_path, "train_on_prompts": step.train_on_prompts}
-    tuning = open_run("step1", "demonstrations", argv, groups, model_path, counted="rows", **more)
-    rows, run, phases, device = tuning.rows, tuning.run, tuning.phases, tuning.device
-    pad_id, best = tuning.tokenizer.pad_token_id, tuning.output_dir / BEST
-    response_tokens = predicted_tokens(rows.train)
-    asked = (rows.held_out, tuning.tokenizer, model_args.max_seq_len, train.per_device_eval_batch_size)
+    tuning = open_run("step1", "demonstrations", argv, groups, model, counted="rows", **more)
+    train, rows, run, device = tuning.flags.train, tuning.rows, tuning.run, tuning.device
+    pad_id, response_tokens = tuning.tokenizer.pad_token_id, predicted_tokens(rows.train)
+    asked = (rows.held_out, tuning.tokenizer, model.flags.model.max_seq_len, train.per_device_eval_batch_size)
     rouge = RougeJudge(*asked) if step.best_by == "rouge" else None
 
     def load(config: dict[str, Any]) -> Any:
         """The causal language model."""
-        made = {"attn_implementation": attention, "base_bits": lora.base_bits}
-        return loading.load_causal_lm(model_path, dtype=model_args.dtype, ds_config=config, **made)
+        made: dict[str, Any] = {"attn_implementation": model.attention, "base_bits": model.flags.lora.base_bits}
+        return loading.load_causal_lm(model.path, dtype=model.flags.model.dtype, ds_config=config, **made)
 
-    engine = build_engine(tuning, load, overrides)
+    engine = build_engine(tuning, load)
     sharing = find_sharing(engine, answer_sums, pad_id) if shares_across(device) else None
     progress = run.progress or {"lowest_loss": math.inf, "best_step": 0}
-    logger = tuning.logger()
-
-    def evaluate(step_number: int) -> None:
-        """The held-out loss, and ROUGE if that is asked for, logged; the trained model with the best is kept."""
-        loss = held_out_loss(engine, rows.held_out, train.per_device_eval_batch_size, pad_id, sharing)
-        found = {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 50.0))}
-        told, score = f"held-out loss {loss:.4f}, perplexity {found['eval/perplexity']:.2f}", loss
-        if rouge is not None:
-            found["eval/rouge"] = rouge.score(engine)
-            told, score = f"{told}, ROUGE {found['eval/rouge']:.3f}", -found["eval/rouge"]
-        logger.log(step_number, found)
-        say(f"step {step_number}: {told}")
-        phases.end("evaluate")
-        last = step_number == tuning.total_steps
-        if step_number and score < progress["lowest_loss"] or last and not progress["best_step"]:
-            tuning.save(engine, best)
-            phases.end("save")
-            progress.update(best_step=step_number, loss_after=loss, lowest_loss=score)  # by ROUGE: its negative
-        if not step_number:
-            progress.update(loss_before=loss, score_before=score)
-
+    tuning.start_logging()
     if not run.step:
-        evaluate(0)
+        evaluate(0, tuning, engine, sharing, rouge, progress)
     engine.train()
     run.ready(progress)
-    for step_number, indices, bar in tuning.steps():
+    for number, indices in tuning.steps():
         tokens = sum(response_tokens[i] for i in indices)
         sums = {"nll": 0.0}
         for batch in micro_batches(rows.train, indices, train.per_device_train_batch_size, pad_id, device, sharing):
             nll = negative_log_likelihood(engine, batch)
             engines.backward(engine, nll, tokens)
             sums["nll"] += nll.item()
-        result = engines.optimizer_step(engine)
-        phases.end("train")
-        loss = reduce_sums(sums, device)["nll"] / tokens
-        logger.log(step_number, {"train/loss": loss, **step_metrics(result), "train/response_tokens": tokens})
-        bar.update()
-        bar.set_postfix(loss=f"{loss:.3f}")
-        due = train.eval_interval and step_number % train.eval_interval == 0
-        if due or step_number % tuning.steps_per_epoch == 0:
-            evaluate(step_number)
-        tuning.after_step(step_number, result, progress)
-    logger.close()
+        result, mean = tuning.update(engine, sums, tokens)
+        found = {"train/loss": mean["nll"], **step_metrics(result), "train/response_tokens": tokens}
+        tuning.log_step(number, found, loss=f"{mean['nll']:.3f}")
+        if tuning.evaluation_due(number) or number % tuning.steps_per_epoch == 0:
+            evaluate(number, tuning, engine, sharing, rouge, progress)
+        tuning.after_step(number, result, progress)
+    tuning.logger.close()
+    publish_best(tuning, progress)
+    return 0
+
+
+def evaluate(
+    number: int,
+    tuning: FineTuning,
+    engine: Any,
+    sharing: Sharing | None,
+    rouge: RougeJudge | None,
+    progress: dict[str, Any],
+) -> None:
+    """The held-out loss, and ROUGE if that is asked for, logged; the trained model with the best is kept."""
+    loss = held_out_loss(tuning, engine, sharing)
+    found = {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 50.0))}
+    told, score = f"held-out loss {loss:.4f}, perplexity {found['eval/perplexity']:.2f}", loss
+    if rouge is not None:
+        found["eval/rouge"] = rouge.score(engine)
+        told, score = f"{told}, ROUGE {found['eval/rouge']:.3f}", -found["eval/rouge"]
+    tuning.logger.log(number, found)
+    say(f"step {number}: {told}")
+    tuning.phases.end("evaluate")
+    last = number == tuning.total_steps
+    if number and score < progress["lowest_loss"] or last and not progress["best_step"]:
+        tuning.save(engine, tuning.output_dir / BEST)
+        tuning.phases.end("save")
+        progress.update(best_step=number, loss_after=loss, lowest_loss=score)  # by ROUGE: its negative
+    if not number:
+        progress.update(loss_before=loss, score_before=score)
+
+
+def publish_best(tuning: FineTuning, progress: dict[str, Any]) -> None:
+    """Put the best model where the run's is looked for, with its card and the summary."""
     if not progress["lowest_loss"] < progress.get("score_before", math.inf):
         say(f"warning: no trained model is better than the untrained one on the held-out rows; that of step "
             f"{progress['best_step']} is kept, the best of them: lower --learning_rate, or give more data")  # fmt: skip
     if is_main():
-        move_into(best, tuning.output_dir)
+        move_into(tuning.output_dir / BEST, tuning.output_dir)
     results = {
-        "held_out": len(rows.held_out),
+        "held_out": len(tuning.rows.held_out),
         "loss_before": progress["loss_before"],
         "loss_after": progress["loss_after"],
         "perplexity_before": math.exp(min(progress["loss_before"], 50.0)),
         "perplexity_after": math.exp(min(progress["loss_after"], 50.0)),
-        "base_model": model_path,
+        "base_model": tuning.model.path,
         "best_step": progress["best_step"],
     }
-    tuning.finish("sft", model_args.model_name_or_path or loading.EMBEDDED, results)
-    return 0
+    tuning.finish("sft", tuning.flags.model.model_name_or_path or loading.EMBEDDED, results)
 
 
 if __name__ == "__main__":

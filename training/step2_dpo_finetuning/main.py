@@ -42,24 +42,19 @@ if __name__ == "__main__":
 prepare_runtime()
 
 
-from training.step2_dpo_finetuning.pairs import (  # noqa: E402
-    Preferences,
-    answer_log_probs,
-    answer_tokens,
-    means,
-)
-from training.utils.checkpoint.resume import METRICS, resume_output_dir  # noqa: E402
+from training.step2_dpo_finetuning.pairs import Preferences, answer_log_probs, answer_tokens, means  # noqa: E402
+from training.utils.checkpoint.resume import METRICS  # noqa: E402
 from training.utils.data import pair_micro_batches, rankings_of  # noqa: E402
-from training.utils.engine import engine as engines, precision  # noqa: E402
+from training.utils.engine import engine as engines  # noqa: E402
 from training.utils.engine.frozen import load_reference  # noqa: E402
-from training.utils.fine_tuning import build_engine, find_model, open_run, step_metrics  # noqa: E402
+from training.utils.fine_tuning import FineTuning, build_engine, find_model, open_run, step_metrics  # noqa: E402
 from training.utils.health import HealthMonitor  # noqa: E402
 from training.utils.health_rules import DPO_RULES  # noqa: E402
 from training.utils.intervals import wilson_interval  # noqa: E402
 from training.utils.memory.training import show_sequence_plan  # noqa: E402
 from training.utils.model import loading  # noqa: E402
 from training.utils.run import watchdog  # noqa: E402
-from training.utils.run.distributed import reduce_sums, say  # noqa: E402
+from training.utils.run.distributed import say  # noqa: E402
 from training.utils.run.folders import latest_output  # noqa: E402
 from training.utils.sharing.trial import find_sharing  # noqa: E402
 
@@ -67,51 +62,31 @@ from training.utils.sharing.trial import find_sharing  # noqa: E402
 def main(argv: Sequence[str]) -> int:
     """Run DPO; returns the exit code. See the module's docstring for what it writes."""
     groups = parse_flags(argv)
-    _, model_args, lora, train, ds, output, reliability, step = groups
-    model_path, attention, overrides = find_model(groups, loading.resolve_policy, lambda: str(latest_output("step1")))
-    adapters_only, needs_reference = lora.only_optimize_lora, step.loss not in arguments.WITHOUT_REFERENCE
-    if output.plan:
-        precision.settle(model_args, resume_output_dir(reliability.resume, output.output_dir), reliability.resume)
-        copy = {"offload": step.offload_reference_model} if needs_reference and not adapters_only else None
-        return show_sequence_plan("dpo", model_path, attention, model_args, lora, train, ds, overrides, reference=copy)
-    tuning = open_run("dpo", "pairs", argv, groups, model_path, counted="pairs")
-    rows, run, phases, device = tuning.rows, tuning.run, tuning.phases, tuning.device
-    pad_id, total_steps = tuning.tokenizer.pad_token_id, tuning.total_steps
-    load: dict[str, Any] = {"dtype": model_args.dtype, "attn_implementation": attention}
-    copied = {"zero_stage": ds.zero_stage, "offload": step.offload_reference_model, "device": device} | load
-    copied["tensor_parallel"] = ds.tensor_parallel
-    frozen = load_reference(model_path, adapters_only=adapters_only, **copied) if needs_reference else None
-    load["base_bits"] = lora.base_bits
-    engine = build_engine(
-        tuning, lambda config: loading.load_causal_lm(model_path, ds_config=config, **load), overrides, rows=2
-    )
+    model = find_model(groups, loading.resolve_policy, lambda: str(latest_output("step1")))
+    flags, step = model.flags, groups[-1]
+    adapters_only, needs_reference = flags.lora.only_optimize_lora, step.loss not in arguments.WITHOUT_REFERENCE
+    copied: dict[str, Any] = {"offload": step.offload_reference_model}
+    if flags.output.plan:
+        return show_sequence_plan("dpo", model, copied if needs_reference and not adapters_only else None)
+    tuning = open_run("dpo", "pairs", argv, groups, model, counted="pairs")
+    rows, run, train, device = tuning.rows, tuning.run, flags.train, tuning.device
+    pad_id = tuning.tokenizer.pad_token_id
+    load: dict[str, Any] = {"dtype": flags.model.dtype, "attn_implementation": model.attention}
+    copied |= {"zero_stage": flags.ds.zero_stage, "tensor_parallel": flags.ds.tensor_parallel, "device": device} | load
+    frozen = load_reference(model.path, adapters_only=adapters_only, **copied) if needs_reference else None
+    load["base_bits"] = flags.lora.base_bits
+    engine = build_engine(tuning, lambda config: loading.load_causal_lm(model.path, ds_config=config, **load), rows=2)
     sharing = find_sharing(engine, answer_log_probs, pad_id)
     preferences, rankings = Preferences(engine, frozen, step, sharing), rankings_of(rows.train)
     progress, monitor = run.progress, HealthMonitor(tuning.output_dir, DPO_RULES)
     monitor.replay(tuning.output_dir / METRICS, until=run.step)
-    logger = tuning.logger(monitor.observe)
-
-    def evaluate(step_number: int) -> dict[str, float]:
-        """The held-out pairs' metrics, logged."""
-        found = means(preferences.held_out(rows.held_out, train.per_device_eval_batch_size, pad_id))
-        found["chosen_change"] = found["chosen_per_token"] - progress.get("before", found)["chosen_per_token"]
-        if frozen is not None or adapters_only:
-            found["kl"] = preferences.kl(rows.held_out, train.per_device_eval_batch_size, pad_id)
-        phases.end("evaluate")
-        logger.log(step_number, {f"eval/{name}": value for name, value in found.items()})
-        say(
-            f"step {step_number}: held-out loss {found['loss']:.4f}, accuracy {found['accuracy']:.3f}, "
-            f"margin {found['margin']:.3f}"
-        )
-        return found
-
+    tuning.start_logging(monitor.observe)
     if not run.step:
-        progress["before"] = evaluate(0)
+        progress["before"] = evaluate(0, tuning, preferences, progress)
     run.ready(progress)
-    for step_number, indices, bar in tuning.steps():
+    for number, indices in tuning.steps():
         mine = [rankings[i] for i in indices]
-        size = train.per_device_train_batch_size
-        batches = list(pair_micro_batches(rows.train, mine, size, pad_id, device, sharing))
+        batches = list(pair_micro_batches(rows.train, mine, train.per_device_train_batch_size, pad_id, device, sharing))
         references = [preferences.reference(batch) for batch in batches]
         drift = preferences.drift(batches, references, len(indices))
         engine.train()
@@ -121,24 +96,38 @@ def main(argv: Sequence[str]) -> int:
             engines.backward(engine, (batch["weights"] * judged["loss"]).sum(), len(indices))
             for name, values in judged.items():
                 sums[name] = sums.get(name, 0.0) + (batch["weights"] * values).sum().item()
-        result = engines.optimizer_step(engine)
-        phases.end("train")
-        mean = {name: total / len(indices) for name, total in reduce_sums(sums, device).items()}
-        logger.log(step_number, {f"train/{name}": value for name, value in mean.items()} | step_metrics(result))
-        bar.update()
-        bar.set_postfix(loss=f"{mean['loss']:.3f}", accuracy=f"{mean['accuracy']:.2f}")
-        last = step_number == total_steps
-        if last or train.eval_interval and step_number % train.eval_interval == 0:
-            progress["after"] = evaluate(step_number)
-        tuning.after_step(step_number, result, progress)
-    logger.close()
+        result, mean = tuning.update(engine, sums, len(indices))
+        found = {f"train/{name}": value for name, value in mean.items()} | step_metrics(result)
+        tuning.log_step(number, found, loss=f"{mean['loss']:.3f}", accuracy=f"{mean['accuracy']:.2f}")
+        if tuning.evaluation_due(number) or number == tuning.total_steps:
+            progress["after"] = evaluate(number, tuning, preferences, progress)
+        tuning.after_step(number, result, progress)
+    tuning.logger.close()
     tuning.save(engine, tuning.output_dir)
-    phases.end("save")
+    tuning.phases.end("save")
     verdict = compared(progress["before"], progress["after"], rows.report.held_out_prompts)
-    about = {"loss_kind": step.loss, "beta": step.strength, "base_model": model_path}
+    about = {"loss_kind": step.loss, "beta": step.strength, "base_model": model.path}
     remarks = {"remarks": [remark.text for remark in monitor.remarks]}
-    tuning.finish("dpo", model_args.model_name_or_path or model_path, verdict | about | remarks)
+    tuning.finish("dpo", flags.model.model_name_or_path or model.path, verdict | about | remarks)
     return 0
+
+
+def evaluate(
+    number: int, tuning: FineTuning, preferences: Preferences, progress: Mapping[str, Any]
+) -> dict[str, float]:
+    """The held-out pairs' metrics, logged."""
+    asked = (tuning.rows.held_out, tuning.flags.train.per_device_eval_batch_size, tuning.tokenizer.pad_token_id)
+    found = means(preferences.held_out(*asked))
+    found["chosen_change"] = found["chosen_per_token"] - progress.get("before", found)["chosen_per_token"]
+    if preferences.frozen is not None or tuning.flags.lora.only_optimize_lora:
+        found["kl"] = preferences.kl(*asked)
+    tuning.phases.end("evaluate")
+    tuning.logger.log(number, {f"eval/{name}": value for name, value in found.items()})
+    say(
+        f"step {number}: held-out loss {found['loss']:.4f}, accuracy {found['accuracy']:.3f}, "
+        f"margin {found['margin']:.3f}"
+    )
+    return found
 
 
 def compared(before: Mapping[str, float], after: Mapping[str, float], held_out: int) -> dict[str, float]:

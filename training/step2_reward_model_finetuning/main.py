@@ -57,18 +57,16 @@ from training.step2_reward_model_finetuning.preference import (  # noqa: E402
     pair_metrics,
     told,
 )
-from training.utils.checkpoint.resume import resume_output_dir  # noqa: E402
 from training.utils.data import pair_micro_batches, rankings_of  # noqa: E402
-from training.utils.engine import engine as engines, precision  # noqa: E402
+from training.utils.engine import engine as engines  # noqa: E402
 from training.utils.engine.frozen import load_frozen_scorer  # noqa: E402
 from training.utils.fine_tuning import FineTuning, build_engine, find_model, open_run, step_metrics  # noqa: E402
 from training.utils.memory.training import show_sequence_plan  # noqa: E402
-from training.utils.metrics import MetricsLogger  # noqa: E402
 from training.utils.model import classifiers, loading  # noqa: E402
 from training.utils.model.forward import TokenScorer, answer_rewards  # noqa: E402
 from training.utils.model.reward_stats import RewardStats, few_held_out  # noqa: E402
 from training.utils.run import watchdog  # noqa: E402
-from training.utils.run.distributed import is_main, reduce_sums, say  # noqa: E402
+from training.utils.run.distributed import is_main, say  # noqa: E402
 from training.utils.run.folders import latest_output  # noqa: E402
 from training.utils.sharing.trial import find_sharing  # noqa: E402
 
@@ -76,46 +74,35 @@ from training.utils.sharing.trial import find_sharing  # noqa: E402
 def main(argv: Sequence[str]) -> int:
     """Run step 2; returns the exit code. See the module's docstring for what it writes."""
     groups = parse_flags(argv)
-    _, model_args, lora, train, ds, output, reliability, step = groups
-    model_path, attention, overrides = find_model(groups, loading.resolve_model, lambda: str(latest_output("step1")))
-    classifiers.check_reward_family(model_path)
-    if output.plan:
-        precision.settle(model_args, resume_output_dir(reliability.resume, output.output_dir), reliability.resume)
-        return show_sequence_plan("step2", model_path, attention, model_args, lora, train, ds, overrides)
-    tuning = open_run("step2", "pairs", argv, groups, model_path, counted="pairs")
-    rows, run, phases, device = tuning.rows, tuning.run, tuning.phases, tuning.device
+    model = find_model(groups, loading.resolve_model, lambda: str(latest_output("step1")))
+    flags, step = model.flags, groups[-1]
+    classifiers.check_reward_family(model.path)
+    if flags.output.plan:
+        return show_sequence_plan("step2", model)
+    tuning = open_run("step2", "pairs", argv, groups, model, counted="pairs")
+    rows, run, train, device = tuning.rows, tuning.run, flags.train, tuning.device
     rankings = rankings_of(rows.train)
     if warning := few_held_out(rows.report.held_out_prompts):
         say(warning)
     pad_id = tuning.tokenizer.pad_token_id
-    made: dict[str, Any] = {"dtype": model_args.dtype, "pad_token_id": pad_id, "attn_implementation": attention}
+    made = {"dtype": flags.model.dtype, "pad_token_id": pad_id, "attn_implementation": model.attention}
 
     def load(config: dict[str, Any]) -> Any:
         """The backbone with one output for each token."""
-        new = {"fresh_head_seed": train.seed, "base_bits": lora.base_bits}
-        return classifiers.load_classifier(model_path, ds_config=config, **new, **made)
+        new: dict[str, Any] = {"fresh_head_seed": train.seed, "base_bits": flags.lora.base_bits}
+        return classifiers.load_classifier(model.path, ds_config=config, **new, **made)
 
-    engine = build_engine(tuning, load, overrides, rows=2, wrap=TokenScorer)
+    engine = build_engine(tuning, load, rows=2, wrap=TokenScorer)
     sharing = find_sharing(engine, answer_rewards, pad_id)
     eval_batch = (train.per_device_eval_batch_size, pad_id, device, sharing)
-    progress, logger = run.progress, tuning.logger()
-
-    def evaluate(step_number: int, held_out: Any) -> dict[str, float]:
-        """Some or all held-out pairs' metrics, logged."""
-        rewards = held_out_rewards(engine, held_out, *eval_batch)
-        metrics = pair_metrics(rewards, pair_weights(held_out))
-        engine.train()
-        phases.end("evaluate")
-        logger.log(step_number, {f"eval/{name}": value for name, value in metrics.items()})
-        say(f"step {step_number}: held-out accuracy {metrics['accuracy']:.3f}, margin {metrics['margin']:.3f}")
-        return metrics
-
+    progress = run.progress
+    tuning.start_logging()
     if not run.step:
-        progress["before"] = evaluate(0, some_rankings(rows.held_out, PAIRS_BEFORE))
+        progress["before"] = evaluate(0, tuning, engine, some_rankings(rows.held_out, PAIRS_BEFORE), eval_batch)
     engine.train()
     run.ready(progress)
-    for step_number, indices, bar in tuning.steps():
-        sums = dict.fromkeys(("loss", "correct", "chosen", "rejected"), 0.0)
+    for number, indices in tuning.steps():
+        sums = dict.fromkeys(("loss", "accuracy", "chosen_mean", "rejected_mean"), 0.0)
         mine = [rankings[i] for i in indices]
         size = train.per_device_train_batch_size
         for batch in pair_micro_batches(rows.train, mine, size, pad_id, device, sharing):
@@ -124,37 +111,37 @@ def main(argv: Sequence[str]) -> int:
             loss = bradley_terry_loss(chosen, rejected, step.loss)
             centred = loss + CENTER_COEFFICIENT * (chosen + rejected).square()
             engines.backward(engine, (weights * centred).sum(), len(indices))
-            sums["loss"] += (weights * loss).sum().item()
-            sums["correct"] += (weights * (chosen > rejected)).sum().item()
-            sums["chosen"] += (weights * chosen).sum().item()
-            sums["rejected"] += (weights * rejected).sum().item()
-        result = engines.optimizer_step(engine)
-        phases.end("train")
-        mean = {name: total / len(indices) for name, total in reduce_sums(sums, device).items()}
-        found = {
-            "train/loss": mean["loss"],
-            "train/accuracy": mean["correct"],
-            "train/chosen_mean": mean["chosen"],
-            "train/rejected_mean": mean["rejected"],
-            "train/margin": mean["chosen"] - mean["rejected"],
-        }
-        logger.log(step_number, found | step_metrics(result))
-        bar.update()
-        bar.set_postfix(loss=f"{mean['loss']:.3f}", accuracy=f"{mean['correct']:.2f}")
-        if train.eval_interval and step_number % train.eval_interval == 0 and step_number < tuning.total_steps:
-            evaluate(step_number, rows.held_out)
-        tuning.after_step(step_number, result, progress)
+            for name, values in zip(sums, (loss, chosen > rejected, chosen, rejected), strict=True):
+                sums[name] += (weights * values).sum().item()
+        result, mean = tuning.update(engine, sums, len(indices))
+        found = {f"train/{name}": value for name, value in mean.items()}
+        found["train/margin"] = mean["chosen_mean"] - mean["rejected_mean"]
+        shown = {"loss": f"{mean['loss']:.3f}", "accuracy": f"{mean['accuracy']:.2f}"}
+        tuning.log_step(number, found | step_metrics(result), **shown)
+        if tuning.evaluation_due(number) and number < tuning.total_steps:
+            evaluate(number, tuning, engine, rows.held_out, eval_batch)
+        tuning.after_step(number, result, progress)
     tuning.save(engine, tuning.output_dir)
-    phases.end("save", "judging the held-out pairs with the saved model")
+    tuning.phases.end("save", "judging the held-out pairs with the saved model")
 
-    results = {"accuracy_before": progress["before"]["accuracy"]} | judge_saved(tuning, logger, made, eval_batch)
-    tuning.finish("reward", model_args.model_name_or_path or model_path, results)
+    results = {"accuracy_before": progress["before"]["accuracy"]} | judge_saved(tuning, made, eval_batch)
+    tuning.finish("reward", flags.model.model_name_or_path or model.path, results)
     return 0
 
 
-def judge_saved(
-    tuning: FineTuning, logger: MetricsLogger, made: dict[str, Any], eval_batch: Sequence[Any]
-) -> dict[str, Any]:
+def evaluate(
+    number: int, tuning: FineTuning, engine: Any, held_out: Any, eval_batch: Sequence[Any]
+) -> dict[str, float]:
+    """Some or all held-out pairs' metrics, logged; ``eval_batch`` is what `held_out_rewards` takes after them."""
+    metrics = pair_metrics(held_out_rewards(engine, held_out, *eval_batch), pair_weights(held_out))
+    engine.train()
+    tuning.phases.end("evaluate")
+    tuning.logger.log(number, {f"eval/{name}": value for name, value in metrics.items()})
+    say(f"step {number}: held-out accuracy {metrics['accuracy']:.3f}, margin {metrics['margin']:.3f}")
+    return metrics
+
+
+def judge_saved(tuning: FineTuning, made: dict[str, Any], eval_batch: Sequence[Any]) -> dict[str, Any]:
     """The numbers that step 3 relies on, of the model on disk in the precision step 3 uses; writes reward_stats.json.
 
     Args:
@@ -171,8 +158,8 @@ def judge_saved(
     weighed = pair_weights(held_out)
     after = pair_metrics(pairs, weighed)
     tuning.phases.end("evaluate")
-    logger.log(tuning.total_steps, {f"eval/{name}": value for name, value in after.items()})
-    logger.close()
+    tuning.logger.log(tuning.total_steps, {f"eval/{name}": value for name, value in after.items()})
+    tuning.logger.close()
     # Of a ranking the first pair, which is its best answer against its worst
     stats = RewardStats.of([pairs[mine.start] for mine in rankings_of(held_out)], made["dtype"])
     if line := stats.line():

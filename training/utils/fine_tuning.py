@@ -41,7 +41,7 @@ from training.utils.model.tokenizer import check_vocabulary, load_tokenizer
 from training.utils.phases import Phases
 from training.utils.run import watchdog
 from training.utils.run.demo import check_training_data
-from training.utils.run.distributed import data_size, init_distributed, say
+from training.utils.run.distributed import data_size, init_distributed, reduce_sums, say
 from training.utils.run.folders import prepare_output_dir, title
 
 
@@ -58,18 +58,30 @@ class Flags:
     reliability: ReliabilityArguments
 
 
-def find_model(
-    groups: Sequence[Any], resolve: Callable[..., str], default: Callable[[], str]
-) -> tuple[str, str, dict[str, Any]]:
+@dataclass(frozen=True)
+class FoundModel:
+    """A model that has been found, and checked against the flags.
+
+    Attributes:
+        flags: of the step.
+        path: its folder.
+        attention: of its layers.
+        overrides: the user's own configuration of DeepSpeed.
+    """
+
+    flags: Flags
+    path: str
+    attention: str
+    overrides: dict[str, Any]
+
+
+def find_model(groups: Sequence[Any], resolve: Callable[..., str], default: Callable[[], str]) -> FoundModel:
     """Find the model and check it against the flags, before anything is loaded.
 
     Args:
         groups: the flags, the first seven those of `Flags`.
         resolve: `loading.resolve_policy`, or what else finds a model's folder by its name.
         default: names the model where ``--model_name_or_path`` does not.
-
-    Returns:
-        Its folder, the attention of its layers, and the user's own configuration of DeepSpeed.
 
     Raises:
         UserError: a flag is wrong, or the model can not be trained so.
@@ -81,7 +93,7 @@ def find_model(
     check_length(path, flags.model.max_seq_len, "--max_seq_len")
     check_lora(path, flags.lora)
     divide_model(flags.ds.tensor_parallel, path)
-    return path, divide_rows(path, flags.model, flags.ds.sequence_parallel), overrides
+    return FoundModel(flags, path, divide_rows(path, flags.model, flags.ds.sequence_parallel), overrides)
 
 
 @dataclass
@@ -90,20 +102,21 @@ class FineTuning:
 
     Attributes:
         step: its name, one of `STEPS`.
-        argv, flags: as it was started.
-        model_path: where the model starts from.
+        argv: as it was started.
+        model: where it starts from, with the flags.
         output_dir, device: of this run and this rank.
         tokenizer, rows: with the chat template and the data of the flags.
         run: checkpoints, resume and signals.
         batch: rows of an optimizer step, over all ranks.
         phases: time and memory of what the step does.
         settled: the precision, for the summary.
+        logger: where the metrics go, from `start_logging` on.
+        bar: the progress bar of `steps`.
     """
 
     step: str
     argv: Sequence[str]
-    flags: Flags
-    model_path: str
+    model: FoundModel
     output_dir: Path
     device: torch.device
     tokenizer: Any
@@ -112,7 +125,14 @@ class FineTuning:
     batch: int
     phases: Phases
     settled: Mapping[str, Any]
-    started: float = field(default_factory=time.monotonic)
+    started: float
+    logger: MetricsLogger = field(init=False)
+    bar: Any = field(init=False)
+
+    @property
+    def flags(self) -> Flags:
+        """As it was started."""
+        return self.model.flags
 
     @property
     def steps_per_epoch(self) -> int:
@@ -129,20 +149,35 @@ class FineTuning:
         """Optimizer steps of the whole run."""
         return self.steps_per_epoch * self.flags.train.num_train_epochs
 
-    def logger(self, watch: Callable[[int, Mapping[str, float]], object] | None = None) -> MetricsLogger:
-        """Where the metrics go, continued where a resumed run stood; ``watch`` sees each record."""
+    def start_logging(self, watch: Callable[[int, Mapping[str, float]], object] | None = None) -> None:
+        """Open the file of metrics, continued where a resumed run stood; ``watch`` sees each record."""
         name = f"{self.output_dir.parent.name}/{self.step}"
         report_to, run = self.flags.output.report_to, self.run
-        return MetricsLogger(self.output_dir, report_to, name, watch, done=run.step, seconds=run.seconds)
+        self.logger = MetricsLogger(self.output_dir, report_to, name, watch, done=run.step, seconds=run.seconds)
 
-    def steps(self) -> Iterator[tuple[int, list[int], Any]]:
-        """(number, rows or rankings, progress bar) of every optimizer step that is left."""
+    def steps(self) -> Iterator[tuple[int, list[int]]]:
+        """(number, rows or rankings) of every optimizer step that is left."""
         train = self.flags.train
-        bar = progress_bar(self.total_steps, title(self.step), self.run.step)
-        done, epochs = self.run.step, train.num_train_epochs
-        for number, indices in batches_after(done, self.lengths, self.batch, train.seed, epochs):
-            yield number, indices, bar
-        bar.close()
+        self.bar = progress_bar(self.total_steps, title(self.step), self.run.step)
+        yield from batches_after(self.run.step, self.lengths, self.batch, train.seed, train.num_train_epochs)
+        self.bar.close()
+
+    def update(self, engine: Any, sums: Mapping[str, float], count: int) -> tuple[engines.StepResult, dict[str, float]]:
+        """Take an optimizer step; its result, and over ``count`` the means of what was summed on each rank."""
+        result = engines.optimizer_step(engine)
+        self.phases.end("train")
+        return result, {name: total / count for name, total in reduce_sums(sums, self.device).items()}
+
+    def log_step(self, number: int, metrics: Mapping[str, float], **shown: str) -> None:
+        """Log an optimizer step; ``shown`` stands beside the progress bar."""
+        self.logger.log(number, metrics)
+        self.bar.update()
+        self.bar.set_postfix(**shown)
+
+    def evaluation_due(self, number: int) -> bool:
+        """Whether ``--eval_interval`` asks for an evaluation after this step."""
+        interval = self.flags.train.eval_interval
+        return bool(interval) and number % interval == 0
 
     def after_step(self, number: int, result: engines.StepResult, progress: dict[str, Any]) -> None:
         """Count failures, write a checkpoint where one is due, and stop where that is asked for or of use."""
@@ -172,7 +207,7 @@ class FineTuning:
             "run_with": {"arguments": list(self.argv), "folder": str(Path.cwd())},
         }
         made: dict[str, Any] = {"argv": self.argv, "data": self.rows.report.lines(), "results": summary}
-        write_model_card(self.output_dir, kind, (base, self.model_path), tokenizer=self.tokenizer, **made)
+        write_model_card(self.output_dir, kind, (base, self.model.path), tokenizer=self.tokenizer, **made)
         write_summary(self.output_dir, summary)
         say(f"{title(self.step)} saved to {self.output_dir}")
 
@@ -191,7 +226,7 @@ def open_run(
     kind: Kind,
     argv: Sequence[str],
     groups: Sequence[Any],
-    model_path: str,
+    model: FoundModel,
     *,
     counted: str,
     **data_options: Any,
@@ -201,8 +236,8 @@ def open_run(
     Args:
         step: its name, one of `STEPS`.
         kind: of the rows that it trains on.
-        argv, groups: the flags as given and as parsed; the first seven groups are those of `Flags`.
-        model_path: where the model starts from.
+        argv, groups: the flags as given and as parsed.
+        model: where it starts from.
         counted: what an optimizer step takes, such as ``rows``.
         data_options: further arguments of `prepare_data`.
 
@@ -210,7 +245,7 @@ def open_run(
         UserError: data or flags are wrong, the folder is in use, or its run is another one.
     """
     started, phases = time.monotonic(), Phases()
-    flags = Flags(*groups[:7])
+    flags = model.flags
     if flags.lora.base_bits:
         four_bit.check_installed()
     reliability, train = flags.reliability, flags.train
@@ -221,8 +256,8 @@ def open_run(
     settled = precision.settle(flags.model, output_dir, reliability.resume)
     torch.manual_seed(train.seed)
     data = flags.data
-    tokenizer = load_tokenizer(model_path, **data.template)
-    check_vocabulary(model_path, tokenizer)
+    tokenizer = load_tokenizer(model.path, **data.template)
+    check_vocabulary(model.path, tokenizer)
     options: dict[str, Any] = {"max_length": flags.model.max_seq_len, "seed": train.seed, "run_dir": output_dir}
     rows = prepare_data(kind, data, tokenizer, **options, **data_options)
     rows.announce()
@@ -234,21 +269,18 @@ def open_run(
         output_dir,
         reliability,
         list(groups),
-        models={"--model_name_or_path": model_path},
+        models={"--model_name_or_path": model.path},
         data={"training": rows.train, "held-out": rows.held_out},
         batches={f"{counted} per step": per_rank * data_size()},
     )
     batch = run.batches[f"{counted} per step"]
     phases.end("data", "loading the model")
-    return FineTuning(
-        step, argv, flags, model_path, output_dir, device, tokenizer, rows, run, batch, phases, settled, started
-    )
+    return FineTuning(step, argv, model, output_dir, device, tokenizer, rows, run, batch, phases, settled, started)
 
 
 def build_engine(
     tuning: FineTuning,
     load: Callable[[dict[str, Any]], Any],
-    overrides: dict[str, Any],
     *,
     rows: int = 1,
     wrap: Callable[[Any], Any] = lambda model: model,
@@ -258,7 +290,6 @@ def build_engine(
     Args:
         tuning: the open run.
         load: makes the model under a DeepSpeed configuration.
-        overrides: the user's own DeepSpeed configuration.
         rows: of a micro-batch for each row of the flag (a pair has two).
         wrap: what the engine calls instead of the model.
     """
@@ -269,7 +300,7 @@ def build_engine(
         offload=ds.offload,
         micro_batch_size=rows * train.per_device_train_batch_size,
         tensor_parallel=ds.tensor_parallel,
-        overrides=overrides,
+        overrides=tuning.model.overrides,
     )
     model = with_adapters(load(config), lora)
     if model_args.gradient_checkpointing:

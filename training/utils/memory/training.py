@@ -6,12 +6,14 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from training.utils.arguments import DeepSpeedArguments, LoraArguments, ModelArguments, TrainingArguments
+from training.utils.checkpoint.resume import resume_output_dir
 from training.utils.engine import sequence_parallel
+from training.utils.engine.precision import settle
 from training.utils.engine.zero_config import deepspeed_config, effective_stage, is_plain
+from training.utils.fine_tuning import FoundModel
 from training.utils.memory import plan as plans
 from training.utils.memory.live import FakeModel, PassMemory
-from training.utils.memory.zero import BYTES, frozen_memory, trained_memory
+from training.utils.memory.zero import BYTES, RoleMemory, frozen_memory, trained_memory
 from training.utils.model.forward import response_log_probs
 from training.utils.run.distributed import world_size
 from training.utils.run.folders import title
@@ -79,79 +81,69 @@ def sequence_plan(
         reference: ``offload`` of DPO's frozen second model; None without one.
         on_cpu: the run is one on CPUs; None: as this machine's.
     """
-    size, stage = plans.role_size(costs.model), settings.zero_stage
-    on_cpu = plans.device().type == "cpu" if on_cpu is None else on_cpu
-    ranks = world_size() // tensor_parallel
+    stage, on_cpu = settings.zero_stage, plans.device().type == "cpu" if on_cpu is None else on_cpu
+    ranks, size = world_size() // tensor_parallel, plans.role_size(costs.model)
     shared: dict[str, Any] = {"tensor_parallel": tensor_parallel, "overrides": overrides}
     config = deepspeed_config(zero_stage=stage, dtype=dtype, offload=settings.offload, **shared)
-    role = trained_memory(
-        size, config=config, dtype=dtype, ranks=ranks, on_cpu=on_cpu, accumulates=settings.accumulates
-    )
-    rows, eval_rows = per_row * settings.batch, per_row * settings.other_batch
-    whole = not costs.classifier and not sequence_parallel.is_split(costs.model.module)  # all logits exist at once
-    logits = {n: whole and plans.logits_bytes(costs.model, n, costs.length - 1, dtype) for n in (rows, eval_rows)}
-    scored, passes = costs.evaluation(eval_rows), costs.training(rows, settings.checkpointing)
-    evaluation = {
-        "gathered parameters": role.gathered,
-        "logits": logits[eval_rows],
-        "activations": scored.peak - logits[eval_rows],
-    }
-    memory = {"model": role}
+    trains: dict[str, Any] = {"dtype": dtype, "ranks": ranks, "on_cpu": on_cpu, "accumulates": settings.accumulates}
+    memory = {"model": trained_memory(size, config=config, **trains)}
+    frozen = functools.partial(frozen_memory, zero_stage=stage, dtype=dtype, ranks=ranks)
     if reference is not None:
-        count = plans.base_parameters(costs.model)
-        memory["reference"] = frozen_memory(count, zero_stage=stage, dtype=dtype, ranks=ranks, **reference)
-    phases = [
-        plans.Phase("evaluation", evaluation),
-        *plans.training_phases(
-            "model",
-            role,
-            passes,
-            logits[rows],
-            accumulates=settings.accumulates,
-            checkpointing=settings.checkpointing,
-        ),
-        plans.saving_phase(size.parameters * tensor_parallel, BYTES[dtype]),  # at most: embeddings are not cut
-    ]
+        memory["reference"] = frozen(plans.base_parameters(costs.model), **reference)
+    phases = _phases(costs, settings, memory["model"], dtype, per_row)
+    phases.append(
+        plans.saving_phase(size.parameters * tensor_parallel, BYTES[dtype])
+    )  # at most: embeddings are not cut
     if costs.classifier:
-        again = frozen_memory(size.parameters, zero_stage=stage, dtype=dtype, ranks=ranks, offload=settings.offload)
-        reloaded = {"reloaded": again.total, "gathered parameters": again.gathered, "activations": scored.peak}
+        again = frozen(size.parameters, offload=settings.offload)
+        scored = costs.evaluation(per_row * settings.other_batch).peak
+        reloaded = {"reloaded": again.total, "gathered parameters": again.gathered, "activations": scored}
         phases.append(plans.Phase("reward statistics", reloaded))
-    other = costs.training(rows, not settings.checkpointing)
-    note = "without" if settings.checkpointing else "with"
-    change = (other.peak - passes.peak) / plans.MIB
-    notes = [f"{note} --gradient_checkpointing the backward needs {change:+,.0f}"]
+    checkpointing, rows = settings.checkpointing, per_row * settings.batch
+    change = costs.training(rows, not checkpointing).peak - costs.training(rows, checkpointing).peak
+    note = "without" if checkpointing else "with"
+    notes = [f"{note} --gradient_checkpointing the backward needs {change / plans.MIB:+,.0f}"]
     if stage != effective_stage(stage) and not is_plain(config, ranks):
         notes.append("ZeRO stage 0 runs as DeepSpeed's stage 1, see docs/memory.md")
     return plans.Plan(memory, phases, on_cpu, notes)
 
 
-def show_sequence_plan(
-    step: str,
-    path: str,
-    attention: str,
-    model: ModelArguments,
-    lora: LoraArguments,
-    train: TrainingArguments,
-    ds: DeepSpeedArguments,
-    overrides: dict[str, Any],
-    *,
-    reference: Mapping[str, Any] | None = None,
-) -> int:
+def _phases(
+    costs: SequenceCosts, settings: plans.Settings, role: RoleMemory, dtype: str, per_row: int
+) -> list[plans.Phase]:
+    """Evaluation and training of the step's model."""
+    rows, eval_rows = per_row * settings.batch, per_row * settings.other_batch
+    whole = not costs.classifier and not sequence_parallel.is_split(costs.model.module)  # all logits exist at once
+    logits = {n: whole and plans.logits_bytes(costs.model, n, costs.length - 1, dtype) for n in (rows, eval_rows)}
+    evaluation = {
+        "gathered parameters": role.gathered,
+        "logits": logits[eval_rows],
+        "activations": costs.evaluation(eval_rows).peak - logits[eval_rows],
+    }
+    passes, more = costs.training(rows, settings.checkpointing), {"accumulates": settings.accumulates}
+    more["checkpointing"] = settings.checkpointing
+    return [
+        plans.Phase("evaluation", evaluation),
+        *plans.training_phases("model", role, passes, logits[rows], **more),
+    ]
+
+
+def show_sequence_plan(step: str, found: FoundModel, reference: Mapping[str, Any] | None = None) -> int:
     """Print the plan of step 1, step 2 or DPO; returns the exit code, see `training.utils.memory.plan.show_plan`.
 
     Args:
         step: its name, one of `STEPS`.
-        path: the model that the step starts from.
-        attention: from `training.utils.model.limits.divide_rows`.
-        model, lora, train, ds: the step's flags.
-        overrides: the user's DeepSpeed configuration.
+        found: the model that it starts from.
         reference: see `sequence_plan`.
 
     Raises:
-        UserError: no model can be built from ``path``.
+        UserError: no model can be built from it.
     """
-    shape: dict[str, Any] = {"classifier": step == "step2", "tensor_parallel": ds.tensor_parallel}
-    fake = plans.fake_role(path, model.dtype, attention, lora, **shape)
+    flags, path = found.flags, found.path
+    model, train, ds, resume = flags.model, flags.train, flags.ds, flags.reliability.resume
+    settle(model, resume_output_dir(resume, flags.output.output_dir), resume)
+    parts: dict[str, Any] = {"tensor_parallel": ds.tensor_parallel}
+    fake = plans.fake_role(path, model.dtype, found.attention, flags.lora, classifier=step == "step2", **parts)
     costs = SequenceCosts(fake, model.max_seq_len, classifier=step == "step2")
     settings = plans.Settings(
         zero_stage=ds.zero_stage,
@@ -161,10 +153,10 @@ def show_sequence_plan(
         other_batch=train.per_device_eval_batch_size,
         accumulates=train.gradient_accumulation_steps > 1,
     )
-    kind: dict[str, Any] = {"per_row": 1 if step == "step1" else 2, "reference": reference}
-    kind["tensor_parallel"] = ds.tensor_parallel
-    precision = plans.in_words(model.dtype, lora)
+    parts |= {"per_row": 1 if step == "step1" else 2, "reference": reference}
+    precision = plans.in_words(model.dtype, flags.lora)
     heading = f"{title(step)}: {path}, {precision}, ZeRO {ds.zero_stage}, ranks: {ranks_told(ds.tensor_parallel)}"
     if ds.sequence_parallel > 1:
         heading += f", {ds.sequence_parallel} to a row"
-    return plans.show_plan(heading, settings, lambda s: sequence_plan(costs, s, model.dtype, overrides, **kind), FLAGS)
+    planned = functools.partial(sequence_plan, costs, dtype=model.dtype, overrides=found.overrides, **parts)
+    return plans.show_plan(heading, settings, planned, FLAGS)
