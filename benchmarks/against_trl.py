@@ -45,7 +45,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from common import ROOT, flags_of, row_of, spread, write_figures
+
 STEP3 = ROOT / "training" / "step3_rlhf_finetuning" / "main.py"
 DEMO = ROOT / "training" / "data" / "demo"
 CHECK = DEMO / "manner.py"
@@ -89,7 +90,7 @@ PRECISION = {
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read the flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags_of(__doc__)
     parser.add_argument("--step", type=int, choices=(1, 2, 3), default=3)
     parser.add_argument("--sft", type=Path, help="both trainers start from it (steps 1 and 2: the embedded model)")
     parser.add_argument("--data", default="", help="rows of steps 1 and 2 (default: the demo's)")
@@ -250,6 +251,37 @@ def load_check() -> Callable[..., list[float]]:
     return module.manner
 
 
+def trl_config(settings: dict[str, Any]) -> Any:
+    """TRL's settings of a run: Tripod's, where it has them."""
+    from trl import RLOOConfig
+
+    return RLOOConfig(
+        output_dir=settings["folder"],
+        use_cpu=True,
+        bf16=settings["autocast"],
+        model_init_kwargs={"dtype": {"fp32": "float32", "bf16": "bfloat16"}[settings["weights"]]},
+        gradient_checkpointing=False,
+        num_generations=SAMPLES,
+        per_device_train_batch_size=ROWS_PER_STEP,
+        gradient_accumulation_steps=1,
+        steps_per_generation=STEPS,
+        max_steps=STEPS * len(settings["prompts"]),
+        shuffle_dataset=False,
+        max_completion_length=NEW_TOKENS,
+        temperature=TEMPERATURE,
+        beta=settings["kl_coef"],
+        learning_rate=settings["learning_rate"],
+        lr_scheduler_type="constant",
+        adam_beta2=ADAM_BETA2,
+        max_grad_norm=MAX_GRAD_NORM,
+        dataloader_pin_memory=False,
+        seed=settings["seed"],
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+
+
 def train_with_trl(settings: dict[str, Any]) -> None:
     """One run of TRL, in its own process and environment; leaves the model and figures.json in the run's folder.
 
@@ -258,7 +290,7 @@ def train_with_trl(settings: dict[str, Any]) -> None:
     """
     from datasets import Dataset
     from transformers import TrainerCallback
-    from trl import RLOOConfig, RLOOTrainer
+    from trl import RLOOTrainer
 
     score = load_check()
     spent: dict[str, float] = {}
@@ -295,33 +327,9 @@ def train_with_trl(settings: dict[str, Any]) -> None:
                 phases = {"generate": generate, "score": experience - generate, "train": seconds - experience}
                 measured.append(iteration(phases, int(spent["tokens"]), spent["check"]))
 
-    config = RLOOConfig(
-        output_dir=settings["folder"],
-        use_cpu=True,
-        bf16=settings["autocast"],
-        model_init_kwargs={"dtype": {"fp32": "float32", "bf16": "bfloat16"}[settings["weights"]]},
-        gradient_checkpointing=False,
-        num_generations=SAMPLES,
-        per_device_train_batch_size=ROWS_PER_STEP,
-        gradient_accumulation_steps=1,
-        steps_per_generation=STEPS,
-        max_steps=STEPS * len(settings["prompts"]),
-        shuffle_dataset=False,
-        max_completion_length=NEW_TOKENS,
-        temperature=TEMPERATURE,
-        beta=settings["kl_coef"],
-        learning_rate=settings["learning_rate"],
-        lr_scheduler_type="constant",
-        adam_beta2=ADAM_BETA2,
-        max_grad_norm=MAX_GRAD_NORM,
-        dataloader_pin_memory=False,
-        seed=settings["seed"],
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-    )
     rows = [{"prompt": messages} for prompts in settings["prompts"] for messages in prompts]
-    trainer = RLOOTrainer(settings["sft"], check, config, Dataset.from_list(rows), callbacks=[Clock()])
+    dataset, clock = Dataset.from_list(rows), Clock()
+    trainer = RLOOTrainer(settings["sft"], check, trl_config(settings), dataset, callbacks=[clock])
     trainer._generate_single_turn = timed("generate", trainer._generate_single_turn)
     trainer._generate_and_score_completions = timed("experience", trainer._generate_and_score_completions)
     trainer.train()
@@ -431,9 +439,9 @@ def table(rounds: Sequence[dict[str, dict[str, Any]]]) -> str:
             f"{statistics.median(i['tokens'] / i['seconds'] for i in every):.1f}",
             f"{sum(i['tokens'] for i in every) / len(every) / ANSWERS:.1f}",
             f"{max(result['peak'] for result in runs):.2f}",
-            f"{statistics.median(ratios):.2f}x ({min(ratios):.2f} - {max(ratios):.2f})",
+            spread(ratios, unit="x"),
         ]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(row_of(*cells))
     return "\n".join(lines)
 
 
@@ -497,9 +505,7 @@ def main(argv: Sequence[str]) -> int:
         ]
         long_ = train_long(arguments, Path(work) / "long-run") if arguments.iterations_long else {}
     print(report(arguments, rounds, long_))
-    if arguments.json:
-        figures = {"arguments": vars(arguments), "rounds": rounds, "long": long_}
-        Path(arguments.json).write_text(json.dumps(figures, indent=1, default=str) + "\n", encoding="utf-8")
+    write_figures(arguments.json, {"arguments": vars(arguments), "rounds": rounds, "long": long_})
     return 0
 
 

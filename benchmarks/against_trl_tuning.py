@@ -23,7 +23,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from against_trl import ADAM_BETA2, MAX_GRAD_NORM, ROOT, environment, resident_peak, versions_of
+from against_trl import ADAM_BETA2, MAX_GRAD_NORM, environment, resident_peak, versions_of
+from common import ROOT, row_of, spread, write_figures
 
 LEARNING_RATE, LONGEST, WAIT = 1e-5, 512, 0.02
 PROGRAMS = {1: "step1_supervised_finetuning", 2: "step2_reward_model_finetuning"}
@@ -217,10 +218,10 @@ def table(step: int, rounds: Sequence[dict[str, dict[str, Any]]]) -> str:
                 (own["tokens"] / own[clock]) / (other["tokens"] / other[clock])
                 for own, other in zip((next(iter(r.values())) for r in rounds), runs, strict=True)
             ]
-            cells.append(f"{statistics.median(ratios):.2f}x ({min(ratios):.2f} - {max(ratios):.2f})")
+            cells.append(spread(ratios, unit="x"))
         own_peak = max(next(iter(r.values()))["peak"] for r in rounds)
         cells.append(f"{own_peak / max(r['peak'] for r in runs):.2f}")
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(row_of(*cells))
     return "\n".join(lines)
 
 
@@ -251,7 +252,5 @@ def main(arguments: argparse.Namespace) -> int:
     centre = ", coefficient 0.01 on the rewards' sum" if arguments.step == 2 else ""
     facts = {"beta2": ADAM_BETA2, "rate": LEARNING_RATE, "norm": MAX_GRAD_NORM, "centre": centre}
     print(f"{head}\n\n{table(arguments.step, rounds)}\n\n{EQUAL.format(**facts)}", end="")
-    if arguments.json:
-        written = {"arguments": vars(arguments), "versions": versions, "rounds": rounds}
-        Path(arguments.json).write_text(json.dumps(written, indent=1, default=str) + "\n", encoding="utf-8")
+    write_figures(arguments.json, {"arguments": vars(arguments), "versions": versions, "rounds": rounds})
     return 0

@@ -9,7 +9,6 @@ of padding tokens at one batch size, grouped by length and in random order. Exit
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import random
@@ -20,9 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+from common import flags_of
 
 MOST_MIB = 2048  # what docs/data.md promises for a million rows
 _TEXT = (
@@ -79,7 +76,7 @@ def measure(path: Path, cache: Path, model: str, batch_size: int, results: Any) 
 
 def main() -> int:
     """Generate, measure, print; 1 if more memory was needed than is promised."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags_of(__doc__)
     parser.add_argument("--rows", type=int, default=1_000_000, help="rows of the generated file (default: a million)")
     parser.add_argument("--batch_size", type=int, default=8, help="the batch size that the padding is told for")
     parser.add_argument("--model_name_or_path", default="embedded", help="whose tokenizer is used")

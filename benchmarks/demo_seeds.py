@@ -9,7 +9,6 @@ shows 15 held-out prompts, evenly spread over the file, with the answers of the 
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -17,9 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from common import ROOT, flags_of, head_of, row_of
+
 from training.utils.intervals import bootstrap_interval, mean
 
-ROOT = Path(__file__).resolve().parents[1]
 HEADING = "# Answers of the demo"
 MODELS = (("base", "base"), ("sft", "SFT"), ("rlhf", "RLHF"))
 PAIRS = (("base", "sft"), ("base", "rlhf"), ("sft", "rlhf"))
@@ -48,7 +48,7 @@ def steps_row(seed: int, folder: Path) -> str:
         f"{three['kept']['kl']:.1f} (iteration {three['kept']['iteration']})",
         f"{sum(minutes):.1f} ({', '.join(f'{m:.1f}' for m in minutes)})",
     ]
-    return "| " + " | ".join(cells) + " |"
+    return row_of(*cells)
 
 
 def answers_of(folder: Path) -> list[dict[str, Any]]:
@@ -88,7 +88,7 @@ def check_rows(name: str, runs: Sequence[tuple[str, Sequence[Sequence[dict[str, 
             / len(answers)
             for answers in prompts
         ]
-        lines.append("| " + " | ".join([name, title, *means, *shifts, interval(wins).replace("+", "")]) + " |")
+        lines.append(row_of(name, title, *means, *shifts, interval(wins).replace("+", "")))
     return lines
 
 
@@ -118,7 +118,7 @@ def page(seed: int, answers: Sequence[dict[str, Any]]) -> str:
 
 def main() -> int:
     """Parse flags, run the seeds that are missing, print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags_of(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--output_root", type=Path, default=ROOT / "output" / "seeds")
     parser.add_argument("--page", type=Path, help="write the answers to this file")
@@ -129,16 +129,14 @@ def main() -> int:
     for seed, folder in folders.items():
         if not (folder / "step3" / "summary.json").is_file():
             run(seed, folder)
-    print("| seed | step 1: held-out loss | step 2: held-out accuracy | step 3: held-out reward | KL, nats | minutes |")
-    print("|---|---|---|---|---|---|")
+    of_steps = ("step 1: held-out loss", "step 2: held-out accuracy", "step 3: held-out reward")
+    print(head_of("seed", *of_steps, "KL, nats", "minutes"))
     for seed, folder in folders.items():
         print(steps_row(seed, folder))
     answers = {seed: answers_of(folder) for seed, folder in folders.items()}
     runs = [(str(seed), [found]) for seed, found in answers.items()] + [("all", list(answers.values()))]
-    print(
-        "\n| check | seed | base | SFT | RLHF | base to SFT | base to RLHF | SFT to RLHF | win rate of RLHF over SFT |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
+    shifts = [f"{old} to {new}" for old, new in (("base", "SFT"), ("base", "RLHF"), ("SFT", "RLHF"))]
+    print("\n" + head_of("check", "seed", "base", "SFT", "RLHF", *shifts, "win rate of RLHF over SFT"))
     for name in next(iter(answers.values()))[0]["scores"]:
         print("\n".join(check_rows(name, runs)))
     if args.page:

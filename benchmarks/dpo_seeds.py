@@ -9,14 +9,14 @@ all three models by the demo's checks (step 3's evaluate.py). What is finished i
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from common import ROOT, flags_of, head_of, row_of
+
 MODELS = ("SFT", "RLHF", "DPO")
 CHECKS = ("manner", "content")
 
@@ -42,14 +42,14 @@ def cell(entry: dict[str, Any], key: str) -> str:
     return f"{entry[key]:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def row(seed: int, name: str, folder: Path) -> str:
+def model_row(seed: int, name: str, folder: Path) -> str:
     """One model of one run."""
     entry = json.loads((folder / "step3" / "evaluation.json").read_text())["models"][name]
     step = {"SFT": "step1", "RLHF": "step3", "DPO": "dpo"}[name]
     minutes = json.loads((folder / step / "summary.json").read_text())["seconds"] / 60
     cells = [str(seed), name, f"{entry['kl']:.1f}", f"{entry['length']:.0f}"]
     cells += [text for check in CHECKS for text in (cell(entry, check), cell(entry, f"win_rate_by_{check}"))]
-    return "| " + " | ".join([*cells, f"{minutes:.1f}"]) + " |"
+    return row_of(*cells, f"{minutes:.1f}")
 
 
 def pairs_row(seed: int, folder: Path) -> str:
@@ -63,28 +63,27 @@ def pairs_row(seed: int, folder: Path) -> str:
         f"{found['chosen_change']:+.2f}",
         f"{found['kl']:.2f}",
     ]
-    return "| " + " | ".join(cells) + " |"
+    return row_of(*cells)
 
 
 def main() -> int:
     """Parse flags, run what is missing, print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags_of(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--output_root", type=Path, default=ROOT / "output" / "seeds")
     args = parser.parse_args()
     folders = {seed: args.output_root / f"seed-{seed}" for seed in args.seeds}
     for seed, folder in folders.items():
         run(seed, folder)
-    print("| seed | held-out loss | held-out accuracy | margin | chosen, nats a token | KL on held-out pairs |")
-    print("|---|---|---|---|---|---|")
+    names = ("held-out loss", "held-out accuracy", "margin", "chosen, nats a token", "KL on held-out pairs")
+    print(head_of("seed", *names))
     for seed, folder in folders.items():
         print(pairs_row(seed, folder))
-    heads = " | ".join(f"{check} | win rate over SFT" for check in CHECKS)
-    print(f"\n| seed | model | KL, nats | tokens | {heads} | minutes of its step |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    checks = [name for check in CHECKS for name in (check, "win rate over SFT")]
+    print("\n" + head_of("seed", "model", "KL, nats", "tokens", *checks, "minutes of its step"))
     for seed, folder in folders.items():
         for name in MODELS:
-            print(row(seed, name, folder))
+            print(model_row(seed, name, folder))
     return 0
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import flags_of
 
 from training.step3_rlhf_finetuning.hybrid_engine import HybridEngine, make_twin
 from training.utils.arguments import LoraArguments
@@ -115,7 +116,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
 
 def main(argv: Sequence[str]) -> int:
     """Measure both in turn and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags_of(__doc__)
     parser.add_argument("--model_name_or_path", default=loading.EMBEDDED)
     parser.add_argument("--dtype", default="fp32", choices=("bf16", "fp16", "fp32"))
     parser.add_argument("--rows", type=int, default=8)
@@ -136,8 +137,8 @@ def main(argv: Sequence[str]) -> int:
             runs.append(json.loads(result.stdout.splitlines()[-1]))
             print(bits, runs[-1], flush=True)
     mean = {bits: {k: statistics.fmean(r[k] for r in runs) for k in runs[0]} for bits, runs in found.items()}
-    print(f"\n| {options.dtype}, {options.rows} rows of {options.length} | LoRA | 4-bit base | of LoRA's |")
-    print("|---|---|---|---|")
+    rows = f"\n| {options.dtype}, {options.rows} rows of {options.length} | LoRA | 4-bit base | of LoRA's |"
+    print(f"{rows}\n|---|---|---|---|")
     for key, name in (
         ("weights", "weights, MiB"),
         ("load", "peak while loading, MiB"),

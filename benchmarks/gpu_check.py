@@ -35,11 +35,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+from common import ROOT, flags_of, head_of, row_of, spread, write_figures
 
-from training.utils.errors import UserError, run_program  # noqa: E402
+from training.utils.errors import UserError, run_program
 
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "results.md"
@@ -54,7 +52,7 @@ PUBLISHED = 6.27  # answers per second of DeepSpeed-Chat: OPT-1.3B + 350M at 256
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read the flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags_of(__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="tiny models and few tokens: does it run at all?")
     parser.add_argument("--stages", nargs="+", choices=list(LIMITS), default=list(LIMITS))
@@ -212,19 +210,10 @@ def check(arguments: argparse.Namespace) -> dict[str, Any]:
             found["stages"] = {stage: results[stage] for stage in arguments.stages if stage in results}
             if target is not None:
                 target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+                write_figures(target, found)
     if target is not None:
         print(f"figures: {target}")
     return found
-
-
-def _row(*cells: Any) -> str:
-    return "| " + " | ".join(str(cell) for cell in cells) + " |"
-
-
-def _spread(values: Sequence[float], digits: int = 2) -> str:
-    """Median, and lowest to highest."""
-    return f"{statistics.median(values):,.{digits}f} ({min(values):,.{digits}f} - {max(values):,.{digits}f})"
 
 
 def tables(found: dict[str, Any]) -> str:
@@ -234,57 +223,54 @@ def tables(found: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {about[name]}" for name in ("torch", "deepspeed", "transformers"))
     driver = f"driver {about['driver']}, CUDA {about['cuda']}, " if "card" in about else ""
     changed = " with changes" if about["changed"] else ""
-    lines = [
-        f"### {card}",
-        "",
-        f"{found['date']}, {driver}{versions}, commit {about['commit'] or 'unknown'}{changed}.",
-        "",
-    ]
+    what = f"{found['date']}, {driver}{versions}, commit {about['commit'] or 'unknown'}{changed}."
+    lines = [f"### {card}", "", what, ""]
     lines += [found["note"], ""] if "note" in found else []
-    lines += [_row("stage", "result", "seconds"), "|---|---|---|"]
+    lines.append(head_of("stage", "result", "seconds"))
     for name, stage in stages.items():
-        lines.append(_row(name, "fine" if stage["fine"] else stage["failure"].splitlines()[-1][:200], stage["seconds"]))
+        said = "fine" if stage["fine"] else stage["failure"].splitlines()[-1][:200]
+        lines.append(row_of(name, said, stage["seconds"]))
     figures = {name: stage["figures"] for name, stage in stages.items() if "figures" in stage}
     speeds = []
     if "step1" in figures:
-        speeds.append(_row("step 1, tokens/s", _spread(figures["step1"]["tokens_per_second"], 0), ""))
+        speeds.append(row_of("step 1, tokens/s", spread(figures["step1"]["tokens_per_second"], 0), ""))
     if "step2" in figures:
-        speeds.append(_row("step 2, pairs/s", _spread(figures["step2"]["pairs_per_second"]), ""))
+        speeds.append(row_of("step 2, pairs/s", spread(figures["step2"]["pairs_per_second"]), ""))
     if "step3" in figures:
         values = figures["step3"]["answers_per_second"]
         times = figures["step3"]["records"][1:]
         shares = {n: statistics.median(r[f"time/{n}"] for r in times) for n in ("generate", "score", "train")}
         where = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in shares.items())
         more = where if found["tiny"] else f"{where}; DeepSpeed-Chat published {PUBLISHED} on one A100"
-        speeds.append(_row("step 3, answers/s", _spread(values), more))
+        speeds.append(row_of("step 3, answers/s", spread(values), more))
     if speeds:
-        lines += ["", _row("training", "median (lowest - highest)", ""), "|---|---|---|", *speeds]
+        lines += ["", head_of("training", "median (lowest - highest)", ""), *speeds]
     if "shared" in figures:
-        lines += ["", _row("answers to a prompt", "score, s", "train, s"), "|---|---|---|"]
+        lines += ["", head_of("answers to a prompt", "score, s", "train, s")]
         samples = figures["shared"]["samples_per_prompt"]
         for found in figures["shared"]["lengths"]:
             for way in ("apart", "together"):
                 name = f"{samples} of {found['response']} tokens to {found['prompt']}, {way}"
-                lines.append(_row(name, _spread(found[way]["score"]), _spread(found[way]["train"])))
+                lines.append(row_of(name, spread(found[way]["score"]), spread(found[way]["train"])))
     if "host" in figures:
         states, reference = figures["host"]["states"], figures["host"]["reference"]
-        lines += ["", _row("in host memory, ZeRO-3", "seconds (lowest - highest)"), "|---|---|"]
+        lines += ["", head_of("in host memory, ZeRO-3", "seconds (lowest - highest)")]
         size = f"{states['freed_gib']:.1f} GiB of the actor's optimizer states"
         for way in ("away", "back"):
             first, *later = states[way]
-            lines.append(_row(f"{size}: {way}", f"{_spread(later)}; the first time {first:.2f}"))
-        lines += [_row(f"log-probs by a reference: {place}", _spread(times)) for place, times in reference.items()]
+            lines.append(row_of(f"{size}: {way}", f"{spread(later)}; the first time {first:.2f}"))
+        lines += [row_of(f"log-probs by a reference: {place}", spread(times)) for place, times in reference.items()]
     if "rollout" in figures:
-        lines += ["", _row("rollouts", "engine", "tokens/s (lowest - highest)", "against hf"), "|---|---|---|---|"]
+        lines += ["", head_of("rollouts", "engine", "tokens/s (lowest - highest)", "against hf")]
         for name in ("one length", "mixed lengths"):
-            for row in figures["rollout"][name]:
-                spread = f"{row['tokens_per_second']:,.0f} ({row['lowest']:,.0f} - {row['highest']:,.0f})"
-                lines.append(_row(name, row["engine"], spread, f"{row['ratio_to_hf']:.2f}x"))
+            for engine in figures["rollout"][name]:
+                speed = f"{engine['tokens_per_second']:,.0f} ({engine['lowest']:,.0f} - {engine['highest']:,.0f})"
+                lines.append(row_of(name, engine["engine"], speed, f"{engine['ratio_to_hf']:.2f}x"))
     if "memory" in figures:
-        lines += ["", _row("memory", "planned, MiB", "measured, MiB", "planned / measured"), "|---|---|---|---|"]
-        for row in figures["memory"]["rows"]:
-            planned, measured = row["planned_mib"], row["measured_mib"]
-            lines.append(_row(f"step {row['step']}", f"{planned:,}", f"{measured:,}", f"{planned / measured:.2f}"))
+        lines += ["", head_of("memory", "planned, MiB", "measured, MiB", "planned / measured")]
+        for step in figures["memory"]["rows"]:
+            planned, measured = step["planned_mib"], step["measured_mib"]
+            lines.append(row_of(f"step {step['step']}", f"{planned:,}", f"{measured:,}", f"{planned / measured:.2f}"))
     return "\n".join(lines) + "\n"
 
 

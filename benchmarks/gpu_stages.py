@@ -23,6 +23,7 @@ from xml.etree import ElementTree
 
 import rollout as rollouts
 import torch
+from common import ROOT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, OPTConfig, PreTrainedTokenizerFast
 
@@ -58,7 +59,6 @@ from training.utils.run.distributed import init_distributed
 from training.utils.run.folders import python_path
 from training.utils.run.runtime import available_cores
 
-ROOT = Path(__file__).resolve().parents[1]
 T = TypeVar("T")
 NO_GRAPHS = "fast without graphs"
 FLAGS = (RoleArguments, OptimizationArguments, RoleZeroArguments, PPOArguments, RolloutArguments)  # of step 3

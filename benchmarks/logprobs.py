@@ -8,24 +8,18 @@ and lengths in turn, processor time. Memory is that of the tensors alive at once
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+import torch
+from common import flags_of, head_of, spread
+from torch import nn
 
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
-
-from training.utils.memory.live import LiveMemory  # noqa: E402
-from training.utils.model.forward import response_log_probs  # noqa: E402
+from training.utils.memory.live import LiveMemory
+from training.utils.model.forward import response_log_probs
 
 VOCABULARY, WIDTH = 49_152, 64
 
@@ -85,7 +79,7 @@ def peak(model: nn.Module, way: str, length: int) -> float:
 
 def main(argv: Sequence[str]) -> None:
     """Parse flags, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags_of(__doc__)
     parser.add_argument("--positions", type=int, nargs="+", default=[256, 2048])
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args(argv)
@@ -98,10 +92,9 @@ def main(argv: Sequence[str]) -> None:
                 if number:  # the first of each brings its memory along
                     for kept, taken in zip(found.setdefault((way, length), ([], [])), times, strict=True):
                         kept.append(taken)
-    print("| way | positions | forward, ms a token | backward, ms a token | tensors alive, of the logits |")
-    print("|---|---|---|---|---|")
+    print(head_of("way", "positions", "forward, ms a token", "backward, ms a token", "tensors alive, of the logits"))
     for (way, length), both in found.items():
-        cells = [f"{statistics.median(part):.2f} ({min(part):.2f} - {max(part):.2f})" for part in both]
+        cells = [spread(part) for part in both]
         print(f"| {way} | {length:,} | {' | '.join(cells)} | {peak(model, way, length):.2f} |")
 
 

@@ -10,7 +10,6 @@ its first row; processor time is of all of the program.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import resource
@@ -20,11 +19,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+from common import ROOT, flags_of, head_of, write_figures
 
-from training.utils.run.files import new_file  # noqa: E402
+from training.utils.run.files import new_file
 
 STEP1 = ROOT / "training" / "step1_supervised_finetuning" / "main.py"
 WAYS = {
@@ -83,21 +80,19 @@ def measure(folder: Path, tokens: int, number: int, flags: tuple[str, ...]) -> d
 
 def main(argv: list[str]) -> int:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags_of(__doc__)
     parser.add_argument("--tokens", type=int, default=32_768, help="of a row")
     parser.add_argument("--json", type=new_file, default="", help="write the figures there too")
     arguments = parser.parse_args(argv)
     found = {}
     with tempfile.TemporaryDirectory() as name:
         make_inputs(Path(name), arguments.tokens)
-        print(f"| rows of {arguments.tokens:,} tokens | GiB of a rank | processor s | loss | gradient norm |")
-        print("|---|---|---|---|---|")
+        print(head_of(f"rows of {arguments.tokens:,} tokens", "GiB of a rank", "processor s", "loss", "gradient norm"))
         for number, (way, flags) in enumerate(WAYS.items()):
             found[way] = row = measure(Path(name), arguments.tokens, number, flags)
             figures = f"{row['GiB']:.2f} | {row['seconds']:.0f} | {row['loss']:.6f} | {row['norm']:.6f}"
             print(f"| {way} | {figures} |", flush=True)
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_figures(arguments.json, found)
     return 0
 
 

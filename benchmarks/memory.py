@@ -13,20 +13,16 @@ allocator, or resident memory on a CPU, where the C library is told to give free
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+from common import flags_of, write_figures
 
-from training.utils.run.files import new_file  # noqa: E402
+from training.utils.run.files import new_file
 
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 LORA_DIM = 8
@@ -133,7 +129,7 @@ def measure(name: str, argv: Sequence[str]) -> float:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read the flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags_of(__doc__)
     parser.add_argument("--model_name_or_path", default="embedded")
     parser.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto")
     parser.add_argument("--rows", type=int, default=4)
@@ -167,9 +163,7 @@ def main(argv: Sequence[str]) -> None:
     for first, second in (("full", "lora"), ("all", "responses")):
         for name in (first, second):
             print(f"| {VARIANTS[name][0]} | {peaks[name]:,.0f} | {peaks[name] / peaks[first]:.0%} |")
-    if arguments.json:
-        figures = {"arguments": vars(arguments), "peak_mib": peaks}
-        Path(arguments.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    write_figures(arguments.json, {"arguments": vars(arguments), "peak_mib": peaks})
 
 
 if __name__ == "__main__":

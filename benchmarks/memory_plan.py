@@ -11,7 +11,6 @@ back at once (MALLOC_MMAP_THRESHOLD_), since otherwise it keeps much of it; ``--
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 import os
@@ -22,9 +21,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+from common import ROOT, flags_of, head_of
 
 REWARD = "reward"
 PROGRAMS = {
@@ -186,7 +183,7 @@ def main() -> None:
     """Measure and print a row for each step and stage."""
     if sys.argv[1:2] == ["--child"]:
         sys.exit(child(int(sys.argv[2]), sys.argv[3:]))
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags_of(__doc__)
     parser.add_argument("--model_name_or_path", default="embedded")
     parser.add_argument("--step", type=int, nargs="+", default=[1, 2, 3], choices=(1, 2, 3))
     parser.add_argument("--zero_stage", type=int, nargs="+", default=[0, 2, 3], choices=(0, 1, 2, 3))
@@ -199,7 +196,7 @@ def main() -> None:
     from training.utils.model.loading import resolve_model
 
     model = resolve_model(args.model_name_or_path)
-    print("| step | ZeRO | planned, MiB | measured, MiB | planned / measured |\n|---|---|---|---|---|", flush=True)
+    print(head_of("step", "ZeRO", "planned, MiB", "measured, MiB", "planned / measured"), flush=True)
     for step in args.step:
         for stage in [0] if args.recipe else args.zero_stage:
             sizes = {"length": args.length, "batch": args.batch, "dtype": args.dtype, "recipe": args.recipe}

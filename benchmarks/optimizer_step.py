@@ -21,14 +21,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+from common import flags_of, head_of, write_figures
 
-from training.utils.run.files import new_file  # noqa: E402
+from training.utils.run.files import new_file
 
 WAYS, WEIGHTS = ("plain", "ZeRO 1"), ("full", "LoRA")
 
@@ -82,7 +79,7 @@ def measure(argv: Sequence[str], weights: str, way: str) -> dict[str, float]:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read the flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags_of(__doc__)
     parser.add_argument("--model_name_or_path", default="embedded")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="fp32")
     parser.add_argument("--rounds", type=int, default=3, help="times that each way is run, in turn")
@@ -107,16 +104,13 @@ def main(argv: Sequence[str]) -> None:
         for weights in WEIGHTS:
             for way in WAYS:
                 found.setdefault(f"{weights}, {way}", []).append(measure(argv, weights, way))
-    print("| weights, way | step, s | lowest - highest | forward and backward, s | peak memory, MiB |")
-    print("|---|---|---|---|---|")
+    print(head_of("weights, way", "step, s", "lowest - highest", "forward and backward, s", "peak memory, MiB"))
     for name, runs in found.items():
         steps, passes, peaks = ([run[key] for run in runs] for key in ("step", "pass", "peak_mib"))
         spread = f"{min(steps):.2f} - {max(steps):.2f}"
         middle = [statistics.median(values) for values in (steps, passes, peaks)]
         print(f"| {name} | {middle[0]:.2f} | {spread} | {middle[1]:.2f} | {middle[2]:,.0f} |")
-    if arguments.json:
-        figures = {"arguments": vars(arguments), "runs": found}
-        Path(arguments.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    write_figures(arguments.json, {"arguments": vars(arguments), "runs": found})
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ run and no weights are read: what a rank holds and needs is what ``--plan`` says
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import tempfile
@@ -18,8 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from common import flags_of, head_of, row_of
 from scaling import GIB, folder_of  # beside this file
 
 SIZES, CARDS = ("1.1b", "7b", "13b", "70b"), (1, 2, 4, 8, 16)
@@ -99,8 +97,7 @@ def peaks_of_step_3(path: str) -> Callable[[Setting], float]:
 
 def table(step: int, models: Sequence[str], free: float, scratch: Path) -> Iterator[str]:
     """The lines of one step's table."""
-    yield "| model | cards | ZeRO alone | GiB | with tensor parallelism | GiB |"
-    yield "|---|---|---|---|---|---|"
+    yield head_of("model", "cards", "ZeRO alone", "GiB", "with tensor parallelism", "GiB")
     for size in models:
         path = folder_of(size, scratch)
         peak = peaks_of_step_1(path) if step == 1 else peaks_of_step_3(path)
@@ -112,7 +109,7 @@ def table(step: int, models: Sequence[str], free: float, scratch: Path) -> Itera
                 fitting = ((s, need) for s in settings(cards, sizes) if (need := peak(s)) <= free)
                 found = next(fitting, None)
                 cells += [f"`{told(found[0], step)}`", f"{found[1]:.0f}"] if found else ["none", ""]
-            yield "| " + " | ".join(cells) + " |"
+            yield row_of(*cells)
 
 
 def heads(path: str) -> int:
@@ -125,7 +122,7 @@ def heads(path: str) -> int:
 
 def main() -> int:
     """Print both tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags_of(__doc__)
     parser.add_argument("--memory_gib", type=float, default=79.0, help="free on a card (default: %(default)s)")
     parser.add_argument("--step", type=int, nargs="+", default=[1, 3], choices=(1, 3))
     parser.add_argument("--size", nargs="+", default=list(SIZES), choices=SIZES)

@@ -8,24 +8,22 @@ held-out rows, end tokens included. Decoding time is CPU time on a CPU, relative
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
+from common import ROOT, flags_of, head_of, row_of
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "inference"))
 
-from chat_models import ChatModel, LoadArguments, load_chat_models  # noqa: E402
+from chat_models import ChatModel, LoadArguments, load_chat_models
 
-from training.utils.data import render  # noqa: E402
-from training.utils.errors import UserError, run_program  # noqa: E402
-from training.utils.run.folders import latest_output  # noqa: E402
+from training.utils.data import render
+from training.utils.errors import UserError, run_program
+from training.utils.run.folders import latest_output
 
 HELD_OUT = ROOT / "training" / "data" / "demo" / "held_out.jsonl"
 PRECISIONS = {"bf16": ("bf16", "none"), "int8": ("bf16", "int8"), "int4": ("bf16", "int4")}
@@ -65,7 +63,7 @@ def decoding_seconds(model: ChatModel, row: dict) -> float:
 
 def main(argv: Sequence[str]) -> int:
     """Measure one precision after another and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags_of(__doc__)
     parser.add_argument("--path", default="", help="the chat model (default: step3/actor of the latest run)")
     parser.add_argument("--rows", type=int, default=0, help="held-out rows to read (default: all)")
     options = parser.parse_args(argv)
@@ -81,11 +79,11 @@ def main(argv: Sequence[str]) -> int:
         found, seconds = perplexity(model, rows), decoding_seconds(model, rows[0])
         first = first or (size, found, seconds)
         cells = [name, f"{size:,.1f}", f"{size / first[0]:.2f}", f"{found:.3f}", f"{found / first[1] - 1:+.2%}"]
-        lines.append("| " + " | ".join([*cells, f"{seconds / first[2]:.2f}"]) + " |")
+        lines.append(row_of(*cells, f"{seconds / first[2]:.2f}"))
         print(lines[-1], flush=True)
         del model
-    head = "| precision | weights, MiB | of bf16 | perplexity | against bf16 | decoding time of bf16's |"
-    print("\n".join(["", head, "|---|---|---|---|---|---|", *lines]))
+    names = ("precision", "weights, MiB", "of bf16", "perplexity", "against bf16", "decoding time of bf16's")
+    print("\n".join(["", head_of(*names), *lines]))
     return 0
 
 

@@ -23,10 +23,10 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
+from common import ROOT, flags_of, write_figures
 
 from training.utils.arguments import PRECISIONS
 from training.utils.data import collate_prompts, render, stop_token_ids
@@ -43,7 +43,7 @@ from training.utils.run.distributed import init_distributed
 from training.utils.run.files import new_file
 from training.utils.run.runtime import prepare_runtime
 
-PROMPTS = Path(__file__).resolve().parents[1] / "training" / "data" / "demo" / "prompts.jsonl"
+PROMPTS = ROOT / "training" / "data" / "demo" / "prompts.jsonl"
 Engine = Callable[[RolloutRequest, SamplingConfig], RolloutBatch]
 # Kinds of operators by parts of their names; the first that fits counts. The empty part fits everything.
 KINDS: dict[str, tuple[str, ...]] = {
@@ -57,7 +57,7 @@ KINDS: dict[str, tuple[str, ...]] = {
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read the flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags_of(__doc__)
     parser.add_argument("--model_name_or_path", default="embedded")
     parser.add_argument("--dtype", choices=PRECISIONS, default="auto")
     parser.add_argument("--rows", type=int, default=32, help="prompts per round")
@@ -285,15 +285,8 @@ def main(argv: Sequence[str]) -> int:
         f"{2 * parameters * len(prompt_lengths) / bounds[1] * 1e3:.1f} ms. A share is the bound's time, for the steps "
         f"(memory) or the prompt and response tokens (arithmetic) of the round, over the measured time."
     )
-    if arguments.json:
-        figures = {
-            "arguments": vars(arguments),
-            "bandwidth": bounds[0],
-            "operations": bounds[1],
-            "engines": rows,
-            "shares": shares,
-        }
-        Path(arguments.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    figures = {"arguments": vars(arguments), "bandwidth": bounds[0], "operations": bounds[1], "engines": rows}
+    write_figures(arguments.json, figures | {"shares": shares})
     return 0
 
 

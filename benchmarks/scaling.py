@@ -22,9 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+from common import flags_of, head_of
 
 WIDTH = 2  # bytes of a weight and of a gradient that is reduced, in bf16
 STATES = 12  # bytes of a trained weight's fp32 master and two moments
@@ -283,11 +281,8 @@ def show(case: Case, machine: Machine, scratch: Path) -> None:
         f"{case.scored or case.batch} scored together, bf16, "
         "gradient checkpointing.\n"
     )
-    print(
-        "| ZeRO | held, GiB | training, scoring, saving | generation | states at rest | through hooks | "
-        f"in {free:g} GiB |"
-    )
-    print("|---|---|---|---|---|---|---|")
+    names = ("held, GiB", "training, scoring, saving", "generation", "states at rest", "through hooks")
+    print(head_of("ZeRO", *names, f"in {free:g} GiB"))
     for setting, need in needs.items():
         cells = " | ".join(f"{need[name]:.1f}" for name in ("held", "peak", "generation", "rested", "hooked"))
         print(f"| {told(*setting)} | {cells} | {verdict(need, free)} |")
@@ -311,8 +306,7 @@ def told(stage: int, offload: bool) -> str:
 def show_phases(case: Case, found: list[Phase]) -> None:
     """Print the phases of an iteration and what they come to."""
     least, most = sum(max(p.compute, p.moving) for p in found), sum(p.compute + p.moving for p in found)
-    print("| phase | computing, s | moved, GB | moving, s | at least, s | share |")
-    print("|---|---|---|---|---|---|")
+    print(head_of("phase", "computing, s", "moved, GB", "moving, s", "at least, s", "share"))
     for p in found:
         longer = max(p.compute, p.moving)
         cells = f"{p.compute:.2f} | {p.moved / GB:.1f} | {p.moving:.2f} | {longer:.2f} | {longer / least:.0%}"
@@ -361,7 +355,7 @@ def chosen(arguments: argparse.Namespace) -> list[tuple[Case, Machine]]:
 
 def main() -> int:
     """Parse flags, print every case."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags_of(__doc__)
     parser.add_argument("--case", choices=CASES, help="one case of docs/scaling.md")
     parser.add_argument("--actor", help=f"folder with a config.json, or one of {', '.join(SHAPES)}")
     parser.add_argument("--critic", help="of critic and reward model (default: the actor's, or the case's)")

@@ -17,14 +17,11 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+from common import flags_of, head_of, spread
 
-from training.utils.run.runtime import prepare_runtime  # noqa: E402
+from training.utils.run.runtime import prepare_runtime
 
 prepare_runtime()
 
@@ -99,7 +96,7 @@ def seconds(model: Any, log_probs: Callable[[Piece], torch.Tensor], piece: Piece
 
 def main(argv: Sequence[str]) -> None:
     """Parse flags, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags_of(__doc__)
     parser.add_argument("--model_name_or_path", default="embedded")
     parser.add_argument("--samples_per_prompt", type=int, default=4)
     parser.add_argument("--rows", type=int, default=24, help="of a generation batch")
@@ -127,11 +124,10 @@ def main(argv: Sequence[str]) -> None:
             times[name].append(sum(seconds(model, log_probs, piece) for piece in pieces))
     first = times[WAYS[0]]
     print(f"tokens that are no padding, a row for each answer: {real}\n")
-    print("| forwarded | tokens | processor s | times as fast |\n|---|---|---|---|")
+    print(head_of("forwarded", "tokens", "processor s", "times as fast"))
     for name, (_, tokens) in all_ways.items():
         ratios = [a / b for a, b in zip(first, times[name], strict=True)]
-        told = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f})"
-        print(f"| {name} | {sum(map(tokens, pieces))} | {statistics.median(times[name]):.1f} | {told} |")
+        print(f"| {name} | {sum(map(tokens, pieces))} | {statistics.median(times[name]):.1f} | {spread(ratios)} |")
 
 
 if __name__ == "__main__":

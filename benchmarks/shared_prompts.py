@@ -11,21 +11,17 @@ micro-batches.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+from common import flags_of, head_of, spread
 
-from training.utils.model.forward import TokenScorer  # noqa: E402
-from training.utils.run.runtime import prepare_runtime  # noqa: E402
+from training.utils.model.forward import TokenScorer
+from training.utils.run.runtime import prepare_runtime
 
 prepare_runtime()
 
@@ -109,7 +105,7 @@ def speed(
 
 def main(argv: Sequence[str]) -> None:
     """Parse flags, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags_of(__doc__)
     parser.add_argument("--model_name_or_path", default="embedded")
     parser.add_argument("--demonstrations", nargs="*", default=DEMO, help="sources of step 1")
     parser.add_argument("--pairs", nargs="*", default=DEMO, help="sources of step 2")
@@ -124,8 +120,7 @@ def main(argv: Sequence[str]) -> None:
     path = resolve_model(arguments.model_name_or_path)
     tokenizer = load_tokenizer(path)
     pad_id = tokenizer.pad_token_id
-    heads = " | ".join(f"tokens {way} | times as fast" for way in WAYS)
-    print(f"| rows | in a micro-batch | {heads} |\n|---|---|{'---|---|' * len(WAYS)}")
+    print(head_of("rows", "in a micro-batch", *(name for way in WAYS for name in (f"tokens {way}", "times as fast"))))
     for kind in ("demonstrations", "pairs"):
         load: dict[str, Any] = {"dtype": arguments.dtype}
         if kind == "demonstrations":
@@ -146,7 +141,7 @@ def main(argv: Sequence[str]) -> None:
                 times = [[]] if arguments.tokens_only else speed(model, timed, kind, arguments.rounds, pad_id, ways)
                 cells = []
                 for way, ratios in zip(ways, times * (len(ways) // len(times)), strict=True):
-                    told = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f})" if ratios else ""
+                    told = spread(ratios) if ratios else ""
                     cells += [f"{token_share(batches, kind, pad_id, way):.0%}", told]
                 print(f"| {kind}, {source} | {size} | {' | '.join(cells)} |", flush=True)
 

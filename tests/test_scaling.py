@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import scaling
 
-from benchmarks import scaling
 from tests.utils.engine.engine_checks import collate, fixed_rows
 from training.utils.run.folders import repository_root
 

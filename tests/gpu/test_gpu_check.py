@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import subprocess
 import sys
@@ -18,16 +18,9 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 STAGES = ("rollout", "step1", "step2", "step3", "shared", "host", "tests", "memory")
 
 
-def module(name: str) -> ModuleType:
-    """A program of benchmarks/, which is no package."""
-    if str(BENCHMARKS) not in sys.path:
-        sys.path.append(str(BENCHMARKS))
-    return importlib.import_module(name)
-
-
 @pytest.fixture(scope="module")
 def checks() -> ModuleType:
-    return module("gpu_check")
+    return importlib.import_module("gpu_check")
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +51,7 @@ def test_figures_are_written_over_figures_alone(checks, capsys, tmp_path):
 
 @pytest.mark.parametrize("stage", ["rollout", "step1", "step2", "step3", "shared", "host"])
 def test_a_stage_measures(models, stage):
-    stages = module("gpu_stages")
+    stages = importlib.import_module("gpu_stages")
     figures = stages.STAGES[stage](stages.TINY, models)
     assert json.loads(json.dumps(figures)) == figures
     if stage == "shared":
@@ -121,7 +114,7 @@ def test_what_is_timed_runs_alone_and_first(checks):
 
 
 def test_the_limits_make_25_minutes(checks):
-    assert tuple(checks.LIMITS) == STAGES == tuple(module("gpu_stages").STAGES)
+    assert tuple(checks.LIMITS) == STAGES == tuple(importlib.import_module("gpu_stages").STAGES)
     assert sum(max(checks.LIMITS[stage] for stage in at_once) for at_once in checks.together(STAGES)) <= 25 * 60
 
 

@@ -1,0 +1,42 @@
+"""What the benchmarks share: this checkout on the path, their flags, rows of tables, files of figures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+
+def flags_of(description: str) -> argparse.ArgumentParser:
+    """A parser whose ``--help`` shows a program's docstring as it stands."""
+    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def row_of(*cells: Any) -> str:
+    """A row of a Markdown table."""
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def head_of(*cells: Any) -> str:
+    """The first two rows of one."""
+    return f"{row_of(*cells)}\n|{'---|' * len(cells)}"
+
+
+def spread(values: Sequence[float], digits: int = 2, unit: str = "") -> str:
+    """Median, and lowest to highest."""
+    low, high = f"{min(values):,.{digits}f}", f"{max(values):,.{digits}f}"
+    return f"{statistics.median(values):,.{digits}f}{unit} ({low} - {high})"
+
+
+def write_figures(path: str | Path, figures: Any) -> None:
+    """A file of figures, if there is a path."""
+    if path:
+        Path(path).write_text(json.dumps(figures, indent=1, default=str) + "\n", encoding="utf-8")
