@@ -467,6 +467,44 @@ def _layout(page: Page, sampling: SamplingArguments) -> tuple[Widgets, dict[str,
             with gr.Column(min_width=320):
                 headings.append(gr.Markdown("", elem_classes="heading", elem_id=f"heading-{column}"))
                 chats.append(_chat(column))
+    asked, votes = _ask(count)
+    with gr.Row(elem_id="actions"):
+        others: dict[str, Any] = {
+            name: gr.Button(name.capitalize(), size="sm", min_width=70, elem_id=name)
+            for name in ("retry", "edit", "clear", "export")
+        }
+        blind = gr.Checkbox(
+            value=page.blind,
+            label="Blind: hide and shuffle the names",
+            visible=several,
+            container=False,
+            elem_id="blind",
+            min_width=260,
+        )
+    gr.Examples(
+        [[text] for text in EXAMPLES],
+        inputs=[asked["prompt"]],
+        label="Try one",
+        elem_id="examples",
+        api_visibility="private",
+    )
+    with gr.Accordion("Settings", open=False, elem_id="settings"):
+        others["system"] = gr.Textbox(
+            value=page.system,
+            label="System message",
+            lines=2,
+            elem_id="system",
+            info="Taken with the first prompt of a conversation.",
+        )
+        others["options"] = _sliders(sampling)
+    download = gr.Textbox(visible=False)
+    others["token"] = gr.Textbox(visible=False)
+    others["votes"] = votes
+    return Widgets(session, shown, headings, chats, blind=blind, download=download, **asked), others
+
+
+def _ask(count: int) -> tuple[dict[str, Any], list[tuple[int, gr.Button]]]:
+    """Prompt, votes and notice below so many columns, as fields of `Widgets`; the votes also with what they are for."""
     votes = []
     with gr.Column(elem_id="ask"):
         with gr.Row(equal_height=True):
@@ -483,47 +521,16 @@ def _layout(page: Page, sampling: SamplingArguments) -> tuple[Widgets, dict[str,
             )
             send = gr.Button("Send", variant="primary", scale=1, min_width=90, elem_id="send")
             stop = gr.Button("Stop", variant="stop", scale=1, min_width=90, visible=False, elem_id="stop")
-        with gr.Row(elem_id="votes", visible=several):
+        with gr.Row(elem_id="votes", visible=count > 1):
             better = [(c, f"{LETTERS[c]} is {'better' if count == 2 else 'best'}") for c in range(count)]
-            for column, label in [better[0], (SAME, "About the same"), *better[1:]] if several else []:
+            for column, label in [better[0], (SAME, "About the same"), *better[1:]] if count > 1 else []:
                 elem_id = "vote-same" if column == SAME else f"vote-{column}"
                 votes.append((column, gr.Button(label, interactive=False, elem_id=elem_id)))
             unvote = gr.Button("Undo vote", visible=False, elem_id="unvote")
         notice = gr.Markdown("", visible=False, elem_id="notice")
-    with gr.Row(elem_id="actions"):
-        others: dict[str, Any] = {
-            "retry": gr.Button("Retry", size="sm", min_width=70, elem_id="retry"),
-            "edit": gr.Button("Edit", size="sm", min_width=70, elem_id="edit"),
-            "clear": gr.Button("Clear", size="sm", min_width=70, elem_id="clear"),
-            "export": gr.Button("Export", size="sm", min_width=70, elem_id="export"),
-        }
-        blind = gr.Checkbox(
-            value=page.blind,
-            label="Blind: hide and shuffle the names",
-            visible=several,
-            container=False,
-            elem_id="blind",
-            min_width=260,
-        )
-    gr.Examples(
-        [[text] for text in EXAMPLES], inputs=[prompt], label="Try one", elem_id="examples", api_visibility="private"
-    )
-    with gr.Accordion("Settings", open=False, elem_id="settings"):
-        others["system"] = gr.Textbox(
-            value=page.system,
-            label="System message",
-            lines=2,
-            elem_id="system",
-            info="Taken with the first prompt of a conversation.",
-        )
-        others["options"] = _sliders(sampling)
-    download = gr.Textbox(visible=False)
-    others["token"] = gr.Textbox(visible=False)
     buttons = [button for _, button in votes]
-    others["votes"] = votes
-    return Widgets(
-        session, shown, headings, chats, notice, prompt, send, stop, buttons, unvote, blind, download
-    ), others
+    fields = {"prompt": prompt, "send": send, "stop": stop, "votes": buttons, "unvote": unvote, "notice": notice}
+    return fields, votes
 
 
 def _chat(column: int) -> gr.Chatbot:

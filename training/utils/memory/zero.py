@@ -96,12 +96,7 @@ def trained_memory(
     bucket = used if on_cpu else elements
     held = {"parameters": size.weights(width) + size.scales, MASTER: 4 * share, MOMENTS: 8 * share}
     if is_plain(config, ranks):
-        gradients = 4 * trained
-        if width == 4:  # the weights are the masters
-            del held[MASTER]
-        # its gradient is there twice, and once more where a CPU adds bf16 to fp32
-        last = (width + 4 * (on_cpu and accumulates)) * size.largest if width == 2 else 0
-        return RoleMemory(held, pending=gradients, reduction=gradients + last, step=gradients, widens=width == 2)
+        return _plain_memory(size, held, width, on_cpu and accumulates)
     host = frozenset({MASTER, MOMENTS, OFFLOADED, STAGING} if offload else ())
     norm = 8 * size.largest  # taken in fp64, parameter by parameter
     if offload:
@@ -136,6 +131,16 @@ def trained_memory(
     reduction = width * used * (1 + on_cpu) + cast + gathered
     step = norm if offload else 4 * share
     return RoleMemory(held, host, gathered, 0, reduction, step, releases=full, kept=kept)
+
+
+def _plain_memory(size: RoleSize, held: dict[str, int], width: int, adds_on_cpu: bool) -> RoleMemory:
+    """Of one rank without ZeRO, see `training.utils.engine.plain`."""
+    gradients = 4 * size.trained
+    if width == 4:  # the weights are the masters
+        del held[MASTER]
+    # its gradient is there twice, and once more where a CPU adds bf16 to fp32
+    last = (width + 4 * adds_on_cpu) * size.largest if width == 2 else 0
+    return RoleMemory(held, pending=gradients, reduction=gradients + last, step=gradients, widens=width == 2)
 
 
 def frozen_memory(parameters: int, *, zero_stage: int, dtype: str, ranks: int, offload: bool = False) -> RoleMemory:

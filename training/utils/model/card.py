@@ -158,18 +158,19 @@ def write_model_card(
     ]
     _write(folder / CARD, sections)
     if (folder / "adapter" / "adapter_config.json").is_file():
-        peft = "AutoPeftModelForSequenceClassification" if about.classifier else "AutoPeftModelForCausalLM"
-        _write(
-            folder / "adapter" / CARD,
-            [
-                _front_matter(kind, origin),
-                f"# LoRA adapter: {about.title}",
-                f"The adapter alone, on top of {started}. The folder above holds the same model with the adapter "
-                "merged into the weights.",
-                f"## How to load it\n\n```python\n{_ADAPTER.replace('CLASS', peft)}```",
-                "## Licence\n\n" + _licence(origin),
-            ],
-        )
+        _write(folder / "adapter" / CARD, _adapter_sections(kind, origin, started))
+
+
+def _adapter_sections(kind: str, origin: Mapping[str, str], started: str) -> list[str]:
+    peft = "AutoPeftModelForSequenceClassification" if KINDS[kind].classifier else "AutoPeftModelForCausalLM"
+    return [
+        _front_matter(kind, origin),
+        f"# LoRA adapter: {KINDS[kind].title}",
+        f"The adapter alone, on top of {started}. The folder above holds the same model with the adapter merged into "
+        "the weights.",
+        f"## How to load it\n\n```python\n{_ADAPTER.replace('CLASS', peft)}```",
+        "## Licence\n\n" + _licence(origin),
+    ]
 
 
 def read_front_matter(card: Path) -> dict[str, Any]:

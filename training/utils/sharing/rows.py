@@ -209,17 +209,19 @@ def behind_beginnings(
     prompt = (group[:, None] + 1) * PROMPT
     part = torch.where(place < beginning, prompt, prompt + earlier.sum(1, keepdim=True) + 1)
     target = (deal.row[:, None], torch.where(place < lengths, column, width))  # padding falls off the end
-
-    def laid(values: torch.Tensor, blank: int) -> torch.Tensor:
-        """``[S, T]`` -> ``[R, W]``; answers agree on what they have in common."""
-        out = values.new_full((rows, width + 1), blank)
-        out[target] = values
-        return out[:, :width]
-
     return {
-        "shared_ids": laid(tokens, pad_id),
-        "shared_mask": laid(torch.where(place < root, 1, part), 0),
-        "shared_positions": laid(place, 0),
+        "shared_ids": _laid(tokens, pad_id, target, rows, width),
+        "shared_mask": _laid(torch.where(place < root, 1, part), 0, target, rows, width),
+        "shared_positions": _laid(place, 0, target, rows, width),
         "shared_row": deal.row,
         "shared_columns": column.gather(1, (place - padding).clamp(min=0)) * attention_mask,
     }
+
+
+def _laid(
+    values: torch.Tensor, blank: int, target: tuple[torch.Tensor, torch.Tensor], rows: int, width: int
+) -> torch.Tensor:
+    """``[S, T]`` -> ``[R, W]``; answers agree on what they have in common."""
+    out = values.new_full((rows, width + 1), blank)
+    out[target] = values
+    return out[:, :width]
