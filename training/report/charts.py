@@ -93,10 +93,7 @@ def path_chart(title: str, x_label: str, y_label: str, points: Sequence[Point], 
     x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
     plane = _Plane(x_ticks[0], x_ticks[-1], y_ticks[0], y_ticks[-1])
     route = " ".join(f"{plane.x(x):.1f},{plane.y(y):.1f}" for x, y in points)
-    parts = [
-        plane.frame(x_ticks, y_ticks, x_label, y_label),
-        f'<polyline class="line faint c1" points="{route}"/>',
-    ]
+    parts = [plane.frame(x_ticks, y_ticks, x_label, y_label), f'<polyline class="line faint c1" points="{route}"/>']
     for i, (x, y) in enumerate(points):
         strength = 0.25 + 0.75 * i / max(len(points) - 1, 1)
         tip = e(f"{noun} {i + 1}: {x_label} {figure(x)}, {y_label} {figure(y)}")

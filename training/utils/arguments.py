@@ -518,10 +518,7 @@ def parse(
         UserError: unknown flags (all of them, with the nearest known ones), a value of the wrong type or out of range.
     """
     parser = Parser(
-        prog=prog,
-        description=description,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog=prog, description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for group in groups:
         section = parser.add_argument_group((group.__doc__ or group.__name__).strip().splitlines()[0])

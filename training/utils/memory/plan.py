@@ -294,21 +294,12 @@ def training_phases(
     return [
         Phase(f"{role}: backward", backward | earlier),
         Phase(f"{role}: reduction", {"gradients and buckets": memory.reduction} | earlier),
-        Phase(
-            f"{role}: step",
-            {"gradients and norms": memory.step, "gradients of the other role": others_at_step},
-        ),
+        Phase(f"{role}: step", {"gradients and norms": memory.step, "gradients of the other role": others_at_step}),
     ]
 
 
 def fake_role(
-    path: str,
-    dtype: str,
-    attn_implementation: str,
-    lora: LoraArguments,
-    *,
-    classifier: bool,
-    tensor_parallel: int = 1,
+    path: str, dtype: str, attn_implementation: str, lora: LoraArguments, *, classifier: bool, tensor_parallel: int = 1
 ) -> FakeModel:
     """A role's model without storage, adapters included, or a rank's part of it.
 

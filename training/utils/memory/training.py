@@ -122,10 +122,7 @@ def _phases(
     }
     passes, more = costs.training(rows, settings.checkpointing), {"accumulates": settings.accumulates}
     more["checkpointing"] = settings.checkpointing
-    return [
-        plans.Phase("evaluation", evaluation),
-        *plans.training_phases("model", role, passes, logits[rows], **more),
-    ]
+    return [plans.Phase("evaluation", evaluation), *plans.training_phases("model", role, passes, logits[rows], **more)]
 
 
 def show_sequence_plan(step: str, found: FoundModel, reference: Mapping[str, Any] | None = None) -> int:

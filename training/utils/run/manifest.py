@@ -25,12 +25,7 @@ NAMED_INPUTS = ("model_name_or_path", "data_path")  # flags whose values are inp
 
 MANIFEST, SUMMARY = "manifest.json", "summary.json"
 _DICTIONARIES = ("steps", "versions", "machine", "run_with", "shared", "inputs", "recipe")
-_SHAPE: dict[str, Any] = {
-    **dict.fromkeys(_DICTIONARIES, dict),
-    "started_as": list,
-    "folder": str,
-    "git": dict | None,
-}
+_SHAPE: dict[str, Any] = {**dict.fromkeys(_DICTIONARIES, dict), "started_as": list, "folder": str, "git": dict | None}
 
 
 def read_manifest(run: Path) -> dict[str, Any]:
