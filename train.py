@@ -35,8 +35,8 @@ if __name__ == "__main__":
     check_environment()
 
 from training.migrate.e2e import rewritten
-from training.pipeline import estimate, going_on
-from training.pipeline.asked import ACTOR, Asked, InputArguments, RunArguments, joined, taken_up
+from training.pipeline import estimate
+from training.pipeline.asked import ACTOR, InputArguments, RunArguments, joined, record_start, same_flags, taken_up
 from training.pipeline.rounds import RoundArguments, Rounds, check_flags, check_run
 from training.pipeline.shared_flags import SharedArguments, refuse_flags_of_some_steps
 from training.pipeline.showcase import answers_text, summary_table
@@ -65,9 +65,8 @@ from training.utils.run.folders import (
     title,
 )
 from training.utils.run.hosts import check_hosts, read_hostfile, with_ranks
-from training.utils.run.manifest import MANIFEST, describe_environment, hash_inputs
-from training.utils.run.processes import Ended, last_lines, run_logged
-from training.utils.run.recipes import read_recipe
+from training.utils.run.manifest import MANIFEST, hash_inputs
+from training.utils.run.processes import Ended, last_lines, run_logged, unused_port
 from training.utils.run.runtime import has_accelerator, prepare_runtime
 from training.utils.run.watchdog import outlive_readers
 
@@ -167,36 +166,20 @@ def say_time(steps: Sequence[Step], ranks: int) -> None:
         print(line, flush=True)
 
 
-def record_start(asked: Asked, argv: Sequence[str]) -> None:
-    """Note in the manifest, not yet on the disk, what the run is made with and by which flags."""
-    manifest = asked.manifest
-    manifest |= describe_environment(ROOT)
-    manifest["recipe"] = {"name": asked.recipe, **hash_inputs([read_recipe(asked.recipe)[0]], {})}
-    going_on.record(manifest, asked.inputs, asked.given, asked.shared)
-    manifest["pipeline"] = asked.options.pipeline
-    manifest.setdefault("started_as", []).append(["train.py", *argv])
-
-
 def run_steps(steps: Sequence[Step], run: Path, manifest: dict[str, Any], launcher: Sequence[str], again: str) -> int:
-    """Run those that are not finished, and those that follow one of these; the exit code of one that fails, else 0.
-
-    Args:
-        steps: in their order.
-        run: the folder.
-        manifest: the run's.
-        launcher: what starts a program on the ranks.
-        again: the command that goes on with the run.
-    """
+    """Run those that are not finished, and those that follow one of these; the exit code of one that fails, else 0."""
     ran: list[str] = []
     for step in steps:
+        entry = manifest.get("steps", {}).get(step.name, {})
         if is_finished(step.directory) and not any(step.name in LATER[name] for name in ran):
-            same = going_on.same_flags(manifest.get("steps", {}).get(step.name, {}), step.argv)
-            changed = "" if same else f" with other flags; to repeat it, remove {shown(step.directory)}"
-            print(f"{title(step.name)} is finished{changed}", flush=True)
-            record_end(step, run, manifest)
+            changed = f" with other flags; to repeat it, remove {shown(step.directory)}"
+            print(f"{title(step.name)} is finished{'' if same_flags(entry, step.argv) else changed}", flush=True)
+            if "exit_code" not in entry:  # it went on without train.py, which was killed
+                known = {"arguments": step.argv, "folder": str(Path.cwd())}
+                record_end(manifest.setdefault("steps", {}).setdefault(step.name, known), step, run, manifest)
             continue
         (step.directory / "summary.json").unlink(missing_ok=True)  # made from the output that has changed
-        command = step.command(launcher)
+        command = [*launcher, "--master_port", str(unused_port()), step.script, *step.once, *step.argv]
         ended = run_step(step, command, run, manifest)
         ran.append(step.name)
         if ended.code:
@@ -224,20 +207,16 @@ def run_step(step: Step, command: list[str], run: Path, manifest: dict[str, Any]
     if ended.code == 0 and not is_finished(step.directory):
         ended = Ended(1)  # the launcher says 0 when it was killed itself
     entry["seconds"] = round(time.monotonic() - start, 1)
-    entry["exit_code"] = ended.code
-    if ended.code == 0:
-        entry["metrics"] = read_object(step.directory / "summary.json")
-    write_json(run / MANIFEST, manifest)
+    record_end(entry, step, run, manifest, ended.code)
     return ended
 
 
-def record_end(step: Step, run: Path, manifest: dict[str, Any]) -> None:
-    """Note how a step ended that went on without train.py, which was killed; nothing if that is known."""
-    entry = manifest.setdefault("steps", {}).setdefault(step.name, {"arguments": step.argv, "folder": str(Path.cwd())})
-    if "exit_code" not in entry:
-        entry["exit_code"] = 0
+def record_end(entry: dict[str, Any], step: Step, run: Path, manifest: Mapping[str, Any], code: int = 0) -> None:
+    """Note in the manifest how a step ended, and what it found."""
+    entry["exit_code"] = code
+    if code == 0:
         entry["metrics"] = read_object(step.directory / "summary.json")
-        write_json(run / MANIFEST, manifest)
+    write_json(run / MANIFEST, manifest)
 
 
 def tell_failure(step: Step, command: list[str], ended: Ended, run: Path, again: str) -> None:

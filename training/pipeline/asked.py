@@ -1,15 +1,15 @@
-"""What train.py is asked to do: its flags, and what a run that goes on brings along."""
+"""What train.py is asked to do: its flags, and what a run that goes on takes over from its start."""
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.pipeline import going_on
 from training.pipeline.own_data import START
 from training.pipeline.rounds import RoundArguments
 from training.pipeline.shared_flags import given_flags
@@ -17,15 +17,26 @@ from training.report.page import REPORT
 from training.utils import arguments
 from training.utils.arguments import DEMO, flags_in
 from training.utils.errors import UserError
-from training.utils.run.demo import is_own, named_sources
+from training.utils.run.demo import is_own, named_sources, names_demo
 from training.utils.run.files import check_page
-from training.utils.run.folders import PIPELINES, STEPS, check_latest, latest_run, named_itself, output_root
-from training.utils.run.manifest import MANIFEST, read_manifest
-from training.utils.run.recipes import GIVEN
+from training.utils.run.folders import (
+    LATER,
+    PIPELINES,
+    STEPS,
+    check_latest,
+    latest_run,
+    named_itself,
+    output_root,
+    repository_root,
+    shown,
+)
+from training.utils.run.manifest import MANIFEST, describe_environment, hash_inputs, read_manifest
+from training.utils.run.recipes import GIVEN, read_recipe
 
 ACTOR = "--actor_model_name_or_path"
 REWARD = "--reward_model_name_or_path"
 DEFAULT_PIPELINE = "sft,rm,ppo"
+PATHS = ("_path", "chat_template", "deepspeed_config", "_function")  # ends of the names of flags that name files
 NUMBERS = {"step1": 1, "step2": 2, "dpo": 2, "step3": 3}  # of --step
 
 
@@ -75,6 +86,38 @@ class InputArguments:
     step2_args: str = arguments.flag("", "the same for step 2")
     dpo_args: str = arguments.flag("", "the same for DPO")
     step3_args: str = arguments.flag("", "the same for step 3")
+
+
+def joined(argv: Sequence[str]) -> list[str]:
+    """``--step1_args VALUE`` as one token, because a value that starts with a dash looks like a flag."""
+    tokens = list(argv)
+    names = [token.partition("=")[0] for token in tokens if re.match(r"--\w+_args(=|$)", token)]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"{twice} is given twice: put all of its flags into one string")
+    for i in range(len(tokens) - 1, 0, -1):
+        if tokens[i - 1] in {f"--{name}_args" for name in (*STEPS, "generate", "judge")}:
+            value = tokens.pop(i)
+            tokens[i - 1 : i] = [f"{tokens[i - 1]}={value}"] if value else []
+    return tokens
+
+
+def own_args(name: str, text: str) -> list[str]:
+    """The flags in ``--stepN_args`` or ``--dpo_args``.
+
+    Raises:
+        UserError: an open quote, or a flag that train.py gives itself.
+    """
+    try:
+        tokens = shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"--{name}_args: {error}") from error
+    for token in tokens:
+        flag = token.partition("=")[0].removeprefix("--").replace("-", "_")
+        if token.startswith("--") and flag in GIVEN[name]:
+            raise UserError(
+                f"--{name}_args: --{flag} is given by train.py; see its own flags for models and --output_dir"
+            )
+    return tokens
 
 
 @dataclass
@@ -129,10 +172,10 @@ def taken_up(groups: Sequence[Any], argv: Sequence[str]) -> Asked:
     if options.pipeline not in PIPELINES:  # of an earlier version's run
         options.pipeline = DEFAULT_PIPELINE
     given = flags_in(argv)
-    going_on.take_over(manifest, inputs, given, options.pipeline)
+    _take_over(manifest, inputs, given, options.pipeline)
     shared = manifest["shared"] | given_flags(every)  # a run goes on with its own data, and its own recipe
     if "step" not in given:
-        passed = [NUMBERS[name] for name in going_on.left_out(manifest, options.pipeline)]
+        passed = [NUMBERS[name] for name in _left_out(manifest, options.pipeline)]
         options.step = [number for number in options.step if number not in passed]
     if rounds.rounds and options.pipeline != DEFAULT_PIPELINE:
         raise UserError(f"--rounds trains reward model and actor again: it needs --pipeline {DEFAULT_PIPELINE}")
@@ -140,25 +183,6 @@ def taken_up(groups: Sequence[Any], argv: Sequence[str]) -> Asked:
     own = any(is_own(paths) for paths in (shared.get("data_path", []), *map(named_sources, argvs)))
     recipe = options.recipe or manifest.get("recipe", {}).get("name", START if own else DEMO)
     return Asked(options, inputs, rounds, shared, given, run, manifest, recipe, own)
-
-
-def own_args(name: str, text: str) -> list[str]:
-    """The flags in ``--stepN_args`` or ``--dpo_args``.
-
-    Raises:
-        UserError: an open quote, or a flag that train.py gives itself.
-    """
-    try:
-        tokens = shlex.split(text)
-    except ValueError as error:
-        raise UserError(f"--{name}_args: {error}") from error
-    for token in tokens:
-        flag = token.partition("=")[0].removeprefix("--").replace("-", "_")
-        if token.startswith("--") and flag in GIVEN[name]:
-            raise UserError(
-                f"--{name}_args: --{flag} is given by train.py; see its own flags for models and --output_dir"
-            )
-    return tokens
 
 
 def _manifest_of(run: Path, given: str) -> dict[str, Any]:
@@ -183,14 +207,74 @@ def _manifest_of(run: Path, given: str) -> dict[str, Any]:
     return {}
 
 
-def joined(argv: Sequence[str]) -> list[str]:
-    """``--step1_args VALUE`` as one token, because a value that starts with a dash looks like a flag."""
-    tokens = list(argv)
-    names = [token.partition("=")[0] for token in tokens if re.match(r"--\w+_args(=|$)", token)]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise UserError(f"{twice} is given twice: put all of its flags into one string")
-    for i in range(len(tokens) - 1, 0, -1):
-        if tokens[i - 1] in {f"--{name}_args" for name in (*STEPS, "generate", "judge")}:
-            value = tokens.pop(i)
-            tokens[i - 1 : i] = [f"{tokens[i - 1]}={value}"] if value else []
-    return tokens
+def _take_over(manifest: dict[str, Any], inputs: InputArguments, given: Collection[str], pipeline: str) -> None:
+    """Let a run go on with its own models and flags of steps, where they are not given anew, even as empty ones.
+
+    Relative paths in its manifest become those that the current folder sees; flags of steps that are not in this
+    start's pipeline stay there alone.
+    """
+    folder = Path(manifest.get("folder") or Path.cwd())
+    for name in ("shared", "inputs"):
+        manifest[name] = {flag: _seen(folder, flag, value) for flag, value in manifest.get(name, {}).items()}
+    if (folder / (recipe := manifest.get("recipe", {}).get("name", ""))).is_file():
+        manifest["recipe"]["name"] = _from(folder, recipe)
+    for name, value in manifest["inputs"].items():
+        step = name.removesuffix("_args")
+        if name in vars(inputs) and name not in given and not (step in STEPS and step not in PIPELINES[pipeline]):
+            setattr(inputs, name, getattr(inputs, name) or value)
+
+
+def _left_out(manifest: Mapping[str, Any], pipeline: str) -> list[str]:
+    """Steps that the run has passed over, for a model of the user's or without a reward model: they do not come after
+    those that would be made from their output."""
+    run = manifest.get("steps", {})
+    return [name for name in PIPELINES[pipeline] if name not in run and any(later in run for later in LATER[name])]
+
+
+def record_start(asked: Asked, argv: Sequence[str]) -> None:
+    """Note in the manifest, not yet on the disk, by which flags the run is made, and what one that goes on needs."""
+    manifest = asked.manifest
+    manifest |= describe_environment(repository_root())
+    manifest["recipe"] = {"name": asked.recipe, **hash_inputs([read_recipe(asked.recipe)[0]], {})}
+    kept = {name: value for name, value in manifest["inputs"].items() if name not in asked.given}
+    manifest["inputs"] = kept | {name: value for name, value in vars(asked.inputs).items() if value}
+    manifest["shared"], manifest["folder"] = asked.shared, str(Path.cwd())
+    manifest["pipeline"] = asked.options.pipeline
+    manifest.setdefault("started_as", []).append(["train.py", *argv])
+
+
+def same_flags(entry: Mapping[str, Any], argv: Sequence[str]) -> bool:
+    """Whether a step's arguments are those of its entry in the manifest, by whatever path they name a file."""
+    here = Path.cwd()
+    folder = Path(entry.get("folder", here))
+    return [_absolute(folder, t) for t in entry.get("arguments", argv)] == [_absolute(here, t) for t in argv]
+
+
+def _absolute(folder: Path, value: str) -> str:
+    path, colon, suffix = value.partition(":")
+    return f"{os.path.abspath(folder / path)}{colon}{suffix}" if path and (folder / path).exists() else value
+
+
+def _from(folder: Path, value: str) -> str:
+    """A relative path in ``folder``, perhaps with ``:N`` or ``:name`` behind it, as seen from the current folder."""
+    path, colon, suffix = value.partition(":")
+    there = folder / path
+    if folder == Path.cwd() or not path or names_demo(value) or Path(path).is_absolute() or not there.exists():
+        return value
+    return f"{shown(there)}{colon}{suffix}"
+
+
+def _seen(folder: Path, name: str, value: Any) -> Any:
+    """A flag's value likewise, if it names files, or is the flags of a step in one string."""
+    if isinstance(value, list):
+        return [_seen(folder, name, item) for item in value]
+    if not isinstance(value, str):
+        return value
+    if not name.endswith("_args"):
+        return _from(folder, value) if name.endswith(PATHS) else value
+    tokens, flag = [], ""
+    for token in shlex.split(value):
+        is_flag = token.startswith("--")
+        flag = token.removeprefix("--") if is_flag else flag
+        tokens.append(token if is_flag else _seen(folder, flag, token))
+    return shlex.join(tokens)

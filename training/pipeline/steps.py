@@ -14,7 +14,6 @@ from training.utils.arguments import flags_in
 from training.utils.errors import UserError
 from training.utils.run.demo import EMBEDDED, MODEL, check_sources_named, is_own, named_sources, trained_on_demo
 from training.utils.run.folders import PIPELINES, STEPS, is_finished, latest_output, repository_root, shown, title
-from training.utils.run.processes import unused_port
 from training.utils.run.recipes import flags_of, located, read_recipe
 
 
@@ -27,10 +26,6 @@ class Step:
     argv: list[str]  # what it computes; recorded, and compared when the run goes on
     directory: Path
     once: Sequence[str] = ()  # flags of this start alone
-
-    def command(self, launcher: Sequence[str]) -> list[str]:
-        """The process to start, by `with_ranks`; a free port lets runs share a machine."""
-        return [*launcher, "--master_port", str(unused_port()), self.script, *self.once, *self.argv]
 
 
 def plan_steps(asked: Asked, scripts: Mapping[str, str]) -> list[Step]:
