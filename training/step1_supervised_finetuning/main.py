@@ -79,20 +79,20 @@ def main(argv: Sequence[str]) -> int:
     """Run step 1; returns the exit code. See the module's docstring for what it writes."""
     groups = parse_flags(argv)
     step = groups[-1]
-    model = find_model(groups, loading.resolve_policy, lambda: loading.EMBEDDED)
-    if model.flags.output.plan:
-        return show_sequence_plan("step1", model)
+    flags = find_model(groups, loading.resolve_policy, lambda: loading.EMBEDDED)
+    if flags.output.plan:
+        return show_sequence_plan("step1", flags)
     more = {"sft_only_data_path": step.sft_only_data_path, "train_on_prompts": step.train_on_prompts}
-    tuning = open_run("step1", "demonstrations", argv, groups, model, counted="rows", **more)
-    train, rows, run, device = tuning.flags.train, tuning.rows, tuning.run, tuning.device
+    tuning = open_run("step1", "demonstrations", argv, groups, flags, counted="rows", **more)
+    train, rows, run, device = flags.train, tuning.rows, tuning.run, tuning.device
     pad_id, response_tokens = tuning.tokenizer.pad_token_id, predicted_tokens(rows.train)
-    asked = (rows.held_out, tuning.tokenizer, model.flags.model.max_seq_len, train.per_device_eval_batch_size)
+    asked = (rows.held_out, tuning.tokenizer, flags.model.max_seq_len, train.per_device_eval_batch_size)
     rouge = RougeJudge(*asked) if step.best_by == "rouge" else None
 
     def load(config: dict[str, Any]) -> Any:
         """The causal language model."""
-        made: dict[str, Any] = {"attn_implementation": model.attention, "base_bits": model.flags.lora.base_bits}
-        return loading.load_causal_lm(model.path, dtype=model.flags.model.dtype, ds_config=config, **made)
+        made: dict[str, Any] = {"attn_implementation": flags.attention, "base_bits": flags.lora.base_bits}
+        return loading.load_causal_lm(flags.path, dtype=flags.model.dtype, ds_config=config, **made)
 
     engine = build_engine(tuning, load)
     sharing = find_sharing(engine, answer_sums, pad_id) if shares_across(device) else None
@@ -160,7 +160,7 @@ def publish_best(tuning: FineTuning, progress: dict[str, Any]) -> None:
         "loss_after": progress["loss_after"],
         "perplexity_before": math.exp(min(progress["loss_before"], 50.0)),
         "perplexity_after": math.exp(min(progress["loss_after"], 50.0)),
-        "base_model": tuning.model.path,
+        "base_model": tuning.flags.path,
         "best_step": progress["best_step"],
     }
     tuning.finish("sft", tuning.flags.model.model_name_or_path or loading.EMBEDDED, results)

@@ -62,20 +62,20 @@ from training.utils.sharing.trial import find_sharing  # noqa: E402
 def main(argv: Sequence[str]) -> int:
     """Run DPO; returns the exit code. See the module's docstring for what it writes."""
     groups = parse_flags(argv)
-    model = find_model(groups, loading.resolve_policy, lambda: str(latest_output("step1")))
-    flags, step = model.flags, groups[-1]
+    flags = find_model(groups, loading.resolve_policy, lambda: str(latest_output("step1")))
+    step = groups[-1]
     adapters_only, needs_reference = flags.lora.only_optimize_lora, step.loss not in arguments.WITHOUT_REFERENCE
     copied: dict[str, Any] = {"offload": step.offload_reference_model}
     if flags.output.plan:
-        return show_sequence_plan("dpo", model, copied if needs_reference and not adapters_only else None)
-    tuning = open_run("dpo", "pairs", argv, groups, model, counted="pairs")
+        return show_sequence_plan("dpo", flags, copied if needs_reference and not adapters_only else None)
+    tuning = open_run("dpo", "pairs", argv, groups, flags, counted="pairs")
     rows, run, train, device = tuning.rows, tuning.run, flags.train, tuning.device
     pad_id = tuning.tokenizer.pad_token_id
-    load: dict[str, Any] = {"dtype": flags.model.dtype, "attn_implementation": model.attention}
+    load: dict[str, Any] = {"dtype": flags.model.dtype, "attn_implementation": flags.attention}
     copied |= {"zero_stage": flags.ds.zero_stage, "tensor_parallel": flags.ds.tensor_parallel, "device": device} | load
-    frozen = load_reference(model.path, adapters_only=adapters_only, **copied) if needs_reference else None
+    frozen = load_reference(flags.path, adapters_only=adapters_only, **copied) if needs_reference else None
     load["base_bits"] = flags.lora.base_bits
-    engine = build_engine(tuning, lambda config: loading.load_causal_lm(model.path, ds_config=config, **load), rows=2)
+    engine = build_engine(tuning, lambda config: loading.load_causal_lm(flags.path, ds_config=config, **load), rows=2)
     sharing = find_sharing(engine, answer_log_probs, pad_id)
     preferences, rankings = Preferences(engine, frozen, step, sharing), rankings_of(rows.train)
     progress, monitor = run.progress, HealthMonitor(tuning.output_dir, DPO_RULES)
@@ -106,9 +106,9 @@ def main(argv: Sequence[str]) -> int:
     tuning.save(engine, tuning.output_dir)
     tuning.phases.end("save")
     verdict = compared(progress["before"], progress["after"], rows.report.held_out_prompts)
-    about = {"loss_kind": step.loss, "beta": step.strength, "base_model": model.path}
+    about = {"loss_kind": step.loss, "beta": step.strength, "base_model": flags.path}
     remarks = {"remarks": [remark.text for remark in monitor.remarks]}
-    tuning.finish("dpo", flags.model.model_name_or_path or model.path, verdict | about | remarks)
+    tuning.finish("dpo", flags.model.model_name_or_path or flags.path, verdict | about | remarks)
     return 0
 
 

@@ -74,23 +74,23 @@ from training.utils.sharing.trial import find_sharing  # noqa: E402
 def main(argv: Sequence[str]) -> int:
     """Run step 2; returns the exit code. See the module's docstring for what it writes."""
     groups = parse_flags(argv)
-    model = find_model(groups, loading.resolve_model, lambda: str(latest_output("step1")))
-    flags, step = model.flags, groups[-1]
-    classifiers.check_reward_family(model.path)
+    flags = find_model(groups, loading.resolve_model, lambda: str(latest_output("step1")))
+    step = groups[-1]
+    classifiers.check_reward_family(flags.path)
     if flags.output.plan:
-        return show_sequence_plan("step2", model)
-    tuning = open_run("step2", "pairs", argv, groups, model, counted="pairs")
+        return show_sequence_plan("step2", flags)
+    tuning = open_run("step2", "pairs", argv, groups, flags, counted="pairs")
     rows, run, train, device = tuning.rows, tuning.run, flags.train, tuning.device
     rankings = rankings_of(rows.train)
     if warning := few_held_out(rows.report.held_out_prompts):
         say(warning)
     pad_id = tuning.tokenizer.pad_token_id
-    made = {"dtype": flags.model.dtype, "pad_token_id": pad_id, "attn_implementation": model.attention}
+    made = {"dtype": flags.model.dtype, "pad_token_id": pad_id, "attn_implementation": flags.attention}
 
     def load(config: dict[str, Any]) -> Any:
         """The backbone with one output for each token."""
         new: dict[str, Any] = {"fresh_head_seed": train.seed, "base_bits": flags.lora.base_bits}
-        return classifiers.load_classifier(model.path, ds_config=config, **new, **made)
+        return classifiers.load_classifier(flags.path, ds_config=config, **new, **made)
 
     engine = build_engine(tuning, load, rows=2, wrap=TokenScorer)
     sharing = find_sharing(engine, answer_rewards, pad_id)
@@ -125,7 +125,7 @@ def main(argv: Sequence[str]) -> int:
     tuning.phases.end("save", "judging the held-out pairs with the saved model")
 
     results = {"accuracy_before": progress["before"]["accuracy"]} | judge_saved(tuning, made, eval_batch)
-    tuning.finish("reward", flags.model.model_name_or_path or model.path, results)
+    tuning.finish("reward", flags.model.model_name_or_path or flags.path, results)
     return 0
 
 

@@ -47,7 +47,13 @@ from training.utils.run.folders import prepare_output_dir, title
 
 @dataclass(frozen=True)
 class Flags:
-    """The groups of flags that fine-tuning has in every step."""
+    """The groups of flags that fine-tuning has in every step, and what they name.
+
+    Attributes:
+        path: the model's folder.
+        attention: of its layers.
+        overrides: the user's own configuration of DeepSpeed.
+    """
 
     data: DataArguments
     model: ModelArguments
@@ -56,26 +62,12 @@ class Flags:
     ds: DeepSpeedArguments
     output: OutputArguments
     reliability: ReliabilityArguments
-
-
-@dataclass(frozen=True)
-class FoundModel:
-    """A model that has been found, and checked against the flags.
-
-    Attributes:
-        flags: of the step.
-        path: its folder.
-        attention: of its layers.
-        overrides: the user's own configuration of DeepSpeed.
-    """
-
-    flags: Flags
     path: str
     attention: str
     overrides: dict[str, Any]
 
 
-def find_model(groups: Sequence[Any], resolve: Callable[..., str], default: Callable[[], str]) -> FoundModel:
+def find_model(groups: Sequence[Any], resolve: Callable[..., str], default: Callable[[], str]) -> Flags:
     """Find the model and check it against the flags, before anything is loaded.
 
     Args:
@@ -86,14 +78,15 @@ def find_model(groups: Sequence[Any], resolve: Callable[..., str], default: Call
     Raises:
         UserError: a flag is wrong, or the model can not be trained so.
     """
-    flags = Flags(*groups[:7])
-    precision.check_dtype(flags.model.dtype)
-    overrides = read_user_config(flags.ds.deepspeed_config, flags.reliability.save_every)
-    path = resolve(flags.model.model_name_or_path or default(), weights=not flags.output.plan)
-    check_length(path, flags.model.max_seq_len, "--max_seq_len")
-    check_lora(path, flags.lora)
-    divide_model(flags.ds.tensor_parallel, path)
-    return FoundModel(flags, path, divide_rows(path, flags.model, flags.ds.sequence_parallel), overrides)
+    _, model, lora, _, ds, output, reliability, *_ = groups
+    precision.check_dtype(model.dtype)
+    overrides = read_user_config(ds.deepspeed_config, reliability.save_every)
+    path = resolve(model.model_name_or_path or default(), weights=not output.plan)
+    check_length(path, model.max_seq_len, "--max_seq_len")
+    check_lora(path, lora)
+    divide_model(ds.tensor_parallel, path)
+    attention = divide_rows(path, model, ds.sequence_parallel)
+    return Flags(*[*groups[:7], path, attention, overrides])
 
 
 @dataclass
@@ -102,8 +95,7 @@ class FineTuning:
 
     Attributes:
         step: its name, one of `STEPS`.
-        argv: as it was started.
-        model: where it starts from, with the flags.
+        argv, flags: as it was started.
         output_dir, device: of this run and this rank.
         tokenizer, rows: with the chat template and the data of the flags.
         run: checkpoints, resume and signals.
@@ -116,7 +108,7 @@ class FineTuning:
 
     step: str
     argv: Sequence[str]
-    model: FoundModel
+    flags: Flags
     output_dir: Path
     device: torch.device
     tokenizer: Any
@@ -128,11 +120,6 @@ class FineTuning:
     started: float
     logger: MetricsLogger = field(init=False)
     bar: Any = field(init=False)
-
-    @property
-    def flags(self) -> Flags:
-        """As it was started."""
-        return self.model.flags
 
     @property
     def steps_per_epoch(self) -> int:
@@ -207,7 +194,7 @@ class FineTuning:
             "run_with": {"arguments": list(self.argv), "folder": str(Path.cwd())},
         }
         made: dict[str, Any] = {"argv": self.argv, "data": self.rows.report.lines(), "results": summary}
-        write_model_card(self.output_dir, kind, (base, self.model.path), tokenizer=self.tokenizer, **made)
+        write_model_card(self.output_dir, kind, (base, self.flags.path), tokenizer=self.tokenizer, **made)
         write_summary(self.output_dir, summary)
         say(f"{title(self.step)} saved to {self.output_dir}")
 
@@ -226,7 +213,7 @@ def open_run(
     kind: Kind,
     argv: Sequence[str],
     groups: Sequence[Any],
-    model: FoundModel,
+    flags: Flags,
     *,
     counted: str,
     **data_options: Any,
@@ -236,8 +223,7 @@ def open_run(
     Args:
         step: its name, one of `STEPS`.
         kind: of the rows that it trains on.
-        argv, groups: the flags as given and as parsed.
-        model: where it starts from.
+        argv, groups, flags: as given, as parsed, and from `find_model`.
         counted: what an optimizer step takes, such as ``rows``.
         data_options: further arguments of `prepare_data`.
 
@@ -245,7 +231,6 @@ def open_run(
         UserError: data or flags are wrong, the folder is in use, or its run is another one.
     """
     started, phases = time.monotonic(), Phases()
-    flags = model.flags
     if flags.lora.base_bits:
         four_bit.check_installed()
     reliability, train = flags.reliability, flags.train
@@ -256,8 +241,8 @@ def open_run(
     settled = precision.settle(flags.model, output_dir, reliability.resume)
     torch.manual_seed(train.seed)
     data = flags.data
-    tokenizer = load_tokenizer(model.path, **data.template)
-    check_vocabulary(model.path, tokenizer)
+    tokenizer = load_tokenizer(flags.path, **data.template)
+    check_vocabulary(flags.path, tokenizer)
     options: dict[str, Any] = {"max_length": flags.model.max_seq_len, "seed": train.seed, "run_dir": output_dir}
     rows = prepare_data(kind, data, tokenizer, **options, **data_options)
     rows.announce()
@@ -269,13 +254,13 @@ def open_run(
         output_dir,
         reliability,
         list(groups),
-        models={"--model_name_or_path": model.path},
+        models={"--model_name_or_path": flags.path},
         data={"training": rows.train, "held-out": rows.held_out},
         batches={f"{counted} per step": per_rank * data_size()},
     )
     batch = run.batches[f"{counted} per step"]
     phases.end("data", "loading the model")
-    return FineTuning(step, argv, model, output_dir, device, tokenizer, rows, run, batch, phases, settled, started)
+    return FineTuning(step, argv, flags, output_dir, device, tokenizer, rows, run, batch, phases, settled, started)
 
 
 def build_engine(
@@ -300,7 +285,7 @@ def build_engine(
         offload=ds.offload,
         micro_batch_size=rows * train.per_device_train_batch_size,
         tensor_parallel=ds.tensor_parallel,
-        overrides=tuning.model.overrides,
+        overrides=tuning.flags.overrides,
     )
     model = with_adapters(load(config), lora)
     if model_args.gradient_checkpointing:

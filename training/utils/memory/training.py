@@ -10,7 +10,7 @@ from training.utils.checkpoint.resume import resume_output_dir
 from training.utils.engine import sequence_parallel
 from training.utils.engine.precision import settle
 from training.utils.engine.zero_config import deepspeed_config, effective_stage, is_plain
-from training.utils.fine_tuning import FoundModel
+from training.utils.fine_tuning import Flags
 from training.utils.memory import plan as plans
 from training.utils.memory.live import FakeModel, PassMemory
 from training.utils.memory.zero import BYTES, RoleMemory, frozen_memory, trained_memory
@@ -125,22 +125,21 @@ def _phases(
     return [plans.Phase("evaluation", evaluation), *plans.training_phases("model", role, passes, logits[rows], **more)]
 
 
-def show_sequence_plan(step: str, found: FoundModel, reference: Mapping[str, Any] | None = None) -> int:
+def show_sequence_plan(step: str, flags: Flags, reference: Mapping[str, Any] | None = None) -> int:
     """Print the plan of step 1, step 2 or DPO; returns the exit code, see `training.utils.memory.plan.show_plan`.
 
     Args:
         step: its name, one of `STEPS`.
-        found: the model that it starts from.
+        flags: its own, see `find_model`.
         reference: see `sequence_plan`.
 
     Raises:
         UserError: no model can be built from it.
     """
-    flags, path = found.flags, found.path
-    model, train, ds, resume = flags.model, flags.train, flags.ds, flags.reliability.resume
+    path, model, train, ds, resume = flags.path, flags.model, flags.train, flags.ds, flags.reliability.resume
     settle(model, resume_output_dir(resume, flags.output.output_dir), resume)
     parts: dict[str, Any] = {"tensor_parallel": ds.tensor_parallel}
-    fake = plans.fake_role(path, model.dtype, found.attention, flags.lora, classifier=step == "step2", **parts)
+    fake = plans.fake_role(path, model.dtype, flags.attention, flags.lora, classifier=step == "step2", **parts)
     costs = SequenceCosts(fake, model.max_seq_len, classifier=step == "step2")
     settings = plans.Settings(
         zero_stage=ds.zero_stage,
@@ -155,5 +154,5 @@ def show_sequence_plan(step: str, found: FoundModel, reference: Mapping[str, Any
     heading = f"{title(step)}: {path}, {precision}, ZeRO {ds.zero_stage}, ranks: {ranks_told(ds.tensor_parallel)}"
     if ds.sequence_parallel > 1:
         heading += f", {ds.sequence_parallel} to a row"
-    planned = functools.partial(sequence_plan, costs, dtype=model.dtype, overrides=found.overrides, **parts)
+    planned = functools.partial(sequence_plan, costs, dtype=model.dtype, overrides=flags.overrides, **parts)
     return plans.show_plan(heading, settings, planned, FLAGS)
