@@ -1,6 +1,7 @@
 """Charts as inline SVG: lines, a path through a plane, intervals, bars. Colours are CSS variables, so dark mode works.
 
-Every function returns markup; every text in it is escaped here.
+Every function returns markup; every text in it is escaped here. By hand: matplotlib, which draws for the benchmarks, is
+no requirement of a run, and its SVG has neither tooltips nor the page's colours.
 """
 
 from __future__ import annotations
