@@ -56,6 +56,11 @@ STEPS = ANSWERS // ROWS_PER_STEP  # optimizer steps of an iteration
 # Tripod's constants (engine.py and zero_config.py in training/utils/engine), where TRL's defaults may differ
 ADAM_BETA2, MAX_GRAD_NORM = 0.95, 1.0
 PHASES = ("generate", "score", "train")
+ALWAYS = {  # what TRL is told in each step, as Tripod does it
+    "use_cpu": True, "gradient_checkpointing": False, "lr_scheduler_type": "constant", "adam_beta2": ADAM_BETA2,
+    "max_grad_norm": MAX_GRAD_NORM, "dataloader_pin_memory": False, "report_to": "none", "save_strategy": "no",
+    "disable_tqdm": True,
+}  # fmt: skip
 TRIPOD = "Tripod"
 TRL = {
     "fp32": "TRL, fp32 weights, bf16 autocast",  # what RLOOConfig does unless told otherwise
@@ -153,17 +158,20 @@ def resident_peak(pid: int) -> float:
     return next((int(line.split()[1]) / GIB for line in lines if line.startswith("VmHWM:")), 0.0)
 
 
-def run(command: Sequence[str], threads: int, log: Path) -> float:
+def run(
+    command: Sequence[str], threads: int, log: Path, poll: float = POLL, look: Callable[[int], None] = lambda pid: None
+) -> float:
     """Run a program to its end and return its peak resident memory in GiB; exits with the log's end if it fails.
 
-    The peak is asked for over and over: Tripod resets the mark after each phase, for its own summary.
+    The peak is asked for over and over: Tripod resets the mark after each phase, for its own summary. So is ``look``.
     """
     peak = 0.0
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment(threads))
         while process.poll() is None:
             peak = max(peak, resident_peak(process.pid))
-            time.sleep(POLL)
+            look(process.pid)
+            time.sleep(poll)
     if process.returncode:
         sys.exit(f"{' '.join(command)}\nended with {process.returncode}:\n{log.read_text()[-4000:]}")
     return peak
@@ -257,10 +265,8 @@ def trl_config(settings: dict[str, Any]) -> Any:
 
     return RLOOConfig(
         output_dir=settings["folder"],
-        use_cpu=True,
         bf16=settings["autocast"],
         model_init_kwargs={"dtype": {"fp32": "float32", "bf16": "bfloat16"}[settings["weights"]]},
-        gradient_checkpointing=False,
         num_generations=SAMPLES,
         per_device_train_batch_size=ROWS_PER_STEP,
         gradient_accumulation_steps=1,
@@ -271,14 +277,8 @@ def trl_config(settings: dict[str, Any]) -> Any:
         temperature=TEMPERATURE,
         beta=settings["kl_coef"],
         learning_rate=settings["learning_rate"],
-        lr_scheduler_type="constant",
-        adam_beta2=ADAM_BETA2,
-        max_grad_norm=MAX_GRAD_NORM,
-        dataloader_pin_memory=False,
         seed=settings["seed"],
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
+        **ALWAYS,
     )
 
 

@@ -15,7 +15,6 @@ import importlib.metadata
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from against_trl import ADAM_BETA2, MAX_GRAD_NORM, environment, resident_peak, versions_of
+from against_trl import ADAM_BETA2, ALWAYS, MAX_GRAD_NORM, run, versions_of
 from common import ROOT, row_of, spread, write_figures
 
 LEARNING_RATE, LONGEST, WAIT = 1e-5, 512, 0.02
@@ -46,17 +45,14 @@ def measured(command: Sequence[str], threads: int, folder: Path) -> dict[str, An
         ``peak`` resident memory in GiB; ``marks``: (wall, processor) seconds at each optimizer step's record; the
         ``records`` themselves.
     """
-    file, log, peak = folder / "metrics.jsonl", folder.with_suffix(".log"), 0.0
+    file = folder / "metrics.jsonl"
     marks: list[tuple[float, float]] = []
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment(threads))
-        while process.poll() is None:
-            peak = max(peak, resident_peak(process.pid))
-            done = file.read_text().count('"train/loss"') if file.is_file() else 0
-            marks += [(time.perf_counter(), processor_seconds(process.pid))] * (done - len(marks))
-            time.sleep(WAIT)
-    if process.returncode:
-        sys.exit(f"{' '.join(command)}\nended with {process.returncode}:\n{log.read_text()[-4000:]}")
+
+    def look(pid: int) -> None:
+        done = file.read_text().count('"train/loss"') if file.is_file() else 0
+        marks.extend([(time.perf_counter(), processor_seconds(pid))] * (done - len(marks)))
+
+    peak = run(command, threads, folder.with_suffix(".log"), WAIT, look)
     records = [record for line in file.read_text().splitlines() if "train/loss" in (record := json.loads(line))]
     return {"peak": peak, "marks": marks, "records": records}
 
@@ -155,23 +151,15 @@ def train_with_trl(settings: dict[str, Any]) -> None:
                 file.write(json.dumps(record) + "\n")
 
     common: dict[str, Any] = {
+        **ALWAYS,
         "output_dir": settings["folder"],
-        "use_cpu": True,
         "bf16": settings["bf16"],
         "model_init_kwargs": {"dtype": "float32"},
-        "gradient_checkpointing": False,
         "per_device_train_batch_size": settings["batch"],
         "num_train_epochs": 1,
         "learning_rate": LEARNING_RATE,
-        "lr_scheduler_type": "constant",
-        "adam_beta2": ADAM_BETA2,
-        "max_grad_norm": MAX_GRAD_NORM,
-        "dataloader_pin_memory": False,
         "seed": settings["seed"],
-        "report_to": "none",
-        "save_strategy": "no",
         "logging_steps": 10_000,
-        "disable_tqdm": True,
         "max_length": LONGEST,
     }
     if settings["way"] == "group_by_length":

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
 import statistics
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +16,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
+
+
+# glibc gives memory back at once, since otherwise it keeps much of it
+TRIMMING = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def flags_of(description: str) -> argparse.ArgumentParser:
@@ -34,6 +41,15 @@ def spread(values: Sequence[float], digits: int = 2, unit: str = "") -> str:
     """Median, and lowest to highest."""
     low, high = f"{min(values):,.{digits}f}", f"{max(values):,.{digits}f}"
     return f"{statistics.median(values):,.{digits}f}{unit} ({low} - {high})"
+
+
+def number_of(command: Sequence[str], environment: dict[str, str], pattern: str) -> float:
+    """Run a program in a process of its own, and return the number that ``pattern`` finds in what it prints."""
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=False)
+    found = re.search(pattern, done.stdout)
+    if not found:
+        sys.exit(f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-3000:]}")
+    return float(found.group(1).replace(",", ""))
 
 
 def write_figures(path: str | Path, figures: Any) -> None:

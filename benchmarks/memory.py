@@ -13,18 +13,14 @@ allocator, or resident memory on a CPU, where the C library is told to give free
 from __future__ import annotations
 
 import argparse
-import os
-import re
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from common import flags_of, write_figures
+from common import TRIMMING, flags_of, number_of, write_figures
 
 from training.utils.run.files import new_file
 
-GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 LORA_DIM = 8
 
 
@@ -118,13 +114,8 @@ def measure(name: str, argv: Sequence[str]) -> float:
     """The peak of one variant in MiB, from a process of its own."""
     from training.utils.run.folders import python_path
 
-    environment = os.environ | GIVE_BACK | {"PYTHONPATH": python_path()}
     command = [sys.executable, __file__, *argv, "--child", name]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    found = re.search(r"\nPEAK (-?\d+)", done.stdout)
-    if not found:
-        sys.exit(f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-3000:]}")
-    return float(found.group(1))
+    return number_of(command, TRIMMING | {"PYTHONPATH": python_path()}, r"\nPEAK (-?\d+)")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

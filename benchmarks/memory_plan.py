@@ -13,15 +13,12 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import random
-import re
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from common import ROOT, flags_of, head_of
+from common import ROOT, TRIMMING, flags_of, head_of, number_of
 
 REWARD = "reward"
 PROGRAMS = {
@@ -30,7 +27,6 @@ PROGRAMS = {
     3: "training.step3_rlhf_finetuning.main",
 }
 MIB = 2**20
-TRIMMING = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 ROWS, HELD_OUT = 16, 32
 
 
@@ -79,13 +75,8 @@ def arguments_of(step: int, model: str, stage: int, data: Path, length: int, bat
         ]
     half = str(length // 2)
     return [
-        *(
-            "--actor_model_name_or_path",
-            model,
-            "--critic_model_name_or_path",
-            str(data / REWARD),
-            "--no-normalize_reward",
-        ),
+        *("--actor_model_name_or_path", model, "--no-normalize_reward"),
+        *("--critic_model_name_or_path", str(data / REWARD)),
         *("--actor_zero_stage", str(stage), "--critic_zero_stage", str(stage), "--num_iterations", "2"),
         *("--max_prompt_seq_len", half, "--max_answer_seq_len", half, "--eval_data_path", f"{data}/step3_eval.jsonl"),
         *("--per_device_generation_batch_size", str(batch), "--per_device_training_batch_size", str(batch), *common),
@@ -135,25 +126,8 @@ def child(step: int, argv: list[str]) -> int:
     return code
 
 
-def run(command: list[str], environment: dict[str, str], pattern: str) -> float:
-    """Run a command and return the number that ``pattern`` finds in its output."""
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=False)
-    found = re.search(pattern, done.stdout)
-    if not found:
-        sys.exit(f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-3000:]}")
-    return float(found.group(1).replace(",", ""))
-
-
 def compare(
-    step: int,
-    stage: int,
-    model: str,
-    *,
-    length: int,
-    batch: int,
-    dtype: str,
-    recipe: str = "",
-    default_allocator: bool = False,
+    step: int, stage: int, model: str, *, length: int, batch: int, dtype: str, recipe: str, default_allocator: bool
 ) -> tuple[float, float]:
     """(planned, measured) peak of one step on one rank, in MiB; a ``recipe`` has its own stage, length and batch."""
     from training.utils.run.folders import python_path
@@ -167,16 +141,13 @@ def compare(
         else:
             argv = arguments_of(step, model, stage, Path(folder), length, batch, dtype)
         output = ["--output_dir", f"{folder}/out"]
-        environment = {
-            "PYTHONPATH": python_path(),
-            "TRIPOD_CACHE": f"{folder}/cache",
-            "TRIPOD_OUTPUT": f"{folder}/runs",
-        }
+        folders = {"TRIPOD_CACHE": f"{folder}/cache", "TRIPOD_OUTPUT": f"{folder}/runs"}
+        environment = {"PYTHONPATH": python_path(), **folders}
         program = [sys.executable, "-m", PROGRAMS[step], *argv, *output, "--plan"]
-        planned = run(program, environment, r"\n  peak ([\d,]+) in")
+        planned = number_of(program, environment, r"\n  peak ([\d,]+) in")
         measuring = [sys.executable, __file__, "--child", str(step), *argv, *output]
         trimming = {} if default_allocator else TRIMMING
-        return planned, run(measuring, environment | trimming, r"\nPEAK (\d+)") / MIB
+        return planned, number_of(measuring, environment | trimming, r"\nPEAK (\d+)") / MIB
 
 
 def main() -> None:
