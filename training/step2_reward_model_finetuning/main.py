@@ -114,7 +114,7 @@ def main(argv: Sequence[str]) -> int:
             for name, values in zip(sums, (loss, chosen > rejected, chosen, rejected), strict=True):
                 sums[name] += (weights * values).sum().item()
         result, mean = tuning.update(engine, sums, len(indices))
-        found = {f"train/{name}": value for name, value in mean.items()}
+        found = {f"train/{name}": mean[name] for name in sums}
         found["train/margin"] = mean["chosen_mean"] - mean["rejected_mean"]
         shown = {"loss": f"{mean['loss']:.3f}", "accuracy": f"{mean['accuracy']:.2f}"}
         tuning.log_step(number, found | step_metrics(result), **shown)
