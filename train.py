@@ -17,6 +17,7 @@ times.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import functools
 import os
@@ -26,6 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,7 @@ from training.pipeline.steps import Step, check_data_named, check_steps, plan_st
 from training.report.page import write_report
 from training.utils import arguments
 from training.utils.arguments import DEMO
-from training.utils.errors import run_program
+from training.utils.errors import UserError, run_program
 from training.utils.run.demo import named_sources
 from training.utils.run.files import read_object, write_json
 from training.utils.run.folders import (
@@ -106,7 +108,7 @@ def main(
     """
     groups = parse_flags(argv)
     options, _, rounds, _ = groups
-    scripts, programs = scripts or STEPS, programs or {}
+    asks, scripts, programs = not scripts, scripts or STEPS, programs or {}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") if has_accelerator() else None
     on_ranks = with_ranks(launcher or deepspeed_launcher(), options.num_gpus, options.hostfile, visible)
     if options.hostfile and not options.plan:
@@ -120,10 +122,13 @@ def main(
     if not options.plan:
         check_data_named(asked, planned)
     tell_ignored(asked, planned)
+    slots = list(read_hostfile(options.hostfile).values()) if options.hostfile else [1]
+    on_each = [options.num_gpus or count for count in slots]
     if options.plan:
-        slots = list(read_hostfile(options.hostfile).values()) if options.hostfile else [1]
-        on_each = [options.num_gpus or count for count in slots]
         return show_plans(planned, ranks=sum(on_each), on_this_host=on_each[0])
+    if asks and not asked.as_bundled and (has_accelerator() or not options.hostfile):  # else other hosts compute
+        standing_in = dataclasses.replace(asked, options=dataclasses.replace(options, plan=True))
+        check_later(plan_steps(standing_in, scripts), ranks=sum(on_each), on_this_host=on_each[0])
     asked.run = make_dir(asked.run) if options.output_dir else new_run_dir(Path(asked.recipe).stem)
     steps = plan_steps(asked, scripts)
     with locked(asked.run, "another train.py"):
@@ -151,12 +156,34 @@ def show_plans(steps: Sequence[Step], ranks: int, on_this_host: int) -> int:
     """
     codes = [0]
     for step in steps:
-        command = [sys.executable, step.script, *step.argv, "--plan"]
-        environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks)}
-        environment["LOCAL_WORLD_SIZE"] = str(on_this_host)
-        codes.append(subprocess.run(command, env=os.environ | environment, check=False).returncode)
+        codes.append(_plan(step, ranks, on_this_host).returncode)
         print(flush=True)
     return max(codes)
+
+
+def check_later(steps: Sequence[Step], ranks: int, on_this_host: int) -> None:
+    """Ask the programs of later steps what they make of their flags and models, before the first one takes hours.
+
+    Args:
+        steps: those to run, of a plan: what is not made yet is stood in for.
+        ranks, on_this_host: see `show_plans`.
+
+    Raises:
+        UserError: one would refuse them.
+    """
+    later = [step for step in steps if not is_finished(step.directory)][1:]
+    with ThreadPoolExecutor() as pool:
+        answers = pool.map(lambda step: _plan(step, ranks, on_this_host, capture_output=True, text=True), later)
+    for step, answer in zip(later, answers, strict=True):
+        if answer.returncode == 2:
+            *_, said = answer.stderr.strip().splitlines() or [""]
+            raise UserError(f"{title(step.name)}: {said.removeprefix('error: ')}")
+
+
+def _plan(step: Step, ranks: int, on_this_host: int, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, step.script, *step.argv, "--plan"]
+    environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(on_this_host)}
+    return subprocess.run(command, env=os.environ | environment, check=False, **options)
 
 
 def say_time(steps: Sequence[Step], ranks: int) -> None:

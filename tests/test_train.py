@@ -685,6 +685,53 @@ def test_a_model_of_a_hub_out_of_reach_is_said_before_anything_is_made(
     assert not bench.output.exists()
 
 
+def call_reward_model(folder: Path) -> None:
+    """Let a language model's folder say that it is a reward model's."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForSequenceClassification"]}))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--step", "2", "3", "--actor_model_name_or_path", "reward"],
+         "^step 3: --actor_model_name_or_path .*reward is a LlamaForSequenceClassification, a reward model"),
+        (["--step", "1", "2", "--reward_model_name_or_path", "mute"],
+         "^step 2: .*mute: no tokenizer can be loaded from it"),
+        (["--step1_args", "--chat_template chatml", "--step3_args", "--max_prompt_seq_len 500"],
+         r"^step 3: --max_prompt_seq_len \+ --max_answer_seq_len asks for 628 tokens, the model has positions for 512"),
+    ],
+    ids=["a reward model as actor", "no tokenizer", "too long, and the template is step 1's"],
+)  # fmt: skip
+def test_what_a_later_step_would_refuse_is_said_before_the_first(
+    bench: Bench, tiny_model: Path, argv: list[str], message: str
+) -> None:
+    """By the steps' own programs."""
+    shutil.copytree(tiny_model, bench.folder / "reward")
+    call_reward_model(bench.folder / "reward")
+    shutil.copytree(tiny_model, bench.folder / "mute", ignore=shutil.ignore_patterns("*token*"))
+    shutil.copytree(tiny_model, bench.folder / "base")
+    (bench.folder / "base" / "chat_template.jinja").write_text("{{ raise_exception('none') }}")
+    (bench.folder / "mine.jsonl").write_text(PAIRS)
+    start = "base" if "--step3_args" in argv else str(tiny_model)
+    model = [] if "--actor_model_name_or_path" in argv else ["--model_name_or_path", start]
+    with pytest.raises(UserError, match=message):
+        train.main(["--data_path", "mine.jsonl", *model, *argv], launcher=bench.launcher)
+    assert not bench.output.exists()
+
+
+def test_a_reward_model_that_is_none_is_said_before_anything_is_made(bench: Bench, tiny_model: Path) -> None:
+    folder = shutil.copytree(tiny_model, bench.folder / "model")
+    given = ("--data_path", "mine.jsonl", "--step", "1", "3", "--reward_model_name_or_path", "model")
+    with pytest.raises(UserError, match="^model: a language model without a reward head; step 2 trains one"):
+        own_run(bench, *given)
+    call_reward_model(folder)
+    with pytest.raises(UserError, match="^model/reward_stats.json is missing; .* --no-normalize_reward"):
+        own_run(bench, *given)
+    assert not bench.output.exists()
+    assert own_run(bench, *given, "--step3_args", "--no-normalize_reward") == 0
+
+
 def test_the_demos_recipe_is_not_taken_for_a_named_model(bench: Bench) -> None:
     for flag in ("--actor_model_name_or_path", "--reward_model_name_or_path"):
         with pytest.raises(UserError, match=f"{flag} my/model: name the data too, --data_path FILE"):

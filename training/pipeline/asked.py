@@ -149,6 +149,12 @@ class Asked:
         """The steps to run, in their order."""
         return [name for name in PIPELINES[self.options.pipeline] if NUMBERS[name] in self.options.step]
 
+    @property
+    def as_bundled(self) -> bool:
+        """Whether it is the demo as it stands, on one rank, of which no step has anything to refuse."""
+        given = self.shared or any(vars(self.inputs).values()) or self.options.hostfile
+        return self.recipe == DEMO and not given and self.options.num_gpus in (None, 1)
+
 
 def taken_up(groups: Sequence[Any], argv: Sequence[str]) -> Asked:
     """The flags, with what the run that they name has been started with.

@@ -9,9 +9,11 @@ from typing import Any
 from training.utils.arguments import flags_in
 from training.utils.errors import UserError
 from training.utils.model import hub
+from training.utils.model.reward_stats import RewardStats
 from training.utils.run.demo import is_own, named_sources, names_demo
+from training.utils.run.files import read_object
 from training.utils.run.folders import is_finished, title
-from training.utils.run.inputs import MODELS, check_flag
+from training.utils.run.inputs import MODELS, NO_REWARD_HEAD, check_flag, is_language_model
 
 START = "start"  # the recipe of own data; the demo's has the name of its source
 _PAIRS = (
@@ -72,6 +74,26 @@ def check_paths(argv: Sequence[str], made: Sequence[str], *, weights: bool = Tru
         check_flag(name, there, weights=weights)
         for value in there if name.endswith(MODELS) else ():
             hub.check_model(value, f"--{name}")
+
+
+def check_reward_model(options: Mapping[str, Any], made: Sequence[str]) -> None:
+    """Refuse a folder that step 3 is to take for a reward model, and that holds none or lacks its statistics.
+
+    Args:
+        options: what step 3 makes of its arguments.
+        made: folders that earlier steps will have made by then.
+
+    Raises:
+        UserError: names the folder.
+    """
+    named = options["critic_model_name_or_path"]
+    folder = Path(named).expanduser()
+    if named in made or not (folder / "config.json").is_file():
+        return
+    if is_language_model(read_object(folder / "config.json").get("architectures")):
+        raise UserError(f"{named}: {NO_REWARD_HEAD}")
+    if options["normalize_reward"]:
+        RewardStats.read(folder)
 
 
 def check_rows(step: str, argv: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from training.pipeline.asked import ACTOR, REWARD, Asked, own_args
-from training.pipeline.own_data import check_paths, check_rows, check_sources, without_demo
+from training.pipeline.own_data import check_paths, check_reward_model, check_rows, check_sources, without_demo
 from training.pipeline.shared_flags import parse_step
 from training.utils.arguments import flags_in
 from training.utils.errors import UserError
@@ -49,7 +49,8 @@ def plan_steps(asked: Asked, scripts: Mapping[str, str]) -> list[Step]:
     if not asked.wanted:
         raise UserError(f"--step {' '.join(map(str, options.step))}: there is none in --pipeline {options.pipeline}")
     starts: dict[str, str] = {}  # what each of them starts from
-    steps = []
+    steps: list[Step] = []
+    template: list[str] = []  # of step 1's output
     for name in asked.wanted:
         section = dict(recipe.get(name, {}))
         models = _models(asked, name, section, folders, starts)
@@ -58,8 +59,12 @@ def plan_steps(asked: Asked, scripts: Mapping[str, str]) -> list[Step]:
         section, _ = without_demo(section) if asked.own else (section, [])
         flags = [*flags_of({k: v for k, v in section.items() if k not in shared}, folders), *flags_of(shared, ())]
         once = ("--resume", "never") if options.resume == "never" else ()
+        if options.plan:  # what stands in for step 1's output has its template too
+            flags = [*_unless_given(template, flags), *flags]
         directory = asked.run / name
         argv = [*models, "--output_dir", shown(directory), *_unless_given(flags, given), *given]
+        if name == "step1":
+            template = [f"--chat_template={value}" for value in flags_in(argv).get("chat_template", [])]
         steps.append(Step(name, shown(repository_root() / scripts[name]), argv, directory, once))
     return steps
 
@@ -120,8 +125,10 @@ def check_steps(asked: Asked, steps: Sequence[Step]) -> None:
     made = [shown(run / name) for name in STEPS]
     for step in steps:
         if not is_finished(step.directory):
-            parse_step(step.name, step.argv)
+            groups = parse_step(step.name, step.argv)
             check_paths(step.argv, made, weights=not asked.options.plan)
+            if step.name == "step3" and not asked.options.plan:
+                check_reward_model({name: value for group in groups for name, value in vars(group).items()}, made)
             check_rows(step.name, step.argv)
 
 

@@ -54,6 +54,7 @@ from training.utils.run import watchdog
 from training.utils.run.demo import check_training_data
 from training.utils.run.distributed import data_size, init_distributed, say
 from training.utils.run.folders import latest_output, prepare_output_dir
+from training.utils.run.inputs import is_language_model
 
 
 @dataclass(frozen=True)
@@ -429,12 +430,15 @@ def reward_model_settings(
     """
     if not path:
         return None
-    if not plan:  # a plan may be made with a stand-in, before step 2 has run
+    if not plan:
         classifiers.check_reward_head(path)
     stats = RewardStats.read(path) if normalize and not plan else None
     if stats is not None and (line := stats.line()):
         say(line)
-    reads_text = not classifiers.scores_tokens(path) or not same_tokenizer(tokenizer, load_reward_tokenizer(path))
+    # A plan may be made before step 2 has run, with the language model that it makes a reward model of
+    stands_in = plan and is_language_model(loading.load_config(path).architectures)
+    own = tokenizer if stands_in else load_reward_tokenizer(path)
+    reads_text = not classifiers.scores_tokens(path) or not same_tokenizer(tokenizer, own)
     return RewardModelSettings(path, stats, weight, reads_text)
 
 

@@ -78,13 +78,14 @@ def find_model(groups: Sequence[Any], resolve: Callable[..., str], default: Call
     Raises:
         UserError: a flag is wrong, or the model can not be trained so.
     """
-    _, model, lora, _, ds, output, reliability, *_ = groups
+    data, model, lora, _, ds, output, reliability, *_ = groups
     precision.check_dtype(model.dtype)
     overrides = read_user_config(ds.deepspeed_config, reliability.save_every)
     path = resolve(model.model_name_or_path or default(), weights=not output.plan)
     check_length(path, model.max_seq_len, "--max_seq_len")
     check_lora(path, lora)
     divide_model(ds.tensor_parallel, path)
+    check_vocabulary(path, load_tokenizer(path, **data.template))
     attention = divide_rows(path, model, ds.sequence_parallel)
     return Flags(*[*groups[:7], path, attention, overrides])
 
@@ -242,7 +243,6 @@ def open_run(
     torch.manual_seed(train.seed)
     data = flags.data
     tokenizer = load_tokenizer(flags.path, **data.template)
-    check_vocabulary(flags.path, tokenizer)
     options: dict[str, Any] = {"max_length": flags.model.max_seq_len, "seed": train.seed, "run_dir": output_dir}
     rows = prepare_data(kind, data, tokenizer, **options, **data_options)
     rows.announce()

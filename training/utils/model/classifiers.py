@@ -15,8 +15,7 @@ from transformers import (
 
 from training.utils.errors import UserError
 from training.utils.model.loading import load_config, load_strictly, reason_of, remote_code
-
-LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM")  # ends of their class names in a config.json
+from training.utils.run.inputs import NO_REWARD_HEAD, is_language_model
 
 
 def load_classifier(
@@ -66,11 +65,6 @@ def _has_score_head(model: Any) -> bool:
     return isinstance(getattr(model, "score", None), nn.Linear) and model.score.out_features == 1
 
 
-def is_language_model(config: Any) -> bool:
-    """Whether a configuration says that the files hold a language model, and so no reward head."""
-    return any(name.endswith(LANGUAGE_MODELS) for name in getattr(config, "architectures", None) or [])
-
-
 def check_reward_family(path: str) -> None:
     """Refuse a family that transformers has no sequence classifier for, before anything is loaded.
 
@@ -89,14 +83,14 @@ def check_reward_head(path: str) -> None:
     Raises:
         UserError: names the model.
     """
-    if is_language_model(load_config(path)):
-        raise UserError(f"{path}: a language model without a reward head; step 2 trains one")
+    if is_language_model(load_config(path).architectures):
+        raise UserError(f"{path}: {NO_REWARD_HEAD}")
 
 
 def _bare_classifier(path: str) -> Any:
     """A sequence classifier with one output, without storage."""
     config = load_config(path)
-    if is_language_model(config):
+    if is_language_model(config.architectures):
         config.num_labels = 1  # one for the head that would be drawn
     if config.num_labels != 1:
         raise UserError(f"{path}: the model has {config.num_labels} outputs, a reward model has one")

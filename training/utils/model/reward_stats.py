@@ -8,11 +8,13 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from training.utils.errors import UserError
 from training.utils.run.files import write_json
+
+if TYPE_CHECKING:
+    import torch
 
 STATS_FILE = "reward_stats.json"
 MIN_STD = 1e-6  # a reward model that gives every answer the same score can not be normalised

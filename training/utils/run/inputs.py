@@ -28,6 +28,8 @@ SMALL_FILES = ("config.json", "generation_config.json", "tokenizer_config.json",
 # The others that transformers reads as text, a byte order mark included: it is part of every prompt, or no JSON
 TEXT_FILES = (*SMALL_FILES, "chat_template.jinja", "chat_template.json", "tokenizer.json", "vocab.json", "vocab.txt",
               "merges.txt")  # fmt: skip
+LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM")  # ends of their class names in a config.json
+NO_REWARD_HEAD = "a language model without a reward head; step 2 trains one"
 GGUF = b"GGUF"  # what such a file begins with
 NO_BITSANDBYTES = "--base_bits 4 needs bitsandbytes: pip install -r requirements-optional.txt -c constraints.txt"
 
@@ -113,6 +115,11 @@ def _check_model_path(name_or_path: str, flag: str, weights: bool) -> None:
             raise UserError(f"{flag} {name_or_path}: {missing}")
     elif name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1 or path.exists() or not name_or_path:
         raise UserError(f"{flag} {name_or_path or '(empty)'}: no such folder")
+
+
+def is_language_model(architectures: object) -> bool:
+    """Whether a configuration's classes say that the files hold a language model, and so no reward head."""
+    return isinstance(architectures, list) and any(str(name).endswith(LANGUAGE_MODELS) for name in architectures)
 
 
 def _has_mark(file: Path) -> bool:
