@@ -38,7 +38,8 @@ if __name__ == "__main__":
 
 from training.migrate.e2e import rewritten
 from training.pipeline import estimate
-from training.pipeline.asked import ACTOR, InputArguments, RunArguments, joined, record_start, same_flags, taken_up
+from training.pipeline.asked import ACTOR, InputArguments, RunArguments, joined, record_start, taken_up
+from training.pipeline.paths import same_flags
 from training.pipeline.rounds import RoundArguments, Rounds, check_flags, check_run
 from training.pipeline.shared_flags import SharedArguments, refuse_flags_of_some_steps
 from training.pipeline.showcase import answers_text, summary_table
@@ -116,8 +117,8 @@ def main(
     asked = taken_up(groups, argv)
     planned = plan_steps(asked, scripts)  # bad flags end here, before a folder is made
     check_steps(asked, planned)
+    check_flags(rounds, asked.given, programs)
     if rounds.rounds:
-        check_flags(rounds, programs)
         check_run(asked.run, asked.wanted)
     if not options.plan:
         check_data_named(asked, planned)

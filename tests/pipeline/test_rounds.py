@@ -11,6 +11,7 @@ import yaml
 
 import train
 from tests.test_train import Bench
+from tests.tiny import DEMO
 from training.pipeline import estimate
 from training.pipeline.rounds import ROUNDS_FILE, _read_rounds, divide, section_of
 from training.utils.errors import UserError, run_program
@@ -64,9 +65,11 @@ class Rounds(Bench):
         )
 
     def go(self, *argv: str) -> int:
-        given = ["--recipe", str(self.recipe), "--output_dir", "output/tiny", *argv]
+        return self.start("--recipe", str(self.recipe), "--output_dir", "output/tiny", *argv)
+
+    def start(self, *argv: str) -> int:
         called = {"launcher": self.launcher, "scripts": self.scripts, "programs": self.programs}
-        return run_program(lambda tokens: train.main(tokens, **called), given)
+        return run_program(lambda tokens: train.main(tokens, **called), argv)
 
     def all_arguments(self, step: str, run: str) -> list[str]:
         lines = (self.output / run / f"{step}.log").read_text().splitlines()
@@ -183,6 +186,35 @@ def test_a_judge_that_fails_ends_the_run_and_it_goes_on(rounds: Rounds, capfd: p
     assert "round 1: judge ended with exit code 2" in error and "no taste" in error and "To go on with the run" in error
     (rounds.folder / "rules.py").write_text(RULES)
     assert rounds.go("--rounds", "1", *JUDGED) == 0
+
+
+def test_a_run_goes_on_with_its_own_rounds(
+    rounds: Rounds, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    """From another folder, too, in which a file of the same name lies; other ones where they are given."""
+    (rounds.folder / "mine.jsonl").write_bytes((DEMO / "preferences.jsonl").read_bytes())
+    (rounds.folder / "rules.py").write_text("def length(prompts, responses, rows):\n    raise ValueError('no taste')\n")
+    own = ("--rounds_from", "actor", "--generate_args", "--samples_per_prompt 6", "--data_path", "mine.jsonl")
+    judged = ("--judge_args=--judge=rules.py:length",)
+    assert rounds.go("--rounds", "1", *judged, *own) == 2
+    (rounds.folder / "rules.py").write_text(RULES)
+    other = rounds.folder / "other"
+    other.mkdir()
+    (other / "rules.py").write_text("")
+    monkeypatch.chdir(other)
+    capfd.readouterr()
+    assert rounds.start("--resume", "auto", "--step", "2", "3") == 0
+    assert "round 1" not in capfd.readouterr().out, "with --step but these"
+    assert rounds.start("--resume", "auto") == 0
+    assert is_finished(rounds.output / "tiny" / "round1" / "step3") and "Reports: " in capfd.readouterr().out
+    step2, step3 = (rounds.arguments(step, "tiny/round1") for step in ("step2", "step3"))
+    assert f"--actor_model_name_or_path {rounds.output}/tiny/step3/actor " in step3
+    assert f"--data_path {rounds.folder}/mine.jsonl {rounds.output}/tiny/round1/rankings" in step2
+    assert rounds.start("--resume", "auto", "--rounds", "2") == 0
+    (asked,) = rounds.all_arguments("generate", "tiny/round2")
+    assert asked.endswith("--samples_per_prompt 6") and f"--data_path {rounds.folder}/mine.jsonl " in asked
+    assert rounds.start("--resume", "auto", "--rounds", "0") == 0 and rounds.start("--resume", "auto") == 0
+    assert "Reports: " not in capfd.readouterr().out.rpartition("Report: ")[2]
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 from collections.abc import Collection, Mapping, Sequence
@@ -11,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from training.pipeline.own_data import START
+from training.pipeline.paths import path_seen, seen
 from training.pipeline.rounds import RoundArguments
 from training.pipeline.shared_flags import given_flags
 from training.report.page import REPORT
 from training.utils import arguments
 from training.utils.arguments import DEMO, flags_in
 from training.utils.errors import UserError
-from training.utils.run.demo import is_own, named_sources, names_demo
-from training.utils.run.files import check_page
+from training.utils.run.demo import is_own, named_sources
+from training.utils.run.files import check_page, write_json
 from training.utils.run.folders import (
     LATER,
     PIPELINES,
@@ -28,7 +28,6 @@ from training.utils.run.folders import (
     named_itself,
     output_root,
     repository_root,
-    shown,
 )
 from training.utils.run.manifest import MANIFEST, describe_environment, hash_inputs, read_manifest
 from training.utils.run.recipes import GIVEN, read_recipe
@@ -36,7 +35,6 @@ from training.utils.run.recipes import GIVEN, read_recipe
 ACTOR = "--actor_model_name_or_path"
 REWARD = "--reward_model_name_or_path"
 DEFAULT_PIPELINE = "sft,rm,ppo"
-PATHS = ("_path", "chat_template", "deepspeed_config", "_function")  # ends of the names of flags that name files
 NUMBERS = {"step1": 1, "step2": 2, "dpo": 2, "step3": 3}  # of --step
 
 
@@ -178,7 +176,8 @@ def taken_up(groups: Sequence[Any], argv: Sequence[str]) -> Asked:
     if options.pipeline not in PIPELINES:  # of an earlier version's run
         options.pipeline = DEFAULT_PIPELINE
     given = flags_in(argv)
-    _take_over(manifest, inputs, given, options.pipeline)
+    own_rounds = [] if "step" in given or options.pipeline != DEFAULT_PIPELINE else [rounds]  # with its own steps alone
+    _take_over(manifest, [inputs, *own_rounds], given, options.pipeline)
     shared = manifest["shared"] | given_flags(every)  # a run goes on with its own data, and its own recipe
     if "step" not in given:
         passed = [NUMBERS[name] for name in _left_out(manifest, options.pipeline)]
@@ -213,21 +212,26 @@ def _manifest_of(run: Path, given: str) -> dict[str, Any]:
     return {}
 
 
-def _take_over(manifest: dict[str, Any], inputs: InputArguments, given: Collection[str], pipeline: str) -> None:
-    """Let a run go on with its own models and flags of steps, where they are not given anew, even as empty ones.
+def _take_over(manifest: dict[str, Any], inputs: Sequence[Any], given: Collection[str], pipeline: str) -> None:
+    """Let a run go on with its own models, rounds and flags of steps, where they are not given anew, even empty ones.
+
+    ``inputs`` are the groups of flags that take them.
 
     Relative paths in its manifest become those that the current folder sees; flags of steps that are not in this
     start's pipeline stay there alone.
     """
     folder = Path(manifest.get("folder") or Path.cwd())
     for name in ("shared", "inputs"):
-        manifest[name] = {flag: _seen(folder, flag, value) for flag, value in manifest.get(name, {}).items()}
+        manifest[name] = {flag: seen(folder, flag, value) for flag, value in manifest.get(name, {}).items()}
     if (folder / (recipe := manifest.get("recipe", {}).get("name", ""))).is_file():
-        manifest["recipe"]["name"] = _from(folder, recipe)
+        manifest["recipe"]["name"] = path_seen(folder, recipe)
     for name, value in manifest["inputs"].items():
         step = name.removesuffix("_args")
-        if name in vars(inputs) and name not in given and not (step in STEPS and step not in PIPELINES[pipeline]):
-            setattr(inputs, name, getattr(inputs, name) or value)
+        group = next((group for group in inputs if name in vars(group)), None)
+        if group is None or name in given or (step in STEPS and step not in PIPELINES[pipeline]):
+            continue
+        if getattr(group, name) == getattr(type(group), name):  # else given by another name
+            setattr(group, name, value)
 
 
 def _left_out(manifest: Mapping[str, Any], pipeline: str) -> list[str]:
@@ -238,49 +242,15 @@ def _left_out(manifest: Mapping[str, Any], pipeline: str) -> list[str]:
 
 
 def record_start(asked: Asked, argv: Sequence[str]) -> None:
-    """Note in the manifest, not yet on the disk, by which flags the run is made, and what one that goes on needs."""
+    """Note in the manifest by which flags the run is made, and what one that goes on needs."""
     manifest = asked.manifest
     manifest |= describe_environment(repository_root())
     manifest["recipe"] = {"name": asked.recipe, **hash_inputs([read_recipe(asked.recipe)[0]], {})}
     kept = {name: value for name, value in manifest["inputs"].items() if name not in asked.given}
-    manifest["inputs"] = kept | {name: value for name, value in vars(asked.inputs).items() if value}
+    groups = (asked.inputs, asked.rounds)
+    now = {name: (value, getattr(type(group), name)) for group in groups for name, value in vars(group).items()}
+    manifest["inputs"] = kept | {name: value for name, (value, default) in now.items() if value != default}
     manifest["shared"], manifest["folder"] = asked.shared, str(Path.cwd())
     manifest["pipeline"] = asked.options.pipeline
     manifest.setdefault("started_as", []).append(["train.py", *argv])
-
-
-def same_flags(entry: Mapping[str, Any], argv: Sequence[str]) -> bool:
-    """Whether a step's arguments are those of its entry in the manifest, by whatever path they name a file."""
-    here = Path.cwd()
-    folder = Path(entry.get("folder", here))
-    return [_absolute(folder, t) for t in entry.get("arguments", argv)] == [_absolute(here, t) for t in argv]
-
-
-def _absolute(folder: Path, value: str) -> str:
-    path, colon, suffix = value.partition(":")
-    return f"{os.path.abspath(folder / path)}{colon}{suffix}" if path and (folder / path).exists() else value
-
-
-def _from(folder: Path, value: str) -> str:
-    """A relative path in ``folder``, perhaps with ``:N`` or ``:name`` behind it, as seen from the current folder."""
-    path, colon, suffix = value.partition(":")
-    there = folder / path
-    if folder == Path.cwd() or not path or names_demo(value) or Path(path).is_absolute() or not there.exists():
-        return value
-    return f"{shown(there)}{colon}{suffix}"
-
-
-def _seen(folder: Path, name: str, value: Any) -> Any:
-    """A flag's value likewise, if it names files, or is the flags of a step in one string."""
-    if isinstance(value, list):
-        return [_seen(folder, name, item) for item in value]
-    if not isinstance(value, str):
-        return value
-    if not name.endswith("_args"):
-        return _from(folder, value) if name.endswith(PATHS) else value
-    tokens, flag = [], ""
-    for token in shlex.split(value):
-        is_flag = token.startswith("--")
-        flag = token.removeprefix("--") if is_flag else flag
-        tokens.append(token if is_flag else _seen(folder, flag, token))
-    return shlex.join(tokens)
+    write_json(asked.run / MANIFEST, manifest)  # rounds may follow without a step that runs

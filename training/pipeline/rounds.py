@@ -13,11 +13,12 @@ import importlib
 import json
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from training.pipeline.paths import arguments_of
 from training.utils import arguments
 from training.utils.answers import Line, prompt_id, read_answers, write_lines
 from training.utils.arguments import DEMO, flags_in
@@ -71,20 +72,23 @@ class RoundArguments:
                 raise UserError(f"--{name}: {error}") from error
             if own := next((flag for flag in given if flag in found), None):
                 raise UserError(f"--{name}: --{own} is given by train.py")
-        if not self.rounds and (self.generate_args or self.judge_args):
-            raise UserError("--generate_args and --judge_args are those of --rounds, which is not given")
 
 
-def check_flags(flags: RoundArguments, replaced: Mapping[str, str]) -> None:
+def check_flags(flags: RoundArguments, given: Collection[str], replaced: Mapping[str, str]) -> None:
     """Ask the programs of a round what they make of their flags, before the steps that come first take hours.
 
     Args:
         flags: the rounds'.
+        given: names of the flags of this start.
         replaced: other programs than `PROGRAMS`, by name, which are not asked.
 
     Raises:
         UserError: one would refuse them, or there would be nothing to compare; names the flag of train.py.
     """
+    if not flags.rounds:
+        if "generate_args" in given or "judge_args" in given:
+            raise UserError("--generate_args and --judge_args are those of --rounds, which is not given")
+        return
     sys.path.append(str(repository_root() / "inference"))
     for name, given in (("generate", ["--model", "actor=embedded"]), ("judge", ["--answers", "answers.jsonl"])):
         own = shlex.split(getattr(flags, f"{name}_args"))
@@ -151,7 +155,7 @@ class Rounds:
         if (folder / "rankings").is_dir():  # training may have begun with them
             return 0
         named = ["--model", f"round{number - 1}={shown(self.folder(number - 1) / 'step3' / 'actor')}"]
-        argv = read_manifest(self.run)["steps"]["step3"]["arguments"]
+        argv = arguments_of(read_manifest(self.run)["steps"]["step3"])
         like = [token for flag in SAMPLED_LIKE for token in _given(argv, flag)]
         like = like if "data_path" in flags_in(like) else ["--data_path", DEMO, *like]
         own = shlex.split(self.flags.generate_args)
@@ -174,14 +178,15 @@ class Rounds:
     def _training(self, number: int) -> int:
         """Steps 2 and 3 of a round, by train.py, with the flags of the run's own; the exit code."""
         folder, steps = self.folder(number), read_manifest(self.run)["steps"]
-        sections = {step: section_of(steps[step]["arguments"], step) for step in ("step2", "step3")}
+        argvs = {step: arguments_of(steps[step]) for step in ("step2", "step3")}
+        sections = {step: section_of(argv, step) for step, argv in argvs.items()}
         rankings = [shown(self.folder(i) / "rankings") for i in range(1, number + 1)]
         for name in ("data_path", "eval_data_path"):
             if (before := sections["step2"].get(name)) or name == "data_path":
                 sections["step2"][name] = [*(before if isinstance(before, list) else [before or DEMO]), *rankings]
         sections["step3"].setdefault("data_path", DEMO)
         write_json(folder / "recipe.yaml", sections)  # JSON is YAML, too
-        sft = flags_in(steps["step3"]["arguments"])["actor_model_name_or_path"][0]
+        sft = flags_in(argvs["step3"])["actor_model_name_or_path"][0]
         start = sft if self.flags.rounds_from == "sft" else shown(self.folder(number - 1) / "step3" / "actor")
         print(f"\n== round {number}: reward model and PPO, in {shown(folder)}", flush=True)
         return self.train(
