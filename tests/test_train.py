@@ -411,6 +411,16 @@ def test_starts_in_the_middle(bench: Bench) -> None:
     assert "--critic_model_name_or_path output/tiny/step2 " in bench.arguments("step3", "tiny-3")
 
 
+def test_a_model_that_no_step_takes_is_said(bench: Bench, capfd: pytest.CaptureFixture) -> None:
+    reward, actor = "--reward_model_name_or_path", "--actor_model_name_or_path"
+    assert bench.train("--pipeline", "sft,dpo", "--data_path", "demo", reward, "my/rm") == 0
+    assert f"note: {reward} has no effect: no step that runs takes it" in capfd.readouterr().out
+    both = (actor, "my/sft", reward, "my/rm", "--data_path", "demo")
+    assert bench.train("--step", "2", *both) == 0
+    assert f"note: {actor} has no effect: no step" in capfd.readouterr().out
+    assert bench.train("--step", "3", *both) == 0 and "no effect" not in capfd.readouterr().out
+
+
 def test_models_by_flag_and_by_recipe(bench: Bench) -> None:
     recipe = "step1: {model_name_or_path: a/b%s}\nstep2: {model_name_or_path: c/d%s}\nstep3: {gamma: 1%s}\n"
     bench.recipe.write_text(recipe % ("", "", ""))
@@ -479,6 +489,9 @@ BAD = [
     (["--recipe", "output.yaml"], "step1 gets --output_dir from train.py"),
     (["--recipe", "nested.yaml"], "step1: optimizer can not hold a section"),
     (["--step1_args", "--output_dir x"], "--output_dir is given by train.py"),
+    (["--step3_args", "--plan"], "--step3_args: --plan is given by train.py"),
+    (["--recipe", "plan.yaml"], "step2 gets --plan from train.py"),
+    (["--step2_args", "mine.jsonl --seed 1"], "--step2_args: mine.jsonl stands before the first flag"),
     (["--step1_args", "'open"], "--step1_args: No closing quotation"),
     (["--output_dir", "file/run"], "--output_dir .*file/run can not be made"),
     (["--output_dir", "site"], "--output_dir site holds a manifest.json that no run made"),
@@ -511,6 +524,7 @@ def test_bad_flags_end_before_anything_runs(bench: Bench, argv: list[str], messa
         "output.yaml": "step1: {output_dir: x}",
         "nested.yaml": "step1: {optimizer: {lr: 1}}",
         "unknown.yaml": "step2: {learning_rat: 1}",
+        "plan.yaml": "step2: {plan: true}",
         "file": "",
         "pages/report.html": "<html>my own report</html>",
         "logs/step2.log": "my log",

@@ -247,7 +247,8 @@ def test_a_round_of_the_real_programs(rounds: Rounds, tiny_model: Path) -> None:
     [
         (("--rounds", "1", "--pipeline", "sft,dpo"), "--rounds trains reward model and actor again"),
         (("--rounds", "1", "--step", "1", "2"), "has no finished step3"),
-        (("--judge_args", "--judge a.py:f"), "those of --rounds"),
+        (("--judge_args", "--judge a.py:f"), "--judge_args is for --rounds, which is not given"),
+        (("--rounds_from", "actor"), "--rounds_from is for --rounds, which is not given"),
         (("--rounds", "1", "--judge_args", "--answers x"), "--answers is given by train.py"),
         (("--rounds", "1", "--generate_args", "--output x"), "--output is given by train.py"),
         (("--rounds", "1", "--judge_args", "'"), "--judge_args: No closing quotation"),

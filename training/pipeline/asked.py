@@ -103,17 +103,19 @@ def own_args(name: str, text: str) -> list[str]:
     """The flags in ``--stepN_args`` or ``--dpo_args``.
 
     Raises:
-        UserError: an open quote, or a flag that train.py gives itself.
+        UserError: an open quote, something before the first flag, or a flag that train.py gives itself.
     """
     try:
         tokens = shlex.split(text)
     except ValueError as error:
         raise UserError(f"--{name}_args: {error}") from error
+    if tokens and not tokens[0].startswith("-"):
+        raise UserError(f"--{name}_args: {tokens[0]} stands before the first flag, and belongs to none")
     for token in tokens:
         flag = token.partition("=")[0].removeprefix("--").replace("-", "_")
         if token.startswith("--") and flag in GIVEN[name]:
             raise UserError(
-                f"--{name}_args: --{flag} is given by train.py; see its own flags for models and --output_dir"
+                f"--{name}_args: --{flag} is given by train.py; see its own flags for models, --output_dir and --plan"
             )
     return tokens
 
@@ -146,6 +148,11 @@ class Asked:
     def wanted(self) -> list[str]:
         """The steps to run, in their order."""
         return [name for name in PIPELINES[self.options.pipeline] if NUMBERS[name] in self.options.step]
+
+    @property
+    def models(self) -> dict[str, str]:
+        """The models that flags of its own name: flag -> value, empty if it is not given."""
+        return {ACTOR: self.inputs.actor_model_name_or_path, REWARD: self.inputs.reward_model_name_or_path}
 
     @property
     def as_bundled(self) -> bool:
@@ -215,10 +222,8 @@ def _manifest_of(run: Path, given: str) -> dict[str, Any]:
 def _take_over(manifest: dict[str, Any], inputs: Sequence[Any], given: Collection[str], pipeline: str) -> None:
     """Let a run go on with its own models, rounds and flags of steps, where they are not given anew, even empty ones.
 
-    ``inputs`` are the groups of flags that take them.
-
-    Relative paths in its manifest become those that the current folder sees; flags of steps that are not in this
-    start's pipeline stay there alone.
+    ``inputs`` are the groups of flags that take them. Relative paths in its manifest become those that the
+    current folder sees; flags of steps that are not in this start's pipeline stay there alone.
     """
     folder = Path(manifest.get("folder") or Path.cwd())
     for name in ("shared", "inputs"):

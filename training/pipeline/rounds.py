@@ -86,8 +86,8 @@ def check_flags(flags: RoundArguments, given: Collection[str], replaced: Mapping
         UserError: one would refuse them, or there would be nothing to compare; names the flag of train.py.
     """
     if not flags.rounds:
-        if "generate_args" in given or "judge_args" in given:
-            raise UserError("--generate_args and --judge_args are those of --rounds, which is not given")
+        if idle := next((name for name in ("generate_args", "judge_args", "rounds_from") if name in given), None):
+            raise UserError(f"--{idle} is for --rounds, which is not given")
         return
     sys.path.append(str(repository_root() / "inference"))
     for name, given in (("generate", ["--model", "actor=embedded"]), ("judge", ["--answers", "answers.jsonl"])):

@@ -139,8 +139,7 @@ def check_data_named(asked: Asked, steps: Sequence[Step]) -> None:
         UserError: names the flag.
     """
     chosen = asked.options.recipe or "recipe" in asked.manifest or asked.own or asked.shared.get("data_path")
-    models = {ACTOR: asked.inputs.actor_model_name_or_path, REWARD: asked.inputs.reward_model_name_or_path}
-    check_sources_named([], {} if chosen else models)  # the recipe is the demo's, and nobody has chosen it
+    check_sources_named([], {} if chosen else asked.models)  # the recipe is the demo's, and nobody has chosen it
     made = [shown(asked.run / name) for name in STEPS]
     for step in steps:
         named = {f"--{name}": value[0] for name, value in flags_in(step.argv).items() if name.endswith(MODEL)}
@@ -149,11 +148,15 @@ def check_data_named(asked: Asked, steps: Sequence[Step]) -> None:
 
 
 def tell_ignored(asked: Asked, planned: Sequence[Step]) -> None:
-    """Say which flags of a recipe are the demo's and left out, and which are given to a step that does not run."""
+    """Say which flags of a recipe are the demo's and left out, and which are given to no step that runs."""
     _, recipe = read_recipe(asked.recipe) if asked.own else ("", {})
     dropped = [f"{flag} of {title(name)}" for name, section in recipe.items() for flag in without_demo(section)[1]]
     if dropped:
         print(f"recipe {asked.recipe}: the demo's {', '.join(dropped)} left out, the data are your own", flush=True)
+    taken = [token for step in planned for token in step.argv]
+    for flag, model in asked.models.items():
+        if flag.removeprefix("--") in asked.given and model not in taken:
+            print(f"note: {flag} has no effect: no step that runs takes it", flush=True)
     for name in STEPS:
         if f"{name}_args" in asked.given and name not in [step.name for step in planned]:
             left = f"--step {' '.join(map(str, asked.options.step))} leaves it out"
