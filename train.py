@@ -66,6 +66,7 @@ from training.utils.run.folders import (
     repository_root,
     shown,
     title,
+    with_python,
 )
 from training.utils.run.hosts import check_hosts, read_hostfile, with_ranks
 from training.utils.run.manifest import MANIFEST, hash_inputs
@@ -287,7 +288,8 @@ def report(run: Path) -> str:
     try:
         return shown(write_report(run))
     except OSError as error:
-        return f"could not be written ({error.strerror}); later: python -m training.report {shown(run)}"
+        later = with_python("-m", "training.report", shown(run))
+        return f"could not be written ({error.strerror}); later: {later}"
 
 
 def run_pipeline() -> int:

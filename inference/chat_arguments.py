@@ -12,7 +12,7 @@ from training.utils.arguments import AUTO, PRECISIONS, flag
 from training.utils.errors import UserError
 from training.utils.run.demo import EMBEDDED
 from training.utils.run.folders import is_finished, latest_output, runs_newest_first
-from training.utils.run.inputs import check_flag, check_model_path
+from training.utils.run.inputs import check_flag, check_model_path, without_bitsandbytes
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -125,4 +125,4 @@ def check_loading(load: LoadArguments) -> None:
     """
     check_flag("chat_template", [load.chat_template])
     if load.quantize != "none" and not importlib.util.find_spec("bitsandbytes"):
-        raise UserError("--quantize needs bitsandbytes: pip install bitsandbytes -c constraints.txt")
+        raise UserError(without_bitsandbytes("--quantize"))

@@ -29,6 +29,7 @@ from training.utils.engine.zero_config import DTYPES
 from training.utils.errors import UserError
 from training.utils.model.loading import check_sizes, remote_code, resolve_policy
 from training.utils.model.tokenizer import load_tokenizer
+from training.utils.run.inputs import without_bitsandbytes
 
 # What a damaged or foreign folder makes transformers, PEFT and safetensors raise while they load.
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, SafetensorError)
@@ -135,7 +136,7 @@ def _check_options(arguments: LoadArguments) -> None:
         try:
             import bitsandbytes  # noqa: F401  transformers imports it much later, after the download
         except ImportError as error:
-            raise UserError("--quantize needs bitsandbytes: pip install bitsandbytes -c constraints.txt") from error
+            raise UserError(without_bitsandbytes("--quantize")) from error
 
 
 def _resolve(path: str) -> tuple[str, str | None]:

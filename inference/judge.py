@@ -32,7 +32,7 @@ from training.utils import arguments
 from training.utils.answers import Line, PartFile, read_answers
 from training.utils.arguments import LONGEST_WAIT, flag
 from training.utils.errors import UserError, run_resumable
-from training.utils.run.folders import shown
+from training.utils.run.folders import shown, with_python
 from training.utils.run.inputs import check_function
 
 if TYPE_CHECKING:
@@ -283,7 +283,8 @@ def tell(result: Mapping[str, Any], path: Path) -> None:
               f"{said['same both ways round']:.0%} of the pairs got one verdict both ways round")  # fmt: skip
         if said["unreadable"]:
             print(f"warning: {said['unreadable']} answers of the judge held no verdict and count as ties")
-    print(f"next: python -m training.utils.data.preview --step 2 --data_path {shown(path)}", flush=True)
+    look = with_python("-m", "training.utils.data.preview", "--step", "2", "--data_path", shown(path))
+    print(f"next: {look}", flush=True)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -31,6 +31,7 @@ from training.utils.arguments import AUTO, PRECISIONS, flag, parse
 from training.utils.errors import UserError, run_program
 from training.utils.run.demo import EMBEDDED
 from training.utils.run.environment import check_environment
+from training.utils.run.folders import installing
 from training.utils.run.inputs import check_model_path
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -292,7 +293,7 @@ def main(argv: Sequence[str]) -> int:
     if given.path and given.path != EMBEDDED:
         check_model_path(given.path, "--path")
     if importlib.util.find_spec("openai") is None:
-        raise UserError("transformers' server needs the package openai: pip install openai -c constraints.txt")
+        raise UserError(f"transformers' server needs the package openai: {installing('openai')}")
     check_port(given.host, given.port)
     path = given.path or list(latest_models()[0].values())[-1]
     print("starting ...", flush=True)

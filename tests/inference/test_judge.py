@@ -6,7 +6,9 @@ import itertools
 import json
 import os
 import re
+import shlex
 import socket
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -84,7 +86,13 @@ def test_a_function_ranks_every_prompt_without_a_connection(answers, rules, tmp_
     for line in found:
         assert ranks(line) == {TEXTS[2]: 1, TEXTS[1]: 2, TEXTS[0]: 3, TEXTS[3]: 4}
         assert line["judge"] == "length" and line["answers"][0]["model"] == "m0" and "row" not in line
-    assert "5 rankings written" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    look = shlex.split(out.rpartition("next: ")[2])
+    assert (
+        "5 rankings written" in out
+        and os.path.abspath(look[0]) == sys.executable
+        and look[-1].endswith("rankings.jsonl")
+    )
     assert run("--answers", tmp_path / "answers.jsonl", "--judge", f"{rules}:length") == 0
     assert "finished already" in capsys.readouterr().out
 

@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 from training.utils.data.kinds import shares_of
 from training.utils.errors import UserError, half_character, run_program
 from training.utils.run.environment import check_environment
+from training.utils.run.folders import with_python
 from training.utils.run.inputs import check_inputs
 from training.utils.run.runtime import local_ranks
 
@@ -264,7 +265,7 @@ class OutputArguments:
         if self.report_to != "none" and not importlib.util.find_spec(self.report_to):
             raise UserError(
                 f"--report_to {self.report_to}: not installed; install it: "
-                f"{sys.executable} -m pip install {self.report_to}"
+                f"{with_python('-m', 'pip', 'install', self.report_to)}"
             )
 
 

@@ -3,12 +3,13 @@
 import errno
 import fcntl
 import os
+import shlex
 from pathlib import Path
 
 import pytest
 
 from training.utils.errors import UserError
-from training.utils.run import folders
+from training.utils.run import folders, inputs
 
 
 @pytest.fixture
@@ -57,3 +58,18 @@ def test_a_folder_that_can_not_be_locked_is_one_line(home, monkeypatch, number):
     monkeypatch.setattr(*((Path, "open") if number == errno.EACCES else (fcntl, "flock")), fails)
     with pytest.raises(UserError, match=f"out can not be locked against another run: {os.strerror(number)}"):
         folders.prepare_output_dir("out", "step1")
+
+
+def test_commands_in_messages_can_be_pasted(home, monkeypatch):
+    """No environment need be active for them, and their words are quoted."""
+    monkeypatch.setenv("TRIPOD_OUTPUT", str(home / "output"))
+    (home / "a folder").mkdir()
+    (home / "a folder" / "config.json").write_text('{"architectures": ["gpt_neox_reward_model"]}')
+    with pytest.raises(UserError) as none:
+        folders.latest_output("step1")
+    with pytest.raises(UserError) as theirs:
+        inputs.check_model_path("a folder", "--model_name_or_path")
+    for error, word in ((none, str(folders.repository_root() / folders.STEPS["step1"])), (theirs, "a folder")):
+        program, *words = shlex.split(str(error.value).rpartition(": ")[2])
+        assert Path(program).is_file() and word in words
+    assert Path(shlex.split(folders.installing("x"))[-1]).is_file()

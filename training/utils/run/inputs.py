@@ -14,7 +14,7 @@ from typing import Any
 from training.utils.data.template_file import read_template_file
 from training.utils.errors import UserError, refusals
 from training.utils.run.files import read_object
-from training.utils.run.folders import shown
+from training.utils.run.folders import installing, shown, with_python
 
 TOKENIZER = "tokenizer_name_or_path"
 MODELS = ("model_name_or_path", TOKENIZER)  # ends of the names of flags
@@ -31,7 +31,6 @@ TEXT_FILES = (*SMALL_FILES, "chat_template.jinja", "chat_template.json", "tokeni
 LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM")  # ends of their class names in a config.json
 NO_REWARD_HEAD = "a language model without a reward head; step 2 trains one"
 GGUF = b"GGUF"  # what such a file begins with
-NO_BITSANDBYTES = "--base_bits 4 needs bitsandbytes: pip install -r requirements-optional.txt -c constraints.txt"
 
 
 def check_inputs(groups: Sequence[Any]) -> None:
@@ -47,7 +46,12 @@ def check_inputs(groups: Sequence[Any]) -> None:
     for name, value in flags.items():
         check_flag(name, value if isinstance(value, list) else [value], weights=not flags.get("plan"))
     if flags.get("base_bits") and not flags.get("plan") and not importlib.util.find_spec("bitsandbytes"):
-        raise UserError(NO_BITSANDBYTES)
+        raise UserError(without_bitsandbytes("--base_bits 4"))
+
+
+def without_bitsandbytes(flag: str) -> str:
+    """What to say where a flag needs the package and it is not there."""
+    return f"{flag} needs bitsandbytes: {installing('bitsandbytes')}"
 
 
 def check_flag(name: str, values: Sequence[Any], *, weights: bool = True) -> None:
@@ -104,7 +108,8 @@ def _check_model_path(name_or_path: str, flag: str, weights: bool) -> None:
         if _of_another_project(path):
             raise UserError(
                 f"{flag} {name_or_path}: a reward model as DeepSpeed-Chat or OpenAssistant save it; convert it once: "
-                f"python -m training.migrate.reward_model --path {name_or_path} --data_path PAIRS --output_dir FOLDER"
+                + with_python("-m", "training.migrate.reward_model", "--path", name_or_path)
+                + " --data_path PAIRS --output_dir FOLDER"
             )
         if marked := next((path / name for name in TEXT_FILES if _has_mark(path / name)), None):
             raise UserError(f"{flag} {name_or_path}: {marked.name} begins with a byte order mark, with which no "
