@@ -43,8 +43,10 @@ RUN_BY = {
 def commands(document: Path) -> list[str]:
     """Commands of the fenced blocks and of the inline code that start a program of this repository."""
     text = re.sub(r"\\\n *", " ", document.read_text(encoding="utf-8"))
-    lines = [line.strip() for block in re.findall(r"```\w*\n(.*?)```", text, re.S) for line in block.splitlines()]
-    inline = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
+    fenced = re.findall(r"```\w*\n(.*?)```", text, re.S)
+    prose = re.sub(r"```.*?```", "", text, flags=re.S)
+    lines = [line.strip() for block in [*fenced, *re.findall(r"^ {4}.*", prose, re.M)] for line in block.splitlines()]
+    inline = re.findall(r"`([^`\n]+)`", prose)
     started = re.compile(r"(make [a-z-]+$|\S*(python3?|deepspeed|pip|pytest|ruff|mypy)\s+\S)")
     found = [line.split(" #")[0].split("   ")[0].strip().removeprefix("$ ") for line in [*lines, *inline]]
     return [line for line in found if started.match(line)]

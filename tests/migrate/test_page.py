@@ -9,7 +9,7 @@ from training.migrate.predecessors import PREDECESSORS
 from training.migrate.translate import translate
 
 TEXT = PAGE.read_text(encoding="utf-8")
-COMMANDS = re.findall(r'^python -m training.migrate (?:--run )?"([^$"][^"]*)"', TEXT, re.MULTILINE)
+COMMANDS = re.findall(r'^\.venv/bin/python -m training.migrate (?:--run )?"([^$"][^"]*)"', TEXT, re.MULTILINE)
 
 
 def test_the_tables_are_those_of_the_translator():

@@ -447,7 +447,8 @@ def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field, hint: An
         kwargs["type"] = hint
     if default not in (None, "", []):
         kwargs["help"] += " (default: %(default)s)"
-    kwargs["metavar"] = None if kwargs["choices"] else getattr(kwargs["type"], "__name__", "value").upper()
+    one_of = "|".join(filter(None, map(str, kwargs["choices"] or ())))  # a pipeline's name has commas
+    kwargs["metavar"] = one_of or getattr(kwargs["type"], "__name__", "value").upper()
     group.add_argument(name, **kwargs)
 
 
