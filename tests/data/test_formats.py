@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -584,6 +585,30 @@ def test_columns_that_differ_only_in_capitals(kind):
         else:
             [example] = convert(given, "", parse_column_map(flags))[1]
             assert example.prompt == [{"role": "user", "content": word}]
+
+
+LONG_BLANKS = {
+    "": {"prompt": "a%sb", "chosen": "c", "rejected": "d"},
+    "multiturnalpaca": {"instruction": "User: a%sb", "output": "c"},
+    "webgpt_comparisons": {"question": "q", "answer_0": "a%sb [1]", "answer_1": "c", "score_0": 1, "score_1": 0},
+    "sharegpt_alpaca_oa_vicuna_format": {"prompt": "USER: a%sb", "label": "c"},
+    "openassistant-guanaco": {"text": "### Human: a%sb### Assistant: c"},
+}
+
+
+@pytest.mark.parametrize("source", LONG_BLANKS)
+def test_blank_lines_without_end_take_no_time(source):
+    """Step by step from each of them it took minutes, for every row and every pass."""
+    blanks = "\n" * 60_000
+    row = {
+        name: cell.replace("%s", blanks) if isinstance(cell, str) else cell
+        for name, cell in LONG_BLANKS[source].items()
+    }
+    start = time.process_time()
+    (example,) = convert(row, source)[1]
+    assert time.process_time() - start < 2
+    turns = [*example.prompt, *example.response, *example.chosen]
+    assert sum(f"a{blanks}b" in turn["content"] for turn in turns) == 1
 
 
 def test_an_adapter_needs_its_name():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 
 from training.utils.data.formats.conversations import (
+    BLANKS,
     Converter,
     Example,
     Row,
@@ -34,26 +35,33 @@ def _rlhf_reward_datasets(row: Row) -> list[Example]:
 
 def _multi_turn_alpaca(row: Row) -> list[Example]:
     """MultiTurnAlpaca: the instruction holds the whole dialogue so far."""
-    dialogue = re.sub(r"(?:^|\n+)\s*(?:User|Human)\s*:", "\n\nHuman:", text_of(row, "instruction"))
-    dialogue = re.sub(r"\n+\s*Assistant\s*:", "\n\nAssistant:", dialogue)
+
+    def marked(head: re.Match[str]) -> str:
+        """The beginning of a turn, if it stands at the beginning of a line."""
+        name, line = "Assistant" if head[2] == "Assistant" else "Human", head[1].find("\n")
+        first = not head.start() and name == "Human"
+        return f"{head[1][: max(line, 0)]}\n\n{name}:" if line >= 0 or first else head[0]
+
+    dialogue = re.sub(rf"{BLANKS}(User|Human|Assistant)\s*+:", marked, text_of(row, "instruction"))
     return answered(dialogue, text_of(row, "output"))
 
 
 def _webgpt_comparisons(row: Row) -> list[Example]:
     """WebGPT's answers cite pages as [1] or [2, 3] that a model without a browser can not know."""
-    clean = {name: re.sub(r"\s*\[[\d\s,]+\]", "", text_of(row, name)) for name in ("answer_0", "answer_1")}
+    clean = {name: re.sub(rf"{BLANKS}\[[\d\s,]+\]", "", text_of(row, name)) for name in ("answer_0", "answer_1")}
     return webgpt({**row, **clean})
 
 
 def _sharegpt_alpaca(row: Row) -> list[Example]:
     """pvduy/sharegpt_alpaca_oa_vicuna_format: USER: and ASSISTANT: in one line."""
-    text = re.sub(r"\s*USER:", "\n\nHuman:", text_of(row, "prompt").replace("</s>", ""))
-    return answered(re.sub(r"\s*ASSISTANT:", "\n\nAssistant:", text), text_of(row, "label").replace("</s>", "").strip())
+    text = re.sub(f"{BLANKS}USER:", "\n\nHuman:", text_of(row, "prompt").replace("</s>", ""))
+    text = re.sub(f"{BLANKS}ASSISTANT:", "\n\nAssistant:", text)
+    return answered(text, text_of(row, "label").replace("</s>", "").strip())
 
 
 def _guanaco(row: Row) -> list[Example]:
     """openassistant-guanaco: a text with "### Human:" and "### Assistant:"."""
-    text = re.sub(r"\s*### (Human|Assistant):", r"\n\n\1:", text_of(row, "text"))
+    text = re.sub(f"{BLANKS}### (Human|Assistant):", r"\n\n\2:", text_of(row, "text"))
     return [conversation(as_prompt(text))]
 
 

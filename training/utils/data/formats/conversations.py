@@ -468,17 +468,21 @@ def demonstration(example: Example) -> tuple[list[Message], list[Message]]:
     return (turns[:-1], turns[-1:]) if turns and turns[-1]["role"] == "assistant" else ([], [])
 
 
-_TURN = re.compile(r"(?:^|\n\n)\s*(Human|Assistant):")
+# All of the white space before something, as a group: where `\s*` may begin within it, n blank lines take n * n steps
+BLANKS = r"(?<!\s)(\s*+)"
+_TURN = re.compile(f"{BLANKS}(Human|Assistant):")
 
 
 def parse_transcript(text: str) -> list[Message]:
     r"""The turns of a "\n\nHuman: ... \n\nAssistant: ..." text, [] if it is none; an open last turn is empty."""
-    parts = _TURN.split(text.replace("\r\n", "\n"))
-    if len(parts) < 3 or parts[0].strip() or parts[1] != "Human":
+    text = text.replace("\r\n", "\n")
+    heads = [head for head in _TURN.finditer(text) if "\n\n" in head[1] or not head.start()]
+    if not heads or heads[0].start() or heads[0][2] != "Human":
         return []
+    ends = [*(head.start() for head in heads[1:]), len(text)]
     messages = [
-        {"role": _ROLES[role.lower()], "content": content.strip()}
-        for role, content in zip(parts[1::2], parts[2::2], strict=True)
+        {"role": _ROLES[head[2].lower()], "content": text[head.end() : end].strip()}
+        for head, end in zip(heads, ends, strict=True)
     ]
     for before, after in zip(messages, messages[1:], strict=False):
         if before["role"] == after["role"]:  # hh-rlhf has a few; which text belongs to whom can not be told
