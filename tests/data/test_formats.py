@@ -611,6 +611,13 @@ def test_blank_lines_without_end_take_no_time(source):
     assert sum(f"a{blanks}b" in turn["content"] for turn in turns) == 1
 
 
+def test_an_address_without_end_takes_no_time():
+    for end, dropped in ((" Hm?", False), ("", True)):
+        start = time.process_time()
+        _, result = outcome({"prompt": "http://a" + ".png?" * 20_000 + end, "response": "b"})
+        assert time.process_time() - start < 2 and isinstance(result, Dropped) == dropped
+
+
 def test_an_adapter_needs_its_name():
     row = {"prompt": "\n\nHuman: Hi", "chosen": "Assistant: A", "rejected": "Assistant: B"}
     assert convert(row, "yitingxie/rlhf-reward-datasets")[1][0].chosen[0]["content"] == "A"

@@ -298,7 +298,8 @@ def _cut(
     return ids[first:], [(a - width, b - width) for a, b in places[first:]]
 
 
-_IMAGE = re.compile(r"^\s*(data:image/\S+|https?://\S+\.(png|jpe?g|gif|webp|bmp|svg)(\?\S*)?)\s*$", re.IGNORECASE)
+_ADDRESS = r"data:image/\S+|https?://\S+\.(png|jpe?g|gif|webp|bmp|svg)(\?\S*)?"
+_IMAGE = re.compile(rf"^(?=\s*+\S++\s*+$)\s*({_ADDRESS})\s*$", re.IGNORECASE)  # of one word alone
 
 
 def is_image(text: str) -> bool:
