@@ -175,9 +175,11 @@ class Leaving:
             work.cancel()
 
         listening = asyncio.ensure_future(listen())
-        with contextlib.suppress(asyncio.CancelledError):
-            await work
-        listening.cancel()
+        try:
+            with contextlib.suppress(asyncio.CancelledError):
+                await work
+        finally:
+            listening.cancel()
 
 
 def settle_requests(model: str) -> None:

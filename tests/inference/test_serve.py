@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import os
 import shutil
@@ -194,6 +195,37 @@ def test_what_would_be_left_unheard_or_fail_is_refused(changes, said):
 def test_the_other_endpoints_refuse_it_too(field, body, said):
     found = serve.refusal(body, field)
     assert said in found and bool(said) == bool(found)
+
+
+@pytest.mark.parametrize("ends", ["fails", "leaves", "answers"])
+def test_a_request_leaves_nothing_running(ends):
+    """However it ends; and what its client sends, its leaving included, is handed on."""
+    said = asyncio.Queue()
+
+    async def app(scope, receive, send):
+        assert (await receive())["type"] == "http.request"
+        if ends == "fails":
+            raise ValueError("wrong")
+        if ends == "leaves":
+            said.put_nowait({"type": "http.disconnect"})
+            await asyncio.sleep(60)
+        await send("answer")
+
+    async def one():
+        said.put_nowait({"type": "http.request"})
+        sent = []
+
+        async def send(message):
+            sent.append(message)
+
+        try:
+            await asyncio.wait_for(serve.Leaving(app)({"type": "http"}, said.get, send), 10)
+        except ValueError as error:
+            sent.append(str(error))
+        await asyncio.sleep(0)
+        return sent, len(asyncio.all_tasks())
+
+    assert asyncio.run(one()) == ({"fails": ["wrong"], "leaves": [], "answers": ["answer"]}[ends], 1)
 
 
 def refused(capsys, *flags: str) -> str:
