@@ -75,6 +75,11 @@ def name_of(address: str) -> str:
         return ""
 
 
+def address_of(host: str, port: int) -> str:
+    """Host and port as they stand in an address."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def names_of(host: str, password: bool) -> frozenset[str]:
     """Names that a page goes by.
 
@@ -82,7 +87,7 @@ def names_of(host: str, password: bool) -> frozenset[str]:
         host: the address that it listens on.
         password: visitors must give one, so the page may go by any name.
     """
-    return frozenset() if password else THIS_MACHINE | {name_of(f"//[{host}]" if ":" in host else f"//{host}")}
+    return frozenset() if password else THIS_MACHINE | {name_of(f"//{address_of(host, 0)}")}
 
 
 def guarded(host: str, password: bool) -> dict[str, Any]:

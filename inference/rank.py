@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # outside the environment, to say so
 
-from page_guard import credentials, free_port, names_of
+from page_guard import address_of, credentials, free_port, names_of
 
 from training.utils.arguments import flag, parse
 from training.utils.errors import UserError, run_program
@@ -102,8 +102,8 @@ def main(argv: Sequence[str]) -> int:
     )
     if port != server.port:
         print(f"port {server.port} is in use, taking {port}", flush=True)
-    address = f"[{server.host}]" if ":" in server.host else server.host
-    print(f"{len(material.items)} prompts; open http://{address}:{port}/   (Ctrl-C ends)", flush=True)
+    where = address_of(server.host, port)
+    print(f"{len(material.items)} prompts; open http://{where}/   (Ctrl-C ends)", flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):
         serving.run()

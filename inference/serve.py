@@ -26,6 +26,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # outside the environment, to say so
 
 from chat_arguments import latest_models
+from page_guard import address_of
 
 from training.utils.arguments import AUTO, PRECISIONS, flag, parse
 from training.utils.errors import UserError, run_program
@@ -319,7 +320,7 @@ def main(argv: Sequence[str]) -> int:
     if "@" in model:
         raise UserError(f"--path {given.path}: behind the @ of {model} the server reads a revision: rename it")
     settle_requests(model)
-    print(f"model {model} at http://{given.host}:{given.port}/v1", flush=True)
+    print(f"model {model} at http://{address_of(given.host, given.port)}/v1", flush=True)
     precision = str(DTYPES[dtype]).removeprefix("torch.")
     with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C, which uvicorn raises again when it has ended
         Serve(force_model=model, host=given.host, port=given.port, dtype=precision, log_level="error")

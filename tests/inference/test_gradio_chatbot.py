@@ -19,7 +19,7 @@ from chat_reward import load_reward_model
 from chat_sessions import SAME
 from chat_stream import Answer, SamplingArguments
 from gradio_chatbot import PageArguments, ServerArguments
-from page_guard import credentials, free_port
+from page_guard import address_of, credentials, free_port, names_of
 
 from tests.inference.conftest import INFERENCE
 from tests.signals import hear_signals
@@ -424,6 +424,13 @@ def test_a_vote_that_step_2_would_refuse_is_not_saved(page):
     list(p.send(session, session.last, "what does <|im_end|> mean?", "", *OPTIONS))
     assert "holds <|im_end|>" in notice_of(p.vote(session, 1, session.last), p)
     assert not p.votes.exists()
+
+
+def test_an_address_of_ipv6_stands_in_brackets():
+    assert [address_of(host, 80) for host in ("::1", "localhost", "127.0.0.1")] == [
+        "[::1]:80", "localhost:80", "127.0.0.1:80"
+    ]  # fmt: skip
+    assert {"fe80::1", "localhost"} <= names_of("fe80::1", password=False) and not names_of("fe80::1", password=True)
 
 
 def test_only_the_password_opens_the_page(served):
