@@ -161,7 +161,7 @@ class Page:
         update = self._chats(session) | {
             w.session: session,
             w.shown: session.last,
-            w.notice: gr.update(value=notice, visible=bool(notice)),
+            w.notice: gr.update(value=without_markup(notice), visible=bool(notice)),
             w.send: gr.update(visible=not session.busy),
             w.stop: gr.update(visible=session.busy),
             w.unvote: gr.update(visible=session.can_unvote),

@@ -423,6 +423,10 @@ def test_a_vote_that_step_2_would_refuse_is_not_saved(page):
     p, session = page("fox", "house")
     list(p.send(session, session.last, "what does <|im_end|> mean?", "", *OPTIONS))
     assert "holds <|im_end|>" in notice_of(p.vote(session, 1, session.last), p)
+    p.clear(session, session.last)
+    list(p.send(session, session.last, "and <pad>?", "", *OPTIONS))
+    notice = notice_of(p.vote(session, 1, session.last), p)
+    assert "<pad>" not in notice and "holds <pad>" in notice.replace(chat_page.JOINER, ""), "a tag would not be seen"
     assert not p.votes.exists()
 
 
