@@ -406,9 +406,10 @@ def _bubbles(session: Session, column: int, normalised: bool) -> list[dict[str, 
     return bubbles
 
 
-# code of Markdown: a fence up to its end, which may be still to come, or what stands between backticks
-_FENCED = r"^ {0,3}(`{3,}|~{3,})[^\n]*\n.*?(?:^ {0,3}\1[`~]*[ \t]*$|\Z)"
-_CODE = re.compile(_FENCED + r"|(`+)(?!`)[^\n]+?(?<!`)\2(?!`)", re.M | re.S)
+# code of Markdown: a fence up to its end, which may be still to come, or what stands between backticks; a fence of
+# backticks has none behind it, and a backslash takes one's meaning away
+_FENCED = r"^ {0,3}(`{3,}(?=[^`\n]*\n)|~{3,})[^\n]*\n.*?(?:^ {0,3}\1[`~]*[ \t]*$|\Z)"
+_CODE = re.compile(_FENCED + r"|(?<![\\`])(`+)(?!`)[^\n]+?(?<!`)\2(?!`)", re.M | re.S)
 _MARKUP = re.compile("<(?=[A-Za-z/!?])|&(?=[#A-Za-z])")
 JOINER = "\u2060"  # an invisible character, which chat_page.js leaves out of what is copied
 

@@ -512,6 +512,8 @@ def test_reasoning_is_a_bubble_of_its_own_and_no_part_of_what_is_judged(page, mo
         ("```\n<grows", "```\n<grows"),
         ("a ` b <i>", "a ` b <~i>"),
         ("<!-- x --><?php", "<~!-- x --><~?php"),
+        ("\\`<b>x</b>\\` and `<b>`", "\\`<~b>x<~/b>\\` and `<b>`"),
+        ("``` a`b\n<b>x</b>", "``` a`b\n<~b>x<~/b>"),
     ],
 )
 def test_markup_of_an_answer_is_shown_and_code_stays_code(text, shown):
