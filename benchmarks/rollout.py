@@ -29,7 +29,7 @@ import torch
 from common import ROOT, flags_of, write_figures
 
 from training.utils.arguments import PRECISIONS
-from training.utils.data import collate_prompts, render, stop_token_ids
+from training.utils.data import render, stop_token_ids
 from training.utils.engine.precision import settle
 from training.utils.engine.zero_config import DTYPES, frozen_config
 from training.utils.errors import run_program
@@ -77,19 +77,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def make_request(tokenizer: Any, rows: int, stop_text: str, device: torch.device) -> RolloutRequest:
     """The first prompts of the demo data, left-padded, with the stop tokens of the benchmark."""
     messages = [json.loads(line)["prompt"] for line in PROMPTS.read_text(encoding="utf-8").splitlines()[:rows]]
-    prompts = [{"prompt_ids": render(tokenizer, turns, add_generation_prompt=True).input_ids} for turns in messages]
-    batch = collate_prompts(prompts, tokenizer.pad_token_id)
+    prompts = [render(tokenizer, turns, add_generation_prompt=True).input_ids for turns in messages]
     texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
     ends = {token for token, text in enumerate(texts) if set(text) & set(stop_text)}
-    return RolloutRequest(
-        prompt_ids=batch["input_ids"].to(device),
-        prompt_mask=batch["attention_mask"].to(device),
-        row_ids=torch.arange(len(prompts), device=device),
-        seed=0,
-        iteration=0,
-        stop_ids=tuple(sorted(ends | set(stop_token_ids(tokenizer)))),
-        pad_id=tokenizer.pad_token_id,
-    )
+    stop_ids = tuple(sorted(ends | set(stop_token_ids(tokenizer))))
+    how = {"seed": 0, "iteration": 0, "stop_ids": stop_ids}
+    return RolloutRequest.of(prompts, range(len(prompts)), tokenizer.pad_token_id, device, **how)
 
 
 def hooked_module(path: str, dtype: str) -> Any:

@@ -14,7 +14,7 @@ from answer_rewards import AnswerRewards
 
 from training.utils.answers import Line, prompt_id
 from training.utils.arguments import DataArguments
-from training.utils.data import RowError, collate_prompts, prepare_data, stop_token_ids
+from training.utils.data import RowError, prepare_data, stop_token_ids
 from training.utils.data.chat import render_many
 from training.utils.data.formats.columns import convert, parse_column_map
 from training.utils.data.formats.conversations import demonstration
@@ -203,16 +203,15 @@ class Answering:
 
     def _request(self, name: str, rows: Sequence[tuple[list[int], str, int]], tokenizer: Any) -> RolloutRequest:
         """(prompt's tokens, its id, number of the answer) of each row as a request."""
-        batch = collate_prompts([{"prompt_ids": ids} for ids, _, _ in rows], tokenizer.pad_token_id)
         noise = [hashlib.sha256(f"{name}\0{prompt}\0{sample}".encode()).digest() for _, prompt, sample in rows]
-        return RolloutRequest(
-            prompt_ids=batch["input_ids"].to(self.device),
-            prompt_mask=batch["attention_mask"].to(self.device),
-            row_ids=torch.tensor([int.from_bytes(n[:8]) >> 1 for n in noise], device=self.device),
+        return RolloutRequest.of(
+            [ids for ids, _, _ in rows],
+            [int.from_bytes(n[:8]) >> 1 for n in noise],
+            tokenizer.pad_token_id,
+            self.device,
             seed=self.decoding.seed,
             iteration=0,
             stop_ids=tuple(stop_token_ids(tokenizer)),
-            pad_id=tokenizer.pad_token_id,
         )
 
     def lines(self, answers: Sequence[Line], models: Sequence[str], best_of: int) -> tuple[list[Line], dict[str, Any]]:

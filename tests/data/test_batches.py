@@ -11,7 +11,6 @@ from hypothesis import given, settings, strategies as st
 from training.utils.data import (
     batches_after,
     collate_pairs,
-    collate_prompts,
     collate_sft,
     epoch_batches,
     padding_share,
@@ -93,12 +92,6 @@ def test_collate_pairs():
     batch = collate_pairs(rows, pad_id=9)
     assert batch["input_ids"].tolist() == [[1, 2, 9], [5, 6, 9], [1, 3, 4], [5, 7, 9]]
     assert batch["response_mask"].tolist() == [[0, 1, 0], [0, 1, 0], [0, 1, 1], [0, 1, 0]]
-
-
-def test_collate_prompts():
-    batch = collate_prompts([{"prompt_ids": [1, 2, 3]}, {"prompt_ids": [2]}], pad_id=2)
-    assert batch["input_ids"].tolist() == [[1, 2, 3], [2, 2, 2]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
 
 
 ROWS, EPOCHS = LENGTHS[:70], 3  # 9 steps an epoch, the last one short

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from training.step1_supervised_finetuning.rouge import rouge_scores
-from training.utils.data import collate_prompts, rank_micro_batches, spread_rows, stop_token_ids
+from training.utils.data import rank_micro_batches, spread_rows, stop_token_ids
 from training.utils.engine.sequence_parallel import whole_rows
 from training.utils.errors import UserError
 from training.utils.generation.engines import rollout_backend
@@ -40,16 +40,8 @@ def decoded(
     device: torch.device,
 ) -> list[str]:
     """The continuation of each prompt of one batch as text, without special tokens."""
-    batch = collate_prompts([{"prompt_ids": p} for p in prompts], tokenizer.pad_token_id)
-    request = RolloutRequest(
-        batch["input_ids"].to(device),
-        batch["attention_mask"].to(device),
-        torch.arange(len(prompts), device=device),
-        seed=0,
-        iteration=0,
-        stop_ids=tuple(stop_token_ids(tokenizer)),
-        pad_id=tokenizer.pad_token_id,
-    )
+    how = {"seed": 0, "iteration": 0, "stop_ids": tuple(stop_token_ids(tokenizer))}
+    request = RolloutRequest.of(prompts, range(len(prompts)), tokenizer.pad_token_id, device, **how)
     rollout = backend.generate(model, request, sampling)
     return response_texts(rollout, tokenizer)
 

@@ -13,7 +13,7 @@ import torch
 
 from training.step3_rlhf_finetuning.arguments import RolloutArguments
 from training.step3_rlhf_finetuning.reward_functions import Messages
-from training.utils.data import collate_prompts, epoch_batches
+from training.utils.data import epoch_batches
 from training.utils.generation.requests import RolloutRequest
 from training.utils.run.distributed import data_rank, data_size
 
@@ -46,15 +46,14 @@ class PromptSet:
         self, rows: Sequence[int], device: torch.device, *, iteration: int = -1, row_ids: Sequence[int] | None = None
     ) -> RolloutRequest:
         """A request that answers these rows; without ``row_ids`` the noise hangs on the row number."""
-        batch = collate_prompts([self.dataset[i] for i in rows], self.tokenizer.pad_token_id)
-        return RolloutRequest(
-            prompt_ids=batch["input_ids"].to(device),
-            prompt_mask=batch["attention_mask"].to(device),
-            row_ids=torch.tensor(list(rows if row_ids is None else row_ids), device=device),
+        return RolloutRequest.of(
+            [self.dataset[i]["prompt_ids"] for i in rows],
+            rows if row_ids is None else row_ids,
+            self.tokenizer.pad_token_id,
+            device,
             seed=self.seed,
             iteration=iteration,
             stop_ids=self.stop_ids,
-            pad_id=self.tokenizer.pad_token_id,
             rows=tuple(rows),
         )
 

@@ -77,6 +77,13 @@ def request(
     return RolloutRequest(ids, mask, torch.arange(len(lengths)) + 100, seed, 3, stop_ids, PAD)
 
 
+def test_prompts_of_unequal_lengths_are_padded_on_the_left():
+    asked = RolloutRequest.of([[1, 2, 3], [2]], [7, 2**62], 2, torch.device("cpu"), seed=4, iteration=5, stop_ids=(2,))
+    assert asked.prompt_ids.tolist() == [[1, 2, 3], [2, 2, 2]] and asked.prompt_mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert asked.row_ids.tolist() == [7, 2**62] and asked.prompt_ids.dtype == asked.row_ids.dtype == torch.long
+    assert (asked.seed, asked.iteration, asked.stop_ids, asked.pad_id, asked.rows) == (4, 5, (2,), 2, ())
+
+
 def choose(asked: RolloutRequest, rows: list[int]) -> RolloutRequest:
     """The request with these rows only, in this order."""
     return RolloutRequest(

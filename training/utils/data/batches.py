@@ -103,15 +103,11 @@ def spread_rows(total: int, count: int) -> list[int]:
     return [i * total // count for i in range(count)]
 
 
-def _pad(sequences: Sequence[Sequence[int]], value: int, left: bool = False) -> torch.Tensor:
+def _pad(sequences: Sequence[Sequence[int]], value: int) -> torch.Tensor:
     width = max(map(len, sequences))
     out = torch.full((len(sequences), width), value, dtype=torch.long)
     for row, sequence in zip(out, sequences, strict=True):
-        values = torch.tensor(sequence, dtype=torch.long)
-        if left:
-            row[width - len(sequence) :] = values
-        else:
-            row[: len(sequence)] = values
+        row[: len(sequence)] = torch.tensor(sequence, dtype=torch.long)
     return out
 
 
@@ -245,9 +241,3 @@ def pair_micro_batches(
         batch = collate_pairs([dataset[row] for rows in mine or rankings[:1] for row in rows], pad_id, sharing)
         batch["weights"] *= bool(mine)
         yield {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-def collate_prompts(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
-    """Step 3's prompts as input_ids and attention_mask, [B, P] long, left padded."""
-    ids = [row["prompt_ids"] for row in rows]
-    return {"input_ids": _pad(ids, pad_id, left=True), "attention_mask": _pad(_ones(ids), 0, left=True)}

@@ -6,6 +6,7 @@ rows in the order of the request.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -34,6 +35,18 @@ class RolloutRequest:
     stop_ids: tuple[int, ...]
     pad_id: int
     rows: tuple[int, ...] = ()
+
+    @classmethod
+    def of(
+        cls, prompts: Sequence[Sequence[int]], row_ids: Sequence[int], pad_id: int, device: torch.device, **more: Any
+    ) -> RolloutRequest:
+        """Prompts of unequal lengths as token ids, on a device; ``more`` are the other fields."""
+        width = max(map(len, prompts))
+        ids = [[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+        mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        tensors = {"prompt_ids": ids, "prompt_mask": mask, "row_ids": list(row_ids)}
+        on_device: dict[str, Any] = {name: torch.tensor(values, device=device) for name, values in tensors.items()}
+        return cls(**on_device, pad_id=pad_id, **more)
 
 
 @dataclass
