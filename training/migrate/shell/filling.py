@@ -243,7 +243,7 @@ def _read(word: str, known: Variables, made: _Fields, *, split: bool) -> None:
 
 
 def _read_quoted(inner: str, known: Variables, made: _Fields) -> None:
-    if not re.fullmatch(r"\$\{?[@\w]+(\[@\])?\}?", inner) or "@" not in inner:
+    if not re.fullmatch(r"\$\{?[@\w]+(\[@\])?(:[\d:]+)?\}?", inner) or "@" not in inner:
         made.add("")  # a word even where nothing is in it
     at = 0
     while at < len(inner):
@@ -272,8 +272,9 @@ def _literal(part: str) -> str:
 
 def _expand(piece: str, known: Variables, made: _Fields, *, split: bool, in_quotes: bool = False) -> None:
     """Add what an expansion is; as it is written where that is not known."""
-    name, all_of = _all_of(piece)
-    if all_of and (found := known.texts(name)) is not None:
+    name, part = _all_of(piece)
+    if name and (found := known.texts(name)) is not None:
+        found = found[part]
         for number, one in enumerate([" ".join(found)] if "*" in piece else found):
             made.open = made.open and not number
             made.add_split(one) if split else made.add(one)
@@ -291,12 +292,15 @@ def _expand(piece: str, known: Variables, made: _Fields, *, split: bool, in_quot
         made.add(value)
 
 
-def _all_of(piece: str) -> tuple[str, bool]:
-    """The name in ``$@``, ``${NAME[@]}`` and the like."""
-    if piece in ("$@", "$*", "${@}", "${*}"):
-        return piece.strip("${}"), True
-    match = re.fullmatch(r"\$\{(\w+)\[[@*]\]\}", piece)
-    return (match[1], True) if match else ("", False)
+def _all_of(piece: str) -> tuple[str, slice]:
+    """The name in ``$@``, ``${NAME[@]:1}`` and the like, empty in others, and which of its texts are meant."""
+    if piece in ("$@", "$*"):
+        return piece[1], slice(None)
+    match = re.fullmatch(r"\$\{(?:([@*])|(\w+)\[[@*]\])(?::(\d+)(?::(\d+))?)?\}", piece)
+    begin = int(match[3] or 0) - (match[1] is not None and match[3] is not None) if match else -1
+    if match is None or begin < 0:  # ${@:0} has the script's own name, too
+        return "", slice(None)
+    return match[1] or match[2], slice(begin, begin + int(match[4]) if match[4] else None)
 
 
 def _value(piece: str, known: Variables) -> str | None:
