@@ -76,6 +76,9 @@ SCRIPTS = [
     'A=\'[x]y*z\'\ndeepspeed x/main.py ${A#\\[x]} "${A%\'*z\'}" "${A%\\*z}" "${A#*x]}"\n',
     'A=$"x y"\ncase xy in $"x"*) B=1;; esac\ndeepspeed x/main.py --a $"hi" "$A" $B \'$"z"\' a$"b"\n',
     'A=(a "b c" d)\ndeepspeed x/main.py "${@:2}" ${@:1:1} "${A[@]:1}" ${A[@]:1:1} "${A[*]:1}" "${A[@]:7}" end\n',
+    "A=1;B=2\nwhile [[ $# -gt 0 ]]; do case $1 in 2) A=$2; shift;; a*) B=$1;; esac; shift; done\n" + LINE,
+    'A=1;B=2\nuntil [ -z "$1" ]; do A="$A,$1"; shift; done\nN=3\nwhile (( N > 1 )); do N=$((N-1)); B+=$N; done\n'
+    + LINE,
     "E=1+2\ndeepspeed x/main.py $((E*2)) $(($E*2))\n",
     "A=(a b c)\nI=1\ndeepspeed x/main.py ${A[$I]} ${A[I]} ${A[I+1]} ${A[7]} ${A[-1]} end\n",
     "A=(1 2)\nA=x\nA+=y\nB=()\nB+=z\ndeepspeed x/main.py ${A[@]} ${B[@]}\n",
@@ -162,7 +165,10 @@ def test_a_project_is_known_by_the_folder_of_its_script(tmp_path):
         "nvidia-smi || LR=1e-3",
         "if nvidia-smi > x; then LR=1e-3; else echo no; fi",
         "for LR in 1 2; do echo $LR; done",
-        "while [ $# -gt 0 ]; do case $1 in --lr) LR=$2; shift;; esac; shift; done",
+        "while [ -f a ]; do case $1 in --lr) LR=$2; shift;; esac; shift; done",
+        "while [ $LR != 3 ]; do if [ -f a ]; then LR=3; else break; fi; done",
+        "while true; do LR=3; done",
+        "until [ -f a ]; do LR=3; done",
         "f() { LR=1e-3; }\nf",
         "read LR",
         "if [ -f a ]; then IFS=, read -r A LR; fi",
@@ -285,6 +291,11 @@ def test_a_variable_of_the_shell_s_keeps_its_name_before_a_known_value(monkeypat
     text = 'B=2; C=$THERE; C+=_3; THERE+=4; deepspeed x/main.py "$NOT_SET$B" $NOT_SET"a" "$C" $THERE $NOT_SET.$B'
     assert read_command(text).arguments == [
         "${NOT_SET}2", "${NOT_SET}a", "${THERE}_3", "${THERE}4", "$NOT_SET.2"]  # fmt: skip
+
+
+def test_loops_without_an_end_are_left():
+    text = f"A=1; {'while true; do ' * 4} A=2; {'done; ' * 4} deepspeed x/main.py $A"
+    assert read_command(text).arguments == ["$A"]
 
 
 @pytest.mark.parametrize("form", ["$A", "${A}", "${L[@]}", "$*"])

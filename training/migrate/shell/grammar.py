@@ -68,11 +68,13 @@ class Body(Node):
     Attributes:
         kind: "loop", "function", "{" or "(".
         name: a loop's first words, a function's name.
+        condition: of ``while`` and ``until``.
     """
 
     kind: str
     name: str
     nodes: list[Node] = field(default_factory=list)
+    condition: list[Node] = field(default_factory=list)
 
 
 def inside(node: Node) -> list[Node]:
@@ -83,7 +85,14 @@ def inside(node: Node) -> list[Node]:
         return [one for condition, body in node.clauses for one in (*condition, *body)]
     if isinstance(node, Case):
         return [one for _, body in node.clauses for one in body]
-    return node.nodes if isinstance(node, (Pipe, Body)) else []
+    if isinstance(node, Body):
+        return [*node.condition, *node.nodes]
+    return node.nodes if isinstance(node, Pipe) else []
+
+
+def jumps(nodes: Sequence[Node]) -> bool:
+    """Whether a loop is left, or a round of it, from within these."""
+    return any((isinstance(n, Simple) and n.words[:1] in (["break"], ["continue"])) or jumps(inside(n)) for n in nodes)
 
 
 def assigned_in(nodes: Sequence[Node]) -> dict[str, bool]:
@@ -244,7 +253,7 @@ class _Parser:
         return node
 
     def loop(self) -> Body:
-        """A loop; what a condition does is done in it, too."""
+        """A loop."""
         begin = self.at
         kind = self.take()
         condition: list[Node] = []
@@ -256,7 +265,7 @@ class _Parser:
         said = " ".join(self.words[begin : self.at]).strip("; \n")
         self.skip(";", "\n")
         self.expect("do")
-        node = Body("loop", said, condition + self.commands())
+        node = Body("loop", said, self.commands(), condition)
         self.expect("done")
         return node
 

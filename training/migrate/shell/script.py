@@ -25,6 +25,7 @@ from training.migrate.shell.grammar import (
     Simple,
     assigned_in,
     changed_in,
+    jumps,
     parse,
 )
 from training.migrate.shell.words import LITERAL, NAME, Operator, left_to_the_shell, tokens
@@ -43,6 +44,7 @@ _NUMBERS: dict[str, Callable[[int, int], bool]] = {
     "-ge": lambda a, b: a >= b,
 }
 _EQUAL = ("=", "==", "!=")
+_ROUNDS = 1000  # of all loops of a text
 
 
 @dataclass
@@ -96,6 +98,7 @@ class _Reader:
         shaped: variables that make something else of what they are given, a sum or capitals: ``declare -i``.
         read: the files that are being read.
         ended: the command that ended a script before its last one.
+        rounds: of loops that have been carried out.
     """
 
     def __init__(self) -> None:
@@ -104,7 +107,7 @@ class _Reader:
         self.folder, self.inside, self.file = "", "", ""
         self.left, self.pushed = "", list[str]()
         self.taken: list[str] = []
-        self.ended = ""
+        self.ended, self.rounds = "", 0
         self.read: list[Path] = []
         self.known = Variables()
         self.functions: dict[str, dict[str, bool]] = {}
@@ -161,16 +164,35 @@ class _Reader:
             return self.all(node.nodes)
         if node.kind == "(":
             return self.apart(node.nodes)
+        if node.condition and not jumps(node.nodes) and self.carried_out(node):
+            return True
         names = assigned_in(node.nodes if node.kind == "function" else [node])
         why = f"the loop {node.name!r}" if node.kind == "loop" else f"the function {node.name}()"
         outer, self.inside = self.inside, node.name if node.kind == "loop" else f"{node.name}()"
-        self.apart(node.nodes, dict.fromkeys(names, why))
+        self.apart([*node.condition, *node.nodes], dict.fromkeys(names, why))
         self.inside = outer
         if node.kind == "loop":
             self.leave_open(names, why)
         else:
             self.functions[node.name] = names
         return None
+
+    def carried_out(self, node: Body) -> bool:
+        """Go round a loop as its condition says, as of arguments; false, and nothing has changed, where that is not
+        known, or where it starts programs."""
+        known, folders, counts = self.known, (self.folder, self.left, self.pushed), (len(self.found), len(self.notes))
+        self.known = known.copy()
+        while self.rounds < _ROUNDS:
+            self.rounds += 1
+            status = self.all(node.condition, tested=True)
+            if status is None or len(self.found) > counts[0]:
+                break
+            if status is node.name.startswith("until"):
+                return True
+            self.all(node.nodes)
+        self.known, (self.folder, self.left, self.pushed) = known, folders
+        del self.found[counts[0] :], self.notes[counts[1] :]
+        return False
 
     def leave_open(self, names: Mapping[str, bool], why: str) -> None:
         """From here on these are not known, nor those that are exported."""
