@@ -471,6 +471,7 @@ def demonstration(example: Example) -> tuple[list[Message], list[Message]]:
 # All of the white space before something, as a group: where `\s*` may begin within it, n blank lines take n * n steps
 BLANKS = r"(?<!\s)(\s*+)"
 _TURN = re.compile(f"{BLANKS}(Human|Assistant):")
+_IN_LINE = re.compile(r"(.*\S)\s+Assistant:", re.DOTALL)  # DeepSpeed-Chat's own files: "Human: ... Assistant:"
 
 
 def parse_transcript(text: str) -> list[Message]:
@@ -484,6 +485,8 @@ def parse_transcript(text: str) -> list[Message]:
         {"role": _ROLES[head[2].lower()], "content": text[head.end() : end].strip()}
         for head, end in zip(heads, ends, strict=True)
     ]
+    if messages[-1]["role"] == "user" and (asked := _IN_LINE.fullmatch(messages[-1]["content"])):
+        messages[-1:] = [{"role": "user", "content": asked[1]}, {"role": "assistant", "content": ""}]
     for before, after in zip(messages, messages[1:], strict=False):
         if before["role"] == after["role"]:  # hh-rlhf has a few; which text belongs to whom can not be told
             raise Dropped(f"transcript with two {before['role']} turns in a row")
