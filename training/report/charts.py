@@ -31,12 +31,12 @@ class Series:
     dots: bool = False
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
+def ticks(low: float, high: float) -> list[float]:
     """Round numbers that span ``low`` to ``high``: multiples of 1, 2, 2.5 or 5 times a power of ten."""
     if not high > low:
         pad = abs(low) * 0.1 or 1.0
         low, high = low - pad, high + pad
-    rough = (high - low) / max(count - 1, 1)
+    rough = (high - low) / 4
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
@@ -141,8 +141,8 @@ def interval_chart(title: str, rows: Sequence[tuple[str, str, float, float | Non
     return _figure(title, "".join(parts), "", f"{title}, {len(rows)} rows", height)
 
 
-def bar_chart(title: str, rows: Sequence[tuple[str, float, int]], note: str = "") -> str:
-    """Shares between 0 and 1 as horizontal bars: label, share, colour."""
+def bar_chart(title: str, rows: Sequence[tuple[str, float, int]], note: str) -> str:
+    """Shares between 0 and 1 as horizontal bars: label, share, colour; with a note below."""
     if not rows:
         return ""
     left, right, height = 150, WIDTH - 56, 34 * len(rows) + 30
@@ -157,8 +157,7 @@ def bar_chart(title: str, rows: Sequence[tuple[str, float, int]], note: str = ""
         parts.append(f'<text class="row" x="{left - 10}" y="{y + 15}" text-anchor="end">{e(label)}</text>')
         parts.append(f'<rect class="bar c{colour}" x="{left}" y="{y}" width="{width:.1f}" height="20" rx="3"/>')
         parts.append(f'<text class="row value" x="{left + width + 8:.1f}" y="{y + 15}">{share:.1%}</text>')
-    caption = f'<p class="legend">{e(note)}</p>' if note else ""
-    return _figure(title, "".join(parts), caption, title, height)
+    return _figure(title, "".join(parts), f'<p class="legend">{e(note)}</p>', title, height)
 
 
 def histogram(title: str, x_label: str, edges: Sequence[float], counts: Sequence[float]) -> str:

@@ -130,8 +130,7 @@ def wins(run: RunRecord) -> str:
             ("mean reward", s.get("reward_before"), s.get("reward_after"), "+.3f"),
             ("answer length, tokens", s.get("length_before"), s.get("length_after"), ".1f"),
             ("answers that end by themselves", s.get("eos_rate_before"), s.get("eos_rate_after"), ".1%"),
-        ],
-        ("SFT", "RLHF"),
+        ]
     )
     warned = "".join(f'<p class="warning small">{e(line)}</p>' for line in cards.warnings(step))
     left = f'<div class="stack">{intervals}{warned}{table}</div>'
@@ -179,13 +178,14 @@ def _evaluated_rates(found: Mapping[str, Any]) -> list[tuple[str, str, float, fl
     return rows[:MOST_RATES]
 
 
-def _change_table(rows: Sequence[tuple[str, Any, Any, str]], heads: tuple[str, str]) -> str:
+def _change_table(rows: Sequence[tuple[str, Any, Any, str]]) -> str:
+    """From SFT to RLHF."""
     body = "".join(
         f'<tr><td>{e(label)}</td><td class="n">{before:{form}}</td><td class="n">{after:{form}}</td></tr>'
         for label, first, second, form in rows
         if (before := number(first)) is not None and (after := number(second)) is not None
     )
-    head = f'<tr><th></th><th class="n">{heads[0]}</th><th class="n">{heads[1]}</th></tr>'
+    head = '<tr><th></th><th class="n">SFT</th><th class="n">RLHF</th></tr>'
     return f"<table>{head}{body}</table>" if body else ""
 
 

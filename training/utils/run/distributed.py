@@ -105,7 +105,7 @@ def bound_waits() -> None:
             c10d._set_pg_timeout(_limit, group)
 
 
-def release_shared_buffer(folder: Path = Path("/dev/shm")) -> None:
+def release_shared_buffer() -> None:
     """Take the name from DeepSpeed's shared-memory buffer, so that it ends with the processes; a collective.
 
     DeepSpeed maps 64 MiB per CPU rank and never unlinks them: each run, killed or not, would keep that memory until
@@ -114,7 +114,7 @@ def release_shared_buffer(folder: Path = Path("/dev/shm")) -> None:
     barrier()  # all ranks have mapped all buffers
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank()}"
-    (folder / name).unlink(missing_ok=True)
+    Path("/dev/shm", name).unlink(missing_ok=True)
 
 
 def rank() -> int:
