@@ -190,6 +190,22 @@ ANSWERS = {  # a row, what becomes of it
         {"instruction": "more", "output": "b", "history": [U, A]},
         "user: q assistant: a user: more → response: b",
     ),
+    "history of a prompt": (
+        {"prompt": "more", "response": "b", "history": [["q", "a"]], "system": "s"},
+        "system: s user: q assistant: a user: more → response: b",
+    ),
+    "history in a text": (
+        {"question": "more", "answer": "b", "history": '[["q", "a"]]'},
+        "user: q assistant: a user: more → response: b",
+    ),
+    "history of a pair": (
+        {"prompt": "more", "chosen": "a", "rejected": "b", "history": [U, A]},
+        "user: q assistant: a user: more → chosen: a → rejected: b",
+    ),
+    "history beside the whole conversation": (
+        {"messages": [U, A, MORE, B], "history": [["q", "a"]]},
+        "user: q assistant: a user: more → response: b",
+    ),
     "no history": ({"instruction": "q", "output": "a", "history": ""}, "user: q → response: a"),
     "summaries as texts": (
         {"info": {"article": "q"}, "summaries": ["a", "b"], "choice": 1.0},
@@ -316,6 +332,7 @@ BAD = {
     "column 'messages' is a number, it must be a list of messages": {"messages": 3},
     "column 'prompt' is a number, it must be a text or a list of messages": {"prompt": 1, "chosen": 2, "rejected": 3},
     "message 1 of 'messages' is a text": {"messages": ["hi"]},
+    "column 'history' must be a list of pairs": {"prompt": "q", "response": "a", "history": "Earlier."},
     "must be numbers": {"question": "q", "answer_0": "a", "answer_1": "b", "score_0": "x", "score_1": 1},
     "labels is 'A'": {"history": "q", "human_ref_A": "a", "human_ref_B": "b", "labels": "A"},
     "neither a prompt nor": {"chosen": "yes", "rejected": "no"},

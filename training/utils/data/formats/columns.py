@@ -16,6 +16,7 @@ from training.utils.data.formats.conversations import (
     has_value,
     text_of,
     truth_of,
+    with_history,
     with_system,
     with_tools,
 )
@@ -276,6 +277,8 @@ def convert(
     system = next((said for name in _SYSTEM if (said := text_of(watched, name)).strip()), "")
     try:
         examples = [with_system(example, system) for example in format_.convert(watched)]
+        if "history" not in used and has_value(columns.get("history")):
+            examples = [with_history(example, watched["history"]) for example in examples]
         for name in _TOOLS:
             if has_value(columns.get(name)) and (tools := watched[name]):
                 examples = [with_tools(example, tools) for example in examples]

@@ -380,6 +380,32 @@ def with_system(example: Example, system: str) -> Example:
     return replace(example, prompt=[{"role": "system", "content": system}, *example.prompt])
 
 
+def history_of(value: Any) -> list[Message]:
+    """A column of earlier turns: pairs of a question and its answer, or messages; in a text (of a CSV) as JSON."""
+    value = value or []
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = listed(value, "history")
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        return messages_of(value, "history")
+    if not isinstance(value, list) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in value):
+        raise RowError("column 'history' must be a list of pairs, each a question and its answer", about="history")
+    turns = []
+    for question, answer in value:
+        turns += [user_turn(plain_text(question, "history")), *assistant_turn(plain_text(answer, "history"))]
+    return turns
+
+
+def with_history(example: Example, value: Any) -> Example:
+    """Put a row's column of earlier turns before its question, unless that is a conversation itself, or plain text."""
+    system = example.prompt[:1] if example.prompt and example.prompt[0]["role"] == "system" else []
+    asked = example.prompt[len(system) :]
+    if len(asked) != 1:
+        return example
+    prompt = [*system, *history_of(value), *asked]
+    _check_turns(prompt)
+    return replace(example, prompt=prompt)
+
+
 def conversation(messages: list[Message]) -> Example:
     """Split a conversation into its prompt and its last answer."""
     if not any(message["role"] == "user" for message in messages):

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from training.utils.data.formats.conversations import (
     Converter,
@@ -25,6 +24,7 @@ from training.utils.data.formats.conversations import (
     continuation,
     conversation,
     first_item,
+    history_of,
     is_parts,
     messages_of,
     parse_transcript,
@@ -211,25 +211,12 @@ def _marked_solutions(row: Row) -> list[Example]:
     return pairs or [conversation([*prompt, *truth])]
 
 
-def _history(value: Any) -> list[Message]:
-    """Alpaca's earlier turns: pairs of a question and its answer, or messages."""
-    value = value or []
-    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
-        return messages_of(value, "history")
-    if not isinstance(value, list) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in value):
-        raise RowError("column 'history' must be a list of pairs, each a question and its answer")
-    turns = []
-    for question, answer in value:
-        turns += [user_turn(plain_text(question, "history")), *assistant_turn(plain_text(answer, "history"))]
-    return turns
-
-
 def _instruction(row: Row) -> str | list[Message]:
     """Alpaca's question: instruction with an optional input (dolly: context) and history."""
     instruction = text_of(row, "instruction")
     extra = text_of(row, "input" if "input" in row else "context")
     user = f"{instruction}\n\n{extra}" if extra.strip() and instruction.strip() else instruction or extra
-    history = _history(row.get("history"))
+    history = history_of(row.get("history"))
     return [*history, user_turn(user)] if history else user
 
 
