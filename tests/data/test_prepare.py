@@ -347,6 +347,15 @@ def test_own_eval_split_is_held_out(tok, tmp_path):
     assert (len(data.train), len(data.held_out)) == (10, 3)
 
 
+def test_white_space_around_a_prompt_makes_no_other_one(tok, tmp_path):
+    """Some formats take it away, many templates do: a prompt must not be trained on with it and held out without."""
+    plain = write(tmp_path / "a.jsonl", sft(40))
+    rows = [{"prompt": f" {row['prompt']}\n", "response": "Another."} for row in sft(40)]
+    data = prepare(1, tok, plain, write(tmp_path / "b.jsonl", rows))
+    train, held_out = ({text.strip() for text in prompts_of(part)} for part in (data.train, data.held_out))
+    assert len(train) + len(held_out) == 40 and not train & held_out
+
+
 def test_a_prompt_held_out_of_one_source_is_not_trained_in_another(tok, tmp_path):
     """That with an eval split of its own has no share to hold out, but prompts of one that has."""
     (tmp_path / "a").mkdir()

@@ -204,6 +204,11 @@ def _check_no_special_token(example: Example, forbidden: re.Pattern[str]) -> Non
 # --- which rows go where -----------------------------------------------------------------------------------------
 
 
+def _asked(example: Example) -> Any:
+    """What rows of one prompt have in common, whatever white space stands around its turns; of plain text the text."""
+    return example.text or [{**turn, "content": turn["content"].strip()} for turn in without_marks(example.prompt)]
+
+
 def _identity(example: Example, kind: Kind) -> Any:
     """What makes two examples the same row of a kind."""
     if kind == "demonstrations":
@@ -233,7 +238,7 @@ def _scan(stream: Stream, request: Request, forbidden: re.Pattern[str], report: 
         if not rows or rows[-1] != candidate.row_number:
             first_of_row = len(rows)
         rows.append(candidate.row_number)
-        groups.append(hash_of(example.text or without_marks(example.prompt), str(request.seed)))
+        groups.append(hash_of(_asked(example), str(request.seed)))
         identities.append(hash_of(_identity(example, request.kind)))
         usable.append(0)
         if identities[-1] in identities[first_of_row:-1]:
