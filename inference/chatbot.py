@@ -43,6 +43,7 @@ HELP = """\
 /quit          leave (or Ctrl-D)
 A line that ends with a backslash goes on in the next one; lines between two lines of \"\"\" are one prompt."""
 QUOTES = '"' * 3
+JOINERS = "\u200c\u200d"  # which Persian and Hindi words are written with, and pictures of several
 HISTORY_FILE = "chat_history"  # in the cache folder
 HISTORY_LINES = 1000
 
@@ -78,7 +79,7 @@ class Conversation:
 
 def printable(text: str) -> str:
     """Text without control characters, so that an answer can not move the cursor or retitle the terminal."""
-    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf") or c == "\u200d")
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf") or c in JOINERS)
 
 
 def command(line: str, chat: Conversation) -> bool:

@@ -133,6 +133,11 @@ def test_answers_can_not_command_the_terminal(type_in, tmp_path):
     assert "\x1b" not in out and "\x07" not in out and "\u202e" not in out
 
 
+def test_words_and_pictures_that_are_joined_stay_whole():
+    for text in ("\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645", "\U0001f469\u200d\U0001f33e"):
+        assert chatbot.printable(text) == text
+
+
 def test_a_cut_answer_is_said(type_in, chat_folders):
     _, out, _ = type_in(["hello"], "--path", str(chat_folders["fox"]), "--max_new_tokens", "2")
     assert "cut at --max_new_tokens 2" in out
