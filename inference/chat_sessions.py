@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import random
 import threading
 import time
@@ -19,7 +18,7 @@ from typing import Any
 from chat_stream import Answer, Message
 
 from training.utils.errors import UserError
-from training.utils.run.files import whole_file
+from training.utils.run.files import append_lines, json_line, whole_file
 
 MAX_PROMPT_CHARACTERS = 10_000  # a page of text has 3,000; beyond this it is a paste by mistake
 SAME = -1  # a vote for none of the columns
@@ -318,20 +317,16 @@ def append_rows(file: Path, rows: Sequence[dict[str, Any]]) -> None:
     Raises:
         UserError: the file can not be written.
     """
-    data = b"".join(_line(row) for row in rows)
     try:
         with _votes_lock:
             file.parent.mkdir(parents=True, exist_ok=True)
-            with file.open("ab") as out:
-                out.write(data)
-                out.flush()
-                os.fsync(out.fileno())
+            append_lines(file, rows)
     except OSError as error:
         raise UserError(f"The vote can not be saved to {file.name}: {error.strerror}.") from error
 
 
 def _line(row: dict[str, Any]) -> bytes:
-    return (json.dumps(row, ensure_ascii=False) + "\n").encode()
+    return (json_line(row) + "\n").encode()
 
 
 def remove_rows(file: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
-import json
 import sys
 import time
 import unicodedata
@@ -26,6 +25,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # outside the environ
 from training.utils.arguments import flag, parse
 from training.utils.errors import UserError, run_program
 from training.utils.run.environment import check_environment
+from training.utils.run.files import append_lines
 from training.utils.run.folders import cache_dir
 
 if TYPE_CHECKING:
@@ -136,8 +136,7 @@ def _save(name: str, chat: Conversation) -> None:
         raise UserError("there is nothing to save yet")
     file = Path(name).expanduser()
     try:
-        with file.open("a", encoding="utf-8") as out:
-            out.write(json.dumps({"messages": chat.with_system()}, ensure_ascii=False) + "\n")
+        append_lines(file, [{"messages": chat.with_system()}])
     except OSError as error:
         raise UserError(f"{file} can not be written: {error.strerror}") from error
     print(f"(saved to {file})")

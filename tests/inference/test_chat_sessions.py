@@ -288,6 +288,23 @@ def test_votes_train_step_2_as_they_are(votes_file, chat_folders, tmp_path):
     assert max(entry["step"] for entry in steps) >= 1
 
 
+def test_votes_are_lines_of_their_own_also_behind_one_without_an_end_and_on_a_full_disk(tmp_path, monkeypatch):
+    file = tmp_path / "votes.jsonl"
+    file.write_text('{"by": "hand"}')  # as editors leave a last line
+    append_rows(file, [{"a": 1}, {"half": "\ud800"}])
+    append_rows(file, [])
+    assert rows_of(file) == [{"by": "hand"}, {"a": 1}, {"half": "\ud800"}]
+    before = file.read_bytes()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left"):
+        patch.setattr("os.fsync", full)
+        append_rows(file, [{"b": 1}])
+    assert file.read_bytes() == before, "half a line would spoil the next one"
+
+
 @pytest.mark.parametrize("winner", [0, SAME])
 def test_a_vote_is_taken_out_of_its_file_and_nothing_else(winner, talk, tmp_path):
     session, file = two(), tmp_path / "votes.jsonl"

@@ -43,10 +43,11 @@ def type_in(monkeypatch, capsys):
 
 def test_a_conversation_of_two_turns_with_history(type_in, chat_folders, tmp_path):
     save = tmp_path / "talk.jsonl"
+    save.write_text('{"messages": []}')  # as editors leave a last line
     lines = ["hello", "again", f"/save {save}", "/reset", "new", f"/save {save}"]
     code, out, _ = type_in(lines, "--path", str(chat_folders["fox"]), "--system", "be kind")
     assert code == 0 and out.count(f"fox> {FOX}") == 3
-    first, second = (json.loads(line)["messages"] for line in save.read_text().splitlines())
+    _, first, second = (json.loads(line)["messages"] for line in save.read_text().splitlines())
     assert [m["content"] for m in first] == ["be kind", "hello", FOX, "again", FOX]
     assert [m["content"] for m in second] == ["be kind", "new", FOX]
 

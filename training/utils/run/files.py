@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -99,6 +99,15 @@ def append_whole(file: Any, data: bytes) -> None:
     except OSError:
         file.truncate(start)
         raise
+
+
+def append_lines(path: Path, values: Iterable[Any]) -> None:
+    """Append values as lines of JSON, whole or not at all; what ends with no newline, as editors leave it, gets one."""
+    data = "".join(json_line(value) + "\n" for value in values).encode()
+    with path.open("a+b", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(end - 1, 0))
+        append_whole(file, data if file.read(1) in (b"", b"\n") else b"\n" + data)
 
 
 def json_line(value: Any, default: Callable[[Any], Any] | None = None) -> str:
