@@ -306,6 +306,20 @@ def test_a_value_with_a_variable_of_the_shell_s_is_several_words(form):
     assert read_command('C="deepspeed x/main.py --a $NOT_SET"; $C').arguments == ["--a", "$NOT_SET"]
 
 
+@pytest.mark.parametrize("unknown", ["if [ -f x ]; then shift; fi", "nvidia-smi && shift", "[ -f x ] && set -- 7 8 9"])
+def test_arguments_that_only_a_run_can_decide_are_not_taken(unknown):
+    found = read_command(f'set -- 1 2\n{unknown}\ndeepspeed x/main.py $1 "$@" $#')
+    assert found.arguments == ["$1", "$@", "$#"]
+    assert any(note.startswith("$1 stays as it is") for note in found.notes)
+    for known in ("f() { shift; }; f", "if [ -f x ]; then set -x; fi"):
+        assert read_command(f"set -- 1 2\n{known}\ndeepspeed x/main.py $1 $#").arguments == ["1", "2"]
+
+
+def test_what_is_quoted_is_one_word_of_an_array():
+    text = 'G=("$NOT_SET/a" b); G+=(c); deepspeed x/main.py ${#G[@]} ${G[1]} "${G[@]}"'
+    assert read_command(text).arguments == ["3", "b", "$NOT_SET/a", "b", "c"]
+
+
 def test_a_default_gives_way_to_the_environment_here(monkeypatch):
     text = "deepspeed x/main.py --port ${PORT_OF_TEST:-29500}"
     monkeypatch.delenv("PORT_OF_TEST", raising=False)
@@ -319,6 +333,10 @@ def test_a_default_gives_way_to_the_environment_here(monkeypatch):
     [
         ("X=a; deepspeed x/main.py --a ${X^^}", r"\$\{X\^\^\} is not read here: write its value"),
         ("X=a; deepspeed x/main.py --a ${X%@(a|b)}", r"\$\{X%@\(a\|b\)\} is not read here: write its value"),
+        ("G=(${NOT_SET//,/ }); deepspeed x/main.py --a ${#G[@]}", r"\$\{#G\[@\]\} is not read here"),
+        ("G=(a $(ls) b); deepspeed x/main.py --a ${G[2]}", r"\$\{G\[2\]\} is not read here"),
+        ("set -- $(ls); deepspeed x/main.py --a $#", r"\$# is not read here"),
+        ("set -- a; deepspeed x/main.py ${@:+b}", r"\$\{@:\+b\} is not read here"),
         ("X=a; Y=X; deepspeed x/main.py --a ${!Y}", r"\$\{!Y\} is not read here"),
         ("set -- a b; deepspeed x/main.py ${@:0}", r"\$\{@:0\} is not read here"),
         ("A=(ab cb); deepspeed x/main.py ${A[@]%b}", r"\$\{A\[@\]%b\} is not read here"),

@@ -8,7 +8,7 @@ import glob
 import operator
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from training.migrate.shell.words import LITERAL, NAME, UNREAD, expansion_end, expansions, piece_end
@@ -48,6 +48,7 @@ class Variables:
         exported: variables that the programs get, which have a value here or in ``undecided``.
         undecided: variable -> what decides its value, which can not be known here.
         all_exported: what is set is exported, ``set -a``.
+        uncounted: arrays, and ``@`` for the arguments, in which the shell may make several words of one.
         ends_early: a command that fails ends the script, ``set -e``.
     """
 
@@ -57,6 +58,7 @@ class Variables:
     undecided: dict[str, str] = field(default_factory=dict)
     all_exported: bool = False
     ends_early: bool = False
+    uncounted: frozenset[str] = frozenset()
 
     def copy(self) -> Variables:
         """The same, to go on with apart from these."""
@@ -83,8 +85,9 @@ class Variables:
             self.exported[name] = None
 
     def leave_open(self, name: str, why: str) -> None:
-        """A variable's value can not be known from here on."""
+        """A variable's value, or with ``@`` the arguments, can not be known from here on."""
         self.values.pop(name, None)
+        self.arguments = None if name == "@" else self.arguments
         self.undecided[name] = why
 
     def text(self, name: str) -> str | None:
@@ -93,7 +96,9 @@ class Variables:
             value = self.values[name]
             return value if isinstance(value, str) else (value[0] if value else "")
         if self.arguments is None:
-            return "0" if name == "#" else None
+            return "0" if name == "#" and "@" not in self.undecided else None
+        if "@" in self.uncounted:
+            return None
         if name == "#":
             return str(len(self.arguments))
         if name.isdigit() and name != "0":
@@ -102,12 +107,12 @@ class Variables:
 
     def knows(self, name: str) -> bool:
         """Whether the script says what a variable or an argument is."""
-        return bool(self.arguments) if name in ("@", "*") else self.text(name) is not None
+        return self.text(name) is not None or (bool(self.arguments) and (name in "@*#" or name.isdigit()))
 
     def texts(self, name: str) -> list[str] | None:
         """All of an array or of the arguments; None where it is not known."""
         if name in ("@", "*"):
-            return self.arguments or []
+            return None if "@" in self.undecided else self.arguments or []
         value = self.values.get(name)
         return [value] if isinstance(value, str) else value
 
@@ -159,6 +164,12 @@ def _alternatives(word: str, begin: int) -> tuple[list[str], int] | None:
         by = max(1, abs(int(counted[3] or 1))) * (1 if first <= last else -1)
         parts = [str(number) for number in range(first, last + (1 if by > 0 else -1), by)]
     return parts, at + 1
+
+
+def uncounted(words: Sequence[str], known: Variables) -> bool:
+    """Whether the shell may make several words, or none, of one that stays for it in these, as they are written."""
+    loose = (word for word in words if word[:1] != '"' or "@" in word)
+    return any(expansions(made) for word in loose for made in fields(word, known))
 
 
 def text(word: str, known: Variables) -> str:
@@ -273,7 +284,8 @@ def _literal(part: str) -> str:
 def _expand(piece: str, known: Variables, made: _Fields, *, split: bool, in_quotes: bool = False) -> None:
     """Add what an expansion is; as it is written where that is not known."""
     name, part = _all_of(piece)
-    if name and (found := known.texts(name)) is not None:
+    a_text = isinstance(known.values.get(name), str) and part != slice(None)  # of which letters are meant
+    if name and not a_text and (found := known.texts(name)) is not None:
         found = found[part]
         for number, one in enumerate([" ".join(found)] if "*" in piece else found):
             made.open = made.open and not number
@@ -319,13 +331,13 @@ def _value(piece: str, known: Variables) -> str | None:
     if match is None:
         return None
     name, index, form = match[1], match[2], match[3]
-    if index not in (None, "[0]") and form and known.texts(name) is not None:
+    if form and ((index not in (None, "[0]") and known.texts(name) is not None) or (name in "@*" and known.arguments)):
         return None
     if default := _DEFAULT.fullmatch(form):
         return _with_default(name, default[1], default[2], known)
     value = known.text(name)
     if index and index not in ("[@]", "[*]"):
-        items, at = known.texts(name), arithmetic(index[1:-1], known)
+        items, at = None if name in known.uncounted else known.texts(name), arithmetic(index[1:-1], known)
         value = None if items is None or at is None else items[at] if -len(items) <= at < len(items) else ""
     if value is None or not form:
         return value
@@ -338,7 +350,7 @@ def _value(piece: str, known: Variables) -> str | None:
 def _length(name: str, whole: bool, known: Variables) -> str | None:
     if whole:
         items = known.texts(name)
-        return None if items is None else str(len(items))
+        return None if items is None or name in known.uncounted else str(len(items))
     value = known.text(name)
     return None if value is None or expansions(value) else str(len(value))
 
@@ -434,7 +446,7 @@ def _as_left(piece: str, known: Variables) -> str:
         piece = f"$({piece[1:-1]})"
     if piece.startswith(("$(", "$[")):
         return _command(piece, known)
-    match = _BRACED.fullmatch(piece[2:-1].removeprefix("!") if piece.startswith("${") else piece[1:])
+    match = _BRACED.fullmatch(re.sub(r"^[!#](?=\w)", "", piece[2:-1]) if piece.startswith("${") else piece[1:])
     if match and known.knows(match[1]):
         return UNREAD + piece
     if match and (default := _DEFAULT.fullmatch(match[3])) and not default[1].endswith("?"):

@@ -112,6 +112,8 @@ def assigned_in(nodes: Sequence[Node]) -> dict[str, bool]:
 
 
 def _assigned(words: Sequence[str]) -> dict[str, bool]:
+    if words[:1] == ["shift"] or (words[:1] == ["set"] and any(w == "--" or w[0] not in "-+" for w in words[1:])):
+        return {"@": False}  # the arguments
     matches = [ASSIGNMENT.match(word) for word in words]
     if words and words[0] in (*DECLARE, "unset"):
         names = [word.split("=")[0].split("+")[0] for word in words[1:] if not word.startswith("-")]

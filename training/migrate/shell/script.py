@@ -12,7 +12,16 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from training.migrate.shell.filling import EXTENDED, Variables, arithmetic, fields, in_environment, pattern, text
+from training.migrate.shell.filling import (
+    EXTENDED,
+    Variables,
+    arithmetic,
+    fields,
+    in_environment,
+    pattern,
+    text,
+    uncounted,
+)
 from training.migrate.shell.grammar import (
     ASSIGNMENT,
     DECLARE,
@@ -167,6 +176,8 @@ class _Reader:
         if node.condition and not jumps(node.nodes) and self.carried_out(node):
             return True
         names = assigned_in(node.nodes if node.kind == "function" else [node])
+        if node.kind == "function":
+            names.pop("@", None)  # its own arguments
         why = f"the loop {node.name!r}" if node.kind == "loop" else f"the function {node.name}()"
         outer, self.inside = self.inside, node.name if node.kind == "loop" else f"{node.name}()"
         self.apart([*node.condition, *node.nodes], dict.fromkeys(names, why))
@@ -185,7 +196,7 @@ class _Reader:
         while self.rounds < _ROUNDS:
             self.rounds += 1
             status = self.all(node.condition, tested=True)
-            if status is None or len(self.found) > counts[0]:
+            if status is None or any(_starts_one(run.words) for run in self.found[counts[0] :]):
                 break
             if status is node.name.startswith("until"):
                 return True
@@ -316,7 +327,9 @@ class _Reader:
             self.known.leave_open(name, word)
         elif value.startswith("("):
             inner = [part for part in tokens(value[1:-1]) if not isinstance(part, Operator)]
+            loose = uncounted(inner, self.known) or (bool(match[3]) and name in self.known.uncounted)
             self.known.set(name, [part for one in inner for part in fields(one, self.known)], add=bool(match[3]))
+            self.known.uncounted = self.known.uncounted - {name} | ({name} if loose else set())
         else:
             self.known.set(name, text(value, self.known), add=bool(match[3]))
 
@@ -332,10 +345,15 @@ class _Reader:
                 self.known.values.pop(one, None)
                 self.known.undecided.pop(one, None)
                 self.known.exported.pop(one, None)
+        elif name == "shift" and "@" in self.known.uncounted:
+            self.known.leave_open("@", "shift")
         elif name == "shift" and self.known.arguments is not None:
             del self.known.arguments[: int(words[1]) if words[1:] and words[1].isdigit() else 1]
         elif name == "set":
+            loose = uncounted(written, self.known)
             self.set(words[1:])
+            if loose:
+                self.known.uncounted |= {"@"}
         elif name in ("exit", "return"):
             raise _EndedError(" ".join(words))
         elif name == "false":
@@ -487,6 +505,11 @@ class _Reader:
                 environment.append(f"{name}={value}")
         empty = {before: word for before, word in itertools.pairwise(node.words) if not fields(word, known)}
         return Run(words, environment, self.folder, self.inside, known.copy(), self.file, notes, empty)
+
+
+def _starts_one(words: Sequence[str]) -> bool:
+    """Whether these may start a Python program."""
+    return any(word.endswith(".py") or word in ("-m", "--module") for word in words)
 
 
 def _at_home(word: str) -> list[str]:
