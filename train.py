@@ -270,13 +270,11 @@ def show_end(run: Path, manifest: Mapping[str, Any]) -> None:
         if text:
             print(f"\n{text}")
     models = {name: run / folder for name, folder in TUNED.items() if (run / folder).is_dir()}
-    latest = output_root() / LATEST
+    latest, page = output_root() / LATEST, shown(ROOT / "inference" / "gradio_chatbot.py")
     if latest.is_dir() and latest.resolve() == run.resolve():
-        chat = "make chat"
+        chat = "make chat" if Path.cwd() == ROOT else with_python(page)
     else:
-        page = ROOT / "inference" / "gradio_chatbot.py"
-        named = [f"{name}={shown(folder)}" for name, folder in models.items()]
-        chat = shlex.join([shown(sys.executable), shown(page), "--path", *named])
+        chat = with_python(page, "--path", *(f"{name}={shown(folder)}" for name, folder in models.items()))
     print(f"\nReport:           {report(run)}")
     if len(models) > 1:
         print(f"Chat with it:     {chat}")
