@@ -73,3 +73,16 @@ def test_commands_in_messages_can_be_pasted(home, monkeypatch):
         program, *words = shlex.split(str(error.value).rpartition(": ")[2])
         assert Path(program).is_file() and word in words
     assert Path(shlex.split(folders.installing("x"))[-1]).is_file()
+
+
+def test_a_runs_folder_in_a_models_or_steps_place_names_what_lies_in_it(home):
+    for folder in ("run/step1", "run/step2", "run/step3/actor"):
+        (home / folder).mkdir(parents=True)
+        (home / folder / "config.json").write_text("{}")
+    (home / "run" / "step2" / "summary.json").write_text("{}")
+    with pytest.raises(UserError, match=r"no config.json\); .*in it: run/step1, run/step2, run/step3/actor$"):
+        inputs.check_model_path("run", "--path")
+    with pytest.raises(UserError, match="no summary.json.; give the step's folder: run/step2$"):
+        folders.step_folder("run", "step2")
+    with pytest.raises(UserError, match=r"no summary.json\)$"):
+        folders.step_folder("run", "step1")

@@ -258,7 +258,8 @@ def step_folder(path: str, step: str) -> Path:
     if not folder.is_dir():
         raise UserError(f"--path {path}: no such folder")
     if not is_finished(folder):
-        raise UserError(f"--path {path}: {step} has not finished there (no summary.json)")
+        instead = f"; give the step's folder: {shown(folder / step)}" if is_finished(folder / step) else ""
+        raise UserError(f"--path {path}: {step} has not finished there (no summary.json){instead}")
     summary = read_object(folder / "summary.json")
     if (of := next((name for name, key in SAYS.items() if key in summary), step)) != step:
         program = f"{Path(STEPS[of]).parent}/evaluate.py"

@@ -104,7 +104,9 @@ def _check_model_path(name_or_path: str, flag: str, weights: bool) -> None:
                 raise UserError(f"{flag} {name_or_path}: the file is no GGUF file, or damaged")
     elif path.is_dir():
         if not (path / "config.json").is_file():
-            raise UserError(f"{flag} {name_or_path}: the folder holds no model (no config.json)")
+            inside = sorted(shown(found.parent) for of in ("*", "*/actor") for found in path.glob(f"{of}/config.json"))
+            instead = f"; a run's or a step's has some in it: {', '.join(inside)}" if inside else ""
+            raise UserError(f"{flag} {name_or_path}: the folder holds no model (no config.json){instead}")
         if _of_another_project(path):
             raise UserError(
                 f"{flag} {name_or_path}: a reward model as DeepSpeed-Chat or OpenAssistant save it; convert it once: "
