@@ -244,6 +244,14 @@ def test_threads_of_each_level_are_openmps(threads, monkeypatch):
     assert not environment.wrong_variable()
 
 
+def test_a_user_without_a_home_folder_is_told(monkeypatch):
+    """As a container's, whose number no one has entered."""
+    monkeypatch.delenv("HOME")
+    assert not environment.wrong_variable()
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    assert environment.wrong_variable().endswith("set HOME")
+
+
 @pytest.mark.parametrize("program", [p for p in PROGRAMS if p not in (REPORT, "benchmarks/memory_plan.py")])
 def test_every_program_looks_at_the_variables_first(program, answer):
     result = answer(program, "", WORLD_SIZE="abc")

@@ -86,3 +86,15 @@ def test_a_runs_folder_in_a_models_or_steps_place_names_what_lies_in_it(home):
         folders.step_folder("run", "step2")
     with pytest.raises(UserError, match=r"no summary.json\)$"):
         folders.step_folder("run", "step1")
+
+
+def test_a_folder_that_no_flag_has_named_says_what_names_another(home, monkeypatch):
+    (home / "file").touch()
+    monkeypatch.setenv("TRIPOD_OUTPUT", "~/file")
+    monkeypatch.setenv("TRIPOD_CACHE", "~/file")
+    with pytest.raises(UserError, match=f"{home}/file can not be made: File exists; .*--output_dir, or TRIPOD_OUTPUT"):
+        folders.new_run_dir("run")
+    with pytest.raises(UserError, match=f"{home}/file can not be made: .*TRIPOD_CACHE"):
+        folders.make_dir(folders.cache_dir(), folders.CACHE_FOLDER)
+    monkeypatch.delenv("TRIPOD_CACHE")
+    assert folders.cache_dir() == Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "tripod"

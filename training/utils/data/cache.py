@@ -34,7 +34,7 @@ def cache_root(data_output_path: str) -> Path:
     """Where tokenised data lies: ``--data_output_path``, else the user's cache folder."""
     if data_output_path:
         return Path(data_output_path).expanduser()
-    return cache_dir().expanduser() / "data"
+    return cache_dir() / "data"
 
 
 def code_version() -> str:

