@@ -222,12 +222,8 @@ def rollout(sizes: Sizes, folder: Path) -> dict[str, Any]:
     bounds = rollouts.machine_bounds(DTYPES[bench.dtype], bench.device)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    figures: dict[str, Any] = {
-        "bandwidth": bounds[0],
-        "operations": bounds[1],
-        "dtype": bench.dtype,
-        "rows": sizes.rows,
-    }
+    figures: dict[str, Any] = {"bandwidth": bounds[0], "operations": bounds[1], "dtype": bench.dtype}
+    figures["rows"] = sizes.rows
     for name, stops in {"one length": (), "mixed lengths": often}.items():
         request = bench.request(0, stops)
         measured = rollouts.measure(compared, request, SamplingConfig(sizes.response), sizes.steps, time.perf_counter)
@@ -295,13 +291,8 @@ def step2(sizes: Sizes, folder: Path) -> dict[str, Any]:
 
     seconds = _train(bench, engine, loss, float(sizes.rows))
     speed = [sizes.rows / taken for taken in seconds]
-    return {
-        "dtype": bench.dtype,
-        "seconds": seconds,
-        "pairs_per_second": speed,
-        "tokens_per_pair": 2 * length,
-        "peak_gib": bench.peak_gib(),
-    }
+    figures = {"dtype": bench.dtype, "seconds": seconds, "pairs_per_second": speed, "tokens_per_pair": 2 * length}
+    return figures | {"peak_gib": bench.peak_gib()}
 
 
 def _groups(bench: Bench, **flags: Any) -> list[Any]:
@@ -342,13 +333,9 @@ def step3(sizes: Sizes, folder: Path) -> dict[str, Any]:
         seconds.append(taken)
         records.append({name: v for name, v in metrics.items() if name.split("/")[0] in ("time", "rollout", "policy")})
     assert records[0]["rollout/tokens"] == sizes.rows * sizes.response, "an answer ended before its length"
-    return {
-        "dtype": bench.dtype,
-        "seconds": seconds[1:],
-        "answers_per_second": [sizes.rows / taken for taken in seconds[1:]],
-        "records": records,
-        "phases": trainer.phases.summary(),
-    }
+    speed = [sizes.rows / taken for taken in seconds[1:]]
+    figures = {"dtype": bench.dtype, "seconds": seconds[1:], "answers_per_second": speed}
+    return figures | {"records": records, "phases": trainer.phases.summary()}
 
 
 def shared(sizes: Sizes, folder: Path) -> dict[str, Any]:
@@ -440,13 +427,5 @@ def memory(sizes: Sizes, folder: Path) -> dict[str, Any]:
     return {"rows": rows}
 
 
-STAGES: dict[str, Callable[[Sizes, Path], dict[str, Any]]] = {
-    "rollout": rollout,
-    "step1": step1,
-    "step2": step2,
-    "step3": step3,
-    "shared": shared,
-    "host": host,
-    "tests": tests,
-    "memory": memory,
-}
+_ALL: tuple[Callable[[Sizes, Path], dict[str, Any]], ...] = (rollout, step1, step2, step3, shared, host, tests, memory)
+STAGES = {stage.__name__: stage for stage in _ALL}

@@ -12,7 +12,6 @@ from typing import Any
 from training.pipeline.own_data import START
 from training.pipeline.paths import path_seen, seen
 from training.pipeline.rounds import RoundArguments
-from training.pipeline.shared_flags import given_flags
 from training.report.page import REPORT
 from training.utils import arguments
 from training.utils.arguments import DEMO, flags_in
@@ -185,7 +184,8 @@ def taken_up(groups: Sequence[Any], argv: Sequence[str]) -> Asked:
     given = flags_in(argv)
     own_rounds = [] if "step" in given or options.pipeline != DEFAULT_PIPELINE else [rounds]  # with its own steps alone
     _take_over(manifest, [inputs, *own_rounds], given, options.pipeline)
-    shared = manifest["shared"] | given_flags(every)  # a run goes on with its own data, and its own recipe
+    asked_of_all = {name: value for name, value in vars(every).items() if value is not None}
+    shared = manifest["shared"] | asked_of_all  # a run goes on with its own data, and its own recipe
     if "step" not in given:
         passed = [NUMBERS[name] for name in _left_out(manifest, options.pipeline)]
         options.step = [number for number in options.step if number not in passed]

@@ -44,11 +44,6 @@ def parse_step(name: str, argv: Sequence[str]) -> list[Any]:
         raise UserError(f"{title(name)}: {error}") from None
 
 
-def given_flags(shared: Any) -> dict[str, Any]:
-    """The flags of `SharedArguments` that were given, with their values."""
-    return {name: value for name, value in vars(shared).items() if value is not None}
-
-
 def refuse_flags_of_some_steps(argv: Sequence[str], known: Sequence[type]) -> None:
     """Say where a flag belongs that only some steps have.
 
