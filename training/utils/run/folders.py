@@ -207,10 +207,11 @@ def point_latest(run: Path) -> None:
     if run.absolute().parent != root:
         return
     check_latest(run.absolute())
-    scratch = root / f".{LATEST}-{os.getpid()}"
-    scratch.unlink(missing_ok=True)
-    scratch.symlink_to(run.name)
-    os.replace(scratch, root / LATEST)
+    scratch = root / f".{LATEST}.new"
+    scratch.unlink(missing_ok=True)  # of a program that was killed
+    with contextlib.suppress(FileExistsError, FileNotFoundError):  # two programs at once: either's run is the newest
+        scratch.symlink_to(run.name)
+        os.replace(scratch, root / LATEST)
 
 
 def runs_newest_first() -> list[Path]:
