@@ -206,8 +206,7 @@ class Scoring:
         held = ppo.clipped(reward, flags.clip_reward)
         scores = ppo.sequence_scores(held, ended, missing_eos_penalty=flags.missing_eos_penalty)
         scores = scores.masked_fill(~finite, 0.0)
-        kl_coef = 0.0 if flags.advantage == "grpo" else flags.kl_coef
-        rewards = ppo.token_rewards(own, reference, scores, mask, kl_coef=kl_coef)
+        rewards = ppo.token_rewards(own, reference, scores, mask, kl_coef=flags.kl_coef * (flags.advantage != "grpo"))
         blank = torch.zeros_like(rewards)  # until advantages are
         experience = Experience(
             rollout.input_ids,
