@@ -99,6 +99,12 @@ def test_it_is_what_the_program_does(whole, models, tiny_data, tmp_path):
         assert {name: ours[name] for name in SAME} == {name: theirs[name] for name in SAME}
 
 
+def test_who_may_read_what_was_saved_is_who_the_user_allows(whole):
+    for role in ("actor", "critic"):
+        modes = {path.stat().st_mode for path in (whole[1] / f"{role}_optimizer").iterdir()}
+        assert len(modes) == 1, role
+
+
 def test_a_reward_function_draws_the_same_numbers_in_each_run(models, tiny_data, tmp_path):
     file = tmp_path / "lot.py"
     body = "def draw(prompts, answers, rows):\n    return [random.random() + numpy.random.rand() for _ in answers]\n"

@@ -200,6 +200,7 @@ class PPO:
         target.mkdir(parents=True, exist_ok=True)
         scratch = target / f".rank{rank()}.saving"
         save_file(dict(engine_state.engine_tensors(engine)), scratch)
+        scratch.chmod(target.stat().st_mode & 0o666)  # safetensors leaves it to its owner, whatever the umask says
         counters = json.dumps({"ranks": world_size(), **engine_state.engine_counters(engine)})
         barrier()
         os.replace(scratch, target / f"rank{rank()}.safetensors")
