@@ -174,6 +174,8 @@ def check_later(steps: Sequence[Step], ranks: int, on_this_host: int) -> None:
         UserError: one would refuse them.
     """
     later = [step for step in steps if not is_finished(step.directory)][1:]
+    if later:
+        print(f"asking {' and '.join(title(step.name) for step in later)} about flags and models ...", flush=True)
     with ThreadPoolExecutor() as pool:
         answers = pool.map(lambda step: _plan(step, ranks, on_this_host, capture_output=True, text=True), later)
     for step, answer in zip(later, answers, strict=True):
