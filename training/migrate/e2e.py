@@ -154,7 +154,7 @@ def script_flags(
     if (deployment, size) not in SCRIPTS[step]:
         return None
     ours = OURS[f"step{step}"]
-    paths = [f"--{name}" for name in GIVEN[f"step{step}"] if name != "plan"]  # train.py gives them
+    paths = [f"--{name}" for name in GIVEN[f"step{step}"]]  # train.py gives them
     command = ["deepspeed --num_gpus", str(ranks), ours.script, *(f"{flag} PATH" for flag in paths)]
     made = translate(" ".join([*command, SCRIPTS[step][deployment, size]]), source)
     words, flags = list(made.arguments), dict[str, list[str]]()

@@ -29,7 +29,7 @@ from training.utils.run.folders import (
     repository_root,
 )
 from training.utils.run.manifest import MANIFEST, describe_environment, hash_inputs, read_manifest
-from training.utils.run.recipes import GIVEN, read_recipe
+from training.utils.run.recipes import GIVEN, PLAN, read_recipe
 
 ACTOR = "--actor_model_name_or_path"
 REWARD = "--reward_model_name_or_path"
@@ -112,7 +112,7 @@ def own_args(name: str, text: str) -> list[str]:
         raise UserError(f"--{name}_args: {tokens[0]} stands before the first flag, and belongs to none")
     for token in tokens:
         flag = token.partition("=")[0].removeprefix("--").replace("-", "_")
-        if token.startswith("--") and flag in GIVEN[name]:
+        if token.startswith("--") and flag in (*GIVEN[name], PLAN):
             raise UserError(
                 f"--{name}_args: --{flag} is given by train.py; see its own flags for models, --output_dir and --plan"
             )

@@ -16,11 +16,12 @@ from training.utils.run.inputs import names_input
 
 # What train.py itself gives each step; a recipe may name the models that steps 1, 2 and DPO start from.
 GIVEN = {
-    "step1": ("output_dir", "plan", "model_name_or_path"),
-    "step2": ("output_dir", "plan", "model_name_or_path"),
-    "dpo": ("output_dir", "plan", "model_name_or_path"),
-    "step3": ("output_dir", "plan", "actor_model_name_or_path", "critic_model_name_or_path"),
+    "step1": ("output_dir", "model_name_or_path"),
+    "step2": ("output_dir", "model_name_or_path"),
+    "dpo": ("output_dir", "model_name_or_path"),
+    "step3": ("output_dir", "actor_model_name_or_path", "critic_model_name_or_path"),
 }
+PLAN = "plan"  # of a step alone it would end the run there
 
 _NO_FILES = ("", DEMO, EMBEDDED, "none")  # values of such flags with a meaning of their own
 MERGE = "tag:yaml.org,2002:merge"  # the key <<, which takes over another mapping's flags
@@ -56,8 +57,8 @@ def read_recipe(name: str) -> tuple[str, dict[str, dict[str, Any]]]:
         if not isinstance(flags, dict | None):
             raise UserError(f"--recipe {path}: section {section} holds no flags, as in: learning_rate: 1e-5")
         for flag, value in (flags or {}).items():
-            reserved = GIVEN[section] if section == "step3" else GIVEN[section][:2]
-            if flag in reserved:
+            reserved = GIVEN[section] if section == "step3" else GIVEN[section][:1]
+            if flag in (*reserved, PLAN):
                 raise UserError(f"--recipe {path}: {section} gets --{flag} from train.py")
             if isinstance(value, dict):
                 raise UserError(f"--recipe {path}: {section}: {flag} can not hold a section")
