@@ -202,12 +202,14 @@ def settle_requests(model: str) -> None:
     )
 
     def validated(handler: Any, body: dict[str, Any]) -> None:
+        """Refuse what is not served, with status 400, and settle what is."""
         if reason := refusal(body, NEEDED.get(type(handler).__name__, "")):
             raise HTTPException(400, reason)
         settle(body)
         validate(handler, body)
 
     def configured(handler: Any, body: dict[str, Any], saved: Any, use_cb: bool = False) -> Any:
+        """How a request is answered: its own seed, length, biases of tokens, and sampling where it asks for that."""
         SEED.set(body.pop("seed", None))  # the server would set it now, in the midst of another's answer
         config = configure(handler, body, saved, use_cb=use_cb)
         config.max_new_tokens = config.max_new_tokens or LONGEST
@@ -218,6 +220,7 @@ def settle_requests(model: str) -> None:
         return config
 
     def pinned(asked: str) -> str:
+        """The name of the one model that is served; another one is refused."""
         if str(asked).partition("@")[0] != model:
             raise HTTPException(400, f"{model} alone is served here")
         return named(asked)
@@ -267,10 +270,12 @@ def settle_answers() -> None:
         manager.submit(*((torch.seed,) if seed is None else (torch.manual_seed, seed)))
 
     def streamed(manager: Any, model: Any, processor: Any, inputs: Any, config: Any, **more: Any) -> Any:
+        """An answer piece by piece; the server itself ends it when its client leaves."""
         begin(manager, model, inputs, config)
         return stream(manager, model, processor, inputs, config, **more)
 
     async def answered(manager: Any, model: Any, processor: Any, inputs: Any, config: Any, **more: Any) -> Any:
+        """A whole answer, which ends early when its client leaves."""
         gone = threading.Event()
 
         def ends(ids: Any, scores: Any, **kwargs: Any) -> Any:

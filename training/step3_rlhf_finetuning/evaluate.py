@@ -401,6 +401,18 @@ def all_judges(
     return judged
 
 
+def judge_model(name: str) -> str:
+    """The folder of a second reward model that judges; empty without one.
+
+    Raises:
+        UserError: there is none, or no reward model.
+    """
+    path = loading.resolve_model(name, "--judge_model_name_or_path") if name else ""
+    if path:
+        classifiers.check_reward_head(path)
+    return path
+
+
 def main(argv: Sequence[str]) -> int:
     """Evaluate; returns the exit code. See the module's docstring for what it writes."""
     args, step, data = parse_flags(argv)
@@ -414,10 +426,7 @@ def main(argv: Sequence[str]) -> int:
     actor_path = loading.resolve_model(str(folder / "actor"), "--path")
     sources = sources_of_the_run(step, recorded, folder)
     tuned = {"rlhf": actor_path} | dpo_of_the_run(step.dpo_model_name_or_path, folder)
-    judge_path = ""
-    if step.judge_model_name_or_path:
-        judge_path = loading.resolve_model(step.judge_model_name_or_path, "--judge_model_name_or_path")
-        classifiers.check_reward_head(judge_path)
+    judge_path = judge_model(step.judge_model_name_or_path)
     longest = step.max_answer_seq_len or rollout.max_answer_seq_len
     chosen_data = evaluation_programs.data_arguments(data, recorded[arguments.DataArguments], folder)
     flags = chosen_data, recorded[arguments.DataArguments]

@@ -48,17 +48,17 @@ from training.step3_rlhf_finetuning import outputs, settings  # noqa: E402
 from training.step3_rlhf_finetuning.evaluation import load_eval_functions  # noqa: E402
 from training.step3_rlhf_finetuning.held_out import open_evaluation  # noqa: E402
 from training.step3_rlhf_finetuning.plan import show_rlhf_plan  # noqa: E402
-from training.step3_rlhf_finetuning.ppo_trainer import build_trainer  # noqa: E402
+from training.step3_rlhf_finetuning.ppo_trainer import PPOTrainer, build_trainer  # noqa: E402
 from training.step3_rlhf_finetuning.pretraining_mix import PretrainingMix  # noqa: E402
 from training.utils.checkpoint.resume import resume_output_dir  # noqa: E402
 from training.utils.engine import precision  # noqa: E402
 from training.utils.metrics import progress_bar  # noqa: E402
 
 
-def pretraining_mix(o: settings.Opened) -> PretrainingMix | None:
-    """What the actor's steps learn beside the answers, None without ``--unsupervised_data_path``."""
+def loaded_trainer(o: settings.Opened) -> PPOTrainer:
+    """Every role of the run, with what the actor's steps learn beside the answers by ``--unsupervised_data_path``."""
     train = o.flags.train
-    return o.mix and PretrainingMix(
+    mix = o.mix and PretrainingMix(
         o.mix,
         train.unsup_coef,
         rows=o.run.batches["rows per step"],
@@ -66,6 +66,18 @@ def pretraining_mix(o: settings.Opened) -> PretrainingMix | None:
         pad_id=o.models.tokenizer.pad_token_id,
         device=o.device,
         seed=train.seed,
+    )
+    return build_trainer(
+        o.flags,
+        o.models,
+        o.training,
+        len(o.schedule),
+        o.device,
+        o.output_dir,
+        phases=o.phases,
+        pretraining=mix,
+        before_update=o.run.stop_if_asked,
+        guard=o.run.guard,
     )
 
 
@@ -82,18 +94,7 @@ def main(argv: Sequence[str]) -> int:
         return show_rlhf_plan(models, flags)
     opened = settings.open_run(argv, flags, models)
     run, phases, output_dir = opened.run, opened.phases, opened.output_dir
-    trainer = build_trainer(
-        opened.flags,
-        models,
-        opened.training,
-        len(opened.schedule),
-        opened.device,
-        output_dir,
-        phases=phases,
-        pretraining=pretraining_mix(opened),
-        before_update=run.stop_if_asked,
-        guard=run.guard,
-    )
+    trainer = loaded_trainer(opened)
     roles = trainer.roles
     phases.end("load")
 
