@@ -102,7 +102,8 @@ def main(
     Args:
         argv: the flags.
         launcher: what starts a step instead of ``deepspeed``, for tests.
-        scripts: the steps' programs, relative to the repository, by the names of `STEPS`.
+        scripts: the steps' programs, relative to the repository, by the names of `STEPS`; given ones are not asked
+            before the first of them starts.
         programs: the rounds' likewise, by the names of `training.pipeline.rounds.PROGRAMS`.
 
     Raises:
