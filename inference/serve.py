@@ -183,6 +183,20 @@ class Leaving:
             listening.cancel()
 
 
+def understood(handle: Any) -> Any:
+    """A handler that says so where the server fails at what it reads: a template, or a value of another type."""
+    from fastapi import HTTPException
+    from jinja2 import TemplateError
+
+    async def handled(handler: Any, body: dict[str, Any], request_id: str) -> Any:
+        try:
+            return await handle(handler, body, request_id)
+        except (ValueError, TypeError, LookupError, AttributeError, TemplateError) as error:
+            raise HTTPException(400, f"not understood: {type(error).__name__}: {error}") from error
+
+    return handled
+
+
 def settle_requests(model: str) -> None:
     """Make transformers' server refuse what it would leave unheard, sample where it is asked to, and keep to a model.
 
@@ -190,7 +204,6 @@ def settle_requests(model: str) -> None:
         model: the one that is served, as the server calls it.
     """
     from fastapi import HTTPException
-    from jinja2 import TemplateError
     from transformers.cli.serving import chat_completion, completion, response, server
     from transformers.cli.serving.model_manager import ModelManager
     from transformers.cli.serving.utils import BaseHandler
@@ -224,17 +237,6 @@ def settle_requests(model: str) -> None:
         if str(asked).partition("@")[0] != model:
             raise HTTPException(400, f"{model} alone is served here")
         return named(asked)
-
-    def understood(handle: Any) -> Any:
-        """A handler that says so where the server fails at what it reads: a template, or a value of another type."""
-
-        async def handled(handler: Any, body: dict[str, Any], request_id: str) -> Any:
-            try:
-                return await handle(handler, body, request_id)
-            except (ValueError, TypeError, LookupError, AttributeError, TemplateError) as error:
-                raise HTTPException(400, f"not understood: {type(error).__name__}: {error}") from error
-
-        return handled
 
     for kind in (chat_completion.ChatCompletionHandler, completion.CompletionHandler, response.ResponseHandler):
         kind.handle_request = understood(kind.handle_request)
