@@ -31,7 +31,7 @@ from training.utils.engine import engine as engines
 from training.utils.engine.zero_config import deepspeed_config
 from training.utils.errors import run_program
 from training.utils.generation.engines import rollout_backend
-from training.utils.generation.requests import RolloutRequest
+from training.utils.generation.rollouts import RolloutRequest
 from training.utils.generation.sampling import SamplingConfig
 from training.utils.model import loading
 from training.utils.model.language_modelling import negative_log_likelihood

@@ -48,7 +48,7 @@ from training.utils.engine.states import resting_bytes, states_on_host
 from training.utils.engine.zero_config import DTYPES, deepspeed_config
 from training.utils.errors import UserError
 from training.utils.generation.engines import FastBackend, HfBackend
-from training.utils.generation.requests import RolloutRequest
+from training.utils.generation.rollouts import RolloutRequest
 from training.utils.generation.sampling import SamplingConfig
 from training.utils.model import classifiers, loading
 from training.utils.model.forward import TokenScorer, response_log_probs

@@ -36,9 +36,9 @@ def make_batch(arguments: argparse.Namespace, vocabulary: int, device: Any) -> t
 def policies(arguments: argparse.Namespace, path: str, lora: bool) -> Callable[[], None]:
     """Build actor and reference, score with both, update the actor."""
     from training.step3_rlhf_finetuning.arguments import OptimizationArguments, RoleArguments, RoleZeroArguments
-    from training.step3_rlhf_finetuning.forward import rollout_log_probs
     from training.step3_rlhf_finetuning.roles import Build, build_actor
     from training.utils.engine import engine as engines
+    from training.utils.generation.rollouts import rollout_log_probs
     from training.utils.run.distributed import init_distributed
 
     device = init_distributed()
@@ -67,7 +67,7 @@ def policies(arguments: argparse.Namespace, path: str, lora: bool) -> Callable[[
 
 def logits(arguments: argparse.Namespace, path: str, responses_only: bool) -> Callable[[], None]:
     """Log-probs of the responses of one batch and their gradient; the model is there before."""
-    from training.step3_rlhf_finetuning.forward import rollout_log_probs
+    from training.utils.generation.rollouts import rollout_log_probs
     from training.utils.model.loading import load_causal_lm
     from training.utils.run.distributed import init_distributed
 

@@ -4,7 +4,7 @@
     OMP_NUM_THREADS=1 python benchmarks/optimizer_step.py --dtype bf16
     OMP_NUM_THREADS=1 python benchmarks/optimizer_step.py --rounds 5 --json step.json
 
-Each of full training and LoRA takes the plain step (`training.utils.engine.plain`) and ZeRO 1 in
+Each of full training and LoRA takes the plain step (`training.utils.engine.engine.plain_adamw`) and ZeRO 1 in
 turn, every time in a process of its own that trains a few steps on the same random rows. Seconds are of all threads,
 user and system, so other work on the machine hardly counts; those of the first step, which makes the moments, are left
 out.

@@ -35,7 +35,7 @@ from training.utils.engine.zero_config import DTYPES, frozen_config
 from training.utils.errors import run_program
 from training.utils.generation.decode_loop import seconds_since
 from training.utils.generation.engines import FastBackend, HfBackend
-from training.utils.generation.requests import RolloutBatch, RolloutRequest
+from training.utils.generation.rollouts import RolloutBatch, RolloutRequest
 from training.utils.generation.sampling import SamplingConfig
 from training.utils.model.loading import load_causal_lm, resolve_model
 from training.utils.model.tokenizer import load_tokenizer

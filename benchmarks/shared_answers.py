@@ -27,11 +27,11 @@ prepare_runtime()
 
 import torch  # noqa: E402
 
-from training.step3_rlhf_finetuning import forward, prompts  # noqa: E402
+from training.step3_rlhf_finetuning import prompts  # noqa: E402
 from training.utils.arguments import DataArguments  # noqa: E402
 from training.utils.data import prepare_data, spread_rows, stop_token_ids  # noqa: E402
+from training.utils.generation import rollouts  # noqa: E402
 from training.utils.generation.engines import rollout_backend  # noqa: E402
-from training.utils.generation.requests import RolloutBatch  # noqa: E402
 from training.utils.generation.sampling import SamplingConfig  # noqa: E402
 from training.utils.model.forward import response_log_probs  # noqa: E402
 from training.utils.model.loading import load_causal_lm, resolve_model  # noqa: E402
@@ -42,7 +42,7 @@ Piece = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # ids and attention mas
 WAYS = ("all columns", "columns with a token", "answers behind their prompt", "and prompts behind what all begin with")
 
 
-def rollouts(model: Any, path: str, arguments: argparse.Namespace) -> list[RolloutBatch]:
+def answered(model: Any, path: str, arguments: argparse.Namespace) -> list[rollouts.RolloutBatch]:
     """Answers to prompts of the demo, spread over the file."""
     tokenizer, samples = load_tokenizer(path), arguments.samples_per_prompt
     with tempfile.TemporaryDirectory() as scratch:
@@ -64,11 +64,11 @@ def ways(model: Any, sharing: Sharing) -> dict[str, tuple[Callable[[Piece], torc
     def whole(piece: Piece) -> torch.Tensor:
         """As the rollout has them."""
         ids, attention_mask, mask = piece
-        return response_log_probs(model, ids, attention_mask, forward.full_response_mask(mask, ids.shape[1]))[0]
+        return response_log_probs(model, ids, attention_mask, rollouts.full_response_mask(mask, ids.shape[1]))[0]
 
     def tokens(piece: Piece, kind: Sharing | None) -> int:
-        """Of rows as `forward.seen` gives them."""
-        rows = forward.seen(*piece, kind)
+        """Of rows as `rollouts.seen` gives them."""
+        rows = rollouts.seen(*piece, kind)
         return (rows.ids if rows.shared is None else rows.shared["shared_ids"]).numel()
 
     def trimmed(kind: Sharing | None) -> tuple[Callable[[Piece], torch.Tensor], Callable[[Piece], int]]:
@@ -77,7 +77,7 @@ def ways(model: Any, sharing: Sharing) -> dict[str, tuple[Callable[[Piece], torc
         def log_probs(piece: Piece) -> torch.Tensor:
             """Of the micro-batch's answers."""
             ids, attention_mask, mask = piece
-            return forward.rollout_log_probs(model, ids, attention_mask, mask, 1.0, sharing=kind)[0]
+            return rollouts.rollout_log_probs(model, ids, attention_mask, mask, 1.0, sharing=kind)[0]
 
         return log_probs, lambda piece: tokens(piece, kind)
 
@@ -109,12 +109,12 @@ def main(argv: Sequence[str]) -> None:
     torch.set_num_threads(arguments.threads)
     path = resolve_model(arguments.model_name_or_path)
     model = load_causal_lm(path, dtype=arguments.dtype).eval()
-    batches = rollouts(model, path, arguments)
+    batches = answered(model, path, arguments)
     sharing = Sharing(8192, model.config.get_text_config().hidden_size)
     pieces = [
         (batch.input_ids[piece], batch.attention_mask[piece], batch.response_mask[piece])
         for batch in batches
-        for piece in forward.row_slices(arguments.micro_batch, len(batch.input_ids))
+        for piece in rollouts.row_slices(arguments.micro_batch, len(batch.input_ids))
     ]
     real = sum(int(piece[1].sum()) for piece in pieces)
     all_ways = ways(model, sharing)

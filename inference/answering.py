@@ -20,7 +20,7 @@ from training.utils.data.formats.columns import convert, parse_column_map
 from training.utils.data.formats.conversations import demonstration
 from training.utils.errors import UserError
 from training.utils.generation.engines import rollout_backend
-from training.utils.generation.requests import RolloutBackend, RolloutRequest, has_ended, response_texts
+from training.utils.generation.rollouts import RolloutBackend, RolloutRequest, has_ended, response_texts
 from training.utils.generation.sampling import SamplingConfig
 from training.utils.generation.vllm import VllmBackend, VllmOptions
 from training.utils.generation.vllm_python import find_vllm

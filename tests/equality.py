@@ -30,7 +30,6 @@ from tests.utils.engine.engine_checks import ROWS, TINY_SHARDS, collate, divided
 from training.step2_dpo_finetuning.pairs import Preferences, answer_log_probs, answer_tokens
 from training.step2_reward_model_finetuning.pairs import score_pairs
 from training.step2_reward_model_finetuning.preference import bradley_terry_loss
-from training.step3_rlhf_finetuning.forward import rollout_log_probs
 from training.step3_rlhf_finetuning.ppo_trainer import PPOTrainer
 from training.step3_rlhf_finetuning.prompts import deal
 from training.step3_rlhf_finetuning.roles import (
@@ -46,7 +45,7 @@ from training.utils.engine import engine as engines
 from training.utils.engine.frozen import load_reference
 from training.utils.engine.sequence_parallel import ULYSSES
 from training.utils.engine.zero_config import deepspeed_config
-from training.utils.generation.requests import RolloutBackend, RolloutBatch, RolloutRequest
+from training.utils.generation.rollouts import RolloutBackend, RolloutBatch, RolloutRequest, rollout_log_probs
 from training.utils.generation.sampling import SamplingConfig
 from training.utils.model import classifiers, loading
 from training.utils.model.forward import TokenScorer

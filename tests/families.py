@@ -24,7 +24,7 @@ from tests.utils.engine.engine_checks import collate, fixed_rows
 from training.utils.arguments import LoraArguments
 from training.utils.errors import UserError
 from training.utils.generation.engines import rollout_backend
-from training.utils.generation.requests import RolloutRequest
+from training.utils.generation.rollouts import RolloutRequest
 from training.utils.generation.sampling import SamplingConfig
 from training.utils.model import classifiers, export, loading
 from training.utils.model.forward import TokenScorer, response_log_probs

@@ -35,7 +35,7 @@ from training.step3_rlhf_finetuning.roles import (
 from training.utils.engine import engine as engines
 from training.utils.engine.zero_config import deepspeed_config
 from training.utils.generation.engines import rollout_backend
-from training.utils.generation.requests import RolloutRequest
+from training.utils.generation.rollouts import RolloutRequest
 from training.utils.generation.sampling import SamplingConfig
 from training.utils.model import loading
 from training.utils.model.export import full_state_dict

@@ -11,7 +11,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from tests.step3.hybrid_checks import build, prompts, request, train_two_steps
 from training.step3_rlhf_finetuning import hybrid_engine
-from training.step3_rlhf_finetuning.forward import score_log_probs
 from training.step3_rlhf_finetuning.hybrid_engine import HybridEngine
 from training.step3_rlhf_finetuning.roles import build_actor, generation_backend
 from training.utils.checkpoint.engine_state import parts as parts_of
@@ -19,6 +18,7 @@ from training.utils.engine.engine import gathered
 from training.utils.engine.states import adam_of, flat_partitions
 from training.utils.generation import decode_loop
 from training.utils.generation.engines import rollout_backend
+from training.utils.generation.rollouts import score_log_probs
 from training.utils.generation.sampling import SamplingConfig
 from training.utils.memory import generation
 from training.utils.model.lora import lora_layers

@@ -30,7 +30,7 @@ from training.step3_rlhf_finetuning.reward_sources import FunctionReward, Reward
 from training.utils.data import render
 from training.utils.errors import UserError
 from training.utils.generation.engines import rollout_backend
-from training.utils.generation.requests import RolloutBatch
+from training.utils.generation.rollouts import RolloutBatch
 from training.utils.generation.sampling import SamplingConfig
 from training.utils.model.classifiers import load_classifier, scores_tokens
 from training.utils.model.loading import load_causal_lm

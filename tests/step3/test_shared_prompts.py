@@ -9,8 +9,8 @@ from tests.marks import slow
 from tests.step3.hybrid_checks import save_tiny_reward_model
 from tests.step3.test_trajectories import assert_same, timeless
 from tests.step3.trajectory_checks import record, replayed
-from training.step3_rlhf_finetuning import forward
 from training.utils.errors import UserError
+from training.utils.generation import rollouts
 from training.utils.sharing.rows import Sharing, tree_mask
 
 ALWAYS = Sharing(1 << 20, 1 << 20)  # where it saves a token
@@ -32,7 +32,7 @@ def rollout():
 
 def test_shared_rows_hold_every_answer_in_the_columns_of_the_rollout():
     ids, mask, response = rollout()
-    shared = forward.behind_prompts(ids, mask, response, ALWAYS)
+    shared = rollouts.behind_prompts(ids, mask, response, ALWAYS)
     assert len(shared["shared_ids"]) == 3 and (shared["shared_mask"] > 0).sum() < mask.sum()
     own, real = (shared["shared_row"][:, None], shared["shared_columns"]), mask == 1
     assert torch.equal(shared["shared_ids"][own][real], ids[real])
@@ -47,22 +47,22 @@ def test_shared_rows_hold_every_answer_in_the_columns_of_the_rollout():
 
 @pytest.mark.parametrize("sharing", [None, Sharing(1, 1 << 20)])
 def test_rows_stay_alone_where_a_model_can_not_share_or_its_window_is_shorter(sharing):
-    assert forward.behind_prompts(*rollout(), sharing) is None
+    assert rollouts.behind_prompts(*rollout(), sharing) is None
 
 
 def test_one_answer_to_a_prompt_stays_alone():
     ids, mask, response = (part[[0, 1, 3]] for part in rollout())
-    assert forward.behind_prompts(ids, mask, response, ALWAYS) is None
+    assert rollouts.behind_prompts(ids, mask, response, ALWAYS) is None
 
 
 def test_columns_without_a_token_are_left_out():
     ids, mask, response = (part[[1, 3, 5]] for part in rollout())  # prompts of one and two tokens, padded to three
-    rows = forward.seen(ids, mask, response, None)
+    rows = rollouts.seen(ids, mask, response, None)
     assert rows.ids.tolist() == [[0, 21, 3, 4, 5], [31, 32, 6, 0, 0], [0, 21, 7, 0, 0]] and rows.start == 2
-    rows = forward.seen(ids[1:], mask[1:], response[1:], None)
+    rows = rollouts.seen(ids[1:], mask[1:], response[1:], None)
     assert rows.ids.tolist() == [[31, 32, 6], [0, 21, 7]] and rows.mask.tolist() == [[True], [True]]
     empty = torch.zeros_like(response[:1])
-    rows = forward.seen(ids[:1], mask[:1] * torch.tensor([1, 1, 1, 0, 0, 0]), empty, None)
+    rows = rollouts.seen(ids[:1], mask[:1] * torch.tensor([1, 1, 1, 0, 0, 0]), empty, None)
     assert rows.ids.tolist() == [[21, 3]] and rows.mask.tolist() == [[False]], "the backward needs a column"
 
 
@@ -81,14 +81,14 @@ def recorded(models):
 
 def how_often(monkeypatch):
     """Counts (forwards with shared rows, forwards without)."""
-    counts, behind_prompts = [0, 0], forward.behind_prompts
+    counts, behind_prompts = [0, 0], rollouts.behind_prompts
 
     def counted(*args):
         shared = behind_prompts(*args)
         counts[shared is None] += 1
         return shared
 
-    monkeypatch.setattr(forward, "behind_prompts", counted)
+    monkeypatch.setattr(rollouts, "behind_prompts", counted)
     return counts
 
 

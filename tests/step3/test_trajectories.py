@@ -11,7 +11,7 @@ import pytest
 from tests.marks import slow
 from tests.step3.hybrid_checks import save_tiny_reward_model
 from tests.step3.trajectory_checks import record, replayed
-from training.step3_rlhf_finetuning import forward
+from training.utils.generation import rollouts
 
 LOSSES = ("policy/loss", "critic/loss", "reward/mean", "kl/per_token", "policy/entropy")
 
@@ -110,8 +110,8 @@ def test_rows_that_are_scored_together(models, recorded, monkeypatch, scored, fo
     """Each forward of the reward model is a pass over its weights; it scores eight rows five times."""
     history, rows = recorded
     calls = []
-    last_token_scores = forward.last_token_scores
-    monkeypatch.setattr(forward, "last_token_scores", lambda *args: calls.append(1) or last_token_scores(*args))
+    last_token_scores = rollouts.last_token_scores
+    monkeypatch.setattr(rollouts, "last_token_scores", lambda *args: calls.append(1) or last_token_scores(*args))
     other = replayed(*models, rows, stage=0, micro_batch=2, accumulation=4, scored=scored)
     assert_same(history, other)
     assert len(calls) == 5 * forwards

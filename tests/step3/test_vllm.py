@@ -25,7 +25,7 @@ from tests.step3.vllm_checks import (
 from training.step3_rlhf_finetuning import evaluation
 from training.utils.errors import UserError
 from training.utils.generation import vllm, vllm_process, vllm_python
-from training.utils.generation.requests import RolloutsLost
+from training.utils.generation.rollouts import RolloutsLost
 from training.utils.generation.sampling import SamplingConfig
 from training.utils.model.loading import load_causal_lm, load_config
 from training.utils.model.tokenizer import load_tokenizer

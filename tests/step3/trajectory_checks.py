@@ -14,7 +14,7 @@ from tests.step3.hybrid_checks import trajectory
 from training.step3_rlhf_finetuning import experience, ppo_trainer, roles
 from training.utils.engine import engine as engines
 from training.utils.generation.engines import rollout_backend
-from training.utils.generation.requests import RolloutBatch, RolloutRequest
+from training.utils.generation.rollouts import RolloutBatch, RolloutRequest
 from training.utils.generation.sampling import SamplingConfig
 from training.utils.sharing import attention
 from training.utils.sharing.rows import ways_back

@@ -12,7 +12,7 @@ from tests.step3.hybrid_checks import build, prompts, request, train_two_steps
 from training.step3_rlhf_finetuning.hybrid_engine import HybridEngine
 from training.step3_rlhf_finetuning.roles import build_actor
 from training.utils.generation.engines import FastBackend, rollout_backend
-from training.utils.generation.requests import RolloutBatch, RolloutsLost
+from training.utils.generation.rollouts import RolloutBatch, RolloutsLost
 from training.utils.generation.sampling import SamplingConfig
 from training.utils.generation.vllm import VllmBackend, VllmOptions
 from training.utils.generation.vllm_python import find_vllm

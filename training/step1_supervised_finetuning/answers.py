@@ -13,7 +13,7 @@ from training.utils.data import rank_micro_batches, spread_rows, stop_token_ids
 from training.utils.engine.sequence_parallel import whole_rows
 from training.utils.errors import UserError
 from training.utils.generation.engines import rollout_backend
-from training.utils.generation.requests import RolloutBackend, RolloutRequest, response_texts
+from training.utils.generation.rollouts import RolloutBackend, RolloutRequest, response_texts
 from training.utils.generation.sampling import SamplingConfig
 from training.utils.metrics import watched
 from training.utils.model.forward import without_adapters

@@ -115,7 +115,7 @@ from training.utils import evaluation_programs, intervals  # noqa: E402
 from training.utils.data import prepare_data, spread_rows, stop_token_ids  # noqa: E402
 from training.utils.engine import precision  # noqa: E402
 from training.utils.generation.engines import rollout_backend  # noqa: E402
-from training.utils.generation.requests import RolloutBackend  # noqa: E402
+from training.utils.generation.rollouts import RolloutBackend  # noqa: E402
 from training.utils.generation.sampling import SamplingConfig  # noqa: E402
 from training.utils.generation.vllm import VllmBackend, VllmOptions  # noqa: E402
 from training.utils.metrics import progress_bar  # noqa: E402

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from training.step3_rlhf_finetuning.forward import row_slices, score_log_probs
 from training.step3_rlhf_finetuning.prompts import PromptSet
 from training.step3_rlhf_finetuning.reward_functions import (
     TextFunction,
@@ -26,7 +25,14 @@ from training.step3_rlhf_finetuning.reward_functions import (
     unused_name,
 )
 from training.step3_rlhf_finetuning.reward_sources import RewardMix
-from training.utils.generation.requests import RolloutBackend, RolloutBatch, has_ended, response_texts
+from training.utils.generation.rollouts import (
+    RolloutBackend,
+    RolloutBatch,
+    has_ended,
+    response_texts,
+    row_slices,
+    score_log_probs,
+)
 from training.utils.generation.sampling import SamplingConfig
 from training.utils.generation.vllm import VllmBackend
 from training.utils.intervals import bootstrap_interval, mean, win_rate

@@ -20,10 +20,9 @@ from training.step3_rlhf_finetuning.arguments import (
     RolloutArguments,
     scoring_rows,
 )
-from training.step3_rlhf_finetuning.forward import score_log_probs, score_values
 from training.step3_rlhf_finetuning.prompts import PromptSet
 from training.step3_rlhf_finetuning.roles import Roles
-from training.utils.generation.requests import RolloutBatch, RolloutRequest, has_ended
+from training.utils.generation.rollouts import RolloutBatch, RolloutRequest, has_ended, score_log_probs, score_values
 from training.utils.run.distributed import all_reduce_sum, reduce_sums
 
 

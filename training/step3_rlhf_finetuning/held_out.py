@@ -39,7 +39,7 @@ from training.utils.checkpoint.resume import BEST
 from training.utils.data import spread_rows
 from training.utils.engine.engine import dtype_name
 from training.utils.errors import UserError
-from training.utils.generation.requests import RolloutBackend
+from training.utils.generation.rollouts import RolloutBackend
 from training.utils.generation.sampling import SamplingConfig
 from training.utils.health_rules import MAX_KL
 from training.utils.intervals import mean, win_rate

@@ -23,7 +23,7 @@ from training.step3_rlhf_finetuning.prompts import PromptSet, sample_rows
 from training.step3_rlhf_finetuning.roles import Roles
 from training.utils.checkpoint.resume import BEST, METRICS, Run
 from training.utils.data import StepData
-from training.utils.generation.requests import RolloutsLost, has_ended, response_texts
+from training.utils.generation.rollouts import RolloutsLost, has_ended, response_texts
 from training.utils.health import HealthMonitor
 from training.utils.metrics import MetricsLogger, write_summary
 from training.utils.model.card import write_model_card

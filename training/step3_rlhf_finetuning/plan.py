@@ -14,13 +14,13 @@ from training.step3_rlhf_finetuning.arguments import (
     RoleZeroArguments,
     RolloutArguments,
 )
-from training.step3_rlhf_finetuning.forward import rollout_log_probs, state_values
 from training.step3_rlhf_finetuning.settings import Flags, Models
 from training.utils.arguments import LoraArguments
 from training.utils.engine.zero_config import deepspeed_config
 from training.utils.generation.decode_loop import PREFILL_TOKENS_OF_ACCELERATORS, prefill_tokens
 from training.utils.generation.engines import MIN_STEPS_TO_PACK
 from training.utils.generation.packed_linear import packed_bytes
+from training.utils.generation.rollouts import rollout_log_probs, state_values
 from training.utils.generation.vllm import RESCORED_ROWS, cache_tokens
 from training.utils.memory import plan as plans
 from training.utils.memory.generation import cache_share

@@ -18,14 +18,19 @@ from torch import Tensor
 from training.step3_rlhf_finetuning import ppo
 from training.step3_rlhf_finetuning.arguments import scored_alike
 from training.step3_rlhf_finetuning.experience import Experience, ScoredBatch, Scoring
-from training.step3_rlhf_finetuning.forward import rollout_log_probs, row_slices, state_values
 from training.step3_rlhf_finetuning.pretraining_mix import PretrainingMix
 from training.step3_rlhf_finetuning.prompts import PromptSet
 from training.step3_rlhf_finetuning.roles import Build, Roles, build_roles, generation_backend
 from training.step3_rlhf_finetuning.sampler_check import check_first_ratio, check_sampler, sampler_difference
 from training.step3_rlhf_finetuning.settings import Flags, Models, steps_per_iteration, vllm_server
 from training.utils.engine import engine as engines
-from training.utils.generation.requests import RolloutBackend, RolloutRequest
+from training.utils.generation.rollouts import (
+    RolloutBackend,
+    RolloutRequest,
+    rollout_log_probs,
+    row_slices,
+    state_values,
+)
 from training.utils.generation.sampling import SamplingConfig
 from training.utils.phases import Phases
 from training.utils.run.distributed import all_reduce_sum, reduce_sums, say

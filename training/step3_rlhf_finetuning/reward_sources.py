@@ -14,15 +14,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from training.step3_rlhf_finetuning.forward import score_rewards
 from training.step3_rlhf_finetuning.prompts import PromptSet
 from training.step3_rlhf_finetuning.reward_functions import TextFunction, call_text_function
-from training.utils.engine.tensor_parallel import agree
 from training.utils.errors import UserError
-from training.utils.generation.requests import RolloutBatch, response_texts
+from training.utils.generation.rollouts import RolloutBatch, response_texts, score_rewards
 from training.utils.model.reward_stats import RewardStats
 from training.utils.model.text_reward import TextRewardModel
-from training.utils.run.distributed import on_all_ranks
+from training.utils.run.distributed import agree, on_all_ranks
 from training.utils.sharing.rows import Sharing
 
 

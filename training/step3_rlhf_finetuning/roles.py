@@ -29,7 +29,7 @@ from training.utils.engine import engine as engines
 from training.utils.engine.frozen import load_frozen_scorer, load_reference
 from training.utils.engine.zero_config import deepspeed_config
 from training.utils.generation.engines import rollout_backend
-from training.utils.generation.requests import RolloutBackend
+from training.utils.generation.rollouts import RolloutBackend
 from training.utils.generation.vllm import VllmBackend
 from training.utils.model import classifiers, loading
 from training.utils.model.forward import TokenScorer, answer_rewards, answer_sums, enable_gradient_checkpointing

@@ -40,7 +40,7 @@ from training.utils.engine.tensor_parallel import divide_model
 from training.utils.engine.zero_config import read_user_config, states_on_nvme
 from training.utils.errors import UserError
 from training.utils.generation.decode_loop import ROWS_OF_ACCELERATORS
-from training.utils.generation.requests import RolloutRequest
+from training.utils.generation.rollouts import RolloutRequest
 from training.utils.generation.vllm import VllmBackend, VllmOptions, check_division
 from training.utils.generation.vllm_python import find_vllm
 from training.utils.model import classifiers, loading

@@ -15,7 +15,7 @@ from tests.marks import slow
 from tests.utils.generation.test_rollout import FAMILIES, assert_same, build, request, responses, shared_beginnings
 from training.utils.generation import cuda_graphs, decode_loop, engines
 from training.utils.generation.engines import FastBackend
-from training.utils.generation.requests import RolloutBatch, RolloutRequest
+from training.utils.generation.rollouts import RolloutBatch, RolloutRequest
 from training.utils.generation.sampling import SamplingConfig
 
 STOPS = tuple(range(5, 9))

@@ -30,7 +30,7 @@ from transformers import (
 from training.utils.errors import UserError
 from training.utils.generation import cache, decode_attention, decode_loop, engines, packed_linear
 from training.utils.generation.engines import FastBackend, rollout_backend
-from training.utils.generation.requests import RolloutBatch, RolloutRequest, has_ended
+from training.utils.generation.rollouts import RolloutBatch, RolloutRequest, has_ended
 from training.utils.generation.sampling import SamplingConfig
 from training.utils.run.distributed import rank
 

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 
-from training.utils.engine.plain import round_weights
+from training.utils.engine.engine import round_weights
 from training.utils.engine.states import MOMENTS, adam_of, flat_partitions, make_moments
 from training.utils.engine.tensor_parallel import Split, split_of
 from training.utils.errors import UserError

@@ -28,7 +28,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from training.utils.run.distributed import rank, rank_in_row, ranks_of_a_row, world_size
+from training.utils.run.distributed import rank_in_row, ranks_of_a_row, row_group
 
 ULYSSES = "ulysses"  # an attention of its own for transformers, so that other models in the process keep theirs
 # In which a mask is all that attention lacks, and logits are the output layer's; each is tried in the tests
@@ -38,21 +38,6 @@ FAMILIES = (
 )  # fmt: skip
 PIECES = 8  # of the columns in an MLP: its inner activations then take about as much as the layer's input
 HEAD_POSITIONS = 512  # whose logits exist at once: 512 x 49,152 x 4 bytes = 100 MB
-
-
-def is_split(model: Any) -> bool:
-    """Whether a transformers model was loaded to see only its rank's columns."""
-    return getattr(getattr(model, "config", None), "_attn_implementation", "") == ULYSSES
-
-
-@functools.cache
-def _row_group(size: int) -> Any:
-    """The ranks that share this rank's rows; a collective at its first call."""
-    for start in range(0, world_size(), size):
-        group = comm.new_group(list(range(start, start + size)))
-        if start <= rank() < start + size:
-            mine = group
-    return mine
 
 
 @functools.cache
@@ -65,7 +50,7 @@ def _exchange(size: int, rows: int, heads: int, key_heads: int, width: int) -> U
         attn_head_size=width,
         kv_head_count=key_heads,
         num_hidden_layers=1,
-        process_group=_row_group(size),
+        process_group=row_group(size),
         seq_length_is_variable=True,
     )
 
@@ -132,7 +117,7 @@ ALL_ATTENTION_FUNCTIONS.register(ULYSSES, _attention)
 @contextlib.contextmanager
 def whole_rows(model: Any) -> Iterator[None]:
     """Inside, a model sees whole rows on every rank, as it must to write answers."""
-    split = is_split(model)
+    split = getattr(model.config, "_attn_implementation", "") == ULYSSES
     if split:
         model.config._attn_implementation = "sdpa"
     try:
@@ -175,7 +160,7 @@ class _Joined(torch.autograd.Function):
         size = ranks_of_a_row()
         parts = [torch.empty_like(own) for _ in range(size)]
         if not isinstance(own, FakeTensor):  # of a memory plan, which needs sizes alone
-            comm.all_gather(parts, own.contiguous(), group=_row_group(size))
+            comm.all_gather(parts, own.contiguous(), group=row_group(size))
         ctx.columns = slice(rank_in_row() * own.shape[1], (rank_in_row() + 1) * own.shape[1])
         return torch.cat(parts, dim=1)
 
@@ -209,7 +194,7 @@ def mlps_in_pieces(model: Any) -> None:
     At ZeRO-3 the parameters of an MLP are gathered once for all pieces, so ranks with other rows stay in step.
     """
     if comm.is_initialized():
-        _row_group(ranks_of_a_row())  # before DeepSpeed's engine, after which all groups get our time-out
+        row_group(ranks_of_a_row())  # before DeepSpeed's engine, after which all groups get our time-out
     mlps = [module for name, module in model.named_modules() if name.endswith(".mlp")]
     for mlp in mlps:
         mlp.forward = functools.partial(_tiled, mlp)

@@ -18,14 +18,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from deepspeed.checkpoint.constants import DS_AUTOTP_UC_META
-from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from training.utils.errors import UserError
 from training.utils.model.loading import load_config
-from training.utils.run.distributed import rank_in_row, ranks_of_a_row, share_rows, world_size
+from training.utils.run.distributed import broadcast_in_row, rank_in_row, ranks_of_a_row, share_rows, world_size
 
 BY_INPUTS = ("o_proj", "out_proj", "dense", "down_proj", "fc2", "dense_4h_to_h")  # layers that are cut by inputs
 FAMILIES = ("gpt_neox", "llama", "mistral", "opt", "qwen2", "qwen3")  # by model_type in config.json
@@ -94,25 +92,12 @@ def whole(parameter: nn.Parameter) -> Tensor:
     split = split_of(parameter)
     if split is None:
         return parameter.detach()
-    group, parts = groups.get_tensor_model_parallel_group(), []
+    parts = []
     for place in range(len(split.sizes)):
         mine = place == rank_in_row()
         part = parameter.detach().contiguous() if mine else parameter.new_empty(split.part_shape(place))
-        dist.broadcast(part, group=group, group_src=place)
-        parts.append(part)
+        parts.append(broadcast_in_row(part, place))
     return torch.cat(parts, split.dim)
-
-
-def is_divided(model: nn.Module) -> bool:
-    """Whether ranks hold a model together, so that they must decode the same tokens."""
-    return any(split_of(parameter) for parameter in model.parameters())
-
-
-def agree(values: Tensor) -> Tensor:
-    """The values of a group's first rank, in place: the others' may differ by rounding; a collective in the group."""
-    if ranks_of_a_row() > 1:
-        dist.broadcast(values, group=groups.get_tensor_model_parallel_group(), group_src=0)
-    return values
 
 
 def cut_for_plan(model: Any, ranks: int) -> None:
@@ -151,7 +136,7 @@ def check_split(model: Any) -> None:
     Raises:
         RuntimeError: it has not.
     """
-    if not is_divided(model):
+    if not any(split_of(parameter) for parameter in model.parameters()):
         raise RuntimeError(f"DeepSpeed has cut no layer of {type(model).__name__} over {ranks_of_a_row()} ranks")
     if any(getattr(module, "is_vocab_parallel_lm_head", False) for module in model.modules()):
         raise RuntimeError("DeepSpeed has cut the vocabulary: a rank would see a part of the logits")

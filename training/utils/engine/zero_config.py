@@ -54,7 +54,8 @@ def effective_stage(zero_stage: int) -> int:
 def is_plain(config: dict[str, Any], ranks: int) -> bool:
     """Whether a role takes the plain step: one rank, fp32 or bf16, nothing offloaded, below stage 3.
 
-    See `training.utils.engine.plain`. What a user's configuration asks of DeepSpeed's own 16-bit optimizers, they do.
+    See `training.utils.engine.engine.plain_adamw`. What a user's configuration asks of DeepSpeed's own 16-bit
+    optimizers, they do.
 
     Args:
         config: from `deepspeed_config`.

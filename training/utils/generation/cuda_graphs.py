@@ -29,7 +29,7 @@ from transformers import Cache, DynamicCache
 
 from training.utils.generation.cache import decode_layers, keep_rows, make_cache
 from training.utils.generation.decode_attention import within_rounding
-from training.utils.generation.requests import Responses
+from training.utils.generation.rollouts import Responses
 from training.utils.generation.sampling import SamplingConfig, next_tokens
 from training.utils.run.watchdog import beat
 

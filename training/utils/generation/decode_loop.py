@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-from training.utils.engine.tensor_parallel import agree, is_divided
 from training.utils.generation.cache import decode_layers, keep_rows, make_cache
 from training.utils.generation.cuda_graphs import COLUMNS_ALIGNED, TOKENS_WORTH_A_GRAPH, Rows, decode_still
-from training.utils.generation.requests import Responses, RolloutRequest
+from training.utils.generation.rollouts import Responses, RolloutRequest
 from training.utils.generation.sampling import SamplingConfig, next_tokens, row_keys
 from training.utils.model.forward import without_adapters
-from training.utils.run.distributed import all_reduce_max
+from training.utils.run.distributed import agree, all_reduce_max
 from training.utils.run.watchdog import beat
 
 # A group of prompts of so many tokens keeps a device's matrix kernels busy; larger ones only bring more padding.
@@ -200,7 +199,6 @@ def _decode_rows(
     new_columns = sampling.max_new_tokens + (COLUMNS_ALIGNED if still else 0)
     cache = make_cache(model, len(mask), width, new_columns, transposed_keys)
     layers = decode_layers(cache)
-    divided = is_divided(without_adapters(model))  # ranks hold the model together, and take their first one's tokens
     if layers and not synced:
         seen, mask, shared = _shared_prefix(seen, mask)
     keys = row_keys(request.seed, request.iteration, request.row_ids.to(device))
@@ -214,8 +212,7 @@ def _decode_rows(
     for step in range(sampling.max_new_tokens):
         beat()
         tokens, logprobs = next_tokens(logits, keys, step, sampling, seen, mask)
-        if divided:
-            tokens, logprobs = agree(tokens), agree(logprobs)
+        tokens, logprobs = agree(tokens), agree(logprobs)
         out.ids[alive, step] = tokens
         out.logprobs[alive, step] = logprobs
         going = ~torch.isin(tokens, stop_ids)

@@ -22,16 +22,15 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from training.utils.engine.tensor_parallel import agree, is_divided
 from training.utils.errors import UserError
 from training.utils.generation.cuda_graphs import SWITCH, why_not
 from training.utils.generation.decode_attention import decode_attention_enabled
 from training.utils.generation.decode_loop import decode, seconds_since
 from training.utils.generation.packed_linear import packed_linear
-from training.utils.generation.requests import Responses, RolloutBackend, RolloutBatch, RolloutRequest, assemble
+from training.utils.generation.rollouts import Responses, RolloutBackend, RolloutBatch, RolloutRequest, assemble
 from training.utils.generation.sampling import SamplingConfig, penalise_repetition, row_keys
 from training.utils.model.forward import without_adapters
-from training.utils.run.distributed import say
+from training.utils.run.distributed import agree, ranks_of_a_row, say
 from training.utils.run.watchdog import beat
 
 # Rearranging the weights takes about as long as ten decoding steps save.
@@ -63,10 +62,9 @@ class _KeepPolicy(LogitsProcessor):
     padding of left-padded prompts as seen tokens, which would make a row depend on its neighbours' lengths.
     """
 
-    def __init__(self, prompt_mask: Tensor, sampling: SamplingConfig, divided: bool) -> None:
+    def __init__(self, prompt_mask: Tensor, sampling: SamplingConfig) -> None:
         self.mask = prompt_mask
         self.sampling = sampling
-        self.divided = divided
         self.logprobs: list[Tensor] = []
         self.prefill_seconds = 0.0
         self._started = time.perf_counter()
@@ -83,8 +81,7 @@ class _KeepPolicy(LogitsProcessor):
         if self._scaled is None:  # the first scores are there when the prompts have been computed
             self.prefill_seconds = seconds_since(self._started, scores.device)
         self.look_up(input_ids)
-        if self.divided:
-            scores = agree(scores.contiguous())  # type: ignore[assignment]
+        scores = agree(scores.contiguous())  # type: ignore[assignment]
         self._scaled = scores.float() / self.sampling.temperature
         if self.sampling.repetition_penalty == 1.0:
             return scores
@@ -110,7 +107,7 @@ class HfBackend:
         """See `RolloutBackend`. The sampling noise is a stream seeded by (seed, iteration, row ids of the batch)."""
         inner = without_adapters(model)
         ids, mask = request.prompt_ids, request.prompt_mask
-        keep = _KeepPolicy(mask, sampling, is_divided(inner))
+        keep = _KeepPolicy(mask, sampling)
         config = GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
             do_sample=not sampling.greedy,
@@ -205,7 +202,7 @@ class FastBackend:
     def _by_graphs(self, model: nn.Module, device: torch.device) -> bool:
         """Whether a token's kernels are started at once: wanted, no ranks meet in a step, the family allows it."""
         wanted = device.type == "cuda" if self.graphs is None else self.graphs
-        if not wanted or self.synced or is_divided(model):
+        if not wanted or self.synced or ranks_of_a_row() > 1:
             return False
         if self.graphs is None and os.environ.get(SWITCH) == "0":
             self._say_once(f"{SWITCH}=0: tokens are decoded without CUDA graphs")

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from training.utils.errors import UserError
 from training.utils.generation.engines import FastBackend
-from training.utils.generation.requests import RolloutBatch, RolloutRequest, RolloutsLost, assemble
+from training.utils.generation.rollouts import RolloutBatch, RolloutRequest, RolloutsLost, assemble
 from training.utils.generation.sampling import SamplingConfig, row_keys
 from training.utils.generation.vllm_process import Worker
 from training.utils.memory.generation import cache_bytes, cache_share, key_heads
@@ -122,7 +122,7 @@ def check_division(ranks: int, model: str) -> None:
 
 
 class VllmBackend:
-    """Rollouts by a `Worker`; see `training.utils.generation.requests.RolloutBackend`.
+    """Rollouts by a `Worker`; see `training.utils.generation.rollouts.RolloutBackend`.
 
     It is started in two parts: built, it has found out whether vLLM knows the model, before any weight is loaded;
     `start` takes the memory, when all roles hold theirs.

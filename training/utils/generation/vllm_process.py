@@ -19,7 +19,7 @@ from torch import Tensor
 
 from training.utils.errors import print_last
 from training.utils.generation import vllm_worker
-from training.utils.generation.requests import RolloutsLost
+from training.utils.generation.rollouts import RolloutsLost
 from training.utils.generation.vllm_python import WORKER, other_interpreter
 from training.utils.run.processes import last_lines
 from training.utils.run.watchdog import beat

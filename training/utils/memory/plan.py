@@ -25,7 +25,7 @@ from training.utils.engine.zero_config import DTYPES
 from training.utils.errors import UserError
 from training.utils.memory.live import FakeModel, PassMemory
 from training.utils.memory.zero import BYTES, RoleMemory, RoleSize
-from training.utils.model.forward import TokenScorer, without_adapters
+from training.utils.model.forward import TokenScorer, is_split, without_adapters
 from training.utils.model.loading import config_without_dropout, no_dropout, remote_code, with_attention
 from training.utils.model.lora import is_adapter, with_adapters
 from training.utils.run.distributed import data_size, say
@@ -330,7 +330,7 @@ def fake_role(
             cut_for_plan(model, tensor_parallel)
         for layer in four_bit.packable(model) if lora.base_bits else ():
             layer.four_bit = True  # type: ignore[assignment]
-        if sequence_parallel.is_split(model):
+        if is_split(model):
             sequence_parallel.mlps_in_pieces(model)
         model = with_adapters(model, lora)
         return TokenScorer(model) if classifier else model

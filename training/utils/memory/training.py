@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from training.utils.checkpoint.resume import resume_output_dir
-from training.utils.engine import sequence_parallel
 from training.utils.engine.precision import settle
 from training.utils.engine.zero_config import deepspeed_config, effective_stage, is_plain
 from training.utils.fine_tuning import Flags
 from training.utils.memory import plan as plans
 from training.utils.memory.live import FakeModel, PassMemory
 from training.utils.memory.zero import BYTES, RoleMemory, frozen_memory, trained_memory
-from training.utils.model.forward import response_log_probs
+from training.utils.model.forward import is_split, response_log_probs
 from training.utils.run.distributed import world_size
 from training.utils.run.folders import title
 
@@ -113,7 +112,7 @@ def _phases(
 ) -> list[plans.Phase]:
     """Evaluation and training of the step's model."""
     rows, eval_rows = per_row * settings.batch, per_row * settings.other_batch
-    whole = not costs.classifier and not sequence_parallel.is_split(costs.model.module)  # all logits exist at once
+    whole = not costs.classifier and not is_split(costs.model.module)  # all logits exist at once
     logits = {n: whole and plans.logits_bytes(costs.model, n, costs.length - 1, dtype) for n in (rows, eval_rows)}
     evaluation = {
         "gathered parameters": role.gathered,

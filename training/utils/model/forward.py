@@ -34,6 +34,11 @@ def without_adapters(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def is_split(model: Any) -> bool:
+    """Whether a transformers model was loaded to see only its rank's columns."""
+    return getattr(getattr(model, "config", None), "_attn_implementation", "") == sequence_parallel.ULYSSES
+
+
 def forward_inputs(
     model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor | None = None
 ) -> dict[str, torch.Tensor]:
@@ -48,7 +53,7 @@ def forward_inputs(
         position_ids: ``[B, T]`` of rows with several answers behind one beginning, whose ``attention_mask`` says what
             belongs together, see `training.utils.data.batches.collate_answers`.
     """
-    if sequence_parallel.is_split(model):
+    if is_split(model):
         sequence_parallel.check_right_padded(attention_mask)
         positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         own = {"input_ids": input_ids, "position_ids": positions}
@@ -110,7 +115,7 @@ def response_log_probs(
         Log-probs ``[B, T]`` in fp32, at the column of the token itself and 0 where ``response_mask`` is
         false; and the entropies in the same layout, or None.
     """
-    if sequence_parallel.is_split(_transformers_model(model)):
+    if is_split(_transformers_model(model)):
         if entropy or shared is not None:
             raise ValueError("rows that are divided among ranks give log-probs alone, and hold one answer each")
         return _log_probs_of_split_rows(model, input_ids, attention_mask, response_mask, temperature), None
@@ -267,7 +272,7 @@ def response_kl(
     Returns:
         ``[N]`` fp32 of the N response tokens, row by row.
     """
-    if sequence_parallel.is_split(_transformers_model(policy)):
+    if is_split(_transformers_model(policy)):
         return _kl_of_split_rows(policy, reference, input_ids, attention_mask, response_mask)
     kept, columns = _response_columns(response_mask)
     own = _logits_at(policy, input_ids, attention_mask, columns - 1).flatten(0, 1)
@@ -372,7 +377,7 @@ class TokenScorer(nn.Module):
         backbone = inner.base_model
         inputs = forward_inputs(backbone, input_ids, attention_mask, position_ids)
         scores = inner.score(backbone(**inputs, use_cache=False).last_hidden_state).squeeze(-1).to(torch.float32)
-        if sequence_parallel.is_split(inner):
+        if is_split(inner):
             scores = sequence_parallel.joined(scores, input_ids.shape[1])
         return (scores - self.mean) / self.std
 

@@ -276,7 +276,7 @@ def load_strictly(
         _say(four_bit.settle(loaded, path))
     no_dropout(loaded)
     exact_buffers(loaded)
-    if sequence_parallel.is_split(loaded):
+    if loaded.config._attn_implementation == sequence_parallel.ULYSSES:
         sequence_parallel.mlps_in_pieces(loaded)
     return loaded
 

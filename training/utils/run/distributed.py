@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import os
 import threading
 import time
@@ -160,6 +161,32 @@ def data_size() -> int:
 def rank_in_row() -> int:
     """This rank's place among those that take the same rows, from 0."""
     return rank() % _sharing
+
+
+@functools.cache
+def row_group(ranks: int) -> Any:
+    """Those that take the same rows as this rank, so many; a collective of all ranks when first called."""
+    for start in range(0, world_size(), ranks):
+        group = dist.new_group(list(range(start, start + ranks)), timeout=_limit)
+        if start <= rank() < start + ranks:
+            mine = group
+    return mine
+
+
+def broadcast_in_row(values: torch.Tensor, place: int) -> torch.Tensor:
+    """The values of one of the ranks that take the same rows, in place; a collective of these.
+
+    Args:
+        values: contiguous, of the same shape on all of them.
+        place: that rank, see `rank_in_row`.
+    """
+    dist.broadcast(values, group=row_group(_sharing), group_src=place)
+    return values
+
+
+def agree(values: torch.Tensor) -> torch.Tensor:
+    """The values of the first of the ranks that take the same rows: the others' may differ by rounding; in place."""
+    return broadcast_in_row(values, 0) if _sharing > 1 else values
 
 
 def speaks_for_rows() -> bool:
