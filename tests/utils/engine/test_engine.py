@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.families import FAMILIES, build
 from tests.hardware import need_fp16
 from tests.marks import slow
 from tests.utils.engine.engine_checks import collate, fixed_rows, train
@@ -78,6 +79,28 @@ def plain_lora(tiny_model):
         {"params": [p for n, p in free.items() if "norm" in n], "weight_decay": 0.0},
     ]
     return three_plain_steps(model, groups) | {"state": full_state_dict(model)}
+
+
+@pytest.mark.parametrize(
+    ("family", "more", "spared"),
+    [
+        ("gpt_oss", {}, ("experts.gate_up_proj_bias", "experts.down_proj_bias")),  # a row for each expert
+        ("cohere", {"use_qk_norm": True}, ("q_norm.weight", "k_norm.weight")),  # a row for each head
+    ],
+)
+def test_biases_and_norms_do_not_decay_whatever_their_shape(monkeypatch, family, more, spared):
+    monkeypatch.setitem(FAMILIES, family, FAMILIES[family] | more)
+    model = build(family)
+    decays, rest = (group["params"] for group in engines.parameter_groups(model, 0.1))
+    named = dict(model.named_parameters())
+    assert {id(p) for p in rest} == {id(p) for n, p in named.items() if p.dim() < 2 or n.endswith(spared)}
+    assert len(decays) + len(rest) == len(named)
+
+
+def test_what_stands_in_a_block_of_norms_decays():
+    """DBRX calls the block of its attention so."""
+    model = torch.nn.ModuleDict({"norm_attn_norm": torch.nn.ModuleDict({"Wqkv": torch.nn.Linear(2, 2, bias=False)})})
+    assert [group["weight_decay"] for group in engines.parameter_groups(model, 0.1)] == [0.1]
 
 
 @pytest.mark.parametrize("stage", [0, slow(1), 2, 3])

@@ -57,9 +57,15 @@ def parameter_groups(model: nn.Module, weight_decay: float, lora_learning_rate: 
     groups: tuple[list[nn.Parameter], ...] = ([], [], [])
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty placeholder
-            groups[2 if lora_learning_rate and is_adapter(name) else len(shape) < 2].append(parameter)
+            groups[2 if lora_learning_rate and is_adapter(name) else not _is_matrix(name, parameter)].append(parameter)
     return [{"params": params} | of_group for params, of_group in zip(groups, settings, strict=True) if params]
+
+
+def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter is no bias or norm, which may have a row for each expert (gpt-oss) or head (Cohere)."""
+    shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty placeholder
+    owner = name.split(".")[-2:-1]
+    return len(shape) > 1 and not name.endswith("bias") and "norm" not in "".join(owner)
 
 
 def initialize_engine(
