@@ -39,7 +39,7 @@ def test_wandb_gets_numbers_and_texts(wandb, tmp_path):
 
 
 def test_a_resumed_run_goes_on_with_its_own_wandb_run(wandb, tmp_path):
-    for done in (0, 3, 0):
+    for done in (None, 3, None):
         MetricsLogger(tmp_path, "wandb", "demo/step3", done=done).close()
     first, resumed, anew = wandb.begun
     assert first["id"] == resumed["id"] != anew["id"]
@@ -55,6 +55,23 @@ def test_tensorboard_gets_texts(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     [text] = events.Tensors("rollouts/text_summary")
     assert text.step == 5 and text.tensor_proto.string_val == [b"| prompt | answer |"]
+
+
+@pytest.mark.parametrize(("done", "kept"), [(None, []), (0, [0.0]), (1, [0.0, 0.0])])
+def test_tensorboard_shows_nothing_of_what_is_done_again(tmp_path, done, kept):
+    """A run that starts over has the folder of an earlier one, of which more may be there than it has done itself."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for behind, value, steps in ((None, 0.0, 4), (done, 1.0, 2)):
+        logger = MetricsLogger(tmp_path, "tensorboard", "demo/step3", done=behind)
+        for step in range(0 if behind is None else behind + 1, steps):
+            logger.log(step, {"reward": value})
+        logger.close()
+    files = sorted((tmp_path / "tensorboard").iterdir(), key=lambda file: file.stat().st_mtime_ns)
+    for number, file in enumerate(files):  # named by the second, and read in the order of their names
+        file.rename(file.with_name(f"events.out.tfevents.{number}"))
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.value for event in events.Scalars("reward")] == [*kept, *[1.0] * (2 - len(kept))]
 
 
 def test_without_either_a_text_goes_nowhere(tmp_path):

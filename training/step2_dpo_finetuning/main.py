@@ -79,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
     sharing = find_sharing(engine, answer_log_probs, pad_id)
     preferences, rankings = Preferences(engine, frozen, step, sharing), rankings_of(rows.train)
     progress, monitor = run.progress, HealthMonitor(tuning.output_dir, DPO_RULES)
-    monitor.replay(tuning.output_dir / METRICS, until=run.step)
+    monitor.replay(tuning.output_dir / METRICS, run.done is not None)
     tuning.start_logging(monitor.observe)
     if not run.step:
         progress["before"] = evaluate(0, tuning, preferences, progress)

@@ -401,7 +401,7 @@ def open_evaluation(
         actor_dir=best,
         save=save_actor,
     )
-    if o.run.step:
+    if o.run.done is not None:
         evaluator.load_state_dict(o.run.progress)
         if evaluator.due:
             evaluator.after_iteration(evaluator.due)

@@ -61,9 +61,9 @@ def saved_if_lost(run: Run, number: int, evaluator: HeldOutEvaluation | None = N
 def monitored_logger(output_dir: Path, report_to: str, run: Run) -> MetricsLogger:
     """Where the metrics go, continued where a resumed run stood, and watched by the monitor."""
     monitor = HealthMonitor(output_dir)
-    monitor.replay(output_dir / METRICS, until=run.step)
+    monitor.replay(output_dir / METRICS, run.done is not None)
     name = f"{output_dir.parent.name}/step3"
-    return MetricsLogger(output_dir, report_to, name, monitor.observe, run.step, run.seconds)
+    return MetricsLogger(output_dir, report_to, name, monitor.observe, run.done, run.seconds)
 
 
 def show_progress(iteration: int, trainer: PPOTrainer, held_out: PromptSet, logger: MetricsLogger) -> None:

@@ -141,7 +141,7 @@ class FineTuning:
         """Open the file of metrics, continued where a resumed run stood; ``watch`` sees each record."""
         name = f"{self.output_dir.parent.name}/{self.step}"
         report_to, run = self.flags.output.report_to, self.run
-        self.logger = MetricsLogger(self.output_dir, report_to, name, watch, done=run.step, seconds=run.seconds)
+        self.logger = MetricsLogger(self.output_dir, report_to, name, watch, done=run.done, seconds=run.seconds)
 
     def steps(self) -> Iterator[tuple[int, list[int]]]:
         """(number, rows or rankings) of every optimizer step that is left."""

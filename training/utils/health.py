@@ -95,17 +95,17 @@ class HealthMonitor:
                     file.write(json.dumps(asdict(remark), ensure_ascii=False) + "\n")
         return found
 
-    def replay(self, metrics: Path, until: int) -> None:
+    def replay(self, metrics: Path, resumed: bool) -> None:
         """Take up a resumed run: look at its records again, without a word, and write ``health.jsonl`` anew.
 
         Args:
             metrics: its ``metrics.jsonl``.
-            until: how many iterations it has behind it; nothing to do if there are none.
+            resumed: whether it is one; nothing to do in a new run.
         """
         file, self._file = self._file, None
         if file is None:
             return
-        for line in metrics.read_text(encoding="utf-8").splitlines() if until else []:
+        for line in metrics.read_text(encoding="utf-8").splitlines() if resumed else []:
             record = json.loads(line)
             self.observe(record.pop("step"), {name: value for name, value in record.items() if name != "time"})
         text = "".join(json.dumps(asdict(remark), ensure_ascii=False) + "\n" for remark in self.remarks)

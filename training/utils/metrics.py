@@ -27,7 +27,7 @@ class MetricsLogger:
         report_to: ``tensorboard``, ``wandb`` or ``none``.
         name: the run's name in Weights & Biases.
         watch: called with every record on rank 0, after it was written.
-        done: steps that a resumed run has behind it; what was recorded of later ones is dropped.
+        done: steps that a resumed run has behind it, None for a new run; what was recorded of later ones is dropped.
         seconds: that they took.
     """
 
@@ -37,7 +37,7 @@ class MetricsLogger:
         report_to: str,
         name: str,
         watch: Callable[[int, Mapping[str, float]], object] | None = None,
-        done: int = 0,
+        done: int | None = None,
         seconds: float = 0.0,
     ) -> None:
         self._watch = watch
@@ -45,18 +45,22 @@ class MetricsLogger:
         self._start = time.monotonic() - seconds
         if not is_main():
             return
-        mode = "a" if done else "w"  # a resumed run has put the file back as it was at its checkpoint
+        mode = "w" if done is None else "a"  # a resumed run has put the file back as it was at its checkpoint
         self._file = open(directory / "metrics.jsonl", mode, encoding="utf-8")  # noqa: SIM115  as long as the run
         if report_to == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=done + 1 if done else None)
+            self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=0 if done is None else done + 1)
         elif report_to == "wandb":
             import wandb
 
             self._page = wandb.Html
             self._wandb = wandb.init(
-                project="tripod", name=name, dir=str(directory), id=_wandb_id(directory, bool(done)), resume="allow"
+                project="tripod",
+                name=name,
+                dir=str(directory),
+                id=_wandb_id(directory, done is not None),
+                resume="allow",
             )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

@@ -63,6 +63,7 @@ class Run:
 
     Attributes:
         step: steps (step 3: iterations) that are done.
+        done: the same where the program goes on from its own state, None where it begins.
         batches: as given to `open`; those of the checkpoint where other ranks go on with it.
         seconds: that the run took before.
         progress: what the program gave to `after_step` last; empty in a new run.
@@ -85,6 +86,7 @@ class Run:
         self.seconds: float = state.get("seconds", 0.0)
         self._description = description | {"batches": self.batches}
         self.progress: dict[str, Any] = state.get("progress", {})
+        self.done = self.step if self.progress else None
         self.guard = SkipGuard(state.get("skipped_in_a_row", 0))
         self._start = time.monotonic() - self.seconds
         self._checkpoint, self._state = checkpoint, state
