@@ -322,6 +322,45 @@ def test_a_signal_stops_with_a_checkpoint_and_the_line_to_go_on(launcher, inputs
     assert_same(step, output, whole(step))
 
 
+NOISY = """
+import os, random, signal
+calls = 0
+
+def noisy(prompts, responses, rows):
+    global calls
+    calls += 1
+    if os.environ.get("STOP_AT") == str(calls):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return [random.random() for _ in responses]
+"""
+
+
+@pytest.fixture
+def noisy(launcher, inputs, tmp_path):
+    """Runs step 3 with a reward that draws random numbers, and at one of its calls asks its run to stop."""
+    (tmp_path / "noisy.py").write_text(NOISY)
+
+    def run(output, stop_at="", *more):
+        arguments = step_arguments(3, inputs, output, "--reward_function", f"{tmp_path / 'noisy.py'}:noisy", *more)
+        started = launcher.start(3, arguments, output.with_suffix(".log"), STOP_AT=stop_at)
+        assert started.wait() == (143 if stop_at else 0), started.text()[-2000:]
+        return started.text()
+
+    return run
+
+
+def test_a_stop_while_scoring_takes_back_the_random_numbers_that_were_drawn(noisy, tmp_path):
+    """The iteration is done again: with the same numbers, though some of them are not drawn from a counter."""
+    short = ("--num_iterations", "2", "--save_every", "9")
+    noisy(tmp_path / "whole", "", *short)
+    for step in (0, 1):
+        stopped = noisy(tmp_path / "out", "2", *short)
+        assert store.step_of(checkpoints(tmp_path / "out")[-1]) == step
+    assert stopped.count("with the SFT model") == 1, "what was answered before the first iteration is in the checkpoint"
+    noisy(tmp_path / "out", "", *short)
+    assert_same(3, tmp_path / "out", tmp_path / "whole")
+
+
 def test_sigterm_right_after_ctrl_c_is_the_launchers_echo(launcher, inputs, tmp_path):
     output = tmp_path / "out"
     run = launcher.start(

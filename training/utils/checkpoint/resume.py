@@ -93,7 +93,8 @@ class Run:
         self._engines: dict[str, Any] = {}
         self._averages: dict[str, MovingAverage] = {}
         self._saved_at = self.step if checkpoint is not None else -1
-        self._metrics_bytes = 0  # of metrics.jsonl when the last step was done: what comes later is done again
+        # Of metrics.jsonl and of random numbers, when the last step was done: what comes later is done again
+        self._metrics_bytes, self._random = 0, dict[str, Any]()
 
     @classmethod
     def open(
@@ -142,6 +143,7 @@ class Run:
         """
         self._engines, self._averages = dict(engines), dict(averages or {})
         if self._checkpoint is None:
+            self._note()
             if is_main():
                 shutil.rmtree(self.output_dir / BEST, ignore_errors=True)
                 (self.output_dir / METRICS).unlink(missing_ok=True)
@@ -161,6 +163,7 @@ class Run:
         if is_main():
             self._restore_files(self._checkpoint)
         barrier()
+        self._note()
 
     def _restore_files(self, checkpoint: Path) -> None:
         """metrics.jsonl and the best model as they were, whatever was written after the checkpoint."""
@@ -184,7 +187,7 @@ class Run:
             UserError: the disk is full or can not be written.
         """
         self.step, self.progress = number, progress
-        self._note_metrics()
+        self._note()
         beat(step=number)
         if self.settings.save_every and number % self.settings.save_every == 0:
             self.save(progress)
@@ -198,13 +201,13 @@ class Run:
             progress: the program's own state, as JSON, before its next step.
         """
         self.progress = progress
-        self._note_metrics()
+        self._note()
         beat("training", self.step)
         loop_begins()
 
-    def _note_metrics(self) -> None:
+    def _note(self) -> None:
         metrics = self.output_dir / METRICS
-        self._metrics_bytes = metrics.stat().st_size if metrics.is_file() else 0
+        self._metrics_bytes, self._random = metrics.stat().st_size if metrics.is_file() else 0, _random_state()
 
     def stop_if_asked(self) -> None:
         """End the run if any rank has got a signal, where the engines stand as after the last step; a collective.
@@ -246,7 +249,7 @@ class Run:
         scratch = self.folder / f".saving-{target.name}"
         self._together(target, lambda: store.scratch_folder(self.folder, self.step) if is_main() else None)
         entries = self._together(target, lambda: self._write_tensors(scratch))
-        states = gather_objects([_random_state()])
+        states = gather_objects([self._random])
         counters = {name: engine_counters(engine) for name, engine in self._engines.items()}
 
         def publish() -> None:
