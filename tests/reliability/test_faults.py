@@ -361,6 +361,16 @@ def test_a_stop_while_scoring_takes_back_the_random_numbers_that_were_drawn(nois
     assert_same(3, tmp_path / "out", tmp_path / "whole")
 
 
+def test_a_stop_after_going_back_goes_on_from_there(noisy, tmp_path):
+    """Nothing has been learned yet, and the line to go on names no checkpoint."""
+    output, other = tmp_path / "out", tmp_path / "other"
+    noisy(output, "4", "--keep_last", "9")
+    assert [folder.name for folder in checkpoints(output)] == ["step-00000001", "step-00000002"]
+    for folder in (other, output):
+        noisy(folder, "1", "--resume", str(output / store.FOLDER / "step-00000001"))
+        assert [checkpoint.name for checkpoint in checkpoints(folder)] == ["step-00000001"]
+
+
 def test_sigterm_right_after_ctrl_c_is_the_launchers_echo(launcher, inputs, tmp_path):
     output = tmp_path / "out"
     run = launcher.start(

@@ -92,7 +92,8 @@ class Run:
         self._checkpoint, self._state = checkpoint, state
         self._engines: dict[str, Any] = {}
         self._averages: dict[str, MovingAverage] = {}
-        self._saved_at = self.step if checkpoint is not None else -1
+        latest = checkpoint is not None and store.candidates(self.folder)[:1] == [checkpoint]
+        self._saved_at = self.step if latest else -1  # an earlier one, or another folder's, is not what comes next
         # Of metrics.jsonl and of random numbers, when the last step was done: what comes later is done again
         self._metrics_bytes, self._random = 0, dict[str, Any]()
 
