@@ -1,8 +1,12 @@
 """A run that is taken up; what becomes of killed ones is in tests/reliability."""
 
+import shutil
+from types import SimpleNamespace
+
 import pytest
 
 from training.utils.arguments import ReliabilityArguments
+from training.utils.checkpoint import resume
 from training.utils.checkpoint.resume import Run
 from training.utils.errors import UserError
 
@@ -13,3 +17,15 @@ def test_a_checkpoint_that_went_while_the_model_was_loaded_is_named(tmp_path):
     run = Run(tmp_path / "new", ReliabilityArguments(), {"batches": {}}, checkpoint, {"engines": {"model": {}}})
     with pytest.raises(UserError, match="step-00000002 is gone: is another run at work there"):
         run.load({"model": None})
+
+
+@pytest.mark.parametrize("averages", [{}, {"ema": SimpleNamespace(load=None)}])
+def test_a_checkpoint_that_goes_while_it_is_read_is_named(tmp_path, monkeypatch, averages):
+    checkpoint = tmp_path / "checkpoints" / "step-00000002"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "model-rank0000-0000.safetensors").touch()
+    monkeypatch.setattr(resume, "load_engine", lambda *_: shutil.rmtree(checkpoint))
+    state = {"engines": {"model": {}}, "random": [resume._random_state()]}
+    run = Run(tmp_path, ReliabilityArguments(), {"batches": {}}, checkpoint, state)
+    with pytest.raises(UserError, match="step-00000002 is gone: is another run at work there"):
+        run.load({"model": None}, averages)

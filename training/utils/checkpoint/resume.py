@@ -152,19 +152,22 @@ class Run:
                     say(f"starting over: {removed} checkpoints of an earlier run were removed")
             barrier()
             return
-        if not self._checkpoint.is_dir():  # while the model was loaded
-            raise UserError(f"{shown(self._checkpoint)} is gone: is another run at work there? Stop that one first")
-        for name, engine in engines.items():
-            load_engine(
-                engine, sorted(self._checkpoint.glob(f"{name}-rank*.safetensors")), self._state["engines"][name]
-            )
-        for name, average in self._averages.items():
-            average.load(sorted(self._checkpoint.glob(f"{name}-rank*.safetensors")))
-        _set_random_state(self._state["random"][rank() % len(self._state["random"])])
-        if is_main():
-            self._restore_files(self._checkpoint)
+        try:
+            self._read(self._checkpoint)
+        except FileNotFoundError as error:  # while the model was loaded, or the checkpoint was read
+            gone = f"{shown(self._checkpoint)} is gone: is another run at work there? Stop that one first"
+            raise UserError(gone) from error
         barrier()
         self._note()
+
+    def _read(self, checkpoint: Path) -> None:
+        for name, engine in self._engines.items():
+            load_engine(engine, _shards(checkpoint, name), self._state["engines"][name])
+        for name, average in self._averages.items():
+            average.load(_shards(checkpoint, name))
+        _set_random_state(self._state["random"][rank() % len(self._state["random"])])
+        if is_main():
+            self._restore_files(checkpoint)
 
     def _restore_files(self, checkpoint: Path) -> None:
         """metrics.jsonl and the best model as they were, whatever was written after the checkpoint."""
@@ -329,6 +332,13 @@ class Run:
                 (scratch / name).parent.mkdir(parents=True, exist_ok=True)
                 files[name] = store.link_file(file, scratch / name)
         return files
+
+
+def _shards(checkpoint: Path, name: str) -> list[Path]:
+    """All ranks' files of an engine or average."""
+    if not (found := sorted(checkpoint.glob(f"{name}-rank*.safetensors"))):
+        raise FileNotFoundError(checkpoint)
+    return found
 
 
 def _choose(output_dir: Path, wanted: str) -> Path | None:
