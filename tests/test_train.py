@@ -504,6 +504,10 @@ BAD = [
     (["--pipeline", "sft,dpo", "--step2_args", "--loss log_exp"], "--step2_args: there is no .* in --pipeline sft,dpo"),
     (["--step1_args", "--seed 1", "--step1_args=--seed 2"], "--step1_args is given twice"),
     (["--data_path"], "--data_path: expected at least one argument"),
+    (
+        ["--model_name_or_path", "a/b", "--actor_model_name_or_path", "c/d"],
+        "--model_name_or_path a/b and --actor_model_name_or_path c/d are the same flag here",
+    ),
     (["--output_dir", "bad"], "manifest.json is not readable as JSON"),
 ]
 
@@ -613,6 +617,13 @@ def test_shared_flags_reach_every_step_and_win_over_the_recipe(bench: Bench) -> 
         assert not any(word in argv for word in ("--seed 1 ", "bf16", "--offload", "demo", "other.csv"))
     assert bench.arguments("step2").endswith("--seed 8")
     assert bench.arguments("step1").startswith("--model_name_or_path my/base ")
+
+
+def test_another_name_of_a_flag_wins_over_the_recipe(bench: Bench) -> None:
+    bench.recipe.write_text("step3: {num_iterations: 5, ppo_epochs: 1}")
+    assert bench.train("--step3_args", "--test_stop_step 3") == 0
+    argv = bench.arguments("step3")
+    assert argv.endswith(" --ppo_epochs 1 --test_stop_step 3") and "--num_iterations" not in argv
 
 
 def test_every_shared_flag_is_one_of_each_step() -> None:

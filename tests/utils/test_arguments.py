@@ -82,6 +82,16 @@ def test_step_3_takes_the_reward_model_by_the_name_of_the_other_programs():
     assert parse(3, "--reward_model_name_or_path none")["critic_model_name_or_path"] == "none"
 
 
+def test_two_names_of_a_flag_agree_or_are_refused():
+    reward, critic = "--reward_model_name_or_path", "--critic_model_name_or_path"
+    with pytest.raises(UserError, match=f"^{reward} a and {critic} b are the same flag here, with different values"):
+        parse(3, f"{reward} a {critic} b")
+    assert parse(3, f"{critic} b {reward}=b")["critic_model_name_or_path"] == "b"
+    assert parse(3, f"{critic} a {critic} b")["critic_model_name_or_path"] == "b"
+    with pytest.raises(UserError, match="--num_iterations 3 and --test_stop_step 4 are the same flag"):
+        parse(3, "--num_iterations 3 --test-stop-step 4")
+
+
 @pytest.mark.parametrize("step", [1, 2, 3])
 def test_help_is_grouped_and_not_endless(step, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -8,7 +8,7 @@ from typing import Any
 
 from training.migrate.predecessors import others_of
 from training.step3_rlhf_finetuning.arguments import ALIASES, ARGUMENTS as STEP3, check
-from training.utils.arguments import DPO, STEP1, STEP2, check_fine_tuning, fields_of, flags_in, parse
+from training.utils.arguments import DPO, STEP1, STEP2, OtherFlag, check_fine_tuning, fields_of, flags_in, parse
 from training.utils.errors import UserError
 from training.utils.run.folders import title
 
@@ -30,15 +30,25 @@ SharedArguments: type = dataclasses.make_dataclass(
 )
 
 
+def flag_names(name: str, argv: Sequence[str]) -> set[str]:
+    """The flags in a step's arguments, without dashes, each under the name that it has here."""
+    others = _others(name)
+    own = {other.removeprefix("--"): flag.ours.removeprefix("--") for other, flag in others.items() if flag.ours}
+    return {own.get(given, given) for given in flags_in(argv)}
+
+
+def _others(name: str) -> dict[str, OtherFlag]:
+    return others_of(name) | (ALIASES if name == "step3" else {})
+
+
 def parse_step(name: str, argv: Sequence[str]) -> list[Any]:
     """What a step's program makes of its arguments, without starting it.
 
     Raises:
         UserError: it would refuse them.
     """
-    others = others_of(name) | (ALIASES if name == "step3" else {})
     try:
-        groups = parse(GROUPS[name], argv, prog=f"{name}/main.py", description="", others=others)
+        groups = parse(GROUPS[name], argv, prog=f"{name}/main.py", description="", others=_others(name))
         return check(groups) if name == "step3" else check_fine_tuning(groups)
     except UserError as error:
         raise UserError(f"{title(name)}: {error}") from None

@@ -9,7 +9,7 @@ from typing import Any
 
 from training.pipeline.asked import ACTOR, REWARD, Asked, own_args
 from training.pipeline.own_data import check_paths, check_reward_model, check_rows, check_sources, without_demo
-from training.pipeline.shared_flags import parse_step
+from training.pipeline.shared_flags import flag_names, parse_step
 from training.utils.arguments import flags_in
 from training.utils.errors import UserError
 from training.utils.run.demo import EMBEDDED, MODEL, check_sources_named, is_own, named_sources, trained_on_demo
@@ -60,9 +60,9 @@ def plan_steps(asked: Asked, scripts: Mapping[str, str]) -> list[Step]:
         flags = [*flags_of({k: v for k, v in section.items() if k not in shared}, folders), *flags_of(shared, ())]
         once = ("--resume", "never") if options.resume == "never" else ()
         if options.plan:  # what stands in for step 1's output has its template too
-            flags = [*_unless_given(template, flags), *flags]
+            flags = [*_unless_given(name, template, flags), *flags]
         directory = asked.run / name
-        argv = [*models, "--output_dir", shown(directory), *_unless_given(flags, given), *given]
+        argv = [*models, "--output_dir", shown(directory), *_unless_given(name, flags, given), *given]
         if name == "step1":
             template = [f"--chat_template={value}" for value in flags_in(argv).get("chat_template", [])]
         steps.append(Step(name, shown(repository_root() / scripts[name]), argv, directory, once))
@@ -102,12 +102,12 @@ def _output_of(asked: Asked, step: str, given: str, starts: Mapping[str, str]) -
     return shown(newest)
 
 
-def _unless_given(flags: Sequence[str], given: Sequence[str]) -> list[str]:
-    """``flags`` without those that ``given`` has, which count."""
-    kept, mine = [], True
+def _unless_given(step: str, flags: Sequence[str], given: Sequence[str]) -> list[str]:
+    """``flags`` of a step without those that ``given`` has, under whatever name, which count."""
+    kept, mine, names = [], True, flag_names(step, given)
     for token in flags:
         if token.startswith("--"):
-            mine = not flags_in([token]).keys() & flags_in(given).keys()
+            mine = not flag_names(step, [token]) & names
         kept += [token] if mine else []
     return kept
 

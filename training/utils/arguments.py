@@ -537,6 +537,7 @@ def parse(
     if unknown:
         _reject_unknown(unknown, sorted(known), prog, bool(others))
     if not recorded:
+        _refuse_two_names(tokens, parser)
         _tell_repeated(tokens, parser, values)
     instances = []
     for group in groups:
@@ -641,6 +642,18 @@ def flags_in(argv: Sequence[str]) -> dict[str, list[str]]:
         else:
             values.append(token)
     return found
+
+
+def _refuse_two_names(tokens: Sequence[str], parser: Parser) -> None:
+    """Refuse one flag under two names with two values; of a name that is given twice the last one counts."""
+    given: dict[str, dict[str, list[str]]] = {}
+    for name, values in flags_in(tokens).items():
+        if action := parser._option_string_actions.get(f"--{name}"):
+            given.setdefault(action.dest, {})[f"--{name}"] = values
+    for names in given.values():
+        if len(set(map(tuple, names.values()))) > 1:
+            each = " and ".join(shlex.join([name, *values]) for name, values in names.items())
+            raise UserError(f"{each} are the same flag here, with different values: give one of them")
 
 
 def _tell_repeated(tokens: Sequence[str], parser: Parser, values: argparse.Namespace) -> None:
