@@ -14,7 +14,7 @@ from answer_rewards import AnswerRewards
 
 from training.utils.answers import Line, prompt_id
 from training.utils.arguments import DataArguments
-from training.utils.data import RowError, prepare_data, stop_token_ids
+from training.utils.data import RowError, prepare_data
 from training.utils.data.chat import render_many
 from training.utils.data.formats.columns import convert, parse_column_map
 from training.utils.data.formats.conversations import demonstration
@@ -27,7 +27,7 @@ from training.utils.generation.vllm_python import find_vllm
 from training.utils.metrics import progress_bar
 from training.utils.model import loading
 from training.utils.model.limits import check_length, max_positions
-from training.utils.model.tokenizer import check_vocabulary, load_tokenizer
+from training.utils.model.tokenizer import check_vocabulary, end_ids, load_tokenizer
 from training.utils.run.distributed import rank, say, world_size
 
 if TYPE_CHECKING:
@@ -153,12 +153,13 @@ class Answering:
         units.sort(key=lambda unit: (len(ids[unit[0]]), unit))
         mine = units[rank() :: world_size()]  # neighbours in length go to different ranks: equal work
         model = loading.load_causal_lm(path, dtype=self.dtype).to(self.device).eval()
+        stops = tuple(end_ids(tokenizer, model.generation_config, f"--model {name}"))
         self.rewards.load(self.device)
         backend, size = self._backend(path, tokenizer), self.decoding.per_device_generation_batch_size
         bar = progress_bar(len(mine), f"answers of {name}")
         for start in range(0, len(mine), size):
             batch = mine[start : start + size]
-            request = self._request(name, [(ids[i], self.prompts[i].id, s) for i, s in batch], tokenizer)
+            request = self._request(name, [(ids[i], self.prompts[i].id, s) for i, s in batch], tokenizer, stops)
             rollout = backend.generate(model, request, self.sampling)
             texts, ended = response_texts(rollout, tokenizer), has_ended(rollout, request.stop_ids).tolist()
             lengths = rollout.response_mask.sum(1).tolist()
@@ -201,7 +202,9 @@ class Answering:
             )
         return ids
 
-    def _request(self, name: str, rows: Sequence[tuple[list[int], str, int]], tokenizer: Any) -> RolloutRequest:
+    def _request(
+        self, name: str, rows: Sequence[tuple[list[int], str, int]], tokenizer: Any, stops: tuple[int, ...]
+    ) -> RolloutRequest:
         """(prompt's tokens, its id, number of the answer) of each row as a request."""
         noise = [hashlib.sha256(f"{name}\0{prompt}\0{sample}".encode()).digest() for _, prompt, sample in rows]
         return RolloutRequest.of(
@@ -211,7 +214,7 @@ class Answering:
             self.device,
             seed=self.decoding.seed,
             iteration=0,
-            stop_ids=tuple(stop_token_ids(tokenizer)),
+            stop_ids=stops,
         )
 
     def lines(self, answers: Sequence[Line], models: Sequence[str], best_of: int) -> tuple[list[Line], dict[str, Any]]:

@@ -23,12 +23,11 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from training.utils.data import stop_token_ids
 from training.utils.engine.precision import for_device
 from training.utils.engine.zero_config import DTYPES
 from training.utils.errors import UserError
 from training.utils.model.loading import check_sizes, remote_code, resolve_policy
-from training.utils.model.tokenizer import load_tokenizer
+from training.utils.model.tokenizer import end_ids, load_tokenizer
 from training.utils.run.inputs import without_bitsandbytes
 
 # What a damaged or foreign folder makes transformers, PEFT and safetensors raise while they load.
@@ -70,7 +69,7 @@ class ChatModel:
     """A name, its tokenizer, and the weights (with one adapter or none) that answer under that name.
 
     Attributes:
-        stop_ids: the whole stop set, from the saved generation config.
+        stop_ids: the whole stop set, see `end_ids`.
         context: the longest prompt plus answer in tokens; None where the model does not say.
     """
 
@@ -221,12 +220,7 @@ def _chat_model(
             generation = GenerationConfig.from_pretrained(str(own))
         except LOAD_ERRORS as error:
             raise UserError(f"--path {own}: generation_config.json is damaged: {_first_line(error)}") from error
-    eos = generation.eos_token_id if generation is not None else None
-    stops = [] if eos is None else [eos] if isinstance(eos, int) else eos
-    if not isinstance(stops, list) or not all(isinstance(stop, int) for stop in stops):
-        raise UserError(f"--path {own or base}: generation_config.json is damaged: eos_token_id is {eos}")
-    if eos is None or chat_template:
-        stops = [*stops, *stop_token_ids(tokenizer)]
+    stops = end_ids(tokenizer, generation, f"--path {own or base}")
     config = weights.model.config.get_text_config()
     rows = weights.model.get_input_embeddings().weight.shape[0]
     if max(tokenizer.get_vocab().values(), default=0) >= rows:

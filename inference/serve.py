@@ -197,16 +197,19 @@ def understood(handle: Any) -> Any:
     return handled
 
 
-def settle_requests(model: str) -> None:
+def settle_requests(model: str, tokenizer: Any) -> None:
     """Make transformers' server refuse what it would leave unheard, sample where it is asked to, and keep to a model.
 
     Args:
         model: the one that is served, as the server calls it.
+        tokenizer: the model's.
     """
     from fastapi import HTTPException
     from transformers.cli.serving import chat_completion, completion, response, server
     from transformers.cli.serving.model_manager import ModelManager
     from transformers.cli.serving.utils import BaseHandler
+
+    from training.utils.model.tokenizer import end_ids
 
     validate, configure, named = (
         BaseHandler._validate_request,
@@ -222,10 +225,14 @@ def settle_requests(model: str) -> None:
         validate(handler, body)
 
     def configured(handler: Any, body: dict[str, Any], saved: Any, use_cb: bool = False) -> Any:
-        """How a request is answered: its own seed, length, biases of tokens, and sampling where it asks for that."""
+        """How a request is answered: its own seed, length, biases of tokens, and sampling where it asks for that.
+
+        It ends where the chat programs end an answer, too.
+        """
         SEED.set(body.pop("seed", None))  # the server would set it now, in the midst of another's answer
         config = configure(handler, body, saved, use_cb=use_cb)
         config.max_new_tokens = config.max_new_tokens or LONGEST
+        config.eos_token_id = end_ids(tokenizer, saved if config.eos_token_id is None else config, model)
         if "logit_bias" in body:
             config.sequence_bias = {(int(token),): bias for token, bias in body["logit_bias"].items()}
         if not config.do_sample and (body.get("temperature") or (body.get("top_p") and body.get("temperature") != 0)):
@@ -313,6 +320,7 @@ def main(argv: Sequence[str]) -> int:
     from training.utils.engine.precision import for_device
     from training.utils.engine.zero_config import DTYPES
     from training.utils.model.loading import resolve_model
+    from training.utils.model.tokenizer import load_tokenizer
 
     model = resolve_model(path, "--path")
     check_kind(model)
@@ -326,7 +334,7 @@ def main(argv: Sequence[str]) -> int:
         model = folder.name
     if "@" in model:
         raise UserError(f"--path {given.path}: behind the @ of {model} the server reads a revision: rename it")
-    settle_requests(model)
+    settle_requests(model, load_tokenizer(model, named=f"--path {given.path or path}"))
     print(f"model {model} at http://{address_of(given.host, given.port)}/v1", flush=True)
     precision = str(DTYPES[dtype]).removeprefix("torch.")
     with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C, which uvicorn raises again when it has ended

@@ -90,14 +90,14 @@ def test_the_same_folder_twice_is_loaded_once(chat_folders):
     assert first.weights is second.weights
 
 
-def test_stop_ids_are_the_saved_set(tmp_path):
+def test_an_answer_ends_where_template_or_generation_settings_say(tmp_path):
     folder = save_chat_model(tmp_path / "m", 1)
     GenerationConfig(eos_token_id=[2, 7]).save_pretrained(folder)
     [model] = load_chat_models({"m": str(folder)}, LoadArguments(), lambda line: None)
     assert model.stop_ids == {2, 7}
     GenerationConfig(eos_token_id=9).save_pretrained(folder)
     [model] = load_chat_models({"m": str(folder)}, LoadArguments(), lambda line: None)
-    assert model.stop_ids == {9}
+    assert model.stop_ids == {2, 9}
     (folder / "generation_config.json").unlink()
     [model] = load_chat_models({"m": str(folder)}, LoadArguments(), lambda line: None)
     assert model.stop_ids == {2}

@@ -7,6 +7,7 @@ import shutil
 
 import generate
 import pytest
+from transformers import GenerationConfig
 
 from tests.inference.conftest import INFERENCE
 from tests.marks import slow
@@ -97,6 +98,18 @@ def test_two_ranks_give_the_same_file(asked, models, tiny_data, tmp_path, rank_p
 def test_hf_answers_too(asked, tmp_path):
     assert asked("--rollout_engine", "hf", "--samples_per_prompt", "1") == 0
     assert len(lines_of(tmp_path / "a.jsonl")) == 8
+
+
+def test_answers_end_where_the_models_generation_settings_say(asked, models, tmp_path):
+    folder = shutil.copytree(models["one"], tmp_path / "model")
+    one = ["--model", f"one={folder}", "--samples_per_prompt", "1", "--temperature", "0"]
+    assert asked(*one) == 0
+    before = [line["answers"][0] for line in lines_of(tmp_path / "a.jsonl")]
+    assert any(answer["tokens"] > 1 for answer in before)
+    GenerationConfig(eos_token_id=list(range(3, 400))).save_pretrained(folder)  # whatever comes first but EOS
+    assert asked(*one, output="b.jsonl") == 0
+    ended = [line["answers"][0] for line in lines_of(tmp_path / "b.jsonl")]
+    assert all(answer["finished"] and answer["tokens"] == 1 for answer in ended)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import time
 import httpx
 import pytest
 import serve
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tests.inference.conftest import INFERENCE
 from tests.inference.tiny_chat import save_chat_model
@@ -35,6 +35,7 @@ def free_port():
 def test_it_answers_as_the_saved_model_and_ends_on_ctrl_c(chat_folders, free_port, tmp_path):
     pytest.importorskip("openai")
     folder = save_chat_model(tmp_path / "sft", 1, max_position_embeddings=50_000)
+    GenerationConfig(eos_token_id=7, pad_token_id=0).save_pretrained(folder)  # beside 2, the template's end
     command = [sys.executable, str(INFERENCE / "serve.py"), "--path", str(folder), "--port", str(free_port)]
     environment = os.environ | {"PYTHONPATH": python_path(), "HF_HOME": str(tmp_path / "none")}
     log = (tmp_path / "log").open("w+")
@@ -57,11 +58,15 @@ def test_it_answers_as_the_saved_model_and_ends_on_ctrl_c(chat_folders, free_por
         answer = httpx.post(f"{address}/chat/completions", json=asked, timeout=60).json()
         model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        out = model.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids["input_ids"].shape[1] :]
+        how = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": [2, 7]}
+        out = model.generate(**ids, **how)[0, ids["input_ids"].shape[1] :]
         assert answer["choices"][0]["message"]["content"] == tokenizer.decode(out, skip_special_tokens=True)
         assert answer["usage"]["completion_tokens"] == len(out)
         other = httpx.post(f"{address}/chat/completions", json=asked | {"model": "another"}, timeout=60)
         assert other.status_code == 400 and folder.name in other.text
+        for end in ("2", "7"):
+            ended = httpx.post(f"{address}/chat/completions", json=asked | {"logit_bias": {end: 100}}, timeout=60)
+            assert ended.json()["usage"]["completion_tokens"] == 1
         drawn = {}
         for seed in (1, 2, 1):
             sampled = asked | {"temperature": 1.5, "seed": seed}
@@ -70,7 +75,7 @@ def test_it_answers_as_the_saved_model_and_ends_on_ctrl_c(chat_folders, free_por
         assert drawn[1] != drawn[2], "a temperature counts"
         meant_alike(address, asked)
         seeds_at_once(address, asked)
-        nobody_waits(address, asked | {"logit_bias": {str(model.generation_config.eos_token_id[0]): -100}})
+        nobody_waits(address, asked | {"logit_bias": {"2": -100, "7": -100}})
         several = httpx.post(f"{address}/chat/completions", json=asked | {"n": 2}, timeout=60)
         assert several.status_code == 400 and "one answer" in several.text
         long = asked | {"messages": [{"role": "user", "content": "hello " * 100_000}]}

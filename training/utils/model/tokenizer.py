@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -119,6 +120,28 @@ def _choose_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
             tokenizer.pad_token = candidate
             return
     tokenizer.pad_token = tokenizer.eos_token
+
+
+def end_ids(tokenizer: PreTrainedTokenizerBase, generation: Any, named: str) -> list[int]:
+    """The tokens that end a model's answer: the tokenizer's and its template's, and those of its generation settings.
+
+    What the steps save has the same in both; other models name some of them in one place alone.
+
+    Args:
+        tokenizer: with a chat template.
+        generation: the model's ``generation_config``; None where it has none.
+        named: what the user has called the model, for messages.
+
+    Raises:
+        UserError: the settings name something else than tokens.
+    """
+    from training.utils.data import stop_token_ids
+
+    eos = getattr(generation, "eos_token_id", None)
+    ends = [] if eos is None else [eos] if isinstance(eos, int) else eos
+    if not isinstance(ends, list) or not all(isinstance(end, int) for end in ends):
+        raise UserError(f"{named}: generation_config.json is damaged: eos_token_id is {eos}")
+    return list(dict.fromkeys([*stop_token_ids(tokenizer), *ends]))
 
 
 def same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:
