@@ -1,6 +1,7 @@
 """What is looked for before torch is imported: weights in every form that transformers takes, and small files."""
 
 import errno
+import io
 import json
 import os
 
@@ -32,7 +33,6 @@ INDEX = json.dumps({"weight_map": {"a": "1.bin", "b": "2.bin"}})
         (["1.bin", "2.bin"], {"model__safetensors__index__json": INDEX}),
         (["1.bin", "2.bin"], {"pytorch_model__bin__index__json": INDEX}),
         (["model.safetensors"], {"pytorch_model__bin__index__json": INDEX}),  # which is not read then
-        (["adapter_config.json", "adapter_model.safetensors"], {}),
         ([], {"config__json": '{"transformers_weights": "own.safetensors"}'}),
     ],
 )
@@ -49,7 +49,7 @@ def test_weights_in_any_form_are_found(names, texts, tmp_path):
         (["1.bin"], {"pytorch_model__bin__index__json": INDEX}, "1 of its files of weights are missing, 2.bin among"),
         ([], {"model__safetensors__index__json": INDEX}, "2 of its files of weights are missing, 1.bin among them"),
         ([], {"model__safetensors__index__json": '{"weight_map": []}'}, "index.json is damaged: it names no files"),
-        (["adapter_config.json"], {}, r"its adapter has no weights \(adapter_model.safetensors\)"),
+        (["adapter_config.json", "adapter_model.safetensors"], {}, "a LoRA adapter without its base; merge it into that"),
     ],
 )
 def test_a_folder_without_weights_is_refused_but_for_a_plan_or_a_tokenizer(names, texts, said, tmp_path):
@@ -61,6 +61,31 @@ def test_a_folder_without_weights_is_refused_but_for_a_plan_or_a_tokenizer(names
     check_model_path(folder, FLAG, weights=False)
     check_flag("critic_model_name_or_path", [folder], weights=False)
     check_flag("tokenizer_name_or_path", [folder])
+
+
+def test_an_adapter_alone_says_where_it_is_merged_in(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "step1" / "adapter").mkdir(parents=True)
+    (tmp_path / "step1" / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="without its base; merge it into that first, see docs/lora.md$"):
+        check_model_path("step1/adapter", FLAG)
+    folder_with(tmp_path / "step1", "model.safetensors")
+    with pytest.raises(UserError, match="step1/adapter: a LoRA adapter without its base; step1 has it merged in$"):
+        check_model_path("step1/adapter", FLAG, weights=False)
+
+
+def test_weights_that_may_not_be_read_are_said_to_be_so(tmp_path, monkeypatch):
+    """As root every file can be read, so the system's answer is played."""
+    folder, original = folder_with(tmp_path, "model.safetensors"), io.open
+
+    def refused(path, *args, **kwargs):
+        if str(path).endswith("model.safetensors"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return original(path, *args, **kwargs)
+
+    monkeypatch.setattr(io, "open", refused)
+    with pytest.raises(UserError, match=f"^{FLAG} .*: Permission denied .*model.safetensors"):
+        check_model_path(folder, FLAG)
 
 
 def test_a_hub_name_is_left_to_the_hub():

@@ -23,8 +23,9 @@ FUNCTIONS = ("reward_function", "eval_function")
 FILES = ("deepspeed_config",)
 # Of a model's folder: what holds its weights, and the objects beside them that are small
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+ADAPTER = "adapter_config.json"
 SMALL_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json",
-               "added_tokens.json", "adapter_config.json")  # fmt: skip
+               "added_tokens.json", ADAPTER)  # fmt: skip
 # The others that transformers reads as text, a byte order mark included: it is part of every prompt, or no JSON
 TEXT_FILES = (*SMALL_FILES, "chat_template.jinja", "chat_template.json", "tokenizer.json", "vocab.json", "vocab.txt",
               "merges.txt")  # fmt: skip
@@ -104,6 +105,8 @@ def _check_model_path(name_or_path: str, flag: str, weights: bool) -> None:
                 raise UserError(f"{flag} {name_or_path}: the file is no GGUF file, or damaged")
     elif path.is_dir():
         if not (path / "config.json").is_file():
+            if (path / ADAPTER).is_file():
+                raise UserError(f"{flag} {name_or_path}: {_adapter_alone(path)}")
             inside = sorted(shown(found.parent) for of in ("*", "*/actor") for found in path.glob(f"{of}/config.json"))
             instead = f"; a run's or a step's has some in it: {', '.join(inside)}" if inside else ""
             raise UserError(f"{flag} {name_or_path}: the folder holds no model (no config.json){instead}")
@@ -144,12 +147,13 @@ def _missing_weights(folder: Path) -> str:
 
     Raises:
         UserError: an index of weights is no JSON object.
+        OSError: a file can not be opened.
     """
-    if (folder / "adapter_config.json").is_file():
-        return "" if any(folder.glob("adapter_model.*")) else "its adapter has no weights (adapter_model.safetensors)"
     if read_object(folder / "config.json").get("transformers_weights"):
         return ""  # under a name of their own
     found = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if found is None and (folder / ADAPTER).is_file():
+        return _adapter_alone(folder)
     if found is None:
         whole = next(folder.glob("*.gguf"), None)
         return f"the folder holds no weights ({WEIGHTS[0]})" + (f"; give {shown(whole)} itself" if whole else "")
@@ -157,7 +161,16 @@ def _missing_weights(folder: Path) -> str:
     if not isinstance(parts, dict) or not parts or not all(isinstance(name, str) for name in parts.values()):
         return f"{found.name} is damaged: it names no files of weights"
     missing = sorted({name for name in parts.values() if not (folder / name).is_file()})
+    for name in set(parts.values()).difference(missing):
+        (folder / name).open("rb").close()  # of one that is closed to this user safetensors says that it is not there
     return f"{len(missing)} of its files of weights are missing, {missing[0]} among them" if missing else ""
+
+
+def _adapter_alone(folder: Path) -> str:
+    """What to say of a folder with a LoRA adapter and no weights of a model; steps save it in the model's folder."""
+    above = folder.absolute().parent
+    merged = f"; {shown(above)} has it merged in" if any((above / name).is_file() for name in WEIGHTS) else ""
+    return "a LoRA adapter without its base" + (merged or "; merge it into that first, see docs/lora.md")
 
 
 _THEIR_BACKBONE = re.compile(rb"rwtran(?:s|rs)former\.")  # so written, and miswritten until October 2023
