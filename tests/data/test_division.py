@@ -67,6 +67,25 @@ def test_what_one_step_holds_out_of_real_solutions_no_other_step_trains_on(tok):
     assert all(held) and not set().union(*trained) & set().union(*held)
 
 
+@pytest.mark.parametrize("data_split", ["", "2,4,4"])
+def test_the_turns_of_a_conversation_stay_together_where_each_is_a_row(tok, tmp_path, data_split):
+    """As in Anthropic's hh: the prompt of a later turn holds the earlier ones, and with them their answers."""
+    rows = []
+    for n in range(120):
+        said = [{"role": "user", "content": f"Question {n}?"}]
+        for turn in range(3):
+            rows.append({"prompt": list(said), "response": "Yes.", "chosen": f"Good {turn}.", "rejected": "No."})
+            said += [{"role": "assistant", "content": f"Good {turn}."}, {"role": "user", "content": f"More {turn}?"}]
+    path, found = write(tmp_path / "a.jsonl", rows), []
+    for step in (1, 2, 3):
+        data = prepare(step, tok, path, data_split=data_split, run_dir=tmp_path / f"step{step}")
+        assert len(data.train) % 3 == 0 < len(data.held_out)
+        found += [prompts_of(data.train), prompts_of(data.held_out)]
+    trained, held = set().union(*found[::2]), set().union(*found[1::2])
+    assert not trained & held and len(trained) + len(held) == 120
+    assert not data_split or sum(map(len, found)) == 120, "of no conversation two steps have a part"
+
+
 def hashes(count: int, seed: int = 0) -> np.ndarray:
     return np.array([hash_of(f"prompt {n}", str(seed)) for n in range(count)], np.uint64)
 

@@ -36,7 +36,7 @@ def test_rows_and_counts(run, tmp_path):
     assert told["dropped: identical pair"].startswith(f"1 ({tmp_path / 'a.jsonl'}:23")
     assert int(told["rows to train on"]) + int(told["rows held out"]) == 21 and int(told["rows held out"]) >= 1
     assert told["pairs whose longer answer is the chosen one"] == "100.0% of 21"
-    assert told["held-out rows whose prompt is trained on"] == "0"
+    assert told["held-out rows whose first question is trained on"] == "0"
     assert "p50" in told["length in tokens"] and "grouped by length" in told["padding in batches of 8"]
     assert told["truncated"].startswith("0 of 21")
 

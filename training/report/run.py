@@ -16,9 +16,7 @@ from training.utils.run.manifest import read_manifest
 from training.utils.run.processes import last_lines
 
 STOPPED = (130, 143)  # exit codes of Ctrl-C and SIGTERM
-_DATA_LINE = re.compile(
-    r"rows read: |^dropped \d+: |^truncated \d+: |rows to train on, |prompt that is also trained on"
-)
+_DATA_LINE = re.compile(r"rows read: |^dropped \d+: |^truncated \d+: |rows to train on, |that is also trained on")
 
 
 @dataclass

@@ -79,7 +79,8 @@ class StepData:
         if not len(self.held_out) and self.eval_paths:
             raise UserError(f"--eval_data_path {' '.join(self.eval_paths)}: no row of it is left to judge the model by")
         if not len(self.held_out):
-            raise UserError("no row is held out to judge the model by: give more data, or --eval_data_path")
+            raise UserError("no row is held out to judge the model by (rows that begin with one question stay together)"
+                            ": give more data, or --eval_data_path")  # fmt: skip
         return self.held_out
 
 

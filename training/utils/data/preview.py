@@ -97,7 +97,10 @@ from training.utils.data.report import IGNORED, READ, REFUSED, DataReport  # noq
 from training.utils.data.template import RowError  # noqa: E402
 from training.utils.run.watchdog import outlive_readers  # noqa: E402
 
-NOTHING_HELD_OUT = "no row is held out, so training refuses this: give more prompts, or --eval_data_path"
+NOTHING_HELD_OUT = (
+    "no row is held out (rows that begin with one question stay together), so training refuses this: "
+    "give more prompts, or --eval_data_path"
+)
 _PERCENTILES = (5, 25, 50, 75, 95, 99, 100)
 _COLOURS = {"trained": "\x1b[32m", "untrained": "\x1b[2m", "special": "\x1b[1;35m"}
 _OFF = "\x1b[0m"
@@ -210,7 +213,7 @@ def counts(data: StepData, batch_size: int, seed: int) -> list[tuple[str, str]]:
     lines.append(("truncated", f"{report.truncated} of {rows} ({report.truncated / max(1, rows):.1%}): {how}"))
     if report.open_turns:
         lines.append(("last user turns without an answer, left out", str(report.open_turns)))
-    lines.append(("held-out rows whose prompt is trained on", str(report.shared_prompts)))
+    lines.append(("held-out rows whose first question is trained on", str(report.shared_prompts)))
     if report.unequal_pairs:
         share = report.longer_chosen / report.unequal_pairs
         lines.append(("pairs whose longer answer is the chosen one", f"{share:.1%} of {report.unequal_pairs}"))
@@ -274,7 +277,7 @@ def problems(report: DataReport) -> list[str]:
     if not report.held_out_rows:
         found.append(NOTHING_HELD_OUT)
     if report.shared_prompts:
-        found.append(f"{report.shared_prompts} held-out rows have a prompt that is also trained on")
+        found.append(f"{report.shared_prompts} held-out rows begin with a question that is also trained on")
     return found
 
 

@@ -66,7 +66,7 @@ class DataReport:
         turns_dropped: rows that lost whole oldest turns to fit.
         texts_cut: rows whose longest user text lost its beginning to fit.
         open_turns: conversations whose last user turn has no answer, which step 1 leaves out.
-        shared_prompts: held-out rows whose prompt is also trained on.
+        shared_prompts: held-out rows that begin with a question that is also trained on.
         longer_chosen: pairs whose chosen answer has more characters, of ``unequal_pairs``.
         train_prompts, held_out_prompts: of pairs, what counts once: ordinary pairs, and rankings, which have several.
         tied_pairs: of answers to one prompt that have the same rank, where others have not.
@@ -125,7 +125,7 @@ class DataReport:
         if self.open_turns:
             lines.append(f"{self.open_turns} lost their last user turn, which has no answer")
         if self.shared_prompts:
-            lines.append(f"{self.shared_prompts} held-out rows have a prompt that is also trained on")
+            lines.append(f"{self.shared_prompts} held-out rows begin with a question that is also trained on")
         if self.answers_too_long:
             lines.append(f"{self.answers_too_long} answers of rankings are too long; their pairs are left out")
         train, held_out = f"{self.train_rows} rows", f"{self.held_out_rows}"

@@ -1,7 +1,7 @@
 """Which rows a step trains on and which it holds out, decided in one pass over all sources.
 
 Only a few bytes of each row are kept, so a million rows fit in memory. Everything follows from the rows, the flags and
-a seeded hash of each prompt, so every rank and every machine decides alike without talking.
+a seeded hash of how each prompt begins, so every rank and every machine decides alike without talking.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Stream:
         use: "train", "held_out", or "both" where a share of the rows is held out.
         divided: ``--data_split`` applies.
         decisions: SKIP, TRAIN, HELD_OUT or DUPLICATE for every example, once `decide` has run.
-        prompts: a seeded hash of every example's prompt, as long.
+        prompts: a seeded hash of how every example's prompt begins, as long.
     """
 
     source: Source
@@ -205,8 +205,14 @@ def _check_no_special_token(example: Example, forbidden: re.Pattern[str]) -> Non
 
 
 def _asked(example: Example) -> Any:
-    """What rows of one prompt have in common, whatever white space stands around its turns; of plain text the text."""
-    return example.text or [{**turn, "content": turn["content"].strip()} for turn in without_marks(example.prompt)]
+    """What rows that stay together have in common: how they begin, to the first user turn; of plain text the text.
+
+    A dataset of conversations may have each of their turns as a row, whose prompt holds those before it. White space
+    around a turn makes no other one.
+    """
+    prompt = without_marks(example.prompt)
+    until = 1 + next((i for i, turn in enumerate(prompt) if turn["role"] == "user"), 0)
+    return example.text or [{**turn, "content": turn["content"].strip()} for turn in prompt[:until]]
 
 
 def _identity(example: Example, kind: Kind) -> Any:
@@ -223,7 +229,7 @@ class _Scan:
     """What is kept of every example of a stream, as arrays of one length."""
 
     rows: np.ndarray  # the row's number
-    groups: np.ndarray  # a seeded hash of the prompt: rows of one prompt stay together
+    groups: np.ndarray  # a seeded hash of what is asked first: rows that share it stay together
     usable: np.ndarray
     identities: np.ndarray
 
