@@ -373,6 +373,23 @@ def test_a_part_of_what_is_asked_may_be_in_the_prompt_or_be_named():
         assert [turn["content"] for turn in example.prompt] == [asked]
 
 
+def test_several_passages_are_what_a_question_is_about():
+    """HotpotQA as the hub's table has it and as its own file has it, in every format with a context."""
+    pairs = [["Ada", ["A poet.", " She wrote."]], ["Bob", ["A cat."]]]
+    table = {name: list(column) for name, column in zip(("title", "sentences"), zip(*pairs, strict=True), strict=True)}
+    for context in (pairs, table):
+        for row in (
+            {"question": "Who?", "answer": "Ada"},
+            {"question": "Who?", "answers": ["Ada"]},
+            {"question": "Who?", "chosen": "Ada", "rejected": "Bob"},
+        ):
+            asked = convert({"context": context, **row})[1][0].prompt[0]["content"]
+            assert asked == "Ada\nA poet. She wrote.\n\nBob\nA cat.\n\nWho?"
+    for name in ("context", "input"):
+        row = {"instruction": "Who?", name: ["One.", " Two."], "output": "Ada"}
+        assert convert(row)[1][0].prompt[0]["content"] == "Who?\n\nOne.\n\nTwo."
+
+
 def test_a_system_turn_under_other_names():
     for name in ("system_prompt", "System_Message"):
         read: set[str] = set()
@@ -460,6 +477,8 @@ WRONG_TYPES = [
     ("queries and answers must hold a text for each", {"queries": {"ja": "q"}, "answers": None}, "mkqa-japanese"),
     ("column 'answers' is a number, it must be a list", {"context": "c", "question": "q", "answers": 3}, ""),
     ("column 'questions' is a text, it must be a list", {"questions": "q", "paragraph": "p"}, "qag_jaquad"),
+    ("--column_map context=COLUMN.KEY .*: a, b", {"context": {"a": ["c"], "b": 1}, "question": "q", "answer": "x"}, ""),
+    ("--column_map answer=COLUMN.KEY .*: value", {"question": "q", "answer": {"value": "a"}}, ""),
 ]
 
 

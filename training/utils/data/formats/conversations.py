@@ -89,7 +89,15 @@ def a_kind(value: Any) -> str:
 
 def text_of(row: Row, name: str) -> str:
     """A column as text; None is empty. WebGPT and mkqa wrap the text in a dict."""
-    return plain_text(row.get(name), f"column {name!r}")
+    return _column_text(row.get(name), name)
+
+
+def _column_text(value: Any, name: str) -> str:
+    if isinstance(value, dict) and value and not {"full_text", "image_url"} & value.keys():
+        keys = ", ".join(str(key) for key in value)[:80]
+        raise RowError(f"column {name!r} holds an object where text should be; --column_map {name}=COLUMN.KEY takes "
+                       f"one of its keys: {keys}")  # fmt: skip
+    return plain_text(value, f"column {name!r}")
 
 
 def plain_text(value: Any, where: str) -> str:
@@ -452,11 +460,11 @@ def continuation(prompt: list[Message], value: Any, name: str, transcript: bool 
     """
     said = [{**message, "content": message["content"].strip()} for message in prompt if message["role"] != "system"]
     value = unpacked(value, name)
-    wrapped = isinstance(value, dict) and "full_text" in value
-    if isinstance(value, (list, dict)) and not is_parts(value) and not wrapped:
+    one = isinstance(value, dict) and value.keys() & {"role", "from"}
+    if one or (isinstance(value, list) and not is_parts(value)):
         turns = messages_of(value, name)
         return turns[len(prompt) :] if turns[: len(prompt)] == prompt else turns  # some datasets repeat the prompt
-    text = plain_text(value, f"column {name!r}")
+    text = _column_text(value, name)
     turns = parse_transcript(text)
     if turns and turns[: len(said)] != said:
         raise Dropped("differing prefixes")

@@ -81,7 +81,8 @@ def _context_pair(asked: Callable[[Row], str | list[Message]]) -> Converter:
 
     def convert(row: Row) -> list[Example]:
         """One pair."""
-        whole = isinstance(unpacked(row["context"], "context"), list)
+        value = unpacked(row["context"], "context")
+        whole = isinstance(value, list) and any(isinstance(part, dict) for part in value)
         return _context_chosen_rejected(row) if whole else pair(row)
 
     return convert
@@ -214,7 +215,7 @@ def _marked_solutions(row: Row) -> list[Example]:
 def _instruction(row: Row) -> str | list[Message]:
     """Alpaca's question: instruction with an optional input (dolly: context) and history."""
     instruction = text_of(row, "instruction")
-    extra = text_of(row, "input" if "input" in row else "context")
+    extra = _passage(row, "input" if "input" in row else "context")
     user = f"{instruction}\n\n{extra}" if extra.strip() and instruction.strip() else instruction or extra
     history = history_of(row.get("history"))
     return [*history, user_turn(user)] if history else user
@@ -269,8 +270,24 @@ def _passages(row: Row) -> list[Example]:
     return preference([user_turn(text_of(row, "query"))], assistant_turn(found[0]), assistant_turn(found[1]))
 
 
+def _passage(row: Row, name: str) -> str:
+    """What a question is about: a text, a list of them, or titles with their sentences, as HotpotQA has them."""
+    value = row.get(name)
+    if isinstance(value, dict) and value.keys() == {"title", "sentences"}:  # one row of a table of lists
+        value = [list(pair) for pair in zip(value["title"], value["sentences"], strict=True)]
+    if not isinstance(value, list) or is_parts(value):
+        return text_of(row, name)
+    where, texts = f"column {name!r}", []
+    for part in value:
+        if isinstance(part, list) and len(part) == 2 and isinstance(part[1], list):
+            sentences = " ".join(plain_text(sentence, where).strip() for sentence in part[1])
+            part = f"{plain_text(part[0], where)}\n{sentences}"
+        texts.append(plain_text(part, where).strip())
+    return "\n\n".join(texts)
+
+
 def _passage_and_question(row: Row) -> str:
-    passage, question = text_of(row, "context"), text_of(row, "question")
+    passage, question = _passage(row, "context"), text_of(row, "question")
     return f"{passage}\n\n{question}" if passage.strip() else question
 
 
