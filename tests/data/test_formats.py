@@ -7,6 +7,8 @@ import itertools
 import json
 import re
 import time
+from datetime import date, datetime
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -388,6 +390,30 @@ def test_several_passages_are_what_a_question_is_about():
     for name in ("context", "input"):
         row = {"instruction": "Who?", name: ["One.", " Two."], "output": "Ada"}
         assert convert(row)[1][0].prompt[0]["content"] == "Who?\n\nOne.\n\nTwo."
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (42, "42"),
+        (3.0, "3.0"),
+        (Decimal("3.10"), "3.10"),
+        (date(2020, 1, 2), "2020-01-02"),
+        (datetime(2020, 1, 2, 3, 4), "2020-01-02 03:04:00"),
+        (["Paris", "paris"], "Paris"),
+        ([42, 43], "42"),
+        ([], ""),
+        (None, ""),
+    ],
+)
+@pytest.mark.parametrize("columns", [{"question": "q"}, {"question": "q", "context": "c"}])
+def test_an_answer_that_a_table_holds_as_no_text(columns, value, text):
+    """Several right answers are NQ's; numbers and dates come from parquet."""
+    if not text:
+        with pytest.raises(Dropped):
+            convert({**columns, "answer": value})
+        return
+    assert convert({**columns, "answer": value})[1][0].response == [{"role": "assistant", "content": text}]
 
 
 def test_a_system_turn_under_other_names():

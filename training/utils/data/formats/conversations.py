@@ -10,6 +10,8 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import date
+from decimal import Decimal
 from typing import Any
 
 from training.utils.data.chat import is_image
@@ -101,14 +103,14 @@ def _column_text(value: Any, name: str) -> str:
 
 
 def plain_text(value: Any, where: str) -> str:
-    """A value as text; None and NaN are empty, ``where`` is what the error names."""
+    """A value as text, a number or a date as tables show it; None and NaN are empty, ``where`` is what errors name."""
     if value is None or (isinstance(value, float) and value != value):  # NaN is how tables write "nothing"
         return ""
     if isinstance(value, dict) and isinstance(value.get("full_text"), str):
         value = value["full_text"]
     if isinstance(value, list) and value and all(isinstance(part, dict) and "type" in part for part in value):
         value = _text_parts(value, where)
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, (int, float, Decimal, date)) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str):
         kind = "an image" if isinstance(value, dict) and "image_url" in value else a_kind(value)

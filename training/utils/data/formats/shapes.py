@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from training.utils.data.formats.conversations import (
     Converter,
@@ -232,6 +233,13 @@ def _alpaca(row: Row) -> list[Example]:
     return answered(prompt, text_of(row, answer))
 
 
+def _answer(row: Row, name: str) -> Any:
+    """A column that answers; of a question's several answers, each of them right (NQ has such), the first."""
+    value = row[name]
+    several = name == "answer" and isinstance(value, list) and not any(isinstance(v, (dict, list)) for v in value)
+    return next(iter(value), None) if several else value
+
+
 def _pair_of(prompt: str, response: str) -> Converter:
     """Two columns, one answering the other; each may also be a list of messages."""
 
@@ -241,7 +249,7 @@ def _pair_of(prompt: str, response: str) -> Converter:
             _check_not_bad(row)
         ask, asked = unpacked(row[prompt], prompt), prompt_of(row, prompt)
         transcript = isinstance(ask, str) and bool(parse_transcript(ask))
-        return answered(asked, continuation(asked, row[response], response, transcript) or assistant_turn(""))
+        return answered(asked, continuation(asked, _answer(row, response), response, transcript) or assistant_turn(""))
 
     return convert
 
@@ -300,7 +308,7 @@ def _squad(row: Row) -> list[Example]:
 
 def _passage_and_answer(row: Row) -> list[Example]:
     _check_not_bad(row)
-    return answered(_passage_and_question(row), text_of(row, "answer"))
+    return answered(_passage_and_question(row), text_of({"answer": _answer(row, "answer")}, "answer"))
 
 
 def _hc3(row: Row) -> list[Example]:
