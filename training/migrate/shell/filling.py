@@ -90,6 +90,17 @@ class Variables:
         self.arguments = None if name == "@" else self.arguments
         self.undecided[name] = why
 
+    def changed(self, later: Variables) -> dict[str, bool]:
+        """The variables, ``@`` for the arguments, that are others in later ones -> whether they are exported there."""
+
+        def of(known: Variables, name: str) -> tuple[object, ...]:
+            value = known.arguments if name == "@" else known.values.get(name)
+            return value, name in known.undecided, name in known.exported
+
+        names = dict.fromkeys(name for known in (self, later) for name in (*known.values, *known.undecided,
+                                                                          *known.exported, "@"))  # fmt: skip
+        return {name: name in later.exported for name in names if of(self, name) != of(later, name)}
+
     def text(self, name: str) -> str | None:
         """A variable or an argument as one text; None where it is not known."""
         if name in self.values:
@@ -483,7 +494,7 @@ def in_environment(word: str, known: Variables) -> str | None:
         match = re.fullmatch(r"\$\{?(\w+)\}?", word[begin:end])
         if begin == end:
             break
-        if match is None or match[1] in known.undecided or UNREAD in word:
+        if match is None or {match[1], "@" if match[1].isdigit() else ""} & known.undecided.keys() or UNREAD in word:
             return None
         found += os.environ.get(match[1], "")
     return found.replace(LITERAL, "$")

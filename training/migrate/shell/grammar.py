@@ -7,23 +7,18 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from training.migrate.shell.words import REDIRECTIONS, Operator, tokens
+from training.migrate.shell.words import NAME, REDIRECTIONS, Operator, tokens
 from training.utils.errors import UserError
 
 ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)(\[[^\]]*\])?(\+?)=")
 LOOPS = ("for", "while", "until", "select")
-DECLARE = ("export", "declare", "typeset", "readonly")  # not "local": what it sets ends with its function
+_SETTERS = ("read", "mapfile", "readarray", "getopts")
 _CALCULATED = re.compile(r"([A-Za-z_]\w*)(?:\[[^\]]*\])?\s*(?:(?:[-+*/%&^|]|<<|>>)?=(?!=)|\+\+|--)|(?:\+\+|--)\s*(\w+)")
 _ENDS = ("then", "elif", "else", "fi", "do", "done", "esac", "}", ")", ";;", ";&", ";;&")
 
 
 @dataclass
-class Node:
-    """A part of a script."""
-
-
-@dataclass
-class Simple(Node):
+class Simple:
     """A command: its words as they are written, and where its output goes: operator and target."""
 
     words: list[str]
@@ -31,22 +26,14 @@ class Simple(Node):
 
 
 @dataclass
-class Chain(Node):
-    """Commands joined by ``&&`` and ``||``; the first has an empty operator."""
+class Chain:
+    """Commands joined by ``&&`` and ``||``, or by ``|``; the first has an empty operator, or ``!``."""
 
     items: list[tuple[str, Node]]
 
 
 @dataclass
-class Pipe(Node):
-    """Commands joined by ``|``, or one behind ``!``."""
-
-    nodes: list[Node]
-    negated: bool
-
-
-@dataclass
-class If(Node):
+class If:
     """Conditions with what follows each; the last, of ``else``, has none."""
 
     clauses: list[tuple[list[Node], list[Node]]]
@@ -54,7 +41,7 @@ class If(Node):
 
 
 @dataclass
-class Case(Node):
+class Case:
     """A word, and patterns with what follows each."""
 
     word: str
@@ -62,7 +49,7 @@ class Case(Node):
 
 
 @dataclass
-class Body(Node):
+class Body:
     """What stands in a loop, a function, ``{ }`` or ``( )``.
 
     Attributes:
@@ -77,67 +64,17 @@ class Body(Node):
     condition: list[Node] = field(default_factory=list)
 
 
-def inside(node: Node) -> list[Node]:
-    """The nodes in one."""
-    if isinstance(node, Chain):
-        return [one for _, one in node.items]
-    if isinstance(node, If):
-        return [one for condition, body in node.clauses for one in (*condition, *body)]
-    if isinstance(node, Case):
-        return [one for _, body in node.clauses for one in body]
-    if isinstance(node, Body):
-        return [*node.condition, *node.nodes]
-    return node.nodes if isinstance(node, Pipe) else []
+Node = Simple | Chain | If | Case | Body
 
 
-def jumps(nodes: Sequence[Node]) -> bool:
-    """Whether a loop is left, or a round of it, from within these."""
-    return any((isinstance(n, Simple) and n.words[:1] in (["break"], ["continue"])) or jumps(inside(n)) for n in nodes)
-
-
-def assigned_in(nodes: Sequence[Node]) -> dict[str, bool]:
-    """The variables that may have another value behind these -> whether they are exported there."""
-    names: dict[str, bool] = {}
-    for node in nodes:
-        more: dict[str, bool] = {}
-        if isinstance(node, Simple):
-            more = _assigned(node.words)
-        elif isinstance(node, Body) and node.kind == "loop" and node.name.split()[0] in ("for", "select"):
-            counted = node.name.split(maxsplit=1)[1]
-            more = changed_in([counted]) if counted.startswith("((") else {counted.split()[0]: False}
-        if not (isinstance(node, Body) and node.kind == "function"):
-            more |= assigned_in(inside(node))
-        names |= {name: exported or names.get(name, False) for name, exported in more.items()}
-    return names
-
-
-def _assigned(words: Sequence[str]) -> dict[str, bool]:
-    if words[:1] == ["shift"] or (words[:1] == ["set"] and any(w == "--" or w[0] not in "-+" for w in words[1:])):
-        return {"@": False}  # the arguments
-    matches = [ASSIGNMENT.match(word) for word in words]
-    if words and words[0] in (*DECLARE, "unset"):
-        names = [word.split("=")[0].split("+")[0] for word in words[1:] if not word.startswith("-")]
-        return dict.fromkeys(names, words[0] == "export")
-    return changed_in(words) | ({match[1]: False for match in matches if match} if all(matches) else {})
-
-
-def changed_in(words: Sequence[str]) -> dict[str, bool]:
-    """The variables that a command sets, as `assigned_in` has them, without ``NAME=value``: by arithmetic, by a
-    built-in."""
+def changed_in(words: Sequence[str]) -> list[str]:
+    """The variables that a command sets in another way than by ``NAME=value``: by arithmetic, by a built-in."""
     name, *rest = [*itertools.dropwhile(ASSIGNMENT.match, words), ""]
     sums = rest if name == "let" else [part for word in words for part in re.findall(r"\(\((.*)\)\)", word, re.DOTALL)]
     found = [one or other for part in sums for one, other in _CALCULATED.findall(part)]
-    if name == "read":
-        found += [word for word in rest if not word.startswith("-")]
-    elif name in ("mapfile", "readarray"):
-        found += rest[-2:-1]
-    elif name == "printf" and rest[:1] == ["-v"]:
-        found += rest[1:2]
-    elif name == "getopts":
-        found += [*rest[1:2], "OPTARG", "OPTIND"]
-    elif name == "eval":
-        found += re.findall(r"([A-Za-z_]\w*)\+?=", " ".join(rest))
-    return dict.fromkeys(filter(None, found), False)
+    if name in _SETTERS or (name == "printf" and "-v" in rest):
+        found += filter(NAME.fullmatch, rest)
+    return found
 
 
 def parse(text: str) -> list[Node]:
@@ -207,15 +144,14 @@ class _Parser:
 
     def pipe(self) -> Node:
         """Commands of which each reads the last one's output."""
-        negated = self.peek() == "!"
-        if negated:
-            self.take()
-        nodes = [self.command()]
+        if self.peek() == "!":
+            return Chain([(self.take(), self.pipe())])
+        items = [("", self.command())]
         while isinstance(self.peek(), Operator) and self.peek() in ("|", "|&"):
             self.take()
             self.skip("\n")
-            nodes.append(self.command())
-        return Pipe(nodes, negated) if negated or len(nodes) > 1 else nodes[0]
+            items.append(("|", self.command()))
+        return Chain(items) if len(items) > 1 else items[0][1]
 
     def command(self) -> Node:
         """One command, or what stands between a word and its end."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import glob
 import itertools
+import operator
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -22,21 +24,7 @@ from training.migrate.shell.filling import (
     text,
     uncounted,
 )
-from training.migrate.shell.grammar import (
-    ASSIGNMENT,
-    DECLARE,
-    Body,
-    Case,
-    Chain,
-    If,
-    Node,
-    Pipe,
-    Simple,
-    assigned_in,
-    changed_in,
-    jumps,
-    parse,
-)
+from training.migrate.shell.grammar import ASSIGNMENT, Body, Case, Chain, If, Node, Simple, changed_in, parse
 from training.migrate.shell.words import LITERAL, NAME, Operator, left_to_the_shell, tokens
 from training.utils.errors import UserError
 
@@ -44,15 +32,17 @@ BEFORE = ("nohup", "time", "exec", "env", "sudo", "command")  # of a command's o
 SHELLS = ("bash", "sh")
 _TRUE = ("true", ":", "echo", "cd", "mkdir", "set", "printf", "pushd", "popd", "ulimit", "umask", "local", "shift")
 _OUTPUT = (">", ">>", "&>", "&>>", ">|")
+_DECLARE = ("export", "declare", "typeset", "readonly")  # not "local": what it sets ends with its function
 _NUMBERS: dict[str, Callable[[int, int], bool]] = {
-    "-eq": lambda a, b: a == b,
-    "-ne": lambda a, b: a != b,
-    "-lt": lambda a, b: a < b,
-    "-le": lambda a, b: a <= b,
-    "-gt": lambda a, b: a > b,
-    "-ge": lambda a, b: a >= b,
+    "-eq": operator.eq,
+    "-ne": operator.ne,
+    "-lt": operator.lt,
+    "-le": operator.le,
+    "-gt": operator.gt,
+    "-ge": operator.ge,
 }
 _EQUAL = ("=", "==", "!=")
+_OPEN = ("=~", "<", ">", "-nt", "-ot", "-ef")  # comparisons that are not made here
 _ROUNDS = 1000  # of all loops of a text
 
 
@@ -85,6 +75,10 @@ class _EndedError(Exception):
     """The script ends here."""
 
 
+class _LeftError(Exception):
+    """A loop that is carried out is left here, or a round of it."""
+
+
 def read_script(source: str) -> tuple[list[Run], list[str], str]:
     """The commands that a text gets to, in order, what was read over, and the ``exit`` that ends it, if one does.
 
@@ -103,11 +97,12 @@ class _Reader:
         found, notes: as `read_script` returns them.
         folder, known, inside, file, taken: of the place that is read; ``taken`` are conditions that are not known.
         left, pushed: the folders that ``cd -`` and ``popd`` go back to.
-        functions: name -> what it sets, as `assigned_in` has it.
+        functions: by name.
         shaped: variables that make something else of what they are given, a sum or capitals: ``declare -i``.
         read: the files that are being read.
         ended: the command that ended a script before its last one.
         rounds: of loops that have been carried out.
+        carried: loops that are being carried out.
     """
 
     def __init__(self) -> None:
@@ -116,10 +111,10 @@ class _Reader:
         self.folder, self.inside, self.file = "", "", ""
         self.left, self.pushed = "", list[str]()
         self.taken: list[str] = []
-        self.ended, self.rounds = "", 0
+        self.ended, self.rounds, self.carried = "", 0, 0
         self.read: list[Path] = []
         self.known = Variables()
-        self.functions: dict[str, dict[str, bool]] = {}
+        self.functions: dict[str, Body] = {}
         self.shaped: set[str] = set()
 
     def script(self, source: str, known: Variables, file: str = "") -> None:
@@ -150,60 +145,52 @@ class _Reader:
     def one(self, node: Node) -> bool | None:
         """Read one; whether it succeeds."""
         if isinstance(node, Simple):
-            return self.simple(node)
+            status = self.simple(node)
+            self.leave_open(dict.fromkeys(changed_in(node.words), False), " ".join(node.words))
+            return status
         if isinstance(node, Chain):
             return self.chain(node.items)
         if isinstance(node, If):
-            return self.branches(node)
-        if isinstance(node, Case):
-            return self.case(node)
-        if isinstance(node, Pipe):
-            if len(node.nodes) == 1:
-                status = self.one(node.nodes[0])
-                return None if status is None else not status
-            for part in node.nodes:
-                self.apart([part])
-            return None
-        assert isinstance(node, Body)
-        return self.body(node)
+            return self.first_of((self.all(condition, tested=True) if condition else True, body,
+                                  _said(condition, node.said)) for condition, body in node.clauses)  # fmt: skip
+        return self.first_of(self.cases(node)) if isinstance(node, Case) else self.body(node)
 
     def body(self, node: Body) -> bool | None:
-        """Read a loop's or a function's body, or a group."""
+        """Read a loop's body or a group; a function's is read where it is called."""
         if node.kind == "{":
             return self.all(node.nodes)
         if node.kind == "(":
-            return self.apart(node.nodes)
-        if node.condition and not jumps(node.nodes) and self.carried_out(node):
-            return True
-        names = assigned_in(node.nodes if node.kind == "function" else [node])
-        if node.kind == "function":
-            names.pop("@", None)  # its own arguments
-        why = f"the loop {node.name!r}" if node.kind == "loop" else f"the function {node.name}()"
-        outer, self.inside = self.inside, node.name if node.kind == "loop" else f"{node.name}()"
-        self.apart([*node.condition, *node.nodes], dict.fromkeys(names, why))
-        self.inside = outer
-        if node.kind == "loop":
-            self.leave_open(names, why)
-        else:
-            self.functions[node.name] = names
+            with self.aside():
+                return self.all(node.nodes)
+        elif node.kind == "function":
+            self.functions[node.name] = node
+        elif not (node.condition and self.carried_out(node)):
+            kind, _, counted = node.name.partition(" ")
+            names = [] if kind not in ("for", "select") else changed_in([counted]) or counted.split()[:1]
+            why = f"the loop {node.name!r}"
+            self.leave_open(self.may_repeat(node, node.name, dict.fromkeys(names, False), why), why)
         return None
 
     def carried_out(self, node: Body) -> bool:
         """Go round a loop as its condition says, as of arguments; false, and nothing has changed, where that is not
         known, or where it starts programs."""
-        known, folders, counts = self.known, (self.folder, self.left, self.pushed), (len(self.found), len(self.notes))
-        self.known = known.copy()
-        while self.rounds < _ROUNDS:
-            self.rounds += 1
-            status = self.all(node.condition, tested=True)
-            if status is None or any(_starts_one(run.words) for run in self.found[counts[0] :]):
-                break
-            if status is node.name.startswith("until"):
-                return True
-            self.all(node.nodes)
-        self.known, (self.folder, self.left, self.pushed) = known, folders
-        del self.found[counts[0] :], self.notes[counts[1] :]
-        return False
+        state, counts = (self.known, self.folder, self.left, self.pushed), (len(self.found), len(self.notes))
+        self.known = self.known.copy()
+        self.carried += 1
+        done = False
+        with contextlib.suppress(_LeftError):
+            while not done and self.rounds < _ROUNDS:
+                self.rounds += 1
+                status = self.all(node.condition, tested=True)
+                if status is None or any(_starts_one(run.words) for run in self.found[counts[0] :]):
+                    break
+                done = status is node.name.startswith("until")
+                self.all([] if done else node.nodes)
+        self.carried -= 1
+        if not done:
+            self.known, self.folder, self.left, self.pushed = state
+            del self.found[counts[0] :], self.notes[counts[1] :]
+        return done
 
     def leave_open(self, names: Mapping[str, bool], why: str) -> None:
         """From here on these are not known, nor those that are exported."""
@@ -212,90 +199,116 @@ class _Reader:
             if exported:
                 self.known.exported[name] = None
 
-    def apart(self, nodes: Sequence[Node], undecided: dict[str, str] | None = None, taken: str = "") -> bool | None:
-        """Read commands whose assignments do not last; those that are undecided are so from their beginning."""
-        known, folders, conditions = self.known, (self.folder, self.left, self.pushed), self.taken
-        self.known = known.copy()
-        self.taken = [*conditions, taken] if taken else conditions
-        for name, why in (undecided or {}).items():
-            self.known.leave_open(name, why)
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Within, assignments do not last, and what ends the script ends this alone."""
+        state = self.known, self.folder, self.left, self.pushed, self.taken
+        self.known = self.known.copy()
         try:
-            return self.all(nodes)
-        except _EndedError:
-            return None
+            with contextlib.suppress(_EndedError):
+                yield
         finally:
-            self.known, (self.folder, self.left, self.pushed), self.taken = known, folders, conditions
+            self.known, self.folder, self.left, self.pushed, self.taken = state
+
+    def may_run(
+        self, nodes: Sequence[Node], taken: str = "", undecided: Mapping[str, bool] | None = None, why: str = ""
+    ) -> dict[str, bool]:
+        """Read commands that a run may get to; the variables that they change, and whether these are exported then.
+
+        Those that are ``undecided`` are so from their beginning.
+        """
+        before, changed = self.known, dict[str, bool]()
+        with self.aside():
+            self.taken = [*self.taken, taken] if taken else self.taken
+            self.leave_open(undecided or {}, why)
+            try:
+                self.all(nodes)
+            finally:
+                changed = before.changed(self.known)
+        return changed
+
+    def may_repeat(self, node: Body, inside: str, names: dict[str, bool], why: str) -> dict[str, bool]:
+        """`may_run` of any number of rounds: those of the names, and what the rounds change, are open in each."""
+        outer, self.inside = self.inside, inside
+        while True:
+            counts = len(self.found), len(self.notes)
+            more = names | self.may_run([*node.condition, *node.nodes], "", names, why)
+            if more == names:
+                break
+            del self.found[counts[0] :], self.notes[counts[1] :]
+            names = more
+        self.inside = outer
+        return names
+
+    def call(self, name: str) -> None:
+        """Leave open what a function may change, whatever its arguments are."""
+        body, why = self.functions.pop(name), f"the function {name}()"  # which may call itself
+        names = self.may_repeat(body, f"{name}()", {"@": False}, why)
+        self.functions[name] = body
+        self.leave_open({one: exported for one, exported in names.items() if one != "@"}, why)
 
     def chain(self, items: Sequence[tuple[str, Node]]) -> bool | None:
-        """Read commands joined by ``&&`` and ``||``."""
+        """Read commands joined by ``&&`` and ``||``, by ``|``, or one behind ``!``."""
+        if items[-1][0] == "|":
+            for _, node in items:
+                with self.aside():
+                    self.one(node)
+            return None
         status: bool | None = True
-        for number, (operator, node) in enumerate(items):
-            if operator and status is None:
-                rest = [node for _, node in items[number:]]
-                said = "" if operator == "&&" else f"{operator}: taken as if what stands before it had failed"
-                self.apart([Chain([("", node), *items[number + 1 :]])], taken=said)
-                self.leave_open(assigned_in(rest), repr(_said([items[number - 1][1]], "a command")))
+        for number, (joint, node) in enumerate(items):
+            if joint and status is None:
+                said = "" if joint == "&&" else f"{joint}: taken as if what stands before it had failed"
+                names = self.may_run([rest for _, rest in items[number:]], said)
+                self.leave_open(names, repr(_said([items[number - 1][1]], "a command")))
                 return None
-            if not operator or status == (operator == "&&"):
+            if joint in ("", "!") or status == (joint == "&&"):
                 status = self.one(node)
-        return status
+        return not status if status is not None and items[0][0] == "!" else status
 
-    def branches(self, node: If) -> bool | None:
-        """Read what follows the condition that holds; all that may hold where that is not known."""
-        unknown = ""
-        for condition, body in node.clauses:
-            status = True if not condition else self.all(condition, tested=True)
-            if status is False:
-                continue
-            if not unknown and status:
+    def first_of(self, clauses: Iterable[tuple[bool | None, Sequence[Node], str]]) -> bool | None:
+        """Read what follows the first condition that holds; all that may hold where that is not known.
+
+        Args:
+            clauses: whether it holds, what follows it, and the condition in words.
+        """
+        unknown, changes = "", []
+        for status, body, said in clauses:
+            if status and not unknown:
                 return self.all(body)
-            unknown = unknown or _said(condition, node.said)
-            self.apart(body, taken=f"taken as if it were reached: {unknown!r} is not known here")
+            if status is not False:
+                unknown = unknown or said
+                changes.append(self.may_run(body, f"taken as if it were reached: {unknown!r} is not known here"))
             if status:
                 break
-        if unknown:
-            self.leave_open(assigned_in([node]), repr(unknown))
+        for names in changes:
+            self.leave_open(names, repr(unknown))
         return None if unknown else True
 
-    def case(self, node: Case) -> bool | None:
-        """Read what follows the pattern that fits."""
+    def cases(self, node: Case) -> Iterator[tuple[bool | None, Sequence[Node], str]]:
+        """The patterns of ``case`` as clauses of `first_of`."""
         word = in_environment(text(node.word, self.known), self.known)
-        unknown = False
         for patterns, body in node.clauses:
             fits = [_fits(word, in_environment(pattern(one, self.known), self.known)) for one in patterns]
-            if True in fits and not unknown:
-                return self.all(body)
-            if True in fits or None in fits:
-                unknown = True
-                self.apart(body, taken=f"taken as if it were reached: 'case {node.word}' is not known here")
-        if unknown:
-            self.leave_open(assigned_in([node]), f"'case {node.word}'")
-        return None if unknown else True
+            yield True if True in fits else None if None in fits else False, body, f"case {node.word}"
 
     def simple(self, node: Simple) -> bool | None:
         """Read a command; whether it succeeds."""
         words = list(node.words)
         given: list[tuple[str, str]] = []
         while words and (match := ASSIGNMENT.match(words[0])):
-            given.append((words[0], match[1]))
-            words.pop(0)
+            given.append((words.pop(0), match[1]))
         if not words:
             for word, _ in given:
                 self.assign(word)
-            self.leave_open(changed_in(node.words), " ".join(node.words))
             return True
         if words[0].startswith("(("):
             number = arithmetic(words[0][2:-2], self.known)
-            self.leave_open(changed_in(words), words[0])
             return None if number is None else bool(number)
         if words[0] in ("[", "[[", "test"):
             return self.condition(words)
         made = [part for word in words for part in fields(word, self.known)]
         prefix = [f"{name}={text(word.partition('=')[2], self.known)}" for word, name in given]
-        status = self.command(made, prefix, words, node) if made else True
-        if made and made[0] != "eval":  # which has been read
-            self.leave_open(changed_in(words), " ".join(words))
-        return status
+        return self.command(made, prefix, words, node) if made else True
 
     def condition(self, words: Sequence[str]) -> bool | None:
         """Whether ``[ ... ]`` holds; what is neither set by the script nor an argument is as it is here."""
@@ -307,8 +320,7 @@ class _Reader:
         known = self.known
         filled = [(word, in_environment(part, known), in_environment(shape, known)) for word, part, shape in made]
         number = partial(arithmetic, known=known) if words[0] == "[[" else _whole
-        found = _Condition(filled, number).value()
-        self.leave_open(changed_in(words), " ".join(words))
+        found = _holds(filled, number)
         for left in [] if found is None else [left for _, part, _ in made for left in left_to_the_shell(part)]:
             name = left.strip("${}")
             said = "as it is set here" if name in os.environ else "as empty, it is not set here"
@@ -336,7 +348,7 @@ class _Reader:
     def command(self, words: list[str], prefix: list[str], written: Sequence[str], node: Simple) -> bool | None:
         """Read a command that is no condition."""
         name = words[0]
-        if name in DECLARE:
+        if name in _DECLARE:
             self.declare(written)
         elif name == "unset":
             for one in words[1:]:
@@ -356,6 +368,8 @@ class _Reader:
                 self.known.uncounted |= {"@"}
         elif name in ("exit", "return"):
             raise _EndedError(" ".join(words))
+        elif name in ("break", "continue") and self.carried:
+            raise _LeftError
         elif name == "false":
             return False
         elif name in ("cd", "pushd", "popd"):
@@ -364,13 +378,13 @@ class _Reader:
             said = " ".join(words[1:])
             if said.startswith("$"):
                 self.notes.append(f"eval {said}: what the shell fills in may set variables, which is not known here")
-                self.leave_open(changed_in(words), f"eval {said}")
+                self.leave_open(dict.fromkeys(re.findall(r"([A-Za-z_]\w*)\+?=", said), False), f"eval {said}")
             return self.all(parse(said.replace(LITERAL, "$")))
         elif name in ("source", "."):
             return self.source(words)
         elif name in self.functions:
             self.notes.append(f"{' '.join(words)} is the script's function, which is not carried out here")
-            self.leave_open(self.functions[name], f"the function {name}()")
+            self.call(name)
         elif not self.another(words, prefix):
             self.found.append(self.started(prefix + words, node))
             return True if name in _TRUE else None
@@ -493,10 +507,10 @@ class _Reader:
     def started(self, words: list[str], node: Simple) -> Run:
         """A command with what it is started with."""
         known, notes = self.known, [*self.taken, *(note for word in node.words for note in _at_home(word))]
-        for operator, target in node.redirections:
-            if operator in _OUTPUT:
+        for sign, target in node.redirections:
+            if sign in _OUTPUT:
                 said = text(target, known)
-                notes.append(f"{operator} {said} is left out: send the output of this command where you want it")
+                notes.append(f"{sign} {said} is left out: send the output of this command where you want it")
         environment = []
         for name in known.exported:
             if name in known.undecided:
@@ -526,76 +540,49 @@ def _said(condition: Sequence[Node], otherwise: str) -> str:
     return " ".join(last.words) if isinstance(last, Simple) else otherwise
 
 
-class _Condition:
-    """What stands between ``[`` and ``]``: true, false, or None where it is not known."""
+_Word = tuple[str, str | None, str | None]  # as written; filled in, and as a pattern, None where that is not known
+_VALUES = {True: "true", False: "", None: None}
 
-    def __init__(
-        self, words: Sequence[tuple[str, str | None, str | None]], number: Callable[[str], int | None]
-    ) -> None:
-        self.words = list(words)  # as written; filled in, and as a pattern, None where that is not known
-        self.number = number  # of a text, None where it is not known, a ValueError where it is none
 
-    def value(self) -> bool | None:
-        """Whether it holds; what a shell can not read does not."""
-        try:
-            found = self.either()
-        except IndexError:
-            return False
-        return found if not self.words else False
+def _holds(words: list[_Word], number: Callable[[str], int | None]) -> bool | None:
+    """What stands between ``[`` and ``]``: true, false, or None where it is not known.
 
-    def next(self) -> str:
-        """The next word as written, empty behind the last."""
-        return self.words[0][0] if self.words else ""
+    What a shell can not read does not hold. ``number`` is of a text, None where it is not known, a ValueError where it
+    is none.
+    """
+    while ("(" in (names := [word for word, _, _ in words])) and ")" in names:
+        end = names.index(")")
+        begin = end - names[end::-1].index("(")
+        value = _VALUES[_holds(words[begin + 1 : end], number)]
+        words = [*words[:begin], ("", value, value), *words[end + 1 :]]
+    if len(words) == 3 and names[1] in (*_EQUAL, *_NUMBERS, *_OPEN):
+        return _compared(words[0][1], names[1], words[2][2 if names[1] in _EQUAL else 1], number)
+    for joints, deciding in ((("||", "-o"), True), (("&&", "-a"), False)):
+        if at := next((i for i, name in enumerate(names) if name in joints), 0):
+            found = [_holds(words[:at], number), _holds(words[at + 1 :], number)]
+            return deciding if deciding in found else None if None in found else not deciding
+    if names[:1] == ["!"]:
+        holds = _holds(words[1:], number)
+        return None if holds is None else not holds
+    if len(words) == 2 and names[0] in ("-z", "-n"):
+        return None if words[1][1] is None else (words[1][1] == "") == (names[0] == "-z")
+    if len(words) == 2 and re.fullmatch("-[a-zA-Z]", names[0]):
+        return None
+    return False if len(words) != 1 else None if words[0][1] is None else words[0][1] != ""
 
-    def either(self) -> bool | None:
-        """Parts joined by ``||``."""
-        found = self.both()
-        while self.next() in ("||", "-o"):
-            self.words.pop(0)
-            other = self.both()
-            found = True if found or other else None if None in (found, other) else False
-        return found
 
-    def both(self) -> bool | None:
-        """Parts joined by ``&&``."""
-        found = self.single()
-        while self.next() in ("&&", "-a"):
-            self.words.pop(0)
-            other = self.single()
-            found = False if False in (found, other) else None if None in (found, other) else True
-        return found
-
-    def single(self) -> bool | None:
-        """A comparison, a question about one word, or a part in brackets."""
-        word, value, _ = self.words.pop(0)
-        if word == "!":
-            found = self.single()
-            return None if found is None else not found
-        if word == "(":
-            found = self.either()
-            self.words.pop(0)
-            return found
-        if len(self.words) >= 2 and (self.next() in (*_EQUAL, *_NUMBERS, "=~", "<", ">", "-nt", "-ot", "-ef")):
-            operator, (_, right, shape) = self.words.pop(0)[0], self.words.pop(0)
-            if operator in _NUMBERS:
-                return self.counted(value, operator, right)
-            return _compared(value, operator, shape if operator in _EQUAL else right)
-        if word.startswith("-") and len(word) == 2 and self.words and self.next() not in ("&&", "||", "-a", "-o", ")"):
-            _, right, _ = self.words.pop(0)
-            if word in ("-z", "-n"):
-                return None if right is None else (right == "") == (word == "-z")
-            return None
-        return None if value is None else value != ""
-
-    def counted(self, left: str | None, operator: str, right: str | None) -> bool | None:
-        """A comparison of numbers."""
-        if left is None or right is None:
-            return None
-        try:
-            one, two = self.number(left), self.number(right)
-        except ValueError:
-            return False
-        return None if one is None or two is None else _NUMBERS[operator](one, two)
+def _compared(left: str | None, joint: str, right: str | None, number: Callable[[str], int | None]) -> bool | None:
+    """A comparison of two texts or numbers."""
+    if joint in _EQUAL:
+        fits = _fits(left, right)
+        return None if fits is None else fits == (joint != "!=")
+    if joint in _OPEN or left is None or right is None:
+        return None
+    try:
+        one, two = number(left), number(right)
+    except ValueError:
+        return False
+    return None if one is None or two is None else _NUMBERS[joint](one, two)
 
 
 def _whole(written: str) -> int:
@@ -613,8 +600,3 @@ def _fits(word: str | None, shape: str | None) -> bool | None:
     if word is None or shape is None or EXTENDED.search(shape):
         return None
     return fnmatch.fnmatchcase(word, shape)
-
-
-def _compared(left: str | None, operator: str, right: str | None) -> bool | None:
-    fits = _fits(left, right) if operator in _EQUAL else None
-    return None if fits is None else fits == (operator != "!=")
