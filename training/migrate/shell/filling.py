@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import codecs
 import fnmatch
 import glob
+import math
 import operator
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from training.migrate.shell.words import LITERAL, NAME, UNREAD, expansion_end, expansions, piece_end
@@ -18,17 +20,19 @@ Value = str | list[str]
 _BRACED = re.compile(r"([A-Za-z_]\w*|\d+|[@*#?$!])(\[[^\]]*\])?(.*)", re.DOTALL)
 _DEFAULT = re.compile(r"(:?[-=+?])(.*)", re.DOTALL)
 _CUT = re.compile(r"(##?|%%?|//?)(.*)", re.DOTALL)
-_COUNTED = re.compile(r"(0|-?[1-9]\d*)\.\.(0|-?[1-9]\d*)(?:\.\.(-?\d+))?")
+_BRACES = re.compile(r"\{[^{}\s]*(,|\.\.)[^{}\s]*\}")  # of which a shell makes several words
+_NAME_ALONE = re.compile(r"\$\{?\w+\}?")
 _GLOB = re.compile(r"[*?\[]")
-_ESCAPE = re.compile(r"\\(x[\da-fA-F]{1,2}|u[\da-fA-F]{1,4}|U[\da-fA-F]{1,8}|[0-7]{1,3}|.)", re.DOTALL)
-_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "e": "\x1b", "\\": "\\", "'": "'", '"': '"', "?": "?"}
+_ESCAPE = re.compile(r"\\(x[\da-fA-F]{2}|u[\da-fA-F]{4}|[0-7]{1,3}|[abfnrtv\\'\"])")
 EXTENDED = re.compile(r"[?*+@!]\(")  # patterns in patterns, which are not read here
 _OPEN_NAME = re.compile(r"\$([A-Za-z_]\w*)$")
 _PLAIN = re.compile(r"[\w@%+=:,./-]*")
-_OPERATIONS: dict[type, Callable[[int, int], int]] = {
+_OPERATIONS: dict[type, Callable[[int, int], float]] = {  # of whole numbers; a quotient loses what is behind the point
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.Mod: math.fmod,
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
     ast.Lt: operator.lt,
@@ -48,7 +52,6 @@ class Variables:
         exported: variables that the programs get, which have a value here or in ``undecided``.
         undecided: variable -> what decides its value, which can not be known here.
         all_exported: what is set is exported, ``set -a``.
-        uncounted: arrays, and ``@`` for the arguments, in which the shell may make several words of one.
         ends_early: a command that fails ends the script, ``set -e``.
     """
 
@@ -58,7 +61,6 @@ class Variables:
     undecided: dict[str, str] = field(default_factory=dict)
     all_exported: bool = False
     ends_early: bool = False
-    uncounted: frozenset[str] = frozenset()
 
     def copy(self) -> Variables:
         """The same, to go on with apart from these."""
@@ -108,7 +110,7 @@ class Variables:
             return value if isinstance(value, str) else (value[0] if value else "")
         if self.arguments is None:
             return "0" if name == "#" and "@" not in self.undecided else None
-        if "@" in self.uncounted:
+        if self.counted("@") is None:
             return None
         if name == "#":
             return str(len(self.arguments))
@@ -127,60 +129,20 @@ class Variables:
         value = self.values.get(name)
         return [value] if isinstance(value, str) else value
 
+    def counted(self, name: str) -> list[str] | None:
+        """The same, None also where the shell may make several words of one of them."""
+        found = self.texts(name)
+        lefts = (one[begin:end] for one in found or () for begin, end in expansions(one))
+        return found if all(map(_NAME_ALONE.fullmatch, lefts)) else None
+
 
 def fields(word: str, known: Variables) -> list[str]:
     """A word as it is written -> the words that a shell makes of it."""
     if word.startswith(UNREAD):
         return [word]
     made = _Fields(known.text("IFS"))
-    for one in braces(word):
-        made.open = False
-        _read(one, known, made, split=True)
+    _read(word, known, made, split=True)
     return made.words
-
-
-def braces(word: str) -> list[str]:
-    """``a{b,c}`` and ``a{1..3}`` as a shell takes them apart, before all else."""
-    at = 0
-    while at < len(word):
-        end = piece_end(word, at)
-        if word[at] == "{" and (found := _alternatives(word, at)):
-            parts, behind = found
-            return [one for part in parts for one in braces(word[:at] + part + word[behind:])]
-        at = end
-    return [word]
-
-
-def _alternatives(word: str, begin: int) -> tuple[list[str], int] | None:
-    """What stands between a brace and the one that closes it, and the place behind that; None where it is a text.
-
-    Raises:
-        UserError: it counts in letters, or with zeros before its numbers.
-    """
-    parts, depth, at = [""], 0, begin + 1
-    while at < len(word) and (depth or word[at] != "}"):
-        end = piece_end(word, at)
-        depth += (word[at] == "{") - (word[at] == "}")
-        parts = [*parts, ""] if word[at] == "," and not depth else [*parts[:-1], parts[-1] + word[at:end]]
-        at = end
-    if at >= len(word):
-        return None
-    if len(parts) == 1:
-        counted = _COUNTED.fullmatch(parts[0])
-        if counted is None and re.fullmatch(r"[-\w]+(\.\.[-\w]+)+", parts[0]):
-            raise UserError(f"{word[begin : at + 1]} is not read here: write what it becomes in its place")
-        if counted is None:
-            return None
-        first, last = int(counted[1]), int(counted[2])
-        by = max(1, abs(int(counted[3] or 1))) * (1 if first <= last else -1)
-        parts = [str(number) for number in range(first, last + (1 if by > 0 else -1), by)]
-    return parts, at + 1
-
-
-def uncounted(words: Sequence[str], known: Variables) -> bool:
-    """Whether the shell may make several words, or none, of one that stays for it in these, as they are written."""
-    loose = (word for word in words if word[:1] != '"' or "@" in word)
-    return any(expansions(made) for word in loose for made in fields(word, known))
 
 
 def text(word: str, known: Variables) -> str:
@@ -248,7 +210,7 @@ def _read(word: str, known: Variables, made: _Fields, *, split: bool) -> None:
         if piece.startswith('$"'):  # a text that a shell may translate
             piece = piece[1:]
         if piece.startswith("$'"):
-            made.add(_literal(_ESCAPE.sub(_escaped, piece[2:-1])))
+            made.add(_literal(_ESCAPE.sub(lambda code: codecs.decode(code[0], "unicode_escape"), piece[2:-1])))
         elif piece.startswith("'"):
             made.add(_literal(piece[1:-1]))
         elif piece.startswith("\\"):
@@ -257,6 +219,8 @@ def _read(word: str, known: Variables, made: _Fields, *, split: bool) -> None:
             _read_quoted(piece[1:-1], known, made)
         elif piece.startswith("`") or expansion_end(word, at):
             _expand(piece, known, made, split=split)
+        elif split and _BRACES.match(word, at):
+            made.add(UNREAD + piece)
         elif split and isinstance(word, _Written):
             made.add_split(piece)
         else:
@@ -278,14 +242,6 @@ def _read_quoted(inner: str, known: Variables, made: _Fields) -> None:
         else:
             made.add(piece)
         at = end
-
-
-def _escaped(match: re.Match[str]) -> str:
-    """What ``\\n`` and its like are in ``$'...'``."""
-    code = match[1]
-    if code[0] in "xuU" and code[1:]:
-        return chr(int(code[1:], 16))
-    return chr(int(code, 8)) if code[0] in "01234567" else _ESCAPES.get(code, match[0])
 
 
 def _literal(part: str) -> str:
@@ -348,7 +304,7 @@ def _value(piece: str, known: Variables) -> str | None:
         return _with_default(name, default[1], default[2], known)
     value = known.text(name)
     if index and index not in ("[@]", "[*]"):
-        items, at = None if name in known.uncounted else known.texts(name), arithmetic(index[1:-1], known)
+        items, at = known.counted(name), arithmetic(index[1:-1], known)
         value = None if items is None or at is None else items[at] if -len(items) <= at < len(items) else ""
     if value is None or not form:
         return value
@@ -360,8 +316,8 @@ def _value(piece: str, known: Variables) -> str | None:
 
 def _length(name: str, whole: bool, known: Variables) -> str | None:
     if whole:
-        items = known.texts(name)
-        return None if items is None or name in known.uncounted else str(len(items))
+        items = known.counted(name)
+        return None if items is None else str(len(items))
     value = known.text(name)
     return None if value is None or expansions(value) else str(len(value))
 
@@ -421,7 +377,7 @@ def arithmetic(written: str, known: Variables) -> int | None:
         return None
     try:
         return _computed(ast.parse(source.strip(), mode="eval").body)
-    except (SyntaxError, ValueError, ZeroDivisionError, RecursionError):
+    except (SyntaxError, ValueError, LookupError, ArithmeticError, RecursionError):
         return None
 
 
@@ -429,26 +385,17 @@ def _computed(node: ast.expr) -> int:
     """A shell's arithmetic of whole numbers.
 
     Raises:
-        ValueError: something else is in it.
+        LookupError: something else is in it.
     """
     if isinstance(node, ast.Constant) and type(node.value) is int:
         return node.value
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         return -_computed(node.operand)
     if isinstance(node, ast.Compare) and len(node.ops) == 1:
-        kind: type = type(node.ops[0])
-        left, right = node.left, node.comparators[0]
-    elif isinstance(node, ast.BinOp):
-        kind, left, right = type(node.op), node.left, node.right
-    else:
-        raise ValueError
-    one, two = _computed(left), _computed(right)
-    if kind in (ast.Div, ast.Mod):
-        quotient = abs(one) // abs(two) * (1 if (one < 0) == (two < 0) else -1)
-        return quotient if kind is ast.Div else one - quotient * two
-    if kind not in _OPERATIONS:
-        raise ValueError
-    return int(_OPERATIONS[kind](one, two))
+        return int(_OPERATIONS[type(node.ops[0])](_computed(node.left), _computed(node.comparators[0])))
+    if isinstance(node, ast.BinOp):
+        return int(_OPERATIONS[type(node.op)](_computed(node.left), _computed(node.right)))
+    raise LookupError
 
 
 def _as_left(piece: str, known: Variables) -> str:

@@ -22,7 +22,6 @@ from training.migrate.shell.filling import (
     in_environment,
     pattern,
     text,
-    uncounted,
 )
 from training.migrate.shell.grammar import ASSIGNMENT, Body, Case, Chain, If, Node, Simple, changed_in, parse
 from training.migrate.shell.words import LITERAL, NAME, Operator, left_to_the_shell, tokens
@@ -339,9 +338,7 @@ class _Reader:
             self.known.leave_open(name, word)
         elif value.startswith("("):
             inner = [part for part in tokens(value[1:-1]) if not isinstance(part, Operator)]
-            loose = uncounted(inner, self.known) or (bool(match[3]) and name in self.known.uncounted)
             self.known.set(name, [part for one in inner for part in fields(one, self.known)], add=bool(match[3]))
-            self.known.uncounted = self.known.uncounted - {name} | ({name} if loose else set())
         else:
             self.known.set(name, text(value, self.known), add=bool(match[3]))
 
@@ -357,15 +354,12 @@ class _Reader:
                 self.known.values.pop(one, None)
                 self.known.undecided.pop(one, None)
                 self.known.exported.pop(one, None)
-        elif name == "shift" and "@" in self.known.uncounted:
+        elif name == "shift" and self.known.counted("@") is None:
             self.known.leave_open("@", "shift")
         elif name == "shift" and self.known.arguments is not None:
             del self.known.arguments[: int(words[1]) if words[1:] and words[1].isdigit() else 1]
         elif name == "set":
-            loose = uncounted(written, self.known)
             self.set(words[1:])
-            if loose:
-                self.known.uncounted |= {"@"}
         elif name in ("exit", "return"):
             raise _EndedError(" ".join(words))
         elif name in ("break", "continue") and self.carried:
