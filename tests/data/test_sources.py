@@ -68,9 +68,7 @@ def test_lines_of_rows(tmp_path):
     assert [row.place for row in read_file(table)] == [f"{table}:{n}" for n in (2, 4, 6, 8, 10)]
 
 
-@pytest.mark.parametrize("size", [1, 7, 64])
-def test_json_is_decoded_across_windows(tmp_path, monkeypatch, size):
-    monkeypatch.setattr(readers, "_CHUNK", size)
+def test_json_lists_and_objects_one_after_the_other(tmp_path):
     path = write(tmp_path / "a.json")
     assert [row.values for row in read_file(path)] == ROWS
     stream = tmp_path / "b.json"
@@ -146,8 +144,7 @@ def test_broken_lines_are_rows_that_can_be_skipped(tmp_path, line, zipped):
     assert bad.place == f"{path}:2" and isinstance(bad.values, RowError) and BROKEN_LINES[line] in str(bad.values)
 
 
-def test_a_key_twice_is_a_bad_row_of_a_list_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "_CHUNK", 8)  # the second b is read long before the row's end
+def test_a_key_twice_is_a_bad_row_of_a_list_too(tmp_path):
     (tmp_path / "a.json").write_text(f'[{{"a": 1}}, {{"a": {{"b": 1, "b": 2}}, "c": "{"x" * 99}"}},\n{{"a": 3}}]')
     first, bad, last = read_file(tmp_path / "a.json")
     assert (first.values, last.values, last.place) == ({"a": 1}, {"a": 3}, f"{tmp_path}/a.json:2")

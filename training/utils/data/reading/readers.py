@@ -23,7 +23,6 @@ from training.utils.run.files import once_each
 
 TYPES = ("json", "jsonl", "ndjson", "csv", "tsv", "txt", "parquet", "arrow")
 EVAL_WORDS = {"eval", "evaluation", "test", "validation", "valid", "val", "dev", "held"}
-_FAR = 8 * MAX_ROW_CHARACTERS  # in a JSON list a row's end is sought so far: beyond it a quote or bracket is missing
 _CHUNK = 1 << 20
 _BLANKS = re.compile(r"[ \t\r\n]+")
 _MOST_EMPTY_LINES = 1_000_000  # one after the other: a damaged file, which would be read for hours without a word
@@ -176,104 +175,59 @@ def _read_txt(file: IO[bytes], path: Path) -> Iterator[RawRow]:
 
 
 def _read_json(file: IO[bytes], path: Path) -> Iterator[RawRow]:
-    """A JSON array of objects, or objects one after the other, decoded one at a time."""
-    text = _Window(file, path)
-    text.skip_space()
-    array = text.peek() == "["
-    if array:
-        text.advance(1)
-        text.skip_space()
-    while text.peek() not in ("", "]" if array else ""):
-        line = text.line
-        value, size = text.decode_value()
+    """A JSON array of objects, or objects one after the other, decoded one at a time from the whole text."""
+    data = file.read()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = 1 + data.count(b"\n", 0, error.start)
+        raise UserError(f"{path}:{line}: invalid UTF-8: byte 0x{data[error.start]:02x}") from None
+
+    def behind(at: int) -> int:
+        """The place of the next character that is no white space."""
+        blanks = _BLANKS.match(text, at)
+        return blanks.end() if blanks else at
+
+    def broken(at: int, reason: str) -> UserError:
+        line, column = 1 + text.count("\n", 0, at), at - text.rfind("\n", 0, at)
+        return UserError(f"{path}:{line}: broken JSON at column {column}: {reason}")
+
+    at = behind(0)
+    array = text.startswith("[", at)
+    at = behind(at + array)
+    line = 1 + text.count("\n", 0, at)
+    while at < len(text) and not (array and text[at] == "]"):
+        try:
+            value, end = _decoded(text, at)
+        except json.JSONDecodeError as error:
+            raise broken(error.pos, error.msg) from None
+        except RecursionError:
+            raise broken(at, "nested too deeply") from None
+        size = end - at
         yield RawRow(too_big(size) if size > MAX_ROW_CHARACTERS else _object(value), f"{path}:{line}", size)
-        text.skip_space()
-        if array and text.peek() == ",":
-            text.advance(1)
-            text.skip_space()
-            if text.peek() == "]":
-                text.fail("a comma before the end of the list")
-        elif array and text.peek() != "]":
-            text.fail("a comma is missing between two rows" if text.peek() else "the list does not end")
-    if array:
-        if text.peek() != "]":
-            text.fail("the list does not end")
-        text.advance(1)
-        text.skip_space()
-        if text.peek():
-            text.fail("something follows the list")
+        after = behind(end)
+        if array and text.startswith(",", after):
+            after = behind(after + 1)
+            if text.startswith("]", after):
+                raise broken(after, "a comma before the end of the list")
+        elif array and after < len(text) and text[after] != "]":
+            raise broken(after, "a comma is missing between two rows")
+        line += text.count("\n", at, after)
+        at = after
+    if array and at == len(text):
+        raise broken(at, "the list does not end")
+    if array and behind(at + 1) < len(text):
+        raise broken(behind(at + 1), "something follows the list")
 
 
-class _Window:
-    """A sliding window over a UTF-8 JSON text, with the line and column of its start."""
-
-    def __init__(self, file: IO[bytes], path: Path) -> None:
-        self.reader = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-        self.path = path
-        self.buffer, self.at, self.end = "", 0, False
-        self.line, self.column = 1, 1
-
-    def _fill(self, size: int = _CHUNK) -> bool:
-        try:
-            more = self.reader.read(size)
-        except UnicodeDecodeError as error:
-            line = self.line + self.buffer.count("\n", self.at) + error.object[: error.start].count(b"\n")
-            raise UserError(f"{self.path}:{line}: invalid UTF-8: byte 0x{error.object[error.start]:02x}") from None
-        self.buffer, self.at = self.buffer[self.at :] + more, 0
-        self.end = not more
-        return bool(more)
-
-    def peek(self) -> str:
-        """The next character, '' at the end."""
-        if self.at >= len(self.buffer):
-            self._fill()
-        return self.buffer[self.at : self.at + 1]
-
-    def advance(self, count: int) -> None:
-        """Go on by ``count`` characters of the buffer."""
-        passed = self.buffer[self.at : self.at + count]
-        newlines = passed.count("\n")
-        self.line += newlines
-        self.column = len(passed) - passed.rfind("\n") if newlines else self.column + count
-        self.at += count
-
-    def skip_space(self) -> None:
-        """Go on to the next character that is no white space."""
-        while self.peek() and (blanks := _BLANKS.match(self.buffer, self.at)):
-            self.advance(len(blanks[0]))
-
-    def decode_value(self) -> tuple[Any, int]:
-        """The JSON value that starts here, a `RowError` for one with a key twice, and its length in characters."""
-        size = _CHUNK
-        while True:
-            try:
-                value, end = self._decoded()
-                # A number at the very end of the window may go on; objects and lists can not.
-                if end < len(self.buffer) or isinstance(value, (dict, list, RowError)) or not self._fill():
-                    length = end - self.at
-                    self.advance(length)
-                    return value, length
-            except json.JSONDecodeError as error:
-                where = error.pos - self.at  # reading on moves the window
-                too_far = len(self.buffer) - self.at > _FAR
-                if too_far or not self._fill(size):
-                    self.advance(where)
-                    self.fail(error.msg + (f", and no end of the row in {_FAR / 1e6:.0f} MB" if too_far else ""))
-                size *= 2
-            except RecursionError:
-                self.fail("nested too deeply")
-
-    def _decoded(self) -> tuple[Any, int]:
-        try:
-            return _DECODER.raw_decode(self.buffer, self.at)
-        except json.JSONDecodeError:
-            raise
-        except ValueError as error:  # of once_each
-            return RowError(str(error)), _LAX.raw_decode(self.buffer, self.at)[1]
-
-    def fail(self, reason: str) -> None:
-        """Raise the error for this place."""
-        raise UserError(f"{self.path}:{self.line}: broken JSON at column {self.column}: {reason}")
+def _decoded(text: str, at: int) -> tuple[Any, int]:
+    """The JSON value that starts at a place, a `RowError` for one with a key twice, and the place behind it."""
+    try:
+        return _DECODER.raw_decode(text, at)
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:  # of once_each
+        return RowError(str(error)), _LAX.raw_decode(text, at)[1]
 
 
 def _read_csv(file: IO[bytes], path: Path) -> Iterator[RawRow]:
