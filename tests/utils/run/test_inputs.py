@@ -49,7 +49,7 @@ def test_weights_in_any_form_are_found(names, texts, tmp_path):
         (["1.bin"], {"pytorch_model__bin__index__json": INDEX}, "1 of its files of weights are missing, 2.bin among"),
         ([], {"model__safetensors__index__json": INDEX}, "2 of its files of weights are missing, 1.bin among them"),
         ([], {"model__safetensors__index__json": '{"weight_map": []}'}, "index.json is damaged: it names no files"),
-        (["adapter_config.json", "adapter_model.safetensors"], {}, "a LoRA adapter without its base; merge it into that"),
+        (["adapter_config.json", "adapter_model.safetensors"], {}, "a LoRA adapter without its base; merge it"),
     ],
 )
 def test_a_folder_without_weights_is_refused_but_for_a_plan_or_a_tokenizer(names, texts, said, tmp_path):
