@@ -121,3 +121,17 @@ def test_pairs_that_differ_in_reasoning_alone_are_no_identical_pair():
     assert rows[0]["chosen_ids"] != rows[0]["rejected_ids"]
     with pytest.raises(RowError, match="loses the reasoning"):
         tokenise.pair_rows(smol_like(), [example], 1000, DataReport(kind="pairs"))
+
+
+def test_an_answer_of_several_turns_is_compared_as_a_whole_or_refused():
+    """Qwen 3 writes earlier answers without their (empty) reasoning: DPO would not see what differs here."""
+    rest = [templates._user("And now?"), templates._answer("Still rain.")]
+    row = {"prompt": "Weather?", "chosen": [templates._answer("Rain."), *rest]}
+    (example,) = convert(row | {"rejected": [templates._answer("Go away."), *rest]})[1]
+    tokenizer = templates.tokenizer_of("qwen2.5")
+    (rows,) = tokenise.pair_rows(tokenizer, [example], 1000, DataReport(kind="pairs"))
+    trained = [i for i, bit in zip(rows[0]["rejected_ids"], rows[0]["rejected_mask"], strict=True) if bit]
+    assert tokenizer.decode(trained) == "Go away.<|im_end|>Still rain.<|im_end|>"
+    for family in ("qwen3, thinking", "qwen3, thinking off", "gpt-oss"):
+        with pytest.raises(RowError, match="only the last would be compared"):
+            tokenise.pair_rows(templates.tokenizer_of(family), [example], 1000, DataReport(kind="pairs"))

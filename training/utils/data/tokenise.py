@@ -17,7 +17,7 @@ from typing import Any
 from training.utils.data.chat import Rendered, encode, is_trained_whole, render_many
 from training.utils.data.formats.conversations import Example, demonstration, without_marks
 from training.utils.data.report import DataReport
-from training.utils.data.template import Message
+from training.utils.data.template import Message, RowError
 
 Row = dict[str, Any]
 NO_ROOM = "no room: the response alone is too long"
@@ -188,6 +188,9 @@ def pair_rows(
     """The pairs of each example, or why it is left out; all its answers keep the same prompt tokens.
 
     An answer of a ranking that alone is too long is left out, and its pairs with it.
+
+    Raises:
+        RowError: the mask of an answer of several turns would be that of its last one.
     """
     answers = [example.compared() for example in examples]
 
@@ -208,6 +211,7 @@ def pair_rows(
             report.answers_too_long += not isinstance(result, str)
             results.append(result)
             continue
+        _check_all_compared(examples[n], whole)
         start, pairs = len(prompt.input_ids), examples[n].pairs()
         pairs = [(i, j) for i, j in pairs if whole[i].input_ids != whole[j].input_ids]
         if not pairs:
@@ -224,6 +228,17 @@ def pair_rows(
             rows.append(row | {"length": max(len(row["chosen_ids"]), len(row["rejected_ids"]))})
         results.append(rows)
     return results
+
+
+def _check_all_compared(example: Example, whole: Sequence[Rendered]) -> None:
+    """Raise a `RowError` if an answer has a turn whose place in its rendering is not known."""
+    for answer, rendered in zip(example.compared(), whole, strict=True):
+        turns = sum(message["role"] == "assistant" for message in answer)
+        if turns > max(len(rendered.spans), 1):
+            raise RowError(
+                "the chat template writes an earlier turn in another way than the last one, so of an answer of several "
+                "turns only the last would be compared; choose another --chat_template"
+            )
 
 
 def _without_longest(example: Example, whole: Sequence[Rendered]) -> Example | None:
