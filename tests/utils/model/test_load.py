@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -113,6 +114,17 @@ def test_no_noise_under_another_name_and_of_another_type(family, tmp_path):
     (tmp_path / "model").mkdir()
     folder = save_family(family, tmp_path / "model")
     assert moved_by_training_mode(loading.load_causal_lm(folder, dtype="fp32")) == 0.0
+
+
+def test_a_router_weighs_its_experts_as_the_files_ask_for(tmp_path):
+    """PhiMoE's do so by the size of a noise that they have in training alone."""
+    folder = save_family("phimoe", tmp_path)
+    ids = torch.arange(3, 33).reshape(2, 15)
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(ids).logits
+        model = loading.load_causal_lm(folder, dtype="fp32").train()
+        assert torch.allclose(model(ids).logits, expected, atol=1e-5)
+        assert torch.equal(copy.deepcopy(model).train()(ids).logits, model(ids).logits), "step 3's twin"
 
 
 def test_a_router_s_auxiliary_loss_is_left_out_aloud(tmp_path, capsys):

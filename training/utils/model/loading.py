@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import stat
+import types
 from collections.abc import Callable, Iterator, Mapping
 from importlib import util
 from pathlib import Path
@@ -397,12 +398,11 @@ def load_causal_lm(
     return load_strictly(AutoModelForCausalLM, path, dtype, attn_implementation, ds_config, base_bits=base_bits)
 
 
-# Parts of what families call dropout, and a router's noise, in their configurations
-DROPOUT_NAMES = ("dropout", "pdrop", "layerdrop", "jitter")
+DROPOUT_NAMES = ("dropout", "pdrop", "layerdrop")  # parts of what families call it in their configurations
 
 
 def config_without_dropout(path: str) -> Any:
-    """A model's configuration with every kind of dropout and noise at 0: with it the first PPO ratio would not be 1.
+    """A model's configuration with every kind of dropout at 0: with it the first PPO ratio would not be 1.
 
     Many families keep the number in plain attributes of their modules or ask the configuration in each forward, so
     it must be 0 before the model is built. Router logits are off as well: no loss here takes them, and transformers
@@ -422,10 +422,21 @@ def config_without_dropout(path: str) -> Any:
 
 
 def no_dropout(model: nn.Module) -> None:
-    """The rest of `config_without_dropout`: modules whose probability does not come from the configuration."""
+    """The rest of `config_without_dropout`: probabilities that no configuration says, and the noise of routers.
+
+    Routers are in evaluation for good. With a noise of 0 PhiMoE's would weigh their experts in another way than there.
+    """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        if any("jitter" in name for name in vars(module)):
+            module.train = types.MethodType(_stays_in_evaluation, module)  # type: ignore[method-assign]
+            module.eval()
+
+
+def _stays_in_evaluation(module: nn.Module, _: bool = True) -> nn.Module:
+    """In place of a module's ``train``."""
+    return nn.Module.train(module, False)
 
 
 if __name__ == "__main__":
