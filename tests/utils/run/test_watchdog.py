@@ -93,6 +93,7 @@ def test_hosts_that_differ_do_not_train_together():
 def test_a_note_that_its_rank_takes_away_meanwhile_is_none(tmp_path, monkeypatch):
     """Ranks that go on after a failure begin side by side: each removes its own note of before."""
     monkeypatch.setattr(watchdog, "_state", watchdog._State())
+    monkeypatch.setenv("WORLD_SIZE", "3")
     for number in (1, 2):
         (tmp_path / watchdog.NOTE.format(number)).write_text("{}")
     look = Path.glob
@@ -105,3 +106,17 @@ def test_a_note_that_its_rank_takes_away_meanwhile_is_none(tmp_path, monkeypatch
     monkeypatch.setattr(Path, "glob", listed)
     watchdog.watch(tmp_path, 0)
     assert set(watchdog._state.known) == {watchdog.NOTE.format(2)}
+
+
+@pytest.mark.parametrize(("rank", "left"), [(0, {1}), (1, {0, 2, 3})])
+def test_notes_of_ranks_that_are_no_more_go(tmp_path, monkeypatch, rank, left):
+    """A run of four ranks failed, and goes on with two."""
+    monkeypatch.setattr(watchdog, "_state", watchdog._State())
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    kinds = (watchdog.NOTE, watchdog.ABORT)
+    for name in (kind.format(number) for kind in kinds for number in range(4)):
+        (tmp_path / name).write_text("{}")
+    watchdog.watch(tmp_path, 0)
+    assert {path.name for path in tmp_path.iterdir()} == {kind.format(n) for kind in kinds for n in left}
+    assert set(watchdog._state.known) == {path.name for path in tmp_path.iterdir()}

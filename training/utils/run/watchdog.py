@@ -116,12 +116,14 @@ def watch(folder: Path, hang_timeout: float) -> None:
         folder: the output folder, the same on all ranks.
         hang_timeout: in seconds; 0 for no watchdog.
     """
-    with contextlib.suppress(FileNotFoundError):
-        (folder / NOTE.format(_rank())).unlink()
     if _rank() == 0:
         (folder / FAILURE_FILE).unlink(missing_ok=True)
     _state.known = {}
     for path in (p for kind in (NOTE, ABORT) for p in folder.glob(kind.format("*"))):
+        number = _number(path)
+        if number == _rank() or (_rank() == 0 and number >= int(os.environ.get("WORLD_SIZE", "1"))):
+            path.unlink(missing_ok=True)  # its own, or of a rank that there is no more
+            continue
         with contextlib.suppress(FileNotFoundError):  # its rank begins, too, and takes it away
             _state.known[path.name] = path.stat().st_mtime_ns
     _state.hang_timeout = hang_timeout
@@ -320,11 +322,16 @@ def _other_notes() -> list[dict[str, Any]]:
     return found
 
 
+def _number(path: Path) -> int:
+    """The rank that a note or a file of the fault handler is of."""
+    return int(path.stem.rpartition("rank")[2])
+
+
 def _aborted(path: Path) -> list[dict[str, Any]]:
     """A note for a rank whose fault handler has written; none while its file is empty."""
     if not (lines := path.read_text(encoding="utf-8", errors="replace").splitlines()):
         return []
-    number = int(path.name.removeprefix(ABORT.partition("{")[0]).removesuffix(ABORT.rpartition("}")[2]))
+    number = _number(path)
     what = lines[0].removeprefix("Fatal Python error: ").lower()
     text = f"rank {number} was ended from outside Python ({what}; a collective that timed out?): {path} has its threads"
     return [{"rank": number, "kind": "aborted", "text": text}]
