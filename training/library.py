@@ -106,7 +106,8 @@ class PPO:
         models = settings.find_models(parsed)
         self.tokenizer = models.tokenizer
         options: dict[str, Any] = {"max_length": parsed.length, "max_prompt_length": rollout.max_prompt_seq_len}
-        rows = prepare_data("prompts", parsed.data, self.tokenizer, seed=train.seed, **options).train
+        options |= {"whole_rows": bool(models.functions), "seed": train.seed}
+        rows = prepare_data("prompts", parsed.data, self.tokenizer, **options).train
         stop_ids = tuple(stop_token_ids(self.tokenizer))
         self._prompts = prompts.PromptSet(rows, self.tokenizer, stop_ids, train.seed)
         self._batches = settings.batches_of_all_ranks(rollout, train, data_size())

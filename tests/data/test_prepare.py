@@ -290,6 +290,19 @@ def test_exact_duplicates_and_identical_pairs(tok, tmp_path):
     assert "dropped 2: exact duplicate" in "\n".join(data.report.lines())
 
 
+def test_a_prompt_is_asked_once_for_each_row_that_a_function_can_tell_apart(tok, tmp_path):
+    """The same question of two exams; of preferences the rows differ in answers that nothing is judged by."""
+    asked = [{"question": "How much is it?", "answer": f"#### {number}"} for number in (1, 2, 2)]
+    other = [{"prompt": "And this?", "solution": "3"}, *({**row, "prompt": "Which one?"} for row in pairs(2))]
+    paths = [write(tmp_path / f"{n}.jsonl", rows) for n, rows in enumerate((asked, other[:1], other[1:]))]
+    for whole_rows, expected in ((False, ["1", "3"]), (True, ["1", "2", "3"])):
+        data = prepare(3, tok, *paths, hold_out=False, whole_rows=whole_rows)
+        rows = [json.loads(row) for row in data.train["row"][:]]
+        told = [(row.get("answer") or row["solution"])[-1] for row in rows if "chosen" not in row]
+        assert told == expected and len(rows) == len(told) + 1
+        assert data.report.dropped["exact duplicate"].count == 6 - len(rows)
+
+
 def test_several_pairs_of_one_row_are_one_prompt_not_duplicates(tok, tmp_path):
     marked = [{"is_correct": n < 2, "solution": f"{n}"} for n in range(4)]
     rows = [

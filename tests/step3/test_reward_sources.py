@@ -374,8 +374,13 @@ def test_the_program_with_functions_alone(tiny_model, tiny_data, tmp_path, monke
     file = tmp_path / "f.py"
     file.write_text(SIZE)
     flags = ["--critic_model_name_or_path", "none", "--reward_function", "./f.py:size=0.1", "--trace", "2", "9"]
+    lines = [json.dumps({"prompt": "How much is it?", "solution": solution}) for solution in "12"]
+    Path("exams.jsonl").write_text("\n".join(lines))
+    flags += ["--data_path", str(tiny_data / "prompts.jsonl"), "exams.jsonl"]
     assert main(arguments(tiny_model, tiny_data, tmp_path / "out", *flags)) == 0
-    assert "--trace 9: the run ends after iteration 2" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "--trace 9: the run ends after iteration 2" in told
+    assert "duplicate" not in told, "a function can tell the rows of an equal prompt apart"
     made = records(tmp_path / "out")
     assert len(made) == 2 and "source/model" not in made[0]
     assert made[0]["reward/mean"] == pytest.approx(0.1 * made[0]["source/size"])

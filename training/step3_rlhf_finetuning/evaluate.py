@@ -447,6 +447,7 @@ def main(argv: Sequence[str]) -> int:
         max_length=rollout.max_prompt_seq_len + longest,
         max_prompt_length=rollout.max_prompt_seq_len,
         seed=seed,
+        whole_rows=bool(sources.functions),
     ).to_judge_by()
     device = init_distributed()
     set_seed(seed)  # a user's function may draw from Python's or numpy's numbers

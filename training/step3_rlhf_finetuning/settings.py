@@ -198,10 +198,8 @@ def open_run(argv: Sequence[str], flags: Flags, models: Models) -> Opened:
     settled = precision.settle(args, output_dir, reliability.resume)
     set_seed(train.seed)  # a user's function may draw from Python's or numpy's numbers
     options: dict[str, Any] = {"max_length": flags.length, "seed": train.seed}
-    longest = rollout.max_prompt_seq_len
-    rows = prepare_data(
-        "prompts", flags.data, models.tokenizer, max_prompt_length=longest, run_dir=output_dir, **options
-    )
+    of_prompts = options | {"max_prompt_length": rollout.max_prompt_seq_len, "whole_rows": bool(models.functions)}
+    rows = prepare_data("prompts", flags.data, models.tokenizer, run_dir=output_dir, **of_prompts)
     rows.announce()
     mix = None
     if train.unsupervised_data_path:

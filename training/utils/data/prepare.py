@@ -44,7 +44,7 @@ from training.utils.data.selection import (
 from training.utils.data.template import RowError, configure_chat_template, render_text
 from training.utils.errors import UserError, printable
 from training.utils.run.distributed import say
-from training.utils.run.files import json_line, read_object
+from training.utils.run.files import read_object
 from training.utils.run.folders import STEPS
 
 _BATCH = 512  # rows that are tokenised at once, and
@@ -94,6 +94,7 @@ def prepare_data(
     seed: int,
     sft_only_data_path: Sequence[str] = (),
     train_on_prompts: bool = False,
+    whole_rows: bool = False,
     hold_out: bool = True,
     run_dir: Path | None = None,
     flag: str = DATA_PATH,
@@ -109,6 +110,7 @@ def prepare_data(
         seed: decides ``--data_split`` and which rows are held out.
         sft_only_data_path: further sources of demonstrations only, never divided.
         train_on_prompts: the mask of demonstrations is 1 everywhere.
+        whole_rows: something reads the prompts' rows: a prompt that stands in two rows that differ is asked twice.
         hold_out: without ``--eval_data_path`` keep a source's eval split, or a tenth of its prompts, from training.
         run_dir: where ``--data_split`` records its row numbers.
         flag: that names the sources of ``arguments.data_path``, for messages.
@@ -118,7 +120,9 @@ def prepare_data(
     """
     configure_chat_template(tokenizer, **arguments.template)
     length = (max_prompt_length or max_length) if kind == "prompts" else max_length
-    request = make_request(kind, arguments, sft_only_data_path, seed, length, train_on_prompts, hold_out, flag)
+    request = make_request(
+        kind, arguments, sft_only_data_path, seed, length, train_on_prompts, whole_rows, hold_out, flag
+    )
     fingerprints = [stream.source.fingerprint() for stream in request.streams]
     folder, ready = cache.cached(
         cache.cache_root(arguments.data_output_path),
@@ -172,6 +176,7 @@ def _key(request: Request, tokenizer: Any, fingerprints: Sequence[str]) -> dict[
         "seed": request.seed,
         "max_length": request.max_length,
         "train_on_prompts": request.train_on_prompts,
+        "whole_rows": request.whole_rows,
     }
 
 
@@ -287,7 +292,7 @@ def _tokenise(
             if request.kind == "pairs":
                 more["rejected_kind"] = _rejected_kind(candidate.row)
             if request.kind == "prompts":
-                more["row"] = _original(candidate.row)
+                more["row"] = candidate.row.original()
             yield number, [{**row, **more} for row in result]
 
 
@@ -295,15 +300,6 @@ def _rejected_kind(row: RawRow) -> str:
     """What is wrong with the rejected answer, a name for analysis: see `accuracy_by_kind` of step 2."""
     kind = row.values.get("rejected_kind") if isinstance(row.values, dict) else ""
     return printable(kind) if isinstance(kind, str) else ""
-
-
-def _original(row: RawRow) -> str:
-    """The row as it stood in its file, as JSON; a column that could not be read is null."""
-
-    def told(value: Any) -> str | None:
-        return None if isinstance(value, RowError) else str(value)
-
-    return json_line(row.values, told)
 
 
 def _compare_lengths(example: Example, report: DataReport) -> None:

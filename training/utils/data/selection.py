@@ -70,6 +70,7 @@ class Request:
     seed: int
     max_length: int
     train_on_prompts: bool
+    whole_rows: bool
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ def make_request(
     seed: int,
     max_length: int,
     train_on_prompts: bool,
+    whole_rows: bool,
     hold_out: bool,
     flag: str = DATA_PATH,
 ) -> Request:
@@ -105,6 +107,7 @@ def make_request(
         seed=seed,
         max_length=max_length,
         train_on_prompts=train_on_prompts and kind == "demonstrations",
+        whole_rows=whole_rows and kind == "prompts",
     )
 
 
@@ -215,12 +218,15 @@ def _asked(example: Example) -> Any:
     return example.text or [{**turn, "content": turn["content"].strip()} for turn in prompt[:until]]
 
 
-def _identity(example: Example, kind: Kind) -> Any:
-    """What makes two examples the same row of a kind."""
+def _identity(candidate: Candidate, kind: Kind, whole_rows: bool) -> Any:
+    """What makes two examples the same row of a kind; of preferences the prompt alone is asked."""
+    example = candidate.example
     if kind == "demonstrations":
         return [example.text, *demonstration(example)]
     prompt = without_marks(example.prompt)
     pair = [prompt, example.chosen, example.rejected, *([example.answers, example.ranks] * bool(example.ranks))]
+    if whole_rows and not example.chosen:
+        return [prompt, candidate.row.original()]
     return pair if kind == "pairs" else prompt
 
 
@@ -245,7 +251,7 @@ def _scan(stream: Stream, request: Request, forbidden: re.Pattern[str], report: 
             first_of_row = len(rows)
         rows.append(candidate.row_number)
         groups.append(hash_of(_asked(example), str(request.seed)))
-        identities.append(hash_of(_identity(example, request.kind)))
+        identities.append(hash_of(_identity(candidate, request.kind, request.whole_rows)))
         usable.append(0)
         if identities[-1] in identities[first_of_row:-1]:
             continue  # several pairs of one row are one prompt and one demonstration

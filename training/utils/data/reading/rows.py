@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from training.utils.data.template import RowError
+from training.utils.run.files import json_line
 
 MAX_ROW_CHARACTERS = 4 << 20  # a row over 4 MiB is a mistake, not a conversation
 
@@ -18,6 +19,10 @@ class RawRow(NamedTuple):
     values: dict[str, Any] | RowError
     place: str  # file:line, or the source and the row's number
     size: int = 0  # about how many characters its columns have
+
+    def original(self) -> str:
+        """The row as it stood in its file, as JSON; a column that could not be read is null."""
+        return json_line(self.values, lambda value: None if isinstance(value, RowError) else str(value))
 
 
 def too_big(size: int) -> RowError:
