@@ -41,6 +41,20 @@ def test_the_runs_own_flags_come_from_its_manifest(tmp_path, monkeypatch):
     )
 
 
+def test_a_folder_with_a_bare_name_is_found_from_anywhere(tmp_path, monkeypatch):
+    for folder in ("here/rows", "there/run", "there/none", "there/demo", "here/demo"):
+        (tmp_path / folder).mkdir(parents=True)
+    argv = ["--data_path", "rows", "run", "demo", "--eval_data_path=rows:3", "--data_split", "rows"]
+    entry = {"arguments": argv, "folder": str(tmp_path / "here")}
+    (tmp_path / "there" / "manifest.json").write_text(json.dumps({"steps": {"step3": entry}}))
+    monkeypatch.chdir(tmp_path / "there")
+    monkeypatch.setattr(arguments, "shares_of", lambda text: None)  # what names no input stays as it is
+    found = evaluation_programs.recorded_arguments(tmp_path / "there" / "step3", step3.ARGUMENTS, step3.OTHERS)
+    data = found[arguments.DataArguments]
+    assert data.data_path == [str(tmp_path / "here" / "rows"), "run", "demo"]
+    assert (data.eval_data_path, data.data_split) == ([f"{tmp_path}/here/rows:3"], "rows")
+
+
 def test_an_unfinished_step_is_refused(tmp_path):
     with pytest.raises(UserError, match="has not finished"):
         step_folder(str(tmp_path), "step2")

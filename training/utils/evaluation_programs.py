@@ -14,7 +14,9 @@ from training.utils.run.demo import recorded_argv
 from training.utils.run.distributed import say
 from training.utils.run.files import write_json
 from training.utils.run.folders import repository_root, shown
+from training.utils.run.inputs import names_input
 from training.utils.run.manifest import recorded_run
+from training.utils.run.recipes import NO_FILES
 
 EVALUATION_FILE = "evaluation.json"
 
@@ -37,18 +39,24 @@ def recorded_arguments(
     found = recorded_run(folder)
     started = [Path(found["folder"])] if "folder" in found else []
     folders = [*started, repository_root(), folder.parent, *folder.parent.parents, Path.cwd()]
-    argv = [_located(token, folders) for token in found.get("arguments", [])]
+    argv, flag = list[str](), ""
+    for token in found.get("arguments", []):
+        flag = token[2:].partition("=")[0] if token.startswith("--") else flag
+        argv.append(_located(token, folders, started if names_input(flag) else []))
     argv += ["--report_to", "none"]  # an evaluation reports to nobody, and what the run has reported to may not be here
     parsed = arguments.parse(groups, argv, prog=folder.name, description="", others=others, recorded=True)
     return dict(zip(groups, parsed, strict=True))
 
 
-def _located(token: str, folders: Sequence[Path]) -> str:
-    """A recorded flag or value with its relative path, perhaps with ``:N`` or ``:name`` behind it, made absolute."""
+def _located(token: str, folders: Sequence[Path], named_bare: Sequence[Path]) -> str:
+    """A recorded flag or value with its relative path, perhaps with ``:N`` or ``:name`` behind it, made absolute.
+
+    A name alone is looked for in ``named_bare``: elsewhere a run, or anything, may be called so.
+    """
     flag, equals, value = token.partition("=") if token.startswith("--") else ("", "", token)
     path, colon, suffix = value.partition(":")
     if not ("/" in path or "." in path):
-        return token
+        folders = named_bare if path not in NO_FILES else []
     found = next((folder / path for folder in folders if os.path.exists(folder / path)), None)
     return token if found is None else f"{flag}{equals}{found}{colon}{suffix}"
 

@@ -19,3 +19,15 @@ def test_a_folders_digest_is_of_its_files_wherever_it_lies(tmp_path: Path, insid
             file.write_text(text)
             found.append(hash_inputs(["--model_name_or_path", str(model)], {})[str(model)])
     assert found[0] == found[1] != found[2] == found[3]
+
+
+def test_a_folder_with_a_bare_name_is_an_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("rows", "demo"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.csv").write_text(name)
+    monkeypatch.chdir(tmp_path)
+    bundled = tmp_path / "rows"
+    found = hash_inputs(
+        ["--data_path", "rows", "demo", "gpt2", "--output_dir", "rows", "--dtype=demo"], {"demo": bundled}
+    )
+    assert found["rows"] == found["demo"] is not None and found["gpt2"] is None

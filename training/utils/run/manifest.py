@@ -92,9 +92,7 @@ def hash_inputs(argv: Sequence[str], named: Mapping[str, Path]) -> dict[str, str
             flag, _, token = token[2:].partition("=")
         if not token or flag == "output_dir":
             continue
-        path = _existing(token)
-        if path is None and token in named:
-            path = named[token]
+        path = named.get(token) or _existing(token, bare=flag.endswith(NAMED_INPUTS))
         if path is not None:
             found[token] = _digest(path)
         elif flag.endswith(NAMED_INPUTS):
@@ -102,10 +100,13 @@ def hash_inputs(argv: Sequence[str], named: Mapping[str, Path]) -> dict[str, str
     return found
 
 
-def _existing(token: str) -> Path | None:
-    """The file or folder that a value names, perhaps with ``:N`` rows or ``:name`` of a function behind it."""
+def _existing(token: str, bare: bool) -> Path | None:
+    """The file or folder that a value names, perhaps with ``:N`` rows or ``:name`` of a function behind it.
+
+    One whose name is a word alone only where the flag names inputs: ``bare``.
+    """
     for text in (token, token.rpartition(":")[0]):
-        if text and ("/" in text or "." in text) and Path(text).expanduser().exists():
+        if text and (bare or "/" in text or "." in text) and Path(text).expanduser().exists():
             return Path(text).expanduser()
     return None
 

@@ -23,7 +23,7 @@ GIVEN = {
 }
 PLAN = "plan"  # of a step alone it would end the run there
 
-_NO_FILES = ("", DEMO, EMBEDDED, "none")  # values of such flags with a meaning of their own
+NO_FILES = ("", DEMO, EMBEDDED, "none")  # values of such flags with a meaning of their own
 MERGE = "tag:yaml.org,2002:merge"  # the key <<, which takes over another mapping's flags
 
 
@@ -115,7 +115,7 @@ def located(value: str, folders: Sequence[Path]) -> str:
         folders: where a relative path may lie that is not there from the current folder.
     """
     path, colon, suffix = value.partition(":")
-    if path in _NO_FILES or os.path.isabs(path) or os.path.exists(path):
+    if path in NO_FILES or os.path.isabs(path) or os.path.exists(path):
         return value
     found = next((folder / path for folder in folders if os.path.exists(folder / path)), None)
     return f"{shown(found)}{colon}{suffix}" if found else value
