@@ -129,9 +129,9 @@ def main(
     on_each = [options.num_gpus or count for count in slots]
     if options.plan:
         return show_plans(planned, ranks=sum(on_each), on_this_host=on_each[0])
-    if asks and not asked.as_bundled and (has_accelerator() or not options.hostfile):  # else other hosts compute
+    if asks and not asked.as_bundled:
         standing_in = dataclasses.replace(asked, options=dataclasses.replace(options, plan=True))
-        check_later(plan_steps(standing_in, scripts), ranks=sum(on_each), on_this_host=on_each[0])
+        check_later(plan_steps(standing_in, scripts), sum(on_each), on_each[0], options.hostfile)
     asked.run = make_dir(asked.run) if options.output_dir else new_run_dir(Path(asked.recipe).stem)
     steps = plan_steps(asked, scripts)
     with locked(asked.run, "another train.py"):
@@ -164,12 +164,13 @@ def show_plans(steps: Sequence[Step], ranks: int, on_this_host: int) -> int:
     return max(codes)
 
 
-def check_later(steps: Sequence[Step], ranks: int, on_this_host: int) -> None:
+def check_later(steps: Sequence[Step], ranks: int, on_this_host: int, hostfile: str) -> None:
     """Ask the programs of later steps what they make of their flags and models, before the first one takes hours.
 
     Args:
         steps: those to run, of a plan: what is not made yet is stood in for.
         ranks, on_this_host: see `show_plans`.
+        hostfile: where others compute than this host, if that has no accelerator: their precision is not its own.
 
     Raises:
         UserError: one would refuse them.
@@ -177,6 +178,8 @@ def check_later(steps: Sequence[Step], ranks: int, on_this_host: int) -> None:
     later = [step for step in steps if not is_finished(step.directory)][1:]
     if later:
         print(f"asking {' and '.join(title(step.name) for step in later)} about flags and models ...", flush=True)
+    if hostfile and not has_accelerator():
+        later = [dataclasses.replace(step, argv=[*step.argv, "--dtype", "bf16"]) for step in later]
     with ThreadPoolExecutor() as pool:
         answers = pool.map(lambda step: _plan(step, ranks, on_this_host, capture_output=True, text=True), later)
     for step, answer in zip(later, answers, strict=True):

@@ -743,6 +743,20 @@ def test_what_a_later_step_would_refuse_is_said_before_the_first(
     assert not bench.output.exists()
 
 
+def test_later_steps_are_asked_too_where_other_hosts_compute(
+    bench: Bench, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a precision that they may have, and this one does not."""
+    stand_in(tmp_path / "bin" / "ssh", "true", monkeypatch)
+    monkeypatch.setattr(train, "has_accelerator", lambda: False)
+    (tmp_path / "hosts").write_text("near slots=2\n")
+    (bench.folder / "mine.jsonl").write_text(PAIRS)
+    argv = ["--data_path", "mine.jsonl", "--model_name_or_path", str(tiny_model), "--hostfile", "hosts"]
+    with pytest.raises(UserError, match=r"^step 3: --max_prompt_seq_len \+ --max_answer_seq_len asks for"):
+        train.main([*argv, "--dtype", "fp16", "--step3_args", "--max_prompt_seq_len 500"], launcher=bench.launcher)
+    assert not bench.output.exists()
+
+
 def test_a_reward_model_that_is_none_is_said_before_anything_is_made(bench: Bench, tiny_model: Path) -> None:
     folder = shutil.copytree(tiny_model, bench.folder / "model")
     given = ("--data_path", "mine.jsonl", "--step", "1", "3", "--reward_model_name_or_path", "model")
