@@ -349,6 +349,8 @@ BAD = {
     },
     "column 'input' stands beside 'prompt'": {"prompt": "Into French", "input": "Hello", "output": "Bonjour"},
     "column 'question' stands beside 'choices'": {"question": "1 + 1?", "choices": ["2", "3"], "answer": "A"},
+    "column 'question' stands beside 'paragraphs'": {"question": "Who?", "paragraphs": ["Ada."], "answer": "A"},
+    "column 'prompt' stands beside 'context'": {"prompt": "Who?", "context": "Ada.", "chosen": "A", "rejected": "B"},
     "rejected must end with an assistant turn": {
         "prompt": "a",
         "chosen": "b",
@@ -373,6 +375,38 @@ def test_a_part_of_what_is_asked_may_be_in_the_prompt_or_be_named():
     for pair, asked in (("instruction=prompt", "Into French\n\nHello"), ("input=input", "Hello")):
         (example,) = convert(row, column_map=parse_column_map([pair]))[1]
         assert [turn["content"] for turn in example.prompt] == [asked]
+
+
+@pytest.mark.parametrize(
+    ("row", "asked"),
+    [
+        ({"question": "Who?", "passage": "Ada wrote.", "answer": "Ada"}, "Who?\n\nAda wrote."),
+        ({"question": "Who?", "choices": ["Ada", "Bob"], "answer": "Ada"}, "Who?\n\nAda\n\nBob"),
+        ({"question": "Who?", "input": "Ada wrote.", "answer": "Ada"}, "Who?\n\nAda wrote."),
+        ({"query": "Who?", "context": "Ada wrote.", "response": "Ada"}, "Who?\n\nAda wrote."),
+        ({"prompt": "Who?", "input": "Ada wrote.", "output": "Ada"}, "Who?\n\nAda wrote."),
+        ({"prompt": "Who?", "context": "Ada wrote.", "chosen": "Ada", "rejected": "Bob"}, "Who?\n\nAda wrote."),
+    ],
+)
+def test_the_column_map_that_a_refusal_names_reads_both(row, asked):
+    with pytest.raises(RowError) as error:
+        convert(row)
+    both = re.search("--column_map (.*?), or", str(error.value))[1].split()
+    (example,) = convert(row, column_map=parse_column_map(both))[1]
+    assert [turn["content"] for turn in example.prompt] == [asked]
+    assert (example.response or example.chosen)[0]["content"] == "Ada"
+
+
+def test_messages_hold_what_they_were_put_together_from():
+    """As texts, with their line ends and quotes."""
+    row = {"prompt": [{"role": "user", "content": "A\nB 'c'\n\nWho?"}], "completion": "Ada", "context": "A\nB 'c'"}
+    assert convert(row)[1][0].prompt == row["prompt"]
+
+
+@pytest.mark.parametrize(("given", "asked"), [("", "Who?\n\nAda wrote."), ("A", "Who?\n\nA\n\nAda wrote.")])
+def test_an_input_does_not_hide_a_context(given, asked):
+    row = {"instruction": "Who?", "input": given, "context": "Ada wrote.", "output": "Ada"}
+    assert [turn["content"] for turn in convert(row)[1][0].prompt] == [asked]
 
 
 def test_several_passages_are_what_a_question_is_about():

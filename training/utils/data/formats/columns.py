@@ -165,19 +165,29 @@ _UNREAD = {
     **dict.fromkeys(("images", "image", "videos", "video", "audios", "audio"), "what is no text"),
 }
 
+# What is asked about, and what there is to choose from, under names that no format reads
+_ABOUT = ("passage", "passages", "paragraphs", "contexts", "documents", "article", "choices", "options")
 # Formats whose columns may be a part of what a row says -> columns with the rest of it, which they do not read
 _REST = {
     "text": ("parent_id", "role", "instruction", "input", "question", "user", "assistant", "output", "response",
              "answer", "completion", "target", "summary"),
-    **dict.fromkeys(("prompt/completion", "prompt/response", "prompt/label", "query/response"), ("context", "input")),
-    **dict.fromkeys(("input/output", "input/target"), ("prompt", "question", "query", "context")),
-    "question/answer": ("input", "passage", "choices", "options"),
+    **dict.fromkeys(("prompt/completion", "prompt/response", "prompt/label", "query/response"),
+                    ("context", "input", *_ABOUT)),
+    **dict.fromkeys(("input/output", "input/target"), ("prompt", "question", "query", "context", *_ABOUT)),
+    "question/answer": ("input", *_ABOUT),
+    "prompt/chosen/rejected": ("context",),
 }  # fmt: skip
+
+
+def _said(value: Any) -> str:
+    """All texts in a cell, a line each: those of messages, too."""
+    parts = list(value.values()) if isinstance(value, dict) else value
+    return "\n".join(map(_said, parts)) if isinstance(parts, list) else str(value)
 
 
 def _is_told(value: Any, text: str) -> bool:
     """Whether a text holds all that a column says, as a prompt does that was put together from it."""
-    return all(str(part).strip() in text for part in (value if isinstance(value, list) else [value]))
+    return all(_said(part).strip() in text for part in (value if isinstance(value, list) else [value]))
 
 
 def _check_meaning(row: Row, format_: str) -> None:
@@ -196,18 +206,20 @@ def _check_meaning(row: Row, format_: str) -> None:
         if has_value(row.get(name)):
             raise RowError(f"column {name!r} holds {kind}, which can not be trained on, and without it the row means "
                            "something else; remove the column, or the row", about=name)  # fmt: skip
-    first = format_.partition("/")[0]
+    first, _, answer = format_.partition("/")
     rest = [name for name in _REST.get(format_, ()) if has_value(row.get(name))]
     if rest and first == "text":
         of = rest[0]
         raise RowError(f"column 'text' stands beside {of!r}, so it may be a part of a conversation, which no format "
                        "reads from these columns; name them (--column_map prompt=COLUMN response=COLUMN), or say that "
                        "it is plain text to learn from: --column_map text=text", about=of)  # fmt: skip
-    if of := next((name for name in rest if not _is_told(row[name], str(row[first]))), ""):
+    if of := next((name for name in rest if not _is_told(row[name], _said(row[first]))), ""):
+        asked, about = (of, first) if of in ("question", "prompt", "query") else (first, of)
+        both = f"instruction={asked}" + (f" input={about}" if about in _ABOUT else "")
+        both += "" if "/" in answer else f" response={answer}"
         raise RowError(f"column {first!r} stands beside {of!r}, which {format_} does not read, so a part of what is "
-                       "asked may be lost; name the instruction, which an input or a context belongs to (--column_map "
-                       f"instruction=COLUMN response=COLUMN), or say that it is all: --column_map {first}={first}",
-                       about=of)  # fmt: skip
+                       f"asked may be lost; read both with --column_map {both}, or say that it is all: --column_map "
+                       f"{first}={first}", about=of)  # fmt: skip
     if truth_of(row.get("kto_tag"), "kto_tag") is False:
         raise Dropped("marked as a bad answer")
 

@@ -215,9 +215,8 @@ def _marked_solutions(row: Row) -> list[Example]:
 
 def _instruction(row: Row) -> str | list[Message]:
     """Alpaca's question: instruction with an optional input (dolly: context) and history."""
-    instruction = text_of(row, "instruction")
-    extra = _passage(row, "input" if "input" in row else "context")
-    user = f"{instruction}\n\n{extra}" if extra.strip() and instruction.strip() else instruction or extra
+    about = dict.fromkeys(_passage(row, name) for name in ("input", "context") if name in row)
+    user = "\n\n".join(filter(str.strip, [text_of(row, "instruction"), *about]))
     history = history_of(row.get("history"))
     return [*history, user_turn(user)] if history else user
 
@@ -329,11 +328,11 @@ def _format(name: str, convert: Converter) -> Format:
 
 
 FORMATS = (
+    _format("conversations/chosen/rejected", _conversations_pair),
+    _format("prompt/chosen/rejected", prompt_chosen_rejected),
     _format("context/question/chosen/rejected", _context_pair(_passage_and_question)),
     _format("context/instruction/chosen/rejected", _context_pair(_instruction)),
     _format("context/chosen/rejected", _context_chosen_rejected),
-    _format("conversations/chosen/rejected", _conversations_pair),
-    _format("prompt/chosen/rejected", prompt_chosen_rejected),
     _format("messages/chosen/rejected", _conversations_pair),
     _format("instruction/chosen/rejected", _asked_pair(_instruction)),
     *(_format(f"{name}/chosen/rejected", _asked_pair(_column(name))) for name in ("question", "query", "input")),
