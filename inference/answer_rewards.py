@@ -17,6 +17,7 @@ from training.step3_rlhf_finetuning.reward_functions import (
 )
 from training.utils.arguments import AUTO
 from training.utils.engine.precision import for_device
+from training.utils.errors import UserError
 from training.utils.model import classifiers, loading
 from training.utils.model.reward_stats import STATS_FILE, RewardStats
 from training.utils.model.text_reward import TextRewardModel, load_text_reward_model
@@ -37,7 +38,7 @@ class AnswerRewards:
         self.functions = functions
         self.weight = weight
         self.stats = RewardStats.read(path) if path and (Path(path) / STATS_FILE).is_file() else None
-        self._model: TextRewardModel | None = None
+        self.model: TextRewardModel | None = None
 
     @classmethod
     def named(cls, model: str, specs: Sequence[str]) -> AnswerRewards:
@@ -57,13 +58,21 @@ class AnswerRewards:
 
     def load(self, device: torch.device) -> None:
         """Load the reward model, if there is one and it has not been loaded."""
-        if not self.path or self._model is not None:
+        if not self.path or self.model is not None:
             return
         best, _ = for_device(AUTO, device)
         dtype = self.stats.dtype if self.stats is not None and self.stats.dtype in ("fp32", best) else best
         if self.stats is None and self.functions:
             say(f"warning: {self.path} has no {STATS_FILE}: its raw scores are added to the functions' values")
-        self._model = load_text_reward_model(self.path, dtype=dtype, device=device)
+        try:
+            self.model = load_text_reward_model(self.path, dtype=dtype, device=device)
+        except UserError as error:
+            raise UserError(f"--reward_model {self.path}: can not be loaded: {error}") from error
+
+    def score(self, messages: Messages) -> float:
+        """The reward of the last message, an assistant's, alone in its batch."""
+        *prompt, answer = messages
+        return float(self.of([prompt], [answer["content"]], [{}], 1)[0]["reward"])
 
     def of(
         self,
@@ -79,12 +88,12 @@ class AnswerRewards:
         """
         values: dict[str, list[float]] = {}
         total = torch.zeros(len(responses), dtype=torch.float64)
-        if self._model is not None:
+        if self.model is not None:
             conversations = [
                 [*prompt, {"role": "assistant", "content": text}]
                 for prompt, text in zip(prompts, responses, strict=True)
             ]
-            raw = self._model.rewards(conversations, batch_size)
+            raw = self.model.rewards(conversations, batch_size)
             raw = self.stats.normalise(raw) if self.stats is not None else raw
             values["model"] = raw.tolist()
             total += self.weight * raw.double()

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from answer_rewards import AnswerRewards
 from chat_models import ChatModel
-from chat_reward import RewardModel
 from chat_sessions import LETTERS, SAME, Session, Turn
 from chat_stream import Answer, SamplingArguments, checked_sampling, stream_answer
 
@@ -140,7 +140,7 @@ class Page:
     widgets: Widgets  # set when the page has been laid out
 
     def __init__(
-        self, models: Sequence[ChatModel], judge: RewardModel | None, votes: Path, *, blind: bool, system: str
+        self, models: Sequence[ChatModel], judge: AnswerRewards | None, votes: Path, *, blind: bool, system: str
     ) -> None:
         self.models = list(models)
         self.judge = judge
@@ -173,7 +173,7 @@ class Page:
 
     def _chats(self, session: Session) -> Update:
         """The conversations alone, several times a second."""
-        normalised = self.judge is not None and self.judge.std is not None
+        normalised = self.judge is not None and self.judge.stats is not None
         return {chat: _bubbles(session, column, normalised) for column, chat in enumerate(self.widgets.chats)}
 
     def start(self, token: str = "") -> Update:
@@ -432,7 +432,7 @@ def _bubble(role: str, part: Any) -> dict[str, Any]:
 
 def build_page(
     models: Sequence[ChatModel],
-    judge: RewardModel | None,
+    judge: AnswerRewards | None,
     sampling: SamplingArguments,
     votes: Path,
     *,

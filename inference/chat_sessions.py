@@ -23,7 +23,7 @@ from training.utils.run.files import append_lines, json_line, whole_file
 MAX_PROMPT_CHARACTERS = 10_000  # a page of text has 3,000; beyond this it is a paste by mistake
 SAME = -1  # a vote for none of the columns
 LETTERS = "ABCDEFGH"  # of the columns
-_votes_lock = threading.Lock()
+_votes_lock = threading.RLock()  # two clicks at once are two threads
 _numbers = itertools.count(1)
 
 
@@ -184,18 +184,15 @@ class Session:
         Raises:
             UserError: no finished turn waits for a vote, or the file can not be written.
         """
-        with _voting:  # two clicks at once are two threads
-            return self._vote(winner, file)
-
-    def _vote(self, winner: int, file: Path) -> list[dict[str, Any]]:
-        if not self.can_vote:
-            raise UserError("There is nothing to vote on: wait for whole answers, one vote for each round.")
-        if winner != SAME and not 0 <= winner < len(self.names):
-            raise UserError("There is no such answer.")
-        rows = self._same_row() if winner == SAME else self._preference_rows(winner)
-        append_rows(ties_file(file) if winner == SAME else file, rows)
-        self.turns[-1].vote, self.turns[-1].rows = winner, rows
-        self.revealed = self.seen = True
+        with _votes_lock:
+            if not self.can_vote:
+                raise UserError("There is nothing to vote on: wait for whole answers, one vote for each round.")
+            if winner != SAME and not 0 <= winner < len(self.names):
+                raise UserError("There is no such answer.")
+            rows = self._same_row() if winner == SAME else self._preference_rows(winner)
+            append_rows(ties_file(file) if winner == SAME else file, rows)
+            self.turns[-1].vote, self.turns[-1].rows = winner, rows
+            self.revealed = self.seen = True
         return rows
 
     @property
@@ -209,7 +206,7 @@ class Session:
         Raises:
             UserError: there is none, or the file can not be written.
         """
-        with _voting:
+        with _votes_lock:
             if not self.can_unvote:
                 raise UserError("There is no vote to undo.")
             turn = self.turns[-1]
@@ -291,9 +288,6 @@ class Session:
         if answer.dropped:
             parts.append(f"the oldest {answer.dropped} messages no longer fit")
         return " · ".join(parts)
-
-
-_voting = threading.Lock()
 
 
 def _continuation(messages: Sequence[Message]) -> str | list[Message]:

@@ -29,8 +29,8 @@ from training.utils.run.inputs import check_model_path
 
 if TYPE_CHECKING:
     import gradio as gr
+    from answer_rewards import AnswerRewards
     from chat_models import ChatModel
-    from chat_reward import RewardModel
 
 MAX_MODELS = 4  # columns that stay readable on a laptop
 
@@ -109,7 +109,7 @@ def models_of(page: PageArguments) -> tuple[dict[str, str], str]:
     return paths, reward_path
 
 
-def load(paths: dict[str, str], reward_path: str, models: Any) -> tuple[list[ChatModel], RewardModel | None]:
+def load(paths: dict[str, str], reward_path: str, models: Any) -> tuple[list[ChatModel], AnswerRewards | None]:
     """Load what the page shows, one after another.
 
     Args:
@@ -119,16 +119,16 @@ def load(paths: dict[str, str], reward_path: str, models: Any) -> tuple[list[Cha
     Raises:
         UserError: a path without a model.
     """
+    import torch
+    from answer_rewards import AnswerRewards
     from chat_models import load_chat_models
-    from chat_reward import load_reward_model
 
-    if reward_path:
-        from training.utils.model.classifiers import check_reward_head
-        from training.utils.model.loading import resolve_model
-
-        check_reward_head(resolve_model(reward_path, "--reward_model"))  # said before minutes of loading
+    judge = AnswerRewards.named(reward_path, []) if reward_path else None  # what it lacks is said before the loading
     loaded = load_chat_models(paths, models, _say)
-    return loaded, load_reward_model(reward_path, _say) if reward_path else None
+    if judge is not None:
+        _say(f"loading the reward model from {reward_path} ...")
+        judge.load(torch.device("cuda:0" if torch.cuda.is_available() else "cpu"))
+    return loaded, judge
 
 
 def _say(line: str) -> None:

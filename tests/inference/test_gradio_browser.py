@@ -10,8 +10,9 @@ from pathlib import Path
 import chat_page
 import gradio_chatbot
 import pytest
+import torch
+from answer_rewards import AnswerRewards
 from chat_models import LoadArguments, load_chat_models
-from chat_reward import load_reward_model
 from chat_stream import SamplingArguments
 from gradio_chatbot import ServerArguments
 
@@ -62,7 +63,9 @@ def serve(chat_folders, tmp_path):
         names = ("Alpha", "Omega")[: len(paths)]
         folders = {n: str(chat_folders.get(p, p)) for n, p in zip(names, paths, strict=True)}
         models = load_chat_models(folders, LoadArguments(), lambda line: None)
-        model = load_reward_model(str(chat_folders["reward"]), lambda line: None) if judge else None
+        model = AnswerRewards.named(str(chat_folders["reward"]), []) if judge else None
+        if model:
+            model.load(torch.device("cpu"))
         sampling = sampling or SamplingArguments(max_new_tokens=200)
         blocks = chat_page.build_page(models, model, sampling, tmp_path / "votes.jsonl", blind=blind)
         blocks.queue(max_size=8)

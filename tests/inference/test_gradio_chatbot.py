@@ -14,8 +14,9 @@ import gradio as gr
 import gradio_chatbot
 import httpx
 import pytest
+import torch
+from answer_rewards import AnswerRewards
 from chat_reasoning import marks_of
-from chat_reward import load_reward_model
 from chat_sessions import SAME
 from chat_stream import Answer, SamplingArguments
 from gradio_chatbot import PageArguments, ServerArguments
@@ -65,7 +66,8 @@ def notice_of(update, page):
 
 def test_both_answers_grow_side_by_side_and_get_rewards(page, chat_folders, monkeypatch):
     monkeypatch.setattr(chat_page, "REFRESH_SECONDS", 0)
-    judge = load_reward_model(str(chat_folders["reward"]), lambda line: None)
+    judge = AnswerRewards.named(str(chat_folders["reward"]), [])
+    judge.load(torch.device("cpu"))
     p, session = page("fox", "house", judge=judge)
     updates = list(p.send(session, session.last, "hello", "", *OPTIONS))
     both = [(text_of(u, p, 0)[0], text_of(u, p, 1)[0]) for u in updates]
@@ -126,7 +128,7 @@ def test_a_failing_model_is_a_message_in_the_page(page, monkeypatch, caplog):
 
 
 def test_answers_stay_where_the_reward_model_fails(page, caplog):
-    p, session = page("fox", "house", judge=SimpleNamespace(std=None, score=lambda messages: 1 / 0))
+    p, session = page("fox", "house", judge=SimpleNamespace(stats=None, score=lambda messages: 1 / 0))
     *_, last = p.send(session, session.last, "hello", "", *OPTIONS)
     assert "reward model failed" in notice_of(last, p) and "ZeroDivisionError" in caplog.text
     assert text_of(last, p, 0)[0] == FOX and session.turns[0].rewards == [None, None]
@@ -490,7 +492,7 @@ def test_reasoning_is_a_bubble_of_its_own_and_no_part_of_what_is_judged(page, mo
     """The answer's bubble, with its copy button, holds the answer alone; so does what the reward model reads."""
     p, session = page("fox", "house")
     judged = []
-    p.judge = SimpleNamespace(score=lambda messages: judged.append(messages) or 0.5, std=1.0)
+    p.judge = SimpleNamespace(score=lambda messages: judged.append(messages) or 0.5, stats=1.0)
     written = "<think>\nSmall or red?\n</think>\n\nRed."
     monkeypatch.setattr(chat_page, "stream_answer", lambda model, *_: iter([thinking(model, written)]))
     *_, last = p.send(session, session.last, "which?", "", *OPTIONS)

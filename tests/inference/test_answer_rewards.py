@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from chat_reward import load_reward_model
+from answer_rewards import AnswerRewards
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from training.utils.data import render
@@ -14,7 +14,9 @@ TALK = [{"role": "user", "content": "tell me a story"}, {"role": "assistant", "c
 
 
 def load(path):
-    return load_reward_model(str(path), lambda line: None)
+    rewards = AnswerRewards.named(str(path), [])
+    rewards.load(torch.device("cpu"))
+    return rewards
 
 
 def plain_score(folder, messages):
@@ -30,7 +32,7 @@ def plain_score(folder, messages):
 def test_the_reward_is_the_score_at_the_last_token(chat_folders):
     model = load(chat_folders["reward"])
     assert model.score(TALK) == pytest.approx(plain_score(chat_folders["reward"], TALK), abs=1e-5)
-    assert model.std is None
+    assert model.stats is None
     other = [*TALK[:-1], {"role": "assistant", "content": "a lost key"}]
     assert abs(model.score(other) - model.score(TALK)) > 1e-3
 
