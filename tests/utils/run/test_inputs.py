@@ -7,7 +7,10 @@ import os
 
 import pytest
 
+from training.migrate.shell.script import read_script
 from training.utils.errors import UserError
+from training.utils.run.files import check_page
+from training.utils.run.hosts import with_ranks
 from training.utils.run.inputs import check_flag, check_model_path
 
 FLAG = "--model_name_or_path"
@@ -49,7 +52,7 @@ def test_weights_in_any_form_are_found(names, texts, tmp_path):
         (["1.bin"], {"pytorch_model__bin__index__json": INDEX}, "1 of its files of weights are missing, 2.bin among"),
         ([], {"model__safetensors__index__json": INDEX}, "2 of its files of weights are missing, 1.bin among them"),
         ([], {"model__safetensors__index__json": '{"weight_map": []}'}, "index.json is damaged: it names no files"),
-        (["adapter_config.json", "adapter_model.safetensors"], {}, "a LoRA adapter without its base; merge it"),
+        (["adapter_config.json", "adapter_model.safetensors"], {}, "a LoRA adapter without its base; merge"),
     ],
 )
 def test_a_folder_without_weights_is_refused_but_for_a_plan_or_a_tokenizer(names, texts, said, tmp_path):
@@ -74,18 +77,30 @@ def test_an_adapter_alone_says_where_it_is_merged_in(tmp_path, monkeypatch):
         check_model_path("step1/adapter", FLAG, weights=False)
 
 
-def test_weights_that_may_not_be_read_are_said_to_be_so(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("model.safetensors", lambda file: check_model_path(str(file.parent), FLAG)),
+        ("rules.py", lambda file: check_flag("reward_function", [f"{file}:score"])),
+        ("hosts", lambda file: with_ranks([], None, str(file), None)),
+        ("report.html", lambda file: check_page(file, "--output")),
+        ("run.sh", lambda file: read_script(f"bash {file}")),
+        ("set.sh", lambda file: read_script(f"source {file}")),
+    ],
+)
+def test_a_file_that_may_not_be_read_is_one_line(name, asked, tmp_path, monkeypatch):
     """As root every file can be read, so the system's answer is played."""
-    folder, original = folder_with(tmp_path, "model.safetensors"), io.open
+    folder_with(tmp_path, name)
+    original = io.open
 
     def refused(path, *args, **kwargs):
-        if str(path).endswith("model.safetensors"):
+        if str(path).endswith(name):
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return original(path, *args, **kwargs)
 
     monkeypatch.setattr(io, "open", refused)
-    with pytest.raises(UserError, match=f"^{FLAG} .*: Permission denied .*model.safetensors"):
-        check_model_path(folder, FLAG)
+    with pytest.raises(UserError, match=f": Permission denied .*{name}"):
+        asked(tmp_path / name)
 
 
 def test_a_hub_name_is_left_to_the_hub():

@@ -25,7 +25,7 @@ from training.migrate.shell.filling import (
 )
 from training.migrate.shell.grammar import ASSIGNMENT, Body, Case, Chain, If, Node, Simple, changed_in, parse
 from training.migrate.shell.words import LITERAL, NAME, Operator, left_to_the_shell, tokens
-from training.utils.errors import UserError
+from training.utils.errors import UserError, refusals
 
 BEFORE = ("nohup", "time", "exec", "env", "sudo", "command")  # of a command's own words
 SHELLS = ("bash", "sh")
@@ -438,7 +438,7 @@ class _Reader:
             return True
         if "activate" not in path.name and path.resolve() not in self.read:
             self.read.append(path.resolve())
-            self.all(parse(path.read_text(encoding="utf-8", errors="replace")))
+            self.all(parse(_text_of(path)))
             self.read.pop()
         return True
 
@@ -473,7 +473,7 @@ class _Reader:
             path = self.path(rest[0])
             if path is None:
                 raise UserError(f'bash {rest[0]}: no such file here; give the command in it: "$(cat {rest[0]})"')
-            source, arguments = path.read_text(encoding="utf-8", errors="replace"), rest[1:]
+            source, arguments = _text_of(path), rest[1:]
             file = str(path.resolve())
             if path.resolve() in self.read:
                 raise UserError(f"{rest[0]} starts itself: give the command in it alone")
@@ -513,6 +513,11 @@ class _Reader:
                 environment.append(f"{name}={value}")
         empty = {before: word for before, word in itertools.pairwise(node.words) if not fields(word, known)}
         return Run(words, environment, self.folder, self.inside, known.copy(), self.file, notes, empty)
+
+
+def _text_of(path: Path) -> str:
+    with refusals(str(path)):
+        return path.read_text(encoding="utf-8", errors="replace")
 
 
 def _starts_one(words: Sequence[str]) -> bool:

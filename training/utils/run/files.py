@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from training.utils.errors import UserError, half_character
+from training.utils.errors import UserError, half_character, refusals
 
 GENERATOR = '<meta name="generator" content="tripod">'  # in the head of a page of ours, which may be written anew
 
@@ -19,12 +19,13 @@ def check_page(path: Path, flag: str) -> None:
     """Refuse to write a page over a file that is none of ours.
 
     Raises:
-        UserError: it holds something else; names the flag.
+        UserError: it holds something else, or may not be read; names the flag.
     """
-    if not path.is_file():
-        return
-    with path.open("rb") as file:
-        head = file.read(500)
+    with refusals(f"{flag} {path}"):
+        if not path.is_file():
+            return
+        with path.open("rb") as file:
+            head = file.read(500)
     if head and GENERATOR.encode() not in head:
         raise UserError(f"{flag} {path}: there is such a file, and it is no page of this program; name another one")
 

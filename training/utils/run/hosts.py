@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from training.utils.errors import UserError
+from training.utils.errors import UserError, refusals
 from training.utils.run.files import write_whole
 from training.utils.run.folders import CACHE_FOLDER, cache_dir, make_dir
 
@@ -51,7 +51,8 @@ def read_hostfile(path: str) -> dict[str, int]:
 def _for_launcher(path: str) -> str:
     """The hostfile that DeepSpeed reads: a copy where an editor's mark of UTF-8 would be part of the first host."""
     file = Path(path).expanduser()
-    content = file.read_bytes() if file.is_file() else b""
+    with refusals(f"--hostfile {path}"):
+        content = file.read_bytes() if file.is_file() else b""
     if not content.startswith(codecs.BOM_UTF8):
         return path
     copy = cache_dir() / f"hostfile-{hashlib.sha256(content).hexdigest()[:16]}"

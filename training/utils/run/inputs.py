@@ -198,7 +198,10 @@ def _check_data_path(text: str, flag: str) -> None:
 
 
 def check_function(spec: str, flag: str) -> None:
-    """Refuse ``FILE:NAME`` where there is no such file."""
+    """Refuse ``FILE:NAME`` where there is no such file, or one that may not be read."""
     file, colon, _ = spec.rpartition(":")
-    if colon and not Path(file).expanduser().is_file():
+    if colon and not (path := Path(file).expanduser()).is_file():
         raise UserError(f"{flag} {spec}: no such file; write it as path/to/file.py:function")
+    if colon:
+        with refusals(f"{flag} {spec}"):
+            path.open("rb").close()
