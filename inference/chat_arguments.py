@@ -11,7 +11,7 @@ from pathlib import Path
 from training.utils.arguments import AUTO, PRECISIONS, flag
 from training.utils.errors import UserError
 from training.utils.run.demo import EMBEDDED
-from training.utils.run.folders import is_finished, latest_output, runs_newest_first
+from training.utils.run.folders import is_finished, latest_output, runs_newest_first, tuned_models
 from training.utils.run.inputs import check_flag, check_model_path, without_bitsandbytes
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -48,35 +48,42 @@ def latest_models() -> tuple[dict[str, str], str]:
         UserError: no run has got that far; names the ways on.
     """
     try:
-        tuned = ({"DPO": run / "dpo", "RLHF": run / "step3"} for run in runs_newest_first())
-        finished = ({name: path for name, path in paths.items() if is_finished(path)} for paths in tuned)
-        found = next((paths for paths in finished if paths), None) or {"RLHF": latest_output("step3")}
-        run = next(iter(found.values())).parent
-        sft = run / "step1" if is_finished(run / "step1") else latest_output("step1")
+        tuned = (run for run in runs_newest_first() if tuned_models(run).keys() - {"SFT"})
+        run = next(tuned, None) or latest_output("step3").parent
+        models = tuned_models(run)
+        sft = models.get("SFT") or latest_output("step1")
     except UserError as error:
         raise UserError(f"{error}; or name models with --path") from error
-    judge = run / "step2"
-    models = {name: str(path / "actor" if name == "RLHF" else path) for name, path in found.items()}
-    return {"SFT": str(sft), **models}, str(judge) if is_finished(judge) else ""
+    judge = str(run / "step2") if is_finished(run / "step2") else ""
+    return {name: str(path) for name, path in ({"SFT": sft} | models).items()}, judge
 
 
-def named_paths(values: Sequence[str]) -> dict[str, str]:
-    """Read ``NAME=DIR`` pairs; a path without a name is called after its last folder.
+def named_models(values: Sequence[str], flag: str) -> dict[str, str]:
+    """Name -> path, in order; whether a model is there is not looked at.
+
+    Args:
+        values: ``NAME=PATH``, ``PATH`` (called after its last folder) or the folder of a run, all of whose models are
+            meant.
+        flag: for messages.
 
     Raises:
-        UserError: an empty path, or a name used twice.
+        UserError: an empty name or path, or a name twice.
     """
-    result: dict[str, str] = {}
+    found: dict[str, str] = {}
     for value in values:
         name, equals, path = value.partition("=")
         if not equals or "/" in name:
-            path, name = value, Path(value).name or value
-        if not path or not name:
-            raise UserError(f"--path {value!r}: expected NAME=DIR")
-        if name in result:
-            raise UserError(f"--path names {name!r} twice; write NAME=DIR with different names")
-        result[name] = path
-    return result
+            name, path = Path(value).name or value, value
+        if not name or not path:
+            raise UserError(f"{flag} {value!r}: expected NAME=PATH")
+        folder = Path(path).expanduser()
+        of_run = {} if (folder / "config.json").is_file() else tuned_models(folder)
+        before = f"{name}-" if value.startswith(f"{name}=") else ""
+        for label, model in {f"{before}{of}": str(at) for of, at in of_run.items()}.items() or [(name, path)]:
+            if label in found:
+                raise UserError(f"{flag}: two models are called {label}; write NAME=PATH with different names")
+            found[label] = model
+    return found
 
 
 def adapter_base(path: str, flag: str) -> str:

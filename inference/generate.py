@@ -29,6 +29,8 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # outside the environment, to say so
 
+from chat_arguments import named_models
+
 from training.utils import arguments
 from training.utils.arguments import AUTO, MAX_SEED, PRECISIONS, ROLLOUT_ENGINES, OtherFlag, flag
 from training.utils.errors import UserError, print_last, run_resumable
@@ -112,43 +114,23 @@ def parse_flags(argv: Sequence[str]) -> list[Any]:
             f"--temperature 0 gives the same answer {options.count} times: give a higher one, or --samples_per_prompt 1"
         )
     check_vllm(decoding.rollout_engine, decoding.vllm_python)
-    named_models(options.model)
+    models_of(options)
     if options.reward_model:
         check_model_path(options.reward_model, "--reward_model")
     return groups
 
 
-def named_models(values: Sequence[str]) -> dict[str, str]:
-    """Name -> path, in order.
-
-    Args:
-        values: ``NAME=PATH``, ``PATH`` (called after its last folder) or the folder of a run, all of whose models are
-            meant; none for the latest run.
+def models_of(options: GenerateArguments) -> dict[str, str]:
+    """Name -> path of each model, those of the latest run where none is named.
 
     Raises:
         UserError: a path without a model, or a name twice.
     """
-    found: dict[str, str] = {}
-    for value in values or [_latest()]:
-        name, equals, path = value.partition("=")
-        if not equals or "/" in name:
-            name, path = "", value
-        if not path:
-            raise UserError(f"--model {value!r}: expected NAME=PATH")
-        folder = Path(path).expanduser()
-        of_run = tuned_models(folder) if not (folder / "config.json").is_file() else {}
-        if not of_run:
-            check_model_path(path, "--model")
-        models = {f"{name}-{label}".lstrip("-"): str(p) for label, p in of_run.items()} or {name or folder.name: path}
-        for label, model in models.items():
-            if label in found:
-                raise UserError(f"--model: two models are called {label}; write NAME=PATH with different names")
-            found[label] = model
+    latest = next((run for run in runs_newest_first() if tuned_models(run)), None)
+    found = named_models(options.model or [str(latest or latest_output("step1"))], "--model")
+    for path in found.values():
+        check_model_path(path, "--model")
     return found
-
-
-def _latest() -> str:
-    return str(next((run for run in runs_newest_first() if tuned_models(run)), None) or latest_output("step1"))
 
 
 def settings_of(groups: Sequence[Any], models: Mapping[str, str], prompts: Sequence[str], dtype: str) -> dict[str, Any]:
@@ -183,7 +165,7 @@ def main(argv: Sequence[str]) -> int:
     """Answer every prompt that has not been answered; returns the exit code."""
     groups = parse_flags(argv)
     options, decoding, data = groups
-    models = named_models(options.model)
+    models = models_of(options)
     check_sources_named(data.data_path, {f"--model {name}": path for name, path in models.items()})
     prepare_runtime()
     from answer_rewards import AnswerRewards  # what follows takes seconds

@@ -39,7 +39,9 @@ MAX_MODELS = 4  # columns that stay readable on a laptop
 class PageArguments:
     """Page"""
 
-    path: list[str] = flag([], "NAME=DIR for each model (default: SFT, DPO and RLHF of the latest run)")
+    path: list[str] = flag(
+        [], "NAME=PATH of each model, or a run's folder (default: SFT, DPO and RLHF of the latest run)"
+    )
     reward_model: str = flag("", "reward model for the line under each answer (default: step2 of the latest run)")
     votes_path: str = flag("", "file that votes are appended to (default: votes.jsonl in the output folder)")
     blind: bool = flag(False, "start in blind mode: names are hidden and shuffled until the vote")
@@ -94,9 +96,9 @@ def models_of(page: PageArguments) -> tuple[dict[str, str], str]:
     Raises:
         UserError: a path without a model, too many models.
     """
-    from chat_arguments import check_path, latest_models, named_paths
+    from chat_arguments import check_path, latest_models, named_models
 
-    paths, reward_path = named_paths(page.path), page.reward_model
+    paths, reward_path = named_models(page.path, "--path"), page.reward_model
     if not paths:
         paths, judge = latest_models()
         reward_path = reward_path or judge

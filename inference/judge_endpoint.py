@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urlsplit
 
 import httpx
+from page_guard import THIS_MACHINE
 from tqdm import tqdm
 
 from training.utils.answers import Line
@@ -37,7 +37,6 @@ LONGEST_RETRY_AFTER = 600.0  # seconds that an endpoint may ask for
 REFUSED = (400, 413, 422)  # a conversation that is too long for the model, or that a filter holds back
 MOST_REFUSED = 10  # prompts, as long as there is no verdict: then it is not the prompts
 AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 529)
-LOCAL = ("localhost", "127.0.0.1", "::1")
 
 RUBRIC = """You compare two answers of an assistant to the same conversation. The better one is more helpful, honest \
 and harmless: it does what was asked, is right, says what it does not know, and stays to the point. Length alone makes \
@@ -120,7 +119,8 @@ class Endpoint:
         key = os.environ.get(KEY, "").strip()
         if not (key.isascii() and key.isprintable()):
             raise UserError(f"{KEY} holds characters that no key has")
-        if key and urlsplit(flags.judge_url).scheme == "http" and urlsplit(flags.judge_url).hostname not in LOCAL:
+        url = httpx.URL(flags.judge_url)
+        if key and url.scheme == "http" and url.host not in THIS_MACHINE:
             print(f"warning: --judge_url is http: {KEY} goes over the network in the clear", flush=True)
         pace = flags.parallel_requests, flags.requests_per_minute
         return cls(flags.judge_url, flags.judge_model, rubric, key, flags.request_timeout, *pace)

@@ -115,12 +115,13 @@ def credentials(host: str, auth: str, share: bool = False) -> tuple[str, str] | 
         return user, password
     if share:
         raise UserError("--share makes the page public: give --auth USER:PASSWORD with it")
-    if not _is_loopback(host):
+    if not is_loopback(host):
         raise UserError(f"--host {host} lets other machines in: give --auth USER:PASSWORD with it")
     return None
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether an address is reached from this machine alone."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -14,7 +14,6 @@ import contextlib
 import importlib.util
 import math
 import os
-import socket
 import sys
 import threading
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # outside the environment, to say so
 
 from chat_arguments import latest_models
-from page_guard import address_of
+from page_guard import address_of, free_port, is_loopback
 
 from training.utils.arguments import AUTO, PRECISIONS, flag, parse
 from training.utils.errors import UserError, run_program
@@ -35,7 +34,6 @@ from training.utils.run.environment import check_environment
 from training.utils.run.folders import installing
 from training.utils.run.inputs import check_model_path
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 NEEDED = {"ChatCompletionHandler": "messages", "CompletionHandler": "prompt", "ResponseHandler": "input"}
 # What transformers' server leaves unheard although it changes the answer, or takes for something else (a frequency
 # penalty for one on whatever was said, a suffix for an end of the answer); values that ask for nothing may stand there
@@ -62,21 +60,6 @@ class ServeArguments:
     dtype: str = flag(
         AUTO, "precision of the weights; auto: bf16 where the hardware computes in it", choices=PRECISIONS
     )
-
-
-def check_port(host: str, port: int) -> None:
-    """See that the server will be able to listen there.
-
-    Raises:
-        UserError: it is taken, or no address of this machine.
-    """
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family) as there:
-            there.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            there.bind(address)
-    except OSError as error:
-        raise UserError(f"--host {host} --port {port}: {error.strerror or error}") from error
 
 
 def check_kind(path: str) -> None:
@@ -311,7 +294,8 @@ def main(argv: Sequence[str]) -> int:
         check_model_path(given.path, "--path")
     if importlib.util.find_spec("openai") is None:
         raise UserError(f"transformers' server needs the package openai: {installing('openai')}")
-    check_port(given.host, given.port)
+    if free_port(given.host, given.port) != given.port:
+        raise UserError(f"--port {given.port} is in use at {given.host}; choose another")
     path = given.path or list(latest_models()[0].values())[-1]
     print("starting ...", flush=True)
     import torch
@@ -327,7 +311,7 @@ def main(argv: Sequence[str]) -> int:
     dtype, line = for_device(given.dtype, torch.device("cuda:0" if torch.cuda.is_available() else "cpu"))
     if line:
         print(line)
-    if given.host not in LOOPBACK:
+    if not is_loopback(given.host):
         print(f"warning: whoever reaches {given.host} can use the model; there is no password")
     if (folder := Path(model)).is_dir():  # the server calls a model by its path: step1, actor
         os.chdir(folder.parent)

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from chat_arguments import latest_models, named_paths
+from chat_arguments import latest_models, named_models
 from chat_models import LoadArguments, load_chat_models
 from chat_stream import SamplingArguments, stream_answer
 from peft import PeftModel
@@ -41,15 +41,15 @@ def merged_ids(chat_folders, adapter):
 
 
 def test_names_come_from_the_flag_or_the_folder():
-    assert named_paths(["SFT=a/b", "c/actor", "x=y=z"]) == {"SFT": "a/b", "actor": "c/actor", "x": "y=z"}
-    assert named_paths(["out=1/a"]) == {"out": "1/a"}
-    assert named_paths(["/runs/a=b/actor"]) == {"actor": "/runs/a=b/actor"}
+    assert named_models(["SFT=a/b", "c/actor", "x=y=z"], "--path") == {"SFT": "a/b", "actor": "c/actor", "x": "y=z"}
+    assert named_models(["out=1/a"], "--path") == {"out": "1/a"}
+    assert named_models(["/runs/a=b/actor"], "--path") == {"actor": "/runs/a=b/actor"}
 
 
 @pytest.mark.parametrize("values", [["a/x", "b/x"], ["N=a", "N=b"], ["N="], ["=a"], [""]])
 def test_bad_names_are_refused(values):
     with pytest.raises(UserError, match="--path"):
-        named_paths(values)
+        named_models(values, "--path")
 
 
 def test_models_load_one_after_another_with_a_line_each(chat_folders):

@@ -7,6 +7,7 @@ import shutil
 
 import generate
 import pytest
+from chat_arguments import named_models
 from transformers import GenerationConfig
 
 from tests.inference.conftest import INFERENCE
@@ -265,8 +266,8 @@ def test_a_runs_folder_names_its_models(models, tmp_path):
         shutil.copytree(models["one"], tmp_path / "run" / step / model)
         (tmp_path / "run" / step / "summary.json").write_text("{}")
     run = tmp_path / "run"
-    assert generate.named_models([str(run)]) == {"SFT": str(run / "step1"), "RLHF": str(run / "step3" / "actor")}
-    assert list(generate.named_models([f"a={run}", f"b={models['two']}", str(models["one"])])) == [
+    assert named_models([str(run)], "--model") == {"SFT": str(run / "step1"), "RLHF": str(run / "step3" / "actor")}
+    assert list(named_models([f"a={run}", f"b={models['two']}", str(models["one"])], "--model")) == [
         "a-SFT", "a-RLHF", "b", "one"]  # fmt: skip
 
 

@@ -271,7 +271,7 @@ def test_a_foreign_address_is_refused(host):
         (["--host", "0.0.0.0"], "--auth USER:PASSWORD"),
         (["--share"], "--auth USER:PASSWORD"),
         (["--path", "A=/nowhere"], "--path /nowhere: no such folder"),
-        (["--path", "/a/x", "/b/x"], "names 'x' twice"),
+        (["--path", "/a/x", "/b/x"], "two models are called x"),
         (["--path", *(f"M{n}=/x" for n in range(5))], "at most 4 models"),
         ([], "name models with --path"),
         (["--port", "0"], "--port"),

@@ -245,7 +245,7 @@ def test_bad_input_is_one_line(chat_folders, free_port, monkeypatch, capsys, tmp
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", free_port))
         taken.listen()
-        assert "Address already in use" in refused(capsys, "--port", str(free_port))
+        assert "is in use" in refused(capsys, "--port", str(free_port))
     assert "--host 192.0.2.1" in refused(capsys, "--host", "192.0.2.1", "--port", str(free_port))
     monkeypatch.undo()
     pytest.importorskip("openai")
