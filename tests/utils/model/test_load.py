@@ -206,8 +206,9 @@ def test_a_reward_head_with_a_bias_is_not_loaded_without_it(tmp_path):
     )
     weights = tmp_path / "reward" / "model.safetensors"
     save_file(load_file(weights) | {"score.bias": torch.ones(1)}, weights, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"no place for score\.bias"):
-        classifiers.load_classifier(str(tmp_path / "reward"), dtype="fp32", pad_token_id=0)
+    for seed in (None, 2):
+        with pytest.raises(UserError, match=r"no place for score\.bias"):
+            classifiers.load_classifier(str(tmp_path / "reward"), dtype="fp32", pad_token_id=0, fresh_head_seed=seed)
 
 
 def test_weights_that_the_model_has_no_place_for_are_said(tmp_path, capsys):
@@ -232,8 +233,10 @@ def test_weights_that_no_file_holds_are_refused(tmp_path):
         classifiers.load_classifier(folder, dtype="fp32", pad_token_id=0)
     classifier = classifiers.load_classifier(folder, dtype="fp32", pad_token_id=0, fresh_head_seed=1)
     classifier.save_pretrained(tmp_path / "reward")
-    again = classifiers.load_classifier(str(tmp_path / "reward"), dtype="fp32", pad_token_id=0)
-    assert torch.equal(again.score.weight, classifier.score.weight)
+    for seed in (None, 2):  # what step 2 goes on from keeps its head, too
+        made = {"dtype": "fp32", "pad_token_id": 0, "fresh_head_seed": seed}
+        again = classifiers.load_classifier(str(tmp_path / "reward"), **made)
+        assert torch.equal(again.score.weight, classifier.score.weight)
     with pytest.raises(UserError, match=r"no weights for lm_head\.weight"):
         loading.load_causal_lm(str(tmp_path / "reward"), dtype="fp32")
 

@@ -36,14 +36,14 @@ def load_classifier(
         pad_token_id: goes to the config; plain transformers needs it to find the end of a row.
         attn_implementation: passed to transformers.
         ds_config, base_bits: see `load_causal_lm`.
-        fresh_head_seed: if given, the head is drawn anew from N(0, 1 / (d + 1)^2), d the hidden size
-            (Stiennon et al. 2020, arXiv 2009.01325, appendix B).
+        fresh_head_seed: if given, a head that the files do not hold is drawn from N(0, 1 / (d + 1)^2), d the hidden
+            size (Stiennon et al. 2020, arXiv 2009.01325, appendix B).
 
     Raises:
         UserError: the family has no sequence-classification model with a ``score`` head, or the files hold no head
             and none is to be drawn.
     """
-    model = load_strictly(
+    model, headless = load_strictly(
         AutoModelForSequenceClassification,
         path,
         dtype,
@@ -56,7 +56,7 @@ def load_classifier(
     )
     if not _has_score_head(model):
         raise UserError(f"{path}: {type(model).__name__} has no score head with one output")
-    if fresh_head_seed is not None:
+    if headless and fresh_head_seed is not None:
         _fresh_head(model.score, fresh_head_seed)
     return model
 

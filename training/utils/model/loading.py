@@ -231,10 +231,13 @@ def load_strictly(
     base_bits: int = 0,
     may_miss: str = "",
     **settings: Any,
-) -> PreTrainedModel:
+) -> tuple[PreTrainedModel, bool]:
     """Load a model with dropout off; every parameter comes from its files, but for the module named ``may_miss``.
 
     At ZeRO-3 it is sharded while it loads; in 4 bits it is loaded whole, and sharded by its engine.
+
+    Returns:
+        The model; whether the files miss that module.
     """
     further = four_bit.loading_options(dtype, ds_config) if base_bits else {}
     config = config_without_dropout(path)
@@ -266,12 +269,10 @@ def load_strictly(
     check_sizes(path, info)
     parameters = {name for name, _ in loaded.named_parameters()}
     missing = sorted(parameters.intersection(info["missing_keys"]))
-    missing = [name for name in missing if not (may_miss and name.startswith(may_miss + "."))]
-    if missing:
-        raise UserError(
-            f"{path}: holds no weights for {', '.join(missing[:3])}; was it saved as another kind of model?"
-        )
-    _check_unexpected(path, info, scores=factory is AutoModelForSequenceClassification, head=may_miss)
+    others = [name for name in missing if not (may_miss and name.startswith(may_miss + "."))]
+    if others:
+        raise UserError(f"{path}: holds no weights for {', '.join(others[:3])}; was it saved as another kind of model?")
+    _check_unexpected(path, info, scores=factory is AutoModelForSequenceClassification, drawn=bool(missing))
     _check_finite(path, loaded)
     if further:
         _say(four_bit.settle(loaded, path))
@@ -279,7 +280,7 @@ def load_strictly(
     exact_buffers(loaded)
     if loaded.config._attn_implementation == sequence_parallel.ULYSSES:
         sequence_parallel.mlps_in_pieces(loaded)
-    return loaded
+    return loaded, bool(missing)
 
 
 def check_sizes(named: str, info: Mapping[str, Any]) -> None:
@@ -328,17 +329,22 @@ def _tell_router(path: str) -> None:
     )
 
 
-def _check_unexpected(path: str, info: Mapping[str, Any], scores: bool, head: str) -> None:
+def _check_unexpected(path: str, info: Mapping[str, Any], scores: bool, drawn: bool) -> None:
     """Say which weights of the files the model has no place for.
+
+    Args:
+        path, info: the model, and what loading found.
+        scores: it is a sequence classifier.
+        drawn: its head is not that of the files.
 
     Raises:
         UserError: they belong to the reward head, so the model would give other rewards.
     """
     unexpected = sorted(info.get("unexpected_keys") or ())
-    lost = [name for name in unexpected if scores and not head and name.startswith("score.")]
+    lost = [name for name in unexpected if scores and not drawn and name.startswith("score.")]
     if lost:
         raise UserError(f"{path}: transformers has no place for {', '.join(lost)}, so its rewards would be others")
-    unexpected = [name for name in unexpected if not (head and name.startswith(("lm_head", "embed_out")))]
+    unexpected = [name for name in unexpected if not (drawn and name.startswith(("lm_head", "embed_out")))]
     if unexpected:
         _say(
             f"warning: {path} holds {len(unexpected)} weights that the model has no place for, such as {unexpected[0]}"
@@ -395,7 +401,7 @@ def load_causal_lm(
         ds_config: the role's DeepSpeed configuration; at ZeRO-3 parameters are sharded while loading.
         base_bits: 4 for linear layers in 4 bits, see `training.utils.engine.four_bit`.
     """
-    return load_strictly(AutoModelForCausalLM, path, dtype, attn_implementation, ds_config, base_bits=base_bits)
+    return load_strictly(AutoModelForCausalLM, path, dtype, attn_implementation, ds_config, base_bits=base_bits)[0]
 
 
 DROPOUT_NAMES = ("dropout", "pdrop", "layerdrop")  # parts of what families call it in their configurations

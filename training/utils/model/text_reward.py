@@ -179,6 +179,6 @@ def load_text_reward_model(
         )
         return TextRewardModel(scorer, tokenizer)
     config = frozen_config(zero_stage=zero_stage, dtype=dtype, offload=offload)
-    model = load_strictly(AutoModelForSequenceClassification, path, dtype, attn_implementation, config)
+    model, _ = load_strictly(AutoModelForSequenceClassification, path, dtype, attn_implementation, config)
     role = frozen_role(model, config, device)
     return TextRewardModel(role, tokenizer, own_forward=True)
