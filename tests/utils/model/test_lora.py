@@ -16,7 +16,7 @@ from training.utils.arguments import LoraArguments
 from training.utils.errors import UserError
 from training.utils.memory import plan as plans
 from training.utils.model.export import full_state_dict
-from training.utils.model.lora import with_adapters
+from training.utils.model.lora import check_lora, with_adapters
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 400}
 FAMILIES = {
@@ -130,3 +130,15 @@ def test_learning_rates_as_deepspeed_steps_them(tiny_model, rank_pair, stage):
 def test_a_name_that_matches_nothing_is_said():
     with pytest.raises(UserError, match="--lora_module_name nothing matches no linear layer"):
         with_adapters(build("llama"), LoraArguments(4, "nothing"))
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_model_that_brings_an_adapter_is_refused(tmp_path, rank):
+    """transformers loads both and freezes all; further adapters would take the place of those that it brings."""
+    model = with_adapters(build("llama"), LoraArguments(2, "q_proj", True))
+    build("llama").save_pretrained(tmp_path)
+    check_lora(str(tmp_path), LoraArguments(rank))
+    model.save_pretrained(tmp_path)
+    assert not any(p.requires_grad for p in AutoModelForCausalLM.from_pretrained(tmp_path).parameters())
+    with pytest.raises(UserError, match="brings an adapter"):
+        check_lora(str(tmp_path), LoraArguments(rank))

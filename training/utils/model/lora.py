@@ -58,7 +58,7 @@ def _routers(model: nn.Module) -> list[str]:
 
 
 def check_lora(model_path: str, lora: LoraArguments, flag: str = NAMES_FLAG) -> None:
-    """Check the names of layers on a model without weights, before the real one is loaded.
+    """Check a model that is to train, and the names of layers on one without weights, before the real one is loaded.
 
     Args:
         model_path: from `training.utils.model.loading.resolve_model`.
@@ -66,8 +66,15 @@ def check_lora(model_path: str, lora: LoraArguments, flag: str = NAMES_FLAG) -> 
         flag: that the names come from.
 
     Raises:
-        UserError: as `with_adapters`, or nothing of the model can be kept in 4 bits.
+        UserError: as `with_adapters`, or nothing of the model can be kept in 4 bits, or it brings an adapter.
     """
+    from transformers.utils import find_adapter_config_file
+
+    if find_adapter_config_file(model_path):  # all would be frozen, or the adapter replaced
+        raise UserError(
+            f"{model_path}: brings an adapter (adapter_config.json) beside the model: merge it into the model first "
+            "(PEFT's merge_and_unload), or leave it out"
+        )
     if not lora.lora_dim:
         return
     from transformers import AutoModelForCausalLM
