@@ -47,10 +47,12 @@ from training.pipeline.steps import Step, check_data_named, check_steps, plan_st
 from training.report.page import write_report
 from training.utils import arguments
 from training.utils.arguments import DEMO
+from training.utils.checkpoint.store import remove_all
 from training.utils.errors import UserError, run_program
 from training.utils.run.demo import named_sources
 from training.utils.run.files import read_object, write_json
 from training.utils.run.folders import (
+    CHECKPOINTS,
     LATER,
     LATEST,
     STEPS,
@@ -203,20 +205,20 @@ def say_time(steps: Sequence[Step], ranks: int) -> None:
 
 def run_steps(steps: Sequence[Step], run: Path, manifest: dict[str, Any], launcher: Sequence[str], again: str) -> int:
     """Run those that are not finished, and those that follow one of these; the exit code of one that fails, else 0."""
-    ran: list[str] = []
     for step in steps:
         entry = manifest.get("steps", {}).get(step.name, {})
-        if is_finished(step.directory) and not any(step.name in LATER[name] for name in ran):
+        if is_finished(step.directory):
             changed = f" with other flags; to repeat it, remove {shown(step.directory)}"
             print(f"{title(step.name)} is finished{'' if same_flags(entry, step.argv) else changed}", flush=True)
             if "exit_code" not in entry:  # it went on without train.py, which was killed
                 known = {"arguments": step.argv, "folder": str(Path.cwd())}
                 record_end(manifest.setdefault("steps", {}).setdefault(step.name, known), step, run, manifest)
             continue
-        (step.directory / "summary.json").unlink(missing_ok=True)  # made from the output that has changed
+        for later in (later.directory for later in steps if later.name in LATER[step.name]):
+            (later / "summary.json").unlink(missing_ok=True)  # made from the output that changes,
+            remove_all(later / CHECKPOINTS)  # and could not go on from the new one
         command = [*launcher, "--master_port", str(unused_port()), step.script, *step.once, *step.argv]
         ended = run_step(step, command, run, manifest)
-        ran.append(step.name)
         if ended.code:
             tell_failure(step, command, ended, run, again)
             return ended.code

@@ -368,6 +368,20 @@ def test_later_steps_follow_a_repeated_one(bench: Bench) -> None:
     assert bench.manifest()["steps"]["step3"]["command"] != started, "another port: it ran again"
 
 
+def test_what_a_repeated_step_invalidates_starts_over_however_it_ends(bench: Bench) -> None:
+    """Step 2 could not go on from its checkpoints of another step 1, and is not finished where train.py is killed."""
+    assert bench.train() == 0
+    run = bench.output / "tiny"
+    shutil.rmtree(run / "step1")
+    for step in ("step2", "step3"):
+        (run / step / "checkpoints" / "step-00000004").mkdir(parents=True)
+    assert bench.train("--output_dir", "output/tiny", "--step1_args", "--data_output_path fail:3") == 3
+    for step in ("step2", "step3"):
+        assert not folders.is_finished(run / step) and not any((run / step / "checkpoints").iterdir())
+    assert bench.train("--output_dir", "output/tiny", "--step1_args=") == 0
+    assert folders.is_finished(run / "step3")
+
+
 def test_plan_asks_each_step_and_makes_no_run(
     bench: Bench, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
