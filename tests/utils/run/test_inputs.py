@@ -103,6 +103,16 @@ def test_a_file_that_may_not_be_read_is_one_line(name, asked, tmp_path, monkeypa
         asked(tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "1.bin", "tokenizer.json", "tokenizer.model", "config.json"])
+def test_a_pointer_of_git_lfs_is_said_to_be_one(name, tmp_path):
+    index = {"pytorch_model__bin__index__json": INDEX} if name == "1.bin" else {}
+    folder = folder_with(tmp_path, "tokenizer.json", *(["1.bin", "2.bin"] if index else ["model.safetensors"]), **index)
+    check_model_path(folder, FLAG)
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    with pytest.raises(UserError, match=f"^{FLAG} .*: {name} is a pointer of Git LFS, .*run git lfs pull"):
+        check_model_path(folder, FLAG)
+
+
 def test_a_hub_name_is_left_to_the_hub():
     check_model_path("someone/model", FLAG)
 

@@ -13,6 +13,8 @@ from typing import IO, Any
 from training.utils.errors import UserError, half_character, refusals
 
 GENERATOR = '<meta name="generator" content="tripod">'  # in the head of a page of ours, which may be written anew
+LFS = b"version https://git-lfs"  # what stands in a file's place where Git LFS has not fetched it
+LFS_SAID = "a pointer of Git LFS, not the file itself; run git lfs pull in its folder"
 
 
 def check_page(path: Path, flag: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from training.utils.data.template_file import read_template_file
 from training.utils.errors import UserError, refusals
-from training.utils.run.files import read_object
+from training.utils.run.files import LFS, LFS_SAID, read_object
 from training.utils.run.folders import installing, shown, with_python
 
 TOKENIZER = "tokenizer_name_or_path"
@@ -116,7 +116,9 @@ def _check_model_path(name_or_path: str, flag: str, weights: bool) -> None:
                 + with_python("-m", "training.migrate.reward_model", "--path", name_or_path)
                 + " --data_path PAIRS --output_dir FOLDER"
             )
-        if marked := next((path / name for name in TEXT_FILES if _has_mark(path / name)), None):
+        if pointer := next((name for name in (*TEXT_FILES, "tokenizer.model") if _begins(path / name, LFS)), None):
+            raise UserError(f"{flag} {name_or_path}: {pointer} is {LFS_SAID}")
+        if marked := next((path / name for name in TEXT_FILES if _begins(path / name, codecs.BOM_UTF8)), None):
             raise UserError(f"{flag} {name_or_path}: {marked.name} begins with a byte order mark, with which no "
                             "program reads it as it is meant; save it as UTF-8 without BOM")  # fmt: skip
         for name in SMALL_FILES:
@@ -132,12 +134,12 @@ def is_language_model(architectures: object) -> bool:
     return isinstance(architectures, list) and any(str(name).endswith(LANGUAGE_MODELS) for name in architectures)
 
 
-def _has_mark(file: Path) -> bool:
-    """Whether a file is there and begins with UTF-8's byte order mark, which editors on Windows may write."""
+def _begins(file: Path, mark: bytes) -> bool:
+    """Whether a file is there and begins so: with UTF-8's byte order mark, say, which editors on Windows may write."""
     if not file.is_file():
         return False
     with file.open("rb") as opened:
-        return opened.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
+        return opened.read(len(mark)) == mark
 
 
 def _missing_weights(folder: Path) -> str:
@@ -161,8 +163,9 @@ def _missing_weights(folder: Path) -> str:
     if not isinstance(parts, dict) or not parts or not all(isinstance(name, str) for name in parts.values()):
         return f"{found.name} is damaged: it names no files of weights"
     missing = sorted({name for name in parts.values() if not (folder / name).is_file()})
-    for name in set(parts.values()).difference(missing):
-        (folder / name).open("rb").close()  # of one that is closed to this user safetensors says that it is not there
+    for name in sorted(set(parts.values()).difference(missing)):
+        if _begins(folder / name, LFS):  # opens each: of one that is closed to this user safetensors says "not there"
+            return f"{name} is {LFS_SAID}"
     return f"{len(missing)} of its files of weights are missing, {missing[0]} among them" if missing else ""
 
 

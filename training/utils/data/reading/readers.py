@@ -19,14 +19,13 @@ from typing import IO, Any
 from training.utils.data.reading.rows import MAX_ROW_CHARACTERS, RawRow, too_big
 from training.utils.data.template import RowError
 from training.utils.errors import UserError
-from training.utils.run.files import once_each
+from training.utils.run.files import LFS, LFS_SAID, once_each
 
 TYPES = ("json", "jsonl", "ndjson", "csv", "tsv", "txt", "parquet", "arrow")
 EVAL_WORDS = {"eval", "evaluation", "test", "validation", "valid", "val", "dev", "held"}
 _CHUNK = 1 << 20
 _BLANKS = re.compile(r"[ \t\r\n]+")
 _MOST_EMPTY_LINES = 1_000_000  # one after the other: a damaged file, which would be read for hours without a word
-_LFS = b"version https://git-lfs"
 _MOST_DIGITS = 4000  # Python refuses to read longer numbers (a guard against its slow conversion)
 _ESCAPED = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of bytes that are no UTF-8
 
@@ -91,8 +90,8 @@ def read_file(path: Path) -> Iterator[RawRow]:
             file: Any = io.BufferedReader(gzip.GzipFile(fileobj=raw)) if zipped else raw
             if file.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
                 raise UserError(f"{path}: the file is in UTF-16; save it as UTF-8")
-            if file.peek(len(_LFS))[: len(_LFS)] == _LFS:
-                raise UserError(f"{path}: a pointer of Git LFS, not the file itself; run git lfs pull in its folder")
+            if file.peek(len(LFS))[: len(LFS)] == LFS:
+                raise UserError(f"{path}: {LFS_SAID}")
             kind = file_type(path)
             if kind not in ("parquet", "arrow") and b"\0" in file.peek(1):
                 raise UserError(f"{path}: the file is in UTF-16, or no text (it has zero bytes); save it as UTF-8")
