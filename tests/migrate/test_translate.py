@@ -262,6 +262,13 @@ def test_flags_of_ours_in_their_command_win_over_what_is_made_of_theirs():
     assert values_of(f"{text} --lora_alpha 32")["--lora_alpha"] == 32
 
 
+def test_two_names_of_a_flag_agree_or_are_refused():
+    text = f"deepspeed {STEP3} --actor_model_name_or_path a --critic_model_name_or_path b --unsupervised_dataset_name x"
+    with pytest.raises(UserError, match="_dataset_name x and --unsupervised_data_path y are the same flag"):
+        translate(f"{text} --unsupervised_data_path y")
+    assert values_of(f"{text} --unsupervised_data_path x")["--unsupervised_data_path"] == ["x"]
+
+
 def test_a_number_that_others_hang_on_must_be_known():
     for text in (
         f"deepspeed {STEP1} --lora_dim $RANK",

@@ -257,8 +257,14 @@ def _checked(other: OtherFlag) -> Callable[[str], str]:
 
 def fill(t: Translation, program: Program) -> None:
     """What was given, then their defaults and constants where ours differ, then what several flags decide."""
+    meant: dict[str, str] = {}  # our flag -> the name that it is given by
     for name, values in t.given.items():
         other = t.flags.get(name)
+        ours = name if other is None else other.ours
+        first = meant.setdefault(ours, name)
+        if ours and t.given[first] != values:
+            each = " and ".join(" ".join([one, *t.given[one]]) for one in (first, name))
+            t.refused.append(f"{each} are the same flag here, with different values: give one of them")
         if other is None:
             t.values[name] = values
         elif other.ours:
