@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from training.utils import intervals
 
@@ -12,6 +13,16 @@ def test_wilson_interval():
     assert intervals.wilson_interval(0.8, 10) == pytest.approx([0.4902, 0.9433], abs=1e-4)
     low, high = intervals.wilson_interval(1.0, 10)
     assert (low, high) == (pytest.approx(10 / (10 + 1.959964**2)), pytest.approx(1.0))
+
+
+def test_a_bootstrap_in_pieces_is_the_same_and_holds_a_piece(monkeypatch):
+    values, weights = [float(n % 7) for n in range(30)], [1.0 + n % 3 for n in range(30)]
+    whole, made = intervals.bootstrap_interval(values, weights, seed=0), []
+    randint = torch.randint
+    monkeypatch.setattr(torch, "randint", lambda *args, **more: made.append(randint(*args, **more)) or made[-1])
+    monkeypatch.setattr(intervals, "DRAWS", 1000)
+    assert intervals.bootstrap_interval(values, weights, seed=0) == whole
+    assert max(draws.numel() for draws in made) <= 1000 and sum(map(len, made)) == intervals.RESAMPLES
 
 
 def test_bootstrap_interval_of_a_mean_and_of_a_ratio():

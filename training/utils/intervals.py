@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 RESAMPLES = 2000  # of each bootstrap
+DRAWS = 1 << 21  # of rows, at once: all of 100,000 rows would take gigabytes
 Z95 = 1.959964
 FEW_ROWS = 30  # fewer are too few for a bootstrap
 
@@ -34,9 +35,11 @@ def bootstrap_interval(values: Sequence[float], weights: Sequence[float] | None 
     value = torch.tensor(values, dtype=torch.float64)
     weight = torch.ones_like(value) if weights is None else torch.tensor(weights, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
-    draws = torch.randint(len(value), (RESAMPLES, len(value)), generator=generator)
-    means = value[draws].sum(1) / weight[draws].sum(1).clamp(min=1e-12)
-    return torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    means = []
+    for piece in torch.empty(RESAMPLES).split(max(DRAWS // len(value), 1)):
+        draws = torch.randint(len(value), (len(piece), len(value)), generator=generator)
+        means.append(value[draws].sum(1) / weight[draws].sum(1).clamp(min=1e-12))
+    return torch.quantile(torch.cat(means), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
 
 
 def wilson_interval(share: float, count: float) -> list[float]:
