@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 import time
 from pathlib import Path
 
@@ -368,3 +369,20 @@ def test_blanks_without_end_take_no_time(tmp_path, name, blank, monkeypatch):
     except UserError as error:
         assert "empty lines" in str(error) or "broken CSV" in str(error)
     assert time.process_time() - start < 3
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        *((f"a.jsonl:{limit}", "whole number: a.jsonl:1000") for limit in ("0.5", "50%", "-3", "1e3", "", "8:3")),
+        ("demo:half", "whole number: demo:1000"),
+        ("a.jsonl,demo", "--data_path a.jsonl demo"),
+        ("a.jsonl,", "no such file"),
+        ("b.jsonl:x", "no such file"),
+    ],
+)
+def test_other_forms_of_a_limit_and_of_several_sources_are_told_how_to_write_them(tmp_path, monkeypatch, given, told):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_text("{}")
+    with pytest.raises(UserError, match=re.escape(told)):
+        resolve(given, "pairs")

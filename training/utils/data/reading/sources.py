@@ -142,6 +142,7 @@ def _local(name: str, limit: int, kind: Kind, flag: str) -> Source | None:
         return Source(name, (path,), (), limit, flag=flag)
     if os.path.islink(path):
         raise UserError(f"{flag} {name}: a link to {os.readlink(path)}, which is not there")
+    _check_form(name, flag)
     looks_local = name.startswith(("/", "./", "../", "~")) or any(s.lstrip(".") in TYPES for s in path.suffixes[-2:])
     if looks_local or not _HUB_NAME.match(name):
         near = _nearest(path)
@@ -158,6 +159,20 @@ def _split_limit(text: str, flag: str) -> tuple[str, int]:
     if len(match[2]) > _MOST_DIGITS:
         raise UserError(f"{flag} {match[1]}: a limit of {len(match[2])} digits; without a limit all rows are read")
     return match[1], int(match[2])
+
+
+def _check_form(name: str, flag: str) -> None:
+    """Refuse other forms of a row limit and of several sources, where what they are about is there."""
+    source, colon, _ = name.rpartition(":")
+    if colon and _is_there(source):
+        raise UserError(f"{flag} {name}: behind a colon stands how many rows to read, a whole number: {source}:1000")
+    parts = name.split(",")
+    if len(parts) > 1 and all(map(_is_there, parts)):
+        raise UserError(f"{flag} {name}: several sources stand apart: {flag} {' '.join(parts)}")
+
+
+def _is_there(name: str) -> bool:
+    return bool(name) and (name == "demo" or os.path.exists(Path(name).expanduser()))
 
 
 def _nearest(path: Path) -> str:
