@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -340,3 +341,21 @@ def test_a_converted_gguf_file_may_be_read_by_whom_the_user_allows(tiny_model, t
     assert folder.stat().st_mode == (tmp_path / "any").stat().st_mode and (folder / "config.json").is_file()
     assert {path.name for path in folder.parent.iterdir()} == {folder.name, f"{folder.name}.lock"}
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1, "the weights too"
+
+
+def test_another_gguf_file_of_the_same_name_size_and_time_is_converted_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRIPOD_CACHE", str(tmp_path / "cache"))
+    read = []
+
+    def convert(path: Path, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        read.append(path.read_text())
+
+    monkeypatch.setattr(loading, "_write_converted", convert)
+    for content in ("one", "two"):
+        (tmp_path / "a.gguf").write_text(content)
+        os.utime(tmp_path / "a.gguf", ns=(0, 0))  # as unpacking and copying may
+        folders = {loading._convert_gguf(tmp_path / "a.gguf") for _ in range(2)}
+        assert len(folders) == 1
+    assert read == ["one", "two"]

@@ -171,7 +171,8 @@ def _embedded_gguf() -> Path:
 def _convert_gguf(path: Path) -> Path:
     """Convert a GGUF file to a Hugging Face folder in bf16, once; the folder's name carries the file's identity."""
     status = path.stat()
-    identity = f"{path.name}-{status.st_size}-{status.st_mtime_ns}-{transformers.__version__}"
+    changed = f"{status.st_mtime_ns}-{status.st_ctime_ns}"  # the latter moves where a copy keeps the former
+    identity = f"{path.name}-{status.st_size}-{changed}-{transformers.__version__}"
     target = cache_dir() / "models" / f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
     if (target / "config.json").is_file():
         return target
