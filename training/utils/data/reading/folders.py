@@ -1,13 +1,12 @@
-"""Which files of a folder hold rows: what `datasets.load_dataset` and `load_from_disk` would read of it.
+"""Which files of a folder hold rows: what `datasets.load_dataset` would read of it.
 
-A folder is a clone of a hub dataset (its README's YAML names the files of each split), a dataset saved by
-``save_to_disk``, or data files side by side, or in its subfolders if there are none at the top. Links to folders are
-followed, but for those to a folder that they are in.
+A folder is a clone of a hub dataset (its README's YAML names the files of each split), or data files side by side, or
+in its subfolders if there are none at the top. Links to folders are followed, but for those to a folder that they are
+in.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import Counter
@@ -47,9 +46,8 @@ def files_of(where: str, folder: Path) -> Files:
     Raises:
         UserError: no data file, a link to nothing, or a README whose YAML names files that are not there.
     """
-    for found in (_saved(where, folder), _of_readme(where, folder)):
-        if found is not None:
-            return found
+    if (found := _of_readme(where, folder)) is not None:
+        return found
     here, there = list(folder.iterdir()), list(_below(folder))
     top, below = _data_files(here), _data_files(there)
     named = top if any(p.name.lower() not in _BESIDE for p in top) else below
@@ -119,35 +117,6 @@ def _chosen(splits: dict[str, tuple[Path, ...]], others: Iterable[str] = ()) -> 
     assert train is not None
     unread = [f"split {name}" for name in splits if name not in (train, held_out)]
     return Files(splits[train], splits[held_out] if held_out else (), (*unread, *others))
-
-
-def _saved(where: str, folder: Path) -> Files | None:
-    """The files of ``Dataset.save_to_disk`` or ``DatasetDict.save_to_disk``; None if the folder is neither."""
-    if (folder / "dataset_dict.json").is_file():
-        splits = _json(where, folder / "dataset_dict.json").get("splits")
-        if not isinstance(splits, list) or not splits or not all(isinstance(split, str) for split in splits):
-            raise UserError(f"{where}: dataset_dict.json names no splits; save the dataset again")
-        return _chosen({split: _arrow_files(where, folder / split) for split in splits})
-    return Files(_arrow_files(where, folder)) if (folder / "state.json").is_file() else None
-
-
-def _arrow_files(where: str, folder: Path) -> tuple[Path, ...]:
-    listed = _json(where, folder / "state.json").get("_data_files")
-    names = [entry.get("filename") for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
-    files = tuple(folder / found for found in names if isinstance(found, str) and Path(found).name == found)
-    missing = next((path for path in files if not path.is_file()), None)
-    if not files or missing:
-        raise UserError(f"{where}: {missing or folder / 'state.json'} is not there or names no file; "
-                        "save the dataset again")  # fmt: skip
-    return files
-
-
-def _json(where: str, path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{where}: {path} can not be read: {error}") from None
-    return value if isinstance(value, dict) else {}
 
 
 def _of_readme(where: str, folder: Path) -> Files | None:

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ _ELSEWHERE = {
 }
 DATA_PATH = "--data_path"
 _MOST_DIGITS = 15  # of a row limit
+_SAVED = ("dataset_dict.json", "state.json")  # in folders of DatasetDict.save_to_disk and Dataset.save_to_disk
 _HUB_BUILDERS = ("arrow", "csv", "json", "parquet", "text")
 
 
@@ -44,7 +45,7 @@ class Source:
         name: as the user wrote it, without the row limit.
         train, held_out: data files; ``held_out`` is empty if the source has no eval split of its own.
         limit: the most rows to take of each split, 0 for all.
-        hub: a hub dataset's splits (train, held out), instead of files.
+        hub: a hub dataset's splits (train, held out), or those of a saved one, instead of files.
         unread: files of the folder, and splits, that are not read.
         flag: that names the source, for messages.
     """
@@ -135,6 +136,8 @@ def _local(name: str, limit: int, kind: Kind, flag: str) -> Source | None:
         return Source(name, (_DEMO / _DEMO_FILES[kind],), (_DEMO / "held_out.jsonl",), limit, flag=flag)
     path = Path(name).expanduser()
     if os.path.isdir(path):
+        if any((path / file).is_file() for file in _SAVED):
+            return _saved(name, path, limit, flag)
         files = files_of(f"{flag} {name}", path)
         return Source(name, files.train, files.held_out, limit, unread=files.unread, flag=flag)
     if os.path.isfile(path):
@@ -200,8 +203,22 @@ def _hub(name: str, limit: int, flag: str) -> Source:
             f"({reason if online else 'this machine does not reach it, and its cache has no such dataset'}); "
             f"give the path of a file, or of a folder with the dataset's files"
         ) from None
+    return _of_splits(name, limit, splits, flag)
+
+
+def _saved(name: str, folder: Path, limit: int, flag: str) -> Source:
+    import datasets
+
+    try:
+        found = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{flag} {name}: not as datasets has saved it ({reason}); save the dataset again") from None
+    return _of_splits(name, limit, found if isinstance(found, dict) else {"train": found}, flag)
+
+
+def _of_splits(name: str, limit: int, splits: Mapping[str, Any], flag: str) -> Source:
     train, held_out = split_names(list(splits))
     unread = tuple(f"split {split}" for split in splits if split not in (train, held_out))
-    return Source(
-        name, limit=limit, hub=(splits[train], splits[held_out] if held_out else None), unread=unread, flag=flag
-    )
+    rows = splits[train] if train else None, splits[held_out] if held_out else None
+    return Source(name, limit=limit, hub=rows, unread=unread, flag=flag)
