@@ -1,5 +1,8 @@
 """Which parameters train beside adapters, with what learning rates, and what an adapter adds."""
 
+import contextlib
+import json
+
 import pytest
 import torch
 from transformers import (
@@ -142,3 +145,20 @@ def test_a_model_that_brings_an_adapter_is_refused(tmp_path, rank):
     assert not any(p.requires_grad for p in AutoModelForCausalLM.from_pretrained(tmp_path).parameters())
     with pytest.raises(UserError, match="brings an adapter"):
         check_lora(str(tmp_path), LoraArguments(rank))
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("method", ["bitsandbytes", "mxfp4", None])
+def test_what_is_quantised_in_its_files_is_not_trained(tmp_path, method, rank):
+    """Its codes have no gradient: embeddings and norms alone would train. What transformers makes whole may."""
+    model, how = build("llama"), {"quant_method": method} if method else {"load_in_4bit": True}
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": how}))
+    refused = pytest.raises(UserError, match="quantised weights do not train")
+    with contextlib.nullcontext() if method == "mxfp4" else refused:
+        check_lora(str(tmp_path), LoraArguments(rank))
+    model.is_quantized = True
+    with refused:
+        with_adapters(model, LoraArguments(rank))
+    with_adapters(model, LoraArguments(4, only_optimize_lora=True, base_bits=4))

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 LORA_ALPHA_OVER_RANK = 2  # the usual choice in PEFT's examples
 NAMES_FLAG = "--lora_module_name"
+MADE_WHOLE = ("mxfp4", "fp8")  # files so quantised transformers makes whole, where it has no kernels for them
 
 
 def target_modules(model: nn.Module, names: str, flag: str = NAMES_FLAG) -> list[str] | str:
@@ -70,6 +71,12 @@ def check_lora(model_path: str, lora: LoraArguments, flag: str = NAMES_FLAG) -> 
     """
     from transformers.utils import find_adapter_config_file
 
+    from training.utils.model.loading import load_config, remote_code
+
+    config = load_config(model_path)
+    quantised = getattr(config, "quantization_config", None)
+    if quantised and dict(quantised).get("quant_method") not in MADE_WHOLE:
+        raise _quantised(model_path)
     if find_adapter_config_file(model_path):  # all would be frozen, or the adapter replaced
         raise UserError(
             f"{model_path}: brings an adapter (adapter_config.json) beside the model: merge it into the model first "
@@ -79,13 +86,16 @@ def check_lora(model_path: str, lora: LoraArguments, flag: str = NAMES_FLAG) -> 
         return
     from transformers import AutoModelForCausalLM
 
-    from training.utils.model.loading import load_config, remote_code
-
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(load_config(model_path), **remote_code())
+        model = AutoModelForCausalLM.from_config(config, **remote_code())
         if lora.base_bits and not four_bit.packable(model):
             raise UserError(f"{model_path}: no linear layer that --base_bits {lora.base_bits} could round")
         with_adapters(model, lora, flag)
+
+
+def _quantised(named: str) -> UserError:
+    advice = "give the model in 16 or 32 bits, which --base_bits 4 rounds while it loads"
+    return UserError(f"{named}: quantised weights do not train: {advice}")
 
 
 def with_adapters(model: PreTrainedModel, lora: LoraArguments, flag: str = NAMES_FLAG) -> Any:
@@ -104,8 +114,11 @@ def with_adapters(model: PreTrainedModel, lora: LoraArguments, flag: str = NAMES
         A `PeftModel`; the model itself if ``lora_dim`` is 0.
 
     Raises:
-        UserError: ``lora_module_name`` matches nothing, or what can have no adapter.
+        UserError: ``lora_module_name`` matches nothing, or what can have no adapter; or the model is quantised, but not
+            by ``base_bits``.
     """
+    if getattr(model, "is_quantized", False) and not lora.base_bits:
+        raise _quantised(model.name_or_path)
     if not lora.lora_dim:
         return model
     from peft import LoraConfig, TaskType, get_peft_model
