@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
     BloomConfig,
     GPT2Config,
     GPTNeoXConfig,
@@ -251,6 +252,14 @@ def test_files_that_are_quantised_already_are_refused(tiny_model, tmp_path):
     load(str(tiny_model)).get_base_model().save_pretrained(tmp_path)
     with pytest.raises(UserError, match="quantised already"):
         loading.load_causal_lm(str(tmp_path), dtype="fp32", base_bits=4)
+
+
+@pytest.mark.parametrize("doubly", [True, False])
+def test_a_model_that_is_quantised_in_its_files_can_be_run(tiny_model, tmp_path, doubly):
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=doubly)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, quantization_config=how, device_map="cpu")
+    model.save_pretrained(tmp_path)
+    assert len(packed(loading.load_causal_lm(str(tmp_path), dtype="fp32"))) == 14
 
 
 @pytest.mark.parametrize(

@@ -101,8 +101,9 @@ def is_packed(parameter: Any) -> bool:
 
 
 def scale_offset(parameter: Any) -> torch.Tensor:
-    """The mean of a packed parameter's scales, a scalar: not finite if one of the weights was not."""
-    return parameter.quant_state.offset
+    """The mean of a packed parameter's scales, or all of them where no mean is kept: not finite if a weight was not."""
+    state = parameter.quant_state
+    return state.absmax if state.offset is None else state.offset
 
 
 def unpacked(parameter: nn.Parameter) -> torch.Tensor:
