@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import multiprocessing
 import os
 import shlex
 from pathlib import Path
@@ -98,3 +99,17 @@ def test_a_folder_that_no_flag_has_named_says_what_names_another(home, monkeypat
         folders.make_dir(folders.cache_dir(), folders.CACHE_FOLDER)
     monkeypatch.delenv("TRIPOD_CACHE")
     assert folders.cache_dir() == Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "tripod"
+
+
+def test_a_process_that_was_forked_does_not_keep_the_folder(tmp_path):
+    """A reward function's workers outlive a rank that is killed, and its run could not be taken up."""
+    context = multiprocessing.get_context("fork")
+    end = context.Event()
+    with folders.locked(tmp_path, "a run"):
+        worker = context.Process(target=end.wait, daemon=True)
+        worker.start()
+        with pytest.raises(UserError, match="a run is at work"), folders.locked(tmp_path, "a run"):
+            pass
+    with folders.locked(tmp_path, "a run"):
+        end.set()
+    worker.join()

@@ -288,6 +288,7 @@ def locked(folder: Path, who: str) -> Iterator[None]:
     with contextlib.ExitStack() as opened:
         try:
             file = opened.enter_context((folder / LOCK).open("a"))
+            os.register_at_fork(after_in_child=file.close)  # else a user's worker would hold it when this is killed
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{who} is at work in {shown(folder)}: wait for it, stop it, or choose another") from None
