@@ -44,6 +44,7 @@ UNHEARD = ("logprobs", "top_logprobs", "presence_penalty", "frequency_penalty", 
 EMPTY: tuple[Any, ...] = (None, "", [], {})
 NOTHING = (*EMPTY, False, 0, {"type": "text"}, {"format": {"type": "text"}}, ["text"], "medium", "disabled")
 TEXTS = ("text", "input_text", "output_text")  # types of the parts of a message
+OF_SYSTEM, MARK = ("system", "developer"), "Kwzhia"  # roles of what is said to the model alone; a text that stands out
 NUMBERS = {"temperature": (0, math.inf), "top_p": (1e-9, 1)}
 COUNTS = {"max_tokens": 1, "max_completion_tokens": 1, "max_output_tokens": 1, "seed": 0}  # field -> its least value
 SEED: ContextVar[int | None] = ContextVar("SEED", default=None)  # of the request that is worked on
@@ -119,6 +120,23 @@ def _no_messages(name: str, said: Any) -> str:
         texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") in TEXTS]
         if len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
             return f"{name}: a content is a text, or parts of type text; images and sound are not read here"
+    return ""
+
+
+def unwritten(body: dict[str, Any], tokenizer: Any) -> str:
+    """What of a request the model's chat template has no place for, so that it would be left unheard; else empty."""
+
+    def text(*messages: dict[str, str], **more: Any) -> str:
+        """What the template makes of a conversation."""
+        return str(tokenizer.apply_chat_template([*messages, {"role": "user", "content": "a"}], tokenize=False, **more))
+
+    if body.get("tools") and body.get("tool_choice") != "none" and text(tools=body["tools"]) == text():
+        return "tools: the model's chat template has no place for them"
+    said = [item for name in ("messages", "input") if isinstance(items := body.get(name), list) for item in items]
+    roles = {item.get("role") for item in said} & set(OF_SYSTEM)
+    for role in roles | ({OF_SYSTEM[0]} if body.get("instructions") else set()):
+        if MARK not in text({"role": role, "content": MARK}):
+            return f"the model's chat template has no place for a {role} message"
     return ""
 
 
@@ -202,7 +220,7 @@ def settle_requests(model: str, tokenizer: Any) -> None:
 
     def validated(handler: Any, body: dict[str, Any]) -> None:
         """Refuse what is not served, with status 400, and settle what is."""
-        if reason := refusal(body, NEEDED.get(type(handler).__name__, "")):
+        if reason := refusal(body, NEEDED.get(type(handler).__name__, "")) or unwritten(body, tokenizer):
             raise HTTPException(400, reason)
         settle(body)
         validate(handler, body)

@@ -170,6 +170,17 @@ def test_a_template_that_refuses_is_said(tmp_path):
         final(model, conversation(1))
 
 
+def test_a_system_message_that_the_template_loses_is_said(tmp_path):
+    folder = save_chat_model(tmp_path / "m", 1)
+    template = (folder / "chat_template.jinja").read_text()
+    without = template.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'system' %}")
+    (folder / "chat_template.jinja").write_text(without)
+    [model] = load_chat_models({"m": str(folder)}, LoadArguments(), lambda line: None)
+    assert final(model, max_new_tokens=2).ended
+    with pytest.raises(UserError, match="the chat template loses the system turn 'Be kind.'"):
+        final(model, [{"role": "system", "content": "Be kind."}, *HELLO])
+
+
 def test_speed_leaves_the_prompt_out(load):
     [model] = load("sft")
     answer = final(model, temperature=0, max_new_tokens=10)

@@ -19,7 +19,7 @@ import serve
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tests.inference.conftest import INFERENCE
-from tests.inference.tiny_chat import save_chat_model
+from tests.inference.tiny_chat import CHATML, make_tokenizer, save_chat_model
 from tests.signals import hear_signals
 from training.utils.errors import run_program
 from training.utils.run.folders import python_path
@@ -139,6 +139,7 @@ def nobody_waits(address, asked):
     assert httpx.post(f"{address}/chat/completions", json=asked, timeout=20).status_code == 200
 
 
+USER_ALONE = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
 USER = {"messages": [{"role": "user", "content": "a"}]}
 
 
@@ -199,6 +200,28 @@ def test_what_would_be_left_unheard_or_fail_is_refused(changes, said):
 )  # fmt: skip
 def test_the_other_endpoints_refuse_it_too(field, body, said):
     found = serve.refusal(body, field)
+    assert said in found and bool(said) == bool(found)
+
+
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+
+
+@pytest.mark.parametrize(
+    ("template", "changes", "said"),
+    [
+        (CHATML, {"tools": TOOLS}, "tools: the model's chat template has no place"),
+        (CHATML, {"tools": TOOLS, "tool_choice": "none"}, ""),
+        ("{{ tools }}" + CHATML, {"tools": TOOLS}, ""),
+        (CHATML, {"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]}, ""),
+        (USER_ALONE, {"messages": [{"role": "developer", "content": "a"}]}, "no place for a developer message"),
+        (USER_ALONE, {"input": "a", "instructions": "b"}, "no place for a system message"),
+        (USER_ALONE, USER, ""),
+    ],
+)
+def test_what_the_template_would_leave_unheard_is_refused(template, changes, said):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    found = serve.unwritten(changes, tokenizer)
     assert said in found and bool(said) == bool(found)
 
 

@@ -202,12 +202,14 @@ def read_any(tokenizer: Any, messages: Sequence[Message], add_generation_prompt:
     it is enough to read what the template makes of it, up to the end of the last answer.
 
     Raises:
-        RowError: the template itself refuses the conversation.
+        RowError: the template itself refuses the conversation, or loses what is said to a model that is to answer.
     """
     try:
         return render(tokenizer, messages, add_generation_prompt).input_ids
     except RowError:
         text = render_text(tokenizer, messages, add_generation_prompt)
+        if add_generation_prompt:
+            check_no_turn_lost(text, [message for message in messages if message["role"] != "assistant"])
     end = structure_of(tokenizer).end_token
     if messages[-1]["role"] == "assistant" and not add_generation_prompt and end in text:
         text = text[: text.rindex(end) + len(end)]
