@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from training.utils import arguments
+from training.utils.run.folders import STEPS
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("**/*.md"))]
@@ -129,6 +130,18 @@ def test_each_command_of_the_readme_is_run(command):
 def test_tests_named_in_documents_exist(document):
     for file, name in re.findall(r"(tests/[\w/]+\.py)::(\w+)", document.read_text(encoding="utf-8")):
         assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{document.name} names {file}::{name}"
+
+
+EVALUATIONS = [path.replace("main.py", "evaluate.py") for path in STEPS.values()]
+
+
+@pytest.mark.parametrize("program", [*STEPS.values(), *EVALUATIONS])
+def test_every_flag_of_a_step_stands_in_a_document(program):
+    """Beside the tables of other projects' flags, which say what it is called elsewhere, not when to use it."""
+    told = "".join(document.read_text(encoding="utf-8") for document in DOCUMENTS if document.name != "migration.md")
+    module = importlib.import_module(".".join(Path(program).with_suffix("").parts))
+    flags = [name for name in arguments.fields_of(module.ARGUMENTS) if name != "local_rank"]
+    assert [name for name in flags if not re.search(rf"\b{name}\b", told)] == []
 
 
 def test_curves_of_a_run_are_drawn(tmp_path):
