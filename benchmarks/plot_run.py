@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+from training.utils.arguments import Parser
+from training.utils.errors import UserError, run_program
 
 # (step, title, metrics with their labels)
 PANELS = [
@@ -25,11 +29,28 @@ PANELS = [
 ]
 
 
-def main(run: Path, picture: Path) -> None:
-    """Read the three steps' metrics below ``run`` and write the picture."""
+def main(argv: Sequence[str]) -> int:
+    """Read the three steps' metrics of a run and write the picture."""
+    parser = Parser(prog="plot_run.py", description=__doc__)
+    parser.add_argument("run", type=Path, help="the run's folder, with step1, step2 and step3 in it")
+    parser.add_argument("picture", type=Path, help="the file to write")
+    given = parser.parse_args(argv)
+    draw(given.run, given.picture)
+    return 0
+
+
+def draw(run: Path, picture: Path) -> None:
+    """The curves of ``run`` as a picture.
+
+    Raises:
+        UserError: a step's metrics are not there.
+    """
     figure, axes = plt.subplots(2, 3, figsize=(12, 6), constrained_layout=True)
     for axis, (step, title, metrics) in zip(axes.flat, PANELS, strict=True):
-        records = [json.loads(line) for line in (run / step / "metrics.jsonl").read_text().splitlines()]
+        file = run / step / "metrics.jsonl"
+        if not file.is_file():
+            raise UserError(f"{file}: no such file; a run of steps 1, 2 and 3 is drawn")
+        records = [json.loads(line) for line in file.read_text().splitlines()]
         for name, label in metrics.items():
             points = [(r["step"], r[name]) for r in records if name in r]
             held_out = name.startswith("eval/")
@@ -42,4 +63,4 @@ def main(run: Path, picture: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    sys.exit(run_program(main))

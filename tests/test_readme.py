@@ -158,3 +158,6 @@ def test_curves_of_a_run_are_drawn(tmp_path):
     program = str(ROOT / "benchmarks" / "plot_run.py")
     subprocess.run([sys.executable, program, str(tmp_path), str(picture)], check=True, timeout=120)
     assert picture.read_bytes().startswith(b"\x89PNG")
+    for argv, said in (([], "the following arguments are required: run, picture"), (["none", "x.png"], "no such file")):
+        done = subprocess.run([sys.executable, program, *argv], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
