@@ -15,7 +15,7 @@ import pytest
 
 from training.utils.data.formats import columns
 from training.utils.data.formats.adapters import ADAPTERS
-from training.utils.data.formats.columns import convert, parse_column_map
+from training.utils.data.formats.columns import UnknownFormat, convert, parse_column_map
 from training.utils.data.formats.conversations import Dropped, Example, demonstration
 from training.utils.data.formats.shapes import FORMATS
 from training.utils.data.template import RowError
@@ -407,6 +407,26 @@ def test_messages_hold_what_they_were_put_together_from():
 def test_an_input_does_not_hide_a_context(given, asked):
     row = {"instruction": "Who?", "input": given, "context": "Ada wrote.", "output": "Ada"}
     assert [turn["content"] for turn in convert(row)[1][0].prompt] == [asked]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": {"0": "a", "1": "b"}, "response": {"0": "c", "1": "d"}},
+        {"0": {"prompt": "a", "response": "c"}, "1": {"prompt": "b", "response": "d"}},
+        {"columns": ["prompt", "response"], "index": [0], "data": [["a", "c"]]},
+        {"prompt": ["a", "b"], "response": ["c", "d"]},
+        {"messages": [[U, A], [U, A]], "id": [1, 2]},
+    ],
+)
+def test_an_object_that_is_a_whole_table_is_told_how_rows_are_written(row):
+    """pandas' to_json writes the first by itself."""
+    with pytest.raises(UnknownFormat, match="orient='records', lines=True"):
+        convert(row)
+
+
+def test_lists_of_messages_are_no_table():
+    assert convert({"context": [U, A, U], "chosen": [A, U, B], "rejected": [B, U, A]})[0] == "context/chosen/rejected"
 
 
 def test_several_passages_are_what_a_question_is_about():

@@ -31,10 +31,31 @@ _AROUND_ROWS = ("data", "rows", "instances", "examples", "train", "validation", 
 _BESIDE_ROWS = ("type", "version")
 
 
+def _is_table(row: Row) -> bool:
+    """Whether one object is a whole table, as pandas' ``to_json`` writes it by itself: cells by column or by row."""
+
+    def is_numbered(value: Any) -> bool:
+        return isinstance(value, Mapping) and bool(value) and all(str(key).isdigit() for key in value)
+
+    values = list(row.values())
+    if is_numbered(row) or row.keys() == {"columns", "index", "data"}:
+        return True
+    if len(values) > 1 and all(isinstance(value, list) for value in values):
+        same = len({len(value) for value in values}) == 1 < len(values[0])
+        return same and not any(isinstance(cell, Mapping) for value in values for cell in value)
+    return bool(values) and all(map(is_numbered, values))
+
+
 class UnknownFormat(UserError):
     """No format has these columns; ``short`` says it without the ways to go on."""
 
-    def __init__(self, columns: Sequence[str]) -> None:
+    def __init__(self, row: Row) -> None:
+        columns = list(row)
+        if _is_table(row):
+            self.short = "one object holds all rows, by columns or by numbers"
+            super().__init__(f"{self.short}; write an object for each row, as pandas does with "
+                             "df.to_json(FILE, orient='records', lines=True)")  # fmt: skip
+            return
         if found := next((name for name in _TOKENISED if name in columns), None):
             self.short = f"the row holds tokens ({found}) of a tokenizer and a template that it does not name"
             super().__init__(f"{self.short}; give the conversations that it was prepared from (what ColossalChat's "
@@ -280,8 +301,8 @@ def convert(
     format_ = None if mapped else _adapter(source, frozenset(columns))
     columns.update({name: value for name, (_, value) in mapped.items()})
     format_ = format_ or _find(frozenset(columns), {name: column for name, (column, _) in mapped.items()})
-    if format_ is None or _is_ids(columns.get("prompt")):
-        raise UnknownFormat(list(row))
+    if format_ is None or _is_ids(columns.get("prompt")) or _is_table(row):
+        raise UnknownFormat(row)
     _check_readable(columns, format_.columns.union(_OPTIONAL, _SYSTEM))
     _check_meaning(columns, "" if format_.columns & mapped.keys() else format_.name)
     used: set[str] = set()
