@@ -318,19 +318,12 @@ def _given(argv: Sequence[str], name: str) -> list[str]:
 
 def section_of(argv: Sequence[str], step: str) -> dict[str, Any]:
     """A step's arguments as a recipe's section, without what train.py gives itself."""
+    off = {token[5:].replace("-", "_") for token in argv if token.startswith("--no-")}
     found: dict[str, Any] = {}
-    name = ""
-    for token in argv:
-        if token.startswith("--") and token[2:3].isalpha():
-            flag, equals, value = token[2:].partition("=")
-            off = flag.startswith("no-")
-            name = flag.removeprefix("no-").replace("-", "_")
-            found[name] = [value] if equals else False if off else []
-        else:
-            found[name].append(token)
-    plain = {name: value if value is False else True if value == [] else value for name, value in found.items()}
-    one = {name: value[0] if isinstance(value, list) and len(value) == 1 else value for name, value in plain.items()}
-    return {name: value for name, value in one.items() if name not in GIVEN[step]}
+    for name, values in flags_in(argv).items():
+        if name not in GIVEN[step]:
+            found[name] = name not in off if not values else values[0] if len(values) == 1 else values
+    return found
 
 
 def divide(rankings: Path, answers: Path, folder: Path) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from typing import Any
 
 from training.pipeline.showcase import judges
 from training.report.run import RunRecord, StepRecord, number
 from training.report.text import heading
+from training.utils.arguments import flags_in
 from training.utils.health_rules import HEALTHY, LEAST_CHOSEN_CHANGE, LEAST_EOS_RATE, MAX_KL, MOST_KL_PER_TOKEN
 
 # Where a number stops being comfortable; docs/metrics.md and docs/evaluation.md say why.
@@ -51,11 +51,9 @@ def _asked(run: RunRecord) -> list[str]:
     """The steps that the last command of train.py was to run: those after its ``--step``, all without one."""
     started = run.manifest.get("started_as")
     last = started[-1] if isinstance(started, list) and started else []
-    words = [part for word in last for part in str(word).split("=")] if isinstance(last, list) else []
-    if "--step" not in words:
+    numbers = flags_in([str(word) for word in last] if isinstance(last, list) else []).get("step")
+    if numbers is None:
         return list(run.pipeline)
-    after = words[words.index("--step") + 1 :]
-    numbers = list(itertools.takewhile(lambda word: not word.startswith("-"), after))
     return [name for name in run.pipeline if ("2" if name == "dpo" else name[4:]) in numbers]
 
 

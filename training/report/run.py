@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from training.utils.arguments import flags_in
 from training.utils.errors import UserError
 from training.utils.run.folders import PIPELINES, STEPS
 from training.utils.run.manifest import read_manifest
@@ -67,13 +68,8 @@ class StepRecord:
 
     def flag(self, name: str) -> str | None:
         """The value of a flag on the step's command line; None if it had its default."""
-        tokens = [str(t) for t in self.entry.get("arguments", [])]
-        for i, token in enumerate(tokens):
-            if token == f"--{name}" and i + 1 < len(tokens):
-                return tokens[i + 1]
-            if token.startswith(f"--{name}="):
-                return token.partition("=")[2]
-        return None
+        values = flags_in([str(token) for token in self.entry.get("arguments", [])]).get(name)
+        return values[0] if values else None
 
 
 @dataclass
