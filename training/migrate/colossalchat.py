@@ -230,11 +230,11 @@ def settle_common(t: Translation) -> None:
             t.lines.append("--use_wandb: wandb is not installed here; pip install wandb, then add --report_to wandb")
 
 
-def settle_tokenizer(t: Translation) -> None:
-    """A tokenizer from elsewhere has no flag in the steps that go over data."""
-    model, tokenizer = t.theirs("--pretrain"), t.theirs("--tokenizer_dir")
-    if tokenizer and model and "$" not in model + tokenizer and Path(model) != Path(tokenizer):
-        t.refused.append(f"--tokenizer_dir {tokenizer} is not the model's folder: copy its files to {model}")
+def settle_tokenizer(t: Translation, flag: str = "--tokenizer_dir", model: str = "--model_name_or_path") -> None:
+    """A tokenizer from elsewhere has no flag in the steps that go over data, nor in the chat."""
+    tokenizer, path = t.theirs(flag), t.values.get(model, [""])[0]
+    if tokenizer and path and "$" not in tokenizer + path and Path(path) != Path(tokenizer):
+        t.refused.append(f"{flag} {tokenizer} is not the model's folder: copy its files to {path}")
 
 
 def lora_settings(t: Translation) -> dict[str, Any]:
@@ -423,9 +423,7 @@ def settle_rewards(t: Translation) -> None:
 
 def settle_chat(t: Translation) -> None:
     """The terminal chat and the server."""
-    model, tokenizer = t.values.get("--path"), t.theirs("--tokenizer_path")
-    if tokenizer and model and "$" not in tokenizer + model[0] and Path(model[0]) != Path(tokenizer):
-        t.refused.append(f"--tokenizer_path {tokenizer} is not the model's folder: copy its files to {model[0]}")
+    settle_tokenizer(t, "--tokenizer_path", "--path")
     if "--quant" in t.given:
         t.set("--quantize", "int8" if t.theirs("--quant") == "8bit" else "int4", f"--quant {t.theirs('--quant')}")
 

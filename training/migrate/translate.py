@@ -16,7 +16,7 @@ from training.migrate.e2e import gpus_here
 from training.migrate.predecessors import PREDECESSORS
 from training.migrate.program import THEIR_DEFAULT, Predecessor, Program, Translation, as_text
 from training.migrate.shell.command import Command, read_command
-from training.migrate.shell.words import quoted, quoted_entry
+from training.migrate.shell.words import quoted
 from training.step3_rlhf_finetuning import arguments as step3
 from training.utils import arguments
 from training.utils.arguments import OtherFlag
@@ -91,7 +91,8 @@ class Translated:
                 rows.append([])
             rows[-1].append(word)
         head = [f"# {self.predecessor.name}, {self.theirs.title}", *(f"#   {line}" for line in self.lines)]
-        environment = "".join(f"{quoted_entry(entry)} " for entry in self.environment)
+        entries = (entry.partition("=") for entry in self.environment)
+        environment = "".join(f"{name}={quoted(value) if value else ''} " for name, _, value in entries)
         return "\n".join(head) + f"\n{environment}" + " \\\n    ".join(" ".join(map(quoted, row)) for row in rows)
 
 

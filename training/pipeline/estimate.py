@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from training.pipeline.shared_flags import parse_step
 from training.utils import arguments
 from training.utils.arguments import AUTO, DataArguments, LoraArguments
-from training.utils.data.kinds import KINDS, Kind
+from training.utils.data.kinds import KINDS, Kind, shares_of
 from training.utils.data.template_file import read_template_file
 from training.utils.errors import UserError
 from training.utils.run.folders import cache_dir, repository_root, title
@@ -302,8 +302,8 @@ def rows_of(kind: Kind, data: DataArguments, whole: Sequence[str], system: float
     Raises:
         UserError: a source is not usable, or not on this machine.
     """
-    shares = [float(part) for part in data.data_split.split(",")] if data.data_split else [1.0]
-    share = shares[KINDS.index(kind)] / sum(shares) if data.data_split else 1.0
+    shares = shares_of(data.data_split)
+    share = shares[KINDS.index(kind)] if shares else 1.0
     train: list[tuple[float, float]] = []
     held_out: list[tuple[float, float]] = []
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from training.report.text import duration
 from training.utils.run.files import read_object
 from training.utils.run.folders import title
 
@@ -31,7 +32,7 @@ def summary_table(run: Path, seconds: Mapping[str, float]) -> str:
         summary = read_object(path)
         try:
             found = lines(summary) or [("finished", "", "", "")]
-            time = _duration(seconds.get(step, summary.get("seconds")))
+            time = duration(seconds.get(step, summary.get("seconds")))
         except (LookupError, TypeError, ValueError, AttributeError):  # not as a step has written it
             found, time = [("summary.json is damaged", "", "", "")], ""
         for i, line in enumerate(found):
@@ -169,13 +170,6 @@ def _sureness(s: Mapping[str, Any], low: str, high: str, count: str, what: str) 
     parts += [f"{s[count]} {what}"] if s.get(count) is not None else []
     parts += [f"{s['ties']} tie{'' if s['ties'] == 1 else 's'}"] if s.get("ties") is not None else []
     return ", ".join(parts)
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return ""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 def _wrapped(text: str, width: int, first: str, later: str) -> list[str]:

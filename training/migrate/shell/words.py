@@ -221,9 +221,3 @@ def quoted(word: str) -> str:
         text += re.sub(r'(["\\`])', r"\\\1", word[last:begin]) + word[begin:end]
         last = end
     return f'"{text}"'
-
-
-def quoted_entry(entry: str) -> str:
-    """``NAME=value`` for the shell: what is quoted is the value."""
-    name, _, value = entry.partition("=")
-    return f"{name}={quoted(value) if value else ''}"
