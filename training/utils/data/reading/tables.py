@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, cast
@@ -22,7 +21,6 @@ from training.utils.data.template import RowError
 from training.utils.errors import UserError
 
 _BATCH = 256
-_CHUNK = 1 << 20
 # What turning an Arrow value into a Python value raises; the hub's library also decodes images, and may lack a package
 _UNREADABLE = (ValueError, OverflowError, KeyError, OSError, ImportError, pyarrow.ArrowException)
 
@@ -33,25 +31,19 @@ def read_parquet(file: IO[bytes], path: Path) -> Iterator[RawRow]:
     Raises:
         UserError: not parquet, a damaged page, or two columns of one name.
     """
-    with tempfile.TemporaryFile() as seekable:
-        handle: Any = file
-        if isinstance(getattr(file, "raw", None), gzip.GzipFile):  # parquet is read from its end: unpacked first
-            while chunk := file.read(_CHUNK):
-                seekable.write(chunk)
-            seekable.seek(0)
-            handle = seekable
-        try:
-            table = pyarrow.parquet.ParquetFile(handle)
-            names = table.schema_arrow.names
-            if len(set(names)) != len(names):
-                raise UserError(f"{path}: a column name stands twice: {', '.join(names)}")
-            number = 0
-            for batch in table.iter_batches(batch_size=_BATCH):
-                for values in _rows(batch):
-                    number += 1
-                    yield _raw_row(values, f"{path}:{number}")
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{path}: not a readable parquet file: {str(error).splitlines()[0]}") from None
+    zipped = isinstance(getattr(file, "raw", None), gzip.GzipFile)  # parquet is read from its end: unpacked first
+    try:
+        table = pyarrow.parquet.ParquetFile(io.BytesIO(file.read()) if zipped else file)
+        names = table.schema_arrow.names
+        if len(set(names)) != len(names):
+            raise UserError(f"{path}: a column name stands twice: {', '.join(names)}")
+        number = 0
+        for batch in table.iter_batches(batch_size=_BATCH):
+            for values in _rows(batch):
+                number += 1
+                yield _raw_row(values, f"{path}:{number}")
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not a readable parquet file: {str(error).splitlines()[0]}") from None
 
 
 def read_arrow(file: IO[bytes], path: Path) -> Iterator[RawRow]:
