@@ -306,7 +306,7 @@ def main(argv: Sequence[str]) -> int:
     else:
         from judge_endpoint import Endpoint
 
-        endpoint = Endpoint.named(asked)
+        endpoint = Endpoint(asked)
         judge = endpoint.settings()
     file = PartFile(options.path, "--output", settings_of(groups, judge))
     if file.is_finished():

@@ -73,57 +73,40 @@ class Endpoint:
     """Asks a model which of two answers is better.
 
     Args:
-        url: of the API, without ``/chat/completions``.
-        model: its name there.
-        rubric: what makes an answer better.
-        key: sent as a bearer token; empty for none.
-        timeout: seconds for one request.
-        parallel: requests at a time.
-        per_minute: the most requests in a minute, 0 for any number.
+        flags: where it is, what it judges by, and at which pace; its key is read from `KEY`.
 
     Attributes:
         unread: the last answer without a verdict in it, for a message.
         has_judged: whether there is a verdict of it, now or from an earlier start.
+
+    Raises:
+        UserError: the rubric can not be read, or the key is none.
     """
 
-    def __init__(
-        self, url: str, model: str, rubric: str, key: str, timeout: float, parallel: int, per_minute: int
-    ) -> None:
-        self.url = url.rstrip("/")
-        self.model = model
-        self.rubric = rubric
-        self.timeout = timeout
-        self.parallel = parallel
+    def __init__(self, flags: EndpointArguments) -> None:
+        self.url = flags.judge_url.rstrip("/")
+        self.model = flags.judge_model
+        self.rubric = RUBRIC
+        self.timeout = flags.request_timeout
+        self.parallel = flags.parallel_requests
         self.unread = ""
         self.has_judged = False
         self._refused: set[str] = set()  # prompts
-        self._key = key
-        self._pace = Pace(per_minute)
+        self._key = os.environ.get(KEY, "").strip()
+        self._pace = Pace(flags.requests_per_minute)
         self._stop = threading.Event()
-
-    @classmethod
-    def named(cls, flags: EndpointArguments) -> Endpoint:
-        """That of the flags and of `KEY`.
-
-        Raises:
-            UserError: the rubric can not be read, or the key is none.
-        """
-        rubric = RUBRIC
         if flags.rubric:
             try:
-                rubric = Path(flags.rubric).expanduser().read_text(encoding="utf-8-sig").strip()
+                self.rubric = Path(flags.rubric).expanduser().read_text(encoding="utf-8-sig").strip()
             except (OSError, UnicodeDecodeError) as error:
                 raise UserError(f"--rubric {flags.rubric}: can not be read ({type(error).__name__})") from None
-            if not rubric:
+            if not self.rubric:
                 raise UserError(f"--rubric {flags.rubric} is empty")
-        key = os.environ.get(KEY, "").strip()
-        if not (key.isascii() and key.isprintable()):
+        if not (self._key.isascii() and self._key.isprintable()):
             raise UserError(f"{KEY} holds characters that no key has")
         url = httpx.URL(flags.judge_url)
-        if key and url.scheme == "http" and url.host not in THIS_MACHINE:
+        if self._key and url.scheme == "http" and url.host not in THIS_MACHINE:
             print(f"warning: --judge_url is http: {KEY} goes over the network in the clear", flush=True)
-        pace = flags.parallel_requests, flags.requests_per_minute
-        return cls(flags.judge_url, flags.judge_model, rubric, key, flags.request_timeout, *pace)
 
     def settings(self) -> dict[str, str]:
         """What its verdicts depend on."""

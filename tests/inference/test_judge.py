@@ -464,7 +464,7 @@ def test_a_prompt_that_is_refused_is_tied_and_named_and_a_start_after_that_is_no
     assert f"no verdict about the prompt p1, the last: '{f'status {status}: too long: ***' if status else ''}" in out
     done = [{"id": "p1", "a": a, "b": b, "verdict": "unreadable"} for a, b in itertools.permutations(range(4), 2)]
     done += [{"id": f"p{i}", "a": a, "b": b, "verdict": "A"} for i in (0, 2) for a in range(4) for b in range(4)]
-    again = judge_endpoint.Endpoint(server.url, "judge-1", "", "", 60, 4, 0)
+    again = judge_endpoint.Endpoint(judge.EndpointArguments(judge_url=server.url, judge_model="judge-1"))
     file = answer_files.PartFile(tmp_path / "more.jsonl", "--output", {})
     with file.opened():
         judge.judge_by_endpoint(again, lines_of(path), file, done)
