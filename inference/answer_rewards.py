@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,6 @@ import torch
 
 from training.step3_rlhf_finetuning.reward_functions import (
     Messages,
-    TextFunction,
     call_text_function,
     check_without_model,
     parse_reward_functions,
@@ -28,33 +27,24 @@ class AnswerRewards:
     """The sources of an answer's reward, added up as in step 3: the model's scores normalised, all with weights.
 
     Args:
-        path: the reward model, from `loading.resolve_model`; empty without one.
-        functions: name -> (function, weight).
-        weight: the reward model's.
+        model: of ``--reward_model``, empty without one.
+        specs: of ``--reward_function``; without both it is a reward of nothing.
+
+    Raises:
+        UserError: no such model or function, or a language model where a reward model is asked for.
     """
 
-    def __init__(self, path: str, functions: Mapping[str, tuple[TextFunction, float]], weight: float) -> None:
-        self.path = path
-        self.functions = functions
-        self.weight = weight
-        self.stats = RewardStats.read(path) if path and (Path(path) / STATS_FILE).is_file() else None
-        self.model: TextRewardModel | None = None
-
-    @classmethod
-    def named(cls, model: str, specs: Sequence[str]) -> AnswerRewards:
-        """Those of ``--reward_model`` and ``--reward_function``; none of them is a reward of nothing.
-
-        Raises:
-            UserError: no such model or function, or a language model where a reward model is asked for.
-        """
+    def __init__(self, model: str, specs: Sequence[str]) -> None:
         if specs and not model:
             check_without_model(specs, "--reward_model")
-        functions, weight = parse_reward_functions(specs, "--reward_function")
-        path = loading.resolve_model(model, "--reward_model") if model else ""
-        if path:
-            classifiers.check_reward_head(path)
-            classifiers.scores_tokens(path)  # a family without a classifier, or with several outputs, is refused here
-        return cls(path, functions, weight)
+        self.functions, self.weight = parse_reward_functions(specs, "--reward_function")
+        self.path = loading.resolve_model(model, "--reward_model") if model else ""
+        if self.path:
+            classifiers.check_reward_head(self.path)
+            classifiers.scores_tokens(self.path)  # a family without a classifier, or with several outputs, is refused
+        has_stats = self.path and (Path(self.path) / STATS_FILE).is_file()
+        self.stats = RewardStats.read(self.path) if has_stats else None
+        self.model: TextRewardModel | None = None
 
     def load(self, device: torch.device) -> None:
         """Load the reward model, if there is one and it has not been loaded."""

@@ -176,7 +176,7 @@ def main(argv: Sequence[str]) -> int:
     from training.utils.run.distributed import barrier, init_distributed, is_main, rank, say
 
     paths = resolved_models(models, decoding)
-    rewards = AnswerRewards.named(options.reward_model, options.reward_function)
+    rewards = AnswerRewards(options.reward_model, options.reward_function)
     prompts = read_prompts(next(iter(paths.values())), data, decoding, options.split)
     device = init_distributed(WAIT)
     dtype, line = for_device(decoding.dtype, device)

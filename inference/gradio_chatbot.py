@@ -125,7 +125,7 @@ def load(paths: dict[str, str], reward_path: str, models: Any) -> tuple[list[Cha
     from answer_rewards import AnswerRewards
     from chat_models import load_chat_models
 
-    judge = AnswerRewards.named(reward_path, []) if reward_path else None  # what it lacks is said before the loading
+    judge = AnswerRewards(reward_path, []) if reward_path else None  # what it lacks is said before the loading
     loaded = load_chat_models(paths, models, _say)
     if judge is not None:
         _say(f"loading the reward model from {reward_path} ...")

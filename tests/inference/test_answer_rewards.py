@@ -14,7 +14,7 @@ TALK = [{"role": "user", "content": "tell me a story"}, {"role": "assistant", "c
 
 
 def load(path):
-    rewards = AnswerRewards.named(str(path), [])
+    rewards = AnswerRewards(str(path), [])
     rewards.load(torch.device("cpu"))
     return rewards
 

@@ -63,7 +63,7 @@ def serve(chat_folders, tmp_path):
         names = ("Alpha", "Omega")[: len(paths)]
         folders = {n: str(chat_folders.get(p, p)) for n, p in zip(names, paths, strict=True)}
         models = load_chat_models(folders, LoadArguments(), lambda line: None)
-        model = AnswerRewards.named(str(chat_folders["reward"]), []) if judge else None
+        model = AnswerRewards(str(chat_folders["reward"]), []) if judge else None
         if model:
             model.load(torch.device("cpu"))
         sampling = sampling or SamplingArguments(max_new_tokens=200)

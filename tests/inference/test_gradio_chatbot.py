@@ -66,7 +66,7 @@ def notice_of(update, page):
 
 def test_both_answers_grow_side_by_side_and_get_rewards(page, chat_folders, monkeypatch):
     monkeypatch.setattr(chat_page, "REFRESH_SECONDS", 0)
-    judge = AnswerRewards.named(str(chat_folders["reward"]), [])
+    judge = AnswerRewards(str(chat_folders["reward"]), [])
     judge.load(torch.device("cpu"))
     p, session = page("fox", "house", judge=judge)
     updates = list(p.send(session, session.last, "hello", "", *OPTIONS))
