@@ -681,6 +681,7 @@ REFUSED = [
     (["--data_path", "plain.csv"], "plain.csv: step 2 learns from preference pairs, and none of 2 rows"),
     (["--data_path", "same.csv"], "same.csv: step 2 learns from preference pairs, and none of 1 rows"),
     (["--data_path", "one.csv"], "one.csv: step 2 needs preference pairs of two prompts.*--eval_data_path"),
+    (["--data_path", "turns.csv"], "turns.csv: step 2 needs preference pairs of two prompts, which begin differently"),
     (["--data_path", "mine.jsonl", "--eval_data_path", "plain.csv"],
      "^--eval_data_path plain.csv: step 2 is judged by preference pairs, and none of 2 rows"),
     (["--data_path", "mine.jsonl", "--step3_args", "--data_path text.txt"],
@@ -706,6 +707,8 @@ def test_own_data_are_refused_before_anything_is_made(bench: Bench, argv: list[s
     (bench.folder / "plain.csv").write_text("prompt,response\nHello,Hi\nBye,See you\n")
     (bench.folder / "odd.csv").write_text("a,b\n1,2\n")
     (bench.folder / "one.csv").write_text("prompt,chosen,rejected\nHello,Hi,No\nHello,Hi,Yes\n")
+    chat = "\n\nHuman: Hello\n\nAssistant: Hi\n\nHuman: And you?\n\nAssistant:"
+    (bench.folder / "turns.csv").write_text(f'prompt,chosen,rejected\nHello,Hi,No\n"{chat}",Well,No\n')
     (bench.folder / "text.txt").write_text("One text.\n")
     (bench.folder / "same.csv").write_text("prompt,chosen,rejected\nHello,Hi,Hi\n")
     with pytest.raises(UserError, match=message):

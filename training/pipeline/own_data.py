@@ -121,21 +121,21 @@ def check_rows(step: str, argv: Sequence[str]) -> None:
         named, (rows, none) = f"--{flag} {' '.join(paths)}", _TAKEN[step]
         if prompts:
             raise UserError(
-                f"{named}: {title(step)} needs {rows} of two prompts, one to train on and one to judge by, and "
-                f"of {count} rows only one prompt has any; give more data, or --eval_data_path"
+                f"{named}: {title(step)} needs {rows} of two prompts, which begin differently, one to train on and one "
+                f"to judge by, and of {count} rows only one has any; give more data, or --eval_data_path"
             )
         uses = "learns from" if flag == "data_path" else "is judged by"
         raise UserError(f"{named}: {title(step)} {uses} {none.format(count)}, or train step 1 alone: --step 1")
 
 
 def _usable(step: str, flag: str, paths: Sequence[str], columns: Sequence[str], enough: int) -> tuple[int, int] | None:
-    """Of how many prompts there are rows for a step, and how many rows were read; None where there are enough.
+    """Of how many prompts, which begin differently, there are rows for a step; rows read; None where there are enough.
 
     Raises:
         UserError: no format has the columns of the first row.
     """
     from training.utils.data.formats.columns import UnknownFormat, convert, parse_column_map
-    from training.utils.data.formats.conversations import Dropped
+    from training.utils.data.formats.conversations import Dropped, beginning
     from training.utils.data.reading.sources import local_source
     from training.utils.data.template import RowError  # jinja2 and the formats take a moment
 
@@ -159,8 +159,8 @@ def _usable(step: str, flag: str, paths: Sequence[str], columns: Sequence[str], 
                 continue
             for example in examples:
                 fits = example.prompt if step == "step3" else example.chosen and example.chosen != example.rejected
-                if fits and example.prompt not in prompts:
-                    prompts.append(example.prompt)
+                if fits and beginning(example.prompt) not in prompts:
+                    prompts.append(beginning(example.prompt))
             if len(prompts) >= (1 if source.has_held_out else enough):
                 return None
     return len(prompts), count

@@ -20,7 +20,13 @@ from tqdm import tqdm
 from training.utils.arguments import DataArguments
 from training.utils.data.division import duplicates, hash_of, hold_out, split_prompts
 from training.utils.data.formats.columns import ColumnMap, UnknownFormat, convert, parse_column_map
-from training.utils.data.formats.conversations import Dropped, Example, demonstration, without_marks
+from training.utils.data.formats.conversations import (
+    Dropped,
+    Example,
+    beginning,
+    demonstration,
+    without_marks,
+)
 from training.utils.data.kinds import KINDS, Kind, shares_of
 from training.utils.data.reading.rows import RawRow
 from training.utils.data.reading.sources import DATA_PATH, Source, resolve
@@ -207,17 +213,6 @@ def _check_no_special_token(example: Example, forbidden: re.Pattern[str]) -> Non
 # --- which rows go where -----------------------------------------------------------------------------------------
 
 
-def _asked(example: Example) -> Any:
-    """What rows that stay together have in common: how they begin, to the first user turn; of plain text the text.
-
-    A dataset of conversations may have each of their turns as a row, whose prompt holds those before it. White space
-    around a turn makes no other one.
-    """
-    prompt = without_marks(example.prompt)
-    until = 1 + next((i for i, turn in enumerate(prompt) if turn["role"] == "user"), 0)
-    return example.text or [{**turn, "content": turn["content"].strip()} for turn in prompt[:until]]
-
-
 def _identity(candidate: Candidate, kind: Kind, whole_rows: bool) -> Any:
     """What makes two examples the same row of a kind; of preferences the prompt alone is asked."""
     example = candidate.example
@@ -250,7 +245,7 @@ def _scan(stream: Stream, request: Request, forbidden: re.Pattern[str], report: 
         if not rows or rows[-1] != candidate.row_number:
             first_of_row = len(rows)
         rows.append(candidate.row_number)
-        groups.append(hash_of(_asked(example), str(request.seed)))
+        groups.append(hash_of(example.text or beginning(example.prompt), str(request.seed)))
         identities.append(hash_of(_identity(candidate, request.kind, request.whole_rows)))
         usable.append(0)
         if identities[-1] in identities[first_of_row:-1]:

@@ -276,6 +276,16 @@ def without_marks(messages: Sequence[Message]) -> list[Message]:
     return [{key: value for key, value in message.items() if key not in NOT_TRAINED} for message in messages]
 
 
+def beginning(prompt: Sequence[Message]) -> list[Message]:
+    """A prompt up to its first user turn: rows that share it are held out, or given to a step, together.
+
+    A dataset of conversations may have each of their turns as a row, whose prompt holds those before it. White space
+    around a turn makes no other one.
+    """
+    until = 1 + next((i for i, turn in enumerate(prompt) if turn["role"] == "user"), 0)
+    return [{**turn, "content": turn["content"].strip()} for turn in without_marks(prompt[:until])]
+
+
 def has_value(value: Any) -> bool:
     """Whether a cell holds anything: tables write "nothing" as None, NaN, an empty text or list."""
     return not (value is None or value != value or value in ("", [], {}, "[]", "{}", "null", "None"))
