@@ -149,7 +149,7 @@ def train_sequences(case: Case, path: str, fault: bool = False) -> list[float]:
         model = loading.load_causal_lm(path, **made)
     if case.lora:
         torch.manual_seed(0)
-        model = with_adapters(model, LoraArguments(4, "q_proj,down_proj", True))
+        model = with_adapters(model, LoraArguments(4, "q_proj,down_proj", True, base_bits=case.base_bits))
     wrapped = TokenScorer(model) if case.step == 2 else model
     engine = engines.initialize_engine(
         wrapped.to(device), config, learning_rate=3e-3, weight_decay=0.1, num_warmup_steps=0, total_steps=100

@@ -167,7 +167,7 @@ def test_the_export_is_what_the_engine_computes(tmp_path, family, classifier):
     factory = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     written = factory.from_pretrained(tmp_path / "m", dtype="auto").eval()
     assert written.dtype == torch.float32 and not packed(written)
-    torch.testing.assert_close(written(IDS, attention_mask=MASK).logits, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(written(IDS, attention_mask=MASK).logits, expected, rtol=1e-5, atol=1e-4)
     assert "quant" not in (tmp_path / "m" / "config.json").read_text()
     assert not any("absmax" in name or "quant" in name for name in load_file(tmp_path / "m" / "model.safetensors"))
     kept = {name.rpartition(".")[2] for name, m in written.named_modules() if isinstance(m, torch.nn.Linear)}

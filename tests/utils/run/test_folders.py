@@ -104,10 +104,11 @@ def test_a_folder_that_no_flag_has_named_says_what_names_another(home, monkeypat
 def test_a_process_that_was_forked_does_not_keep_the_folder(tmp_path):
     """A reward function's workers outlive a rank that is killed, and its run could not be taken up."""
     context = multiprocessing.get_context("fork")
-    end = context.Event()
+    begun, end = context.Event(), context.Event()
     with folders.locked(tmp_path, "a run"):
-        worker = context.Process(target=end.wait, daemon=True)
+        worker = context.Process(target=lambda: (begun.set(), end.wait()), daemon=True)
         worker.start()
+        assert begun.wait(60)
         with pytest.raises(UserError, match="a run is at work"), folders.locked(tmp_path, "a run"):
             pass
     with folders.locked(tmp_path, "a run"):
