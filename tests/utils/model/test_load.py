@@ -16,11 +16,13 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoTokenizer,
     FalconConfig,
     FalconForCausalLM,
     Phi3Config,
     PreTrainedTokenizerFast,
+    RobertaConfig,
 )
 
 from tests.data import families
@@ -226,6 +228,13 @@ def test_a_language_model_is_no_reward_model(family, tmp_path):
     folder = str(save(family, tmp_path))
     with pytest.raises(UserError, match="language model without a reward head"):
         classifiers.check_reward_head(folder)
+
+
+def test_a_model_that_sees_the_tokens_it_predicts_is_no_policy(tmp_path):
+    """BERT and its like: their loss would fall, and they could write nothing."""
+    AutoModelForMaskedLM.from_config(RobertaConfig(**SHAPE, vocab_size=VOCABULARY)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="a RobertaForMaskedLM, which sees the tokens that it predicts"):
+        loading.resolve_policy(str(tmp_path))
 
 
 def test_weights_that_no_file_holds_are_refused(tmp_path):

