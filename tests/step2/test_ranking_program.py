@@ -90,3 +90,13 @@ def test_first_loss_and_a_run_that_is_taken_up(tiny_model, files, tmp_path):
     assert metrics(again) == metrics(whole)
     for name, tensor in load_file(whole / "model.safetensors").items():
         assert torch.equal(load_file(again / "model.safetensors")[name], tensor), name
+
+
+def test_a_tie_counts_half_in_training_as_held_out(tiny_model, files, tmp_path):
+    reward = load_classifier(str(tiny_model), dtype="fp32", pad_token_id=PAD, fresh_head_seed=SEED)
+    torch.nn.init.zeros_(reward.score.weight)
+    reward.save_pretrained(tmp_path / "zero")
+    tiny_tokenizer().save_pretrained(tmp_path / "zero")
+    assert step2.main(flags(tmp_path / "zero", files, tmp_path / "run", per_device_train_batch_size=4)) == 0
+    before, first, _ = metrics(tmp_path / "run")
+    assert before["eval/accuracy"] == first["train/accuracy"] == 0.5

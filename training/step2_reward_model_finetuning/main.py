@@ -112,7 +112,8 @@ def main(argv: Sequence[str]) -> int:
             loss = bradley_terry_loss(chosen, rejected, step.loss)
             centred = loss + CENTER_COEFFICIENT * (chosen + rejected).square()
             engines.backward(engine, (weights * centred).sum(), len(indices))
-            for name, values in zip(sums, (loss, chosen > rejected, chosen, rejected), strict=True):
+            right = (chosen > rejected) + 0.5 * (chosen == rejected)
+            for name, values in zip(sums, (loss, right, chosen, rejected), strict=True):
                 sums[name] += (weights * values).sum().item()
         result, mean = tuning.update(engine, sums, len(indices))
         found = {f"train/{name}": mean[name] for name in sums}
