@@ -438,6 +438,16 @@ def test_a_damaged_cache_is_made_again(tok, tmp_path):
         assert not again.report.from_cache and again.train["input_ids"][:] == first
 
 
+@pytest.mark.parametrize("name", ["train.arrow", "report.json"])
+def test_a_cache_whose_files_lost_their_content_is_named(tok, tmp_path, name):
+    path = write(tmp_path / "a.jsonl", sft(10))
+    prepare(1, tok, path, data_output_path=str(tmp_path / "cache"))
+    (file,) = (tmp_path / "cache").glob(f"*/{name}")
+    file.write_bytes(bytes(file.stat().st_size))
+    with pytest.raises(UserError, match=f"{file.parent.name} are damaged .*: delete that folder"):
+        prepare(1, tok, path, data_output_path=str(tmp_path / "cache"))
+
+
 def test_who_waits_for_the_rows_moves_and_so_does_who_makes_them(tok, tmp_path, monkeypatch):
     """Else the watchdog would end ranks that wait, and a rank that reads rows of other steps for long."""
     lock, beats = (tmp_path / "k.lock").open("a"), []

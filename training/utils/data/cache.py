@@ -92,6 +92,9 @@ def cached(root: Path, key: str, build: Callable[[Path], None]) -> tuple[Path, b
                 build(scratch)
                 sizes = {path.name: path.stat().st_size for path in sorted(scratch.iterdir())}
                 (scratch / "sizes.json").write_text(json.dumps(sizes), encoding="utf-8")
+                for path in scratch.iterdir():  # else a power cut may leave files of the right size without content
+                    with path.open("rb") as file:
+                        os.fsync(file.fileno())
                 os.replace(scratch, folder)
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
