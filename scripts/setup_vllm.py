@@ -6,6 +6,7 @@ CUDA where there is an NVIDIA GPU, else the one for CPUs.
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ UNFIT = ("torchvision", "torchaudio", "torchcodec")
 
 def main() -> int:
     """Make the environment; returns the exit code."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     gpu, python = has_nvidia(), FOLDER / "bin" / "python"
     commands: list[list[str | Path]] = [[python, "-m", "pip", "install", "--no-compile", PACKAGES[gpu]]]
     if not python.exists():

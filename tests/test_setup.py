@@ -492,3 +492,10 @@ def test_attention_that_plans_for_each_shape_comes_last(monkeypatch):
     monkeypatch.setenv(name, "0")
     runtime.attend_without_plans()
     assert os.environ[name] == "0", "the user's own setting stays"
+
+
+@pytest.mark.parametrize("name", ["setup.py", "setup_vllm.py"])
+def test_help_of_a_set_up_installs_nothing(name):
+    program = [sys.executable, ROOT / "scripts" / name, "--help"]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.startswith("usage: ") and "pip" not in done.stderr
