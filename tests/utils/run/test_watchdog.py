@@ -11,7 +11,7 @@ import pytest
 from tests.signals import as_in_the_background, hear_signals
 from training.utils.checkpoint.same_run import refuse_other_ranks
 from training.utils.errors import UserError
-from training.utils.run import watchdog
+from training.utils.run import processes, watchdog
 from training.utils.run.distributed import init_distributed
 
 
@@ -67,6 +67,35 @@ def main(argv):
 watchdog.run_training(main)
 """
     assert subprocess.run([sys.executable, "-c", run], check=False, preexec_fn=hear_signals).returncode == code
+
+
+def test_what_a_users_function_forks_ends_when_it_is_told_to(tmp_path):
+    """As one that runs a model's code for a second and no longer does; the run itself would finish its step."""
+    run = """
+import multiprocessing, time
+from training.utils.run import watchdog
+def main(argv):
+    watchdog.loop_begins()
+    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
+    worker.start()
+    worker.terminate()
+    worker.join(20)
+    return 0 if worker.exitcode == -15 and not watchdog.asked_to_stop() else 7
+watchdog.run_training(main) and watchdog._end(7)
+"""
+    done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, preexec_fn=hear_signals)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_signals_are_passed_on_to_ranks_and_not_to_what_they_fork(monkeypatch):
+    """Launcher 1 has made the ranks 2 and 3, of which one has forked a worker of the same environment."""
+    parents, heard = {1: 0, 2: 1, 3: 1, 4: 3}, []
+    monkeypatch.setattr(processes, "_members", lambda _: list(parents))
+    monkeypatch.setattr(processes, "_environment", lambda pid: b"" if pid == 1 else b"LOCAL_RANK=0\0")
+    monkeypatch.setattr(processes, "parent_of", parents.__getitem__)
+    monkeypatch.setattr(processes.os, "kill", lambda pid, number: heard.append((pid, number)))
+    processes._signal_ranks(1, signal.SIGTERM)
+    assert heard == [(2, signal.SIGTERM), (3, signal.SIGTERM)]
 
 
 def test_processes_that_mpi_or_slurm_started_do_not_each_train_alone(monkeypatch):

@@ -193,13 +193,24 @@ def _group_lives(group: int) -> bool:
 
 
 def _signal_ranks(group: int, number: int) -> None:
-    """Signal the processes of a group that a launcher has made ranks; the whole group while there are none."""
+    """Signal the processes of a group that a launcher has made ranks; the whole group while there are none.
+
+    What a rank has forked has its environment, and may be needed for the step that the rank finishes.
+    """
     ranks = [pid for pid in _members(group) if b"\0LOCAL_RANK=" in b"\0" + _environment(pid)]
     if not ranks:
         _signal_group(group, number)
-    for pid in ranks:
+    for pid in (pid for pid in ranks if parent_of(pid) not in ranks):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
+
+
+def parent_of(pid: int) -> int:
+    """A process's parent, 0 if it has ended or there is no /proc."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def _members(group: int) -> list[int]:

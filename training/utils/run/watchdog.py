@@ -27,7 +27,7 @@ from typing import Any, TextIO
 
 from training.utils.errors import RunStopped, UserError, disk_failure, leave_process_group, print_last, run_program
 from training.utils.run.folders import same_command
-from training.utils.run.processes import STARTED_BY
+from training.utils.run.processes import STARTED_BY, parent_of
 
 _end = os._exit  # the system's own: inside reward_functions.no_exit another stands in its place
 ECHO = 2.0  # seconds: one Ctrl-C reaches a rank as SIGINT from the terminal and as SIGTERM from DeepSpeed's launcher
@@ -143,6 +143,7 @@ def run_training(main: Callable[[Sequence[str]], int]) -> int:
         # a background job's SIGINT is ignored, so that Ctrl-C on what is in front does not end it: that stays so
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _on_signal)
+    _let_children_end()
     outlive_readers()
     _state.supervised = True
     threading.Thread(target=_watch_for_ever, name="supervision", daemon=True).start()
@@ -168,6 +169,23 @@ def run_training(main: Callable[[Sequence[str]], int]) -> int:
         _state.abort.close()
         Path(_state.abort.name).unlink(missing_ok=True)
     return code
+
+
+def _let_children_end() -> None:
+    """Let SIGTERM end what a user's function forks: it has no step to finish, and who sends it waits for the end.
+
+    One that comes before the child is deaf to this process's handler waits until it is.
+    """
+
+    def hold(on: bool) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK if on else signal.SIG_UNBLOCK, [signal.SIGTERM])
+
+    def in_child() -> None:
+        if signal.getsignal(signal.SIGTERM) is _on_signal:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        hold(False)
+
+    os.register_at_fork(before=lambda: hold(True), after_in_child=in_child, after_in_parent=lambda: hold(False))
 
 
 def outlive_readers() -> None:
@@ -363,7 +381,7 @@ def _watch_for_ever() -> None:
                 print_last(f"error: {note['text']} (rank {note['rank']})")
             _tell(note)
             _end(2 if note["kind"] == "user error" else 1)
-        if any(os.getppid() != parent if child == os.getpid() else _parent(child) != parent
+        if any(os.getppid() != parent if child == os.getpid() else parent_of(child) != parent
                for child, parent in launchers):  # fmt: skip
             _launcher_is_gone()
             launchers = []
@@ -392,11 +410,11 @@ def _launchers() -> list[tuple[int, int]]:
         return []  # plain python may well outlive its shell
     parent = os.getppid()
     pairs = [(os.getpid(), parent)]
-    runner = _parent(parent)
+    runner = parent_of(parent)
     if "deepspeed.launcher.launch" in _command(parent) and "deepspeed" in _command(runner):
         pairs.append((parent, runner))
-        if _parent(runner) == int(os.environ.get(STARTED_BY, "0")):
-            pairs.append((runner, _parent(runner)))
+        if parent_of(runner) == int(os.environ.get(STARTED_BY, "0")):
+            pairs.append((runner, parent_of(runner)))
     return pairs
 
 
@@ -404,13 +422,6 @@ def _is_orphan() -> bool:
     """Whether the process that started this one has ended: its children are the system's first process' then."""
     parent = os.getppid()
     return parent == 1 or "systemd" in _command(parent).split(" ")[0]
-
-
-def _parent(pid: int) -> int:
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except (OSError, ValueError, IndexError):
-        return 0
 
 
 def _command(pid: int) -> str:
