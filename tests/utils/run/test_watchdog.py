@@ -69,19 +69,26 @@ watchdog.run_training(main)
     assert subprocess.run([sys.executable, "-c", run], check=False, preexec_fn=hear_signals).returncode == code
 
 
-def test_what_a_users_function_forks_ends_when_it_is_told_to(tmp_path):
-    """As one that runs a model's code for a second and no longer does; the run itself would finish its step."""
-    run = """
-import multiprocessing, time
+def test_what_a_users_function_forks_ends_on_its_own(tmp_path):
+    """As what runs a model's code: it is ended after a second, or it crashes, and the run goes on."""
+    run = f"""
+import multiprocessing, os, time
+from pathlib import Path
 from training.utils.run import watchdog
 def main(argv):
+    watchdog.watch(Path({str(tmp_path)!r}), 0)
     watchdog.loop_begins()
-    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
-    worker.start()
-    worker.terminate()
-    worker.join(20)
-    return 0 if worker.exitcode == -15 and not watchdog.asked_to_stop() else 7
-watchdog.run_training(main) and watchdog._end(7)
+    context, codes = multiprocessing.get_context("fork"), []
+    for target, told in ((time.sleep, True), (os.abort, False)):
+        worker = context.Process(target=target, args=(60,) * told, daemon=True)
+        worker.start()
+        if told:
+            worker.terminate()
+        worker.join(20)
+        codes.append(worker.exitcode)
+    note = Path(watchdog._state.abort.name).read_text()
+    return 0 if (codes, watchdog.asked_to_stop(), note) == ([-15, -6], 0, "") else 7
+watchdog._end(watchdog.run_training(main))
 """
     done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, preexec_fn=hear_signals)
     assert (done.returncode, done.stderr) == (0, "")

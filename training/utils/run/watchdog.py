@@ -172,9 +172,10 @@ def run_training(main: Callable[[Sequence[str]], int]) -> int:
 
 
 def _let_children_end() -> None:
-    """Let SIGTERM end what a user's function forks: it has no step to finish, and who sends it waits for the end.
+    """Let what a user's function forks end in its own way, which is for that function to judge.
 
-    One that comes before the child is deaf to this process's handler waits until it is.
+    SIGTERM ends it, as it has no step to finish; one that comes before this process's handler is gone waits for that. A
+    crash is none of this rank's, whose note the fault handler would write.
     """
 
     def hold(on: bool) -> None:
@@ -183,6 +184,8 @@ def _let_children_end() -> None:
     def in_child() -> None:
         if signal.getsignal(signal.SIGTERM) is _on_signal:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if _state.abort is not None:
+            faulthandler.disable()
         hold(False)
 
     os.register_at_fork(before=lambda: hold(True), after_in_child=in_child, after_in_parent=lambda: hold(False))
