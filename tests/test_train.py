@@ -329,6 +329,19 @@ def test_resume_auto_goes_on_with_the_latest_run(bench: Bench, capfd: pytest.Cap
     assert "--resume" not in bench.arguments("step3", "tiny-2"), "a step's own default is auto"
 
 
+def test_resume_auto_passes_over_what_train_has_not_started(bench: Bench, capfd: pytest.CaptureFixture) -> None:
+    """Such as the folder of a step that was refused: what it was to train on is not known."""
+    folders.prepare_output_dir("", "step1")
+    with pytest.raises(UserError, match="--resume auto: there is no run in output to go on with"):
+        train.main(["--resume", "auto"], launcher=bench.launcher, scripts=bench.scripts)
+    assert bench.train() == 0
+    folders.prepare_output_dir("", "step1")
+    assert (bench.output / "latest").readlink() == Path("run-2")
+    assert train.main(["--resume", "auto"], launcher=bench.launcher, scripts=bench.scripts) == 0
+    assert "step 3 is finished" in capfd.readouterr().out
+    assert sorted(p.name for p in bench.output.iterdir()) == ["latest", "run", "run-2", "tiny"]
+
+
 def test_resume_never_starts_unfinished_steps_over(bench: Bench, capfd: pytest.CaptureFixture) -> None:
     assert bench.train("--step2_args", "--data_output_path fail:3") == 3
     assert bench.train("--output_dir", "output/tiny", "--resume", "never", "--step2_args=") == 0
@@ -1099,7 +1112,7 @@ class TestOutputFolders:
                 folders.prepare_output_dir(str(bench.output / named / "step1") if named else "", "step1")
             assert not (bench.output / "new").exists()
             self.finish(bench.output, "latest/step1")
-            assert folders.latest_run() == bench.output / "latest"
+            assert folders.latest_run("step1/summary.json") == bench.output / "latest"
             assert folders.latest_output("step1") == bench.output / "latest" / "step1"
 
     def test_latest_output(self, bench: Bench) -> None:

@@ -172,7 +172,7 @@ def taken_up(groups: Sequence[Any], argv: Sequence[str]) -> Asked:
     """
     options, inputs, rounds, every = groups
     if options.resume == "auto" and not options.output_dir:
-        options.output_dir = str(latest_run())
+        options.output_dir = str(latest_run(MANIFEST))
     if options.resume == "auto" and not Path(options.output_dir).expanduser().is_dir():
         raise UserError(f"--resume auto: --output_dir {options.output_dir} holds no run to go on with")
     run = named_itself(Path(options.output_dir)) if options.output_dir else output_root() / "unmade"

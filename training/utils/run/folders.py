@@ -228,13 +228,13 @@ def runs_newest_first() -> list[Path]:
     return found
 
 
-def latest_run() -> Path:
-    """The newest run's folder.
+def latest_run(file: str) -> Path:
+    """The newest run's folder that holds such a file: others there are of steps by themselves, or of none that began.
 
     Raises:
         UserError: there is no run.
     """
-    runs = runs_newest_first()
+    runs = [run for run in runs_newest_first() if (run / file).is_file()]
     if not runs:
         raise UserError(
             f"--resume auto: there is no run in {shown(output_root())} to go on with; name one: --output_dir"
