@@ -122,6 +122,14 @@ def test_broken_files(tmp_path, name):
         list(read_file(tmp_path / name))
 
 
+@pytest.mark.parametrize("text", ['[{"a": 1}, {"a": 2}]', '\ufeff\n[\n  {\n    "a": 1\n  },\n  {"a": 2}\n]\n'])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.jsonl.gz"])
+def test_a_list_of_rows_is_read_whatever_its_file_is_called(tmp_path, text, name):
+    data = text.encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    assert [row.values for row in read_file(tmp_path / name)] == [{"a": 1}, {"a": 2}]
+
+
 BROKEN_LINES = {
     '{"a": 1,, }': "broken JSON at column 9",
     '{"a": 1, "a": 2}': "a stands twice in one object",

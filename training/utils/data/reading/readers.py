@@ -95,6 +95,8 @@ def read_file(path: Path) -> Iterator[RawRow]:
             kind = file_type(path)
             if kind not in ("parquet", "arrow") and b"\0" in file.peek(1):
                 raise UserError(f"{path}: the file is in UTF-16, or no text (it has zero bytes); save it as UTF-8")
+            if kind == "jsonl" and file.peek(1).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
+                kind = "json"  # a list of all rows, whatever the file is called
             for row in readers[kind](file, path):
                 number += 1
                 yield row
