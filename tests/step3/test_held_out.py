@@ -383,6 +383,21 @@ def test_functions_judge_the_sft_models_answers_once_before_the_end(monkeypatch)
     assert asked[3:] == [{""}, {"xxxx"}]
 
 
+def test_a_function_that_was_edited_judges_the_sft_models_answers_again(monkeypatch, tmp_path):
+    """Else the actor's answers would be held against what another function said."""
+    monkeypatch.chdir(tmp_path)
+    policies, states = {0: (0, 0), 2: (0, 0)}, []
+    for text in ("first", "first", "edited"):
+        (tmp_path / "f.py").write_text(text)
+        world = Scripted(policies, monkeypatch)
+        if not states:
+            world.evaluation.begin()
+        else:
+            world.evaluation.load_state_dict(states[0])
+        states.append(json.loads(json.dumps(world.evaluation.state_dict())))
+    assert [state["sft_values"].keys() for state in states] == [{"size", "one"}, {"size", "one"}, set()]
+
+
 def test_critic_and_average_of_an_earlier_run_with_other_flags_go(tmp_path):
     for name in ("critic", "ema", "actor"):
         (tmp_path / name).mkdir()

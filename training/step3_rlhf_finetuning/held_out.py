@@ -36,6 +36,7 @@ from training.step3_rlhf_finetuning.prompts import PromptSet, sample_rows
 from training.step3_rlhf_finetuning.roles import Roles
 from training.step3_rlhf_finetuning.settings import Opened
 from training.utils.checkpoint.resume import BEST
+from training.utils.checkpoint.same_run import model_fingerprint
 from training.utils.data import spread_rows
 from training.utils.engine.engine import dtype_name
 from training.utils.errors import UserError
@@ -142,6 +143,7 @@ class HeldOutEvaluation:
         self.running_rows = spread_rows(len(prompts.dataset), RUNNING_PROMPTS)
         self.rows = sorted({*spread_rows(len(prompts.dataset), MOST_PROMPTS), *sample_rows(prompts)})
         self.other_rows = sorted({*self.rows} - {*self.running_rows})
+        self._files = {f.name: model_fingerprint(f.spec.rpartition(":")[0]) for f in self.functions}
 
     def begin(self) -> None:
         """Let the SFT model answer `rows`: before the first update the actor is that model.
@@ -216,6 +218,7 @@ class HeldOutEvaluation:
             "base_answers": [asdict(answer) for answer in self.base_answers],
             "before": [asdict(answer) for answer in self.before],
             "sft_values": self.sft_values,
+            "function_files": self._files,
             "kept": asdict(self.kept) if self.kept else None,
             "kept_answers": [asdict(answer) for answer in self.kept_answers],
             "seconds": self.seconds,
@@ -226,7 +229,9 @@ class HeldOutEvaluation:
         """Go on from `state_dict`, instead of `begin`."""
         self.base_answers = [Answer(**values) for values in state.get("base_answers", [])]
         self.before = [Answer(**values) for values in state["before"]]
-        self.sft_values = state.get("sft_values", {})
+        files = state.get("function_files", self._files)
+        known = state.get("sft_values", {}).items()  # of a function that has been edited they are another measure
+        self.sft_values = {name: values for name, values in known if files.get(name) == self._files.get(name)}
         self.kept = Kept(**state["kept"]) if state["kept"] else None
         self.kept_answers = [Answer(**values) for values in state["kept_answers"]]
         self.seconds = state["seconds"]
