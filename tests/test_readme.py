@@ -14,6 +14,7 @@ from training.utils import arguments
 from training.utils.run.folders import STEPS
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "inference"))  # where Python looks for a program's neighbours
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 FOLDERS = (
     "training/",
