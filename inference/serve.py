@@ -331,16 +331,17 @@ def main(argv: Sequence[str]) -> int:
         print(line)
     if not is_loopback(given.host):
         print(f"warning: whoever reaches {given.host} can use the model; there is no password")
-    if (folder := Path(model)).is_dir():  # the server calls a model by its path: step1, actor
+    folder = Path(model)
+    served = folder.name if folder.is_dir() else model  # the server calls a model by its path: step1, actor
+    if "@" in served:
+        raise UserError(f"--path {given.path}: behind the @ of {served} the server reads a revision: rename it")
+    settle_requests(served, load_tokenizer(model, named=f"--path {given.path or path}"))
+    if folder.is_dir():
         os.chdir(folder.parent)
-        model = folder.name
-    if "@" in model:
-        raise UserError(f"--path {given.path}: behind the @ of {model} the server reads a revision: rename it")
-    settle_requests(model, load_tokenizer(model, named=f"--path {given.path or path}"))
-    print(f"model {model} at http://{address_of(given.host, given.port)}/v1", flush=True)
+    print(f"model {served} at http://{address_of(given.host, given.port)}/v1", flush=True)
     precision = str(DTYPES[dtype]).removeprefix("torch.")
     with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C, which uvicorn raises again when it has ended
-        Serve(force_model=model, host=given.host, port=given.port, dtype=precision, log_level="error")
+        Serve(force_model=served, host=given.host, port=given.port, dtype=precision, log_level="error")
     return 0
 
 

@@ -257,7 +257,9 @@ def test_a_request_leaves_nothing_running(ends):
 
 
 def refused(capsys, *flags: str) -> str:
+    here = os.getcwd()
     assert run_program(serve.main, list(flags)) == 2
+    assert os.getcwd() == here
     return capsys.readouterr().err.strip().splitlines()[-1]
 
 

@@ -96,7 +96,7 @@ def trained(
             model = loading.load_causal_lm(path, ds_config=config, **load, **bits)
         if lora:
             torch.manual_seed(0)
-            model = with_adapters(model, LoraArguments(4, "q_proj,down_proj", True))
+            model = with_adapters(model, LoraArguments(4, "q_proj,down_proj", True, **bits))
         wrapped = TokenScorer(model) if step == 2 else model
         if checkpointing:
             enable_gradient_checkpointing(wrapped)
