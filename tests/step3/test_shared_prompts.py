@@ -130,5 +130,6 @@ def test_advantages_over_other_answers_and_an_entropy_bonus(models, monkeypatch,
     flags = {"advantage": advantage, "entropy_coef": 0.01}
     history, rows = record(*models, **FOUR, **flags)
     counts = how_often(monkeypatch)
-    assert_same(history, replayed(*models, rows, stage=0, micro_batch=8, shares=True, **FOUR, **flags))
+    found = replayed(*models, rows, stage=0, micro_batch=8, shares=True, **FOUR, **flags)
+    assert_same(history, found, within=1e-4 if advantage == "grpo" else 1e-5)  # it divides by a group's small spread
     assert counts[0] and not counts[1]

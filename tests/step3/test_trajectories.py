@@ -37,9 +37,9 @@ def differences(one, two):
     return {name: max(abs(a[name] - b[name]) / max(1.0, abs(a[name])) for a, b in pairs) for name in LOSSES}
 
 
-def assert_same(one, two):
+def assert_same(one, two, within=1e-5):
     found = differences(one, two)
-    assert max(found.values()) <= 1e-5, found
+    assert max(found.values()) <= within, found
     for a, b in zip(one, two, strict=True):
         for name in ("policy/grad_norm", "critic/grad_norm"):
             assert a[name] == pytest.approx(b[name], rel=1e-3), name
