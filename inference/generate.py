@@ -142,7 +142,7 @@ def settings_of(groups: Sequence[Any], models: Mapping[str, str], prompts: Seque
         prompts: their ids.
         dtype: the models' precision.
     """
-    from training.utils.checkpoint.same_run import model_fingerprint
+    from training.utils.checkpoint.same_run import input_fingerprint
 
     options, decoding, data = groups
     rewards = [options.reward_model] * bool(options.reward_model) + [
@@ -157,7 +157,7 @@ def settings_of(groups: Sequence[Any], models: Mapping[str, str], prompts: Seque
         "decoding": drawn | {"dtype": dtype},
         "data": {k: v for k, v in asdict(data).items() if k != "data_output_path"} | {"split": options.split},
         "prompts": hashlib.sha256(" ".join(prompts).encode()).hexdigest(),
-        "content of": {path: model_fingerprint(path) for path in [*models.values(), *rewards]},
+        "content of": {path: input_fingerprint(path) for path in [*models.values(), *rewards]},
     }
 
 

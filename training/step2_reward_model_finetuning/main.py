@@ -1,10 +1,9 @@
 """Step 2: the reward model.
 
 Learns which of two answers people prefer. The model is the step-1 model with its output layer replaced by
-a head with one number (a reward model keeps its own); the reward of an answer is the number at its last token,
-the end token. The loss is
-Bradley-Terry's, -log sigmoid(reward of chosen - reward of rejected), the mean over all pairs of an optimizer
-step on all ranks (Ouyang et al. 2022, arXiv 2203.02155).
+a head with one number (a reward model keeps its own); the reward of an answer is the number at its last token, the end
+token. The loss is Bradley-Terry's, -log sigmoid(reward of chosen - reward of rejected), the mean over all pairs of an
+optimizer step on all ranks (Ouyang et al. 2022, arXiv 2203.02155).
 
     deepspeed --num_gpus 1 training/step2_reward_model_finetuning/main.py
     deepspeed --num_gpus 2 training/step2_reward_model_finetuning/main.py --model_name_or_path output/run/step1 \

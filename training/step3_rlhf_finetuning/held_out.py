@@ -36,7 +36,7 @@ from training.step3_rlhf_finetuning.prompts import PromptSet, sample_rows
 from training.step3_rlhf_finetuning.roles import Roles
 from training.step3_rlhf_finetuning.settings import Opened
 from training.utils.checkpoint.resume import BEST
-from training.utils.checkpoint.same_run import model_fingerprint
+from training.utils.checkpoint.same_run import input_fingerprint
 from training.utils.data import spread_rows
 from training.utils.engine.engine import dtype_name
 from training.utils.errors import UserError
@@ -143,7 +143,7 @@ class HeldOutEvaluation:
         self.running_rows = spread_rows(len(prompts.dataset), RUNNING_PROMPTS)
         self.rows = sorted({*spread_rows(len(prompts.dataset), MOST_PROMPTS), *sample_rows(prompts)})
         self.other_rows = sorted({*self.rows} - {*self.running_rows})
-        self._files = {f.name: model_fingerprint(f.spec.rpartition(":")[0]) for f in self.functions}
+        self._files = {f.name: input_fingerprint(f.spec.rpartition(":")[0]) for f in self.functions}
 
     def begin(self) -> None:
         """Let the SFT model answer `rows`: before the first update the actor is that model.

@@ -121,19 +121,19 @@ def test_every_byte_of_a_model_counts_but_what_generation_alone_reads(tmp_path, 
     (model / "config.json").write_text("{}")
     weights = bytearray(20 << 20)
     (model / "model.safetensors").write_bytes(weights)
-    whole = same_run.model_fingerprint(str(model))
-    assert same_run.model_fingerprint(str(model)) == whole and len(list((tmp_path / "cache/digests").iterdir())) == 1
+    whole = same_run.input_fingerprint(str(model))
+    assert same_run.input_fingerprint(str(model)) == whole and len(list((tmp_path / "cache/digests").iterdir())) == 1
     (model / "generation_config.json").write_text("{}")
-    assert same_run.model_fingerprint(str(model)) == whole
+    assert same_run.input_fingerprint(str(model)) == whole
     for lost in ("", "\0" * 64):  # what a loss of power may leave of the file with the hash
         next((tmp_path / "cache/digests").iterdir()).write_text(lost)
-        assert same_run.model_fingerprint(str(model)) == whole
+        assert same_run.input_fingerprint(str(model)) == whole
     weights[10 << 20] = 1
     (model / "model.safetensors").write_bytes(weights)
-    changed = same_run.model_fingerprint(str(model))
+    changed = same_run.input_fingerprint(str(model))
     assert changed != whole
     (model / "tokenizer_config.json").write_text("{}")
-    assert same_run.model_fingerprint(str(model)) != changed
+    assert same_run.input_fingerprint(str(model)) != changed
 
 
 def test_modules_that_a_function_imports_from_its_folder_count(tmp_path, monkeypatch):
@@ -141,9 +141,9 @@ def test_modules_that_a_function_imports_from_its_folder_count(tmp_path, monkeyp
     (tmp_path / "reward.py").write_text("import helper_of_a_reward\ndef f(p, r, rows):\n    return [1.0] * len(r)\n")
     monkeypatch.setattr("sys.path", [*sys.path])
     load_text_function(f"{tmp_path}/reward.py:f", "--reward_function")
-    before = same_run.model_fingerprint(str(tmp_path / "reward.py"))
+    before = same_run.input_fingerprint(str(tmp_path / "reward.py"))
     (tmp_path / "helper_of_a_reward.py").write_text("SIZE = 2\n")
-    assert same_run.model_fingerprint(str(tmp_path / "reward.py")) != before
+    assert same_run.input_fingerprint(str(tmp_path / "reward.py")) != before
 
 
 def test_the_lists_hold_flags_that_exist_each_once():

@@ -78,7 +78,7 @@ def describe(
         "flags": {field.name: _meaning(field.name, getattr(group, field.name)) for group, field in fields},
         "defaults": {field.name: default_of(field) for _, field in fields},
         "fingerprints": FINGERPRINTS,
-        "models": {flag: model_fingerprint(path) for flag, path in models.items()},
+        "models": {flag: input_fingerprint(path) for flag, path in models.items()},
         "data": {name: data_fingerprint(rows) for name, rows in data.items()},
         "batches": dict(batches),
         "world_size": world_size(),
@@ -93,7 +93,7 @@ def _meaning(name: str, value: Any) -> Any:
     return user_config(value) or "" if name == "deepspeed_config" else value
 
 
-def model_fingerprint(path: str) -> str:
+def input_fingerprint(path: str) -> str:
     """A hash over a model folder's configuration, tokenizer, weights and own code; or over a Python file.
 
     Of a Python file the modules count too that it has imported from its own folder.

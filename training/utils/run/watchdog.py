@@ -179,9 +179,11 @@ def _let_children_end() -> None:
     """
 
     def hold(on: bool) -> None:
+        """Let SIGTERM wait, or no more."""
         signal.pthread_sigmask(signal.SIG_BLOCK if on else signal.SIG_UNBLOCK, [signal.SIGTERM])
 
     def in_child() -> None:
+        """Leave this process's handlers behind."""
         if signal.getsignal(signal.SIGTERM) is _on_signal:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if _state.abort is not None:
