@@ -54,9 +54,9 @@ from training.utils.model import classifiers, loading
 from training.utils.model.forward import TokenScorer, response_log_probs
 from training.utils.model.language_modelling import negative_log_likelihood
 from training.utils.model.reward_stats import RewardStats
-from training.utils.phases import Phases
 from training.utils.run.distributed import init_distributed
 from training.utils.run.folders import python_path
+from training.utils.run.phases import Phases
 from training.utils.run.runtime import available_cores
 
 T = TypeVar("T")

@@ -98,7 +98,7 @@ VARIANTS: dict[str, tuple[str, Callable[..., Callable[[], None]], bool]] = {
 
 def child(arguments: argparse.Namespace, path: str) -> None:
     """Run one variant in this process and print its peak above what was there before, in MiB."""
-    from training.utils.phases import Phases
+    from training.utils.run.phases import Phases
 
     _, make, choice = VARIANTS[arguments.child]
     run = make(arguments, path, choice)

@@ -27,7 +27,7 @@ from training.utils.generation.engines import FastBackend, rollout_backend
 from training.utils.generation.sampling import SamplingConfig
 from training.utils.model.export import full_state_dict
 from training.utils.model.forward import response_log_probs
-from training.utils.phases import Phases
+from training.utils.run.phases import Phases
 
 GREEDY, GREEDY_48 = SamplingConfig(24, greedy=True), SamplingConfig(48, greedy=True)
 

@@ -123,7 +123,8 @@ def main(argv: Sequence[str]) -> int:
             evaluate(number, tuning, engine, rows.held_out, eval_batch)
         tuning.after_step(number, result, progress)
     tuning.save(engine, tuning.output_dir)
-    tuning.phases.end("save", "judging the held-out pairs with the saved model")
+    tuning.phases.end("save")
+    say("judging the held-out pairs with the saved model ...")
 
     results = {"accuracy_before": progress["before"]["accuracy"]} | judge_saved(tuning, made, eval_batch)
     tuning.finish("reward", flags.model.model_name_or_path or flags.path, results)

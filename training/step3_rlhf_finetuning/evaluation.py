@@ -46,7 +46,7 @@ from training.utils.run.distributed import (
     say,
     world_size,
 )
-from training.utils.run.watchdog import beat
+from training.utils.run.phases import beat
 
 
 @dataclass(frozen=True)

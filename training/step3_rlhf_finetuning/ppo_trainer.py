@@ -32,9 +32,8 @@ from training.utils.generation.rollouts import (
     state_values,
 )
 from training.utils.generation.sampling import SamplingConfig
-from training.utils.phases import Phases
 from training.utils.run.distributed import all_reduce_sum, reduce_sums, say
-from training.utils.run.watchdog import beat
+from training.utils.run.phases import Phases, beat
 from training.utils.sharing.trial import shares_across
 
 BAD_REWARDS = "rewards, log-probs or values that are not finite"

@@ -49,12 +49,12 @@ from training.utils.model.lora import check_lora
 from training.utils.model.reward_stats import RewardStats
 from training.utils.model.text_reward import load_reward_tokenizer
 from training.utils.model.tokenizer import check_vocabulary, load_tokenizer, same_tokenizer
-from training.utils.phases import Phases
 from training.utils.run import watchdog
 from training.utils.run.demo import check_training_data
 from training.utils.run.distributed import data_size, init_distributed, say
 from training.utils.run.folders import latest_output, prepare_output_dir
 from training.utils.run.inputs import is_language_model
+from training.utils.run.phases import Phases
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,8 @@ def open_run(argv: Sequence[str], flags: Flags, models: Models) -> Opened:
     schedule = schedule_of(rows.train["length"], run.batches, rollout, train)
     if (traced := max(flags.evaluate.trace, default=0)) > len(schedule):
         say(f"warning: --trace {traced}: the run ends after iteration {len(schedule)}")
-    phases.end("data", "loading the models of all roles")
+    phases.end("data")
+    say("loading the models of all roles ...")
     flags = replace(flags, rollout=rollout, train=train)
     return Opened(
         argv, flags, models, output_dir, device, rows, training, held_out, mix, run, schedule, phases, settled, started

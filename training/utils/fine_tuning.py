@@ -38,11 +38,11 @@ from training.utils.model.forward import enable_gradient_checkpointing
 from training.utils.model.limits import check_length, divide_rows
 from training.utils.model.lora import check_lora, with_adapters
 from training.utils.model.tokenizer import check_vocabulary, load_tokenizer
-from training.utils.phases import Phases
 from training.utils.run import watchdog
 from training.utils.run.demo import check_training_data
 from training.utils.run.distributed import data_size, init_distributed, reduce_sums, say
 from training.utils.run.folders import prepare_output_dir, title
+from training.utils.run.phases import Phases
 
 
 @dataclass(frozen=True)
@@ -259,7 +259,8 @@ def open_run(
         batches={f"{counted} per step": per_rank * data_size()},
     )
     batch = run.batches[f"{counted} per step"]
-    phases.end("data", "loading the model")
+    phases.end("data")
+    say("loading the model ...")
     return FineTuning(step, argv, flags, output_dir, device, tokenizer, rows, run, batch, phases, settled, started)
 
 

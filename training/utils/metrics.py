@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from training.utils.run.distributed import is_main
 from training.utils.run.files import write_json
-from training.utils.run.watchdog import beat
+from training.utils.run.phases import beat
 
 T = TypeVar("T")
 

@@ -25,7 +25,7 @@ from training.utils.run.distributed import (
     rank,
     share_rows,
 )
-from training.utils.run.watchdog import beat
+from training.utils.run.phases import beat
 
 
 def buffers_and_sum() -> tuple[list[str], float]:

@@ -33,10 +33,10 @@ def test_only_a_broken_collective_is_a_lost_rank(monkeypatch, error, ranks, lost
 def test_a_signal_counts_when_nobody_reads_stderr():
     """A closed terminal must not cost the checkpoint."""
     code = (
-        "import os, signal; from training.utils.run import watchdog as s; s.loop_begins();"
+        "import os, signal; from training.utils.run import phases, watchdog as s; s.loop_begins();"
         "read, write = os.pipe(); os.close(read); os.dup2(write, 2);"
         "signal.signal(signal.SIGPIPE, signal.SIG_IGN); s._on_signal(signal.SIGTERM, None);"
-        "os._exit(s.asked_to_stop())"
+        "os._exit(phases.doing.asked)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == signal.SIGTERM
 
@@ -74,7 +74,7 @@ def test_what_a_users_function_forks_ends_on_its_own(tmp_path):
     run = f"""
 import multiprocessing, os, time
 from pathlib import Path
-from training.utils.run import watchdog
+from training.utils.run import phases, watchdog
 def main(argv):
     watchdog.watch(Path({str(tmp_path)!r}), 0)
     watchdog.loop_begins()
@@ -87,7 +87,7 @@ def main(argv):
         worker.join(20)
         codes.append(worker.exitcode)
     note = Path(watchdog._state.abort.name).read_text()
-    return 0 if (codes, watchdog.asked_to_stop(), note) == ([-15, -6], 0, "") else 7
+    return 0 if (codes, phases.doing.asked, note) == ([-15, -6], 0, "") else 7
 watchdog._end(watchdog.run_training(main))
 """
     done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, preexec_fn=hear_signals)

@@ -49,7 +49,8 @@ from training.utils.run.distributed import (
     world_size,
 )
 from training.utils.run.folders import same_command, shown
-from training.utils.run.watchdog import asked_to_stop, beat, loop_begins
+from training.utils.run.phases import beat, doing
+from training.utils.run.watchdog import loop_begins
 
 METRICS = "metrics.jsonl"
 BEST = "best"  # folder of the best model so far, beside the checkpoints
@@ -219,7 +220,7 @@ class Run:
         Raises:
             RunStopped: after a checkpoint was written.
         """
-        strength = {0: 0, signal.SIGTERM: 1, signal.SIGINT: 2}[asked_to_stop()]
+        strength = {0: 0, signal.SIGTERM: 1, signal.SIGINT: 2}[doing.asked]
         strength = int(all_reduce_max(torch.tensor(float(strength), device=self._device())).item())
         if strength:
             number = signal.SIGINT if strength == 2 else signal.SIGTERM

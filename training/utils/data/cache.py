@@ -22,7 +22,7 @@ from training.utils.data.kinds import Kind
 from training.utils.errors import UserError
 from training.utils.run.files import read_object
 from training.utils.run.folders import cache_dir
-from training.utils.run.watchdog import beat
+from training.utils.run.phases import beat
 
 _NOT_CODE = ("__init__.py", "preview.py", "preview_page.py", "batches.py")  # they change no token
 _PATIENCE = 10.0  # seconds at a lock between two signs of life

@@ -33,7 +33,7 @@ from training.utils.data.reading.sources import DATA_PATH, Source, resolve
 from training.utils.data.report import IGNORED, READ, REFUSED, DataReport, SourceReport
 from training.utils.data.template import RowError, forbidden_texts
 from training.utils.errors import UserError
-from training.utils.run.watchdog import beat
+from training.utils.run.phases import beat
 
 SFT_ONLY = "--sft_only_data_path"
 SKIP, TRAIN, HELD_OUT, DUPLICATE = 0, 1, 2, 3

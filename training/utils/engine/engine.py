@@ -19,7 +19,7 @@ from training.utils.engine.tensor_parallel import check_split
 from training.utils.engine.zero_config import DTYPES, is_plain
 from training.utils.model.lora import is_adapter
 from training.utils.run.distributed import bound_waits, say, world_size
-from training.utils.run.watchdog import beat
+from training.utils.run.phases import beat
 
 # The 16-bit optimizer prints eighteen lines about memory for every engine, whatever the log level
 bf16_optimizer.see_memory_usage = lambda *_args, **_kwargs: None

@@ -31,7 +31,7 @@ from training.utils.generation.cache import decode_layers, keep_rows, make_cache
 from training.utils.generation.decode_attention import within_rounding
 from training.utils.generation.rollouts import Responses
 from training.utils.generation.sampling import SamplingConfig, next_tokens
-from training.utils.run.watchdog import beat
+from training.utils.run.phases import beat
 
 # A graph attends to all columns that it may fill, and making one costs about three steps without one.
 TOKENS_OF_A_GRAPH = 256

@@ -23,7 +23,7 @@ from training.utils.generation.rollouts import Responses, RolloutRequest
 from training.utils.generation.sampling import SamplingConfig, next_tokens, row_keys
 from training.utils.model.forward import without_adapters
 from training.utils.run.distributed import agree, all_reduce_max
-from training.utils.run.watchdog import beat
+from training.utils.run.phases import beat
 
 # A group of prompts of so many tokens keeps a device's matrix kernels busy; larger ones only bring more padding.
 PREFILL_TOKENS = {"cpu": 256}

@@ -31,7 +31,7 @@ from training.utils.generation.rollouts import Responses, RolloutBackend, Rollou
 from training.utils.generation.sampling import SamplingConfig, penalise_repetition, row_keys
 from training.utils.model.forward import without_adapters
 from training.utils.run.distributed import agree, ranks_of_a_row, say
-from training.utils.run.watchdog import beat
+from training.utils.run.phases import beat
 
 # Rearranging the weights takes about as long as ten decoding steps save.
 MIN_STEPS_TO_PACK = 16

@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from training.utils.errors import UserError
 from training.utils.generation.sampling import SamplingConfig
 from training.utils.model.forward import last_token_scores, response_log_probs, token_scores
-from training.utils.run.watchdog import beat
+from training.utils.run.phases import beat
 from training.utils.sharing.rows import Sharing, behind_beginnings
 
 

@@ -37,9 +37,9 @@ from training.utils.model.export import plain_weights, tied_names, unwrap
 from training.utils.model.forward import response_log_probs, without_adapters
 from training.utils.model.loading import load_config
 from training.utils.run.distributed import gather_objects, on_all_ranks, rank, say, world_size
+from training.utils.run.phases import beat
 from training.utils.run.processes import unused_port
 from training.utils.run.runtime import local_ranks
-from training.utils.run.watchdog import beat
 
 START_LIMIT = 1800.0  # seconds for vLLM to import, to compile, to record its CUDA graphs
 VERIFY_EVERY = 16

@@ -21,8 +21,8 @@ from training.utils.errors import print_last
 from training.utils.generation import vllm_worker
 from training.utils.generation.rollouts import RolloutsLost
 from training.utils.generation.vllm_python import WORKER, other_interpreter
+from training.utils.run.phases import beat
 from training.utils.run.processes import last_lines
-from training.utils.run.watchdog import beat
 
 BUCKET_BYTES = 64 << 20  # of weights in shared memory at a time; a larger tensor goes alone
 SILENCE = 300.0  # seconds without a sign of life after which it is given up

@@ -36,8 +36,8 @@ from training.utils.model.lora import (
     plain_name,
 )
 from training.utils.run.distributed import is_main, long_work, say
+from training.utils.run.phases import beat
 from training.utils.run.runtime import give_back_freed_memory
-from training.utils.run.watchdog import beat
 
 
 def unwrap(engine: Any) -> Any:

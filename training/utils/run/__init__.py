@@ -1,1 +1,1 @@
-"""The life of a process: start, folders, ranks and hosts, signals, the watchdog."""
+"""The life of a process: start, folders, ranks and hosts, signals, phases, the watchdog."""

@@ -18,8 +18,8 @@ import torch.distributed.distributed_c10d as c10d
 from deepspeed.accelerator import get_accelerator
 
 from training.utils.errors import UserError, printable
+from training.utils.run.phases import beat
 from training.utils.run.runtime import has_nvidia
-from training.utils.run.watchdog import beat
 
 DEFAULT_TIMEOUT = 1800.0
 # Set by launchers that say ranks in their own words (a shell within a Slurm job has only SLURM_NTASKS)

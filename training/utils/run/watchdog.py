@@ -26,6 +26,7 @@ from types import FrameType
 from typing import Any, TextIO
 
 from training.utils.errors import RunStopped, UserError, disk_failure, leave_process_group, print_last, run_program
+from training.utils.run import phases
 from training.utils.run.folders import same_command
 from training.utils.run.processes import STARTED_BY, parent_of
 
@@ -56,15 +57,11 @@ _LOST = (
 
 
 class _State:
-    """Of this process: what it was asked, what it is doing, where notes go."""
+    """Of this process: how far it has come, and where notes go."""
 
     def __init__(self) -> None:
-        self.signal = 0
         self.signalled_at = 0.0
         self.training = False
-        self.phase = "starting"
-        self.step = 0
-        self.moved_at = time.monotonic()
         self.folder: Path | None = None
         self.hang_timeout = 0.0
         self.known: dict[str, int] = {}
@@ -80,33 +77,9 @@ def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def beat(phase: str | None = None, step: int | None = None) -> None:
-    """Say that something has moved, and what is done now, for the watchdog.
-
-    Args:
-        phase: what begins, such as "generating"; None goes on with the last.
-        step: the number of the step (iteration) that is done.
-    """
-    _state.moved_at = time.monotonic()
-    if phase is not None:
-        _state.phase = phase
-    if step is not None:
-        _state.step = step
-
-
-def asked_to_stop() -> int:
-    """The signal that asks this rank to stop, 0 for none."""
-    return _state.signal
-
-
 def loop_begins() -> None:
     """From now on a signal waits for the next step; before, there was nothing to save, and it ended the process."""
     _state.training = True
-
-
-def where() -> str:
-    """This rank, its step and what it is doing, in words."""
-    return f"rank {_rank()}, step {_state.step}, {_state.phase}"
 
 
 def watch(folder: Path, hang_timeout: float) -> None:
@@ -131,7 +104,7 @@ def watch(folder: Path, hang_timeout: float) -> None:
     if _state.supervised:
         _state.abort = (folder / ABORT.format(_rank())).open("w", encoding="utf-8")
         faulthandler.enable(_state.abort)
-    beat()
+    phases.beat()
 
 
 def run_training(main: Callable[[Sequence[str]], int]) -> int:
@@ -253,7 +226,7 @@ def _noting_errors(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[s
                 raise
             _state.ending = True
             again = f", and go on from the last checkpoint: {same_command(_state.folder)}" if _state.folder else ""
-            full = UserError(f"{where()}: {reason}; make room{again}")
+            full = UserError(f"{phases.doing}: {reason}; make room{again}")
             _leave_note("user error", str(full))
             raise full from error
 
@@ -263,13 +236,13 @@ def _noting_errors(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[s
 def _on_signal(number: int, frame: FrameType | None) -> None:
     now = time.monotonic()
     name = signal.Signals(number).name
-    recent = _state.signal and now - _state.signalled_at < ECHO
+    recent = phases.doing.asked and now - _state.signalled_at < ECHO
     if not _state.training:
         _print(f"{name}: stopped before the first step, there is nothing to save")
         _exit(128 + number)
-    if not _state.signal or (recent and number == signal.SIGINT and _state.signal == signal.SIGTERM):
-        first = not _state.signal
-        _state.signal, _state.signalled_at = number, now  # first of all: the echo may come while this prints
+    if not phases.doing.asked or (recent and number == signal.SIGINT and phases.doing.asked == signal.SIGTERM):
+        first = not phases.doing.asked
+        phases.doing.asked, _state.signalled_at = number, now  # first of all: the echo may come while this prints
         if first:
             _print(f"{name}: stopping after this step, with a checkpoint (Ctrl-C again stops at once)")
     elif number == signal.SIGINT and not (recent and now - _state.signalled_at < 0.2):
@@ -301,11 +274,11 @@ def _fail(error: Exception) -> None:
                 _end(1)
             time.sleep(0.2)
         reason = str(error).strip().splitlines()[0]
-        text = f"{where()}: the connection to another rank is lost (killed? out of memory?): {reason}"
+        text = f"{phases.doing}: the connection to another rank is lost (killed? out of memory?): {reason}"
         _leave_note("lost", text)
         print_last(text)
         _end(1)
-    text = f"{where()}:\n{''.join(traceback.format_exception(error))}"
+    text = f"{phases.doing}:\n{''.join(traceback.format_exception(error))}"
     _leave_note("error", text)
     print_last(text)
     _end(1)
@@ -377,7 +350,7 @@ def _watch_for_ever() -> None:
         time.sleep(LOOK_EVERY)
         now = time.monotonic()
         if now - looked > 5 * LOOK_EVERY:
-            _state.moved_at += now - looked  # this process was suspended (Ctrl-Z, a laptop's lid), as all of it was
+            phases.doing.moved_at += now - looked  # all of this process was suspended (Ctrl-Z, a laptop's lid)
         looked = now
         if not noted_at and (notes := _other_notes()):
             noted_at, note = now, notes[0]
@@ -390,8 +363,8 @@ def _watch_for_ever() -> None:
                for child, parent in launchers):  # fmt: skip
             _launcher_is_gone()
             launchers = []
-        if _state.hang_timeout and now - _state.moved_at > _state.hang_timeout and not _state.ending:
-            _stand_still(now - _state.moved_at)
+        if _state.hang_timeout and now - phases.doing.moved_at > _state.hang_timeout and not _state.ending:
+            _stand_still(now - phases.doing.moved_at)
 
 
 def _launcher_is_gone() -> None:
@@ -401,7 +374,7 @@ def _launcher_is_gone() -> None:
 
 
 def _stand_still(seconds: float) -> None:
-    text = f"{where()}: nothing has moved for {seconds:.0f} s (--hang_timeout)"
+    text = f"{phases.doing}: nothing has moved for {seconds:.0f} s (--hang_timeout)"
     print_last(f"{text}; what each thread is doing:")
     faulthandler.dump_traceback(all_threads=True)
     _leave_note("standstill", text)

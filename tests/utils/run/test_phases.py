@@ -4,8 +4,8 @@ import time
 import pytest
 import torch
 
-from training.utils import phases
-from training.utils.phases import Phases
+from training.utils.run import phases
+from training.utils.run.phases import Phases
 
 pytestmark = pytest.mark.skipif(not phases._RESET.exists(), reason="needs Linux's /proc")
 
