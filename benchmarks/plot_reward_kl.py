@@ -21,7 +21,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from training.step3_rlhf_finetuning.evaluation import kl_to_reach
+from training.step3_rlhf_finetuning.comparison import kl_to_reach
 from training.utils.errors import UserError, run_program
 
 Point = tuple[float, float]  # (KL in nats per response, mean raw reward)

@@ -141,9 +141,9 @@ def test_the_demo_is_the_embedded_model_from_start_to_end() -> None:
 
 def test_constants_of_programs_that_import_torch() -> None:
     from training.step2_reward_model_finetuning import pairs
-    from training.step3_rlhf_finetuning import held_out
+    from training.step3_rlhf_finetuning import kept_actor
 
-    assert held_out.RUNNING_PROMPTS == estimate.RUNNING_PROMPTS
+    assert kept_actor.RUNNING_PROMPTS == estimate.RUNNING_PROMPTS
     assert pairs.PAIRS_BEFORE == estimate.PAIRS_BEFORE
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from tests.tiny import save_tiny_model
 from training.step3_rlhf_finetuning import evaluate, main as step3, settings
+from training.step3_rlhf_finetuning.comparison import Answer, best_of_kl, chosen_of, kl_to_reach
 from training.step3_rlhf_finetuning.evaluate import (
     StepArguments,
     assemble,
@@ -17,7 +18,6 @@ from training.step3_rlhf_finetuning.evaluate import (
     parse_counts,
     sources_of_the_run,
 )
-from training.step3_rlhf_finetuning.evaluation import Answer, best_of_kl, chosen_of, kl_to_reach
 from training.utils import arguments, evaluation_programs, intervals
 from training.utils.errors import UserError
 from training.utils.generation import vllm

@@ -22,7 +22,7 @@ from tests.step3.vllm_checks import (
     sampled,
     server,
 )
-from training.step3_rlhf_finetuning import evaluation
+from training.step3_rlhf_finetuning import comparison
 from training.utils.errors import UserError
 from training.utils.generation import vllm, vllm_process, vllm_python
 from training.utils.generation.rollouts import RolloutsLost
@@ -159,7 +159,7 @@ def test_the_server_rests_when_a_model_beside_the_roles_has_answered(tiny_model,
         backend.worker, "ask", lambda message, *how: asked.append(message.get("do")) or ask(message, *how)
     )
     for decodes in (True, False):
-        with evaluation.decoding(model, backend):
+        with comparison.decoding(model, backend):
             if decodes:
                 backend.generate(model, request(prompts(3), [0, 1, 2]), SamplingConfig(6))
     assert asked.count("sleep") == 1 and asked[-1] == "sleep"

@@ -89,7 +89,7 @@ import torch  # noqa: E402  threads and PATH must be set before
 from transformers import set_seed  # noqa: E402
 
 from training.step3_rlhf_finetuning import main as step3, settings  # noqa: E402
-from training.step3_rlhf_finetuning.evaluation import (  # noqa: E402
+from training.step3_rlhf_finetuning.comparison import (  # noqa: E402
     Answer,
     BatchSizes,
     EvalFunction,

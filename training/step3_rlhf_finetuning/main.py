@@ -45,8 +45,8 @@ if __name__ == "__main__":
 prepare_runtime()
 
 from training.step3_rlhf_finetuning import outputs, settings  # noqa: E402
-from training.step3_rlhf_finetuning.evaluation import load_eval_functions  # noqa: E402
-from training.step3_rlhf_finetuning.held_out import open_evaluation  # noqa: E402
+from training.step3_rlhf_finetuning.comparison import load_eval_functions  # noqa: E402
+from training.step3_rlhf_finetuning.kept_actor import open_evaluation  # noqa: E402
 from training.step3_rlhf_finetuning.plan import show_rlhf_plan  # noqa: E402
 from training.step3_rlhf_finetuning.ppo_trainer import PPOTrainer, build_trainer  # noqa: E402
 from training.step3_rlhf_finetuning.pretraining_mix import PretrainingMix  # noqa: E402

@@ -15,9 +15,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from training.step3_rlhf_finetuning.evaluation import Answer, Values
+from training.step3_rlhf_finetuning.comparison import Answer, Values
 from training.step3_rlhf_finetuning.experience import ScoredBatch
-from training.step3_rlhf_finetuning.held_out import HeldOutEvaluation
+from training.step3_rlhf_finetuning.kept_actor import HeldOutEvaluation
 from training.step3_rlhf_finetuning.ppo_trainer import PPOTrainer
 from training.step3_rlhf_finetuning.prompts import PromptSet, sample_rows
 from training.step3_rlhf_finetuning.roles import Roles

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from training.step3_rlhf_finetuning.arguments import scoring_rows
-from training.step3_rlhf_finetuning.evaluation import (
+from training.step3_rlhf_finetuning.comparison import (
     Answer,
     BatchSizes,
     EvalFunction,

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.step3.hybrid_checks import prompts, request
-from training.step3_rlhf_finetuning import held_out, outputs
-from training.step3_rlhf_finetuning.evaluation import (
+from training.step3_rlhf_finetuning import kept_actor, outputs
+from training.step3_rlhf_finetuning.comparison import (
     Answer,
     EvalFunction,
     checks,
@@ -20,7 +20,7 @@ from training.step3_rlhf_finetuning.evaluation import (
     sequence_kl,
     values_of,
 )
-from training.step3_rlhf_finetuning.held_out import RUNNING_PROMPTS, HeldOutEvaluation, Kept
+from training.step3_rlhf_finetuning.kept_actor import RUNNING_PROMPTS, HeldOutEvaluation, Kept
 from training.step3_rlhf_finetuning.prompts import PromptSet, sample_rows
 from training.utils.checkpoint.resume import BEST
 from training.utils.data import spread_rows
@@ -38,12 +38,12 @@ def test_models_from_disk_answer_in_the_runs_precision(tmp_path, monkeypatch, dt
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "model.safetensors").touch()
     (tmp_path / "summary.json").write_text(json.dumps({"base_model": str(tmp_path)}))
-    assert held_out.base_model_of(str(tmp_path)) == str(tmp_path)
-    assert held_out.base_model_of(str(tmp_path / "none")) == ""
+    assert kept_actor.base_model_of(str(tmp_path)) == str(tmp_path)
+    assert kept_actor.base_model_of(str(tmp_path / "none")) == ""
     loaded = []
-    monkeypatch.setattr(held_out, "check_vocabulary", lambda *_: None)
+    monkeypatch.setattr(kept_actor, "check_vocabulary", lambda *_: None)
     monkeypatch.setattr(
-        held_out.loading, "load_causal_lm", lambda _, dtype: loaded.append(dtype) or torch.nn.Identity()
+        kept_actor.loading, "load_causal_lm", lambda _, dtype: loaded.append(dtype) or torch.nn.Identity()
     )
     rewarded = {}
 
@@ -51,13 +51,13 @@ def test_models_from_disk_answer_in_the_runs_precision(tmp_path, monkeypatch, dt
         rewarded.update(dict.fromkeys(rows, rewards))
         return [Answer(row, "", 0.0, True, 1) for row in rows]
 
-    monkeypatch.setattr(held_out, "answer_held_out", answer)
-    monkeypatch.setattr(held_out, "sample_rows", lambda _: [2, 0])
+    monkeypatch.setattr(kept_actor, "answer_held_out", answer)
+    monkeypatch.setattr(kept_actor, "sample_rows", lambda _: [2, 0])
     engine = SimpleNamespace(device=torch.device("cpu"), module=torch.nn.Linear(1, 1).to(DTYPES[dtype]))
     actor = SimpleNamespace(engine=engine, another_fits=lambda: True, server=None)
     roles = SimpleNamespace(actor=actor, rewards="mix")
     asked = SimpleNamespace(tokenizer=None)
-    answers = held_out.base_answers(asked, [0, 1, 2, 3], None, None, None, str(tmp_path), roles)
+    answers = kept_actor.base_answers(asked, [0, 1, 2, 3], None, None, None, str(tmp_path), roles)
     assert [answer.row for answer in answers] == [0, 1, 2, 3]
     assert rewarded == {0: "mix", 1: None, 2: "mix", 3: None}, "rewards of the answers that are shown alone"
     with HeldOutEvaluation._saved_actor(SimpleNamespace(roles=roles, actor_dir=tmp_path)):
@@ -74,7 +74,7 @@ def test_a_base_model_that_can_not_be_loaded_is_said_and_left_out(tmp_path, tiny
         (tiny_model, room, "ids above the model's"),
         (tiny_model, full, "no room"),
     ):
-        assert held_out.base_answers(larger, [0], None, None, None, str(base), roles) == []
+        assert kept_actor.base_answers(larger, [0], None, None, None, str(base), roles) == []
         assert f"the base model {base} does not answer: " in (said := capsys.readouterr().out) and words in said
 
 
@@ -107,8 +107,8 @@ class Scripted:
             another_fits=lambda: self.room,
         )
         dataset = [{"messages": '[{"role": "user", "content": "q"}]', "row": "{}"}] * ROWS
-        monkeypatch.setattr(held_out, "answer_held_out", self.answer)
-        monkeypatch.setattr(held_out, "base_answers", self.base_answers)
+        monkeypatch.setattr(kept_actor, "answer_held_out", self.answer)
+        monkeypatch.setattr(kept_actor, "base_answers", self.base_answers)
         monkeypatch.setattr(HeldOutEvaluation, "_saved_actor", lambda _: contextlib.nullcontext(self.saved[-1]))
         self.evaluation = HeldOutEvaluation(
             PromptSet(dataset, None, (2,), 0),
@@ -198,7 +198,7 @@ def test_each_function_holds_base_sft_and_rlhf_against_each_other(monkeypatch, t
 
 def test_of_a_large_set_a_spread_sample_is_answered_and_said(monkeypatch, tmp_path, capsys):
     """By every model, the running and the shown prompts among them; the summary says how many of how many."""
-    monkeypatch.setattr(held_out, "MOST_PROMPTS", RUNNING_PROMPTS)
+    monkeypatch.setattr(kept_actor, "MOST_PROMPTS", RUNNING_PROMPTS)
     world = Scripted({0: (0, 0), 2: (0.9, 3), 4: (0.5, 3), 6: (0.2, 3)}, monkeypatch)
     world.evaluation.begin()
     rows = [answer.row for answer in world.evaluation.before]
@@ -225,8 +225,8 @@ def test_of_a_large_set_a_spread_sample_is_answered_and_said(monkeypatch, tmp_pa
 
 @pytest.mark.parametrize("count", [1024, 5000, 13_211, 264_001])
 def test_the_running_prompts_are_among_those_of_a_large_set(count):
-    assert held_out.MOST_PROMPTS % RUNNING_PROMPTS == 0
-    assert {*spread_rows(count, RUNNING_PROMPTS)} <= {*spread_rows(count, held_out.MOST_PROMPTS)}
+    assert kept_actor.MOST_PROMPTS % RUNNING_PROMPTS == 0
+    assert {*spread_rows(count, RUNNING_PROMPTS)} <= {*spread_rows(count, kept_actor.MOST_PROMPTS)}
 
 
 def test_without_functions_the_base_model_answers_what_is_shown(monkeypatch, tmp_path):
@@ -297,7 +297,7 @@ def test_an_answer_does_not_win_against_itself(monkeypatch):
     world = Scripted({0: (0.0, 0), 2: (1e-7, 0), 4: (-1e-7, 0), 6: (1e-7, 0)}, monkeypatch)
     answer = world.answer
     same = lambda *args: [replace(a, text="the same", length=3) for a in answer(*args)]  # noqa: E731
-    monkeypatch.setattr(held_out, "answer_held_out", same)
+    monkeypatch.setattr(kept_actor, "answer_held_out", same)
     world.evaluation.begin()
     world.train()
     summary = world.evaluation.finish()
