@@ -18,7 +18,8 @@ from typing import Any
 
 from common import ROOT, flags_of, head_of, row_of
 
-from training.utils.intervals import bootstrap_interval, mean
+from training.utils.data import spread_rows
+from training.utils.intervals import bootstrap_interval, half_ties, mean
 
 HEADING = "# Answers of the demo"
 MODELS = (("base", "base"), ("sft", "SFT"), ("rlhf", "RLHF"))
@@ -71,30 +72,23 @@ def check_rows(name: str, runs: Sequence[tuple[str, Sequence[Sequence[dict[str, 
         runs: a title, and the answers of one seed or of several.
     """
     lines = []
-    for title, seeds in runs:
-        prompts = list(zip(*seeds, strict=True))  # each prompt's answers, by seed
+    for title, found in runs:
+        prompts = [[a["scores"][name] for a in answers] for answers in zip(*found, strict=True)]  # of each seed
 
-        def values(model: str, prompts: list[tuple[dict[str, Any], ...]] = prompts) -> list[float]:
-            return [sum(a["scores"][name][model] for a in answers) / len(answers) for answers in prompts]
+        def values(model: str, prompts: list[list[dict[str, float]]] = prompts) -> list[float]:
+            """A model's mean over the seeds at each prompt."""
+            return [mean([scores[model] for scores in seeds]) for seeds in prompts]
 
-        means = [f"{sum(values(model)) / len(prompts):.3f}" for model, _ in MODELS]
+        means = [f"{mean(values(model)):.3f}" for model, _ in MODELS]
         shifts = [interval([b - a for a, b in zip(values(x), values(y), strict=True)]) for x, y in PAIRS]
-        wins = [
-            sum(
-                (a["scores"][name]["rlhf"] > a["scores"][name]["sft"])
-                + 0.5 * (a["scores"][name]["rlhf"] == a["scores"][name]["sft"])
-                for a in answers
-            )
-            / len(answers)
-            for answers in prompts
-        ]
+        wins = [mean([half_ties(scores["rlhf"], scores["sft"]) for scores in seeds]) for seeds in prompts]
         lines.append(row_of(name, title, *means, *shifts, interval(wins).replace("+", "")))
     return lines
 
 
 def page(seed: int, answers: Sequence[dict[str, Any]]) -> str:
     """The answers to evenly spread prompts as Markdown."""
-    rows = [answers[i * len(answers) // SHOWN] for i in range(SHOWN)]
+    rows = [answers[i] for i in spread_rows(len(answers), SHOWN)]
     names = list(rows[0]["scores"])
     text = [
         f"{HEADING}\n",

@@ -13,7 +13,7 @@ from ranking.items import Item, Material
 from ranking.journal import Journal, RowsFile
 from training.utils.agreement import Agreement, agreement
 from training.utils.errors import UserError, half_character
-from training.utils.intervals import wilson_interval
+from training.utils.intervals import half_ties, wilson_interval
 from training.utils.run.folders import shown
 
 HOLD_SECONDS = 1800  # how long a prompt is kept for a judge who has it open and says nothing
@@ -217,7 +217,7 @@ class Ledger:
                 for other in item.answers:
                     if one["model"] and one["model"] < other["model"]:
                         ranks = [(r[one["response"]], r[other["response"]]) for r in rank]
-                        found[one["model"], other["model"]] += [(a < b) + (a == b) / 2 for a, b in ranks]
+                        found[one["model"], other["model"]] += [half_ties(b, a) for a, b in ranks]
             for models, values in found.items():
                 if values:
                     scores[models].append(values)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from training.utils.intervals import mean, wilson_interval
+from training.utils.intervals import half_ties, mean, wilson_interval
 
 # Pulls the sum of a pair's two rewards towards 0, which the Bradley-Terry loss leaves free, so that chosen answers
 # tend to be positive and rejected ones negative (Eisenstein et al. 2023, arXiv 2312.09244, section 2).
@@ -37,7 +37,7 @@ def pair_metrics(pairs: Sequence[tuple[float, float]], weights: Sequence[float] 
     losses = bradley_terry_loss(torch.tensor([c for c, _ in pairs]), torch.tensor([r for _, r in pairs]), "log_sig")
     weighed = losses * torch.tensor(weights)
     return {
-        "accuracy": mean([(c > r) + 0.5 * (c == r) for c, r in pairs], weights),
+        "accuracy": mean([half_ties(c, r) for c, r in pairs], weights),
         "chosen_mean": chosen,
         "rejected_mean": rejected,
         "margin": chosen - rejected,
@@ -68,10 +68,7 @@ def accuracy_by_kind(
 
 def length_accuracy(dataset: Any, weights: Sequence[float]) -> float:
     """Accuracy of always preferring the answer with more tokens; always the shorter one has 1 minus this."""
-    wins = [
-        (sum(c) > sum(r)) + 0.5 * (sum(c) == sum(r))
-        for c, r in zip(dataset["chosen_mask"], dataset["rejected_mask"], strict=True)
-    ]
+    wins = [half_ties(sum(c), sum(r)) for c, r in zip(dataset["chosen_mask"], dataset["rejected_mask"], strict=True)]
     return mean(wins, weights)
 
 

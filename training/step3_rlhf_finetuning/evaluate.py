@@ -311,7 +311,7 @@ def wins(
 ) -> dict[str, Any]:
     """Win rate of the chosen answers over one baseline answer a prompt; a tie half, several answers averaged."""
     shares = [
-        intervals.mean([(row[i] > base) + 0.5 * (row[i] == base) for i in picks])
+        intervals.mean([intervals.half_ties(row[i], base) for i in picks])
         for row, picks, base in zip(values, chosen, baseline, strict=True)
     ]
     return {"rate": intervals.mean(shares), "interval": intervals.share_interval(shares, seed=seed)}

@@ -53,12 +53,17 @@ def wilson_interval(share: float, count: float) -> list[float]:
 def share_interval(values: Sequence[float], *, seed: int) -> list[float]:
     """95% interval of a mean of shares, each 0 to 1: the bootstrap's, below `FEW_ROWS` rows Wilson's.
 
-    The bootstrap of a few rows is too narrow, and a point where they all agree. Wilson's takes each for a yes or a no,
-    which no share between them spreads more than.
+    The bootstrap of a few rows is too narrow, and a point where they all agree. Wilson's takes each row for a yes or a
+    no; values between 0 and 1 spread less than these, so the interval is at worst too wide.
     """
     if len(values) < FEW_ROWS:
         return wilson_interval(mean(values), len(values))
     return bootstrap_interval(values, seed=seed)
+
+
+def half_ties(a: float, b: float) -> float:
+    """1 if a is above b, 0.5 if they are equal, else 0."""
+    return (a > b) + 0.5 * (a == b)
 
 
 def win_rate(ours: Sequence[float], theirs: Sequence[float], *, seed: int) -> dict[str, Any]:
@@ -73,7 +78,7 @@ def win_rate(ours: Sequence[float], theirs: Sequence[float], *, seed: int) -> di
         ``ties``.
     """
     pairs = list(zip(ours, theirs, strict=True))
-    wins = [(a > b) + 0.5 * (a == b) for a, b in pairs]
+    wins = [half_ties(a, b) for a, b in pairs]
     low, high = share_interval(wins, seed=seed)
     ties = sum(a == b for a, b in pairs)
     return {"win_rate": mean(wins), "win_rate_low": low, "win_rate_high": high, "ties": ties}

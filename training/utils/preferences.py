@@ -44,12 +44,7 @@ class Pair:
     @property
     def right(self) -> float:
         """1 if the chosen answer has the higher reward, a tie half."""
-        return half_ties(self.chosen, self.rejected)
-
-
-def half_ties(a: float, b: float) -> float:
-    """1 if a is above b, 0.5 if they are equal, else 0."""
-    return (a > b) + 0.5 * (a == b)
+        return intervals.half_ties(self.chosen, self.rejected)
 
 
 def share_right(pairs: Sequence[Pair]) -> dict[str, Any]:
@@ -82,7 +77,7 @@ def length_bucket(pair: Pair) -> str:
 def judge(pairs: Sequence[Pair]) -> dict[str, Any]:
     """Everything that evaluation.json says about the rewards, from the rewards alone."""
     weights = [p.weight for p in pairs]
-    longer = intervals.mean([half_ties(p.chosen_length, p.rejected_length) for p in pairs], weights)
+    longer = intervals.mean([intervals.half_ties(p.chosen_length, p.rejected_length) for p in pairs], weights)
     rewards = [r for p in pairs for r in (p.chosen, p.rejected)]
     lengths = [float(n) for p in pairs for n in (p.chosen_length, p.rejected_length)]
     margins = [p.margin for p in pairs]

@@ -87,7 +87,7 @@ if __name__ == "__main__":
 import numpy as np  # noqa: E402  what follows takes seconds
 
 from training.utils.agreement import agreement  # noqa: E402
-from training.utils.data.batches import element_lengths, epoch_batches, padding_share  # noqa: E402
+from training.utils.data.batches import element_lengths, epoch_batches, padding_share, spread_rows  # noqa: E402
 from training.utils.data.formats.rankings import places  # noqa: E402
 from training.utils.data.kinds import KINDS  # noqa: E402
 from training.utils.data.prepare import StepData, prepare_data  # noqa: E402
@@ -120,8 +120,7 @@ def pieces(tokenizer: Any, ids: Sequence[int], mask: Sequence[int]) -> list[Piec
 def shown_rows(data: StepData, tokenizer: Any, count: int) -> Iterator[tuple[str, list[Piece]]]:
     """(title, pieces) of ``count`` rows spread over the training rows; a pair gives two."""
     total = len(data.train)
-    for n in range(min(count, total)):
-        number = n * total // min(count, total)
+    for number in spread_rows(total, count):
         row = data.train[number]
         title = f"row {number + 1} of {total}, {row['source']}, {row['length']} tokens"
         if data.report.kind == "demonstrations":
