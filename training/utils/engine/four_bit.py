@@ -14,7 +14,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import nn
+from transformers import BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
 
 from training.utils.engine.zero_config import DTYPES
 from training.utils.errors import UserError
@@ -48,9 +51,6 @@ def loading_options(dtype: str, ds_config: Mapping[str, Any] | None) -> dict[str
     if zero.get("offload_param", {}).get("device") == "nvme" or zero.get("zero_quantized_weights"):
         name = "zero_quantized_weights" if zero.get("zero_quantized_weights") else "offload_param on nvme"
         raise UserError(f"--deepspeed_config: {name} is for weights in 16 bits: leave it out with --base_bits 4")
-    from deepspeed.accelerator import get_accelerator  # inference does without DeepSpeed
-    from transformers import BitsAndBytesConfig
-
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -62,8 +62,6 @@ def loading_options(dtype: str, ds_config: Mapping[str, Any] | None) -> dict[str
 
 def settle(model: nn.Module, path: str) -> str:
     """Make a model that was loaded with `loading_options` fit to train; returns a line about what is in 4 bits."""
-    from transformers.pytorch_utils import Conv1D
-
     packed = 0
     for module in model.modules():
         if not is_packed(getattr(module, "weight", None)):
@@ -79,8 +77,6 @@ def settle(model: nn.Module, path: str) -> str:
 
 def packable(model: Any) -> list[nn.Module]:
     """The layers of a model without adapters that loading would keep in 4 bits."""
-    from transformers.pytorch_utils import Conv1D
-
     kept = {id(model.get_output_embeddings()), id(getattr(model, "score", None))}
     return [m for m in model.modules() if type(m) in (nn.Linear, Conv1D) and id(m) not in kept]
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from training.utils.arguments import AUTO
 from training.utils.checkpoint import store
@@ -61,8 +62,6 @@ def capability(device: torch.device) -> Capability:
     """What this process's ``device`` can do."""
     if device.type == "cpu":
         return Capability(CPU, cpu_computes_bf16())
-    from deepspeed.accelerator import get_accelerator
-
     fp16 = bool(get_accelerator().is_fp16_supported())
     if device.type == "cuda":
         with torch.cuda.device(device):  # DeepSpeed's answer counts emulation
@@ -146,8 +145,6 @@ def check_dtype(dtype: str, named: str = "") -> None:
     Raises:
         UserError: fp16 on a CPU, or what the accelerator lacks.
     """
-    from deepspeed.accelerator import get_accelerator
-
     accelerator = get_accelerator()
     on_cpu = accelerator.device_name() == "cpu"
     works = {
@@ -178,8 +175,6 @@ def settle(flags: Any, output_dir: Path | str = "", resume: str = "never") -> di
     Raises:
         UserError: DeepSpeed does not train in it here.
     """
-    from deepspeed.accelerator import get_accelerator
-
     here = capability(torch.device(get_accelerator().current_device_name()))
     ranks = gather_objects([here])
     kept = gather_objects([_kept(Path(output_dir), resume) if output_dir else None])[0]  # all hosts: as on rank 0

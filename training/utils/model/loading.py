@@ -37,6 +37,7 @@ from training.utils.engine import four_bit, sequence_parallel
 from training.utils.engine.zero_config import DTYPES
 from training.utils.errors import UserError, disk_failure
 from training.utils.model import hub
+from training.utils.run.distributed import say
 from training.utils.run.folders import CACHE_FOLDER, cache_dir, installing, make_dir
 from training.utils.run.inputs import check_model_path
 
@@ -282,7 +283,7 @@ def load_strictly(
     _check_unexpected(path, info, scores=factory is AutoModelForSequenceClassification, drawn=bool(missing))
     _check_finite(path, loaded)
     if further:
-        _say(four_bit.settle(loaded, path))
+        say(four_bit.settle(loaded, path))
     no_dropout(loaded)
     exact_buffers(loaded)
     if loaded.config._attn_implementation == sequence_parallel.ULYSSES:
@@ -318,22 +319,14 @@ def with_attention(build: Callable[[str], T], attention: str) -> T:
         return build("eager")
 
 
-def _say(line: str) -> None:
-    from training.utils.run.distributed import say  # brings DeepSpeed along, which inference does without
-
-    say(line)
-
-
 @functools.cache  # once for all roles of a family
 def _tell_eager(family: str) -> None:
-    _say(f"{family} has no sdpa attention in transformers: it runs with --attn_implementation eager")
+    say(f"{family} has no sdpa attention in transformers: it runs with --attn_implementation eager")
 
 
 @functools.cache  # once for all roles of a model
 def _tell_router(path: str) -> None:
-    _say(
-        f"note: {path} asks for its router's auxiliary loss (output_router_logits): the programs here train without it"
-    )
+    say(f"note: {path} asks for its router's auxiliary loss (output_router_logits): the programs here train without it")
 
 
 def _check_unexpected(path: str, info: Mapping[str, Any], scores: bool, drawn: bool) -> None:
@@ -353,9 +346,7 @@ def _check_unexpected(path: str, info: Mapping[str, Any], scores: bool, drawn: b
         raise UserError(f"{path}: transformers has no place for {', '.join(lost)}, so its rewards would be others")
     unexpected = [name for name in unexpected if not (drawn and name.startswith(("lm_head", "embed_out")))]
     if unexpected:
-        _say(
-            f"warning: {path} holds {len(unexpected)} weights that the model has no place for, such as {unexpected[0]}"
-        )
+        say(f"warning: {path} holds {len(unexpected)} weights that the model has no place for, such as {unexpected[0]}")
 
 
 def _check_finite(path: str, model: nn.Module) -> None:

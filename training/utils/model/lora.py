@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import find_adapter_config_file
 
 from training.utils.arguments import LoraArguments
 from training.utils.engine import four_bit
 from training.utils.errors import UserError
+from training.utils.model.loading import load_config, remote_code
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -35,8 +39,6 @@ def target_modules(model: nn.Module, names: str, flag: str = NAMES_FLAG) -> list
     """
     if names == "all-linear":
         return names
-    from transformers.pytorch_utils import Conv1D
-
     linear = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
     backbone = [name for name in linear if name.split(".")[-1] not in ("lm_head", "score", "embed_out")]
     matched: set[str] = set()
@@ -69,10 +71,6 @@ def check_lora(model_path: str, lora: LoraArguments, flag: str = NAMES_FLAG) -> 
     Raises:
         UserError: as `with_adapters`, or nothing of the model can be kept in 4 bits, or it brings an adapter.
     """
-    from transformers.utils import find_adapter_config_file
-
-    from training.utils.model.loading import load_config, remote_code
-
     config = load_config(model_path)
     quantised = getattr(config, "quantization_config", None)
     if quantised and dict(quantised).get("quant_method") not in MADE_WHOLE:
@@ -84,8 +82,6 @@ def check_lora(model_path: str, lora: LoraArguments, flag: str = NAMES_FLAG) -> 
         )
     if not lora.lora_dim:
         return
-    from transformers import AutoModelForCausalLM
-
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, **remote_code())
         if lora.base_bits and not four_bit.packable(model):

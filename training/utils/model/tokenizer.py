@@ -9,6 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from training.utils.data.template import configure_chat_template, stop_token_ids
 from training.utils.errors import UserError
 from training.utils.model.loading import load_config, reason_of, remote_code
 
@@ -30,8 +31,6 @@ def load_tokenizer(
     Raises:
         UserError: no tokenizer there, no EOS token or not the model's, or a template that can not be used.
     """
-    from training.utils.data import configure_chat_template
-
     tokenizer = read_tokenizer(path, named)
     if tokenizer.eos_token_id is None:
         raise UserError(f"{named or path}: the tokenizer has no EOS token, so a model could never stop")
@@ -105,8 +104,6 @@ def _choose_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
     where no text gives it; an added special token that the template does not use; the beginning-of-sequence token,
     which starts rows and so never ends one; else the end token itself.
     """
-    from training.utils.data import stop_token_ids
-
     ends = set(stop_token_ids(tokenizer))
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in ends:
         return
@@ -135,8 +132,6 @@ def end_ids(tokenizer: PreTrainedTokenizerBase, generation: Any, named: str) -> 
     Raises:
         UserError: the settings name something else than tokens.
     """
-    from training.utils.data import stop_token_ids
-
     eos = getattr(generation, "eos_token_id", None)
     ends = [] if eos is None else [eos] if isinstance(eos, int) else eos
     if not isinstance(ends, list) or not all(isinstance(end, int) for end in ends):
