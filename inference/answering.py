@@ -19,11 +19,9 @@ from training.utils.data.chat import render_many
 from training.utils.data.formats.columns import convert, parse_column_map
 from training.utils.data.formats.conversations import demonstration
 from training.utils.errors import UserError
-from training.utils.generation.engines import rollout_backend
-from training.utils.generation.rollouts import RolloutBackend, RolloutRequest, has_ended, response_texts
+from training.utils.generation.rollouts import RolloutRequest, has_ended, response_texts
 from training.utils.generation.sampling import SamplingConfig
-from training.utils.generation.vllm import VllmBackend, VllmOptions
-from training.utils.generation.vllm_python import find_vllm
+from training.utils.generation.vllm import VllmOptions, started_backend
 from training.utils.metrics import progress_bar
 from training.utils.model import loading
 from training.utils.model.limits import check_length, max_positions
@@ -155,7 +153,11 @@ class Answering:
         model = loading.load_causal_lm(path, dtype=self.dtype).to(self.device).eval()
         stops = tuple(end_ids(tokenizer, model.generation_config, f"--model {name}"))
         self.rewards.load(self.device)
-        backend, size = self._backend(path, tokenizer), self.decoding.per_device_generation_batch_size
+        decoding, size = self.decoding, self.decoding.per_device_generation_batch_size
+        length = decoding.max_prompt_seq_len + decoding.max_answer_seq_len
+        options = VllmOptions(decoding.vllm_python, path, path, self.dtype, size, length)
+        # vLLM is started for each model anew, as they may be of different families
+        backend = started_backend(decoding.rollout_engine, options, tokenizer, self.device, together=False)
         bar = progress_bar(len(mine), f"answers of {name}")
         for start in range(0, len(mine), size):
             batch = mine[start : start + size]
@@ -172,19 +174,6 @@ class Answering:
             )  # fmt: skip
             bar.update(len(batch))
         bar.close()
-
-    def _backend(self, path: str, tokenizer: Any) -> RolloutBackend:
-        """What decodes; vLLM is started for each model anew, as they may be of different families."""
-        decoding = self.decoding
-        if decoding.rollout_engine != "vllm":
-            return rollout_backend(decoding.rollout_engine)
-        length = decoding.max_prompt_seq_len + decoding.max_answer_seq_len
-        options = VllmOptions(
-            find_vllm(decoding.vllm_python), path, path, self.dtype, decoding.per_device_generation_batch_size, length
-        )
-        backend = VllmBackend(options, tokenizer, together=False)
-        backend.start(self.device)
-        return backend
 
     def _encoded(self, name: str, path: str, tokenizer: Any) -> list[list[int]]:
         """Every prompt's tokens in the model's own template."""

@@ -24,7 +24,7 @@ from typing import Any
 from training.step3_rlhf_finetuning import arguments as rlhf_arguments
 from training.utils import arguments
 from training.utils.errors import UserError, run_program
-from training.utils.generation.vllm_python import check_vllm, find_vllm
+from training.utils.generation.vllm_python import check_vllm
 from training.utils.run.folders import is_finished, step_folder
 from training.utils.run.runtime import prepare_runtime
 
@@ -114,10 +114,9 @@ from training.step3_rlhf_finetuning.roles import build_rewards  # noqa: E402
 from training.utils import evaluation_programs, intervals  # noqa: E402
 from training.utils.data import prepare_data, spread_rows, stop_token_ids  # noqa: E402
 from training.utils.engine import precision  # noqa: E402
-from training.utils.generation.engines import rollout_backend  # noqa: E402
 from training.utils.generation.rollouts import RolloutBackend  # noqa: E402
 from training.utils.generation.sampling import SamplingConfig  # noqa: E402
-from training.utils.generation.vllm import VllmBackend, VllmOptions  # noqa: E402
+from training.utils.generation.vllm import VllmBackend, VllmOptions, started_backend  # noqa: E402
 from training.utils.metrics import progress_bar  # noqa: E402
 from training.utils.model import classifiers, loading  # noqa: E402
 from training.utils.model.limits import check_length  # noqa: E402
@@ -265,28 +264,6 @@ class Evaluator:
                 self.device,
                 contextlib.nullcontext(reference) if reference is not None else None,
             )
-
-
-def chosen_backend(
-    step: StepArguments, model: str, tokenizer: Any, dtype: str, rows: int, length: int, device: torch.device
-) -> RolloutBackend:
-    """What decodes; vLLM serves all models, whose architecture is one.
-
-    Args:
-        step: the flags.
-        model, tokenizer: the SFT model, and the tokenizer of all.
-        dtype: of the models.
-        rows: decoded together. length: longest prompt plus answer, in tokens.
-        device: this rank's.
-
-    Raises:
-        UserError: this vLLM can not serve the model.
-    """
-    if step.rollout_engine != "vllm":
-        return rollout_backend(step.rollout_engine)
-    backend = VllmBackend(VllmOptions(find_vllm(step.vllm_python), model, model, dtype, rows, length), tokenizer)
-    backend.start(device)
-    return backend
 
 
 def judged_by(
@@ -457,7 +434,8 @@ def main(argv: Sequence[str]) -> int:
     prompts = PromptSet(rows, tokenizer, tuple(stop_token_ids(tokenizer)), seed)
     asked = spread_rows(len(rows), args.max_prompts or len(rows))
     rows_together, whole = args.per_device_eval_batch_size, rollout.max_prompt_seq_len + longest
-    backend = chosen_backend(step, sources.sft, tokenizer, args.dtype, rows_together, whole, device)
+    options = VllmOptions(step.vllm_python, sources.sft, sources.sft, args.dtype, rows_together, whole)
+    backend = started_backend(step.rollout_engine, options, tokenizer, device)  # vLLM serves all models alike
     evaluator = Evaluator(prompts, asked, sampling, rows_together, args.dtype, device, backend)
     rewards = build_rewards(
         reward, sources.functions, pad_token_id=tokenizer.pad_token_id, dtype=args.dtype, device=device

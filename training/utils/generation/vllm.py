@@ -28,10 +28,11 @@ import torch
 from torch import Tensor, nn
 
 from training.utils.errors import UserError
-from training.utils.generation.engines import FastBackend
-from training.utils.generation.rollouts import RolloutBatch, RolloutRequest, RolloutsLost, assemble
+from training.utils.generation.engines import FastBackend, rollout_backend
+from training.utils.generation.rollouts import RolloutBackend, RolloutBatch, RolloutRequest, RolloutsLost, assemble
 from training.utils.generation.sampling import SamplingConfig, row_keys
 from training.utils.generation.vllm_process import Worker
+from training.utils.generation.vllm_python import find_vllm
 from training.utils.memory.generation import cache_bytes, cache_share, key_heads
 from training.utils.model.export import plain_weights, tied_names, unwrap
 from training.utils.model.forward import response_log_probs, without_adapters
@@ -297,6 +298,27 @@ class VllmBackend:
                 )
 
         self._on_all(compare)
+
+
+def started_backend(
+    name: str, options: VllmOptions, tokenizer: Any, device: torch.device, *, together: bool = True
+) -> RolloutBackend:
+    """The backend of a program that trains nothing, ready to decode.
+
+    Args:
+        name: ``hf``, ``fast`` or ``vllm``.
+        options: of vLLM; ``python`` as the flag ``--vllm_python`` has it.
+        tokenizer, together: see `VllmBackend`.
+        device: this rank's.
+
+    Raises:
+        UserError: no vLLM there, or one that can not serve the model.
+    """
+    if name != "vllm":
+        return rollout_backend(name)
+    backend = VllmBackend(replace(options, python=find_vllm(options.python)), tokenizer, together=together)
+    backend.start(device)
+    return backend
 
 
 def _weights(model: Any) -> Iterator[tuple[str, Tensor]]:
