@@ -63,21 +63,6 @@ class ServeArguments:
     )
 
 
-def check_kind(path: str) -> None:
-    """See that a folder's model answers in text.
-
-    Raises:
-        UserError: it is a reward model or another classifier, or a LoRA adapter without its base.
-    """
-    from transformers import AutoConfig
-
-    from training.utils.model.loading import remote_code
-
-    kinds = AutoConfig.from_pretrained(path, **remote_code()).architectures or [""]
-    if kinds[0].endswith("Classification"):
-        raise UserError(f"--path {path}: {kinds[0]} gives scores, not text; name step 1's, DPO's or step 3's model")
-
-
 def refusal(body: dict[str, Any], needed: str) -> str:
     """Why a request is not served, empty if it is: what the server would leave unheard, or fail at.
 
@@ -321,11 +306,10 @@ def main(argv: Sequence[str]) -> int:
 
     from training.utils.engine.precision import for_device
     from training.utils.engine.zero_config import DTYPES
-    from training.utils.model.loading import resolve_model
+    from training.utils.model.loading import resolve_policy
     from training.utils.model.tokenizer import load_tokenizer
 
-    model = resolve_model(path, "--path")
-    check_kind(model)
+    model = resolve_policy(path, "--path")
     dtype, line = for_device(given.dtype, torch.device("cuda:0" if torch.cuda.is_available() else "cpu"))
     if line:
         print(line)

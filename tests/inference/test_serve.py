@@ -276,7 +276,7 @@ def test_bad_input_is_one_line(chat_folders, free_port, monkeypatch, capsys, tmp
     pytest.importorskip("openai")
     port = ("--port", str(free_port))
     assert "no such" in refused(capsys, "--path", str(tmp_path / "none"), *port)
-    assert "gives scores, not text" in refused(capsys, "--path", str(chat_folders["reward"]), *port)
+    assert "writes no answers" in refused(capsys, "--path", str(chat_folders["reward"]), *port)
     assert "--path" in refused(capsys, "--path", str(chat_folders["adapter"]), *port)
     marked = shutil.copytree(chat_folders["sft"], tmp_path / "sft@2")
     assert "a revision: rename it" in refused(capsys, "--path", str(marked), *port)
