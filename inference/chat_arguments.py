@@ -12,9 +12,7 @@ from training.utils.arguments import AUTO, PRECISIONS, flag
 from training.utils.errors import UserError
 from training.utils.run.demo import EMBEDDED
 from training.utils.run.folders import is_finished, latest_output, runs_newest_first, tuned_models
-from training.utils.run.inputs import check_flag, check_model_path, without_bitsandbytes
-
-ADAPTER_CONFIG = "adapter_config.json"
+from training.utils.run.inputs import ADAPTER, check_flag, check_model_path, without_bitsandbytes
 
 
 @dataclass
@@ -93,15 +91,15 @@ def adapter_base(path: str, flag: str) -> str:
         UserError: the adapter is damaged, or of another kind; names ``flag``.
     """
     folder = Path(path).expanduser()
-    if not (folder / ADAPTER_CONFIG).is_file() or (folder / "config.json").is_file():
+    if not (folder / ADAPTER).is_file() or (folder / "config.json").is_file():
         return ""
     try:
-        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        config = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
         base, virtual = config["base_model_name_or_path"], "num_virtual_tokens" in config
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{flag} {path}: {ADAPTER_CONFIG} is damaged ({type(error).__name__})") from error
+        raise UserError(f"{flag} {path}: {ADAPTER} is damaged ({type(error).__name__})") from error
     if not isinstance(base, str) or not base:
-        raise UserError(f"{flag} {path}: {ADAPTER_CONFIG} does not name the base model")
+        raise UserError(f"{flag} {path}: {ADAPTER} does not name the base model")
     if virtual:
         raise UserError(f"{flag} {path}: an adapter of virtual tokens; adapters of weights are read here, such as LoRA")
     if not any(folder.glob("adapter_model.*")):

@@ -7,7 +7,6 @@ same folder twice. `load_chat_models` is the whole interface; the terminal chat 
 from __future__ import annotations
 
 import contextlib
-import logging
 import sys
 import threading
 import time
@@ -19,19 +18,15 @@ from typing import Any
 
 import torch
 from chat_arguments import LoadArguments, adapter_base
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
+from training.utils.engine import four_bit
 from training.utils.engine.precision import for_device
 from training.utils.engine.zero_config import DTYPES
 from training.utils.errors import UserError
-from training.utils.model.loading import check_sizes, remote_code, resolve_policy
+from training.utils.model.loading import UNREADABLE, check_sizes, remote_code, resolve_policy
 from training.utils.model.tokenizer import end_ids, load_tokenizer
-from training.utils.run.inputs import without_bitsandbytes
-
-# What a damaged or foreign folder makes transformers, PEFT and safetensors raise while they load.
-LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, SafetensorError)
 
 
 @dataclass
@@ -130,12 +125,7 @@ def _check_options(arguments: LoadArguments) -> None:
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             raise UserError(f"--device_map {arguments.device_map}: this machine has {torch.cuda.device_count()} GPUs")
     if arguments.quantize != "none":
-        # it logs its way of working on a CPU (a cast, an optional kernel) at its import and once per layer and token
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-        try:
-            import bitsandbytes  # noqa: F401  transformers imports it much later, after the download
-        except ImportError as error:
-            raise UserError(without_bitsandbytes("--quantize")) from error
+        four_bit.check_installed("--quantize")
 
 
 def _resolve(path: str) -> tuple[str, str | None]:
@@ -178,7 +168,7 @@ def _load_weights(base: str, arguments: LoadArguments) -> Any:
         return (model if "device_map" in options else model.to(device)).eval().requires_grad_(False)
     except torch.cuda.OutOfMemoryError as error:
         raise UserError(f"{base} does not fit on {device}; try --quantize int8, int4 or --device_map auto") from error
-    except LOAD_ERRORS as error:
+    except UNREADABLE as error:
         raise UserError(f"--path {base}: the model can not be loaded: {_first_line(error)}") from error
 
 
@@ -197,7 +187,7 @@ def _attach(weights: Weights, folder: str) -> str:
                 weights.model = PeftModel(weights.model, PeftConfig.from_pretrained(folder), adapter_name=name)
             device = str(weights.model.get_input_embeddings().weight.device)
             result = weights.model.load_adapter(folder, adapter_name=name, torch_device=device)
-    except LOAD_ERRORS as error:
+    except UNREADABLE as error:
         raise UserError(f"--path {folder}: the adapter can not be loaded: {_first_line(error)}") from error
     if result.missing_keys:
         raise UserError(f"--path {folder}: the adapter lacks weights, {result.missing_keys[0]} among them")
@@ -218,7 +208,7 @@ def _chat_model(
     if own is not None and (own / "generation_config.json").is_file():
         try:
             generation = GenerationConfig.from_pretrained(str(own))
-        except LOAD_ERRORS as error:
+        except UNREADABLE as error:
             raise UserError(f"--path {own}: generation_config.json is damaged: {_first_line(error)}") from error
     stops = end_ids(tokenizer, generation, f"--path {own or base}")
     config = weights.model.config.get_text_config()

@@ -26,18 +26,18 @@ from training.utils.run.inputs import without_bitsandbytes
 BLOCK, SCALE_BLOCK = 64, 256  # weights to a scale, scales to a scale of theirs: bitsandbytes' and the paper's
 
 
-def check_installed() -> None:
-    """Refuse to go on without bitsandbytes.
+def check_installed(flag: str = "--base_bits 4") -> None:
+    """Refuse to go on without bitsandbytes, which ``flag`` needs; transformers imports it only after the download.
 
     Raises:
         UserError: says how to install it.
     """
-    # it logs its way of working on a CPU (a cast, an optional kernel) at its import and once per layer and call
+    # it logs its way of working on a CPU (a cast, an optional kernel) at its import and once per layer and token
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
-        raise UserError(without_bitsandbytes("--base_bits 4")) from error
+        raise UserError(without_bitsandbytes(flag)) from error
 
 
 def loading_options(dtype: str, ds_config: Mapping[str, Any] | None) -> dict[str, Any]:
