@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from training.step2_reward_model_finetuning.evaluate import judged_pairs
-from training.utils.preferences import Pair, judge, length_bucket
+from training.step2_reward_model_finetuning.pairs import held_out_rewards
+from training.utils.preferences import Pair, judge, length_bucket, pairs_of
 
 PAIRS = [
     Pair(0, "a", 1.0, 0.0, 10, 5),
@@ -59,7 +59,7 @@ def test_pairs_come_back_in_the_order_of_the_dataset():
             for n in (9, 2, 5, 7)
         ]
     )
-    pairs = judged_pairs(LastToken(), rows, 3, 0, torch.device("cpu"))
+    pairs = pairs_of(rows, held_out_rewards(LastToken(), rows, 3, 0, torch.device("cpu")))
     assert [(p.row, p.source, p.chosen, p.rejected) for p in pairs] == [
         (0, "s9", 59, 19),
         (1, "s2", 52, 12),

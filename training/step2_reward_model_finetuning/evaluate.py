@@ -32,9 +32,7 @@ if __name__ == "__main__":
     arguments.answer_early(parse_flags)
 prepare_runtime()
 
-import torch  # noqa: E402  threads and PATH must be set before
-
-from training.step2_reward_model_finetuning import main as step2  # noqa: E402
+from training.step2_reward_model_finetuning import main as step2  # noqa: E402  threads and PATH must be set before
 from training.step2_reward_model_finetuning.pairs import held_out_rewards  # noqa: E402
 from training.utils import evaluation_programs  # noqa: E402
 from training.utils.data import prepare_data, rankings_of  # noqa: E402
@@ -45,17 +43,9 @@ from training.utils.model.forward import answer_rewards  # noqa: E402
 from training.utils.model.limits import check_length  # noqa: E402
 from training.utils.model.reward_stats import RewardStats  # noqa: E402
 from training.utils.model.tokenizer import load_tokenizer  # noqa: E402
-from training.utils.preferences import Pair, judge, pairs_of, tell, worst_of  # noqa: E402
+from training.utils.preferences import judge, pairs_of, tell, worst_of  # noqa: E402
 from training.utils.run.distributed import init_distributed  # noqa: E402
-from training.utils.sharing.rows import Sharing  # noqa: E402
 from training.utils.sharing.trial import find_sharing  # noqa: E402
-
-
-def judged_pairs(
-    scorer: Any, rows: Any, batch_size: int, pad_id: int, device: torch.device, sharing: Sharing | None = None
-) -> list[Pair]:
-    """Score every held-out pair, see `held_out_rewards`; in the order of the dataset."""
-    return pairs_of(rows, held_out_rewards(scorer, rows, batch_size, pad_id, device, sharing))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -73,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
     pad_id = tokenizer.pad_token_id
     scorer = load_frozen_scorer(str(folder), dtype=args.dtype, pad_token_id=pad_id, device=device)
     sharing = find_sharing(scorer, answer_rewards, pad_id)
-    pairs = judged_pairs(scorer, rows, args.per_device_eval_batch_size, pad_id, device, sharing)
+    pairs = pairs_of(rows, held_out_rewards(scorer, rows, args.per_device_eval_batch_size, pad_id, device, sharing))
     found = judge(pairs)
     worst = worst_of(pairs, rows, tokenizer)
     extremes = [pairs[mine.start] for mine in rankings_of(rows)]  # of a ranking its best answer and its worst
