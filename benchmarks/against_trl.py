@@ -45,7 +45,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, flags_of, row_of, spread, write_figures
+from common import ROOT, flags_of, head_of, row_of, spread, write_figures
 
 STEP3 = ROOT / "training" / "step3_rlhf_finetuning" / "main.py"
 DEMO = ROOT / "training" / "data" / "demo"
@@ -421,11 +421,8 @@ def train_long(arguments: argparse.Namespace, folder: Path) -> dict[str, dict[st
 
 def table(rounds: Sequence[dict[str, dict[str, Any]]]) -> str:
     """Medians over the timed iterations of all rounds as Markdown; the range is that of the rounds' medians."""
-    lines = [
-        "| trainer | s per iteration | lowest - highest | generate | score | train | response tokens/s "
-        "| tokens per answer | peak memory, GiB | time against Tripod |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    measures = ("response tokens/s", "tokens per answer", "peak memory, GiB", "time against Tripod")
+    lines = [head_of("trainer", "s per iteration", "lowest - highest", *PHASES, *measures)]
     for name in rounds[0]:
         runs = [round_[name] for round_ in rounds]
         every = [i for result in runs for i in timed_iterations(result)]
@@ -450,11 +447,10 @@ def long_table(arguments: argparse.Namespace, figures: dict[str, dict[str, Any]]
     lines = [
         f"After {arguments.iterations_long} iterations, one run each: the check of the answers to "
         f"{arguments.held_out} held-out prompts.\n",
-        "| model | check, greedy | check, sampled | tokens per answer, sampled |",
-        "|---|---|---|---|",
+        head_of("model", "check, greedy", "check, sampled", "tokens per answer, sampled"),
     ]
     for name, f in figures.items():
-        lines.append(f"| {name} | {f['greedy']:.3f} | {f['sampled']:.3f} | {f['sampled_tokens']:.1f} |")
+        lines.append(row_of(name, f"{f['greedy']:.3f}", f"{f['sampled']:.3f}", f"{f['sampled_tokens']:.1f}"))
     return "\n".join(lines)
 
 

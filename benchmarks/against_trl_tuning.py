@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from against_trl import ADAM_BETA2, ALWAYS, MAX_GRAD_NORM, run, versions_of
-from common import ROOT, row_of, spread, write_figures
+from common import ROOT, head_of, row_of, spread, write_figures
 
 LEARNING_RATE, LONGEST, WAIT = 1e-5, 512, 0.02
 PROGRAMS = {1: "step1_supervised_finetuning", 2: "step2_reward_model_finetuning"}
@@ -190,11 +190,9 @@ def train_with_trl(settings: dict[str, Any]) -> None:
 
 def table(step: int, rounds: Sequence[dict[str, dict[str, Any]]]) -> str:
     """Medians over the rounds as Markdown, and ratios within rounds: how many times as fast Tripod is."""
-    lines = [
-        f"| trainer | tokens/s | {UNIT[step]}/s | tokens per processor second | peak memory, GiB "
-        "| Tripod against it, wall | the same, processor time | memory |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    compared = ("Tripod against it, wall", "the same, processor time", "memory")
+    figures = ("tokens/s", f"{UNIT[step]}/s", "tokens per processor second", "peak memory, GiB")
+    lines = [head_of("trainer", *figures, *compared)]
     for name in rounds[0]:
         runs = [round_[name] for round_ in rounds]
         cells = [name, f"{statistics.median(r['tokens'] / r['wall'] for r in runs):.0f}"]

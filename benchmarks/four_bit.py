@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import flags_of
+from common import flags_of, head_of, row_of
 
 from training.step3_rlhf_finetuning.hybrid_engine import HybridEngine, make_twin
 from training.utils.arguments import LoraArguments
@@ -137,8 +137,8 @@ def main(argv: Sequence[str]) -> int:
             runs.append(json.loads(result.stdout.splitlines()[-1]))
             print(bits, runs[-1], flush=True)
     mean = {bits: {k: statistics.fmean(r[k] for r in runs) for k in runs[0]} for bits, runs in found.items()}
-    rows = f"\n| {options.dtype}, {options.rows} rows of {options.length} | LoRA | 4-bit base | of LoRA's |"
-    print(f"{rows}\n|---|---|---|---|")
+    rows = f"{options.dtype}, {options.rows} rows of {options.length}"
+    print("\n" + head_of(rows, "LoRA", "4-bit base", "of LoRA's"))
     for key, name in (
         ("weights", "weights, MiB"),
         ("load", "peak while loading, MiB"),
@@ -146,7 +146,7 @@ def main(argv: Sequence[str]) -> int:
         ("step", "training, ms per token"),
         ("decode", "decoding, ms per token"),
     ):
-        print(f"| {name} | {mean[0][key]:,.1f} | {mean[4][key]:,.1f} | {mean[4][key] / mean[0][key]:.2f} |")
+        print(row_of(name, f"{mean[0][key]:,.1f}", f"{mean[4][key]:,.1f}", f"{mean[4][key] / mean[0][key]:.2f}"))
     return 0
 
 

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from common import flags_of, head_of, spread
+from common import flags_of, head_of, row_of, spread
 from torch import nn
 
 from training.utils.memory.live import LiveMemory
@@ -94,8 +94,7 @@ def main(argv: Sequence[str]) -> None:
                         kept.append(taken)
     print(head_of("way", "positions", "forward, ms a token", "backward, ms a token", "tensors alive, of the logits"))
     for (way, length), both in found.items():
-        cells = [spread(part) for part in both]
-        print(f"| {way} | {length:,} | {' | '.join(cells)} | {peak(model, way, length):.2f} |")
+        print(row_of(way, f"{length:,}", *map(spread, both), f"{peak(model, way, length):.2f}"))
 
 
 if __name__ == "__main__":

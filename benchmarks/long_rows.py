@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, flags_of, head_of, write_figures
+from common import ROOT, flags_of, head_of, row_of, write_figures
 
 from training.utils.run.files import new_file
 
@@ -90,8 +90,8 @@ def main(argv: list[str]) -> int:
         print(head_of(f"rows of {arguments.tokens:,} tokens", "GiB of a rank", "processor s", "loss", "gradient norm"))
         for number, (way, flags) in enumerate(WAYS.items()):
             found[way] = row = measure(Path(name), arguments.tokens, number, flags)
-            figures = f"{row['GiB']:.2f} | {row['seconds']:.0f} | {row['loss']:.6f} | {row['norm']:.6f}"
-            print(f"| {way} | {figures} |", flush=True)
+            figures = f"{row['GiB']:.2f}", f"{row['seconds']:.0f}", f"{row['loss']:.6f}", f"{row['norm']:.6f}"
+            print(row_of(way, *figures), flush=True)
     write_figures(arguments.json, found)
     return 0
 

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from common import TRIMMING, flags_of, number_of, write_figures
+from common import TRIMMING, flags_of, head_of, number_of, row_of, write_figures
 
 from training.utils.run.files import new_file
 
@@ -148,12 +148,12 @@ def main(argv: Sequence[str]) -> None:
         print(f"{what}: {peaks[name]:,.0f} MiB", file=sys.stderr, flush=True)
     print(
         f"{arguments.model_name_or_path}, {arguments.dtype}, {arguments.rows} rows of {arguments.prompt} prompt and "
-        f"{arguments.response} response tokens, one rank, ZeRO 0; peak memory above what the process held before.\n\n"
-        "| | MiB | of the first |\n|---|---|---|"
+        f"{arguments.response} response tokens, one rank, ZeRO 0; peak memory above what the process held before.\n"
     )
+    print(head_of("", "MiB", "of the first"))
     for first, second in (("full", "lora"), ("all", "responses")):
         for name in (first, second):
-            print(f"| {VARIANTS[name][0]} | {peaks[name]:,.0f} | {peaks[name] / peaks[first]:.0%} |")
+            print(row_of(VARIANTS[name][0], f"{peaks[name]:,.0f}", f"{peaks[name] / peaks[first]:.0%}"))
     write_figures(arguments.json, {"arguments": vars(arguments), "peak_mib": peaks})
 
 

@@ -18,7 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common import ROOT, TRIMMING, flags_of, head_of, number_of
+from common import ROOT, TRIMMING, flags_of, head_of, number_of, row_of
 
 REWARD = "reward"
 PROGRAMS = {
@@ -172,7 +172,7 @@ def main() -> None:
         for stage in [0] if args.recipe else args.zero_stage:
             sizes = {"length": args.length, "batch": args.batch, "dtype": args.dtype, "recipe": args.recipe}
             planned, measured = compare(step, stage, model, default_allocator=args.default_allocator, **sizes)
-            print(f"| {step} | {stage} | {planned:,.0f} | {measured:,.0f} | {planned / measured:.2f} |", flush=True)
+            print(row_of(step, stage, f"{planned:,.0f}", f"{measured:,.0f}", f"{planned / measured:.2f}"), flush=True)
 
 
 if __name__ == "__main__":

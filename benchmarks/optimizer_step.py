@@ -23,7 +23,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from common import flags_of, head_of, write_figures
+from common import flags_of, head_of, row_of, write_figures
 
 from training.utils.run.files import new_file
 
@@ -109,7 +109,7 @@ def main(argv: Sequence[str]) -> None:
         steps, passes, peaks = ([run[key] for run in runs] for key in ("step", "pass", "peak_mib"))
         spread = f"{min(steps):.2f} - {max(steps):.2f}"
         middle = [statistics.median(values) for values in (steps, passes, peaks)]
-        print(f"| {name} | {middle[0]:.2f} | {spread} | {middle[1]:.2f} | {middle[2]:,.0f} |")
+        print(row_of(name, f"{middle[0]:.2f}", spread, f"{middle[1]:.2f}", f"{middle[2]:,.0f}"))
     write_figures(arguments.json, {"arguments": vars(arguments), "runs": found})
 
 

@@ -19,6 +19,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from common import head_of, row_of
 from matplotlib.axes import Axes
 
 from training.step3_rlhf_finetuning.comparison import kl_to_reach
@@ -47,11 +48,11 @@ def read_points(run: Path) -> tuple[list[Point], list[Point], dict[str, Point]]:
 
 def kl_table(curve: Sequence[Point], models: dict[str, Point]) -> list[str]:
     """A Markdown table: for each best-of-n its reward, its KL, and the KL at which the curve reaches the reward."""
-    lines = ["| best-of-n of the SFT model | reward | its KL | KL at which PPO reaches it |", "|---|---|---|---|"]
+    lines = [head_of("best-of-n of the SFT model", "reward", "its KL", "KL at which PPO reaches it")]
     for name, (kl, reward) in models.items():
         if name.startswith("best of"):
             reached = kl_to_reach(curve, reward)
-            lines.append(f"| {name} | {reward:.3f} | {kl:.2f} | {'never' if reached is None else f'{reached:.2f}'} |")
+            lines.append(row_of(name, f"{reward:.3f}", f"{kl:.2f}", "never" if reached is None else f"{reached:.2f}"))
     return lines
 
 

@@ -26,7 +26,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import ROOT, flags_of, write_figures
+from common import ROOT, flags_of, head_of, row_of, write_figures
 
 from training.utils.arguments import PRECISIONS
 from training.utils.data import render, stop_token_ids
@@ -151,10 +151,8 @@ def profile_shares(engine: Engine, request: RolloutRequest, sampling: SamplingCo
 
 def profile_table(shares: dict[str, dict[str, float]]) -> str:
     """The shares of each engine as Markdown."""
-    lines = ["| operator time | " + " | ".join(KINDS) + " |", "|---" * (len(KINDS) + 1) + "|"]
-    for name, row in shares.items():
-        lines.append(f"| {name} | " + " | ".join(f"{row[kind]:.0%}" for kind in KINDS) + " |")
-    return "\n".join(lines)
+    lines = [row_of(name, *(f"{row[kind]:.0%}" for kind in KINDS)) for name, row in shares.items()]
+    return "\n".join([head_of("operator time", *KINDS), *lines])
 
 
 def measure(
@@ -229,17 +227,21 @@ def length_summary(rows: list[dict[str, Any]]) -> str:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown."""
+    names = ("engine", "useful tokens/s", "lowest - highest", "against hf", "s per round", "of memory bound",
+             "of arithmetic")  # fmt: skip
     lines = [
-        "| engine | useful tokens/s | lowest - highest | against hf | s per round | of memory bound | of arithmetic |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        lines.append(
-            f"| {row['engine']} | {row['tokens_per_second']:.0f} | {row['lowest']:.0f} - {row['highest']:.0f} "
-            f"| {row['ratio_to_hf']:.2f}x | {row['seconds']:.2f} | {row['share_of_memory_bound']:.0%} "
-            f"| {row['share_of_arithmetic_bound']:.0%} |"
+        row_of(
+            row["engine"],
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['lowest']:.0f} - {row['highest']:.0f}",
+            f"{row['ratio_to_hf']:.2f}x",
+            f"{row['seconds']:.2f}",
+            f"{row['share_of_memory_bound']:.0%}",
+            f"{row['share_of_arithmetic_bound']:.0%}",
         )
-    return "\n".join(lines)
+        for row in rows
+    ]
+    return "\n".join([head_of(*names), *lines])
 
 
 def main(argv: Sequence[str]) -> int:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common import flags_of, head_of
+from common import flags_of, head_of, row_of
 
 WIDTH = 2  # bytes of a weight and of a gradient that is reduced, in bf16
 STATES = 12  # bytes of a trained weight's fp32 master and two moments
@@ -284,8 +284,8 @@ def show(case: Case, machine: Machine, scratch: Path) -> None:
     names = ("held, GiB", "training, scoring, saving", "generation", "states at rest", "through hooks")
     print(head_of("ZeRO", *names, f"in {free:g} GiB"))
     for setting, need in needs.items():
-        cells = " | ".join(f"{need[name]:.1f}" for name in ("held", "peak", "generation", "rested", "hooked"))
-        print(f"| {told(*setting)} | {cells} | {verdict(need, free)} |")
+        cells = [f"{need[name]:.1f}" for name in ("held", "peak", "generation", "rested", "hooked")]
+        print(row_of(told(*setting), *cells, verdict(need, free)))
     if not case.zero_stage:
         fit = [setting for setting, need in needs.items() if verdict(need, free) != NOT]
         if not fit:
@@ -309,8 +309,8 @@ def show_phases(case: Case, found: list[Phase]) -> None:
     print(head_of("phase", "computing, s", "moved, GB", "moving, s", "at least, s", "share"))
     for p in found:
         longer = max(p.compute, p.moving)
-        cells = f"{p.compute:.2f} | {p.moved / GB:.1f} | {p.moving:.2f} | {longer:.2f} | {longer / least:.0%}"
-        print(f"| {p.name} | {cells} |")
+        cells = f"{p.compute:.2f}", f"{p.moved / GB:.1f}", f"{p.moving:.2f}", f"{longer:.2f}", f"{longer / least:.0%}"
+        print(row_of(p.name, *cells))
     answers = case.rows * case.gpus
     print(
         f"\nAn iteration of {answers} responses takes {least:.1f} s if moving hides behind computing, {most:.1f} s if "

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from common import flags_of, head_of, spread
+from common import flags_of, head_of, row_of, spread
 
 from training.utils.run.runtime import prepare_runtime
 
@@ -127,7 +127,7 @@ def main(argv: Sequence[str]) -> None:
     print(head_of("forwarded", "tokens", "processor s", "times as fast"))
     for name, (_, tokens) in all_ways.items():
         ratios = [a / b for a, b in zip(first, times[name], strict=True)]
-        print(f"| {name} | {sum(map(tokens, pieces))} | {statistics.median(times[name]):.1f} | {spread(ratios)} |")
+        print(row_of(name, sum(map(tokens, pieces)), f"{statistics.median(times[name]):.1f}", spread(ratios)))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from common import flags_of, head_of, spread
+from common import flags_of, head_of, row_of, spread
 
 from training.utils.model.forward import TokenScorer
 from training.utils.run.runtime import prepare_runtime
@@ -143,7 +143,7 @@ def main(argv: Sequence[str]) -> None:
                 for way, ratios in zip(ways, times * (len(ways) // len(times)), strict=True):
                     told = spread(ratios) if ratios else ""
                     cells += [f"{token_share(batches, kind, pad_id, way):.0%}", told]
-                print(f"| {kind}, {source} | {size} | {' | '.join(cells)} |", flush=True)
+                print(row_of(f"{kind}, {source}", size, *cells), flush=True)
 
 
 if __name__ == "__main__":
