@@ -45,7 +45,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, flags_of, head_of, row_of, spread, write_figures
+from common import ROOT, argv_of, flags_of, head_of, json_lines, memory_of, row_of, spread, write_figures
 
 STEP3 = ROOT / "training" / "step3_rlhf_finetuning" / "main.py"
 DEMO = ROOT / "training" / "data" / "demo"
@@ -68,7 +68,6 @@ TRL = {
 }
 POLL = 0.1  # seconds between two looks at a process's peak memory
 EVALUATION_BATCH = 32
-GIB = 2**20  # in KiB
 
 # Printed below the tables; read from the sources of this checkout and of TRL 1.16
 EQUAL = """
@@ -149,15 +148,6 @@ def environment(threads: int) -> dict[str, str]:
     return os.environ | quiet | {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
 
 
-def resident_peak(pid: int) -> float:
-    """The highest resident memory of a process in GiB since it was last reset, 0 if it has ended."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return 0.0
-    return next((int(line.split()[1]) / GIB for line in lines if line.startswith("VmHWM:")), 0.0)
-
-
 def run(
     command: Sequence[str], threads: int, log: Path, poll: float = POLL, look: Callable[[int], None] = lambda pid: None
 ) -> float:
@@ -169,7 +159,7 @@ def run(
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment(threads))
         while process.poll() is None:
-            peak = max(peak, resident_peak(process.pid))
+            peak = max(peak, memory_of("VmHWM", process.pid) / 2**30)
             look(process.pid)
             time.sleep(poll)
     if process.returncode:
@@ -209,18 +199,16 @@ def run_tripod(arguments: argparse.Namespace, folder: Path, iterations: int, see
         "save_every": 0,
         "report_to": "none",
     }
-    command = [sys.executable, str(STEP3), "--no-normalize_reward"]
-    command += [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+    command = [sys.executable, str(STEP3), "--no-normalize_reward", *argv_of(flags)]
     command += ["--trace", *map(str, range(1, iterations + 1))]
     peak = run(command, arguments.threads, folder.with_suffix(".log"))
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     measured = [
         iteration({phase: r[f"time/{phase}"] for phase in PHASES}, int(r["rollout/tokens"]), r[f"source/{CHECK.stem}"])
-        for r in records
+        for r in json_lines(folder / "metrics.jsonl")
         if "time/train" in r
     ]
     traces = [folder / "trace" / f"iteration-{number:06d}.jsonl" for number in range(1, iterations + 1)]
-    answers = [[json.loads(line)["prompt"] for line in trace.read_text().strip().split("\n")] for trace in traces]
+    answers = [[line["prompt"] for line in json_lines(trace)] for trace in traces]
     return {"peak": peak, "iterations": measured, "prompts": [prompts[::SAMPLES] for prompts in answers]}
 
 
@@ -381,8 +369,7 @@ def check_scores(arguments: argparse.Namespace, folder: Path) -> dict[str, float
 
     utils.logging.disable_progress_bar()
     torch.set_num_threads(arguments.threads)
-    rows = (DEMO / "held_out.jsonl").read_text(encoding="utf-8").splitlines()[: arguments.held_out]
-    prompts = [json.loads(row)["prompt"] for row in rows]
+    prompts = [row["prompt"] for row in json_lines(DEMO / "held_out.jsonl")[: arguments.held_out]]
     tokenizer = AutoTokenizer.from_pretrained(arguments.sft, padding_side="left")
     stop_ids = GenerationConfig.from_pretrained(arguments.sft).eos_token_id
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[arguments.dtype]).eval()

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from against_trl import ADAM_BETA2, ALWAYS, MAX_GRAD_NORM, run, versions_of
-from common import ROOT, head_of, row_of, spread, write_figures
+from common import ROOT, argv_of, head_of, json_lines, row_of, spread, write_figures
 
 LEARNING_RATE, LONGEST, WAIT = 1e-5, 512, 0.02
 PROGRAMS = {1: "step1_supervised_finetuning", 2: "step2_reward_model_finetuning"}
@@ -53,7 +53,7 @@ def measured(command: Sequence[str], threads: int, folder: Path) -> dict[str, An
         marks.extend([(time.perf_counter(), processor_seconds(pid))] * (done - len(marks)))
 
     peak = run(command, threads, folder.with_suffix(".log"), WAIT, look)
-    records = [record for line in file.read_text().splitlines() if "train/loss" in (record := json.loads(line))]
+    records = [record for record in json_lines(file) if "train/loss" in record]
     return {"peak": peak, "marks": marks, "records": records}
 
 
@@ -93,11 +93,7 @@ def tripod(arguments: argparse.Namespace, model: str, data: str, folder: Path, s
         "report_to": "none",
     }
     program = ROOT / "training" / PROGRAMS[arguments.step] / "main.py"
-    command = [
-        sys.executable,
-        str(program),
-        *(part for name, value in flags.items() for part in (f"--{name}", str(value))),
-    ]
+    command = [sys.executable, str(program), *argv_of(flags)]
     folder.mkdir()
     run = measured(command, arguments.threads, folder)
     asked = DataArguments(data_path=[data], eval_data_path=["demo:4"], data_output_path=str(cache))

@@ -9,7 +9,7 @@ import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,34 @@ def spread(values: Sequence[float], digits: int = 2, unit: str = "") -> str:
     """Median, and lowest to highest."""
     low, high = f"{min(values):,.{digits}f}", f"{max(values):,.{digits}f}"
     return f"{statistics.median(values):,.{digits}f}{unit} ({low} - {high})"
+
+
+def argv_of(flags: Mapping[str, Any]) -> list[str]:
+    """Flags by name as a program takes them."""
+    return [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+
+
+def json_lines(file: Path) -> list[dict[str, Any]]:
+    """The objects of a file that has one in each line."""
+    with file.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def memory_of(name: str, pid: int | str = "self") -> int:
+    """Bytes that Linux counts for a process: ``VmRSS``, or ``VmHWM``, the peak; 0 if it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:")), 0)
+
+
+def found_by(command: Sequence[str]) -> dict[str, float]:
+    """Run a program in a process of its own, and return its last line, which is JSON."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def number_of(command: Sequence[str], environment: dict[str, str], pattern: str) -> float:

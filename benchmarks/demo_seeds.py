@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, flags_of, head_of, row_of
+from common import ROOT, flags_of, head_of, json_lines, row_of
 
 from training.utils.data import spread_rows
 from training.utils.intervals import bootstrap_interval, half_ties, mean
@@ -54,8 +54,7 @@ def steps_row(seed: int, folder: Path) -> str:
 
 def answers_of(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's answers.jsonl, by row."""
-    lines = (folder / "step3" / "answers.jsonl").read_text(encoding="utf-8").strip().split("\n")
-    return sorted(map(json.loads, lines), key=lambda line: line["row"])
+    return sorted(json_lines(folder / "step3" / "answers.jsonl"), key=lambda line: line["row"])
 
 
 def interval(values: Sequence[float]) -> str:

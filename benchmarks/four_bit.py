@@ -14,16 +14,14 @@ import argparse
 import contextlib
 import json
 import statistics
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import flags_of, head_of, row_of
+from common import flags_of, found_by, head_of, memory_of, row_of
 
 from training.step3_rlhf_finetuning.hybrid_engine import HybridEngine, make_twin
 from training.utils.arguments import LoraArguments
@@ -45,8 +43,7 @@ def held() -> int:
     """Bytes that the process holds: resident memory, or what a GPU's allocator has given."""
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated()
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmRSS"))
+    return memory_of("VmRSS")
 
 
 @contextlib.contextmanager
@@ -132,9 +129,7 @@ def main(argv: Sequence[str]) -> int:
     found: dict[int, list[dict[str, float]]] = {0: [], 4: []}
     for _ in range(options.repeats):
         for bits, runs in found.items():
-            command = [sys.executable, __file__, *argv, "--bits", str(bits)]
-            result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            runs.append(json.loads(result.stdout.splitlines()[-1]))
+            runs.append(found_by([sys.executable, __file__, *argv, "--bits", str(bits)]))
             print(bits, runs[-1], flush=True)
     mean = {bits: {k: statistics.fmean(r[k] for r in runs) for k in runs[0]} for bits, runs in found.items()}
     rows = f"{options.dtype}, {options.rows} rows of {options.length}"

@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, flags_of, head_of, row_of, write_figures
+from common import ROOT, TRIMMING, flags_of, head_of, json_lines, row_of, write_figures
 
 from training.utils.run.files import new_file
 
@@ -62,19 +62,18 @@ def measure(folder: Path, tokens: int, number: int, flags: tuple[str, ...]) -> d
         *("--save_every", "0", *flags),
     ]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    environment = os.environ | TRIMMING
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=ROOT)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if result.returncode:
         raise SystemExit(f"{' '.join(command)}\n{(result.stdout + result.stderr)[-3000:]}")
     phases = json.loads((output / "summary.json").read_text())["phases"]
-    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    loss, norm = next((r["train/loss"], r["train/grad_norm"]) for r in records if "train/loss" in r)
+    step = next(record for record in json_lines(output / "metrics.jsonl") if "train/loss" in record)
     return {
         "GiB": phases["train"]["peak_gib"] - phases["load"]["peak_gib"],
         "seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
-        "loss": loss,
-        "norm": norm,
+        "loss": step["train/loss"],
+        "norm": step["train/grad_norm"],
     }
 
 

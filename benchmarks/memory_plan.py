@@ -18,7 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common import ROOT, TRIMMING, flags_of, head_of, number_of, row_of
+from common import ROOT, TRIMMING, flags_of, head_of, memory_of, number_of, row_of
 
 REWARD = "reward"
 PROGRAMS = {
@@ -100,28 +100,20 @@ def arguments_of_recipe(recipe: str, step: int, model: str, data: Path, dtype: s
     return ["--actor_model_name_or_path", model, *reward, *flags]
 
 
-def status(name: str) -> int:
-    """A figure of /proc/self/status, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status holds no {name}")
-
-
 def child(step: int, argv: list[str]) -> int:
     """Run a step in this process and print its peak."""
     program = importlib.import_module(PROGRAMS[step])
     from deepspeed.accelerator import get_accelerator
 
     accelerator = get_accelerator()
-    before = status("VmRSS")
+    before = memory_of("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
     code = program.main(argv)
     # the steps set the marks back at the end of each phase, and write the phases' peaks
     summary = json.loads((Path(argv[argv.index("--output_dir") + 1]) / "summary.json").read_text(encoding="utf-8"))
     peaks = [phase["peak_gib"] * 2**30 for phase in summary["phases"].values()]
     on_cpu = accelerator.device_name() == "cpu"
-    last = status("VmHWM") if on_cpu else accelerator.max_memory_allocated()
+    last = memory_of("VmHWM") if on_cpu else accelerator.max_memory_allocated()
     print(f"\nPEAK {int(max(last, *peaks)) - (before if on_cpu else 0)}", flush=True)
     return code
 

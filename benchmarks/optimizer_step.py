@@ -14,16 +14,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
-from common import flags_of, head_of, row_of, write_figures
+from common import flags_of, found_by, head_of, row_of, write_figures
 
 from training.utils.run.files import new_file
 
@@ -68,15 +66,6 @@ def child(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"pass": statistics.median(passes[1:]), "step": statistics.median(steps[1:]), "peak_mib": peak}
 
 
-def measure(argv: Sequence[str], weights: str, way: str) -> dict[str, float]:
-    """One way, in a process of its own."""
-    command = [sys.executable, __file__, *argv, "--weights", weights, "--way", way]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.rpartition("FOUND ")[2])
-
-
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read the flags."""
     parser = flags_of(__doc__)
@@ -97,13 +86,14 @@ def main(argv: Sequence[str]) -> None:
     """Measure all ways in turn and print the Markdown table."""
     arguments = parse(argv)
     if arguments.way:
-        print("FOUND", json.dumps(child(arguments)), flush=True)
+        print(json.dumps(child(arguments)))
         return
     found: dict[str, list[dict[str, float]]] = {}
     for _ in range(arguments.rounds):
         for weights in WEIGHTS:
             for way in WAYS:
-                found.setdefault(f"{weights}, {way}", []).append(measure(argv, weights, way))
+                command = [sys.executable, __file__, *argv, "--weights", weights, "--way", way]
+                found.setdefault(f"{weights}, {way}", []).append(found_by(command))
     print(head_of("weights, way", "step, s", "lowest - highest", "forward and backward, s", "peak memory, MiB"))
     for name, runs in found.items():
         steps, passes, peaks = ([run[key] for run in runs] for key in ("step", "pass", "peak_mib"))

@@ -19,7 +19,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from common import head_of, row_of
+from common import head_of, json_lines, row_of
 from matplotlib.axes import Axes
 
 from training.step3_rlhf_finetuning.comparison import kl_to_reach
@@ -37,7 +37,7 @@ def read_points(run: Path) -> tuple[list[Point], list[Point], dict[str, Point]]:
     metrics, evaluation = run / "step3" / "metrics.jsonl", run / "step3" / "evaluation.json"
     if not metrics.is_file():
         raise UserError(f"{metrics}: no such file; give the folder of a run that has finished step 3")
-    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    records = json_lines(metrics)
     held_out = [(r["eval/kl"], r["eval/reward"]) for r in records if "eval/kl" in r]
     rollouts = [(r["kl/per_sequence"], r["reward/mean"]) for r in records if "reward/mean" in r]
     if not evaluation.is_file():

@@ -5,7 +5,6 @@ python benchmarks/plot_run.py output/latest docs/images/curves.png
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from common import json_lines
 
 from training.utils.arguments import Parser
 from training.utils.errors import UserError, run_program
@@ -50,7 +50,7 @@ def draw(run: Path, picture: Path) -> None:
         file = run / step / "metrics.jsonl"
         if not file.is_file():
             raise UserError(f"{file}: no such file; a run of steps 1, 2 and 3 is drawn")
-        records = [json.loads(line) for line in file.read_text().splitlines()]
+        records = json_lines(file)
         for name, label in metrics.items():
             points = [(r["step"], r[name]) for r in records if name in r]
             held_out = name.startswith("eval/")

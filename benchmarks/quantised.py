@@ -8,14 +8,13 @@ held-out rows, end tokens included. Decoding time is CPU time on a CPU, relative
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
 from collections.abc import Sequence
 
 import torch
-from common import ROOT, flags_of, head_of, row_of
+from common import ROOT, flags_of, head_of, json_lines, row_of
 
 sys.path.insert(0, str(ROOT / "inference"))
 
@@ -68,8 +67,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--rows", type=int, default=0, help="held-out rows to read (default: all)")
     options = parser.parse_args(argv)
     path = options.path or str(latest_output("step3") / "actor")
-    rows = [json.loads(line) for line in HELD_OUT.read_text(encoding="utf-8").splitlines()]
-    rows = rows[: options.rows or len(rows)]
+    rows = json_lines(HELD_OUT)[: options.rows or None]
     if not rows:
         raise UserError("--rows must be above 0")
     lines, first = [], None

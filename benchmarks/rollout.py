@@ -17,7 +17,6 @@ bandwidth (a large copy), and the products of all rows at the speed of a large m
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -26,7 +25,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import ROOT, flags_of, head_of, row_of, write_figures
+from common import ROOT, flags_of, head_of, json_lines, row_of, write_figures
 
 from training.utils.arguments import PRECISIONS
 from training.utils.data import render, stop_token_ids
@@ -76,7 +75,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def make_request(tokenizer: Any, rows: int, stop_text: str, device: torch.device) -> RolloutRequest:
     """The first prompts of the demo data, left-padded, with the stop tokens of the benchmark."""
-    messages = [json.loads(line)["prompt"] for line in PROMPTS.read_text(encoding="utf-8").splitlines()[:rows]]
+    messages = [line["prompt"] for line in json_lines(PROMPTS)[:rows]]
     prompts = [render(tokenizer, turns, add_generation_prompt=True).input_ids for turns in messages]
     texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
     ends = {token for token, text in enumerate(texts) if set(text) & set(stop_text)}
