@@ -45,7 +45,7 @@ BEGIN, END = "<!-- written by benchmarks/gpu_check.py --tables -->", "<!-- end o
 LIMITS = {  # seconds; 25 minutes, as the last two run together
     "rollout": 180, "step1": 150, "step2": 120, "step3": 270, "shared": 120, "host": 120, "tests": 540, "memory": 240,
 }  # fmt: skip
-UNTIMED = ("tests", "memory")  # nothing else of a check hangs on what runs beside it
+UNTIMED = ("tests", "memory")  # nothing else of a check depends on what runs beside it
 POLL = 0.2  # seconds
 PUBLISHED = 6.27  # answers per second of DeepSpeed-Chat: OPT-1.3B + 350M at 256 + 256 tokens on one A100
 

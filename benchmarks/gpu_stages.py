@@ -1,6 +1,6 @@
 """What `benchmarks/gpu_check.py` measures: each function is a stage, run in a process of its own, and returns figures.
 
-Models are OPT-1.3B and OPT-350M by their shapes, with weights drawn at random: speed and memory do not hang on what a
+Models are OPT-1.3B and OPT-350M by their shapes, with weights drawn at random: speed and memory do not depend on what a
 model says, and no hub is needed. Replies are 256 tokens long because nothing ends them, as in DeepSpeed-Chat's own
 benchmark.
 """

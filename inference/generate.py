@@ -12,7 +12,7 @@ tokens, finished), source, row, and the data's own answer as reference. Next: ju
 order. With --best_of a line has messages, the prompt and its best answer, and that answer's reward (Llama 2, Touvron et
 al. 2023, arXiv 2307.09288, section 3.2.3; RAFT, Dong et al. 2023, arXiv 2304.06767).
 
-The noise of an answer hangs on --seed, prompt, model's name and number of the answer, so with --rollout_engine fast
+The noise of an answer depends on --seed, prompt, model's name and number of the answer, so with --rollout_engine fast
 neither batch size nor number of ranks changes an answer. A run that was killed goes on when it is started again.
 """
 

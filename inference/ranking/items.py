@@ -45,7 +45,7 @@ class Item:
 
     @property
     def named_digest(self) -> str:
-        """As older journals have it, with the names of the answers, which may hang on the folder."""
+        """As older journals have it, with the names of the answers, which may depend on the folder."""
         return _digest([self.prompt, self.answers])
 
     def shuffled(self, judge: str) -> list[int]:

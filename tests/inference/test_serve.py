@@ -115,7 +115,7 @@ def meant_alike(address, asked):
 
 
 def seeds_at_once(address, asked):
-    """An answer hangs on its own seed alone, whoever else asks while it is written."""
+    """An answer depends on its own seed alone, whoever else asks while it is written."""
     found: dict[int, list[str]] = {1: [], 2: [], 3: []}
 
     def ask(seed):

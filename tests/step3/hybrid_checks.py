@@ -86,7 +86,7 @@ def prompts(count: int) -> list[list[int]]:
 def request(
     rows: list[list[int]], ids: list[int], iteration: int = 0, seed: int = 1, stop_ids: tuple[int, ...] = STOPS
 ) -> RolloutRequest:
-    """Left-padded prompts, on the device that generates; the noise hangs on ``ids``."""
+    """Left-padded prompts, on the device that generates; the noise depends on ``ids``."""
     width = max(len(r) for r in rows)
     mask = [[0] * (width - len(r)) + [1] * len(r) for r in rows]
     tokens = [[PAD] * (width - len(r)) + r for r in rows]

@@ -293,7 +293,7 @@ def test_an_answer_whose_reward_is_not_finite_is_left_out():
 
 
 def test_an_answer_does_not_win_against_itself(monkeypatch):
-    """Its reward hangs on the rows beside it in the last digits."""
+    """Its reward depends on the rows beside it in the last digits."""
     world = Scripted({0: (0.0, 0), 2: (1e-7, 0), 4: (-1e-7, 0), 6: (1e-7, 0)}, monkeypatch)
     answer = world.answer
     same = lambda *args: [replace(a, text="the same", length=3) for a in answer(*args)]  # noqa: E731

@@ -45,7 +45,7 @@ class PromptSet:
     def request(
         self, rows: Sequence[int], device: torch.device, *, iteration: int = -1, row_ids: Sequence[int] | None = None
     ) -> RolloutRequest:
-        """A request that answers these rows; without ``row_ids`` the noise hangs on the row number."""
+        """A request that answers these rows; without ``row_ids`` the noise depends on the row number."""
         return RolloutRequest.of(
             [self.dataset[i]["prompt_ids"] for i in rows],
             rows if row_ids is None else row_ids,
@@ -127,8 +127,8 @@ def dealt_requests(
 ) -> list[RolloutRequest]:
     """This rank's generation batches of an iteration.
 
-    The sampling noise of an answer hangs on its prompt's position in ``chosen`` and its number among the answers to it,
-    so it does not depend on the number of ranks.
+    The sampling noise of an answer depends on its prompt's position in ``chosen`` and on its number among the answers
+    to it, and not on the number of ranks.
 
     Args:
         prompts: step 3's training prompts.

@@ -132,7 +132,7 @@ class _Reader:
     def all(self, nodes: Sequence[Node], *, tested: bool = False) -> bool | None:
         """Read commands one after another; whether the last one succeeds, None where that is not known.
 
-        ``tested``: something hangs on that, so that no ``set -e`` ends the script.
+        ``tested``: something depends on that, so that no ``set -e`` ends the script.
         """
         status: bool | None = True
         for node in nodes:

@@ -136,7 +136,7 @@ def data_fingerprint(rows: Any) -> str:
 
 
 def _plain(column: Any) -> Iterator[bytes]:
-    """An Arrow column's values as bytes that do not hang on how it is stored."""
+    """An Arrow column's values as bytes that do not depend on how it is stored."""
     import pyarrow.compute as pc
     from pyarrow import types
 

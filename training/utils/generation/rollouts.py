@@ -27,7 +27,7 @@ class RolloutRequest:
     """Prompts to continue.
 
     prompt_ids: [B, P] int64, left-padded. prompt_mask: [B, P], 1 on tokens; each row has at least one.
-    row_ids: [B] int64, unique to a (prompt, sample) within an iteration: the sampling noise hangs on it.
+    row_ids: [B] int64, unique to a (prompt, sample) within an iteration: the sampling noise depends on it.
     seed, iteration: the other two sources of noise. stop_ids: a response ends with any of them. pad_id: fills up.
     rows: the prompts' rows in their dataset, for rewards that read more than tokens.
     """

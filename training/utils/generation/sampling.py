@@ -2,7 +2,7 @@
 
 Random numbers come from a counter, not from a stream: each one is a hash of (seed, iteration, row id, position,
 slot). A row therefore draws with the same numbers whatever batch, order or rank it is decoded in: the same tokens,
-where the scores do not hang on the batch (on a GPU in 16 bit their rounding does). A resumed run draws what an
+where the scores do not depend on the batch (on a GPU in 16 bit their rounding does). A resumed run draws what an
 uninterrupted one would have.
 
 A token is drawn by an exponential race (equivalently Gumbel-max): with E_i independent Exponential(1) variables,

@@ -227,7 +227,7 @@ class VllmBackend:
 
     @torch.no_grad()
     def generate(self, model: nn.Module, request: RolloutRequest, sampling: SamplingConfig) -> RolloutBatch:
-        """See `RolloutBackend`. The noise hangs on each row's (seed, iteration, row id), as vLLM makes it.
+        """See `RolloutBackend`. The noise depends on each row's (seed, iteration, row id), as vLLM makes it.
 
         Args:
             model: engine or model, whose weights are taken if they are not those that were last.
