@@ -1,4 +1,4 @@
-"""Command-line flags as dataclasses, shared by the three steps.
+"""Command-line flags as dataclasses: what all programs share to read them, and the groups that several steps have.
 
 A group of flags is a dataclass; its fields are made with `flag`, which carries the help text and the
 allowed range. `parse` turns any list of groups into one `argparse` parser with grouped ``--help``, checks
@@ -47,8 +47,8 @@ CLOSE = 0.8  # likeness of a flag to one that may be meant
 MAX_SEED = 2**32 - 1  # what every library that is seeded takes
 LONGEST_WAIT = 10**8  # seconds, three years: every library's clock can count to it
 
-# transformers' names of learning rate schedules, as DeepSpeed-Chat offers them
 ROLLOUT_ENGINES = ("fast", "hf", "vllm")
+# transformers' names of learning rate schedules, as DeepSpeed-Chat offers them
 SCHEDULES = ("cosine", "linear", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
 

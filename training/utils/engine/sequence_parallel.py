@@ -207,9 +207,7 @@ def mlps_in_pieces(model: Any) -> None:
 
 def _tiled(mlp: Any, hidden: torch.Tensor) -> torch.Tensor:
     """The MLP of ``[B, C, H]``."""
-    if (
-        hidden.shape[:-1].numel() < PIECES**2
-    ):  # of so few, it may get fewer pieces than it counts on, and lose gradients
+    if hidden.shape[:-1].numel() < PIECES**2:  # TiledMLP may make fewer pieces than it counts, and lose gradients
         return type(mlp).forward(mlp, hidden)
     return TiledMLP.apply(_of_piece, mlp, hidden, PIECES, list(mlp.parameters()))
 

@@ -90,9 +90,8 @@ def sequence_plan(
     if reference is not None:
         memory["reference"] = frozen(plans.base_parameters(costs.model), **reference)
     phases = _phases(costs, settings, memory["model"], dtype, per_row)
-    phases.append(
-        plans.saving_phase(size.parameters * tensor_parallel, BYTES[dtype])
-    )  # at most: embeddings are not cut
+    # at most: tensor parallelism does not cut embeddings
+    phases.append(plans.saving_phase(size.parameters * tensor_parallel, BYTES[dtype]))
     if costs.classifier:
         again = frozen(size.parameters, offload=settings.offload)
         scored = costs.evaluation(per_row * settings.other_batch).peak

@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 
-PROMPT = (
-    1 << 16
-)  # token masks: 0 padding, 1 the root, m * PROMPT prompt m (from 1), m * PROMPT + n its answer n (from 1)
+# Of token masks: 0 padding, 1 the root, m * PROMPT prompt m (from 1), m * PROMPT + n its answer n (from 1)
+PROMPT = 1 << 16
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,8 @@ Batch = dict[str, torch.Tensor]
 # off by that much from rounding alone, but three quarters by 0.07 at most in bf16; of families that can not share, a
 # quarter of the tokens is off by 0.27 and more in any precision.
 TOLERANCE = {torch.float32: (1.0, 1e-3), torch.float16: (0.75, 0.05), torch.bfloat16: (0.75, 0.15)}
-ATTENTION = (
-    "full_attention",
-    "sliding_attention",
-    "chunked_attention",
-)  # transformers' names of layers without a state
+# Transformers' names of layers without a state
+ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
 LIMITS = ("max_position_embeddings", "sliding_window", "window_size", "attention_chunk_size")  # of a row, in tokens
 
 

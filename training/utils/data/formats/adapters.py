@@ -1,6 +1,6 @@
 """Named adapters: datasets whose columns alone would mislead, chosen by the last part of the source's name.
 
-To add one, write a function as in formats.py, and give it a line in `ADAPTERS` and one in the second table of
+To add one, write a function as in shapes.py, and give it a line in `ADAPTERS` and one in the second table of
 docs/data.md.
 """
 

@@ -1,6 +1,6 @@
 """What a row can say, and the words that formats use to say it: conversations, turns, checked texts.
 
-A format (formats.py) or a named adapter (adapters.py) turns a raw row into examples with these functions. They refuse
+A format (shapes.py) or a named adapter (adapters.py) turns a raw row into examples with these functions. They refuse
 what breaks the rules of a conversation (`RowError`) and leave out what teaches nothing (`Dropped`).
 """
 
