@@ -285,7 +285,7 @@ def check_batches(rollout: RolloutArguments, train: OptimizationArguments) -> No
 
 
 def scoring_rows(rollout: RolloutArguments, train: OptimizationArguments) -> int:
-    """Rows per rank of a forward that scores: of each role whose parameters are sharded a pass over its weights."""
+    """Rows per rank of a forward that scores; at ZeRO-3 each such forward gathers the weights of its role once."""
     return rollout.per_device_scoring_batch_size or train.per_device_training_batch_size
 
 

@@ -99,9 +99,11 @@ class HybridEngine:
             self._twin.get_submodule(owner)._buffers[leaf] = buffer
 
     def choose_generation(self, *, rows: int, length: int, packed: bool, trained: Iterable[Any] = ()) -> None:
-        """Set `resting` or `hooked` if the gathered model does not fit beside all roles, and say so; a collective.
+        """Decide, once every role is built, how the actor generates, and say so if the easy way does not fit.
 
-        Call it when every role is built.
+        At ZeRO-3 the whole actor is gathered for generation. Where it does not fit beside the other roles, optimizer
+        states wait in the host's memory meanwhile (`resting`), or each layer is gathered at each token (`hooked`). A
+        collective.
 
         Args:
             rows, length, packed: see `training.utils.memory.generation.generation_bytes`.

@@ -219,7 +219,7 @@ def states_that_rest(plan: plans.Plan) -> int:
 
 
 def _without_gathering(plan: plans.Plan, tensor_parallel: int) -> list[str]:
-    """What a run does at ZeRO-3 where generation with the whole actor is what does not fit."""
+    """For a plan at ZeRO-3: what a run does if the whole actor does not fit on a card for generation; [] otherwise."""
     generation = next(phase for phase in plan.phases if phase.name == "generation")
     if not (whole := generation.parts.get("gathered twin", 0)):
         return []

@@ -159,7 +159,9 @@ class PPOTrainer:
         }
 
     def _check_sampler(self, batches: Sequence[ScoredBatch], number: int) -> None:
-        """On the first iteration, stop if the sampler is not the policy that is trained; a resumed run only says.
+        """In a run's first iteration, stop if the sampler is not the policy that is trained.
+
+        A process that resumes a run only prints how far the two are apart.
 
         Raises:
             UserError: see `training.step3_rlhf_finetuning.sampler_check`.
@@ -177,9 +179,10 @@ class PPOTrainer:
             check_sampler(difference, self.dtype)
 
     def _check_ratio(self, step: OptimizerStep) -> None:
-        """In the process's first iteration, stop if the policy is not itself before its first update.
+        """In the process's first iteration, stop if the policy's ratio is not 1 before its first update.
 
-        Later there is more to lose, and what draws random numbers would have been seen; the metric is watched.
+        It is not checked again: the cause, such as random numbers in a forward, shows at once, and stopping later would
+        cost a trained model. The health monitor watches the metric from then on.
 
         Raises:
             UserError: see `training.step3_rlhf_finetuning.sampler_check`.

@@ -69,8 +69,8 @@ class Build:
         total_steps: optimizer steps of the run.
         pad_token_id: of the actor's tokenizer.
         device: this rank's.
-        shares: a model may see answers behind what they have in common: prompts are answered several times, or begin
-            alike.
+        shares: answers may stand behind the tokens that they have in common in one row, because prompts are answered
+            several times or begin alike.
     """
 
     args: RoleArguments

@@ -28,7 +28,12 @@ P99_DIFFERENCE_16BIT = 0.5
 
 @dataclass(frozen=True)
 class SamplerDifference:
-    """Of |sampler - trainer| over the sampled tokens, in nats: mean, 99th percentile, largest; and their number."""
+    """How far the sampler's log-probs are from the trainer's: |difference| over all sampled tokens, in nats.
+
+    Attributes:
+        mean, p99, largest: mean, 99th percentile and maximum.
+        tokens: how many were compared.
+    """
 
     mean: float
     p99: float
@@ -57,13 +62,14 @@ def sampler_difference(
     return SamplerDifference(values.mean().item(), p99, ordered[-1].item(), len(values))
 
 
-# What two forwards of the same tokens may differ by, as the mean ratio of a minibatch of the policy with itself: beyond
-# this a run ends
+# Before any update the policy's ratio with itself is 1, but for rounding. A run ends if the mean ratio of the first
+# minibatch is further from 1 than this
 FIRST_RATIO = {"fp32": 1e-3, "fp16": 5e-3, "bf16": 2e-2}
-# What other kernels make of it. On a CPU scoring and training run the same ones, and the ratio is exactly 1. Elsewhere
-# scaled_dot_product_attention and matrix libraries may choose others where a gradient is asked for.
+# How far different kernels may take the mean ratio from 1. On a CPU scoring and training run the same kernels, and it
+# is exactly 1. Elsewhere scaled_dot_product_attention and matrix libraries may choose others when a gradient is needed.
 OTHER_KERNELS = {"fp32": 1e-4, "fp16": 2e-3, "bf16": 1e-2}
-# Standard deviation of a token's ratio then, at most: the mean of a few tokens is off by chance
+# Upper bound on the standard deviation of a single token's ratio with such kernels: of few tokens the mean is off by
+# chance as well, so up to `DEVIATIONS` standard errors of the mean are allowed on top
 SPREAD = {"fp32": 1e-5, "fp16": 0.008, "bf16": 0.06}
 DEVIATIONS = 4
 

@@ -117,7 +117,7 @@ class Opened:
         schedule: prompt numbers of each iteration.
         phases: time and memory of what the step does.
         settled: the precision, for the summary.
-        started: seconds, of the clock that never goes back.
+        started: seconds by `time.monotonic`.
     """
 
     argv: Sequence[str]

@@ -490,7 +490,11 @@ def _check_range(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
 
 
 def _check_text(name: str, value: Any) -> None:
-    """Half a character is in no text, but may be in the name of a file that is there: bytes that are no UTF-8."""
+    """Refuse text that is no UTF-8 (half a character), unless it names a file that is there: names are any bytes.
+
+    Raises:
+        UserError: names the flag.
+    """
     for v in value if isinstance(value, list) else [value]:
         if isinstance(v, str) and (half := half_character(v)) and not os.path.lexists(v):
             raise UserError(f"--{name} holds half a character, {half}, or bytes that are no UTF-8")

@@ -70,9 +70,10 @@ class Part:
 
 
 def _link_moments(zero: Any) -> None:
-    """Let DeepSpeed find the moments by parameter.
+    """Let DeepSpeed map parameters to their moments again.
 
-    At ZeRO 1 and 2 version 0.19 does so once, after the first group's first step, when the second group has none yet.
+    At ZeRO 1 and 2 version 0.19 does so only once, after the first group of parameters has stepped: too early for the
+    second group, which has no moments yet.
     """
     if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
         zero._hp_optimizer_states_linked = False

@@ -136,7 +136,7 @@ def data_fingerprint(rows: Any) -> str:
 
 
 def _plain(column: Any) -> Iterator[bytes]:
-    """An Arrow column's values as bytes that do not depend on how it is stored."""
+    """An Arrow column's values as bytes: the same for the same values, however Arrow stores them."""
     import pyarrow.compute as pc
     from pyarrow import types
 

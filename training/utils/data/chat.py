@@ -58,8 +58,8 @@ def _assistant_spans(
 ) -> dict[int, tuple[int, int]]:
     """(start, end) in ``full`` of the assistant turns, from the generation prompt to the end token, by turn.
 
-    Where an earlier answer stands in another form than it had when it was the last one, there is that of a last
-    turn alone: to train the others, each needs a rendering that ends with it.
+    Some templates write an earlier answer differently from the last one. Then only the answer in the last turn is
+    returned: to train on the others, each needs a rendering that ends with it.
     """
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     last = answers[-1:] if answers and answers[-1] == len(messages) - 1 else []

@@ -25,16 +25,16 @@ def hash_of(value: Any, salt: str = "") -> int:
 
 
 def split_prompts(prompts: Sequence[np.ndarray], shares: Sequence[float]) -> list[np.ndarray]:
-    """Whom every example is for, as its place in `KINDS`: 0 SFT, 1 preferences (reward model, DPO), 2 prompts.
+    """Divide examples over SFT (0), preferences for the reward model or DPO (1) and prompts (2), by their prompts.
 
-    One that has a share but no prompt at all takes one of that with the most prompts, the one with the lowest hash.
+    A use with a share that would get no prompt at all takes one from the use with the most: that of the lowest hash.
 
     Args:
         prompts: the hashes of every example's prompt, one array for each source.
         shares: of the three, together 1.
 
     Returns:
-        Arrays as those in ``prompts``.
+        The use of every example, in arrays as those in ``prompts``.
     """
     known = np.unique(np.concatenate([*prompts, np.zeros(0, np.uint64)]))
     places = np.searchsorted(np.cumsum(shares)[:2], _unit(known >> np.uint64(_HALF)), side="right")

@@ -313,12 +313,15 @@ def _places(request: Request, scans: Sequence[_Scan]) -> list[np.ndarray | None]
 
 
 def hold_out_of(streams: Sequence[tuple[Stream, np.ndarray]]) -> bool:
-    """Hold a share of the prompts out of the streams that have no eval split of their own; whether there was any.
+    """Hold a share of the prompts out of the streams that have no eval split of their own.
 
-    Where one stands in a stream that has, too, it is held out of that as well.
+    A prompt that is held out is taken out of the training rows of the other streams, too.
 
     Args:
         streams: each with a mask of the examples that may be held out.
+
+    Returns:
+        Whether any was held out.
     """
     both = [(stream, np.flatnonzero(mask)) for stream, mask in streams if stream.use == "both"]
     held = hold_out([stream.prompts[rows] for stream, rows in both])

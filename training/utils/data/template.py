@@ -61,7 +61,7 @@ class Structure:
             open, as GLM-4's does (there the header of the next turn ends it); else empty.
         rewrites: an earlier answer is written in another way than the last one, so one rendering has one answer.
         adds_prefix: the tokenizer puts a space before a text that stands alone (SentencePiece).
-        takes_blanks: tokens that take in white space behind them (Phi-3's), so that it gives no token.
+        takes_blanks: special tokens that swallow the white space after them (Phi-3's): it becomes no token of its own.
     """
 
     end_token: str

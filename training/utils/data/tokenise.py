@@ -75,7 +75,7 @@ Rendering = Callable[[list[list[Message]], list[int]], list[list[Rendered]]]
 
 
 def _fit(tokenizer: Any, prompts: Sequence[list[Message]], renderings: Rendering, max_length: int) -> _Fitted:
-    """Render every row; one that does not fit again with as few turns less as are enough, else with less text.
+    """Render every row; a row that is too long loses its oldest turns, as few as possible, then text of its longest.
 
     Args:
         tokenizer: counts a text's tokens.
@@ -97,7 +97,8 @@ def _fit(tokenizer: Any, prompts: Sequence[list[Message]], renderings: Rendering
         return fit
 
     render(range(len(prompts)), prompts)
-    # How many turns less are too few, and enough (or more than can go): by halves, a long row has hundreds of turns
+    # Of each row that is too long, by bisection (a long row has hundreds of turns): the largest known number of turns
+    # whose removal is not enough, and the smallest known that is (at first one that is never tried: all turns)
     less = {i: (0, len(_user_turns(prompts[i]))) for i, over in excess.items() if over}
     while rows := [i for i, (few, enough) in less.items() if enough - few > 1]:
         middle = {i: sum(less[i]) // 2 for i in rows}

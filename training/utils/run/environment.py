@@ -27,7 +27,10 @@ BELOW = {"RANK": "WORLD_SIZE", "LOCAL_RANK": "LOCAL_WORLD_SIZE"}  # counted from
 
 
 def wrong_variable() -> str:
-    """What a variable has, or lacks, so that no program could go on: a launcher's, the number of threads, HOME."""
+    """A message about the first environment variable that no program can work with; empty if there is none.
+
+    Checked are HOME, the launcher's variables and the numbers of threads.
+    """
     if not os.path.isabs(os.path.expanduser("~")):
         return "HOME is not set in the environment and this user has no home folder, where caches lie: set HOME"
     numbers = {}

@@ -33,7 +33,7 @@ SAYS = {
     "dpo": "loss_kind",
     "step3": "reward_after",
 }  # in summary.json
-# What is made from a step's output, directly or not: a new output of the step belongs into another run then
+# Steps that use a step's output, directly or not: once they have run, a new output of that step needs a run of its own
 LATER = {"step1": ("step2", "dpo", "step3"), "step2": ("step3",), "dpo": (), "step3": ()}
 # What train.py runs one after the other: SFT, then reward model and PPO, or DPO
 PIPELINES = {
@@ -52,7 +52,7 @@ RANK_TIMEOUT = 120.0  # seconds that a rank waits for rank 0 to choose the run's
 
 LOCK = ".lock"
 CHECKPOINTS = "checkpoints"
-WRITTEN = (  # by steps
+WRITTEN = (  # files that the steps write
     *("config.json", "README.md", "metrics.jsonl", "health.jsonl", "answers.jsonl", "samples.json"),
     *("reward_stats.json", "actor/config.json", "critic/config.json", "ema/config.json"),
 )
@@ -229,7 +229,7 @@ def runs_newest_first() -> list[Path]:
 
 
 def latest_run(file: str) -> Path:
-    """The newest run's folder that holds such a file: others there are of steps by themselves, or of none that began.
+    """The newest run's folder that holds this file. Folders without it are of single steps, or of runs refused early.
 
     Raises:
         UserError: there is no run.

@@ -210,10 +210,10 @@ def set_threads() -> None:
 def keep_freed_memory() -> None:
     """Let glibc keep up to 2 GiB of freed memory for the next tensors, on a machine without an accelerator.
 
-    Its default gives large blocks back at every free, and the kernel clears each page again at the next use. A block
-    above the largest threshold is given back all the same, unless there was room for it at the end of what glibc has:
-    so that grows by more than the largest gradients take. docs/experiments.md has what was seen. Settings in the
-    environment (``MALLOC_...``, ``GLIBC_TUNABLES``) are left alone.
+    By default glibc returns large blocks to the kernel at every free, and the kernel clears each page anew at the next
+    use. Blocks above the largest threshold that glibc accepts would still be returned, unless they come from its heap:
+    so the heap grows in steps (`GROWN_BY`) that hold the largest gradients. docs/experiments.md has the measurements.
+    Settings in the environment (``MALLOC_...``, ``GLIBC_TUNABLES``) are left alone.
     """
     chosen = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
     if chosen or has_accelerator() or platform.libc_ver()[0] != "glibc":
