@@ -240,8 +240,10 @@ def _take_over(manifest: dict[str, Any], inputs: Sequence[Any], given: Collectio
 
 
 def _left_out(manifest: Mapping[str, Any], pipeline: str) -> list[str]:
-    """Steps that the run has passed over, for a model of the user's or without a reward model: they do not come after
-    those that would be made from their output."""
+    """Steps that the run has skipped and that can not follow any more, as steps that use their output have run.
+
+    It has skipped them because the user gave a model in their place, or for want of a reward model.
+    """
     run = manifest.get("steps", {})
     return [name for name in PIPELINES[pipeline] if name not in run and any(later in run for later in LATER[name])]
 

@@ -49,7 +49,7 @@ SYSTEM_TOKENS = 22  # of the embedded model's own template
 PAIRS_BEFORE = 64  # that step 2 begins with: pairs.py, which imports torch
 RUNNING_PROMPTS = 32  # of step 3's evaluations during training: kept_actor.py, which imports torch
 MOST_PROMPTS = 1024  # of those before and after it
-KEPT_AGAIN = 0.5  # every second run keeps an actor that is not the last, and answers all prompts with it once more
+KEPT_AGAIN = 0.5  # share of runs whose kept actor is not the last: it answers all held-out prompts once more
 ROWS: Mapping[str, Kind] = {"step1": "demonstrations", "step2": "pairs", "dpo": "pairs", "step3": "prompts"}
 SHOWN_PROMPTS = 3  # that the base model answers where no function judges it
 

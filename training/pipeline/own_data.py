@@ -129,7 +129,16 @@ def check_rows(step: str, argv: Sequence[str]) -> None:
 
 
 def _usable(step: str, flag: str, paths: Sequence[str], columns: Sequence[str], enough: int) -> tuple[int, int] | None:
-    """Of how many prompts, which begin differently, there are rows for a step; rows read; None where there are enough.
+    """Look at the rows that a step can train on, until there are enough.
+
+    Args:
+        step: that reads them.
+        flag: that names the files.
+        paths, columns: the files, and ``--column_map``.
+        enough: prompts that begin differently.
+
+    Returns:
+        How many such prompts there are, and the rows read; None once there are enough.
 
     Raises:
         UserError: no format has the columns of the first row.

@@ -121,9 +121,9 @@ class Answer:
 
 
 def worth_alike(answers: Sequence[Answer], known: Sequence[Answer]) -> list[Answer]:
-    """The answers, with the reward that another policy's same answer has got.
+    """The answers, where an answer with the same words is in ``known`` with the reward that it has there.
 
-    Beside other rows a reward is rounded otherwise, and an answer would win or lose against itself.
+    A reward is rounded differently beside other rows, so equal answers could win or lose against each other.
     """
     rewards = {answer.said: answer.reward for answer in known}
     return [replace(answer, reward=rewards.get(answer.said, answer.reward)) for answer in answers]

@@ -64,9 +64,14 @@ def _located(token: str, folders: Sequence[Path], named_bare: Sequence[Path]) ->
 def data_arguments(
     given: arguments.DataArguments, recorded: arguments.DataArguments, folder: Path, more: Sequence[str] = ()
 ) -> arguments.DataArguments:
-    """The data flags given to the evaluation; without any, those that the step was run with, where ``more`` is, too.
+    """The data flags given to the evaluation; without any, those that the step was run with.
 
     The latter without what the saved tokenizer has (template, system message, stop ids): the files may be gone.
+
+    Args:
+        given, recorded: the flags of the evaluation, and those of the step.
+        folder: the step's output.
+        more: sources that the step has read beside those of ``--data_path``, to be printed with them.
 
     Raises:
         UserError: no data are given, and ``folder``, the step's output, does not say what it was run with.

@@ -31,8 +31,8 @@ class Rule:
         text: with ``{value}`` and ``{count}``, the iterations in a row.
         level: ``note`` or ``warning``.
         once: never repeat it.
-        unless: metrics; while one of them is outside its own range, the remark is not made: it would call normal what
-            is not.
+        unless: other metrics; while one of them is outside its own range, this remark, which calls something normal, is
+            not made.
     """
 
     metric: str

@@ -192,7 +192,12 @@ class _Reader:
         return done
 
     def leave_open(self, names: Mapping[str, bool], why: str) -> None:
-        """From here on these are not known, nor those that are exported."""
+        """From here on the values of these variables are unknown.
+
+        Args:
+            names: variable -> whether programs that the script starts see the change.
+            why: for messages.
+        """
         for name, exported in names.items():
             self.known.leave_open(name, why)
             if exported:
@@ -212,9 +217,16 @@ class _Reader:
     def may_run(
         self, nodes: Sequence[Node], taken: str = "", undecided: Mapping[str, bool] | None = None, why: str = ""
     ) -> dict[str, bool]:
-        """Read commands that a run may get to; the variables that they change, and whether these are exported then.
+        """Read commands that the script may or may not run.
 
-        Those that are ``undecided`` are so from their beginning.
+        Args:
+            nodes: the commands.
+            taken: a note for what is found in them: what has been assumed; empty for none.
+            undecided: variables whose values are unknown when they begin, and whether they are exported.
+            why: these are unknown.
+
+        Returns:
+            The variables that the commands change, and whether these are exported then.
         """
         before, changed = self.known, dict[str, bool]()
         with self.aside():
@@ -227,7 +239,17 @@ class _Reader:
         return changed
 
     def may_repeat(self, node: Body, inside: str, names: dict[str, bool], why: str) -> dict[str, bool]:
-        """`may_run` of any number of rounds: those of the names, and what the rounds change, are open in each."""
+        """`may_run` of a loop's body, any number of times.
+
+        Args:
+            node: the loop, or a function.
+            inside: its name, for messages.
+            names: variables whose values are unknown in each round; so are those that the rounds change.
+            why: these are unknown.
+
+        Returns:
+            All of them.
+        """
         outer, self.inside = self.inside, inside
         while True:
             counts = len(self.found), len(self.notes)

@@ -34,7 +34,7 @@ class DecodeLayer(DynamicLayer):
         self.columns = 0
 
     def aim(self, column: int, past: int, target: Tensor, source: Tensor) -> None:
-        """The next forward holds prompts: row source[i] is for row target[i].
+        """Prepare for a forward of prompts, whose row source[i] goes into row target[i] of the cache.
 
         Args:
             column: where its first token goes. past: columns 0 to past - 1, the same in all rows, are attended to too.
@@ -47,7 +47,7 @@ class DecodeLayer(DynamicLayer):
         self.target = self.source = None
 
     def hold_still(self, place: Tensor, columns: int) -> None:
-        """From now on forwards give and get tensors of one size and address, as a CUDA graph of one needs them.
+        """From now on all forwards work on tensors of the same size at the same address, as a CUDA graph needs it.
 
         Args:
             place: [1] int64 on the device, the column that a token is written to, from the first one that is in use.

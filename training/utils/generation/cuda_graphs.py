@@ -189,7 +189,10 @@ _reasons: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
 def why_not(model: nn.Module) -> str:
-    """Why a step of this model is not the same kernels for every token; empty if it is. Tried once per model."""
+    """Why a CUDA graph can not decode with this model: its kernels differ from token to token. Empty if it can.
+
+    Found out once per model.
+    """
     if model not in _reasons:
         _reasons[model] = _reason_of_its_family(model) or _reason_found(model)
     return _reasons[model]

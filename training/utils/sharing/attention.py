@@ -67,7 +67,7 @@ class Blocks:
     _places: dict[Any, Tensor] = field(default_factory=dict)
 
     def places(self, tokens: Tensor, heads: int, by_head: bool) -> Tensor:
-        """Where the vectors of each head lie among those of all rows, once found for all layers.
+        """Indices of the tokens' vectors, head by head, in a tensor of all rows; computed once for all layers.
 
         Args:
             tokens: ``[N, C]``, a piece's; in the place of no token comes the last one's vector.
@@ -88,7 +88,10 @@ class Blocks:
         return found
 
     def slots(self, heads: int) -> Tensor:
-        """Where what is found for a token lies among that of all pieces, ``[R * W * heads]``; behind it if nowhere."""
+        """For each token and head the index of its result in the pieces' joined results, ``[R * W * heads]``.
+
+        A token that is in no piece gets the index behind the last result.
+        """
         if (found := self._places.get(heads)) is None:
             table, begin = torch.empty(self.rows * self.width + 1, heads, dtype=torch.long), 0
             table[:] = heads * sum(piece.queries.numel() for piece in self.pieces)

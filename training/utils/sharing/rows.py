@@ -1,8 +1,9 @@
-"""Rows in which several answers stand behind what they have in common, which the model then sees once.
+"""Rows that hold several answers behind the tokens that they have in common, so that the model computes these once.
 
-A shared row is a tree: at its root the tokens with which all of its answers begin, such as a system prompt; then one
-prompt after another, each with its own answers behind it. `tree_mask` shows every token the way back to the root and
-nothing else, and positions count along that way, so an answer's numbers are those that it has in a row of its own.
+A shared row is a tree: its root is the tokens with which all of its answers begin, such as a system prompt; then follow
+the prompts one after another, each with its own answers behind it. By `tree_mask` every token attends to the path back
+to the root and to nothing else, and positions count along that path, so each answer gets the log-probs that it
+has in a row of its own.
 `training.utils.sharing.trial` finds out which models can do that.
 """
 
@@ -99,9 +100,13 @@ def _in_common(tokens: torch.Tensor, may: torch.Tensor, same: torch.Tensor) -> t
 
 @dataclass(frozen=True)
 class _Deal:
-    """Groups over so many rows: the row of each answer's group, the tokens of that row before it, ``[S]``; the longest.
+    """Where groups of answers go when they are put into rows; all values are tensors on the device.
 
-    All numbers are on the device.
+    Attributes:
+        rows: how many rows there are.
+        row: of each answer's group, ``[S]``.
+        before: tokens in that row before the group, ``[S]``.
+        longest: tokens of the longest row.
     """
 
     rows: torch.Tensor
@@ -111,7 +116,9 @@ class _Deal:
 
 
 def _dealt(sizes: torch.Tensor, group: torch.Tensor, groups: torch.Tensor, to_a_row: int) -> _Deal:
-    """Deal groups over rows of like length: the largest first, to and fro; one to a row in their order.
+    """Deal groups over rows so that these become about equally long; with one group to a row, in the groups' order.
+
+    The groups are dealt from the largest to the smallest, first along the rows, then back, and so on.
 
     Args:
         sizes: tokens of each group, ``[S]``, 0 where there is no group of that number.
