@@ -286,6 +286,7 @@ def train_with_trl(settings: dict[str, Any]) -> None:
     asked: list[Any] = []
 
     def check(prompts: list[Any], completions: list[Any], completion_ids: list[list[int]], **_: Any) -> list[float]:
+        """The reward as TRL calls it; notes tokens, the mean check and the prompts."""
         values = score(prompts, [turns[-1]["content"] for turns in completions], [])
         spent["tokens"], spent["check"] = sum(map(len, completion_ids)), statistics.mean(values)
         asked.append(prompts[::SAMPLES])

@@ -49,6 +49,7 @@ def measured(command: Sequence[str], threads: int, folder: Path) -> dict[str, An
     marks: list[tuple[float, float]] = []
 
     def look(pid: int) -> None:
+        """Note the time for each optimizer step whose record has come since the last look."""
         done = file.read_text().count('"train/loss"') if file.is_file() else 0
         marks.extend([(time.perf_counter(), processor_seconds(pid))] * (done - len(marks)))
 

@@ -175,6 +175,7 @@ def understood(handle: Any) -> Any:
     from jinja2 import TemplateError
 
     async def handled(handler: Any, body: dict[str, Any], request_id: str) -> Any:
+        """``handle``, whose errors become status 400."""
         try:
             return await handle(handler, body, request_id)
         except (ValueError, TypeError, LookupError, AttributeError, TemplateError) as error:
@@ -278,6 +279,7 @@ def settle_answers() -> None:
             return torch.full((len(ids),), gone.is_set(), device=ids.device)
 
         async def work() -> Any:
+            """Check, seed and answer."""
             begin(manager, model, inputs, config)
             return await answer(manager, model, processor, {**inputs, "stopping_criteria": [ends]}, config, **more)
 

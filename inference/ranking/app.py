@@ -44,6 +44,7 @@ class Headers:
         """Pass a request on."""
 
         async def with_headers(message: Message) -> None:
+            """Send a message; one that starts a response gets `HEADERS`."""
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(HEADERS)
             await send(message)

@@ -208,6 +208,7 @@ def converted(weights: dict[str, torch.Tensor], layout: Layout, config: Any, fol
         raise UserError(f"{folder}: its head has {width} outputs, a reward model has one")
 
     def bare() -> Any:
+        """The model without memory for its weights."""
         with torch.device("meta"):
             return AutoModelForSequenceClassification.from_config(config, **remote_code())
 

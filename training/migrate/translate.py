@@ -249,6 +249,7 @@ def _one(other: OtherFlag) -> Callable[[str], list[str]]:
 
 def _checked(other: OtherFlag) -> Callable[[str], str]:
     def check(text: str) -> str:
+        """The text, as a type of `argparse`: it raises if it is no value of the flag."""
         if "$" not in text:  # else the shell's to say
             other.value(text)
         return text

@@ -204,12 +204,15 @@ def rlhf_work(groups: Sequence[Any], shape: Shape, prompts: Rows, held_out: Rows
     token = forward(shape, 1, 1)
 
     def log_probs(row: Rows) -> float:
+        """Operations for the log-probs of an answer to a prompt."""
         return forward(shape, row.prompt + answer, answer)
 
     def rewards(row: Rows, length: float) -> float:
+        """Operations for a reward, or for values, of an answer of that length."""
         return forward(shape, row.prompt + length, 0)
 
     def answered(length: float) -> Work:
+        """An answer of that length to a held-out prompt, and its reward."""
         return Work(forward(shape, held_out.prompt, 0) + rewards(held_out, length), length * token)
 
     adapters = zero.lora("actor"), zero.lora("critic")
@@ -355,6 +358,7 @@ def _tokens(kind: Kind, example: Example, system: float, limit: int) -> tuple[fl
     from training.utils.data.formats.conversations import demonstration
 
     def tokens(turns: Sequence[Mapping[str, Any]]) -> float:
+        """About how many the turns have, at most ``limit``."""
         return min(sum(len(turn["content"]) / CHARACTERS_PER_TOKEN + TURN_TOKENS for turn in turns), limit)
 
     prompt, response = demonstration(example) if kind == "demonstrations" else (example.prompt, [])
@@ -403,6 +407,7 @@ def measured(shape: Shape, dtype: str) -> Speeds:
         return statistics.median(times)
 
     def small(kind: torch.dtype) -> float:
+        """Seconds of ten small products in a precision."""
         a, b = matrix(64, shape.hidden, kind), matrix(shape.hidden, shape.hidden, kind)
         return seconds(lambda: [a @ b for _ in range(10)], 0.02)
 
@@ -424,6 +429,7 @@ def measured(shape: Shape, dtype: str) -> Speeds:
         return seconds(work, SECONDS_EACH / 2)
 
     def decoded() -> None:
+        """The products of a token, by packed weights where the `fast` engine packs them."""
         for w, p in packed:
             x = inputs[w.shape[1]]
             _ = x @ w.T if p is None else torch.ops.mkldnn._linear_pointwise(x, p, None, "none", [], "")

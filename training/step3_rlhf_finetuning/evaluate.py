@@ -371,6 +371,7 @@ def all_judges(
         judge = load_text_reward_model(judge_path, dtype=evaluator.dtype, device=evaluator.device)
 
         def judge_answers(answers: Sequence[Answer]) -> list[float]:
+            """The judge model's rewards of the conversations that end with these answers."""
             said = [[*prompts.messages(a.row), {"role": "assistant", "content": a.text}] for a in answers]
             return judge.rewards(said, evaluator.batch_size).tolist()
 
@@ -405,6 +406,7 @@ def main(argv: Sequence[str]) -> int:
     tuned = {"rlhf": actor_path} | dpo_of_the_run(step.dpo_model_name_or_path, folder)
     judge_path = judge_model(step.judge_model_name_or_path)
     longest = step.max_answer_seq_len or rollout.max_answer_seq_len
+    whole, rows_together = rollout.max_prompt_seq_len + longest, args.per_device_eval_batch_size
     chosen_data = evaluation_programs.data_arguments(data, recorded[arguments.DataArguments], folder)
     flags = chosen_data, recorded[arguments.DataArguments]
     *_, tokenizer = [shared_tokenizer(path, sources.sft, *flags) for path in reversed(tuned.values())]
@@ -413,7 +415,7 @@ def main(argv: Sequence[str]) -> int:
         sources.reward_model, tokenizer, normalize=normalize, weight=sources.weight, plan=False
     )
     for path in (*tuned.values(), sources.sft, *([reward.path] if reward and not reward.reads_text else [])):
-        check_length(path, rollout.max_prompt_seq_len + longest, "--max_prompt_seq_len + --max_answer_seq_len")
+        check_length(path, whole, "--max_prompt_seq_len + --max_answer_seq_len")
     if not functions and not judge_path:
         say("warning: the only judge is the reward model that training has learned to please; give --eval_function or "
             "--judge_model_name_or_path")  # fmt: skip
@@ -421,7 +423,7 @@ def main(argv: Sequence[str]) -> int:
         "prompts",
         chosen_data,
         tokenizer,
-        max_length=rollout.max_prompt_seq_len + longest,
+        max_length=whole,
         max_prompt_length=rollout.max_prompt_seq_len,
         seed=seed,
         whole_rows=bool(sources.functions),
@@ -433,7 +435,6 @@ def main(argv: Sequence[str]) -> int:
                               top_k=rollout.top_k)  # fmt: skip
     prompts = PromptSet(rows, tokenizer, tuple(stop_token_ids(tokenizer)), seed)
     asked = spread_rows(len(rows), args.max_prompts or len(rows))
-    rows_together, whole = args.per_device_eval_batch_size, rollout.max_prompt_seq_len + longest
     options = VllmOptions(step.vllm_python, sources.sft, sources.sft, args.dtype, rows_together, whole)
     backend = started_backend(step.rollout_engine, options, tokenizer, device)  # vLLM serves all models alike
     evaluator = Evaluator(prompts, asked, sampling, rows_together, args.dtype, device, backend)

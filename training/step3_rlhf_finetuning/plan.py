@@ -337,6 +337,7 @@ def show_rlhf_plan(models: Models, flags: Flags) -> int:
     asked, on_cpu = (zero.actor_zero_stage, zero.critic_zero_stage), plans.device().type == "cpu"
 
     def plan_of(s: plans.Settings) -> plans.Plan:
+        """The plan with other settings, whose ZeRO stage is then that of actor and critic."""
         stages = asked if s.zero_stage == settings.zero_stage else (s.zero_stage, s.zero_stage)
         return rlhf_plan(costs, s, roles, rollout, train, zero, models.overrides, stages, on_cpu=on_cpu)
 

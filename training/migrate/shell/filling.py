@@ -96,6 +96,7 @@ class Variables:
         """The variables, ``@`` for the arguments, that are others in later ones -> whether they are exported there."""
 
         def of(known: Variables, name: str) -> tuple[object, ...]:
+            """All that is known of a variable."""
             value = known.arguments if name == "@" else known.values.get(name)
             return value, name in known.undecided, name in known.exported
 
@@ -368,6 +369,7 @@ def arithmetic(written: str, known: Variables) -> int | None:
     """The number that ``$((...))`` is; None where it is not of known whole numbers alone."""
 
     def number(match: re.Match[str]) -> str:
+        """A variable's value in brackets, without them where it has a ``$``; ``unknown`` if it is not known."""
         name = match[0].strip("${}")
         value = (known.text(name) if name not in known.undecided else None) or "unknown"
         return value if match[0].startswith("$") else f"({value})"

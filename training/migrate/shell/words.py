@@ -72,6 +72,7 @@ def _joined(word: str) -> str:
     """A word of several lines without the ends of those that go on, which count between single quotes alone."""
 
     def without(match: re.Match[str]) -> str:
+        """What is quoted by single quotes as it stands, the rest without a backslash before the end of a line."""
         return match[0] if match[0][0] in "$'" else re.sub(r"\\(.)", _kept, match[0], flags=re.DOTALL)
 
     return _QUOTED.sub(without, word)

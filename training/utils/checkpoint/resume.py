@@ -308,6 +308,7 @@ class Run:
             pending: dict[str, torch.Tensor] = {}
 
             def flush(name: str = name, pending: dict[str, torch.Tensor] = pending) -> None:
+                """Write the tensors that are pending into a file of their own."""
                 number = sum(1 for file in files if file.startswith(f"{name}-rank"))
                 file = f"{name}-rank{rank():04d}-{number:04d}.safetensors"
                 files[file] = store.write_file(scratch / file, save(pending))

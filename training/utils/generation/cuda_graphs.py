@@ -234,6 +234,7 @@ def _reason_found(model: Any) -> str:
     positions, everyone = (mask.cumsum(1) - 1).clamp(min=0), torch.arange(2, device=weight.device)
 
     def plain(columns: slice, cache: Cache) -> Tensor:
+        """Logits ``[2, V]`` behind these columns, by the model's usual forward."""
         inputs = {"attention_mask": mask[:, : columns.stop], "position_ids": positions[:, columns]}
         return model(ids[:, columns], **inputs, past_key_values=cache, use_cache=True).logits[:, -1].float()
 

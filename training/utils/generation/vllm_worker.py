@@ -288,6 +288,7 @@ def answer(model: Any, message: dict[str, Any], channel: Channel, memory: Shared
     asked, told = message.pop("do"), 0.0
 
     def moving() -> None:
+        """Tell the trainer now and then that work goes on, so that its time limit does not run out."""
         nonlocal told
         if time.monotonic() - told > MOVING_EVERY:
             told = time.monotonic()

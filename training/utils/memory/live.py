@@ -56,6 +56,7 @@ class LiveMemory(TorchDispatchMode):
         held = storage.nbytes() if size is None else size
 
         def freed(_: object) -> None:
+            """Called when the storage is gone."""
             self.bytes -= held
             self._alive.pop(key, None)
 

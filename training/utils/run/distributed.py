@@ -288,6 +288,7 @@ def long_work() -> Iterator[None]:
     store, meeting, done = c10d._get_default_store(), f"long_work/{_meetings}", threading.Event()
 
     def live() -> None:
+        """Count up this rank's sign of life until the work is done."""
         while not done.wait(_SIGN_OF_LIFE):
             store.add(f"{meeting}/alive/{rank()}", 1)
 

@@ -137,6 +137,7 @@ def _output_of_child() -> Iterator[tuple[int, int]]:
 @contextlib.contextmanager
 def _passing_signals_on(group: int, received: list[int]) -> Iterator[None]:
     def forward(number: int, frame: FrameType | None) -> None:
+        """Note a signal and send it to the ranks, SIGHUP as SIGTERM."""
         received.append(number)
         _signal_ranks(group, signal.SIGTERM if number == signal.SIGHUP else number)
 

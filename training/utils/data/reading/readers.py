@@ -190,6 +190,7 @@ def _read_json(file: IO[bytes], path: Path) -> Iterator[RawRow]:
         return blanks.end() if blanks else at
 
     def broken(at: int, reason: str) -> UserError:
+        """An error that names line and column of a place in the text."""
         line, column = 1 + text.count("\n", 0, at), at - text.rfind("\n", 0, at)
         return UserError(f"{path}:{line}: broken JSON at column {column}: {reason}")
 
