@@ -1,4 +1,4 @@
-"""The preview program as a function."""
+"""The small tokenizer, and the preview program as a function."""
 
 from __future__ import annotations
 
@@ -8,6 +8,12 @@ from tests.data import families
 from training.utils.data import preview
 from training.utils.errors import run_program
 from training.utils.model import loading, tokenizer
+
+
+@pytest.fixture(scope="module")
+def tok():
+    """The small tokenizer."""
+    return families.smol_like()
 
 
 @pytest.fixture

@@ -21,11 +21,6 @@ from training.utils.data.template import RowError, render_text
 from training.utils.errors import UserError
 
 
-@pytest.fixture(scope="module")
-def tok():
-    return families.smol_like()
-
-
 def chat(*turns: tuple[str, str]) -> dict:
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 

@@ -19,11 +19,6 @@ from training.utils.errors import UserError
 from training.utils.run.distributed import rank
 
 
-@pytest.fixture(scope="module")
-def tok():
-    return families.smol_like()
-
-
 def rows_for_all_steps(prompts) -> list[dict]:
     return [{"prompt": f"Prompt {n}?", "response": "Yes.", "chosen": f"Good {n}.", "rejected": "No."} for n in prompts]
 

@@ -6,7 +6,6 @@ import json
 
 import pytest
 
-from tests.data import families
 from tests.data.test_prepare import prepare, sft, write
 from training.utils.data.chat import render
 from training.utils.data.formats.columns import convert
@@ -15,11 +14,6 @@ from training.utils.data.template import RowError
 from training.utils.errors import UserError
 
 ASK, ANSWER = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}
-
-
-@pytest.fixture(scope="module")
-def tok():
-    return families.smol_like()
 
 
 @pytest.mark.parametrize(

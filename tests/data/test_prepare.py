@@ -27,11 +27,6 @@ from training.utils.data.kinds import KINDS
 from training.utils.errors import UserError
 
 
-@pytest.fixture(scope="module")
-def tok():
-    return families.smol_like()
-
-
 def write(path: Path, rows: Sequence[dict]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)

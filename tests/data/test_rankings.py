@@ -7,15 +7,9 @@ import json
 
 import pytest
 
-from tests.data import families
 from training.utils.arguments import DataArguments
 from training.utils.data import element_lengths, prepare_data, preview, rankings_of
 from training.utils.errors import UserError
-
-
-@pytest.fixture(scope="module")
-def tok():
-    return families.smol_like()
 
 
 def write(path, rows) -> str:
