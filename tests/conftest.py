@@ -94,6 +94,14 @@ def tiny_model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_reward(tiny_model, tmp_path_factory) -> Path:
+    """A reward model with the tiny model's backbone, which tests only read."""
+    from tests.step3.hybrid_checks import save_tiny_reward_model  # takes seconds
+
+    return save_tiny_reward_model(str(tiny_model), tmp_path_factory.mktemp("models") / "reward")
+
+
+@pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory) -> Path:
     """A folder with a few demo rows for each step: sft.jsonl, preferences.jsonl, prompts.jsonl, held_out.jsonl."""
     folder = tmp_path_factory.mktemp("data")

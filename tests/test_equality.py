@@ -7,7 +7,6 @@ import pytest
 
 from tests.equality import ALL, DIVIDED, SERVED, TOLERANCE, Case, Matrix, pairs_of, pairwise
 from tests.hardware import computes_bf16
-from tests.step3.hybrid_checks import save_tiny_reward_model
 
 NAMES = [(step, lora, dtype) for step in (1, 2, "dpo", 3) for lora in (False, True) for dtype in ("fp32", "bf16")]
 
@@ -25,9 +24,8 @@ def sample(bf16):
 
 
 @pytest.fixture(scope="module")
-def matrix(tiny_model, tmp_path_factory, rank_pair):
-    reward = save_tiny_reward_model(str(tiny_model), tmp_path_factory.mktemp("models") / "reward")
-    return Matrix(tiny_model, reward, rank_pair)
+def matrix(tiny_model, tiny_reward, rank_pair):
+    return Matrix(tiny_model, tiny_reward, rank_pair)
 
 
 @pytest.mark.parametrize("bf16", [True, False])

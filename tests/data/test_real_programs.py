@@ -12,14 +12,8 @@ import pytest
 
 from tests.bad_inputs import STEPS as PROGRAMS
 from tests.data.real_data import FED, path_of
-from tests.step3.hybrid_checks import save_tiny_reward_model
 from training.utils.errors import run_program
 from training.utils.model.reward_stats import FEW
-
-
-@pytest.fixture(scope="module")
-def tiny_reward(tiny_model, tmp_path_factory) -> Path:
-    return save_tiny_reward_model(str(tiny_model), tmp_path_factory.mktemp("reward"))
 
 
 @pytest.fixture(scope="module")

@@ -4,13 +4,7 @@ import json
 
 import pytest
 
-from tests.step3.hybrid_checks import save_tiny_reward_model
 from training.step3_rlhf_finetuning.main import main
-
-
-@pytest.fixture(scope="module")
-def tiny_reward(tiny_model, tmp_path_factory):
-    return save_tiny_reward_model(str(tiny_model), tmp_path_factory.mktemp("models") / "reward")
 
 
 def arguments(tiny_model, tiny_data, folder, *more):

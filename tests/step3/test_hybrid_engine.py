@@ -8,7 +8,7 @@ from deepspeed.accelerator import get_accelerator
 from transformers import AutoModelForCausalLM, MambaConfig
 
 from tests.marks import slow
-from tests.step3.hybrid_checks import save_tiny_reward_model, trajectory, twin_equals_engine
+from tests.step3.hybrid_checks import trajectory, twin_equals_engine
 from tests.step3.mode_checks import decision, hooked_and_twin, merge_and_restore, modes, moments_at_the_decision, rested
 from tests.utils.engine.engine_checks import collate, fixed_rows
 from training.step3_rlhf_finetuning import hybrid_engine, roles
@@ -20,11 +20,6 @@ from training.utils.memory.generation import free_bytes, generation_bytes
 from training.utils.model.forward import response_log_probs
 from training.utils.model.loading import load_causal_lm
 from training.utils.model.lora import with_adapters
-
-
-@pytest.fixture(scope="module")
-def tiny_reward(tiny_model, tmp_path_factory):
-    return save_tiny_reward_model(str(tiny_model), tmp_path_factory.mktemp("models") / "reward")
 
 
 def check_twin(path, results):

@@ -6,7 +6,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.step3.hybrid_checks import save_tiny_reward_model
 from tests.utils.engine.engine_checks import TINY_SHARDS
 from training.step3_rlhf_finetuning.main import main
 from training.step3_rlhf_finetuning.pretraining_mix import PretrainingMix
@@ -76,11 +75,10 @@ def test_the_gradient_is_that_of_the_mean_over_the_batch(tiny_model, rank_pair):
     assert sum(tokens for _, _, tokens in pair) == count
 
 
-def test_the_program_with_the_mix_the_average_and_schedules(tiny_model, tiny_data, tmp_path):
-    reward = save_tiny_reward_model(str(tiny_model), tmp_path / "reward")
+def test_the_program_with_the_mix_the_average_and_schedules(tiny_model, tiny_reward, tiny_data, tmp_path):
     (text := tmp_path / "text.txt").write_text("A line of plain text to remember.\nAnother one, a little longer.\n" * 3)
     flags = [
-        *("--actor_model_name_or_path", str(tiny_model), "--critic_model_name_or_path", str(reward)),
+        *("--actor_model_name_or_path", str(tiny_model), "--critic_model_name_or_path", str(tiny_reward)),
         *("--data_path", str(tiny_data / "prompts.jsonl"), "--eval_data_path", str(tiny_data / "held_out.jsonl")),
         *("--output_dir", str(tmp_path / "out"), "--dtype", "fp32", "--report_to", "none", "--num_iterations", "3"),
         *("--per_device_generation_batch_size", "4", "--per_device_training_batch_size", "2"),

@@ -43,11 +43,6 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def tiny_reward(tiny_model, tmp_path_factory):
-    return save_tiny_reward_model(str(tiny_model), tmp_path_factory.mktemp("models") / "reward")
-
-
-@pytest.fixture(scope="module")
 def other_reward(tmp_path_factory):
     """A reward model whose chat template is another one."""
     base = save_tiny_model(tmp_path_factory.mktemp("models") / "other", seed=3)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tests.step3.hybrid_checks import save_tiny_reward_model, trajectory
+from tests.step3.hybrid_checks import trajectory
 from training.step3_rlhf_finetuning import ppo_trainer
 from training.step3_rlhf_finetuning.sampler_check import (
     SamplerDifference,
@@ -91,13 +91,12 @@ def another_kernel_with_a_gradient(monkeypatch, noise=0.0):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_another_kernel_moves_the_first_ratio_by_rounding_alone(tiny_model, tmp_path, monkeypatch, capsys, dtype):
-    reward = str(save_tiny_reward_model(str(tiny_model), tmp_path / "reward"))
+def test_another_kernel_moves_the_first_ratio_by_rounding_alone(tiny_model, tiny_reward, monkeypatch, capsys, dtype):
     one_step = {"stage": 0, "dtype": dtype, "iterations": 1, "micro_batch": 8, "ppo_epochs": 1}
-    [same] = trajectory(str(tiny_model), reward, **one_step)
+    [same] = trajectory(str(tiny_model), str(tiny_reward), **one_step)
     assert same["policy/first_ratio"] == 1.0 and same["policy/approx_kl"] == 0.0
     differences = another_kernel_with_a_gradient(monkeypatch)
-    [other] = trajectory(str(tiny_model), reward, **one_step)
+    [other] = trajectory(str(tiny_model), str(tiny_reward), **one_step)
     ratio, cpu, cuda = other["policy/first_ratio"], torch.device("cpu"), torch.device("cuda")
     assert max(differences) > 0.0, "the kernels must differ for this to mean anything"
     assert first_ratio_rounding(dtype, cpu) == 0.0 < first_ratio_rounding(dtype, cuda)
@@ -107,11 +106,10 @@ def test_another_kernel_moves_the_first_ratio_by_rounding_alone(tiny_model, tmp_
     assert "warning" not in capsys.readouterr().out
 
 
-def test_more_than_another_kernel_is_said_and_ends_the_run(tiny_model, tmp_path, monkeypatch, capsys):
-    reward = str(save_tiny_reward_model(str(tiny_model), tmp_path / "reward"))
+def test_more_than_another_kernel_is_said_and_ends_the_run(tiny_model, tiny_reward, monkeypatch, capsys):
     another_kernel_with_a_gradient(monkeypatch, noise=0.1)
     with pytest.raises(UserError, match="before any update it must be 1"):
-        trajectory(str(tiny_model), reward, stage=0, iterations=1, micro_batch=8, ppo_epochs=1)
+        trajectory(str(tiny_model), str(tiny_reward), stage=0, iterations=1, micro_batch=8, ppo_epochs=1)
     capsys.readouterr()
     check_first_ratio(1.00005, "fp32", torch.device("cpu"), alike=False)  # other rows were scored together
     check_first_ratio(1.0005, "fp32", torch.device("cpu"))
@@ -130,12 +128,11 @@ def test_few_tokens_may_be_off_by_chance_where_other_rows_are_scored_together():
         check_first_ratio(1.05, "bf16", torch.device("cpu"), alike=True, tokens=32)
 
 
-def test_a_run_looks_at_its_first_ratio_alone(tiny_model, tmp_path, monkeypatch):
+def test_a_run_looks_at_its_first_ratio_alone(tiny_model, tiny_reward, monkeypatch):
     """Later there is something to lose, and what draws random numbers would have been seen."""
-    reward = str(save_tiny_reward_model(str(tiny_model), tmp_path / "reward"))
     seen = []
     monkeypatch.setattr(ppo_trainer, "check_first_ratio", lambda ratio, *_: seen.append(ratio))
-    trajectory(str(tiny_model), reward, stage=0, iterations=3, micro_batch=8, ppo_epochs=1)
+    trajectory(str(tiny_model), str(tiny_reward), stage=0, iterations=3, micro_batch=8, ppo_epochs=1)
     assert seen == [1.0]
 
 
@@ -163,12 +160,11 @@ class Shifted:
 
 
 @pytest.mark.parametrize(("dtype", "by", "fine"), [("fp32", 0.0, True), ("fp32", 3e-3, False), ("bf16", 0.3, False)])
-def test_a_planted_difference_stops_the_first_iteration(tiny_model, tmp_path, capsys, dtype, by, fine):
-    reward = save_tiny_reward_model(str(tiny_model), tmp_path / "reward")
+def test_a_planted_difference_stops_the_first_iteration(tiny_model, tiny_reward, capsys, dtype, by, fine):
     run = {"stage": 0, "dtype": dtype, "iterations": 1, "micro_batch": 4, "backend": Shifted(by)}
     if fine:
-        trajectory(str(tiny_model), str(reward), **run)
+        trajectory(str(tiny_model), str(tiny_reward), **run)
         assert "sampler against trainer, log-probs of " in capsys.readouterr().out
     else:
         with pytest.raises(UserError, match="the sampler is not the policy"):
-            trajectory(str(tiny_model), str(reward), **run)
+            trajectory(str(tiny_model), str(tiny_reward), **run)

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from tests.marks import slow
-from tests.step3.hybrid_checks import save_tiny_reward_model
 from tests.step3.test_trajectories import assert_same, timeless
 from tests.step3.trajectory_checks import record, replayed
 from training.utils.errors import UserError
@@ -67,8 +66,8 @@ def test_columns_without_a_token_are_left_out():
 
 
 @pytest.fixture(scope="module")
-def models(tiny_model, tmp_path_factory):
-    return str(tiny_model), str(save_tiny_reward_model(str(tiny_model), tmp_path_factory.mktemp("models") / "reward"))
+def models(tiny_model, tiny_reward):
+    return str(tiny_model), str(tiny_reward)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.glossary import glossary
-from tests.step3.hybrid_checks import build, prompts, request, reward_settings, save_tiny_reward_model, scoring
+from tests.step3.hybrid_checks import build, prompts, request, reward_settings, scoring
 from training.step3_rlhf_finetuning import experience, main as step3, ppo, ppo_trainer
 from training.step3_rlhf_finetuning.ppo_trainer import PPOTrainer
 from training.step3_rlhf_finetuning.reward_sources import RewardMix, TokenReward
@@ -67,8 +67,8 @@ def one_iteration(actor, reward, *, bad_prompts=(), nan_loss_on=None, of="policy
 
 
 @pytest.fixture(scope="module")
-def reward(tiny_model, tmp_path_factory):
-    return str(save_tiny_reward_model(str(tiny_model), tmp_path_factory.mktemp("models") / "reward"))
+def reward(tiny_reward):
+    return str(tiny_reward)
 
 
 def test_a_bad_reward_costs_its_minibatch_alone(tiny_model, reward):
@@ -166,13 +166,14 @@ def test_ten_in_a_row():
     assert guard.reason.endswith("rewards that are not finite and noise")
 
 
-def test_ten_in_a_row_end_the_run_with_a_checkpoint_and_the_reason(tiny_model, tiny_data, tmp_path, monkeypatch):
-    reward = save_tiny_reward_model(str(tiny_model), tmp_path / "reward")
+def test_ten_in_a_row_end_the_run_with_a_checkpoint_and_the_reason(
+    tiny_model, reward, tiny_data, tmp_path, monkeypatch
+):
     monkeypatch.setattr(
         TokenReward, "score", lambda self, rollout, *_: torch.full((len(rollout.input_ids),), float("inf"))
     )
     flags = [
-        *("--actor_model_name_or_path", str(tiny_model), "--critic_model_name_or_path", str(reward)),
+        *("--actor_model_name_or_path", str(tiny_model), "--critic_model_name_or_path", reward),
         *("--data_path", str(tiny_data / "prompts.jsonl"), "--eval_data_path", str(tiny_data / "held_out.jsonl")),
         *("--output_dir", str(tmp_path / "out"), "--dtype", "fp32", "--report_to", "none", "--num_iterations", "9"),
         *("--per_device_generation_batch_size", "4", "--per_device_training_batch_size", "1"),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import pytest
 
 from tests.marks import slow
-from tests.step3.hybrid_checks import save_tiny_reward_model
 from tests.step3.trajectory_checks import record, replayed
 from training.utils.generation import rollouts
 
@@ -17,9 +16,8 @@ LOSSES = ("policy/loss", "critic/loss", "reward/mean", "kl/per_token", "policy/e
 
 
 @pytest.fixture(scope="module")
-def models(tiny_model, tmp_path_factory):
-    reward = save_tiny_reward_model(str(tiny_model), tmp_path_factory.mktemp("models") / "reward")
-    return str(tiny_model), str(reward)
+def models(tiny_model, tiny_reward):
+    return str(tiny_model), str(tiny_reward)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import torch
 from transformers import GPT2Config, LlamaConfig, MambaConfig, OPTConfig
 
 from tests.marks import slow
-from tests.step3.hybrid_checks import prompts, request, save_tiny_reward_model, trajectory
+from tests.step3.hybrid_checks import prompts, request, trajectory
 from tests.step3.vllm_checks import (
     asked_differently,
     before_and_after,
@@ -72,10 +72,9 @@ def test_a_base_in_4_bits_is_served_as_it_would_be_saved(tiny_model, rank_pair, 
 
 
 @pytest.mark.parametrize(("stage", "lora"), [(3, 4), slow(2, 0)])
-def test_ppo_is_the_same_as_with_fast(tiny_model, rank_pair, tmp_path, stage, lora):
-    reward = str(save_tiny_reward_model(str(tiny_model), tmp_path / "reward"))
+def test_ppo_is_the_same_as_with_fast(tiny_model, tiny_reward, rank_pair, stage, lora):
     own, served = (
-        rank_pair.run(trajectory, str(tiny_model), reward, stage=stage, lora=lora, engine=engine)[0]
+        rank_pair.run(trajectory, str(tiny_model), str(tiny_reward), stage=stage, lora=lora, engine=engine)[0]
         for engine in ("fast", "vllm")
     )
     for a, b in zip(own, served, strict=True):

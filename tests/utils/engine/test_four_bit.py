@@ -23,7 +23,7 @@ from tests.bad_inputs import STEPS
 from tests.equality import FOUR_BIT, TOLERANCE, Case, Matrix
 from tests.marks import slow
 from tests.reliability.tiny_runs import WEIGHTS, make_inputs, step_arguments
-from tests.step3.hybrid_checks import PAD, build, save_tiny_reward_model, twin_equals_engine
+from tests.step3.hybrid_checks import PAD, build, twin_equals_engine
 from tests.step3.test_hybrid_engine import check_twin
 from tests.tiny import save_tiny_model, tiny_tokenizer
 from tests.utils.checkpoint.resume_checks import ADAPTERS, interrupted
@@ -93,9 +93,8 @@ def inputs(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def matrix(tiny_model, tmp_path_factory, rank_pair):
-    reward = save_tiny_reward_model(str(tiny_model), tmp_path_factory.mktemp("models") / "reward")
-    return Matrix(tiny_model, reward, rank_pair)
+def matrix(tiny_model, tiny_reward, rank_pair):
+    return Matrix(tiny_model, tiny_reward, rank_pair)
 
 
 STAGES = {1: 3, 2: 2, "dpo": 1, 3: 3}  # of a step's case in the default run
