@@ -6,6 +6,7 @@ python -m tests.migrate.commands
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
 import os
 import shlex
@@ -14,6 +15,7 @@ from typing import Any
 
 from training.migrate.predecessors import PREDECESSORS
 from training.migrate.translate import Translated, translate
+from training.utils import arguments
 from training.utils.errors import UserError
 
 FILE = (
@@ -51,6 +53,12 @@ def cases() -> list[tuple[str, str, dict[str, Any]]]:
 def name_of(label: str) -> str:
     """A predecessor's name, of what the file calls it."""
     return next(name for key, name in NAMES.items() if label.lower().startswith(key))
+
+
+def values_of(made: Translated) -> dict[str, Any]:
+    """Our flag -> its value in a translated command."""
+    groups = arguments.parse(made.ours.groups, made.arguments, prog="", description="")
+    return {f"--{f.name}": getattr(group, f.name) for group in groups for f in dataclasses.fields(group)}
 
 
 def lines_of(predecessor: str, step: str, flags: dict[str, Any]) -> list[str]:

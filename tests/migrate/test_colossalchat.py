@@ -5,18 +5,16 @@ import json
 
 import pytest
 
+from tests.migrate import commands
 from training.migrate.colossalchat import COLOSSALCHAT
 from training.migrate.shell.command import read_command
 from training.migrate.translate import OURS, translate
-from training.utils import arguments
 from training.utils.errors import UserError
 
 
 def values_of(text):
     """Our flag -> its value in the translated command."""
-    made = translate(text)
-    groups = arguments.parse(made.ours.groups, made.arguments, prog="", description="")
-    return {f"--{f.name}": getattr(group, f.name) for group in groups for f in dataclasses.fields(group)}
+    return commands.values_of(translate(text))
 
 
 # As its page prints the lines of supervised fine-tuning, remarks included

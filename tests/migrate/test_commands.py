@@ -1,13 +1,10 @@
 """Every line of DeepSpeed-Chat's and alpaca-rlhf's scripts and pages means here what it meant there, value by value."""
 
-import dataclasses
-
 import pytest
 
-from tests.migrate.commands import CHAT, NAMES, cases, lines_of, outcome
+from tests.migrate.commands import CHAT, NAMES, cases, lines_of, outcome, values_of
 from training.migrate.predecessors import PREDECESSORS
 from training.migrate.translate import Translated, translate
-from training.utils import arguments
 
 TRAINING = ("1", "2", "dpo", "3")
 # Lines as their scripts and pages have them, one or more of each kind; all are in the file that `cases` reads, too
@@ -56,11 +53,6 @@ def flags_of(text):
         else:
             found[last] = word if found[last] is True else f"{found[last]} {word}"
     return found
-
-
-def values_of(made):
-    groups = arguments.parse(made.ours.groups, made.arguments, prog="", description="")
-    return {f"--{f.name}": getattr(group, f.name) for group in groups for f in dataclasses.fields(group)}
 
 
 def program_of(predecessor, step):

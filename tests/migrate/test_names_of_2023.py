@@ -1,11 +1,9 @@
 """DeepSpeed-Chat's commands of 2023, when flags of its step 3 had other names, are its own."""
 
-import dataclasses
-
 import pytest
 
+from tests.migrate.commands import values_of
 from training.migrate.translate import translate
-from training.utils import arguments
 
 ROLES = "--actor_model_name_or_path A --critic_model_name_or_path C"
 LLAMA = (
@@ -18,11 +16,6 @@ OLD = (
     f"deepspeed --master_port 12346 main.py {ROLES} --per_device_train_batch_size 8 --generation_batch_numbers 3 "
     "--per_device_mini_train_batch_size 4 --disable_actor_dropout --disable_critic_dropout --actor_lora_dim 8"
 )
-
-
-def values_of(made):
-    groups = arguments.parse(made.ours.groups, made.arguments, prog="", description="")
-    return {f"--{f.name}": getattr(group, f.name) for group in groups for f in dataclasses.fields(group)}
 
 
 @pytest.mark.parametrize("source", ["", "DeepSpeed-Chat"])

@@ -5,6 +5,7 @@ import os
 
 import pytest
 
+from tests.migrate import commands
 from tests.tiny import tiny_tokenizer
 from training.migrate.__main__ import filled
 from training.migrate.deepspeed_chat import DEEPSPEED_CHAT
@@ -12,7 +13,6 @@ from training.migrate.program import as_text
 from training.migrate.shell.command import read_command
 from training.migrate.shell.words import quoted
 from training.migrate.translate import OURS, ranks_of, translate
-from training.utils import arguments
 from training.utils.data import configure_chat_template
 from training.utils.data.template import render_text
 from training.utils.errors import UserError
@@ -27,9 +27,7 @@ ROLES = "--actor_model_name_or_path A --critic_model_name_or_path C"
 
 def values_of(text, source=""):
     """Our flag -> its value in the translated command."""
-    made = translate(text, source)
-    groups = arguments.parse(made.ours.groups, made.arguments, prog="", description="")
-    return {f"--{f.name}": getattr(group, f.name) for group in groups for f in dataclasses.fields(group)}
+    return commands.values_of(translate(text, source))
 
 
 def test_given_values_their_defaults_and_their_constants():
