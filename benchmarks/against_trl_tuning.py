@@ -75,7 +75,8 @@ def figures(run: dict[str, Any], tokens: Sequence[int], batch: int) -> dict[str,
 def tripod(arguments: argparse.Namespace, model: str, data: str, folder: Path, seed: int) -> dict[str, Any]:
     """One run of the step's program; returns `figures`, and ``dataset``: what it trained on, as tokens."""
     from training.utils.arguments import DataArguments
-    from training.utils.data import element_lengths, epoch_batches, prepare_data
+    from training.utils.data.batches import element_lengths, epoch_batches
+    from training.utils.data.prepare import prepare_data
     from training.utils.model.tokenizer import load_tokenizer
 
     cache = folder.parent.parent / "data"

@@ -54,7 +54,8 @@ def prepare_model(model: str) -> None:
 def measure(path: Path, cache: Path, model: str, batch_size: int, results: Any) -> None:
     """Prepare the file twice and send the figures; runs in its own process, for its own peak memory."""
     from training.utils.arguments import DataArguments
-    from training.utils.data import epoch_batches, padding_share, prepare_data
+    from training.utils.data.batches import epoch_batches, padding_share
+    from training.utils.data.prepare import prepare_data
     from training.utils.model.loading import resolve_model
     from training.utils.model.tokenizer import load_tokenizer
 

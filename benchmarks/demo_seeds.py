@@ -18,7 +18,7 @@ from typing import Any
 
 from common import ROOT, flags_of, head_of, json_lines, row_of
 
-from training.utils.data import spread_rows
+from training.utils.data.batches import spread_rows
 from training.utils.intervals import bootstrap_interval, half_ties, mean
 
 HEADING = "# Answers of the demo"

@@ -40,7 +40,7 @@ from training.step3_rlhf_finetuning.experience import Scoring
 from training.step3_rlhf_finetuning.ppo_trainer import PPOTrainer
 from training.step3_rlhf_finetuning.prompts import PromptSet
 from training.step3_rlhf_finetuning.roles import Build, RewardModelSettings, build_actor, build_roles
-from training.utils.data import SIDES
+from training.utils.data.batches import SIDES
 from training.utils.engine import engine as engines
 from training.utils.engine.frozen import load_frozen_causal_lm
 from training.utils.engine.precision import for_device

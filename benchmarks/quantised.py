@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT / "inference"))
 
 from chat_models import ChatModel, LoadArguments, load_chat_models
 
-from training.utils.data import render
+from training.utils.data.chat import render
 from training.utils.errors import UserError, run_program
 from training.utils.run.folders import latest_output
 

@@ -28,7 +28,8 @@ import torch
 from common import ROOT, flags_of, head_of, json_lines, row_of, write_figures
 
 from training.utils.arguments import PRECISIONS
-from training.utils.data import render, stop_token_ids
+from training.utils.data.chat import render
+from training.utils.data.template import stop_token_ids
 from training.utils.engine.precision import settle
 from training.utils.engine.zero_config import DTYPES, frozen_config
 from training.utils.errors import run_program

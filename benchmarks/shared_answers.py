@@ -29,7 +29,9 @@ import torch  # noqa: E402
 
 from training.step3_rlhf_finetuning import prompts  # noqa: E402
 from training.utils.arguments import DataArguments  # noqa: E402
-from training.utils.data import prepare_data, spread_rows, stop_token_ids  # noqa: E402
+from training.utils.data.batches import spread_rows  # noqa: E402
+from training.utils.data.prepare import prepare_data  # noqa: E402
+from training.utils.data.template import stop_token_ids  # noqa: E402
 from training.utils.generation import rollouts  # noqa: E402
 from training.utils.generation.engines import rollout_backend  # noqa: E402
 from training.utils.generation.sampling import SamplingConfig  # noqa: E402

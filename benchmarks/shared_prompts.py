@@ -30,15 +30,15 @@ import torch  # noqa: E402
 from training.step2_reward_model_finetuning.pairs import score_pairs  # noqa: E402
 from training.step2_reward_model_finetuning.preference import bradley_terry_loss  # noqa: E402
 from training.utils.arguments import DataArguments  # noqa: E402
-from training.utils.data import (  # noqa: E402
+from training.utils.data.batches import (  # noqa: E402
     collate_answers,
     collate_pairs,
     element_lengths,
     epoch_batches,
-    prepare_data,
     rankings_of,
     spread_rows,
 )
+from training.utils.data.prepare import prepare_data  # noqa: E402
 from training.utils.model import classifiers  # noqa: E402
 from training.utils.model.language_modelling import negative_log_likelihood  # noqa: E402
 from training.utils.model.loading import load_causal_lm, resolve_model  # noqa: E402

@@ -14,10 +14,11 @@ from answer_rewards import AnswerRewards
 
 from training.utils.answers import Line, prompt_id
 from training.utils.arguments import DataArguments
-from training.utils.data import RowError, prepare_data
 from training.utils.data.chat import render_many
 from training.utils.data.formats.columns import convert, parse_column_map
 from training.utils.data.formats.conversations import demonstration
+from training.utils.data.prepare import prepare_data
+from training.utils.data.template import RowError
 from training.utils.errors import UserError
 from training.utils.generation.rollouts import RolloutRequest, has_ended, response_texts
 from training.utils.generation.sampling import SamplingConfig

@@ -28,7 +28,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from training.utils.data import read_any
+from training.utils.data.chat import read_any
 from training.utils.errors import UserError
 
 Message = dict[str, str]

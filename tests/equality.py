@@ -40,7 +40,7 @@ from training.step3_rlhf_finetuning.roles import (
     generation_backend,
 )
 from training.utils.arguments import DPOArguments, LoraArguments
-from training.utils.data import SIDES
+from training.utils.data.batches import SIDES
 from training.utils.engine import engine as engines
 from training.utils.engine.frozen import load_reference
 from training.utils.engine.sequence_parallel import ULYSSES

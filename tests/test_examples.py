@@ -16,8 +16,8 @@ from transformers import DistilBertConfig, DistilBertForSequenceClassification
 from tests.marks import slow
 from tests.tiny import tiny_tokenizer
 from training.utils.arguments import DataArguments
-from training.utils.data import prepare_data
 from training.utils.data.kinds import KINDS
+from training.utils.data.prepare import prepare_data
 from training.utils.run.recipes import flags_of, read_recipe
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from tests.glossary import never_logged, unexplained
 from tests.reliability.tiny_runs import SCRIPTS, Launcher, deepspeed_command
-from training.utils.data import render
+from training.utils.data.chat import render
 from training.utils.engine.precision import cpu_computes_bf16
 from training.utils.model.forward import TokenScorer
 from training.utils.model.reward_stats import RewardStats

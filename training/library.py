@@ -36,7 +36,8 @@ from training.step3_rlhf_finetuning import prompts, settings  # noqa: E402
 from training.step3_rlhf_finetuning.experience import Experience  # noqa: E402
 from training.step3_rlhf_finetuning.ppo_trainer import build_trainer  # noqa: E402
 from training.utils.checkpoint import engine_state  # noqa: E402
-from training.utils.data import prepare_data, stop_token_ids  # noqa: E402
+from training.utils.data.prepare import prepare_data  # noqa: E402
+from training.utils.data.template import stop_token_ids  # noqa: E402
 from training.utils.engine import precision  # noqa: E402
 from training.utils.engine.engine import SkipGuard  # noqa: E402
 from training.utils.model import classifiers, export, loading  # noqa: E402

@@ -11,7 +11,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from training.utils.data import configure_chat_template
+from training.utils.data.template import configure_chat_template
 
 CORPUS = [
     "Human: What is the capital of France?\n\nAssistant:\nThe capital of France is Paris.\n\n",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from training.utils.data import (
+from training.utils.data.batches import (
     batches_after,
     collate_pairs,
     collate_sft,

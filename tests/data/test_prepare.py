@@ -14,16 +14,10 @@ import pytest
 
 from tests.data import families, test_sources
 from training.utils.arguments import DataArguments
-from training.utils.data import (
-    cache,
-    prepare as prepare_module,
-    prepare_data,
-    prepare_pretraining,
-    render,
-    selection,
-    tokenise,
-)
+from training.utils.data import cache, prepare as prepare_module, selection, tokenise
+from training.utils.data.chat import render
 from training.utils.data.kinds import KINDS
+from training.utils.data.prepare import prepare_data, prepare_pretraining
 from training.utils.errors import UserError
 
 

@@ -8,7 +8,9 @@ import json
 import pytest
 
 from training.utils.arguments import DataArguments
-from training.utils.data import element_lengths, prepare_data, preview, rankings_of
+from training.utils.data import preview
+from training.utils.data.batches import element_lengths, rankings_of
+from training.utils.data.prepare import prepare_data
 from training.utils.errors import UserError
 
 

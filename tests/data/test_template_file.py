@@ -12,8 +12,10 @@ from transformers import AutoTokenizer
 from tests.data import families
 from tests.data.test_chat import chat_of
 from tests.data.test_prepare import prepare, sft, write
-from training.utils.data import configure_chat_template, render, stop_token_ids, template
+from training.utils.data import template
+from training.utils.data.chat import render
 from training.utils.data.report import IGNORED
+from training.utils.data.template import configure_chat_template, stop_token_ids
 from training.utils.errors import UserError
 
 # As a user of ColossalChat writes it: the turns end with a token of the tokenizer's own

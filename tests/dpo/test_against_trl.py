@@ -11,7 +11,7 @@ from tests.dpo.test_pairs import Engine
 from training.step2_dpo_finetuning.dpo import pair_loss
 from training.step2_dpo_finetuning.pairs import Preferences, answer_log_probs, answer_tokens
 from training.utils.arguments import DPOArguments
-from training.utils.data import SIDES
+from training.utils.data.batches import SIDES
 
 pytest.importorskip("trl")
 

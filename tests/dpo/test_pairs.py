@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from training.step2_dpo_finetuning.pairs import Preferences, answer_log_probs, answer_tokens, means
 from training.utils.arguments import DPOArguments, LoraArguments
-from training.utils.data import pair_micro_batches
+from training.utils.data.batches import pair_micro_batches
 from training.utils.model.forward import response_kl
 from training.utils.model.lora import with_adapters
 

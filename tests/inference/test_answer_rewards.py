@@ -7,7 +7,7 @@ import torch
 from answer_rewards import AnswerRewards
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from training.utils.data import render
+from training.utils.data.chat import render
 from training.utils.errors import UserError
 
 TALK = [{"role": "user", "content": "tell me a story"}, {"role": "assistant", "content": "a small red house"}]

@@ -8,7 +8,8 @@ from chat_sessions import Session
 from chat_stream import Answer
 
 from tests.templates import tokenizer_of
-from training.utils.data import prepare_data, read_any
+from training.utils.data.chat import read_any
+from training.utils.data.prepare import prepare_data
 from training.utils.data.template import render_text
 
 QUESTION = {"role": "user", "content": "Six by two?"}

@@ -261,7 +261,7 @@ def votes_file(talk, tmp_path):
 
 def test_the_data_layer_reads_votes_of_both_forms(votes_file, tokenizer):
     from training.utils.arguments import DataArguments
-    from training.utils.data import prepare_data
+    from training.utils.data.prepare import prepare_data
 
     arguments = DataArguments(data_path=[str(votes_file)])
     data = prepare_data("pairs", arguments, tokenizer, max_length=256, seed=1)

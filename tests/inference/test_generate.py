@@ -16,7 +16,7 @@ from tests.step3.hybrid_checks import save_tiny_reward_model
 from tests.tiny import save_tiny_model, tiny_tokenizer
 from training.utils.answers import PartFile, prompt_id, read_answers
 from training.utils.arguments import DataArguments
-from training.utils.data import prepare_data
+from training.utils.data.prepare import prepare_data
 from training.utils.errors import UserError, run_program
 from training.utils.generation.engines import FastBackend
 

@@ -21,7 +21,7 @@ from judge_endpoint import FORM, READ_TRIES, Pace, verdict_in
 from tests.tiny import tiny_tokenizer
 from training.utils import answers as answer_files
 from training.utils.arguments import DataArguments
-from training.utils.data import prepare_data
+from training.utils.data.prepare import prepare_data
 from training.utils.errors import UserError, run_program, run_resumable
 
 KEY = "sk-very-secret-0123456789"

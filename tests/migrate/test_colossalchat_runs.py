@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from tests.data.test_template_file import CONFIG
 from tests.migrate.runs import run_line, steps_of, train_line
-from training.utils.data import stop_token_ids
+from training.utils.data.template import stop_token_ids
 
 TOKENS = {"input_ids": [1, 2], "labels": [-100, 2], "inputs_decode": "a b", "labels_decode": ["b"], "seq_length": 2}
 PAIR_TOKENS = {f"{side}_{what}": [1, 2] for side in ("chosen", "rejected") for what in ("input_ids", "loss_mask")}

@@ -13,8 +13,7 @@ from training.migrate.program import as_text
 from training.migrate.shell.command import read_command
 from training.migrate.shell.words import quoted
 from training.migrate.translate import OURS, ranks_of, translate
-from training.utils.data import configure_chat_template
-from training.utils.data.template import render_text
+from training.utils.data.template import configure_chat_template, render_text
 from training.utils.errors import UserError
 from training.utils.run.folders import deepspeed_launcher
 

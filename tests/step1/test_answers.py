@@ -11,7 +11,7 @@ from tests.tiny import tiny_tokenizer
 from training.step1_supervised_finetuning import main as step1
 from training.step1_supervised_finetuning.answers import RougeJudge, last_turn
 from training.step1_supervised_finetuning.rouge import rouge_scores
-from training.utils.data import stop_token_ids
+from training.utils.data.template import stop_token_ids
 from training.utils.errors import UserError
 
 

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from training.step1_supervised_finetuning.evaluate import greedy_answers, last_turn, likelihoods
 from training.step1_supervised_finetuning.rouge import normalise, rouge_scores
-from training.utils.data import stop_token_ids
+from training.utils.data.template import stop_token_ids
 
 
 def test_rouge_equals_the_librarys_own_example():

@@ -15,7 +15,7 @@ from training.step2_reward_model_finetuning.pairs import (
     score_pairs,
 )
 from training.step2_reward_model_finetuning.preference import bradley_terry_loss, pair_metrics
-from training.utils.data import pair_micro_batches, rankings_of
+from training.utils.data.batches import pair_micro_batches, rankings_of
 from training.utils.engine import engine as engines
 from training.utils.engine.zero_config import deepspeed_config
 from training.utils.model import classifiers

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tests.step2.ranking_checks import PAD
 from tests.tiny import tiny_tokenizer
 from training.step2_reward_model_finetuning import main as step2
-from training.utils.data import render
+from training.utils.data.chat import render
 from training.utils.model.classifiers import load_classifier
 from training.utils.model.forward import TokenScorer
 

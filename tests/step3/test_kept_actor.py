@@ -23,7 +23,7 @@ from training.step3_rlhf_finetuning.comparison import (
 from training.step3_rlhf_finetuning.kept_actor import RUNNING_PROMPTS, HeldOutEvaluation, Kept
 from training.step3_rlhf_finetuning.prompts import PromptSet, sample_rows
 from training.utils.checkpoint.resume import BEST
-from training.utils.data import spread_rows
+from training.utils.data.batches import spread_rows
 from training.utils.engine.zero_config import DTYPES
 from training.utils.errors import UserError
 from training.utils.generation.engines import rollout_backend

@@ -27,7 +27,7 @@ from training.step3_rlhf_finetuning.prompts import PromptSet
 from training.step3_rlhf_finetuning.reward_examples import exact_answer, last_number
 from training.step3_rlhf_finetuning.reward_functions import parse_reward_functions
 from training.step3_rlhf_finetuning.reward_sources import FunctionReward, RewardMix, TextReward, TokenReward
-from training.utils.data import render
+from training.utils.data.chat import render
 from training.utils.errors import UserError
 from training.utils.generation.engines import rollout_backend
 from training.utils.generation.rollouts import RolloutBatch

@@ -15,7 +15,7 @@ from tests.utils.engine.engine_checks import TINY_SHARDS
 from training.step2_dpo_finetuning.pairs import Preferences, answer_log_probs, answer_tokens
 from training.step2_reward_model_finetuning.pairs import held_out_rewards
 from training.utils.arguments import DPOArguments, LoraArguments
-from training.utils.data import collate_answers, collate_pairs, collate_sft, pair_micro_batches, rankings_of
+from training.utils.data.batches import collate_answers, collate_pairs, collate_sft, pair_micro_batches, rankings_of
 from training.utils.engine import engine as engines
 from training.utils.engine.frozen import load_reference
 from training.utils.engine.zero_config import deepspeed_config

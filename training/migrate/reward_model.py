@@ -103,7 +103,9 @@ from transformers import AutoConfig, AutoModelForSequenceClassification  # noqa:
 
 from training.step2_reward_model_finetuning.pairs import held_out_rewards, pair_weights  # noqa: E402
 from training.step2_reward_model_finetuning.preference import pair_metrics  # noqa: E402
-from training.utils.data import prepare_data, rankings_of, stop_token_ids  # noqa: E402
+from training.utils.data.batches import rankings_of  # noqa: E402
+from training.utils.data.prepare import prepare_data  # noqa: E402
+from training.utils.data.template import stop_token_ids  # noqa: E402
 from training.utils.engine import precision  # noqa: E402
 from training.utils.engine.frozen import load_frozen_scorer  # noqa: E402
 from training.utils.metrics import write_summary  # noqa: E402

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from training.step1_supervised_finetuning.rouge import rouge_scores
-from training.utils.data import rank_micro_batches, spread_rows, stop_token_ids
+from training.utils.data.batches import rank_micro_batches, spread_rows
+from training.utils.data.template import stop_token_ids
 from training.utils.engine.sequence_parallel import whole_rows
 from training.utils.errors import UserError
 from training.utils.generation.engines import rollout_backend

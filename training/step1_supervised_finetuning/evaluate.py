@@ -49,7 +49,8 @@ from training.step1_supervised_finetuning import main as step1  # noqa: E402
 from training.step1_supervised_finetuning.answers import decoded, last_turn  # noqa: E402
 from training.step1_supervised_finetuning.rouge import rouge_scores  # noqa: E402
 from training.utils import evaluation_programs, intervals  # noqa: E402
-from training.utils.data import collate_answers, prepare_data  # noqa: E402
+from training.utils.data.batches import collate_answers  # noqa: E402
+from training.utils.data.prepare import prepare_data  # noqa: E402
 from training.utils.engine import precision  # noqa: E402
 from training.utils.errors import UserError, run_program  # noqa: E402
 from training.utils.generation.engines import rollout_backend  # noqa: E402

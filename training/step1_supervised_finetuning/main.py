@@ -45,7 +45,7 @@ import torch  # noqa: E402  threads and PATH must be set before
 
 from training.step1_supervised_finetuning.answers import RougeJudge  # noqa: E402
 from training.utils.checkpoint.resume import BEST  # noqa: E402
-from training.utils.data import epoch_batches  # noqa: E402
+from training.utils.data.batches import epoch_batches  # noqa: E402
 from training.utils.engine import engine as engines  # noqa: E402
 from training.utils.fine_tuning import FineTuning, build_engine, find_model, open_run, step_metrics  # noqa: E402
 from training.utils.memory.training import show_sequence_plan  # noqa: E402

@@ -44,7 +44,7 @@ prepare_runtime()
 from training.step2_dpo_finetuning import main as dpo  # noqa: E402
 from training.step2_dpo_finetuning.pairs import Preferences, answer_log_probs, means  # noqa: E402
 from training.utils import evaluation_programs  # noqa: E402
-from training.utils.data import prepare_data  # noqa: E402
+from training.utils.data.prepare import prepare_data  # noqa: E402
 from training.utils.engine import precision  # noqa: E402
 from training.utils.engine.frozen import load_frozen_causal_lm  # noqa: E402
 from training.utils.errors import UserError, run_program  # noqa: E402

@@ -44,7 +44,7 @@ prepare_runtime()
 
 from training.step2_dpo_finetuning.pairs import Preferences, answer_log_probs, answer_tokens, means  # noqa: E402
 from training.utils.checkpoint.resume import METRICS  # noqa: E402
-from training.utils.data import pair_micro_batches, rankings_of  # noqa: E402
+from training.utils.data.batches import pair_micro_batches, rankings_of  # noqa: E402
 from training.utils.engine import engine as engines  # noqa: E402
 from training.utils.engine.frozen import load_reference  # noqa: E402
 from training.utils.fine_tuning import FineTuning, build_engine, find_model, open_run, step_metrics  # noqa: E402

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from training.step2_dpo_finetuning import dpo
 from training.utils.arguments import WITHOUT_REFERENCE, DPOArguments
-from training.utils.data import (
+from training.utils.data.batches import (
     SIDES,
     element_lengths,
     epoch_batches,

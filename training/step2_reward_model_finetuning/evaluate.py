@@ -35,7 +35,8 @@ prepare_runtime()
 from training.step2_reward_model_finetuning import main as step2  # noqa: E402  threads and PATH must be set before
 from training.step2_reward_model_finetuning.pairs import held_out_rewards  # noqa: E402
 from training.utils import evaluation_programs  # noqa: E402
-from training.utils.data import prepare_data, rankings_of  # noqa: E402
+from training.utils.data.batches import rankings_of  # noqa: E402
+from training.utils.data.prepare import prepare_data  # noqa: E402
 from training.utils.engine import precision  # noqa: E402
 from training.utils.engine.frozen import load_frozen_scorer  # noqa: E402
 from training.utils.errors import run_program  # noqa: E402

@@ -57,7 +57,7 @@ from training.step2_reward_model_finetuning.preference import (  # noqa: E402
     pair_metrics,
     told,
 )
-from training.utils.data import pair_micro_batches, rankings_of  # noqa: E402
+from training.utils.data.batches import pair_micro_batches, rankings_of  # noqa: E402
 from training.utils.engine import engine as engines  # noqa: E402
 from training.utils.engine.frozen import load_frozen_scorer  # noqa: E402
 from training.utils.fine_tuning import FineTuning, build_engine, find_model, open_run, step_metrics  # noqa: E402

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from training.utils.data import (
+from training.utils.data.batches import (
     collate_answers,
     distinct_answers,
     epoch_batches,

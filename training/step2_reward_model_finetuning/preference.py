@@ -30,7 +30,7 @@ def pair_metrics(pairs: Sequence[tuple[float, float]], weights: Sequence[float] 
 
     Args:
         pairs: (chosen, rejected) rewards.
-        weights: of each pair, see `training.utils.data.collate_pairs`; empty where all have the same.
+        weights: of each pair, see `training.utils.data.batches.collate_pairs`; empty where all have the same.
     """
     weights = weights or [1.0] * len(pairs)
     chosen, rejected = (mean(side, weights) for side in zip(*pairs, strict=True))

@@ -112,7 +112,9 @@ from training.step3_rlhf_finetuning.reward_functions import (  # noqa: E402
 from training.step3_rlhf_finetuning.reward_sources import RewardMix  # noqa: E402
 from training.step3_rlhf_finetuning.roles import build_rewards  # noqa: E402
 from training.utils import evaluation_programs, intervals  # noqa: E402
-from training.utils.data import prepare_data, spread_rows, stop_token_ids  # noqa: E402
+from training.utils.data.batches import spread_rows  # noqa: E402
+from training.utils.data.prepare import prepare_data  # noqa: E402
+from training.utils.data.template import stop_token_ids  # noqa: E402
 from training.utils.engine import precision  # noqa: E402
 from training.utils.generation.rollouts import RolloutBackend  # noqa: E402
 from training.utils.generation.sampling import SamplingConfig  # noqa: E402

@@ -37,7 +37,7 @@ from training.step3_rlhf_finetuning.roles import Roles
 from training.step3_rlhf_finetuning.settings import Opened
 from training.utils.checkpoint.resume import BEST
 from training.utils.checkpoint.same_run import input_fingerprint
-from training.utils.data import spread_rows
+from training.utils.data.batches import spread_rows
 from training.utils.engine.engine import dtype_name
 from training.utils.errors import UserError
 from training.utils.generation.rollouts import RolloutBackend

@@ -22,7 +22,7 @@ from training.step3_rlhf_finetuning.ppo_trainer import PPOTrainer
 from training.step3_rlhf_finetuning.prompts import PromptSet, sample_rows
 from training.step3_rlhf_finetuning.roles import Roles
 from training.utils.checkpoint.resume import BEST, METRICS, Run
-from training.utils.data import StepData
+from training.utils.data.prepare import StepData
 from training.utils.generation.rollouts import RolloutsLost, has_ended, response_texts
 from training.utils.health import HealthMonitor
 from training.utils.metrics import MetricsLogger, write_summary

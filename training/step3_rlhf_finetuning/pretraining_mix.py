@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from training.utils.data import epoch_batches
+from training.utils.data.batches import epoch_batches
 from training.utils.engine import engine as engines
 from training.utils.model.language_modelling import micro_batches, negative_log_likelihood, predicted_tokens
 
@@ -23,7 +23,7 @@ class PretrainingMix:
     The batch of an optimizer step follows from the step's number, so a resumed run takes the same.
 
     Args:
-        dataset: from `training.utils.data.prepare_pretraining`.
+        dataset: from `training.utils.data.prepare.prepare_pretraining`.
         coefficient: weight of the loss.
         rows: of an optimizer step, over all ranks.
         micro_batch_size: rows of a rank in one forward.

@@ -13,7 +13,7 @@ import torch
 
 from training.step3_rlhf_finetuning.arguments import RolloutArguments
 from training.step3_rlhf_finetuning.reward_functions import Messages
-from training.utils.data import epoch_batches
+from training.utils.data.batches import epoch_batches
 from training.utils.generation.rollouts import RolloutRequest
 from training.utils.run.distributed import data_rank, data_size
 

@@ -34,7 +34,8 @@ from training.step3_rlhf_finetuning.reward_functions import (
 from training.step3_rlhf_finetuning.roles import RewardModelSettings, starts_from
 from training.utils.arguments import DataArguments, OutputArguments, ReliabilityArguments, default_of
 from training.utils.checkpoint.resume import Run, resume_output_dir
-from training.utils.data import StepData, prepare_data, prepare_pretraining, stop_token_ids
+from training.utils.data.prepare import StepData, prepare_data, prepare_pretraining
+from training.utils.data.template import stop_token_ids
 from training.utils.engine import four_bit, precision
 from training.utils.engine.tensor_parallel import divide_model
 from training.utils.engine.zero_config import read_user_config, states_on_nvme

@@ -26,8 +26,10 @@ from training.utils.arguments import (
     TrainingArguments,
 )
 from training.utils.checkpoint.resume import Run, resume_output_dir
-from training.utils.data import StepData, batches_after, element_lengths, prepare_data, stop_token_ids
+from training.utils.data.batches import batches_after, element_lengths
 from training.utils.data.kinds import Kind
+from training.utils.data.prepare import StepData, prepare_data
+from training.utils.data.template import stop_token_ids
 from training.utils.engine import engine as engines, four_bit, precision
 from training.utils.engine.tensor_parallel import divide_model
 from training.utils.engine.zero_config import deepspeed_config, read_user_config

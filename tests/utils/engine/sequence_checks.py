@@ -11,7 +11,7 @@ from training.step2_dpo_finetuning.pairs import Preferences, answer_log_probs, a
 from training.step2_reward_model_finetuning.pairs import score_pairs
 from training.step2_reward_model_finetuning.preference import bradley_terry_loss
 from training.utils.arguments import DPOArguments, LoraArguments
-from training.utils.data import SIDES
+from training.utils.data.batches import SIDES
 from training.utils.engine import engine as engines, sequence_parallel
 from training.utils.engine.frozen import load_reference
 from training.utils.engine.zero_config import deepspeed_config

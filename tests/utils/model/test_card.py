@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.step3.hybrid_checks import save_tiny_reward_model
-from training.utils.data import render
+from training.utils.data.chat import render
 from training.utils.model import classifiers
 from training.utils.model.card import read_front_matter, write_model_card
 from training.utils.model.forward import TokenScorer

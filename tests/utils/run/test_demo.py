@@ -10,7 +10,7 @@ from training.migrate.predecessors import others_of
 from training.step3_rlhf_finetuning import arguments as step3
 from training.utils import arguments
 from training.utils.arguments import DataArguments
-from training.utils.data import prepare_data
+from training.utils.data.prepare import prepare_data
 from training.utils.errors import UserError
 from training.utils.run import demo
 

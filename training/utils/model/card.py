@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from transformers import PreTrainedTokenizerBase
 
-from training.utils.data import render
+from training.utils.data.chat import render
 from training.utils.model.loading import EMBEDDED
 from training.utils.run.distributed import is_main
 from training.utils.run.files import write_whole

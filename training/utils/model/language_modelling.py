@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from training.utils.data import collate_answers, rank_micro_batches
+from training.utils.data.batches import collate_answers, rank_micro_batches
 from training.utils.model.forward import answer_sums
 from training.utils.run.distributed import data_rank, data_size
 from training.utils.sharing.rows import Sharing

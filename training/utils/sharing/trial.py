@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from training.utils.data import collate_pairs
+from training.utils.data.batches import collate_pairs
 from training.utils.model.forward import module_of, without_adapters
 from training.utils.run.distributed import gather_objects, say
 from training.utils.sharing.attention import by_blocks
