@@ -49,9 +49,7 @@ def next_steps(run: RunRecord) -> list[str]:
 
 def _asked(run: RunRecord) -> list[str]:
     """The steps that the last command of train.py was to run: those after its ``--step``, all without one."""
-    started = run.manifest.get("started_as")
-    last = started[-1] if isinstance(started, list) and started else []
-    numbers = flags_in([str(word) for word in last] if isinstance(last, list) else []).get("step")
+    numbers = flags_in(run.last_command).get("step")
     if numbers is None:
         return list(run.pipeline)
     return [name for name in run.pipeline if ("2" if name == "dpo" else name[4:]) in numbers]

@@ -32,21 +32,12 @@ def failure(run: RunRecord) -> str:
     code = step.entry.get("exit_code")
     headline = f"{heading(step.name)} {step.state}" + (f" (exit code {code})" if code is not None else "")
     lines = "".join(f"<p>{e(line)}</p>" for line in advice.next_steps(run))
-    command = _command(run)
-    again = f"<pre>{e(command)}</pre>" if command else ""
+    words = [".venv/bin/python", *continued(run.last_command, named_itself(run.path))] if run.last_command else []
+    again = f"<pre>{e(shlex.join(words))}</pre>" if words else ""
     logs = "".join(
         f"<h3>Last lines of {s.name}.log</h3><pre>{e(chr(10).join(s.log_tail))}</pre>" for s in broken if s.log_tail
     )
     return f'<section id="failure" class="failure"><h2>{e(headline)}</h2>{logs}{lines}{again}</section>'
-
-
-def _command(run: RunRecord) -> str:
-    """The last command of train.py, to go on in this run's folder; empty if it is not known."""
-    started = run.manifest.get("started_as")
-    last = started[-1] if isinstance(started, list) and started else None
-    if not isinstance(last, list) or not last:
-        return ""
-    return shlex.join([".venv/bin/python", *continued([str(word) for word in last], named_itself(run.path))])
 
 
 def cards(run: RunRecord) -> str:

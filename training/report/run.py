@@ -87,6 +87,13 @@ class RunRecord:
         """The steps that a run of its pipeline has."""
         return PIPELINES.get(str(self.manifest.get("pipeline")), PIPELINES["sft,rm,ppo"])
 
+    @property
+    def last_command(self) -> list[str]:
+        """The words of the last command of train.py; empty if it is not known."""
+        started = self.manifest.get("started_as")
+        last = started[-1] if isinstance(started, list) and started else None
+        return [str(word) for word in last] if isinstance(last, list) else []
+
 
 def number(value: Any) -> float | None:
     """A finite number, or None for anything else."""
