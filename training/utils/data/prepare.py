@@ -289,10 +289,9 @@ def _tokenise(
         elif isinstance(result, str):
             report.drop(result, candidate.row.place)
         else:
-            if request.kind == "pairs":
-                _compare_lengths(candidate.example, report)
             more = {"source": stream.source.name}
             if request.kind == "pairs":
+                _compare_lengths(candidate.example, report)
                 more["rejected_kind"] = _rejected_kind(candidate.row)
             if request.kind == "prompts":
                 more["row"] = candidate.row.original()

@@ -10,6 +10,7 @@ from typing import Any
 
 from training.utils.data.formats.adapters import ADAPTERS
 from training.utils.data.formats.conversations import (
+    NO_TEXT,
     Dropped,
     Example,
     Row,
@@ -181,10 +182,7 @@ def _check_readable(row: Row, columns: frozenset[str]) -> None:
 _SYSTEM = ("system", "system_prompt", "system_message")
 _TOOLS = ("tools", "functions")
 # Columns without which a row means something else, and which no format reads
-_UNREAD = {
-    "tool_calls": "calls of tools",
-    **dict.fromkeys(("images", "image", "videos", "video", "audios", "audio"), "what is no text"),
-}
+_UNREAD = {"tool_calls": "calls of tools"} | NO_TEXT
 
 # What is asked about, and what there is to choose from, under names that no format reads
 _ABOUT = ("passage", "passages", "paragraphs", "contexts", "documents", "article", "choices", "options")

@@ -175,11 +175,9 @@ def _message(item: Any, where: str) -> Message:
     return {**message, **more, **(NOT_TRAINED if untrained else {})}
 
 
+NO_TEXT = dict.fromkeys(("images", "image", "videos", "video", "audios", "audio"), "what is no text")
 # Keys of a message that change what it means, for which there is no place in a conversation here
-_UNREAD = {
-    "tool_responses": "answers of tools beside the text",
-    **dict.fromkeys(("images", "image", "videos", "video", "audios", "audio"), "what is no text"),
-}
+_UNREAD = {"tool_responses": "answers of tools beside the text"} | NO_TEXT
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
