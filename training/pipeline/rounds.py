@@ -259,12 +259,10 @@ class Rounds:
         found |= {check["name"]: check.get("after") for check in _checks(summary)}
         found["KL to where it started"] = summary.get("kept", {}).get("kl")
         found["tokens of an answer"] = summary.get("length_after")
-        agreed = known.get("agreement", {}).get(str(number), {})
-        for source, value in agreed.get(f"reward model of round {number}", {}).items():
-            found[f"reward model right on judgements of {source}"] = value["accuracy"]
-        later = known.get("agreement", {}).get(str(number + 1), {})
-        for source, value in later.get(f"reward model of round {number}", {}).items():
-            found[f"reward model right on judgements of {source}"] = value["accuracy"]
+        for judged_in in (number, number + 1):
+            agreed = known.get("agreement", {}).get(str(judged_in), {})
+            for source, value in agreed.get(f"reward model of round {number}", {}).items():
+                found[f"reward model right on judgements of {source}"] = value["accuracy"]
         return found
 
 
