@@ -71,7 +71,7 @@ class AnswerRewards:
         rows: Sequence[dict[str, Any]],
         batch_size: int,
     ) -> list[dict[str, Any]]:
-        """Of each response ``reward``, and ``rewards`` by source where there are several; {} without any source.
+        """For each response its ``reward``, and ``rewards`` by source where there are several; {} without any source.
 
         Raises:
             UserError: a function fails, or returns no finite numbers.

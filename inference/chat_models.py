@@ -140,7 +140,7 @@ def _resolve(path: str) -> tuple[str, str | None]:
 
 
 def _device(arguments: LoadArguments) -> str:
-    """Where weights go; with ``--device_map auto``, where they begin."""
+    """The device of the weights; with ``--device_map auto``, of the first ones."""
     named = "" if arguments.device_map == "auto" else arguments.device_map
     return named or ("cuda:0" if torch.cuda.is_available() else "cpu")
 

@@ -119,7 +119,7 @@ class PPO:
 
     @property
     def iterations(self) -> int:
-        """How many the flags ask for."""
+        """The number of iterations that the flags ask for."""
         return len(self.schedule)
 
     def make_experience(self, number: int) -> list[Experience]:

@@ -174,9 +174,12 @@ def script_flags(
 
 
 def settle_e2e(t: Translation, source: str = "DeepSpeed-Chat", split: str = SPLIT) -> None:
-    """Its models, stages and ranks, and what its scripts give their steps.
+    """Take over what the end-to-end script's flags say: models, ZeRO stages, ranks, and the flags of its steps.
 
-    ``source`` is the project, ``split`` its division of the data where a script has none.
+    Args:
+        t: the command's translation.
+        source: the project.
+        split: how it divides the data where a step's script does not say.
     """
     steps = [int(text) for text in t.given.get("--step", [])] or [1, 2, 3]
     given = {name: str(t.theirs(name)) for name in E2E if name != "--step" and t.theirs(name) not in (None, "")}

@@ -192,7 +192,7 @@ def _hosts_of(hostfile: str) -> str:
 
 
 def _unknown(given: set[str], program: Program) -> tuple[int, int]:
-    """How many flags a program does not have: neither there nor here, and there."""
+    """How many of the given flags neither their program nor ours has, and how many theirs does not have."""
     ours = {f"--{name}" for name in arguments.fields_of(OURS[program.ours].groups)} if program.ours in OURS else set()
     here, there = (
         sum(arguments.with_underscores(name, known) not in known for name in given)

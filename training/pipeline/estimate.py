@@ -72,7 +72,7 @@ class Shape:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Shape:
-        """From a ``config.json``."""
+        """The shape that a ``config.json`` describes."""
         heads = config["num_attention_heads"]
         width = config.get("head_dim") or config["hidden_size"] // heads
         keys = config.get("num_key_value_heads", heads) * width
@@ -117,7 +117,7 @@ class Rows:
 
     @classmethod
     def of(cls, lengths: Sequence[tuple[float, float]]) -> Rows:
-        """From each row's tokens."""
+        """The number and the mean lengths of rows, from the tokens of each one's prompt and answer."""
         if not lengths:
             return cls(0, 0.0, 0.0)
         return cls(len(lengths), *(statistics.fmean(part) for part in zip(*lengths, strict=True)))
@@ -143,7 +143,7 @@ def passes(adapters: bool, checkpointing: bool) -> int:
 
 
 def updated_parameters(lora: LoraArguments, body: int, head: int) -> int:
-    """Of an optimizer step, but for the adapters' own; these are taken to be everywhere in the body."""
+    """How many parameters an optimizer step changes, without those of adapters, as if all of the body had adapters."""
     return 0 if lora.only_optimize_lora else head if lora.lora_dim else body + head
 
 

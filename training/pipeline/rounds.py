@@ -125,7 +125,7 @@ class Rounds:
     programs: Mapping[str, str]
 
     def folder(self, number: int) -> Path:
-        """Of a round; of 0 the run itself."""
+        """The folder of a round; that of round 0 is the run's own."""
         return self.run / f"round{number}" if number else self.run
 
     def go(self) -> int:

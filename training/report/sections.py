@@ -179,7 +179,7 @@ def _evaluated_rates(found: Mapping[str, Any]) -> list[tuple[str, str, float, fl
 
 
 def _change_table(rows: Sequence[tuple[str, Any, Any, str]]) -> str:
-    """From SFT to RLHF."""
+    """A table of numbers of the SFT and of the RLHF model; those that are not known are left out."""
     body = "".join(
         f'<tr><td>{e(label)}</td><td class="n">{before:{form}}</td><td class="n">{after:{form}}</td></tr>'
         for label, first, second, form in rows

@@ -124,7 +124,7 @@ class Variables:
         return self.text(name) is not None or (bool(self.arguments) and (name in "@*#" or name.isdigit()))
 
     def texts(self, name: str) -> list[str] | None:
-        """All of an array or of the arguments; None where it is not known."""
+        """All elements of an array, or with ``@`` or ``*`` all arguments; None if they are not known."""
         if name in ("@", "*"):
             return None if "@" in self.undecided else self.arguments or []
         value = self.values.get(name)

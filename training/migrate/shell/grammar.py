@@ -122,7 +122,7 @@ class _Parser:
         return self.take()
 
     def commands(self) -> list[Node]:
-        """All up to a word that ends something."""
+        """All commands up to a word that ends what they stand in, such as ``done``."""
         nodes: list[Node] = []
         while True:
             self.skip(";", "\n")
@@ -154,7 +154,7 @@ class _Parser:
         return Chain(items) if len(items) > 1 else items[0][1]
 
     def command(self) -> Node:
-        """One command, or what stands between a word and its end."""
+        """One command: a simple one, or a compound such as ``if ... fi``."""
         begin, first = self.at, self.peek()
         node: Node
         if first == "if":

@@ -53,7 +53,7 @@ class Part:
 
     @property
     def layout(self) -> str:
-        """Which cut ``start`` counts in, ``place/dim/sizes``; empty for the whole parameter."""
+        """Which cut of the parameter ``start`` counts in, as ``place/dim/sizes``; empty if it is not cut."""
         if self.split is None:
             return ""
         return f"{rank_in_row()}/{self.split.dim}/{','.join(map(str, self.split.sizes))}"

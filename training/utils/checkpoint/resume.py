@@ -337,7 +337,11 @@ class Run:
 
 
 def _shards(checkpoint: Path, name: str) -> list[Path]:
-    """All ranks' files of an engine or average."""
+    """The files with the tensors of an engine or an average, of all ranks.
+
+    Raises:
+        FileNotFoundError: there are none.
+    """
     if not (found := sorted(checkpoint.glob(f"{name}-rank*.safetensors"))):
         raise FileNotFoundError(checkpoint)
     return found

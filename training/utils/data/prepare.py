@@ -328,7 +328,7 @@ def _tokeniser(request: Request, tokenizer: Any, report: DataReport) -> Tokenise
 
 
 def _robustly(run: Tokeniser, examples: Sequence[Example]) -> list[Result | RowError]:
-    """All at once; one by one if the template refuses a conversation, to find out which."""
+    """Tokenise all examples at once; one by one if the template refuses a conversation, to find out which."""
     try:
         return list(run(examples))
     except RowError as error:

@@ -125,7 +125,7 @@ def _cut_linear(layer: nn.Linear, ranks: int, dim: int) -> None:
 
 
 def _gathered_outputs(layer: nn.Linear, ranks: int, inputs: Tensor) -> Tensor:
-    """As many outputs as the whole layer has, with the memory that gathering them takes."""
+    """Stands in for a layer whose outputs are gathered: as many numbers, and as much memory, on one rank."""
     own = nn.functional.linear(inputs, layer.weight, layer.bias)
     return torch.cat([own] * ranks, -1)[..., : layer.out_features]
 

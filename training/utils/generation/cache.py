@@ -56,7 +56,7 @@ class DecodeLayer(DynamicLayer):
         self.place, self.columns = place, columns
 
     def move_on(self, steps: int) -> None:
-        """So many tokens of each row were written where `hold_still` said; from now on each forward adds a column."""
+        """Go on after `hold_still`, when each row has got ``steps`` tokens: each forward adds a column again."""
         self.place = None
         self.end += steps
 

@@ -151,7 +151,7 @@ class _Steps:
 
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all captures of a process: matrix kernels keep a workspace for every stream that they have been on."""
+    """The stream of all captures of a process: matrix kernels keep a workspace for every stream that they were on."""
     return torch.cuda.Stream(device)
 
 

@@ -182,7 +182,7 @@ class Seen(NamedTuple):
 
 
 def seen(input_ids: Tensor, attention_mask: Tensor, mask: Tensor, sharing: Sharing | None) -> Seen:
-    """Rows ``[B, T]`` of a rollout, and their response mask ``[B, R]``, without what none of them has a token in."""
+    """Rows ``[B, T]`` of a rollout and their response mask ``[B, R]`` without the columns that are padding in all."""
     start, found = input_ids.shape[1] - mask.shape[1], attention_mask.any(0).nonzero()
     columns = slice(int(found[0]), max(int(found[-1]), start) + 1)
     rows = input_ids[:, columns], attention_mask[:, columns], mask[:, : columns.stop - start]

@@ -19,12 +19,12 @@ FREE_SHARE = 0.9
 
 
 def _bytes(parameter: nn.Parameter) -> int:
-    """Of the whole parameter, also where ZeRO-3 holds only a part of it."""
+    """Bytes of the whole parameter, also where ZeRO-3 holds only a part of it."""
     return int(getattr(parameter, "ds_numel", parameter.numel())) * parameter.element_size()
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Of all parameters of a model, whole also where ZeRO-3 shards them."""
+    """Bytes of all parameters of a model, whole also where ZeRO-3 shards them."""
     return sum(map(_bytes, model.parameters()))
 
 
@@ -35,12 +35,12 @@ def key_heads(config: Any) -> int:
 
 
 def cache_share(size: int, ranks: int, config: Any) -> int:
-    """Of ``size`` bytes of keys and values what each of ``ranks`` holds that share a model: its heads, whole ones."""
+    """What one of ``ranks`` that share a model holds of ``size`` bytes of keys and values: those of its heads."""
     return size // max(1, min(ranks, key_heads(config)))
 
 
 def cache_bytes(config: Any, tokens: int, item: int) -> int:
-    """Of keys and values in all layers; 0 for a family without attention, whose state is small.
+    """Bytes of keys and values in all layers; 0 for a family without attention, whose state is small.
 
     Args:
         config: a causal LM's.
@@ -55,7 +55,7 @@ def cache_bytes(config: Any, tokens: int, item: int) -> int:
 
 
 def saved_bytes(model: nn.Module) -> int:
-    """Of the same model once it is saved and loaded again, where a base in 4 bits is whole."""
+    """Bytes of the model once it is saved and loaded again, with a base in 4 bits made whole."""
     packed = [parameter for parameter in model.parameters() if four_bit.is_packed(parameter)]
     return weight_bytes(model) + sum(four_bit.unpacked_bytes(p) - _bytes(p) for p in packed)
 
@@ -68,7 +68,7 @@ def shards_on_their_way(model: nn.Module) -> int:
 
 
 def decoding_bytes(model: nn.Module, *, rows: int, length: int) -> int:
-    """Of the cache and the logits of a rollout, see `generation_bytes`."""
+    """Bytes of the cache and the logits of a rollout, see `generation_bytes`."""
     config: Any = without_adapters(model).config.get_text_config()
     logits = 2 * rows * config.vocab_size * torch.float32.itemsize
     return cache_bytes(config, rows * length, next(model.parameters()).element_size()) + logits

@@ -134,7 +134,7 @@ def trained_memory(
 
 
 def _plain_memory(size: RoleSize, held: dict[str, int], width: int, adds_on_cpu: bool) -> RoleMemory:
-    """Of one rank without ZeRO, see `training.utils.engine.engine.plain_adamw`."""
+    """A role's memory on one rank without ZeRO, see `training.utils.engine.engine.plain_adamw`."""
     gradients = 4 * size.trained
     if width == 4:  # the weights are the masters
         del held[MASTER]

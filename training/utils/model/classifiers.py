@@ -102,7 +102,7 @@ def _bare_classifier(path: str) -> Any:
 
 
 def parameter_count(path: str) -> int:
-    """Of a reward model, from its configuration alone."""
+    """The number of parameters of a reward model, from its configuration alone."""
     return sum(p.numel() for p in _bare_classifier(path).parameters())
 
 

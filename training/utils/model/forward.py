@@ -316,7 +316,11 @@ def _kl_of_split_rows(
 
 
 def _response_columns(response_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which of the columns with a response token ``[C]`` each row has one in ``[B, C]``, and those columns."""
+    """The columns in which any row has a response token, and in which of them each row has one.
+
+    Returns:
+        The mask ``[B, C]``, and the columns' numbers ``[C]``.
+    """
     mask = response_mask.bool().clone()
     mask[:, 0] = False
     columns = mask.any(0).nonzero().squeeze(-1)

@@ -70,7 +70,7 @@ class RewardStats:
         return cls(statistics.fmean(chosen), math.sqrt(variance), len(chosen), dtype, own, pooled)
 
     def line(self) -> str:
-        """Where ``std`` comes from if from few responses, else empty."""
+        """A line about where ``std`` comes from; empty if it is from enough responses."""
         if self.count >= FEW:
             return ""
         if self.std_chosen is None or self.std_all is None:

@@ -149,7 +149,7 @@ def ranks_of_a_row() -> int:
 
 
 def data_rank() -> int:
-    """Which share of the rows this rank takes, from 0."""
+    """The number of the share of the rows that this rank takes, from 0; ranks of one group have the same."""
     return rank() // _sharing
 
 
@@ -165,7 +165,7 @@ def rank_in_row() -> int:
 
 @functools.cache
 def row_group(ranks: int) -> Any:
-    """Those that take the same rows as this rank, so many; a collective of all ranks when first called."""
+    """The process group of the ``ranks`` neighbours that take the same rows; a collective of all when first called."""
     for start in range(0, world_size(), ranks):
         group = dist.new_group(list(range(start, start + ranks)), timeout=_limit)
         if start <= rank() < start + ranks:

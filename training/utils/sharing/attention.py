@@ -222,18 +222,18 @@ class _Vectors(NamedTuple):
     by_head: bool
 
     def of(self, tokens: Tensor, blocks: Blocks, key_heads: int) -> Tensor:
-        """Those of tokens ``[N, C]``, ``[N * KV, G * C, D]``: the heads of a key stand behind one another."""
+        """The vectors of tokens ``[N, C]`` as ``[N * KV, G * C, D]``: the G heads of a key one behind the other."""
         places = blocks.places(tokens, self.heads, self.by_head)
         return self.found.index_select(0, places).view(len(tokens) * key_heads, -1, self.found.shape[-1])
 
     def add(self, tokens: Tensor, blocks: Blocks, more: Tensor) -> None:
-        """Add ``[N * heads, C, D]`` to those of tokens ``[N, C]``."""
+        """Add ``[N * heads, C, D]`` to the vectors of tokens ``[N, C]``."""
         self.found.index_add_(
             0, blocks.places(tokens, self.heads, self.by_head), more.flatten(0, 1).to(self.found.dtype)
         )
 
     def gathered(self, like: Tensor) -> Tensor:
-        """``[R, heads, W, D]``, of that tensor's shape and type."""
+        """All vectors, in the shape ``[R, heads, W, D]`` and the type of a tensor."""
         shape = like.shape if self.by_head else like.transpose(1, 2).shape
         lying = self.found.to(like.dtype).view(shape)
         return lying if self.by_head else lying.transpose(1, 2)

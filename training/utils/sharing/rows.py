@@ -59,7 +59,9 @@ def tree_mask(parts: torch.Tensor) -> torch.Tensor:
 
 
 def ways_back(parts: torch.Tensor) -> list[list[range]]:
-    """Each run of tokens in the same place of a tree behind the runs between it and the root, all numbered over rows.
+    """For each run of tokens with one place in the tree the path from the root to it, as runs of token numbers.
+
+    Tokens are numbered over all rows: row 1 begins with number T.
 
     Args:
         parts: ``[B, T]``, as for `tree_mask`, whose mask says the same.
@@ -85,7 +87,7 @@ def shared_length(answers: Sequence[Mapping[str, Any]]) -> int:
 
 
 def _in_common(tokens: torch.Tensor, may: torch.Tensor, same: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many columns answers begin with alike: those of each one's group ``[S, 1]``, and all of them.
+    """How many columns the answers of each one's group begin with in common ``[S, 1]``, and how many all answers do.
 
     Args:
         tokens: ``[S, T]``, each answer's from column 0 on.
@@ -147,7 +149,7 @@ def _cheapest(
     longest: torch.Tensor,
     sharing: Sharing,
 ) -> tuple[int, int, _Deal] | None:
-    """How many rows of how many tokens cost least, and the groups dealt over them; None where a row each does.
+    """The cheapest way to put groups into rows: number and length of rows, and the deal; None for a row each.
 
     Args:
         sizes, group, groups: see `_dealt`.

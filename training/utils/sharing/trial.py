@@ -44,13 +44,16 @@ def shares_across(device: torch.device) -> bool:
 def find_sharing(
     model: Any, answers_of: Callable[[Any, Batch], torch.Tensor], pad_id: int, name: str = "the model"
 ) -> Sharing | None:
-    """How `collate_answers` may put answers behind their common beginning, None where each needs a row; says which.
+    """Find out whether a model computes the same if answers stand behind their common beginning, and say so.
 
     Args:
         model: an engine or a model that trains or is frozen; left in evaluation mode. A collective.
         answers_of: model and batch -> numbers of its answers, from shared rows if the batch has them.
         pad_id: of the tokenizer.
         name: of the model, for the line that says which.
+
+    Returns:
+        How `collate_answers` may share rows; None where each answer needs a row of its own.
     """
     model.eval()
     module = module_of(model)

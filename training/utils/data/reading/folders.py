@@ -106,7 +106,7 @@ def _names_eval(text: str) -> bool:
 
 
 def split_names(names: Sequence[str]) -> tuple[str | None, str | None]:
-    """Of a dataset's splits the one to train on and the one to judge by."""
+    """The split of a dataset to train on, and the one to judge by; None for one that is not there."""
     held_out = next((n for n in names if EVAL_WORDS.intersection(re.split(r"[^a-z]+", n.lower()))), None)
     train = "train" if "train" in names else next((n for n in names if n != held_out), None)
     return (held_out, None) if train is None else (train, held_out)
