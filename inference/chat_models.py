@@ -25,7 +25,7 @@ from training.utils.engine import four_bit
 from training.utils.engine.precision import for_device
 from training.utils.engine.zero_config import DTYPES
 from training.utils.errors import UserError
-from training.utils.model.loading import UNREADABLE, check_sizes, remote_code, resolve_policy
+from training.utils.model.loading import UNREADABLE, check_sizes, reason_of, remote_code, resolve_policy
 from training.utils.model.tokenizer import end_ids, load_tokenizer
 
 
@@ -169,7 +169,7 @@ def _load_weights(base: str, arguments: LoadArguments) -> Any:
     except torch.cuda.OutOfMemoryError as error:
         raise UserError(f"{base} does not fit on {device}; try --quantize int8, int4 or --device_map auto") from error
     except UNREADABLE as error:
-        raise UserError(f"--path {base}: the model can not be loaded: {_first_line(error)}") from error
+        raise UserError(f"--path {base}: the model can not be loaded: {reason_of(error)}") from error
 
 
 def _attach(weights: Weights, folder: str) -> str:
@@ -188,7 +188,7 @@ def _attach(weights: Weights, folder: str) -> str:
             device = str(weights.model.get_input_embeddings().weight.device)
             result = weights.model.load_adapter(folder, adapter_name=name, torch_device=device)
     except UNREADABLE as error:
-        raise UserError(f"--path {folder}: the adapter can not be loaded: {_first_line(error)}") from error
+        raise UserError(f"--path {folder}: the adapter can not be loaded: {reason_of(error)}") from error
     if result.missing_keys:
         raise UserError(f"--path {folder}: the adapter lacks weights, {result.missing_keys[0]} among them")
     weights.model.eval().requires_grad_(False)
@@ -209,7 +209,7 @@ def _chat_model(
         try:
             generation = GenerationConfig.from_pretrained(str(own))
         except UNREADABLE as error:
-            raise UserError(f"--path {own}: generation_config.json is damaged: {_first_line(error)}") from error
+            raise UserError(f"--path {own}: generation_config.json is damaged: {reason_of(error)}") from error
     stops = end_ids(tokenizer, generation, f"--path {own or base}")
     config = weights.model.config.get_text_config()
     rows = weights.model.get_input_embeddings().weight.shape[0]
@@ -219,8 +219,3 @@ def _chat_model(
         )
     context = getattr(config, "max_position_embeddings", None)
     return ChatModel(name, adapter_dir or base, weights, adapter, tokenizer, frozenset(stops), context)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:300]
