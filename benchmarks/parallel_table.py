@@ -97,11 +97,14 @@ def peaks_of_step_3(path: str) -> Callable[[Setting], float]:
 
 def table(step: int, models: Sequence[str], free: float, scratch: Path) -> Iterator[str]:
     """The lines of one step's table."""
+    from training.utils.memory.generation import key_heads
+    from training.utils.model.loading import load_config
+
     yield head_of("model", "cards", "ZeRO alone", "GiB", "with tensor parallelism", "GiB")
     for size in models:
         path = folder_of(size, scratch)
         peak = peaks_of_step_1(path) if step == 1 else peaks_of_step_3(path)
-        groups = [n for n in (2, 4, 8) if n <= PER_MACHINE and heads(path) % n == 0]
+        groups = [n for n in (2, 4, 8) if n <= PER_MACHINE and key_heads(load_config(path)) % n == 0]
         for cards in CARDS:
             os.environ["WORLD_SIZE"] = str(cards)
             cells = [size.upper(), str(cards)]
@@ -110,14 +113,6 @@ def table(step: int, models: Sequence[str], free: float, scratch: Path) -> Itera
                 found = next(fitting, None)
                 cells += [f"`{told(found[0], step)}`", f"{found[1]:.0f}"] if found else ["none", ""]
             yield row_of(*cells)
-
-
-def heads(path: str) -> int:
-    """Key-value heads of a model."""
-    from training.utils.model.loading import load_config
-
-    config = load_config(path)
-    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
 
 def main() -> int:
