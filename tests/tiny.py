@@ -58,3 +58,14 @@ def save_tiny_model(folder: Path, *, tie: bool = True, seed: int = 0, head_width
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def step3_flags(model: Path, data: Path, folder: Path, *more: str) -> list[str]:
+    """Flags of step 3 for two iterations from the tiny model on the tiny data."""
+    return [
+        *("--actor_model_name_or_path", str(model), "--output_dir", str(folder), "--dtype", "fp32"),
+        *("--data_path", str(data / "prompts.jsonl"), "--eval_data_path", str(data / "held_out.jsonl")),
+        *("--per_device_generation_batch_size", "4", "--per_device_training_batch_size", "2"),
+        *("--max_prompt_seq_len", "128", "--max_answer_seq_len", "6", "--num_iterations", "2"),
+        *("--report_to", "none", *more),
+    ]

@@ -4,23 +4,14 @@ import json
 
 import pytest
 
+from tests.tiny import step3_flags
 from training.step3_rlhf_finetuning.main import main
-
-
-def arguments(tiny_model, tiny_data, folder, *more):
-    return [
-        *("--actor_model_name_or_path", str(tiny_model), "--output_dir", str(folder), "--dtype", "fp32"),
-        *("--data_path", str(tiny_data / "prompts.jsonl"), "--eval_data_path", str(tiny_data / "held_out.jsonl")),
-        *("--per_device_generation_batch_size", "4", "--per_device_training_batch_size", "2"),
-        *("--max_prompt_seq_len", "128", "--max_answer_seq_len", "6", "--num_iterations", "2"),
-        *("--report_to", "none", *more),
-    ]
 
 
 @pytest.mark.parametrize("advantage", ["rloo", "grpo"])
 def test_without_a_critic_nothing_of_it_is_built_or_written(tiny_model, tiny_reward, tiny_data, tmp_path, advantage):
     flags = ["--critic_model_name_or_path", str(tiny_reward), "--advantage", advantage, "--samples_per_prompt", "2"]
-    assert main(arguments(tiny_model, tiny_data, tmp_path / "out", *flags)) == 0
+    assert main(step3_flags(tiny_model, tiny_data, tmp_path / "out", *flags)) == 0
     assert (tmp_path / "out" / "actor" / "config.json").is_file()
     assert not (tmp_path / "out" / "critic").exists()
     records = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]

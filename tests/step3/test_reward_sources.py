@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from tests.step3.hybrid_checks import save_tiny_reward_model
-from tests.tiny import save_tiny_model, tiny_tokenizer
+from tests.tiny import save_tiny_model, step3_flags, tiny_tokenizer
 from training.step3_rlhf_finetuning import evaluate, settings
 from training.step3_rlhf_finetuning.main import main
 from training.step3_rlhf_finetuning.outputs import write_trace
@@ -316,16 +316,6 @@ def test_several_outputs_are_no_reward_model(bert_reward, tmp_path):
         scores_tokens(str(tmp_path))
 
 
-def arguments(tiny_model, tiny_data, folder, *more):
-    return [
-        *("--actor_model_name_or_path", str(tiny_model), "--output_dir", str(folder), "--dtype", "fp32"),
-        *("--data_path", str(tiny_data / "prompts.jsonl"), "--eval_data_path", str(tiny_data / "held_out.jsonl")),
-        *("--per_device_generation_batch_size", "4", "--per_device_training_batch_size", "2"),
-        *("--max_prompt_seq_len", "128", "--max_answer_seq_len", "6", "--num_iterations", "2"),
-        *("--report_to", "none", *more),
-    ]
-
-
 def records(folder):
     return [r for r in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "policy/loss" in r]
 
@@ -372,7 +362,7 @@ def test_the_program_with_functions_alone(tiny_model, tiny_data, tmp_path, monke
     lines = [json.dumps({"prompt": "How much is it?", "solution": solution}) for solution in "12"]
     Path("exams.jsonl").write_text("\n".join(lines))
     flags += ["--data_path", str(tiny_data / "prompts.jsonl"), "exams.jsonl"]
-    assert main(arguments(tiny_model, tiny_data, tmp_path / "out", *flags)) == 0
+    assert main(step3_flags(tiny_model, tiny_data, tmp_path / "out", *flags)) == 0
     told = capsys.readouterr().out
     assert "--trace 9: the run ends after iteration 2" in told
     assert "duplicate" not in told, "a function can tell the rows of an equal prompt apart"
@@ -408,7 +398,7 @@ def test_the_share_of_clipped_rewards_is_logged_and_the_spread_without_penalties
     (file := tmp_path / "f.py").write_text(SIZE)
     flags = ["--critic_model_name_or_path", "none", "--reward_function", f"{file}:size", "--trace", "1"]
     flags += ["--clip_reward", "9.5", "--missing_eos_penalty", "7"]
-    assert main(arguments(tiny_model, tiny_data, tmp_path / "out", *flags)) == 0
+    assert main(step3_flags(tiny_model, tiny_data, tmp_path / "out", *flags)) == 0
     first = records(tmp_path / "out")[0]
     traced = [json.loads(line) for line in (tmp_path / "out" / "trace" / "iteration-000001.jsonl").open()]
     sizes = [len(t["response"]) for t in traced]
@@ -420,7 +410,7 @@ def test_the_share_of_clipped_rewards_is_logged_and_the_spread_without_penalties
 def test_the_program_with_a_reward_model_of_another_template(tiny_model, tiny_data, other_reward, tmp_path, capsys):
     (file := tmp_path / "f.py").write_text(SIZE)
     flags = ["--critic_model_name_or_path", str(other_reward), "--reward_function", f"{file}:size", "model=2"]
-    assert main(arguments(tiny_model, tiny_data, tmp_path / "out", *flags)) == 0
+    assert main(step3_flags(tiny_model, tiny_data, tmp_path / "out", *flags)) == 0
     first = records(tmp_path / "out")[0]
     stats = RewardStats.read(other_reward)
     expected = 2 * (first["source/model"] - stats.mean) / stats.std + first["source/size"]
@@ -450,7 +440,7 @@ def test_a_template_of_step_3_alone_is_not_that_of_the_reward_model(
     monkeypatch.setattr(settings, "reward_model_settings", decided)
     with pytest.raises(Reached):
         main(
-            arguments(
+            step3_flags(
                 tiny_model, tiny_data, tmp_path, "--critic_model_name_or_path", str(tiny_reward), *flags, "--plan"
             )
         )
@@ -463,7 +453,7 @@ def test_an_exception_in_a_function_ends_the_program_with_the_row(tiny_model, ti
     (file := tmp_path / "f.py").write_text("def bad(prompts, responses, rows):\n    return [1 / 0]\n")
     flags = ["--critic_model_name_or_path", "none", "--reward_function", f"{file}:bad"]
     with pytest.raises(UserError, match="--reward_function bad: ZeroDivisionError.*at row 0, prompt"):
-        main(arguments(tiny_model, tiny_data, tmp_path / "out", *flags))
+        main(step3_flags(tiny_model, tiny_data, tmp_path / "out", *flags))
 
 
 def on_one_rank_only(rank):
