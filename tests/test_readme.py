@@ -129,8 +129,34 @@ def test_each_command_of_the_readme_is_run(command):
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_tests_named_in_documents_exist(document):
-    for file, name in re.findall(r"(tests/[\w/]+\.py)::(\w+)", document.read_text(encoding="utf-8")):
+    text = document.read_text(encoding="utf-8")
+    for file, name in re.findall(r"(tests/[\w/]+\.py)::(\w+)", text):
         assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{document.name} names {file}::{name}"
+    files = list((ROOT / "tests").rglob("test_*.py"))
+    known = {path.stem for path in files} | {
+        name for path in files for name in re.findall(r"def (test_\w+)\(", path.read_text(encoding="utf-8"))
+    }
+    assert set(re.findall(r"(?<![\w-])test_\w+", text)) <= known, document.name
+
+
+def anchors(document: Path) -> list[str]:
+    """What a page's headings are called in links, as GitHub makes it."""
+    headings = re.findall(r"^#+ (.*)$", document.read_text(encoding="utf-8"), re.M)
+    return [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, ROOT / "CHANGELOG.md"], ids=lambda path: path.name)
+def test_links_lead_somewhere(document):
+    for path, anchor in re.findall(r"\]\(([^)\s#]*)#?([^)\s]*)\)", document.read_text(encoding="utf-8")):
+        if "://" not in path:
+            target = document.parent / path if path else document
+            assert target.exists(), f"{document.name}: {path}"
+            assert not anchor or anchor in anchors(target), f"{document.name}: {path}#{anchor}"
+
+
+def test_the_change_log_says_nothing_twice():
+    entries = re.findall(r"^- .*(?:\n  .*)*", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
+    assert [entry for entry in set(entries) if entries.count(entry) > 1] == []
 
 
 EVALUATIONS = [path.replace("main.py", "evaluate.py") for path in STEPS.values()]
