@@ -29,6 +29,14 @@ def test_every_flag_and_constant_stands_on_the_page():
             assert all(line.replace("|", "\\|") in section for line in program.different)
 
 
+def test_only_step_1_is_said_to_keep_the_best_model():
+    """Steps 2 and DPO save their last one."""
+    for predecessor in PREDECESSORS:
+        for program in predecessor.programs:
+            said = [line for line in program.different if re.search(r"\b(best|lowest)\b", line.split(";")[0])]
+            assert program.ours == "step1" or not said, (program.title, said)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_its_commands_are_translated(command):
     assert translate(command).arguments

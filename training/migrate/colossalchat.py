@@ -157,6 +157,7 @@ GRPO = ROLLOUTS | {
 
 SCHEDULE = "the learning rate falls to 0 along the cosine; there to a tenth"
 ADAM = "weights decay except biases and norms; there they, too"
+HELD_OUT = "a tenth of the prompts, or --eval_data_path, is held out; there --eval_dataset alone"
 KEPT = "a tenth of the prompts, or --eval_data_path, is held out, and the best model by it kept; there the last one"
 ON_LAST = "the reward comes with the last token of a response; there with every one of them"
 CRITIC = "the critic starts from the reward model; there from --rm_pretrain with a new head"
@@ -488,14 +489,13 @@ def settle_preparation(t: Translation) -> None:
         t.set("--write", f"{written.rstrip('/')}.jsonl", "--data_jsonl_output_dir")
 
 
-OVER_DATA_DIFFERENT = (SCHEDULE, ADAM, KEPT)
-WITH_DROPOUT = (*OVER_DATA_DIFFERENT, DROPOUT)  # of the programs that leave it on
+OVER_DATA_DIFFERENT = (SCHEDULE, ADAM, HELD_OUT)
 OVER_PAIRS_DIFFERENT = (*OVER_DATA_DIFFERENT, "too long pairs lose their oldest turns; there they are left out")
 MEAN_ODDS = "the odds are of a response's mean log-prob; there means of each token's odds"
 COLOSSALCHAT = Predecessor(
     "ColossalChat",
     (
-        Program("supervised fine-tuning", ("train_sft.py",), "step1", SFT, different=WITH_DROPOUT,
+        Program("supervised fine-tuning", ("train_sft.py",), "step1", SFT, different=(SCHEDULE, ADAM, KEPT, DROPOUT),
                 settle=settle_data),
         Program("the reward model", ("train_rm.py",), "step2", REWARD, different=(*OVER_PAIRS_DIFFERENT, DROPOUT),
                 settle=settle_data),

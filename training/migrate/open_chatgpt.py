@@ -251,7 +251,7 @@ OPEN_CHATGPT = Predecessor(
         Program("TL;DR, supervised fine-tuning", ("train_fintune_summarize.py",), "step1", {},
                 fixed(FIXED_SFT, "in its code"), (BETA, "the model of the lowest held-out loss is kept, as there")),
         Program("TL;DR, the reward model", ("train_reward_model.py",), "step2", {}, fixed(FIXED_RM, "in its code"),
-                ("it runs through all epochs and keeps the best; there it stops early",)),
+                ("it runs through all epochs and keeps the last model; there it stops early",)),
         Program("TL;DR, PPO", ("train_ppo_rlhf.py",), "step3", RL_FLAGS, fixed(FIXED_RL, "in its code"),
                 (BETA, PROMPTS), partial(settle_needed, flag="--critic_model_name_or_path", why=RANDOM_HEAD)),
         Program("positive sentiment, PPO", ("gpt2-sentiment.py",), "step3", {},
