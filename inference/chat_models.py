@@ -25,7 +25,7 @@ from training.utils.engine import four_bit
 from training.utils.engine.precision import for_device
 from training.utils.engine.zero_config import DTYPES
 from training.utils.errors import UserError
-from training.utils.model.loading import UNREADABLE, check_sizes, reason_of, remote_code, resolve_policy
+from training.utils.model.loading import UNREADABLE, check_weights, reason_of, remote_code, resolve_policy
 from training.utils.model.tokenizer import end_ids, load_tokenizer
 
 
@@ -164,7 +164,7 @@ def _load_weights(base: str, arguments: LoadArguments) -> Any:
         model, info = AutoModelForCausalLM.from_pretrained(
             base, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-        check_sizes(f"--path {base}", info)
+        check_weights(f"--path {base}", model, info)
         return (model if "device_map" in options else model.to(device)).eval().requires_grad_(False)
     except torch.cuda.OutOfMemoryError as error:
         raise UserError(f"{base} does not fit on {device}; try --quantize int8, int4 or --device_map auto") from error

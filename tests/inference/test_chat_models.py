@@ -8,6 +8,7 @@ from chat_arguments import latest_models, named_models
 from chat_models import LoadArguments, load_chat_models
 from chat_stream import SamplingArguments, stream_answer
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from tests.inference.tiny_chat import save_chat_model
@@ -204,6 +205,14 @@ def _other_sizes(tmp_path, folders):
     return str(folder), r"weight is \[.*\] in its files and \[.*\] by its config.json"
 
 
+def _layer_without_weights(tmp_path, folders):
+    folder = shutil.copytree(folders["sft"], tmp_path / "m")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.0.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder), "holds no weights for model.layers.0.mlp.up_proj.weight"
+
+
 def _tokenizer_of_nothing(tmp_path, folders):
     folder = shutil.copytree(folders["sft"], tmp_path / "m")
     (folder / "tokenizer.json").write_text("{}")
@@ -239,7 +248,7 @@ def _adapter_of_virtual_tokens(tmp_path, folders):
     [
         _no_folder, _no_model, _no_weights, _cut_weights, _adapter_bad_json, _adapter_cut, _adapter_no_weights,
         _adapter_of_a_wrong_kind, _adapter_stops_at_a_word, _adapter_generates_by_a_list, _stops_at_a_word,
-        _config_of_a_wrong_kind, _tokenizer_of_nothing, _other_sizes,
+        _config_of_a_wrong_kind, _tokenizer_of_nothing, _other_sizes, _layer_without_weights,
         _adapter_lost_base, _adapter_no_base, _adapter_other_rank, _adapter_lacks_layers, _adapter_foreign_base,
         _adapter_of_virtual_tokens,
     ],

@@ -274,12 +274,7 @@ def load_strictly(
         raise
     except UNREADABLE as error:
         raise UserError(f"{path}: the model can not be loaded: {reason_of(error)}") from error
-    check_sizes(path, info)
-    parameters = {name for name, _ in loaded.named_parameters()}
-    missing = sorted(parameters.intersection(info["missing_keys"]))
-    others = [name for name in missing if not (may_miss and name.startswith(may_miss + "."))]
-    if others:
-        raise UserError(f"{path}: holds no weights for {', '.join(others[:3])}; was it saved as another kind of model?")
+    missing = check_weights(path, loaded, info, may_miss)
     _check_unexpected(path, info, scores=factory is AutoModelForSequenceClassification, drawn=bool(missing))
     _check_finite(path, loaded)
     if further:
@@ -291,21 +286,33 @@ def load_strictly(
     return loaded, bool(missing)
 
 
-def check_sizes(named: str, info: Mapping[str, Any]) -> None:
-    """Refuse weights of other sizes than the model's, of which ``ignore_mismatched_sizes`` has made no error.
+def check_weights(named: str, model: nn.Module, info: Mapping[str, Any], may_miss: str = "") -> list[str]:
+    """Refuse weights of other sizes than the model's, of which ``ignore_mismatched_sizes`` has made no error, and none.
 
     Args:
         named: the model, for the message.
+        model: as it was loaded; what its files miss was drawn.
         info: what transformers gives for ``output_loading_info``.
+        may_miss: a module that the files may be without.
+
+    Returns:
+        The parameters of that module that they miss.
 
     Raises:
-        UserError: names one and both sizes.
+        UserError: names one and both sizes, or some that are missing.
     """
     for name, in_files, wanted in sorted(info["mismatched_keys"]):
         raise UserError(
             f"{named}: {name} is {list(in_files)} in its files and {list(wanted)} by its config.json: they do not "
             "belong together"
         )
+    missing = sorted({name for name, _ in model.named_parameters()}.intersection(info["missing_keys"]))
+    others = [name for name in missing if not (may_miss and name.startswith(may_miss + "."))]
+    if others:
+        raise UserError(
+            f"{named}: holds no weights for {', '.join(others[:3])}; was it saved as another kind of model?"
+        )
+    return missing
 
 
 def with_attention(build: Callable[[str], T], attention: str) -> T:
