@@ -197,6 +197,16 @@ def test_a_saved_dataset_is_read_as_load_from_disk_reads_it(tmp_path, splits):
         resolve(str(folder), "demonstrations")
 
 
+@pytest.mark.parametrize("kind", ["torch", "numpy", "pandas", "arrow"])
+def test_a_format_that_a_dataset_was_saved_with_changes_no_row(tmp_path, kind):
+    """load_from_disk gives it again: tensors, tables, and of the columns those alone that it named."""
+    rows = [{"prompt": "q", "responses": ["a", "b"], "scores": [1.0, 2.0], "response": "c"}] * 2
+    data = datasets.Dataset.from_list(rows)
+    for number, columns in enumerate((None, ["prompt"])):
+        data.with_format(kind, columns=columns).save_to_disk(tmp_path / f"{number}")
+        assert rows_of(tmp_path / f"{number}") == rows
+
+
 def test_an_arrow_file_is_read_in_either_form_and_a_cut_one_is_named(tmp_path):
     import pyarrow
 

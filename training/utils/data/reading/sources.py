@@ -220,5 +220,6 @@ def _saved(name: str, folder: Path, limit: int, flag: str) -> Source:
 def _of_splits(name: str, limit: int, splits: Mapping[str, Any], flag: str) -> Source:
     train, held_out = split_names(list(splits))
     unread = tuple(f"split {split}" for split in splits if split not in (train, held_out))
-    rows = splits[train] if train else None, splits[held_out] if held_out else None
-    return Source(name, limit=limit, hub=rows, unread=unread, flag=flag)
+    # A format that it was saved with is of tensors or tables, and may show some of the columns alone
+    rows = [splits[split].with_format(None) if split else None for split in (train, held_out)]
+    return Source(name, limit=limit, hub=(rows[0], rows[1]), unread=unread, flag=flag)
