@@ -11,6 +11,7 @@ import pytest
 from tests.data import families
 from tests.data.test_prepare import prepare, sft, write
 from training.utils.data import preview
+from training.utils.data.reading.folders import split_names
 from training.utils.data.reading.sources import resolve
 from training.utils.errors import UserError
 
@@ -195,6 +196,25 @@ def test_a_saved_dataset_is_read_as_load_from_disk_reads_it(tmp_path, splits):
     next(folder.rglob("*.arrow")).unlink()
     with pytest.raises(UserError, match="save the dataset again"):
         resolve(str(folder), "demonstrations")
+
+
+@pytest.mark.parametrize(
+    ("names", "train", "held_out"),
+    [
+        ("train validation test", "train", "validation"),
+        ("test validation training", "training", "test"),
+        ("test_prefs test_sft train_prefs train_sft", "train_prefs", "test_prefs"),
+        ("train_sft train_prefs test_prefs test_sft", "train_sft", "test_sft"),
+        ("test_gen train_sft", "train_sft", "test_gen"),
+        ("validation test", "test", "validation"),
+        ("train_eval", "train_eval", None),
+        ("test", "test", None),
+        ("default", "default", None),
+    ],
+)
+def test_no_split_to_judge_by_is_trained_on(names, train, held_out):
+    """Whatever order they stand in; and what is held out is of the kind that is trained on."""
+    assert split_names(names.split()) == (train, held_out)
 
 
 @pytest.mark.parametrize("kind", ["torch", "numpy", "pandas", "arrow"])

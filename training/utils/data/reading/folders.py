@@ -106,10 +106,19 @@ def _names_eval(text: str) -> bool:
 
 
 def split_names(names: Sequence[str]) -> tuple[str | None, str | None]:
-    """The split of a dataset to train on, and the one to judge by; None for one that is not there."""
-    held_out = next((n for n in names if EVAL_WORDS.intersection(re.split(r"[^a-z]+", n.lower()))), None)
-    train = "train" if "train" in names else next((n for n in names if n != held_out), None)
-    return (held_out, None) if train is None else (train, held_out)
+    """Of a dataset's splits the one to train on and the one to judge by, of several the one called like the first."""
+    judging = [name for name in names if _names_eval(name)]
+    others = [name for name in names if name not in judging] or judging[1:]
+    if not others:
+        return next(iter(judging), None), None
+    train = "train" if "train" in others else others[0]
+    left = [name for name in judging if name != train]
+    return train, next((name for name in left if _kind_of(name) == _kind_of(train)), next(iter(left), None))
+
+
+def _kind_of(split: str) -> frozenset[str]:
+    """The words of a split's name but those of its use: ``sft`` of ``train_sft`` and ``test_sft``."""
+    return frozenset(re.split(r"[^a-z]+", split.lower())) - EVAL_WORDS - {"train", "training"}
 
 
 def _chosen(splits: dict[str, tuple[Path, ...]], others: Iterable[str] = ()) -> Files:
