@@ -25,6 +25,7 @@ from training.utils.errors import UserError
 from training.utils.memory import plan as plans
 from training.utils.memory.training import SequenceCosts
 from training.utils.model.limits import divide_rows
+from training.utils.model.lora import with_adapters
 from training.utils.run.distributed import share_rows
 
 # Of a number, relative to it where it is above 1. In bf16 one rank alone is off from fp32 by 0.12 (DPO's second norm)
@@ -229,6 +230,28 @@ def test_an_mlp_in_pieces_gives_the_same_gradients(tokens, rows):
     sequence_parallel.mlps_in_pieces(model)
     for found, expected in zip(gradients(), plain, strict=True):
         assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def gradients_of_adapters(in_pieces, dropout=0.0):
+    """Those of adapters in an MLP, before which nothing trains."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        LlamaConfig(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+    )
+    hidden, weights = torch.randn(2, 200, 16), torch.randn(2, 200, 16)
+    if in_pieces:
+        sequence_parallel.mlps_in_pieces(model)
+    adapted = with_adapters(model, LoraArguments(4, "up_proj,down_proj", True, lora_dropout=dropout)).train()
+    trained = {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    for name, parameter in trained.items():
+        torch.nn.init.ones_(parameter) if "lora_B" in name else None
+    (model.model.layers[0].mlp(hidden) * weights).sum().backward()
+    return [parameter.grad for parameter in trained.values()]
+
+
+def test_adapters_of_a_first_mlp_in_pieces_train():
+    for found, expected in zip(gradients_of_adapters(True), gradients_of_adapters(False), strict=True):
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

@@ -207,9 +207,12 @@ def mlps_in_pieces(model: Any) -> None:
 
 def _tiled(mlp: Any, hidden: torch.Tensor) -> torch.Tensor:
     """The MLP of ``[B, C, H]``."""
+    parameters = list(mlp.parameters())
     if hidden.shape[:-1].numel() < PIECES**2:  # TiledMLP may make fewer pieces than it counts, and lose gradients
         return type(mlp).forward(mlp, hidden)
-    return TiledMLP.apply(_of_piece, mlp, hidden, PIECES, list(mlp.parameters()))
+    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
+        hidden.requires_grad_()  # autograd sees no parameters here: adapters in a first MLP would get no gradient
+    return TiledMLP.apply(_of_piece, mlp, hidden, PIECES, parameters)
 
 
 def _of_piece(mlp: Any, hidden: torch.Tensor) -> torch.Tensor:
