@@ -3,7 +3,7 @@
     python inference/serve.py                            the model that the latest run's step 3 has trained
     python inference/serve.py --path output/demo/step1 --port 8001
 
-Needs ``pip install openai -c constraints.txt``. Chat, completions and a stream are asked for at
+Needs ``pip install openai -c .venv/constraints.txt``. Chat, completions and a stream are asked for at
 http://127.0.0.1:8000/v1, as any client of that interface does. Ctrl-C ends the program.
 """
 

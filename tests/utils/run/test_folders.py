@@ -76,6 +76,13 @@ def test_commands_in_messages_can_be_pasted(home, monkeypatch):
     assert Path(shlex.split(folders.installing("x"))[-1]).is_file()
 
 
+def test_what_is_optional_is_installed_beside_the_torch_that_set_up_has_kept(home, monkeypatch):
+    monkeypatch.setattr("sys.prefix", str(home))
+    assert Path(shlex.split(folders.installing("x"))[-1]) == folders.repository_root() / "constraints.txt"
+    (home / "constraints.txt").touch()
+    assert Path(shlex.split(folders.installing("x"))[-1]).absolute() == home / "constraints.txt"
+
+
 def test_a_runs_folder_in_a_models_or_steps_place_names_what_lies_in_it(home):
     for folder in ("run/step1", "run/step2", "run/step3/actor"):
         (home / folder).mkdir(parents=True)

@@ -100,8 +100,10 @@ def with_python(*words: str) -> str:
 
 
 def installing(*packages: str) -> str:
-    """The command that installs what is optional, in the versions that are tested."""
-    return with_python("-m", "pip", "install", *packages, "-c", shown(repository_root() / "constraints.txt"))
+    """The command that installs what is optional, in the versions that are tested, beside the torch that is here."""
+    pins = Path(sys.prefix) / "constraints.txt"  # of make setup, which may have kept another torch than the tested one
+    pins = pins if pins.is_file() else repository_root() / "constraints.txt"
+    return with_python("-m", "pip", "install", *packages, "-c", shown(pins))
 
 
 def same_command(output_dir: Path) -> str:
