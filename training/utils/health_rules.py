@@ -13,8 +13,8 @@ from dataclasses import dataclass
 NOTE, WARNING = "note", "warning"
 SHRINK, GROW = 0.5, 2.0  # of the first iterations' value: what length and entropy may do
 INF = math.inf
-# Nats per response, the bound of the actor that step 3 keeps. docs/experiments.md: beyond it the demo's answers win more
-# and more by a check of manner that training never saw, and turn into good wishes about something else.
+# Nats per response, the bound of the actor that step 3 keeps. docs/experiments.md: beyond it the demo's answers win
+# more and more by a check of manner that training never saw, and turn into good wishes about something else.
 MAX_KL = 12.0
 LEAST_EOS_RATE = 0.8  # share of responses that end by themselves: fewer, and the reward judges half sentences
 FAR = 10.0  # standard deviations: in the demo, whose first answers are poor, rewards lie about 4 from the mean
