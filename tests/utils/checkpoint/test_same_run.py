@@ -100,6 +100,26 @@ def test_a_checkpoint_of_an_earlier_version(capsys):
     assert "is not checked" in capsys.readouterr().out
 
 
+def test_files_that_another_folder_sees_are_the_same_files(tmp_path):
+    """A run that goes on from another folder names them by other paths; what they hold is compared all the same."""
+
+    def run(folder, text, name="rules.py"):
+        spec, template = f"{folder}{name}:f=0.5", f"{folder}chat.jinja"
+        flags = {
+            "reward_function": [spec, "model=2"],
+            "eval_function": [f"{folder}{name}:g"],
+            "chat_template": template,
+        }
+        models = {"--critic_model_name_or_path": "r", f"--reward_function {spec}": text}
+        return RUN | {"flags": RUN["flags"] | flags, "models": models}
+
+    same_run.refuse_other_run(run("", "1"), run("/work/here/", "1"), Path("checkpoint"))
+    with pytest.raises(UserError, match="another model or file than --reward_function rules.py:f=0.5 names"):
+        same_run.refuse_other_run(run("", "1"), run("/work/here/", "2"), Path("checkpoint"))
+    with pytest.raises(UserError, match="--eval_function was rules.py:g when"):
+        same_run.refuse_other_run(run("", "1"), run("", "1", "other.py"), Path("checkpoint"))
+
+
 def test_every_value_of_the_rows_counts():
     rows = [{"ids": [1, 2, i], "kind": "a", "length": 3, "text": f"text {i}"} for i in range(3000)]
     whole = same_run.data_fingerprint(Dataset.from_list(rows))

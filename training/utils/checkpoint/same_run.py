@@ -39,6 +39,9 @@ BY_CONTENT = frozenset({
     "model_name_or_path", "actor_model_name_or_path", "critic_model_name_or_path", "tokenizer_name_or_path",
     "data_path", "eval_data_path", "sft_only_data_path", "unsupervised_data_path",
 })  # fmt: skip
+# Compared by what the files are called: what a function does is compared with the models, or judged anew where it only
+# evaluates, what a template does shows in the rows
+NAMED_FILES = frozenset({"reward_function", "eval_function", "chat_template"})
 BATCH = frozenset({
     "per_device_train_batch_size", "per_device_training_batch_size", "per_device_generation_batch_size",
     "generation_batches", "gradient_accumulation_steps",
@@ -167,7 +170,7 @@ def refuse_other_run(before: Mapping[str, Any], now: Mapping[str, Any], checkpoi
             continue
         # a flag that came later had its default's meaning before
         old, new = before["flags"].get(name, now.get("defaults", {}).get(name)), now["flags"][name]
-        if old != new:
+        if _wherever(name, old) != _wherever(name, new):
             raise UserError(
                 f"--{name} was {_shown(old)} when {checkpoint} was written and is {_shown(new)} now, which changes the "
                 f"result; {_as_before(name, old)}, {over}"
@@ -183,11 +186,10 @@ def refuse_other_run(before: Mapping[str, Any], now: Mapping[str, Any], checkpoi
         say(f"{checkpoint} was written by another version, which compared models and rows in another way: that they "
             "are the same is not checked")  # fmt: skip
         before = {**before, "models": now["models"], "data": now["data"]}
-    for flag in sorted(before["models"].keys() | now["models"].keys()):
-        if now["models"].get(flag) != before["models"].get(flag):
-            raise UserError(
-                f"{checkpoint} belongs to another model or file than {flag} names; give that one again, {over}"
-            )
+    if others := _contents(before["models"]) ^ _contents(now["models"]):
+        raise UserError(
+            f"{checkpoint} belongs to another model or file than {min(others)[0]} names; give that one again, {over}"
+        )
     for name in sorted(before["data"].keys() | now["data"].keys()):
         if now["data"].get(name) != before["data"].get(name):
             raise UserError(
@@ -240,6 +242,19 @@ def inexact_because(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
         if now["versions"].get(name) != old:
             reasons.append(f"{name} {old} -> {now['versions'].get(name)}")
     return reasons
+
+
+def _wherever(name: str, value: Any) -> Any:
+    """A flag's value without the folders of the files that it names: another folder sees them under other paths."""
+    if name not in NAMED_FILES or not value:
+        return value
+    return [Path(text).name for text in (value if isinstance(value, list) else [value])]
+
+
+def _contents(models: Mapping[str, str]) -> set[tuple[str, str]]:
+    """(flag, hash) of each model and file, a file in the flag likewise without its folder."""
+    parted = ((flag.partition(" "), digest) for flag, digest in models.items())
+    return {(f"{flag}{space}{Path(file).name}", digest) for (flag, space, file), digest in parted}
 
 
 def _rows_from(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
