@@ -120,6 +120,19 @@ def test_files_that_another_folder_sees_are_the_same_files(tmp_path):
         same_run.refuse_other_run(run("", "1"), run("", "1", "other.py"), Path("checkpoint"))
 
 
+def test_an_edited_reward_function_is_refused_unless_the_checkpoint_is_named(capsys):
+    """A function that failed late and was mended: the run would fail there again with the one that it began with."""
+    spec = "--reward_function rules.py:f"
+    before, now = (RUN | {"models": RUN["models"] | {spec: text}} for text in "12")
+    checkpoint = Path("out/checkpoints/step-00000900")
+    with pytest.raises(UserError, match=f"than {spec} names; .* as it is now by --resume {checkpoint}, or start over"):
+        same_run.refuse_other_run(before, now, checkpoint)
+    same_run.refuse_other_run(before, now, checkpoint, named=True)
+    assert f"{spec} has been edited since {checkpoint} was written" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--actor_model_name_or_path names; give that one again, or start over"):
+        same_run.refuse_other_run(before, now | {"models": {"--actor_model_name_or_path": "n"}}, checkpoint, named=True)
+
+
 def test_every_value_of_the_rows_counts():
     rows = [{"ids": [1, 2, i], "kind": "a", "length": 3, "text": f"text {i}"} for i in range(3000)]
     whole = same_run.data_fingerprint(Dataset.from_list(rows))

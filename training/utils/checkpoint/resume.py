@@ -127,7 +127,8 @@ class Run:
         state: dict[str, Any] = {}
         if checkpoint is not None:
             state = store.read_state(checkpoint)
-            same_run.refuse_other_run(state["run"], description, Path(shown(checkpoint)))
+            named = settings.resume != "auto"
+            same_run.refuse_other_run(state["run"], description, Path(shown(checkpoint)), named=named)
             say(f"going on from {shown(checkpoint)}, step {state['step']}")
             if reasons := same_run.inexact_because(state["run"], description):
                 say(f"  equal to an uninterrupted run up to rounding, not bit for bit: {', '.join(reasons)}")

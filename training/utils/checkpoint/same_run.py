@@ -152,8 +152,15 @@ def _plain(column: Any) -> Iterator[bytes]:
         yield json.dumps(column.to_pylist(), sort_keys=True, default=str).encode()
 
 
-def refuse_other_run(before: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Path) -> None:
+def refuse_other_run(
+    before: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Path, *, named: bool = False
+) -> None:
     """Refuse a checkpoint of a run whose result would be another one.
+
+    Args:
+        before, now: from `describe`.
+        checkpoint: whose run that was before.
+        named: whether the user has named it: then reward functions may have been edited.
 
     Raises:
         UserError: names the flag that has changed.
@@ -186,10 +193,7 @@ def refuse_other_run(before: Mapping[str, Any], now: Mapping[str, Any], checkpoi
         say(f"{checkpoint} was written by another version, which compared models and rows in another way: that they "
             "are the same is not checked")  # fmt: skip
         before = {**before, "models": now["models"], "data": now["data"]}
-    if others := _contents(before["models"]) ^ _contents(now["models"]):
-        raise UserError(
-            f"{checkpoint} belongs to another model or file than {min(others)[0]} names; give that one again, {over}"
-        )
+    _refuse_other_models(_contents(before["models"]), _contents(now["models"]), checkpoint, named, over)
     for name in sorted(before["data"].keys() | now["data"].keys()):
         if now["data"].get(name) != before["data"].get(name):
             raise UserError(
@@ -204,6 +208,21 @@ def refuse_other_run(before: Mapping[str, Any], now: Mapping[str, Any], checkpoi
         raise UserError(
             f"{checkpoint} has {old} {name}, these flags ({', '.join(changed)}) and {now['world_size']} ranks make "
             f"{now['batches'].get(name)}, which changes the result; keep the product, {over}"
+        )
+
+
+def _refuse_other_models(
+    before: set[tuple[str, str]], now: set[tuple[str, str]], checkpoint: Path, named: bool, over: str
+) -> None:
+    """Refuse another model or file. One that failed late and was mended is for the user to go on with, by name."""
+    for flag in sorted({flag for flag, _ in before ^ now}):
+        edited = flag.startswith("--reward_function ") and flag in dict(before) and flag in dict(now)
+        if edited and named:
+            say(f"{flag} has been edited since {checkpoint} was written: from here on it rewards as it is now")
+            continue
+        instead = f"go on with it as it is now by --resume {checkpoint}, " if edited else ""
+        raise UserError(
+            f"{checkpoint} belongs to another model or file than {flag} names; give that one again, {instead}{over}"
         )
 
 
