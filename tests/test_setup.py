@@ -259,9 +259,12 @@ def test_cores_never_exceed_the_affinity() -> None:
     assert 1 <= runtime.available_cores() <= len(os.sched_getaffinity(0))
 
 
-def test_lock_of_a_killed_compilation_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("since", [2 * runtime.BUILD_START, -3600.0])  # the latter: the clock was set back
+def test_lock_of_a_killed_compilation_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, since: float) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    old = time.time() - 2 * runtime.BUILD_START
+    naps = iter(range(9))
+    monkeypatch.setattr(time, "sleep", lambda _: next(naps))
+    old = time.time() - since
     for name in ("py311_cpu/killed", "busy"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "lock").touch()
@@ -282,8 +285,8 @@ def test_shared_memory_of_killed_ranks_is_removed(tmp_path: Path, monkeypatch: p
     old = time.time() - 2 * runtime.BUILD_START
     for path in (f"{name}_29500_0", f"{name}_29501_0", f"{name}_29501_1", f"{name}_29502_0", "of_another_program"):
         (tmp_path / path).write_bytes(b"0" * 4096)
-        if "29502" not in path:
-            os.utime(tmp_path / path, (old, old))
+        if "29502" not in path:  # the clock was set back since the last of them was made
+            os.utime(tmp_path / path, (old, old) if path[-1] == "0" else (old + 3600, old + 3600))
     script = "import mmap, sys; f = open(sys.argv[1], 'r+b'); m = mmap.mmap(f.fileno(), 0); print(flush=True); input()"
     command = [sys.executable, "-c", script, str(tmp_path / f"{name}_29500_0")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as running:

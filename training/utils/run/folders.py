@@ -368,7 +368,7 @@ def _agree(step: str) -> Path:
     note = root / f".launch-{os.getppid()}-{_start_time(os.getppid())}-{port}-{next(_calls)}.json"
     if _rank() == 0:
         for old in root.glob(".launch-*"):
-            if time.time() - old.stat().st_mtime > RANK_TIMEOUT:
+            if abs(time.time() - old.stat().st_mtime) > RANK_TIMEOUT:
                 old.unlink(missing_ok=True)
         try:
             choice = {"path": str(_choose_output_dir(step))}

@@ -141,7 +141,7 @@ def remove_stale_build_locks() -> None:
     for lock in [*root.glob("*/lock"), *root.glob("*/*/lock")]:
         while lock.exists() and str(lock.parent.resolve()) not in _working_folders():
             with contextlib.suppress(FileNotFoundError):  # its compilation may end at any time
-                if time.time() - lock.stat().st_mtime > BUILD_START:
+                if abs(time.time() - lock.stat().st_mtime) > BUILD_START:  # or the clock was set back
                     lock.unlink()
             time.sleep(0.2)
 
@@ -153,7 +153,7 @@ def remove_abandoned_buffers() -> None:
     mapped, `BUILD_START` seconds after it was made; those of other users stay.
     """
     ours = [path for path in SHARED_MEMORY.glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*")
-            if time.time() - path.stat().st_mtime > BUILD_START]  # fmt: skip
+            if abs(time.time() - path.stat().st_mtime) > BUILD_START]  # fmt: skip
     if not ours:
         return
     mapped = "".join(_of_processes(lambda process: (process / "maps").read_text(errors="replace")))
