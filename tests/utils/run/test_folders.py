@@ -121,3 +121,31 @@ def test_a_process_that_was_forked_does_not_keep_the_folder(tmp_path):
     with folders.locked(tmp_path, "a run"):
         end.set()
     worker.join()
+
+
+@pytest.fixture
+def output(home, monkeypatch):
+    monkeypatch.setenv("TRIPOD_OUTPUT", str(home / "output"))
+    return home / "output"
+
+
+def test_the_output_folder_may_be_named_through_a_link(output):
+    """As a home folder on another disk often is: its runs are as new as others, and their link is not one of them."""
+    (output / "mine" / "step1").mkdir(parents=True)
+    (output.parent / "linked").symlink_to(output)
+    folders.prepare_output_dir("linked/mine/step1", "step1")
+    assert (output / "latest").readlink() == Path("mine")
+    assert folders.named_itself(Path("linked/latest/step2")) == output.parent / "linked" / "mine" / "step2"
+    with pytest.raises(UserError, match="is where the link to the newest run goes"):
+        (output / "latest").unlink()
+        folders.check_latest(output.parent / "linked" / "latest")
+
+
+def test_a_run_that_lies_elsewhere_and_is_linked_is_found(output, home):
+    (home / "disk" / "mine" / "step1").mkdir(parents=True)
+    (home / "disk" / "mine" / "step1" / "summary.json").write_text("{}")
+    output.mkdir()
+    (output / "mine").symlink_to(home / "disk" / "mine")
+    folders.point_latest(folders.new_run_dir("run"))
+    assert folders.latest_output("step1") == output / "mine" / "step1"
+    assert output / "latest" not in folders.runs_newest_first()

@@ -182,10 +182,16 @@ def new_run_dir(name: str) -> Path:
 
 def named_itself(path: Path) -> Path:
     """The absolute ``path``, with the run that ``output/latest`` links to named itself: the link moves on."""
-    path, link = path.expanduser().absolute(), output_root() / LATEST
-    if path.is_relative_to(link) and link.is_symlink():
-        return link.parent / os.readlink(link) / path.relative_to(link)
+    path = path.expanduser().absolute()
+    for link in (path, *path.parents):
+        if link.name == LATEST and link.is_symlink() and _in_output(link):
+            return link.parent / os.readlink(link) / path.relative_to(link)
     return path
+
+
+def _in_output(run: Path) -> bool:
+    """Whether a folder is one of those in the output folder, by whatever path, as through a link, that is named."""
+    return os.path.realpath(run.parent) == os.path.realpath(output_root())
 
 
 def check_latest(run: Path) -> None:
@@ -195,7 +201,7 @@ def check_latest(run: Path) -> None:
         UserError: it is there, perhaps by a copy that followed the link, or it is ``run``.
     """
     link = output_root() / LATEST
-    if run.parent == link.parent and not link.is_symlink() and (link.exists() or run == link):
+    if _in_output(run) and not link.is_symlink() and (link.exists() or run.name == LATEST):
         raise UserError(f"{shown(link)} is where the link to the newest run goes: give the folder another name")
 
 
@@ -206,7 +212,7 @@ def point_latest(run: Path) -> None:
         UserError: see `check_latest`.
     """
     root = output_root()
-    if run.absolute().parent != root:
+    if not _in_output(run.absolute()):
         return
     check_latest(run.absolute())
     scratch = root / f".{LATEST}.new"
@@ -221,7 +227,7 @@ def runs_newest_first() -> list[Path]:
     root = output_root()
     if not root.is_dir():
         return []
-    found = [p for p in root.iterdir() if p.is_dir() and not p.is_symlink()]
+    found = [p for p in root.iterdir() if p.is_dir() and not (p.name == LATEST and p.is_symlink())]
     found.sort(key=lambda p: p.stat().st_mtime, reverse=True)
     latest = root / LATEST
     if latest.is_dir() and latest.is_symlink():
