@@ -149,3 +149,12 @@ def test_a_run_that_lies_elsewhere_and_is_linked_is_found(output, home):
     folders.point_latest(folders.new_run_dir("run"))
     assert folders.latest_output("step1") == output / "mine" / "step1"
     assert output / "latest" not in folders.runs_newest_first()
+
+
+def test_a_file_system_without_links_has_runs_all_the_same(output, monkeypatch, capsys):
+    def fails(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(Path, "symlink_to", fails)
+    assert folders.prepare_output_dir("", "step1") == output / "run" / "step1"
+    assert "output/latest can not be made: Operation not supported" in capsys.readouterr().out

@@ -216,10 +216,13 @@ def point_latest(run: Path) -> None:
         return
     check_latest(run.absolute())
     scratch = root / f".{LATEST}.new"
-    scratch.unlink(missing_ok=True)  # of a program that was killed
-    with contextlib.suppress(FileExistsError, FileNotFoundError):  # two programs at once: either's run is the newest
-        scratch.symlink_to(run.name)
-        os.replace(scratch, root / LATEST)
+    try:
+        scratch.unlink(missing_ok=True)  # of a program that was killed
+        with contextlib.suppress(FileExistsError, FileNotFoundError):  # two programs: either's run is the newest
+            scratch.symlink_to(run.name)
+            os.replace(scratch, root / LATEST)
+    except OSError as error:  # a file system without links, or a folder of another user's
+        print(f"note: {shown(root / LATEST)} can not be made: {error.strerror}", flush=True)
 
 
 def runs_newest_first() -> list[Path]:
