@@ -34,6 +34,7 @@ from training.utils.run.environment import check_environment
 from training.utils.run.folders import installing
 from training.utils.run.inputs import check_model_path
 
+SERVED = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", "/health")
 NEEDED = {"ChatCompletionHandler": "messages", "CompletionHandler": "prompt", "ResponseHandler": "input"}
 # What transformers' server leaves unheard although it changes the answer, or takes for something else (a frequency
 # penalty for one on whatever was said, a suffix for an end of the answer); values that ask for nothing may stand there
@@ -240,7 +241,14 @@ def settle_requests(model: str, tokenizer: Any) -> None:
     # What the server would list is the hub's cache, and it fails where there is none
     ModelManager.get_gen_models = staticmethod(lambda: [{"id": model, "object": "model", "owned_by": "", "created": 0}])
     build = server.build_server
-    server.build_server = lambda *given, **more: Leaving(build(*given, **more))
+
+    def built(*given: Any, **more: Any) -> Any:
+        """The server's application, with nothing but what is served: others load models, or fail without sound."""
+        app = build(*given, **more)
+        app.router.routes = [route for route in app.router.routes if route.path in SERVED]
+        return Leaving(app)
+
+    server.build_server = built
     settle_answers()
 
 
