@@ -95,6 +95,10 @@ def test_steps_leave_finished_folders(trained):
         assert (folder / "summary.json").is_file()
         assert list((folder / "tensorboard").iterdir())
         assert not list(base.rglob(".*saving"))
+    page = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
+    of_models = {path.name for path in (base / "step3" / "actor").iterdir()}
+    left = {path.name for step in (1, 2, 3) for path in (base / f"step{step}").glob("[!.]*")} - of_models
+    assert [name for name in sorted(left) if f"{name}`" not in page and f"{name}/`" not in page] == []
     assert metrics(base / "step1")[0]["eval/loss"] > 0
     summary = json.loads((base / "step3" / "summary.json").read_text())
     assert summary["prompts"] == 6
