@@ -81,7 +81,7 @@ class PPOArguments:
         0.0, "weigh tokens by their probability in training over that in sampling, at most this; 0: not", minimum=0
     )
     clip_value: float = flag(0.2, "clip of the value around the old value, 0 for none", minimum=0)
-    clip_reward: float = flag(5.0, "clip of the normalised reward, 0 for none", minimum=0)
+    clip_reward: float = flag(5.0, "clip of the weighted sum of rewards, 0 for none", minimum=0)
     gamma: float = flag(1.0, "discount per token", minimum=0, maximum=1)
     gae_lambda: float = flag(0.95, "lambda of generalised advantage estimation", minimum=0, maximum=1)
     entropy_coef: float = flag(0.0, "weight of an entropy bonus", minimum=0)

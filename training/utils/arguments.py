@@ -149,7 +149,7 @@ class DataArguments:
         "", "share of each source for SFT, preferences and prompts, such as 2,4,4 (default: every row in each step)"
     )
     eval_data_path: list[str] = flag(
-        [], "held-out sources (default: each source's own eval split, or 10%% of its rows)"
+        [], "held-out sources (default: each source's own eval split, or a tenth of its prompts)"
     )
     column_map: list[str] = flag([], "names of columns where they differ: prompt=instruction response=answer")
     on_bad_row: str = flag("error", "what to do with a row that can not be used", choices=("error", "skip"))
