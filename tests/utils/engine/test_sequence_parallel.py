@@ -254,6 +254,11 @@ def test_adapters_of_a_first_mlp_in_pieces_train():
         assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_adapters_of_an_mlp_learn_from_what_they_did_not_drop():
+    for found, expected in zip(gradients_of_adapters(True, 0.5), gradients_of_adapters(False, 0.5), strict=True):
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
 @torch.no_grad()
 def test_a_frozen_mlp_in_pieces_gives_what_one_that_trains_does():
     """To the last bit: before its first step DPO's policy is its reference."""

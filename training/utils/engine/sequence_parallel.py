@@ -208,11 +208,17 @@ def mlps_in_pieces(model: Any) -> None:
 def _tiled(mlp: Any, hidden: torch.Tensor) -> torch.Tensor:
     """The MLP of ``[B, C, H]``."""
     parameters = list(mlp.parameters())
-    if hidden.shape[:-1].numel() < PIECES**2:  # TiledMLP may make fewer pieces than it counts, and lose gradients
+    few = hidden.shape[:-1].numel() < PIECES**2  # TiledMLP may make fewer pieces than it counts, and lose gradients
+    if few or _drops(mlp):  # pieces are computed again in the backward, and would drop something else there
         return type(mlp).forward(mlp, hidden)
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
         hidden.requires_grad_()  # autograd sees no parameters here: adapters in a first MLP would get no gradient
     return TiledMLP.apply(_of_piece, mlp, hidden, PIECES, parameters)
+
+
+def _drops(mlp: nn.Module) -> bool:
+    """Whether adapters in an MLP drop a share of their inputs now."""
+    return any(module.training and module.p for module in mlp.modules() if isinstance(module, nn.Dropout))
 
 
 def _of_piece(mlp: Any, hidden: torch.Tensor) -> torch.Tensor:
