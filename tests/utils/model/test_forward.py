@@ -85,6 +85,16 @@ def test_the_critic_speaks_in_normalised_rewards(tiny_model):
     torch.testing.assert_close(normal, stats.normalise(raw))
 
 
+def test_ids_that_no_text_has_are_read_by_a_model_of_fewer_embeddings(tiny_model):
+    """Qwen 2.5's 7B has 128 more than its 0.5B, of one tokenizer, and may draw them."""
+    scorer = TokenScorer(load_classifier(str(tiny_model), dtype="fp32", pad_token_id=2, fresh_head_seed=0)).eval()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        plain = scorer(ids, torch.ones_like(ids))
+        beyond = scorer(torch.tensor([[5, 6, 463, 8]]), torch.ones_like(ids))
+    assert torch.equal(beyond[:, :2], plain[:, :2]) and beyond.isfinite().all()
+
+
 def test_the_fresh_head_has_the_stated_spread(tiny_model):
     weight = load_classifier(str(tiny_model), dtype="fp32", pad_token_id=0, fresh_head_seed=3).score.weight
     assert weight.std().item() == pytest.approx(1 / 33, rel=0.4)

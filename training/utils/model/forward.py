@@ -379,6 +379,8 @@ class TokenScorer(nn.Module):
         """Score every token: ids and mask ``[B, T]`` -> ``[B, T]`` fp32, any value at padding; see `forward_inputs`."""
         inner = without_adapters(self.classifier)
         backbone = inner.base_model
+        # A policy of the same tokenizer may have more embeddings, and draw an id that no text has
+        input_ids = input_ids.clamp(max=inner.get_input_embeddings().num_embeddings - 1)
         inputs = forward_inputs(backbone, input_ids, attention_mask, position_ids)
         scores = inner.score(backbone(**inputs, use_cache=False).last_hidden_state).squeeze(-1).to(torch.float32)
         if is_split(inner):
