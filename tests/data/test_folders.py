@@ -252,6 +252,18 @@ def test_what_lies_beside_the_rows_is_not_taken_for_them(tmp_path):
     assert "not read: LICENSE.txt" in "\n".join(data.report.lines())
 
 
+def test_what_map_and_filter_leave_beside_a_dataset_is_not_read(tmp_path):
+    """Changed copies of its rows, in datasets' own cache and in a folder that was saved and loaded again."""
+    datasets.Dataset.from_list(sft(4)).save_to_disk(tmp_path / "all" / "saved")
+    saved = tmp_path / "all" / "saved"
+    loaded = datasets.load_from_disk(saved)
+    loaded.filter(lambda row: True)
+    made = loaded.map(lambda row: {"response": row["response"] + "!"}).cache_files[0]["filename"]
+    (saved / "cache-0123456789abcdef_00001_of_00004.arrow").write_bytes(Path(made).read_bytes())  # of num_proc
+    assert rows_of(tmp_path / "all") == sft(4)
+    assert resolve(str(tmp_path / "all"), "demonstrations").unread == ("saved/ (3 files)",)
+
+
 def test_a_pointer_of_git_lfs_is_named(tmp_path):
     path = tmp_path / "train.parquet"
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 3\n")

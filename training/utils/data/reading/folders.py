@@ -24,6 +24,7 @@ _BESIDE = {
     *("config.json", "package.json", "package-lock.json", "generation_config.json", "tokenizer.json"),
     *(f"{name}.txt" for name in ("license", "licence", "readme", "notice", "citation", "requirements", "changelog")),
 }
+_MADE = re.compile(r"cache-[0-9a-f]{16}\w*\.arrow")  # what `map` and `filter` of datasets leave beside rows
 _METADATA = re.compile(r"metadata\.(csv|jsonl|parquet)", re.IGNORECASE)  # of images or sounds, if other files are there
 
 
@@ -54,7 +55,7 @@ def files_of(where: str, folder: Path) -> Files:
     if (lost := next((p for p in named if p.is_symlink() and not p.exists()), None)) is not None:
         raise UserError(f"{where}: {lost} is a link to a file that is not there")
     files = [p for p in named if p.is_file() and p.name.lower() not in _BESIDE]
-    files = [p for p in files if not _METADATA.fullmatch(p.name)] or files
+    files = [p for p in files if not (_METADATA.fullmatch(p.name) or _MADE.fullmatch(p.name))] or files
     if not files:
         if (lost := next((p for p in folder.iterdir() if p.is_symlink() and not p.exists()), None)) is not None:
             raise UserError(f"{where}: the folder holds no data file, and {lost} is a link to nothing")
