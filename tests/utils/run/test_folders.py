@@ -158,3 +158,42 @@ def test_a_file_system_without_links_has_runs_all_the_same(output, monkeypatch, 
     monkeypatch.setattr(Path, "symlink_to", fails)
     assert folders.prepare_output_dir("", "step1") == output / "run" / "step1"
     assert "output/latest can not be made: Operation not supported" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_refused_step_leaves_no_empty_run_to_go_on_with(output, monkeypatch, earlier):
+    """The next step would be trained into it, apart from the run that it belongs to."""
+    monkeypatch.setattr(folders, "_before", {})
+    if earlier:
+        (output / "mine" / "step1").mkdir(parents=True)
+        (output / "mine" / "step1" / "summary.json").write_text("{}")
+        folders.point_latest(output / "mine")
+    path = folders.prepare_output_dir("", "step1")
+    assert path == output / "run" / "step1"
+    (path / ".failed-rank0.json").touch()
+    folders.take_back()
+    assert sorted(p.name for p in output.iterdir()) == (["latest", "mine"] if earlier else [])
+    assert not earlier or folders.prepare_output_dir("", "step2") == output / "mine" / "step2"
+
+
+def test_what_a_refused_step_finds_stays(output, monkeypatch):
+    """A folder that a flag names, other steps of the run, the output of a start before."""
+    monkeypatch.setattr(folders, "_before", {})
+    (output / "mine" / "step1").mkdir(parents=True)
+    folders.point_latest(output / "mine")
+    named = folders.prepare_output_dir("output/other/step1", "step1")
+    folders.take_back()
+    assert named.is_dir() and (output / "latest").readlink() == Path("mine")
+    path = folders.prepare_output_dir("", "step2")
+    (path / "metrics.jsonl").touch()
+    folders.take_back()
+    assert (path / "metrics.jsonl").exists() and (output / "latest").readlink() == Path("mine")
+
+
+def test_the_empty_folder_of_a_refused_step_does_not_end_the_one_before_it(output):
+    """Step 1 goes on with its own run, in which step 2 was refused: other ranks may have looked for notes there."""
+    (output / "mine" / "step1").mkdir(parents=True)
+    (output / "mine" / "step2").mkdir()
+    (output / "mine" / "step2" / ".failed-rank0.json").touch()
+    folders.point_latest(output / "mine")
+    assert folders.prepare_output_dir("", "step1") == output / "mine" / "step1"

@@ -51,6 +51,24 @@ def test_what_was_ignored_at_the_start_stays_ignored_and_sigterm_ends_the_run(ig
     assert subprocess.run([sys.executable, "-c", run], check=False, preexec_fn=ignore).returncode == code
 
 
+@pytest.mark.parametrize(("begins", "left"), [("", []), ("watchdog.loop_begins()", ["latest", "run"])])
+def test_a_step_that_is_refused_before_it_begins_leaves_nothing(tmp_path, begins, left):
+    run = f"""
+from training.utils.errors import UserError
+from training.utils.run import folders, watchdog
+
+def main(argv):
+    watchdog.watch(folders.prepare_output_dir("", "step1"), 0)
+    {begins or "pass"}
+    raise UserError("no row is held out")
+
+raise SystemExit(watchdog.run_training(main))
+"""
+    environment = os.environ | {"TRIPOD_OUTPUT": str(tmp_path)}
+    assert subprocess.run([sys.executable, "-c", run], check=False, env=environment).returncode == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
+
+
 @pytest.mark.parametrize(
     ("body", "code"), [("signal.raise_signal(signal.SIGTERM)", 143), ("time.sleep(60)", 1)], ids=["signal", "stands"]
 )

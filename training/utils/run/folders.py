@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -59,6 +60,8 @@ WRITTEN = (  # files that the steps write
 
 _calls = itertools.count()
 _held: dict[Path, contextlib.ExitStack] = {}  # locks on folders, which end with the process
+_before: dict[Path, str] = {}  # a step's folder -> what latest linked to when it was asked for
+_own: set[Path] = set()  # those that no flag has named and no other process looks into
 
 
 def title(step: str) -> str:
@@ -321,11 +324,38 @@ def prepare_output_dir(output_dir: str, step: str) -> Path:
         UserError: the folder can not be written, holds a finished step, or another process writes to it; or several
             hosts and no ``--output_dir`` to agree on.
     """
+    link = output_root() / LATEST
+    before = os.readlink(link) if link.is_symlink() else ""
     path = _output_dir(output_dir, step)
     if _rank() == 0 and path not in _held:
-        _held[path] = contextlib.ExitStack()
-        _held[path].enter_context(locked(path, "another run"))
+        _before[path] = before
+        held = contextlib.ExitStack()
+        held.enter_context(locked(path, "another run"))
+        _held[path] = held
+        if not output_dir and os.environ.get("WORLD_SIZE", "1") == "1":
+            _own.add(path)
     return path
+
+
+def take_back() -> None:
+    """Undo `prepare_output_dir` for a step that was refused before it began.
+
+    ``output/latest`` links to the run that it linked to before. A folder in which nothing is goes, if no flag has named
+    it and no other rank looks for notes in it.
+    """
+    link = output_root() / LATEST
+    for path, before in _before.items():
+        if _in_output(path.parent) and link.is_symlink() and os.readlink(link) == path.parent.name != before:
+            point_latest(link.parent / before) if before else link.unlink()
+        if path in _own and not _has_begun(path):
+            with contextlib.suppress(OSError):  # the run's folder holds other steps
+                shutil.rmtree(path)
+                path.parent.rmdir()
+
+
+def _has_begun(step_dir: Path) -> bool:
+    """Whether there is more in a step's folder than locks and notes."""
+    return step_dir.is_dir() and any(not path.name.startswith(".") for path in step_dir.iterdir())
 
 
 def _output_dir(output_dir: str, step: str) -> Path:
@@ -362,7 +392,7 @@ def _foreign(folder: Path) -> str:
 
 def _choose_output_dir(step: str) -> Path:
     latest = output_root() / LATEST
-    later = any((latest / name).exists() for name in LATER[step])
+    later = any(_has_begun(latest / name) for name in LATER[step])
     free = latest.is_dir() and latest.is_symlink() and not is_finished(latest / step) and not later
     run = output_root() / os.readlink(latest) if free else new_run_dir("run")
     path = make_dir(run / step, OUTPUT_FOLDER)

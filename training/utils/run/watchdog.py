@@ -27,7 +27,7 @@ from typing import Any, TextIO
 
 from training.utils.errors import RunStopped, UserError, disk_failure, leave_process_group, print_last, run_program
 from training.utils.run import phases
-from training.utils.run.folders import same_command
+from training.utils.run.folders import same_command, take_back
 from training.utils.run.processes import STARTED_BY, parent_of
 
 _end = os._exit  # the system's own: inside reward_functions.no_exit another stands in its place
@@ -141,6 +141,8 @@ def run_training(main: Callable[[Sequence[str]], int]) -> int:
         faulthandler.disable()
         _state.abort.close()
         Path(_state.abort.name).unlink(missing_ok=True)
+    if code == 2 and not _state.training:
+        take_back()
     return code
 
 
