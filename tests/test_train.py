@@ -395,6 +395,13 @@ def test_what_a_repeated_step_invalidates_starts_over_however_it_ends(bench: Ben
     assert folders.is_finished(run / "step3")
 
 
+def test_a_long_text_with_a_full_stop_is_no_file(bench: Bench, capfd: pytest.CaptureFixture) -> None:
+    text = "Be brief. " * 40
+    assert bench.train("--system_message", text, "--data_path", "demo") == 0
+    assert bench.train("--output_dir", "output/tiny") == 0
+    assert "step 3 is finished\n" in capfd.readouterr().out
+
+
 def test_plan_asks_each_step_and_makes_no_run(
     bench: Bench, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

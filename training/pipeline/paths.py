@@ -54,4 +54,4 @@ def same_flags(entry: Mapping[str, Any], argv: Sequence[str]) -> bool:
 
 def _absolute(folder: Path, value: str) -> str:
     path, colon, suffix = value.partition(":")
-    return f"{os.path.abspath(folder / path)}{colon}{suffix}" if path and (folder / path).exists() else value
+    return f"{os.path.abspath(folder / path)}{colon}{suffix}" if path and os.path.exists(folder / path) else value

@@ -142,7 +142,7 @@ def deepspeed_launcher() -> list[str]:
 
 def is_finished(step_dir: Path) -> bool:
     """Whether a step's folder holds its finished output."""
-    return (step_dir / "summary.json").is_file()
+    return os.path.isfile(step_dir / "summary.json")  # of any text that a flag has, however long
 
 
 def tuned_models(run: Path) -> dict[str, Path]:

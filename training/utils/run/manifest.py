@@ -106,7 +106,7 @@ def _existing(token: str, bare: bool) -> Path | None:
     One whose name is a word alone only where the flag names inputs: ``bare``.
     """
     for text in (token, token.rpartition(":")[0]):
-        if text and (bare or "/" in text or "." in text) and Path(text).expanduser().exists():
+        if text and (bare or "/" in text or "." in text) and os.path.exists(os.path.expanduser(text)):
             return Path(text).expanduser()
     return None
 
