@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from training.utils.run import manifest
 from training.utils.run.manifest import hash_inputs
 
 
@@ -31,3 +32,19 @@ def test_a_folder_with_a_bare_name_is_an_input(tmp_path: Path, monkeypatch: pyte
         ["--data_path", "rows", "demo", "gpt2", "--output_dir", "rows", "--dtype=demo"], {"demo": bundled}
     )
     assert found["rows"] == found["demo"] is not None and found["gpt2"] is None
+
+
+def test_what_a_step_writes_to_or_may_not_be_read_is_no_hindrance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "a.csv").touch()
+
+    def fails(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(manifest, "read_digest", fails)
+    text = "Be brief. " * 40
+    argv = ["--data_path", f"{tmp_path}/rows", "--data-output-path", f"{tmp_path}/cache", "--system_message", text]
+    assert hash_inputs(argv, {}) == {f"{tmp_path}/rows": None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import os
@@ -20,6 +21,7 @@ from training.utils.run.runtime import available_cores
 
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "peft", "accelerate", "tensorboard", "gguf", "gradio")
 NOT_INPUT = {"__pycache__", CHECKPOINTS}  # folders inside a folder of inputs that are none
+WRITTEN_TO = ("output_dir", "data_output_path", "resume")  # flags whose values a step writes to, or has written
 NAMED_INPUTS = ("model_name_or_path", "data_path")  # flags whose values are inputs also when they are no files
 
 
@@ -78,23 +80,25 @@ def hash_inputs(argv: Sequence[str], named: Mapping[str, Path]) -> dict[str, str
     """SHA-256 of each file or folder that a command line names as an input.
 
     Args:
-        argv: a step's arguments; the value of ``--output_dir`` is no input.
+        argv: a step's arguments; values of `WRITTEN_TO` are no inputs.
         named: folders that stand behind names, such as ``demo``.
 
     Returns:
-        Path or name -> hex digest; None for what lies elsewhere, such as a hub name. A folder's digest is over the
-        names and contents of all files in it.
+        Path or name -> hex digest; None for what lies elsewhere, such as a hub name, or may not be read. A folder's
+        digest is over the names and contents of all files in it.
     """
     found: dict[str, str | None] = {}
     flag = ""
     for token in argv:
         if token.startswith("--"):
             flag, _, token = token[2:].partition("=")
-        if not token or flag == "output_dir":
+        if not token or flag.replace("-", "_") in WRITTEN_TO:
             continue
         path = named.get(token) or _existing(token, bare=flag.endswith(NAMED_INPUTS))
         if path is not None:
-            found[token] = _digest(path)
+            found[token] = None
+            with contextlib.suppress(OSError):  # a file of another user's, or one that goes meanwhile
+                found[token] = _digest(path)
         elif flag.endswith(NAMED_INPUTS):
             found[token] = None
     return found
