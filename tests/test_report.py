@@ -362,6 +362,12 @@ def test_a_resumed_runs_later_record_wins(tmp_path):
     assert read_run(run).steps["step1"].curve("train/loss") == [(1, 4.0), (2, 8.0)]
 
 
+@pytest.mark.parametrize(("code", "state"), [(0, "unfinished"), (1, "failed"), (129, "stopped"), (143, "stopped")])
+def test_how_a_step_without_a_summary_ended(tmp_path, code, state):
+    """129: the terminal was closed. 0: it was finished, and starts over after one that it was made from."""
+    assert read_run(failed(tmp_path, code)).steps["step2"].state == state
+
+
 def test_evaluations_and_health_are_shown_whatever_they_hold(tmp_path):
     run = make_run(tmp_path / "demo")
     evaluation = {

@@ -16,7 +16,7 @@ from training.utils.run.folders import PIPELINES, STEPS
 from training.utils.run.manifest import read_manifest
 from training.utils.run.processes import last_lines
 
-STOPPED = (130, 143)  # exit codes of Ctrl-C and SIGTERM
+STOPPED = (129, 130, 143)  # exit codes of a terminal that was closed, Ctrl-C and SIGTERM
 _DATA_LINE = re.compile(r"rows read: |^dropped \d+: |^truncated \d+: |rows to train on, |that is also trained on")
 
 
@@ -46,13 +46,13 @@ class StepRecord:
 
     @property
     def state(self) -> str:
-        """``finished``, ``failed``, ``stopped``, ``unfinished`` (at work, or killed) or ``not run``."""
+        """``finished``, ``failed``, ``stopped``, ``unfinished`` (at work, killed, or to start over) or ``not run``."""
         if self.summary:
             return "finished"
         code = self.entry.get("exit_code")
         if code in STOPPED:
             return "stopped"
-        if code is not None:
+        if code:
             return "failed"
         return "unfinished" if self.entry or self.metrics else "not run"
 
