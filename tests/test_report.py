@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 import train
+from training.pipeline.showcase import summary_table
 from training.report import advice, charts, sections
 from training.report.__main__ import main
 from training.report.charts import Series
@@ -366,6 +367,23 @@ def test_a_resumed_runs_later_record_wins(tmp_path):
 def test_how_a_step_without_a_summary_ended(tmp_path, code, state):
     """129: the terminal was closed. 0: it was finished, and starts over after one that it was made from."""
     assert read_run(failed(tmp_path, code)).steps["step2"].state == state
+
+
+def test_a_step_that_was_made_again_shows_the_rows_of_its_last_start(tmp_path):
+    run = make_run(tmp_path / "demo", ("step1",))
+    command = " ".join(json.loads((run / "manifest.json").read_text())["steps"]["step1"]["command"])
+    noise = "other words\n" * 600
+    save(run / "step1.log", f"$ deepspeed old\nold.csv: 3 rows read: 3\n{noise}$ {command}\nmine.csv: 4 rows read: 4\n")
+    assert read_run(run).steps["step1"].data == ["mine.csv: 4 rows read: 4"]
+
+
+def test_the_time_of_a_resumed_run_is_that_of_all_its_starts(tmp_path):
+    run = make_run(tmp_path / "demo", ("step1",))
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["steps"]["step1"]["seconds"] = 9.0  # of the last one
+    save(run / "manifest.json", manifest)
+    assert read_run(run).steps["step1"].seconds == SUMMARIES["step1"]["seconds"] == 60.0
+    assert "1 min 00 s" in summary_table(run, {"step1": 9.0})
 
 
 def test_evaluations_and_health_are_shown_whatever_they_hold(tmp_path):

@@ -22,7 +22,7 @@ def summary_table(run: Path, seconds: Mapping[str, float]) -> str:
 
     Args:
         run: the run directory; a step without ``summary.json``, and a number that is not in it, is left out.
-        seconds: wall time of each step, by ``"step1"`` and so on.
+        seconds: wall time of each step's last start, by ``"step1"`` and so on.
     """
     rows: list[tuple[str, str, str, str, str]] = []
     for step, lines in (("step1", _step1), ("step2", _step2), ("dpo", _dpo), ("step3", _step3)):
@@ -32,7 +32,8 @@ def summary_table(run: Path, seconds: Mapping[str, float]) -> str:
         summary = read_object(path)
         try:
             found = lines(summary) or [("finished", "", "", "")]
-            time = duration(seconds.get(step, summary.get("seconds")))
+            known = [value for value in (seconds.get(step), summary.get("seconds")) if value is not None]
+            time = duration(max(known, default=None))
         except (LookupError, TypeError, ValueError, AttributeError):  # not as a step has written it
             found, time = [("summary.json is damaged", "", "", "")], ""
         for i, line in enumerate(found):

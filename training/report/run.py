@@ -18,6 +18,7 @@ from training.utils.run.processes import last_lines
 
 STOPPED = (129, 130, 143)  # exit codes of a terminal that was closed, Ctrl-C and SIGTERM
 _DATA_LINE = re.compile(r"rows read: |^dropped \d+: |^truncated \d+: |rows to train on, |that is also trained on")
+_FIRST_LINES = 500  # of a start, among which those about the rows are
 
 
 @dataclass
@@ -58,8 +59,9 @@ class StepRecord:
 
     @property
     def seconds(self) -> float | None:
-        """Wall time with start and end of the process, or what the step itself has measured."""
-        return number(self.entry.get("seconds")) or number(self.summary.get("seconds"))
+        """Wall time with start and end of the process, or what the step itself has measured: all of its starts."""
+        known = (number(found.get("seconds")) for found in (self.entry, self.summary))
+        return max(filter(None, known), default=None)
 
     def curve(self, name: str) -> list[tuple[float, float]]:
         """(step, value) of one metric; what is missing or not finite is left out."""
@@ -137,11 +139,22 @@ def _read_step(run: Path, name: str, entry: Mapping[str, Any], notes: list[str])
     record.evaluation = _json(folder / "evaluation.json", notes, dict)
     record.health = _lines(folder / "health.jsonl", notes)
     if log.is_file():
-        with log.open(encoding="utf-8", errors="replace") as file:
-            record.data = [line.strip() for _, line in zip(range(500), file, strict=False) if _DATA_LINE.search(line)]
+        record.data = _data_lines(log, " ".join(["$", *map(str, entry.get("command", []))]))
         if record.state in ("failed", "unfinished"):
             record.log_tail = last_lines(log)
     return record
+
+
+def _data_lines(log: Path, start: str) -> list[str]:
+    """What a step's last start, which its log begins with ``start``, has said about the rows."""
+    lines: list[str] = []
+    with log.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if line.rstrip() == start:
+                lines = []
+            elif len(lines) < _FIRST_LINES:
+                lines.append(line)
+    return [line.strip() for line in lines if _DATA_LINE.search(line)]
 
 
 def _json(path: Path, notes: list[str], kind: type) -> Any:

@@ -150,7 +150,7 @@ class Opened:
         return {
             "iterations": len(self.schedule),
             "seconds": time.monotonic() - self.started + self.run.seconds,
-            "phases": self.phases.summary(),
+            "phases": self.run.earlier_starts() | self.phases.summary(),
             precision.SUMMARY_KEY: self.settled,
             "run_with": {"arguments": started, "folder": str(Path.cwd())},  # for evaluate.py, see `recorded_run`
         }

@@ -192,7 +192,7 @@ class FineTuning:
             **results,
             "steps": self.total_steps,
             "seconds": time.monotonic() - self.started + self.run.seconds,
-            "phases": self.phases.summary(),
+            "phases": self.run.earlier_starts() | self.phases.summary(),
             precision.SUMMARY_KEY: self.settled,
             "run_with": {"arguments": list(self.argv), "folder": str(Path.cwd())},
         }

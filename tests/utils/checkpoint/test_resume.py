@@ -29,3 +29,9 @@ def test_a_checkpoint_that_goes_while_it_is_read_is_named(tmp_path, monkeypatch,
     run = Run(tmp_path, ReliabilityArguments(), {"batches": {}}, checkpoint, state)
     with pytest.raises(UserError, match="step-00000002 is gone: is another run at work there"):
         run.load({"model": None}, averages)
+
+
+def test_the_time_of_the_starts_before_is_a_phase(tmp_path):
+    """Else a report would take it for that of starting and stopping."""
+    taken_up, new = (Run(tmp_path, ReliabilityArguments(), {"batches": {}}, None, s) for s in ({"seconds": 7.5}, {}))
+    assert taken_up.earlier_starts() == {"earlier starts": {"seconds": 7.5}} and new.earlier_starts() == {}

@@ -134,6 +134,10 @@ class Run:
                 say(f"  equal to an uninterrupted run up to rounding, not bit for bit: {', '.join(reasons)}")
         return cls(output_dir, settings, description, checkpoint, state)
 
+    def earlier_starts(self) -> dict[str, dict[str, float]]:
+        """The time of the starts that this one goes on from, as a phase of the summary; empty for a new run."""
+        return {"earlier starts": {"seconds": round(self.seconds, 3)}} if self.seconds else {}
+
     def load(self, engines: Mapping[str, Any], averages: Mapping[str, MovingAverage] | None = None) -> None:
         """Put the checkpoint into new engines, and files back as they were; a new run starts clean; a collective.
 
