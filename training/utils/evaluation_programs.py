@@ -12,13 +12,11 @@ from training.utils import arguments
 from training.utils.errors import UserError
 from training.utils.run.demo import recorded_argv
 from training.utils.run.distributed import say
-from training.utils.run.files import write_json
-from training.utils.run.folders import repository_root, shown
+from training.utils.run.files import set_aside, write_json
+from training.utils.run.folders import EVALUATION, repository_root, shown
 from training.utils.run.inputs import names_input
 from training.utils.run.manifest import recorded_run
 from training.utils.run.recipes import NO_FILES
-
-EVALUATION_FILE = "evaluation.json"
 
 
 def recorded_arguments(
@@ -87,13 +85,9 @@ def data_arguments(
 
 def write_evaluation(folder: Path, content: Mapping[str, Any]) -> Path:
     """Write ``evaluation.json`` whole or not at all; one that is there is kept under the next free number."""
-    path = folder / EVALUATION_FILE
-    if path.exists():
-        number = 1
-        while (earlier := folder / f"evaluation-{number}.json").exists():
-            number += 1
-        path.rename(earlier)
-        say(f"the earlier {EVALUATION_FILE} is kept as {shown(earlier)}")
+    path = folder / EVALUATION
+    if earlier := set_aside(path):
+        say(f"the earlier {EVALUATION} is kept as {shown(earlier)}")
     write_json(path, content)
     say(f"written to {shown(path)}")
     return path

@@ -35,3 +35,12 @@ def test_the_time_of_the_starts_before_is_a_phase(tmp_path):
     """Else a report would take it for that of starting and stopping."""
     taken_up, new = (Run(tmp_path, ReliabilityArguments(), {"batches": {}}, None, s) for s in ({"seconds": 7.5}, {}))
     assert taken_up.earlier_starts() == {"earlier starts": {"seconds": 7.5}} and new.earlier_starts() == {}
+
+
+def test_a_run_that_starts_over_in_a_folder_shows_nothing_of_the_one_before(tmp_path):
+    """What its evaluation found is kept under another name, as evaluate.py itself would keep it."""
+    for name in ("metrics.jsonl", "samples.json", "answers.jsonl", "evaluation.json", "evaluation-1.json"):
+        (tmp_path / name).write_text(name)
+    Run(tmp_path, ReliabilityArguments(), {"batches": {}}, None, {}).load({})
+    found = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert found == {"evaluation-1.json": "evaluation-1.json", "evaluation-2.json": "evaluation.json"}

@@ -48,7 +48,8 @@ from training.utils.run.distributed import (
     say,
     world_size,
 )
-from training.utils.run.folders import same_command, shown
+from training.utils.run.files import set_aside
+from training.utils.run.folders import EVALUATION, SHOWN, same_command, shown
 from training.utils.run.phases import beat, doing
 from training.utils.run.watchdog import loop_begins
 
@@ -153,7 +154,9 @@ class Run:
             self._note()
             if is_main():
                 shutil.rmtree(self.output_dir / BEST, ignore_errors=True)
-                (self.output_dir / METRICS).unlink(missing_ok=True)
+                for name in (METRICS, *SHOWN):  # of a run that was here before, which is finished no more
+                    (self.output_dir / name).unlink(missing_ok=True)
+                set_aside(self.output_dir / EVALUATION)
                 if removed := store.remove_all(self.folder):
                     say(f"starting over: {removed} checkpoints of an earlier run were removed")
             barrier()

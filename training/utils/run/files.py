@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -84,6 +85,15 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
         with contextlib.suppress(OSError):
             scratch.unlink(missing_ok=True)  # on a full disk it takes the room that the next try needs
         raise
+
+
+def set_aside(path: Path) -> Path | None:
+    """Give a file that is there the next free number in its name; returns what it is called then."""
+    if not path.exists():
+        return None
+    numbered = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(1))
+    earlier = next(name for name in numbered if not name.exists())
+    return path.rename(earlier)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -57,6 +57,8 @@ WRITTEN = (  # files that the steps write
     *("config.json", "README.md", "metrics.jsonl", "health.jsonl", "answers.jsonl", "samples.json"),
     *("reward_stats.json", "actor/config.json", "critic/config.json", "ema/config.json"),
 )
+SHOWN = ("samples.json", "answers.jsonl")  # what step 3's models have said
+EVALUATION = "evaluation.json"  # what a step's evaluate.py has found
 
 _calls = itertools.count()
 _held: dict[Path, contextlib.ExitStack] = {}  # locks on folders, which end with the process
