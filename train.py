@@ -209,7 +209,7 @@ def run_steps(steps: Sequence[Step], run: Path, manifest: dict[str, Any], launch
         entry = manifest.get("steps", {}).get(step.name, {})
         if is_finished(step.directory):
             changed = f" with other flags; to repeat it, remove {shown(step.directory)}"
-            print(f"{title(step.name)} is finished{'' if same_flags(entry, step.argv) else changed}", flush=True)
+            print(f"{title(step.name)} is finished{'' if same_flags(entry, step.argv, run) else changed}", flush=True)
             if "exit_code" not in entry:  # it went on without train.py, which was killed
                 known = {"arguments": step.argv, "folder": str(Path.cwd())}
                 record_end(manifest.setdefault("steps", {}).setdefault(step.name, known), step, run, manifest)

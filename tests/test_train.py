@@ -395,6 +395,20 @@ def test_what_a_repeated_step_invalidates_starts_over_however_it_ends(bench: Ben
     assert folders.is_finished(run / "step3")
 
 
+def test_a_run_that_was_moved_is_the_same_run(
+    bench: Bench, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (bench.folder / "rows.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 2)
+    demo = ("--step2_args", "--data_path demo", "--step3_args", "--data_path demo")
+    assert bench.train("--step1_args", "--data_path rows.jsonl", *demo) == 0
+    (bench.folder / "disk").mkdir()
+    shutil.move(bench.output / "tiny", bench.folder / "disk" / "moved")
+    monkeypatch.chdir(bench.folder / "disk")
+    capfd.readouterr()
+    assert train.main(["--output_dir", "moved"], launcher=bench.launcher, scripts=bench.scripts) == 0
+    assert "step 3 is finished\n" in (said := capfd.readouterr().out) and "with other flags" not in said
+
+
 def test_a_long_text_with_a_full_stop_is_no_file(bench: Bench, capfd: pytest.CaptureFixture) -> None:
     text = "Be brief. " * 40
     assert bench.train("--system_message", text, "--data_path", "demo") == 0

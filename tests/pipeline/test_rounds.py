@@ -142,6 +142,14 @@ def test_what_is_done_is_not_done_again(rounds: Rounds, capfd: pytest.CaptureFix
     assert len(rounds.all_arguments("evaluate", "tiny/round1")) == 2
 
 
+def test_rounds_of_a_run_that_was_moved(rounds: Rounds) -> None:
+    assert rounds.go() == 0
+    (rounds.output / "tiny").rename(rounds.output / "moved")
+    assert rounds.start("--output_dir", "output/moved", "--rounds", "1", *JUDGED) == 0
+    moved = rounds.output / "moved"
+    assert f"--actor_model_name_or_path {moved}/step1 " in rounds.arguments("step3", "moved/round1")
+
+
 def test_from_the_last_actor(rounds: Rounds) -> None:
     assert rounds.go("--rounds", "2", "--rounds_from", "actor", *JUDGED) == 0
     for number, actor in ((1, "output/tiny/step3/actor"), (2, "output/tiny/round1/step3/actor")):

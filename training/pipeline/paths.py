@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from training.utils.arguments import flags_in
 from training.utils.run.demo import names_demo
 from training.utils.run.folders import shown
 
@@ -40,16 +41,40 @@ def seen(folder: Path, name: str, value: Any) -> Any:
     return shlex.join(tokens)
 
 
-def arguments_of(entry: Mapping[str, Any]) -> list[str]:
-    """A step's arguments by its entry in the manifest, with files as the current folder sees them."""
-    return shlex.split(str(seen(Path(entry.get("folder", "")), "step_args", shlex.join(entry["arguments"]))))
+def arguments_of(entry: Mapping[str, Any], run: Path) -> list[str]:
+    """A step's arguments by its entry in the manifest, with files as the current folder sees them.
+
+    The run's own are those in ``run``, which may have been moved, or copied.
+    """
+    tokens = _in_run(entry, run)
+    return shlex.split(str(seen(Path(entry.get("folder", "")), "step_args", shlex.join(tokens))))
 
 
-def same_flags(entry: Mapping[str, Any], argv: Sequence[str]) -> bool:
+def same_flags(entry: Mapping[str, Any], argv: Sequence[str], run: Path) -> bool:
     """Whether a step's arguments are those of its entry in the manifest, by whatever path they name a file."""
     here = Path.cwd()
     folder = Path(entry.get("folder", here))
-    return [_absolute(folder, t) for t in entry.get("arguments", argv)] == [_absolute(here, t) for t in argv]
+    folder = folder if folder.is_dir() else here  # all of it has been moved
+    before = _in_run(entry, run) if "arguments" in entry else argv
+    return [_absolute(folder, t) for t in before] == [_absolute(here, t) for t in argv]
+
+
+def _in_run(entry: Mapping[str, Any], run: Path) -> list[str]:
+    """An entry's arguments, with what lay in the folder that the run had then at its place in ``run``."""
+    folder, tokens = Path(entry.get("folder", "")), list(entry["arguments"])
+    named = flags_in(tokens).get("output_dir")
+    before = Path(os.path.abspath(folder / named[0] if named else run / "step")).parent
+    run = Path(os.path.abspath(run))
+    if before == run:
+        return tokens
+    return [str(inside) if token and (inside := _moved(folder / token, before, run)) else token for token in tokens]
+
+
+def _moved(path: Path, before: Path, run: Path) -> Path | None:
+    """Where what lay in one folder lies in the other; None if it lay elsewhere, or is not there."""
+    place = Path(os.path.abspath(path))
+    inside = run / place.relative_to(before) if place.is_relative_to(before) else None
+    return inside if inside is not None and os.path.exists(inside) else None
 
 
 def _absolute(folder: Path, value: str) -> str:

@@ -155,7 +155,7 @@ class Rounds:
         if (folder / "rankings").is_dir():  # training may have begun with them
             return 0
         named = ["--model", f"round{number - 1}={shown(self.folder(number - 1) / 'step3' / 'actor')}"]
-        argv = arguments_of(read_manifest(self.run)["steps"]["step3"])
+        argv = arguments_of(read_manifest(self.run)["steps"]["step3"], self.run)
         like = [token for flag in SAMPLED_LIKE for token in _given(argv, flag)]
         like = like if "data_path" in flags_in(like) else ["--data_path", DEMO, *like]
         own = shlex.split(self.flags.generate_args)
@@ -178,7 +178,7 @@ class Rounds:
     def _training(self, number: int) -> int:
         """Steps 2 and 3 of a round, by train.py, with the flags of the run's own; the exit code."""
         folder, steps = self.folder(number), read_manifest(self.run)["steps"]
-        argvs = {step: arguments_of(steps[step]) for step in ("step2", "step3")}
+        argvs = {step: arguments_of(steps[step], self.run) for step in ("step2", "step3")}
         sections = {step: section_of(argv, step) for step, argv in argvs.items()}
         rankings = [shown(self.folder(i) / "rankings") for i in range(1, number + 1)]
         for name in ("data_path", "eval_data_path"):
