@@ -43,7 +43,7 @@ from training.pipeline.paths import same_flags
 from training.pipeline.rounds import RoundArguments, Rounds, check_flags, check_run
 from training.pipeline.shared_flags import SharedArguments, refuse_flags_of_some_steps
 from training.pipeline.showcase import answers_text, summary_table
-from training.pipeline.steps import Step, check_data_named, check_steps, plan_steps, tell_ignored
+from training.pipeline.steps import Step, check_data_named, check_steps, due, made_from, plan_steps, tell_ignored
 from training.report.page import write_report
 from training.utils import arguments
 from training.utils.arguments import DEMO
@@ -53,10 +53,8 @@ from training.utils.run.demo import named_sources
 from training.utils.run.files import read_object, write_json
 from training.utils.run.folders import (
     CHECKPOINTS,
-    LATER,
     LATEST,
     STEPS,
-    TUNED,
     continued,
     deepspeed_launcher,
     is_finished,
@@ -68,10 +66,11 @@ from training.utils.run.folders import (
     repository_root,
     shown,
     title,
+    tuned_models,
     with_python,
 )
 from training.utils.run.hosts import check_hosts, read_hostfile, with_ranks
-from training.utils.run.manifest import MANIFEST, hash_inputs
+from training.utils.run.manifest import MANIFEST, SUMMARY, hash_inputs
 from training.utils.run.processes import Ended, last_lines, run_logged, unused_port
 from training.utils.run.runtime import has_accelerator, prepare_runtime
 from training.utils.run.watchdog import outlive_readers
@@ -123,7 +122,7 @@ def main(
     check_steps(asked, planned)
     check_flags(rounds, asked.given, programs)
     if rounds.rounds:
-        check_run(asked.run, asked.wanted)
+        check_run(asked.run, asked.wanted, rounds.rounds)
     if not options.plan:
         check_data_named(asked, planned)
     tell_ignored(asked, planned)
@@ -177,7 +176,7 @@ def check_later(steps: Sequence[Step], ranks: int, on_this_host: int, hostfile: 
     Raises:
         UserError: one would refuse them.
     """
-    later = [step for step in steps if not is_finished(step.directory)][1:]
+    later = due(steps)[1:]
     if later:
         print(f"asking {' and '.join(title(step.name) for step in later)} about flags and models ...", flush=True)
     if hostfile and not has_accelerator():
@@ -214,15 +213,27 @@ def run_steps(steps: Sequence[Step], run: Path, manifest: dict[str, Any], launch
                 known = {"arguments": step.argv, "folder": str(Path.cwd())}
                 record_end(manifest.setdefault("steps", {}).setdefault(step.name, known), step, run, manifest)
             continue
-        for later in (later.directory for later in steps if later.name in LATER[step.name]):
-            (later / "summary.json").unlink(missing_ok=True)  # made from the output that changes,
-            remove_all(later / CHECKPOINTS)  # and could not go on from the new one
+        start_over_after(step, steps, run, manifest)
         command = [*launcher, "--master_port", str(unused_port()), step.script, *step.once, *step.argv]
         ended = run_step(step, command, run, manifest)
         if ended.code:
             tell_failure(step, command, ended, run, again)
             return ended.code
     return 0
+
+
+def start_over_after(step: Step, steps: Sequence[Step], run: Path, manifest: Mapping[str, Any]) -> None:
+    """Let what was made from the output that changes start over, in this start or a later one: it could not go on."""
+    later = made_from(step.name, run)
+    left = [title(name) for name in later if is_finished(run / name) and name not in [other.name for other in steps]]
+    for name in later:
+        (run / name / SUMMARY).unlink(missing_ok=True)
+        remove_all(run / name / CHECKPOINTS)
+        for key in ("exit_code", "metrics"):
+            manifest.get("steps", {}).get(name, {}).pop(key, None)
+    if left:
+        print(f"note: {' and '.join(left)}, made from another {title(step.name)}, no longer count as finished: "
+              "train.py without --step makes them again", flush=True)  # fmt: skip
 
 
 def run_step(step: Step, command: list[str], run: Path, manifest: dict[str, Any]) -> Ended:
@@ -277,7 +288,7 @@ def show_end(run: Path, manifest: Mapping[str, Any]) -> None:
     for text in (summary_table(run, seconds), answers_text(run)):
         if text:
             print(f"\n{text}")
-    models = {name: run / folder for name, folder in TUNED.items() if (run / folder).is_dir()}
+    models = tuned_models(run)
     latest, page = output_root() / LATEST, shown(ROOT / "inference" / "gradio_chatbot.py")
     if latest.is_dir() and latest.resolve() == run.resolve():
         chat = "make chat" if Path.cwd() == ROOT else with_python(page)

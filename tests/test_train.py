@@ -395,6 +395,45 @@ def test_what_a_repeated_step_invalidates_starts_over_however_it_ends(bench: Ben
     assert folders.is_finished(run / "step3")
 
 
+def test_a_step_that_is_made_again_alone_ends_what_was_made_from_it(bench: Bench, capfd: pytest.CaptureFixture) -> None:
+    assert bench.train() == 0
+    run = bench.output / "tiny"
+    shutil.rmtree(run / "step1")
+    capfd.readouterr()
+    assert bench.train("--output_dir", "output/tiny", "--step", "1") == 0
+    said = capfd.readouterr().out
+    assert "note: step 2 and step 3, made from another step 1, no longer count as finished: train.py without" in said
+    assert not folders.is_finished(run / "step2") and not folders.is_finished(run / "step3")
+    assert "failed" not in said + (run / "report.html").read_text().partition("</style>")[2]
+    assert bench.train("--output_dir", "output/tiny") == 0
+    assert "note:" not in capfd.readouterr().out and folders.is_finished(run / "step3")
+
+
+def test_a_step_that_was_not_made_from_the_one_that_is_made_again_stays(bench: Bench, tiny_model: Path) -> None:
+    """Nor does what lies in another run and is linked from this one lose anything."""
+    assert bench.train("--reward_model_name_or_path", str(tiny_model), "--data_path", "demo") == 0
+    run, before = bench.output / "tiny", bench.manifest()["steps"]["step2"]
+    shutil.rmtree(run / "step1")
+    assert bench.train("--output_dir", "output/tiny") == 0
+    assert bench.manifest()["steps"]["step2"] == before, "it began with a model of its own"
+    assert bench.train("--output_dir", "output/other") == 0
+    shutil.rmtree(bench.output / "other" / "step2")
+    (bench.output / "other" / "step2").symlink_to(run / "step2")
+    shutil.rmtree(bench.output / "other" / "step1")
+    assert bench.train("--output_dir", "output/other") == 0
+    assert folders.is_finished(run / "step2") and bench.manifest()["steps"]["step2"] == before
+
+
+def test_a_step_that_comes_again_is_looked_at_before_the_first(bench: Bench, tmp_path: Path) -> None:
+    """It was finished, and is to start over: what it would be refused for is said before step 1 takes hours."""
+    assert bench.train() == 0
+    shutil.rmtree(bench.output / "tiny" / "step1")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "c", "response": "d"}\n')
+    with pytest.raises(UserError, match="step 2 learns from preference pairs, and none of 2 rows is one"):
+        bench.train("--output_dir", "output/tiny", "--data_path", str(tmp_path / "rows.jsonl"))
+    assert folders.is_finished(bench.output / "tiny" / "step2"), "nothing has happened"
+
+
 def test_a_run_that_was_moved_is_the_same_run(
     bench: Bench, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,24 @@ def test_what_is_done_is_not_done_again(rounds: Rounds, capfd: pytest.CaptureFix
         len(rounds.all_arguments("generate", "tiny/round1")) == len(rounds.all_arguments("step3", "tiny/round1")) == 1
     )
     assert len(rounds.all_arguments("evaluate", "tiny/round1")) == 2
+
+
+def test_a_round_that_was_made_from_what_comes_again_is_refused(rounds: Rounds, capfd: pytest.CaptureFixture) -> None:
+    assert rounds.go("--rounds", "2", *JUDGED) == 0
+    shutil.rmtree(rounds.output / "tiny" / "step3")
+    assert rounds.go("--rounds", "2", *JUDGED) == 2
+    said = capfd.readouterr().err
+    assert "output/tiny/round1 was made from another step 3 than that which is to come: remove it, or move it" in said
+    assert not (rounds.output / "tiny" / "step3").exists()
+    shutil.rmtree(rounds.output / "tiny" / "round1")
+    assert rounds.go("--rounds", "2", *JUDGED) == 2
+    assert "round2 was made from another step 3" in capfd.readouterr().err
+    shutil.rmtree(rounds.output / "tiny" / "round2")
+    evaluate = rounds.folder / "evaluate.py"
+    evaluate.write_text(evaluate.read_text().replace("0.5 +", "0.7 +"))
+    assert rounds.go("--rounds", "2", *JUDGED) == 0
+    known = json.loads((rounds.output / "tiny" / ROUNDS_FILE).read_text())["agreement"]
+    assert known["1"]["reward model of round 1"]["round 1"]["accuracy"] == 0.71, "of the new one"
 
 
 def test_rounds_of_a_run_that_was_moved(rounds: Rounds) -> None:

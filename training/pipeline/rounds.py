@@ -24,7 +24,7 @@ from training.utils.answers import Line, prompt_id, read_answers, write_lines
 from training.utils.arguments import DEMO, flags_in
 from training.utils.errors import UserError
 from training.utils.run.files import once_each, read_object, write_json
-from training.utils.run.folders import is_finished, make_dir, repository_root, shown
+from training.utils.run.folders import EVALUATION, is_finished, make_dir, repository_root, shown, title
 from training.utils.run.manifest import read_manifest
 from training.utils.run.processes import last_lines, run_logged, unused_port
 from training.utils.run.recipes import GIVEN
@@ -36,7 +36,6 @@ PROGRAMS = {
     "evaluate": "training/step2_reward_model_finetuning/evaluate.py",
 }
 ROUNDS_FILE = "rounds.json"
-EVALUATION_FILE = "evaluation.json"  # of evaluate.py
 PEOPLE = "people"  # where the page leaves what people say
 HELD_OUT = 5  # one prompt in so many judges the reward models
 # Flags of step 3 by which its prompts are read and its answers sampled
@@ -138,6 +137,7 @@ class Rounds:
             if is_finished(self.folder(number) / "step3"):
                 print(f"round {number} is finished", flush=True)
             else:
+                self._forget(number)
                 code = self._judgements(number)
                 if code or not (self.folder(number) / "rankings").is_dir():
                     return code
@@ -207,7 +207,7 @@ class Rounds:
             given = ["--path", shown(step2), "--data_path", *rankings, "--eval_data_path", *rankings]
             if code := self._start("evaluate", number, given):
                 return code
-            by_source = read_object(step2 / EVALUATION_FILE).get("by_source", {})
+            by_source = read_object(step2 / EVALUATION).get("by_source", {})
             found[f"reward model of round {model}"] = {
                 f"round {i}": by_source[source]
                 for i, source in zip(rounds, rankings, strict=True)
@@ -216,6 +216,12 @@ class Rounds:
         known["agreement"] = known.get("agreement", {}) | {str(number): found}
         write_json(path, known)
         return 0
+
+    def _forget(self, number: int) -> None:
+        """Drop what is known of a round that was removed and comes again."""
+        known = _read_rounds(self.run / ROUNDS_FILE)
+        if known.get("agreement", {}).pop(str(number), None) is not None:
+            write_json(self.run / ROUNDS_FILE, known)
 
     def _program(self, name: str) -> str:
         return shown(repository_root() / self.programs.get(name, PROGRAMS[name]))
@@ -266,16 +272,24 @@ class Rounds:
         return found
 
 
-def check_run(run: Path, planned: Sequence[str]) -> None:
-    """Refuse rounds of a run that will have no reward model and actor of its own.
+def check_run(run: Path, planned: Sequence[str], rounds: int) -> None:
+    """Refuse rounds of a run that will have no reward model and actor of its own, or that were made from others.
 
     Args:
         run: its folder.
         planned: steps that are run before the rounds.
+        rounds: how many.
 
     Raises:
-        UserError: names the step.
+        UserError: names the step, or the round's folder.
     """
+    again = next((title(step) for step in planned if not is_finished(run / step)), "")
+    for number in range(1, rounds + 1):
+        if again and (folder := run / f"round{number}").is_dir():
+            raise UserError(f"{shown(folder)} was made from another {again} than that which is to come: remove it, or "
+                            "move it away (--data_path of step 2 takes its rankings)")  # fmt: skip
+        if not is_finished(run / f"round{number}" / "step3"):
+            again = again or f"round {number}"
     for step in ("step2", "step3"):
         if step not in planned and not is_finished(run / step):
             raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,26 @@ from training.pipeline.own_data import check_paths, check_reward_model, check_ro
 from training.pipeline.shared_flags import flag_names, parse_step
 from training.utils.arguments import flags_in
 from training.utils.errors import UserError
-from training.utils.run.demo import EMBEDDED, MODEL, check_sources_named, is_own, named_sources, trained_on_demo
-from training.utils.run.folders import PIPELINES, STEPS, is_finished, latest_output, repository_root, shown, title
+from training.utils.run.demo import (
+    EMBEDDED,
+    LATEST_OF,
+    MODEL,
+    check_sources_named,
+    is_own,
+    named_sources,
+    trained_on_demo,
+)
+from training.utils.run.folders import (
+    LATER,
+    PIPELINES,
+    STEPS,
+    is_finished,
+    latest_output,
+    repository_root,
+    shown,
+    title,
+)
+from training.utils.run.manifest import recorded_run
 from training.utils.run.recipes import flags_of, located, read_recipe
 
 
@@ -102,6 +121,36 @@ def _output_of(asked: Asked, step: str, given: str, starts: Mapping[str, str]) -
     return shown(newest)
 
 
+def made_from(step: str, run: Path) -> list[str]:
+    """The steps of a run that were made from the output of one of them, directly or not.
+
+    Those that are links to another run's are not.
+    """
+    made = [step]
+    for name in LATER[step]:
+        if (run / name).is_dir() and not (run / name).is_symlink() and _starts_from(run / name, made):
+            made.append(name)
+    return made[1:]
+
+
+def due(steps: Sequence[Step]) -> list[Step]:
+    """Those that are not finished, and those that were made from what one of these makes again."""
+    todo = [step for step in steps if not is_finished(step.directory)]
+    again = {step.directory.parent / name for step in todo for name in made_from(step.name, step.directory.parent)}
+    return [step for step in steps if step in todo or step.directory in again]
+
+
+def _starts_from(folder: Path, steps: Sequence[str]) -> bool:
+    """Whether a step began with a model of one of these steps of its run, wherever that lay; so if it is not known."""
+    found = recorded_run(folder)
+    flags, started = flags_in(found.get("arguments", [])), Path(found.get("folder", ""))
+    models = [os.path.abspath(started / path) for name in LATEST_OF for path in flags.get(name, [])]
+    if not models or not flags.get("output_dir"):
+        return True
+    run = os.path.dirname(os.path.abspath(started / flags["output_dir"][0]))
+    return any(os.path.join(run, step) in models for step in steps)
+
+
 def _unless_given(step: str, flags: Sequence[str], given: Sequence[str]) -> list[str]:
     """``flags`` of a step without those that ``given`` has, under whatever name, which count."""
     kept, mine, names = [], True, flag_names(step, given)
@@ -123,13 +172,12 @@ def check_steps(asked: Asked, steps: Sequence[Step]) -> None:
     with_own = {name: argv for name, argv in done.items() if is_own(named_sources(argv))}
     check_sources({step.name: step.argv for step in steps} | with_own)
     made = [shown(run / name) for name in STEPS]
-    for step in steps:
-        if not is_finished(step.directory):
-            groups = parse_step(step.name, step.argv)
-            check_paths(step.argv, made, weights=not asked.options.plan)
-            if step.name == "step3" and not asked.options.plan:
-                check_reward_model({name: value for group in groups for name, value in vars(group).items()}, made)
-            check_rows(step.name, step.argv)
+    for step in due(steps):
+        groups = parse_step(step.name, step.argv)
+        check_paths(step.argv, made, weights=not asked.options.plan)
+        if step.name == "step3" and not asked.options.plan:
+            check_reward_model({name: value for group in groups for name, value in vars(group).items()}, made)
+        check_rows(step.name, step.argv)
 
 
 def check_data_named(asked: Asked, steps: Sequence[Step]) -> None:
@@ -141,10 +189,9 @@ def check_data_named(asked: Asked, steps: Sequence[Step]) -> None:
     chosen = asked.options.recipe or "recipe" in asked.manifest or asked.own or asked.shared.get("data_path")
     check_sources_named([], {} if chosen else asked.models)  # the recipe is the demo's, and nobody has chosen it
     made = [shown(asked.run / name) for name in STEPS]
-    for step in steps:
+    for step in due(steps):
         named = {f"--{name}": value[0] for name, value in flags_in(step.argv).items() if name.endswith(MODEL)}
-        if not is_finished(step.directory):
-            check_sources_named(named_sources(step.argv), {f: model for f, model in named.items() if model not in made})
+        check_sources_named(named_sources(step.argv), {f: model for f, model in named.items() if model not in made})
 
 
 def tell_ignored(asked: Asked, planned: Sequence[Step]) -> None:
