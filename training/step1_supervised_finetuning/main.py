@@ -154,16 +154,17 @@ def publish_best(tuning: FineTuning, progress: dict[str, Any]) -> None:
             f"{progress['best_step']} is kept, the best of them: lower --learning_rate, or give more data")  # fmt: skip
     if is_main():
         move_into(tuning.output_dir / BEST, tuning.output_dir)
+    named = tuning.flags.model.model_name_or_path or loading.EMBEDDED
     results = {
         "held_out": len(tuning.rows.held_out),
         "loss_before": progress["loss_before"],
         "loss_after": progress["loss_after"],
         "perplexity_before": math.exp(min(progress["loss_before"], 50.0)),
         "perplexity_after": math.exp(min(progress["loss_after"], 50.0)),
-        "base_model": tuning.flags.path,
+        "base_model": loading.noted(named, tuning.flags.path),
         "best_step": progress["best_step"],
     }
-    tuning.finish("sft", tuning.flags.model.model_name_or_path or loading.EMBEDDED, results)
+    tuning.finish("sft", named, results)
 
 
 if __name__ == "__main__":

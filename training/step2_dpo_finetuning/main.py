@@ -106,7 +106,8 @@ def main(argv: Sequence[str]) -> int:
     tuning.save(engine, tuning.output_dir)
     tuning.phases.end("save")
     verdict = compared(progress["before"], progress["after"], rows.report.held_out_prompts)
-    about = {"loss_kind": step.loss, "beta": step.strength, "base_model": flags.path}
+    base = loading.noted(flags.model.model_name_or_path, flags.path)
+    about = {"loss_kind": step.loss, "beta": step.strength, "base_model": base}
     remarks = {"remarks": [remark.text for remark in monitor.remarks]}
     tuning.finish("dpo", flags.model.model_name_or_path or flags.path, verdict | about | remarks)
     return 0

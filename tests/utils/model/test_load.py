@@ -368,3 +368,16 @@ def test_another_gguf_file_of_the_same_name_size_and_time_is_converted_anew(tmp_
         folders = {loading._convert_gguf(tmp_path / "a.gguf") for _ in range(2)}
         assert len(folders) == 1
     assert read == ["one", "two"]
+
+
+def test_what_is_noted_of_a_converted_model_outlives_the_cache(tmp_path, monkeypatch):
+    """Which users empty, and in which another version of transformers converts anew."""
+    monkeypatch.setattr(loading, "_convert_gguf", lambda path: tmp_path / f"converted-{path.stem}")
+    monkeypatch.setattr(loading, "_embedded_gguf", lambda: tmp_path / "own.gguf")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    for named in (loading.EMBEDDED, "a.gguf"):
+        found = loading.resolve_model(named)
+        noted = loading.noted(named, found)
+        assert "converted" not in noted and loading.resolve_model(noted) == found
+    assert loading.noted("mine", str(tmp_path / "mine")) == str(tmp_path / "mine")

@@ -153,6 +153,21 @@ def resolve_model(name_or_path: str, flag: str = "--model_name_or_path", *, weig
     return name_or_path
 
 
+def noted(name_or_path: str, found: str) -> str:
+    """What to note of a model for later: where it was found, but of one that is converted what it is converted from.
+
+    The cache may be emptied, and another version of transformers converts anew.
+
+    Args:
+        name_or_path: as a user has named it.
+        found: what `resolve_model` made of it.
+    """
+    if name_or_path == EMBEDDED:
+        return EMBEDDED
+    path = Path(name_or_path).expanduser()
+    return str(path.resolve()) if path.suffix == ".gguf" else found
+
+
 def resolve_policy(name_or_path: str, flag: str = "--model_name_or_path", *, weights: bool = True) -> str:
     """`resolve_model` of one that is to write: others of `NO_POLICY` would load, too, and write nonsense.
 
