@@ -44,3 +44,12 @@ def test_a_run_that_starts_over_in_a_folder_shows_nothing_of_the_one_before(tmp_
     Run(tmp_path, ReliabilityArguments(), {"batches": {}}, None, {}).load({})
     found = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert found == {"evaluation-1.json": "evaluation-1.json", "evaluation-2.json": "evaluation.json"}
+
+
+def test_checkpoints_on_a_disk_that_is_not_there_are_not_taken_for_none(tmp_path):
+    """The run would start over, and metrics and the best model so far would go."""
+    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "checkpoints").symlink_to(tmp_path / "not mounted")
+    with pytest.raises(UserError, match="checkpoints is a link to nothing: is the disk there"):
+        resume._choose(tmp_path, "auto")
+    assert resume._choose(tmp_path, "never") is None

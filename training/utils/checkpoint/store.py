@@ -18,7 +18,7 @@ from typing import Any
 
 from training.utils.checkpoint.digests import read_digest
 from training.utils.errors import UserError
-from training.utils.run.folders import CHECKPOINTS
+from training.utils.run.folders import CHECKPOINTS, shown
 
 FORMAT = 1  # of the files; another version is refused
 FOLDER = CHECKPOINTS
@@ -151,8 +151,14 @@ def remove_all(folder: Path) -> int:
 
 
 def candidates(folder: Path) -> list[Path]:
-    """The checkpoints to try: the latest, then those before it; without a usable ``latest`` all, newest first."""
+    """The checkpoints to try: the latest, then those before it; without a usable ``latest`` all, newest first.
+
+    Raises:
+        UserError: the folder is a link to nothing, such as a disk that is not mounted: they are not gone.
+    """
     if not folder.is_dir():
+        if folder.is_symlink():
+            raise UserError(f"{shown(folder)} is a link to nothing: is the disk there on which the checkpoints are?")
         return []
     found = sorted((p for p in folder.iterdir() if step_of(p) >= 0), key=step_of, reverse=True)
     pointer = folder / LATEST
