@@ -13,18 +13,17 @@ import asyncio
 import contextlib
 import importlib.util
 import math
-import os
 import sys
 import threading
 from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # outside the environment, to say so
 
-from chat_arguments import latest_models
+from chat_arguments import LoadArguments, latest_models
 from page_guard import address_of, free_port, is_loopback
 
 from training.utils.arguments import AUTO, PRECISIONS, flag, parse
@@ -33,6 +32,9 @@ from training.utils.run.demo import EMBEDDED
 from training.utils.run.environment import check_environment
 from training.utils.run.folders import installing
 from training.utils.run.inputs import check_model_path
+
+if TYPE_CHECKING:
+    from chat_models import ChatModel
 
 SERVED = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", "/health")
 NEEDED = {"ChatCompletionHandler": "messages", "CompletionHandler": "prompt", "ResponseHandler": "input"}
@@ -62,6 +64,12 @@ class ServeArguments:
     dtype: str = flag(
         AUTO, "precision of the weights; auto: bf16 where the hardware computes in it", choices=PRECISIONS
     )
+
+
+def served_as(path: str) -> str:
+    """What a model is called by those who ask: a folder or a file by its name, others as they are given."""
+    found = Path(path).expanduser()
+    return found.resolve().name if found.exists() else path
 
 
 def refusal(body: dict[str, Any], needed: str) -> str:
@@ -185,12 +193,11 @@ def understood(handle: Any) -> Any:
     return handled
 
 
-def settle_requests(model: str, tokenizer: Any) -> None:
+def settle_requests(model: ChatModel) -> None:
     """Make transformers' server refuse what it would leave unheard, sample where it is asked to, and keep to a model.
 
     Args:
-        model: the one that is served, as the server calls it.
-        tokenizer: the model's.
+        model: the one that is served, loaded; the server would load it again, another way, with what its files have.
     """
     from fastapi import HTTPException
     from transformers.cli.serving import chat_completion, completion, response, server
@@ -199,11 +206,8 @@ def settle_requests(model: str, tokenizer: Any) -> None:
 
     from training.utils.model.tokenizer import end_ids
 
-    validate, configure, named = (
-        BaseHandler._validate_request,
-        BaseHandler._build_generation_config,
-        ModelManager.process_model_name,
-    )
+    validate, configure = BaseHandler._validate_request, BaseHandler._build_generation_config
+    weights, tokenizer = model.weights.model, model.tokenizer
 
     def validated(handler: Any, body: dict[str, Any]) -> None:
         """Refuse what is not served, with status 400, and settle what is."""
@@ -220,26 +224,22 @@ def settle_requests(model: str, tokenizer: Any) -> None:
         SEED.set(body.pop("seed", None))  # the server would set it now, in the midst of another's answer
         config = configure(handler, body, saved, use_cb=use_cb)
         config.max_new_tokens = config.max_new_tokens or LONGEST
-        config.eos_token_id = end_ids(tokenizer, saved if config.eos_token_id is None else config, model)
+        config.eos_token_id = end_ids(tokenizer, saved if config.eos_token_id is None else config, model.name)
         if "logit_bias" in body:
             config.sequence_bias = {(int(token),): bias for token, bias in body["logit_bias"].items()}
         if not config.do_sample and (body.get("temperature") or (body.get("top_p") and body.get("temperature") != 0)):
             config.do_sample, config.top_k = True, 0  # else temperature and top_p have no effect
         return config
 
-    def pinned(asked: str) -> str:
-        """The name of the one model that is served; another one is refused."""
-        if str(asked).partition("@")[0] != model:
-            raise HTTPException(400, f"{model} alone is served here")
-        return named(asked)
-
     for kind in (chat_completion.ChatCompletionHandler, completion.CompletionHandler, response.ResponseHandler):
         kind.handle_request = understood(kind.handle_request)
     BaseHandler._validate_request = validated
     BaseHandler._build_generation_config = configured
-    ModelManager.process_model_name = staticmethod(pinned)
+    ModelManager.load_model_and_processor = lambda *_, **__: (weights, tokenizer)
+    ModelManager.process_model_name = staticmethod(lambda name: name)  # the server's has a revision behind it
     # What the server would list is the hub's cache, and it fails where there is none
-    ModelManager.get_gen_models = staticmethod(lambda: [{"id": model, "object": "model", "owned_by": "", "created": 0}])
+    listed = {"id": model.name, "object": "model", "owned_by": "", "created": 0}
+    ModelManager.get_gen_models = staticmethod(lambda: [listed])
     build = server.build_server
 
     def built(*given: Any, **more: Any) -> Any:
@@ -249,10 +249,10 @@ def settle_requests(model: str, tokenizer: Any) -> None:
         return Leaving(app)
 
     server.build_server = built
-    settle_answers()
+    settle_answers(model.context)
 
 
-def settle_answers() -> None:
+def settle_answers(context: int | None) -> None:
     """Make transformers' server keep to the model's context, to a request's own seed, and end what nobody waits for."""
     import torch
     from fastapi import HTTPException
@@ -265,7 +265,7 @@ def settle_answers() -> None:
 
         The seed goes to the thread that generates, before the answer: what it does now belongs to another request.
         """
-        length, context = len(inputs["input_ids"][0]), getattr(model.config, "max_position_embeddings", None)
+        length = len(inputs["input_ids"][0])
         if context and length >= context:
             raise HTTPException(400, f"the prompt has {length:,} tokens, the model reads at most {context - 1:,}")
         if context:
@@ -312,30 +312,17 @@ def main(argv: Sequence[str]) -> int:
     path = given.path or list(latest_models()[0].values())[-1]
     print("starting ...", flush=True)
     import torch
+    from chat_models import load_chat_models
     from transformers.cli.serve import Serve
 
-    from training.utils.engine.precision import for_device
-    from training.utils.engine.zero_config import DTYPES
-    from training.utils.model.loading import resolve_policy
-    from training.utils.model.tokenizer import load_tokenizer
-
-    model = resolve_policy(path, "--path")
-    dtype, line = for_device(given.dtype, torch.device("cuda:0" if torch.cuda.is_available() else "cpu"))
-    if line:
-        print(line)
+    load = LoadArguments(dtype=given.dtype, device_map="auto" if torch.cuda.is_available() else "")
+    [model] = load_chat_models({served_as(path): path}, load, print)
     if not is_loopback(given.host):
         print(f"warning: whoever reaches {given.host} can use the model; there is no password")
-    folder = Path(model)
-    served = folder.name if folder.is_dir() else model  # the server calls a model by its path: step1, actor
-    if "@" in served:
-        raise UserError(f"--path {given.path}: behind the @ of {served} the server reads a revision: rename it")
-    settle_requests(served, load_tokenizer(model, named=f"--path {given.path or path}"))
-    if folder.is_dir():
-        os.chdir(folder.parent)
-    print(f"model {served} at http://{address_of(given.host, given.port)}/v1", flush=True)
-    precision = str(DTYPES[dtype]).removeprefix("torch.")
+    settle_requests(model)
+    print(f"model {model.name} at http://{address_of(given.host, given.port)}/v1", flush=True)
     with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C, which uvicorn raises again when it has ended
-        Serve(force_model=served, host=given.host, port=given.port, dtype=precision, log_level="error")
+        Serve(force_model=model.name, host=given.host, port=given.port, log_level="error")
     return 0
 
 

@@ -16,6 +16,8 @@ import time
 import httpx
 import pytest
 import serve
+from chat_models import LoadArguments, load_chat_models
+from chat_stream import SamplingArguments, stream_answer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tests.inference.conftest import INFERENCE
@@ -226,6 +228,54 @@ def test_what_the_template_would_leave_unheard_is_refused(template, changes, sai
     assert said in found and bool(said) == bool(found)
 
 
+@pytest.fixture
+def endpoint(monkeypatch):
+    """``endpoint(model)`` gives ``ask(path, body)`` of its endpoint in this process, without a port."""
+    pytest.importorskip("openai")
+    import uvicorn
+    from transformers.cli.serve import Serve
+    from transformers.cli.serving import chat_completion, completion, response, server, utils
+    from transformers.cli.serving.model_manager import ModelManager
+
+    settled = {
+        utils.BaseHandler: ("_validate_request", "_build_generation_config"),
+        utils.GenerateManager: ("generate_streaming", "generate_non_streaming"),
+        ModelManager: ("load_model_and_processor", "process_model_name", "get_gen_models"),
+        server: ("build_server",),
+        chat_completion.ChatCompletionHandler: ("handle_request",),
+        completion.CompletionHandler: ("handle_request",),
+        response.ResponseHandler: ("handle_request",),
+    }
+    for owner, names in settled.items():
+        for name in names:
+            monkeypatch.setattr(owner, name, getattr(owner, name))  # put back at the end
+    monkeypatch.setattr(uvicorn.Server, "run", lambda server: None)
+
+    def _of(model):
+        serve.settle_requests(model)
+        app = Serve(force_model=model.name, log_level="error").server.config.app
+
+        async def post(path, body):
+            transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+            async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+                return await client.request(*path.split(), json=body, timeout=60)
+
+        return lambda path, body=None: asyncio.run(post(path, body))
+
+    return _of
+
+
+def test_a_model_without_a_template_of_its_own_answers_as_in_the_chat(endpoint, chat_folders, tmp_path):
+    folder = shutil.copytree(chat_folders["fox"], tmp_path / "fox@2")
+    (folder / "chat_template.jinja").unlink()
+    [model] = load_chat_models({"fox@2": str(folder)}, LoadArguments(), lambda line: None)
+    ask = endpoint(model)
+    *_, said = stream_answer(model, USER["messages"], SamplingArguments(temperature=0))
+    reply = ask("POST /v1/chat/completions", {"model": "fox@2", **USER}).json()
+    assert reply["choices"][0]["message"]["content"] == said.text and reply["model"] == "fox@2"
+    assert [one["id"] for one in ask("GET /v1/models").json()["data"]] == ["fox@2"]
+
+
 @pytest.mark.parametrize("ends", ["fails", "leaves", "answers"])
 def test_a_request_leaves_nothing_running(ends):
     """However it ends; and what its client sends, its leaving included, is handed on."""
@@ -258,10 +308,16 @@ def test_a_request_leaves_nothing_running(ends):
 
 
 def refused(capsys, *flags: str) -> str:
-    here = os.getcwd()
     assert run_program(serve.main, list(flags)) == 2
-    assert os.getcwd() == here
     return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_model_is_called_after_its_folder_or_file(tmp_path, monkeypatch):
+    (tmp_path / "step1").mkdir()
+    (tmp_path / "a.gguf").touch()
+    monkeypatch.chdir(tmp_path / "step1")
+    for path, name in ((".", "step1"), ("../a.gguf", "a.gguf"), ("../none", "../none"), ("embedded", "embedded")):
+        assert serve.served_as(path) == name
 
 
 def test_bad_input_is_one_line(chat_folders, free_port, monkeypatch, capsys, tmp_path):
@@ -277,7 +333,5 @@ def test_bad_input_is_one_line(chat_folders, free_port, monkeypatch, capsys, tmp
     pytest.importorskip("openai")
     port = ("--port", str(free_port))
     assert "no such" in refused(capsys, "--path", str(tmp_path / "none"), *port)
-    assert "writes no answers" in refused(capsys, "--path", str(chat_folders["reward"]), *port)
+    assert "a reward model that writes no answers" in refused(capsys, "--path", str(chat_folders["reward"]), *port)
     assert "--path" in refused(capsys, "--path", str(chat_folders["adapter"]), *port)
-    marked = shutil.copytree(chat_folders["sft"], tmp_path / "sft@2")
-    assert "a revision: rename it" in refused(capsys, "--path", str(marked), *port)
