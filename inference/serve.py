@@ -150,6 +150,32 @@ def settle(body: dict[str, Any]) -> None:
         body["logit_bias"] = {token: float(bias) for token, bias in body["logit_bias"].items()}
 
 
+def settled(app: Any) -> Any:
+    """The server's application with nothing but what is served, errors in OpenAI's words, and clients that may leave.
+
+    Its clients look for ``error``: the one for JavaScript says "400 status code (no body)" of anything else.
+    """
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.responses import JSONResponse
+    from starlette.exceptions import HTTPException
+
+    async def told(request: Any, error: Exception) -> Any:
+        """Any error as JSON; of a body that is no object its values are left out, which may be no JSON themselves."""
+        status, said = 500, f"{type(error).__name__}: {error}"
+        if isinstance(error, HTTPException):
+            status, said = error.status_code, str(error.detail)
+        elif isinstance(error, RequestValidationError):
+            status, said = 400, "the body of a request is a JSON object, sent as application/json"
+        kind = "invalid_request_error" if status < 500 else "server_error"
+        said = said.encode(errors="replace").decode()  # it may repeat half a character of the request
+        return JSONResponse({"error": {"message": said, "type": kind, "param": None, "code": None}}, status)
+
+    app.router.routes = [route for route in app.router.routes if route.path in SERVED]
+    for error in (HTTPException, RequestValidationError, Exception):
+        app.add_exception_handler(error, told)
+    return Leaving(app)
+
+
 class Leaving:
     """ASGI middleware that ends the work on a request whose client has gone; the server ends that on streams alone."""
 
@@ -241,14 +267,7 @@ def settle_requests(model: ChatModel) -> None:
     listed = {"id": model.name, "object": "model", "owned_by": "", "created": 0}
     ModelManager.get_gen_models = staticmethod(lambda: [listed])
     build = server.build_server
-
-    def built(*given: Any, **more: Any) -> Any:
-        """The server's application, with nothing but what is served: others load models, or fail without sound."""
-        app = build(*given, **more)
-        app.router.routes = [route for route in app.router.routes if route.path in SERVED]
-        return Leaving(app)
-
-    server.build_server = built
+    server.build_server = lambda *given, **more: settled(build(*given, **more))
     settle_answers(model.context)
 
 

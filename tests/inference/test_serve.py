@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import json
 import os
 import shutil
 import signal
@@ -86,7 +87,7 @@ def test_it_answers_as_the_saved_model_and_ends_on_ctrl_c(chat_folders, free_por
             assert reply.status_code == 400 and "the model reads at most" in reply.text
         for path in ("load_model", "reset", "v1/audio/transcriptions", "v1/systemone", "v1/embeddings"):
             unserved = httpx.post(f"{address[:-3]}/{path}", json={"model": str(chat_folders["rlhf"])}, timeout=60)
-            assert unserved.status_code == 404 and unserved.json()
+            assert unserved.status_code == 404 and unserved.json()["error"]["message"] == "Not Found"
         program.send_signal(signal.SIGINT)
         assert program.wait(30) == 0
         assert f"model {folder.name} at {address}" in (tmp_path / "log").read_text()
@@ -258,9 +259,11 @@ def endpoint(monkeypatch):
         async def post(path, body):
             transport = httpx.ASGITransport(app, raise_app_exceptions=False)
             async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
-                return await client.request(*path.split(), json=body, timeout=60)
+                sent = {"content": body} if isinstance(body, bytes) else {"json": body}
+                headers = {"content-type": "application/json"}
+                return await client.request(*path.split(), **sent, headers=headers, timeout=60)
 
-        return lambda path, body=None: asyncio.run(post(path, body))
+        return lambda path, body=None: asyncio.run(post(path, body))  # a body is sent as it is, or as JSON
 
     return _of
 
@@ -274,6 +277,30 @@ def test_a_model_without_a_template_of_its_own_answers_as_in_the_chat(endpoint, 
     reply = ask("POST /v1/chat/completions", {"model": "fox@2", **USER}).json()
     assert reply["choices"][0]["message"]["content"] == said.text and reply["model"] == "fox@2"
     assert [one["id"] for one in ask("GET /v1/models").json()["data"]] == ["fox@2"]
+
+
+def test_errors_are_told_as_clients_look_for_them(endpoint, load, monkeypatch):
+    [model] = load("fox")
+    ask, chat = endpoint(model), "POST /v1/chat/completions"
+
+    def error(path, body, status):
+        reply = ask(path, body)
+        assert reply.status_code == status and list(reply.json()) == ["error"]
+        return reply.json()["error"]["message"]
+
+    assert "one answer" in error(chat, USER | {"n": 2}, 400)
+    assert "top_k" in error(chat, USER | {"top_k": 3}, 422)
+    assert "fox" in error(chat, USER | {"model": "cat"}, 400)
+    assert "pinned" in error(chat, json.dumps(USER | {"model": "\ud800"}).encode(), 400)
+    for body in (b"{", b"[NaN]", b'"\\ud800"', b"\xff", b""):
+        assert "JSON object" in error(chat, body, 400) or body == b"\xff"
+    assert error("POST /v1/nothing", USER, 404) and error("GET /v1/completions", None, 405)
+
+    def fails(*given, **more):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(model.weights.model, "generate", fails)
+    assert error(chat, USER, 500) == "RuntimeError: out of memory"
 
 
 @pytest.mark.parametrize("ends", ["fails", "leaves", "answers"])
