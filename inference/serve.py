@@ -213,7 +213,7 @@ def understood(handle: Any) -> Any:
         """``handle``, whose errors become status 400."""
         try:
             return await handle(handler, body, request_id)
-        except (ValueError, TypeError, LookupError, AttributeError, TemplateError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, TemplateError) as error:
             raise HTTPException(400, f"not understood: {type(error).__name__}: {error}") from error
 
     return handled
@@ -234,6 +234,7 @@ def settle_requests(model: ChatModel) -> None:
 
     validate, configure = BaseHandler._validate_request, BaseHandler._build_generation_config
     weights, tokenizer = model.weights.model, model.tokenizer
+    rows = weights.get_input_embeddings().weight.shape[0]
 
     def validated(handler: Any, body: dict[str, Any]) -> None:
         """Refuse what is not served, with status 400, and settle what is."""
@@ -253,6 +254,8 @@ def settle_requests(model: ChatModel) -> None:
         config.eos_token_id = end_ids(tokenizer, saved if config.eos_token_id is None else config, model.name)
         if "logit_bias" in body:
             config.sequence_bias = {(int(token),): bias for token, bias in body["logit_bias"].items()}
+            if not all(0 <= token < rows and math.isfinite(bias) for (token,), bias in config.sequence_bias.items()):
+                raise HTTPException(400, f"logit_bias: ids of tokens below {rows:,}, with a number each")
         if not config.do_sample and (body.get("temperature") or (body.get("top_p") and body.get("temperature") != 0)):
             config.do_sample, config.top_k = True, 0  # else temperature and top_p have no effect
         return config

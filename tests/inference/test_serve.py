@@ -294,6 +294,10 @@ def test_errors_are_told_as_clients_look_for_them(endpoint, load, monkeypatch):
     assert "pinned" in error(chat, json.dumps(USER | {"model": "\ud800"}).encode(), 400)
     for body in (b"{", b"[NaN]", b'"\\ud800"', b"\xff", b""):
         assert "JSON object" in error(chat, body, 400) or body == b"\xff"
+    for bias in ({"5": float("nan")}, {"5": float("inf")}, {"-1": 1}, {"99999": 1}):
+        for stream in (False, True):
+            assert "logit_bias" in error(chat, json.dumps(USER | {"logit_bias": bias, "stream": stream}).encode(), 400)
+    assert "OverflowError" in error(chat, USER | {"temperature": 10**400}, 400)
     assert error("POST /v1/nothing", USER, 404) and error("GET /v1/completions", None, 405)
 
     def fails(*given, **more):
