@@ -351,6 +351,19 @@ BAD = {
     "column 'question' stands beside 'choices'": {"question": "1 + 1?", "choices": ["2", "3"], "answer": "A"},
     "column 'question' stands beside 'paragraphs'": {"question": "Who?", "paragraphs": ["Ada."], "answer": "A"},
     "column 'prompt' stands beside 'context'": {"prompt": "Who?", "context": "Ada.", "chosen": "A", "rejected": "B"},
+    "column 'prompt' stands beside 'context', which prompt/ranking .* write both into one column": {
+        "prompt": "Who?",
+        "context": "Ada.",
+        "ranking": ["A", "B"],
+    },
+    "column 'messages' stands beside 'documents'": messages(
+        ("user", "a"), ("assistant", "b"), documents=[{"text": "c"}]
+    ),
+    "column 'instruction' stands beside 'input'": {
+        "instruction": "Sum up.",
+        "input": "A passage.",
+        "completions": [{"response": "a", "score": 1}, {"response": "b", "score": 2}],
+    },
     "rejected must end with an assistant turn": {
         "prompt": "a",
         "chosen": "b",
@@ -386,6 +399,12 @@ def test_a_part_of_what_is_asked_may_be_in_the_prompt_or_be_named():
         ({"query": "Who?", "context": "Ada wrote.", "response": "Ada"}, "Who?\n\nAda wrote."),
         ({"prompt": "Who?", "input": "Ada wrote.", "output": "Ada"}, "Who?\n\nAda wrote."),
         ({"prompt": "Who?", "context": "Ada wrote.", "chosen": "Ada", "rejected": "Bob"}, "Who?\n\nAda wrote."),
+        ({"query": "Who?", "context": "Ada wrote.", "chosen": "Ada", "rejected": "Bob"}, "Who?\n\nAda wrote."),
+        ({"question": "Who?", "choices": ["Ada", "Bob"], "chosen": "Ada", "rejected": "Bob"}, "Who?\n\nAda\n\nBob"),
+        ({"instruction": "Be brief.", "question": "Who?", "answer": "Ada"}, "Be brief.\n\nWho?"),
+        ({"instruction": "Who?", "options": ["Ada", "Bob"], "output": "Ada"}, "Who?\n\nAda\n\nBob"),
+        ({"prompt": "Be brief.", "question": "Who?", "response": "Ada"}, "Be brief.\n\nWho?"),
+        ({"prompt": "Who?", "source": "wiki", "target": "Ada"}, "Who?\n\nwiki"),
     ],
 )
 def test_the_column_map_that_a_refusal_names_reads_both(row, asked):
@@ -395,6 +414,21 @@ def test_the_column_map_that_a_refusal_names_reads_both(row, asked):
     (example,) = convert(row, column_map=parse_column_map(both))[1]
     assert [turn["content"] for turn in example.prompt] == [asked]
     assert (example.response or example.chosen)[0]["content"] == "Ada"
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"instruction": "Who?", "input": "Ada wrote.", "output": "Ada", "prompt": "### Who?\nAda wrote.\n### Ada"},
+        {"question": "Who? (A) Ada", "choices": {"label": ["A"], "text": ["Ada"]}, "answer": "Ada"},
+        {"prompt": [{"role": "user", "content": "Who?"}], "question": "Who?"},
+        {"prompt": "Who?", "source": "web", "title": "x", "response": "Ada"},
+        {**messages(("user", "Ada wrote. Who?"), ("assistant", "Ada")), "context": "Ada wrote.", "prompt": "x"},
+    ],
+)
+def test_what_tells_the_same_again_is_metadata(more):
+    """As columns beside a row have it that were made of it, or that it was made of."""
+    assert convert(more)[1]
 
 
 def test_messages_hold_what_they_were_put_together_from():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections import UserDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from training.utils.data.formats.adapters import ADAPTERS
@@ -184,29 +184,19 @@ _TOOLS = ("tools", "functions")
 # Columns without which a row means something else, and which no format reads
 _UNREAD = {"tool_calls": "calls of tools"} | NO_TEXT
 
-# What is asked about, and what there is to choose from, under names that no format reads
-_ABOUT = ("passage", "passages", "paragraphs", "contexts", "documents", "article", "choices", "options")
-# Formats whose columns may be a part of what a row says -> columns with the rest of it, which they do not read
-_REST = {
-    "text": ("parent_id", "role", "instruction", "input", "question", "user", "assistant", "output", "response",
-             "answer", "completion", "target", "summary"),
-    **dict.fromkeys(("prompt/completion", "prompt/response", "prompt/label", "query/response"),
-                    ("context", "input", *_ABOUT)),
-    **dict.fromkeys(("input/output", "input/target"), ("prompt", "question", "query", "context", *_ABOUT)),
-    "question/answer": ("input", *_ABOUT),
-    "prompt/chosen/rejected": ("context",),
-}  # fmt: skip
+# What is asked, in the order in which it is written; what it is about, and what there is to choose from
+_ASKED = ("instruction", "prompt", "question", "query", "source", "input")
+_ABOUT = ("context", "passage", "passages", "paragraphs", "contexts", "documents", "article", "choices", "options")
+# What makes a text a part of a conversation
+_BESIDE_TEXT = ("parent_id", "role", "instruction", "input", "question", "user", "assistant", "output", "response",
+                "answer", "completion", "target", "summary")  # fmt: skip
+_ANSWERS = ("response", "completion", "label", "output", "target", "answer")  # that --column_map can name
 
 
-def _said(value: Any) -> str:
-    """All texts in a cell, a line each: those of messages, too."""
+def _texts(value: Any) -> list[str]:
+    """All texts in a cell, those of messages, too."""
     parts = list(value.values()) if isinstance(value, dict) else value
-    return "\n".join(map(_said, parts)) if isinstance(parts, list) else str(value)
-
-
-def _is_told(value: Any, text: str) -> bool:
-    """Whether a text holds all that a column says, as a prompt does that was put together from it."""
-    return all(_said(part).strip() in text for part in (value if isinstance(value, list) else [value]))
+    return [text for part in parts for text in _texts(part)] if isinstance(parts, list) else [str(value).strip()]
 
 
 def _check_meaning(row: Row, format_: str) -> None:
@@ -217,7 +207,7 @@ def _check_meaning(row: Row, format_: str) -> None:
         format_: the name of its format; empty if ``--column_map`` says what is read.
 
     Raises:
-        RowError: a column with images or calls of tools has something in it, or one that makes more of the row than
+        RowError: a column with images or calls of tools has something in it, or one that makes more of a text than
             its format reads.
         Dropped: LLaMA-Factory's mark of a bad answer.
     """
@@ -225,22 +215,45 @@ def _check_meaning(row: Row, format_: str) -> None:
         if has_value(row.get(name)):
             raise RowError(f"column {name!r} holds {kind}, which can not be trained on, and without it the row means "
                            "something else; remove the column, or the row", about=name)  # fmt: skip
-    first, _, answer = format_.partition("/")
-    rest = [name for name in _REST.get(format_, ()) if has_value(row.get(name))]
-    if rest and first == "text":
-        of = rest[0]
+    if format_ == "text" and (of := next((name for name in _BESIDE_TEXT if has_value(row.get(name))), "")):
         raise RowError(f"column 'text' stands beside {of!r}, so it may be a part of a conversation, which no format "
                        "reads from these columns; name them (--column_map prompt=COLUMN response=COLUMN), or say that "
                        "it is plain text to learn from: --column_map text=text", about=of)  # fmt: skip
-    if of := next((name for name in rest if not _is_told(row[name], _said(row[first]))), ""):
-        asked, about = (of, first) if of in ("question", "prompt", "query") else (first, of)
-        both = f"instruction={asked}" + (f" input={about}" if about in _ABOUT else "")
-        both += "" if "/" in answer else f" response={answer}"
-        raise RowError(f"column {first!r} stands beside {of!r}, which {format_} does not read, so a part of what is "
-                       f"asked may be lost; read both with --column_map {both}, or say that it is all: --column_map "
-                       f"{first}={first}", about=of)  # fmt: skip
     if truth_of(row.get("kto_tag"), "kto_tag") is False:
         raise Dropped("marked as a bad answer")
+
+
+def _check_asked(row: Row, format_: Format, read: Collection[str], examples: Sequence[Example]) -> None:
+    """Refuse a part of what is asked that was not read, unless the prompt holds it, or it is the whole row's text.
+
+    Beside chosen and rejected answers, and whole conversations, other names of a prompt are metadata.
+
+    Raises:
+        RowError: names the ``--column_map`` that reads both, if there is one.
+    """
+    first, *answers = format_.name.lower().split("/")
+    talk = first in ("messages", "conversations")
+    pair = "chosen" in answers and not (first == "context" and isinstance(row[first], str))
+    said = "\n".join(turn["content"] for example in examples for turn in example.prompt)
+    names = [name for name in read if name in (*_ASKED, *_ABOUT, *_ANSWERS) and has_value(row[name])]
+    parts = [text for name in names for text in _texts(row[name])]
+    answered = any(example.response for example in examples)
+    for of in (*(() if talk or pair else (name for name in _ASKED if name != "source")), *_ABOUT):
+        if of in read or not has_value(row.get(of)):
+            continue
+        texts = _texts(row[of])
+        is_rendered = of in _ASKED and answered and all(part in "\n".join(texts) for part in parts)
+        if is_rendered or all(text in said for text in texts):
+            continue
+        asked, about = sorted((first, of), key=lambda name: _ASKED.index(name) if name in _ASKED else len(_ASKED))
+        way = "write both into one column"
+        if not talk and (answers == ["chosen", "rejected"] or (len(answers) == 1 and answers[0] in _ANSWERS)):
+            way = f"read both with --column_map instruction={asked}"
+            way += f" input={about}" if about not in ("input", "context") else ""
+            way += f" response={answers[0]}" if len(answers) == 1 else ""
+        raise RowError(f"column {first!r} stands beside {of!r}, which {format_.name} does not read, so a part of what "
+                       f"is asked may be lost; {way}, or say that it is all: --column_map {first}={first}",
+                       about=of)  # fmt: skip
 
 
 class _Watched(UserDict[str, Any]):
@@ -313,6 +326,8 @@ def convert(
         for name in _TOOLS:
             if has_value(columns.get(name)) and (tools := watched[name]):
                 examples = [with_tools(example, tools) for example in examples]
+        if format_ in FORMATS and not format_.columns & mapped.keys():
+            _check_asked(columns, format_, used, examples)
         if read is not None:
             read |= {mapped[name][0].split(".")[0].lower() if name in mapped else name for name in used}
             read |= {"kto_tag"} & columns.keys()
