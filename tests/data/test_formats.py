@@ -252,6 +252,14 @@ ANSWERS = {  # a row, what becomes of it
         {"prompt": '{"role": "x"}', "response": '[{"a": 1}]'},
         'user: {"role": "x"} → response: [{"a": 1}]',
     ),
+    "messages in a text whose keys come in any order": (
+        {"prompt": json.dumps([{"id": "1"} | U]), "completion": json.dumps([{"tool_calls": None} | A])},
+        "user: q → response: a",
+    ),
+    "JSON with keys of messages that is none": (
+        {"prompt": '[{"from": "Paris", "to": "Rome"}]', "response": '[{"value": 5, "unit": "kg"}]'},
+        'user: [{"from": "Paris", "to": "Rome"}] → response: [{"value": 5, "unit": "kg"}]',
+    ),
     "empty system turn": (
         {"system": "s", "messages": [{"role": "system", "content": ""}, U, A]},
         "system: s user: q → response: a",

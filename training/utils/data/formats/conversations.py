@@ -303,6 +303,7 @@ def _is_trained(item: Mapping[str, Any], where: str) -> bool:
     return False not in marks
 
 
+_OBJECTS_AS_TEXT = re.compile(r"\s*\[\s*\{\s*[\"']")
 _LIST_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](role|from|content|value)["']\s*:""")
 
 
@@ -310,14 +311,23 @@ def unpacked(value: Any, name: str) -> Any:
     """A text that is a list of messages in JSON (a CSV can hold nothing else) as that list; others as they are.
 
     Raises:
-        RowError: a text that begins like such a list and is none.
+        RowError: a text that begins like such a list and is no JSON.
     """
-    if not isinstance(value, str) or not _LIST_AS_TEXT.match(value):
+    if not isinstance(value, str) or not _OBJECTS_AS_TEXT.match(value):
         return value
     try:
-        return json.loads(value, object_pairs_hook=once_each)
+        found = json.loads(value, object_pairs_hook=once_each)
     except (ValueError, RecursionError) as error:
+        if not _LIST_AS_TEXT.match(value):
+            return value
         raise RowError(f"column {name!r} is a text that begins like a list of messages, but no JSON: {error}") from None
+    return found if any(_is_message(item) for item in found) else value
+
+
+def _is_message(item: Any) -> bool:
+    """Whether an object has a speaker who is known, or a speaker and a text."""
+    who = item.get("role", item.get("from")) if isinstance(item, dict) else None
+    return who is not None and (str(who).lower() in _ROLES or bool({"content", "value"} & item.keys()))
 
 
 def listed(value: Any, name: str) -> list[Any]:
