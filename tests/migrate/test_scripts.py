@@ -89,6 +89,19 @@ SCRIPTS = [
     f"f() {{ local A=9; }}\nA=1;B=2\nf{LINE}",
     "export XX_A=1\nbash -c 'deepspeed x/main.py $XX_A $1' q r\n",
     f'A=0\nset -e\n[ "$1" = 7 ] && A=1\nif [ "$1" = 7 ]; then A=2; fi\n! true\n[ 1 = 7 ] || B=3\nfalse || B=4{LINE}',
+    *(
+        f"A=1;B=2\nset -e\n{test}{LINE}"
+        for test in (
+            "{ [ a = b ]; } || A=3",
+            "if { [ a = b ]; true; }; then A=3; else A=4; fi",
+            "! { false; }",
+            "false && true",
+            "! { true; } && B=4",
+            "while { [ $A = 3 ]; }; do A=4; done",
+            "{ false && true; }",
+            "if [ a = a ]; then [ a = b ] || B=5; fi",
+        )
+    ),
     "while read -r A; do :; done < <(echo 1)\ndeepspeed x/main.py --a 1 2> >(cat >&2) --b\n",
     "A=( # it's\n1 # one (more\n)\nB=$(echo 1 # it's\n)\ndeepspeed x/main.py ${A[@]}\n",
     "deepspeed x/main.py ${0##*/} ${BASH_SOURCE[0]##*/}\n",
@@ -346,6 +359,8 @@ def test_a_default_gives_way_to_the_environment_here(monkeypatch):
         ("X='a b'; deepspeed x/main.py --a $(echo $X)", r"\$\(echo \$X\) is not read here"),
         ("X=ab; deepspeed x/main.py --a $(echo ${X:1})", r"\$\(echo \$\{X:1\}\) is not read here"),
         ("set -e; false; deepspeed x/main.py", "ends at 'false' before it starts"),
+        ("set -e; true && false; deepspeed x/main.py", "ends at 'false' before it starts"),
+        ("set -e; false || [ a = b ]; deepspeed x/main.py", r"ends at '\[ a = b \]' before it starts"),
         ("set -o errexit; [ a = b ]; deepspeed x/main.py", r"ends at '\[ a = b \]' before it starts"),
         ("deepspeed x/main.py --a <(echo $1) --b 2", r"<\(echo \$1\) is not read here: write its value"),
         ("X='a b'; deepspeed x/main.py --a=<(echo $X)", r"<\(echo \$X\) is not read here: write its value"),

@@ -100,6 +100,7 @@ class _Reader:
         shaped: variables that make something else of what they are given, a sum or capitals: ``declare -i``.
         read: the files that are being read.
         ended: the command that ended a script before its last one.
+        tested: something depends on whether what is read succeeds.
         rounds: of loops that have been carried out.
         carried: loops that are being carried out.
     """
@@ -111,6 +112,7 @@ class _Reader:
         self.left, self.pushed = "", list[str]()
         self.taken: list[str] = []
         self.ended, self.rounds, self.carried = "", 0, 0
+        self.tested = False
         self.read: list[Path] = []
         self.known = Variables()
         self.functions: dict[str, Body] = {}
@@ -132,13 +134,15 @@ class _Reader:
     def all(self, nodes: Sequence[Node], *, tested: bool = False) -> bool | None:
         """Read commands one after another; whether the last one succeeds, None where that is not known.
 
-        ``tested``: something depends on that, so that no ``set -e`` ends the script.
+        ``tested``: something depends on that, so that no ``set -e`` ends the script, whatever fails in them.
         """
         status: bool | None = True
-        for node in nodes:
-            status = self.one(node)
-            if status is False and self.known.ends_early and isinstance(node, Simple) and not (tested or self.inside):
-                raise _EndedError(" ".join(node.words))
+        outer, self.tested = self.tested, self.tested or tested
+        try:
+            for node in nodes:
+                status = self.one(node)
+        finally:
+            self.tested = outer
         return status
 
     def one(self, node: Node) -> bool | None:
@@ -146,6 +150,8 @@ class _Reader:
         if isinstance(node, Simple):
             status = self.simple(node)
             self.leave_open(dict.fromkeys(changed_in(node.words), False), " ".join(node.words))
+            if status is False and self.known.ends_early and not (self.tested or self.inside):
+                raise _EndedError(" ".join(node.words))
             return status
         if isinstance(node, Chain):
             return self.chain(node.items)
@@ -283,7 +289,7 @@ class _Reader:
                 self.leave_open(names, repr(_said([items[number - 1][1]], "a command")))
                 return None
             if joint in ("", "!") or status == (joint == "&&"):
-                status = self.one(node)
+                status = self.all([node], tested=joint == "!" or number < len(items) - 1)
         return not status if status is not None and items[0][0] == "!" else status
 
     def first_of(self, clauses: Iterable[tuple[bool | None, Sequence[Node], str]]) -> bool | None:
