@@ -103,6 +103,7 @@ SCRIPTS = [
         )
     ),
     "while read -r A; do :; done < <(echo 1)\ndeepspeed x/main.py --a 1 2> >(cat >&2) --b\n",
+    f"cat > /dev/null <<EOF\nA=5\n\tEOF\ndeepspeed y/main.py\nEOF\ncat <<-E\n\tE\nA=1;B=2{LINE}",
     "A=( # it's\n1 # one (more\n)\nB=$(echo 1 # it's\n)\ndeepspeed x/main.py ${A[@]}\n",
     "deepspeed x/main.py ${0##*/} ${BASH_SOURCE[0]##*/}\n",
 ]
@@ -237,6 +238,11 @@ def test_folders_are_left_again():
         in read_command("cd c; deepspeed x/main.py").notes
     )
     assert "'{a,b}'" in translate(f"deepspeed {STEP1} --output_dir '{{a,b}}'").text()
+
+
+def test_a_document_of_windows_ends():
+    text = "cat > x <<EOF\n{}\nEOF\ndeepspeed x/main.py --a 1\n".replace("\n", "\r\n")
+    assert read_command(text).arguments == ["--a", "1"]
 
 
 def test_a_tilde_in_quotes_is_said():

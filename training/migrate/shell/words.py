@@ -33,7 +33,7 @@ def tokens(text: str) -> list[str]:
         UserError: a quote or a bracket is open.
     """
     found: list[str] = []
-    documents: list[str] = []
+    documents: list[tuple[str, str]] = []  # what may stand before the end of each, and its end
     at = 0
     while at < len(text):
         if text[at] == "\n" and documents:
@@ -64,7 +64,7 @@ def tokens(text: str) -> list[str]:
             found.append(_joined(text[at:end]))
             at = end
             if len(found) > 1 and found[-2] in ("<<", "<<-") and isinstance(found[-2], Operator):
-                documents.append(re.sub(r"[\"'\\]", "", found[-1]))
+                documents.append(("\t" * (found[-2] == "<<-"), re.sub(r"[\"'\\]", "", found[-1])))
     return found
 
 
@@ -98,11 +98,11 @@ def _line_end(text: str, at: int) -> int:
     return len(text) if end < 0 else end
 
 
-def _behind(text: str, at: int, documents: list[str]) -> int:
+def _behind(text: str, at: int, documents: list[tuple[str, str]]) -> int:
     """The place behind what ``<<`` reads, of documents that begin at the next line."""
     lines = text[at + 1 :].split("\n")
-    for document in documents:
-        while lines and lines.pop(0).strip("\t") != document:
+    for before, end in documents:
+        while lines and lines.pop(0).removesuffix("\r").lstrip(before or "\0") != end:
             pass
     return len(text) - len("\n".join(lines)) if lines else len(text)
 
