@@ -88,6 +88,8 @@ SCRIPTS = [
     f"A=1;B=2\nA=3 & {{ B=4; }} &\nwait{LINE}",
     f"f() {{ local A=9; }}\nA=1;B=2\nf{LINE}",
     "export XX_A=1\nbash -c 'deepspeed x/main.py $XX_A $1' q r\n",
+    "bash -ec 'deepspeed x/main.py'\n",
+    "bash -c 'deepspeed x/main.py --a y.py'\n",
     f'A=0\nset -e\n[ "$1" = 7 ] && A=1\nif [ "$1" = 7 ]; then A=2; fi\n! true\n[ 1 = 7 ] || B=3\nfalse || B=4{LINE}',
     *(
         f"A=1;B=2\nset -e\n{test}{LINE}"
@@ -254,6 +256,11 @@ def test_a_tilde_in_quotes_is_said():
         found = read_command(text)
         assert any("~/o" in note and "begins in the home folder here" in note for note in found.notes), text
     assert not read_command("D=~/o; deepspeed x/main.py --a $D ~/b 'a~/b'").notes
+
+
+def test_a_text_that_a_shell_is_given_keeps_its_launcher():
+    """Also where it ends with the program, which is no word of the shell's own."""
+    assert read_command("bash -lc 'deepspeed --num_gpus 8 x/main.py'").launcher == ["--num_gpus", "8"]
 
 
 def test_exports_are_carried_over():

@@ -29,6 +29,7 @@ from training.utils.errors import UserError, refusals
 
 BEFORE = ("nohup", "time", "exec", "env", "sudo", "command")  # of a command's own words
 SHELLS = ("bash", "sh")
+_IS_TEXT = re.compile("-[a-z]*c")  # bash -lc TEXT
 _TRUE = ("true", ":", "echo", "cd", "mkdir", "set", "printf", "pushd", "popd", "ulimit", "umask", "local", "shift")
 _OUTPUT = (">", ">>", "&>", "&>>", ">|")
 _DECLARE = ("export", "declare", "typeset", "readonly")  # not "local": what it sets ends with its function
@@ -484,18 +485,19 @@ class _Reader:
         while rest and (rest[0] in BEFORE or ASSIGNMENT.match(rest[0])):
             rest.pop(0)
         called = rest[:1] and rest[0] in SHELLS
-        if not rest or any(word.endswith(".py") for word in rest if called):
+        is_text = any(map(_IS_TEXT.fullmatch, itertools.takewhile(lambda word: word.startswith("-"), rest[1:])))
+        if not rest or (called and not is_text and any(word.endswith(".py") for word in rest)):
             return False  # a wrapper hands its arguments on
         if called:
             rest.pop(0)
-            while rest and rest[0].startswith("-") and rest[0] != "-c":
+            while rest and rest[0].startswith("-") and not _IS_TEXT.fullmatch(rest[0]):
                 rest.pop(0)
         elif not rest[0].endswith(".sh"):
             return False
         if not rest:
             return False
         file = ""
-        if rest[0] == "-c":
+        if _IS_TEXT.fullmatch(rest[0]):
             source, arguments = "".join(rest[1:2]).replace(LITERAL, "$"), rest[3:]
         else:
             path = self.path(rest[0])
