@@ -369,6 +369,8 @@ def test_a_default_gives_way_to_the_environment_here(monkeypatch):
         ("A=(ab cb); deepspeed x/main.py ${A[@]%b}", r"\$\{A\[@\]%b\} is not read here"),
         ("A=(ab cb); deepspeed x/main.py ${A[1]:-c}", r"\$\{A\[1\]:-c\} is not read here"),
         ("declare -A M=([a]=1); deepspeed x/main.py --a ${M[a]}", r"\$\{M\[a\]\} is not read here"),
+        ("declare -A M=([a]=1); a=0; deepspeed x/main.py --a ${M[a]}", r"\[a\]=1 is not read here: write its value"),
+        ("A=([1]=a [0]=b); deepspeed x/main.py ${A[0]}", r"\[1\]=a is not read here: write its value"),
         ("X='a b'; deepspeed x/main.py --a $(echo $X)", r"\$\(echo \$X\) is not read here"),
         ("X=ab; deepspeed x/main.py --a $(echo ${X:1})", r"\$\(echo \$\{X:1\}\) is not read here"),
         ("set -e; false; deepspeed x/main.py", "ends at 'false' before it starts"),

@@ -24,7 +24,7 @@ from training.migrate.shell.filling import (
     text,
 )
 from training.migrate.shell.grammar import ASSIGNMENT, Body, Case, Chain, If, Node, Simple, changed_in, parse
-from training.migrate.shell.words import LITERAL, NAME, Operator, left_to_the_shell, tokens
+from training.migrate.shell.words import LITERAL, NAME, UNREAD, Operator, left_to_the_shell, tokens
 from training.utils.errors import UserError, refusals
 
 BEFORE = ("nohup", "time", "exec", "env", "sudo", "command")  # of a command's own words
@@ -43,6 +43,7 @@ _NUMBERS: dict[str, Callable[[int, int], bool]] = {
 }
 _EQUAL = ("=", "==", "!=")
 _OPEN = ("=~", "<", ">", "-nt", "-ot", "-ef")  # comparisons that are not made here
+_PLACED = re.compile(r"\[[^\]]*\]\+?=")  # an array's text with its place, or its name
 _ROUNDS = 1000  # of all loops of a text
 
 
@@ -367,7 +368,8 @@ class _Reader:
             self.known.leave_open(name, word)
         elif value.startswith("("):
             inner = [part for part in tokens(value[1:-1]) if not isinstance(part, Operator)]
-            self.known.set(name, [part for one in inner for part in fields(one, self.known)], add=bool(match[3]))
+            made = [[UNREAD + one] if _PLACED.match(one) else fields(one, self.known) for one in inner]
+            self.known.set(name, [part for parts in made for part in parts], add=bool(match[3]))
         else:
             self.known.set(name, text(value, self.known), add=bool(match[3]))
 
