@@ -70,6 +70,9 @@ SCRIPTS = [
     'B=\\{a,b}\nA=(d $((1+1)) $[2*3])\ndeepspeed x/main.py "${A[@]}" $B 10>/dev/null\n',
     "IFS=$'\\n\\t'\nA='--a 1'\ndeepspeed x/main.py $A\n",
     'IFS=,\nA=1,2\ndeepspeed x/main.py $A "$A"\n',
+    f"readonly A=1\nA=3\nB=2\ndeclare -r B\nB+=4\nbash -c 'A=5'{LINE}",
+    "A=1;B=2\nshopt -s nocasematch\nM=OPT\ncase $M in x);; opt*) A=3;; esac\n[[ $M == opt && opt = $M ]] && B=4\n"
+    f"[ $M = opt ] && B=5\nshopt -u nocasematch\n[[ $M == opt ]] || C=6{LINE}",
     "set -ea\nXX_A=3\nset +a\nXX_B=4\nset -o allexport\nXX_C=5\ndeepspeed x/main.py\n",
     "export XX_A=1 XX_B=2\nexport -n XX_A\ndeepspeed x/main.py\n",
     'A=1\ndeepspeed x/main.py "${A:+--l 8}" ${A:+--l 8} ${A:+"--l 8"} ${B:-"d e"} "${B:-\'x\'}" "${B:-"x y"}"\n',

@@ -53,6 +53,8 @@ class Variables:
         undecided: variable -> what decides its value, which can not be known here.
         all_exported: what is set is exported, ``set -a``.
         ends_early: a command that fails ends the script, ``set -e``.
+        any_case: ``case`` and ``[[ = ]]`` see no capitals, ``shopt -s nocasematch``.
+        fixed: variables that can not be set again, ``readonly``.
     """
 
     values: dict[str, Value] = field(default_factory=dict)
@@ -61,12 +63,15 @@ class Variables:
     undecided: dict[str, str] = field(default_factory=dict)
     all_exported: bool = False
     ends_early: bool = False
+    any_case: bool = False
+    fixed: set[str] = field(default_factory=set)
 
     def copy(self) -> Variables:
         """The same, to go on with apart from these."""
         arguments = None if self.arguments is None else list(self.arguments)
         values, exported, undecided = dict(self.values), dict(self.exported), dict(self.undecided)
-        return replace(self, values=values, arguments=arguments, exported=exported, undecided=undecided)
+        fixed = set(self.fixed)
+        return replace(self, values=values, arguments=arguments, exported=exported, undecided=undecided, fixed=fixed)
 
     def set(self, name: str, value: Value, *, add: bool = False) -> None:
         """Give a variable a value, or add it to the one it has."""

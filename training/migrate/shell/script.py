@@ -317,7 +317,8 @@ class _Reader:
         """The patterns of ``case`` as clauses of `first_of`."""
         word = in_environment(text(node.word, self.known), self.known)
         for patterns, body in node.clauses:
-            fits = [_fits(word, in_environment(pattern(one, self.known), self.known)) for one in patterns]
+            shapes = [in_environment(pattern(one, self.known), self.known) for one in patterns]
+            fits = [_fits(word, shape, self.known.any_case) for shape in shapes]
             yield True if True in fits else None if None in fits else False, body, f"case {node.word}"
 
     def simple(self, node: Simple) -> bool | None:
@@ -349,6 +350,8 @@ class _Reader:
         known = self.known
         filled = [(word, in_environment(part, known), in_environment(shape, known)) for word, part, shape in made]
         number = partial(arithmetic, known=known) if words[0] == "[[" else _whole
+        if words[0] == "[[" and known.any_case:
+            filled = [(word, part and part.lower(), shape and shape.lower()) for word, part, shape in filled]
         found = _holds(filled, number)
         for left in [] if found is None else [left for _, part, _ in made for left in left_to_the_shell(part)]:
             name = left.strip("${}")
@@ -362,6 +365,9 @@ class _Reader:
         match = ASSIGNMENT.match(word)
         assert match
         name, value = match[1], word[match.end() :]
+        if name in self.known.fixed:
+            self.notes.append(f"{word} is left out: {name} is readonly there")
+            return
         self.notes += _at_home(value)
         is_number = re.fullmatch(r"0|-?[1-9]\d*", value) and not match[3]
         if match[2] or (name in self.shaped and not is_number):
@@ -391,6 +397,8 @@ class _Reader:
             del self.known.arguments[: int(words[1]) if words[1:] and words[1].isdigit() else 1]
         elif name == "set":
             self.set(words[1:])
+        elif name == "shopt" and "nocasematch" in words:
+            self.known.any_case = "-s" in words
         elif name in ("exit", "return"):
             raise _EndedError(" ".join(words))
         elif name in ("break", "continue") and self.carried:
@@ -454,6 +462,8 @@ class _Reader:
                 self.shaped.add(name)
             if match:
                 self.assign(word)
+            if written[0] == "readonly" or any("r" in option for option in options):
+                self.known.fixed.add(name)
             if exports and not NAME.fullmatch(name):
                 self.notes.append(f"{written[0]} {word} is left out: what it sets is not known here")
             elif exports and "-n" in options:
@@ -520,6 +530,7 @@ class _Reader:
         known.values = {name: value for name, value in known.values.items() if name in known.exported}
         known.undecided = {name: why for name, why in known.undecided.items() if name in known.exported}
         known.arguments, known.all_exported, known.ends_early = list(arguments), False, False
+        known.any_case, known.fixed = False, set()
         for word in words:
             if word in BEFORE:
                 continue
@@ -627,7 +638,7 @@ def _whole(written: str) -> int:
     return int(written)
 
 
-def _fits(word: str | None, shape: str | None) -> bool | None:
+def _fits(word: str | None, shape: str | None, any_case: bool = False) -> bool | None:
     if word is None or shape is None or EXTENDED.search(shape):
         return None
-    return fnmatch.fnmatchcase(word, shape)
+    return fnmatch.fnmatchcase(*((word.lower(), shape.lower()) if any_case else (word, shape)))
