@@ -107,7 +107,7 @@ def test_a_gpu_that_emulates_bf16_does_not_compute_in_it(monkeypatch, major, bf1
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or bf16)
     accelerator = SimpleNamespace(is_fp16_supported=lambda: major >= 7)
-    monkeypatch.setattr("deepspeed.accelerator.get_accelerator", lambda: accelerator)
+    monkeypatch.setattr(precision, "get_accelerator", lambda: accelerator)
     assert capability(torch.device("cuda", 0)) == Capability("a GPU", bf16, fp16)
 
 
