@@ -5,6 +5,7 @@ import fcntl
 import multiprocessing
 import os
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,26 @@ def test_a_run_that_lies_elsewhere_and_is_linked_is_found(output, home):
     folders.point_latest(folders.new_run_dir("run"))
     assert folders.latest_output("step1") == output / "mine" / "step1"
     assert output / "latest" not in folders.runs_newest_first()
+
+
+def test_the_newest_run_is_that_whose_step_ended_last(output, monkeypatch):
+    """Whatever was written into an older one since, such as its report; one that is removed meanwhile is none."""
+    for number, name in enumerate(("old", "new", "gone")):
+        (output / name / "step1").mkdir(parents=True)
+        (output / name / "step1" / "summary.json").write_text("{}")
+        os.utime(output / name / "step1" / "summary.json", (number, number))
+    (output / "old" / "report.html").touch()
+    os.utime(output / "new", (5, 5))
+    glob = Path.glob
+
+    def found(path: Path, pattern: str) -> list[Path]:
+        files = list(glob(path, pattern))
+        if path.name == "gone" and path.exists():
+            shutil.rmtree(path)
+        return files
+
+    monkeypatch.setattr(Path, "glob", found)
+    assert folders.latest_output("step1") == output / "new" / "step1"
 
 
 def test_a_file_system_without_links_has_runs_all_the_same(output, monkeypatch, capsys):

@@ -231,12 +231,16 @@ def point_latest(run: Path) -> None:
 
 
 def runs_newest_first() -> list[Path]:
-    """Every run in the output folder, ``output/latest`` first, then by time of change."""
+    """Every run in the output folder, ``output/latest`` first, then by the time at which a step of it ended last."""
     root = output_root()
     if not root.is_dir():
         return []
-    found = [p for p in root.iterdir() if p.is_dir() and not (p.name == LATEST and p.is_symlink())]
-    found.sort(key=lambda p: p.stat().st_mtime, reverse=True)
+    ended: dict[Path, float] = {}
+    for run in root.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # it is removed meanwhile
+            if run.is_dir() and not (run.name == LATEST and run.is_symlink()):
+                ended[run] = max(path.stat().st_mtime for path in [*run.glob("*/summary.json")] or [run])
+    found = sorted(ended, key=ended.__getitem__, reverse=True)
     latest = root / LATEST
     if latest.is_dir() and latest.is_symlink():
         target = root / os.readlink(latest)
