@@ -47,10 +47,11 @@ UNHEARD = ("logprobs", "top_logprobs", "presence_penalty", "frequency_penalty", 
 EMPTY: tuple[Any, ...] = (None, "", [], {})
 NOTHING = (*EMPTY, False, 0, {"type": "text"}, {"format": {"type": "text"}}, ["text"], "medium", "disabled")
 TEXTS = ("text", "input_text", "output_text")  # types of the parts of a message
-OF_SYSTEM, MARK = ("system", "developer"), "Kwzhia"  # roles of what is said to the model alone; a text that stands out
+MARK = "Kwzhia"  # a text that stands out
 NUMBERS = {"temperature": (0, math.inf), "top_p": (1e-9, 1)}
 COUNTS = {"max_tokens": 1, "max_completion_tokens": 1, "max_output_tokens": 1, "seed": 0}  # field -> its least value
 SEED: ContextVar[int | None] = ContextVar("SEED", default=None)  # of the request that is worked on
+TOOLS: ContextVar[Any] = ContextVar("TOOLS", default=None)  # of that request
 LONGEST = 1024  # tokens of an answer, where a request does not say; the server's own
 
 
@@ -117,20 +118,31 @@ def _no_messages(name: str, said: Any) -> str:
     return ""
 
 
-def unwritten(body: dict[str, Any], tokenizer: Any) -> str:
-    """What of a request the model's chat template has no place for, so that it would be left unheard; else empty."""
+def unwritten(messages: Sequence[dict[str, Any]], tools: Any, tokenizer: Any) -> str:
+    """What of a request the model's chat template has no place for, so that it would be left unheard; else empty.
 
-    def text(*messages: dict[str, str], **more: Any) -> str:
-        """What the template makes of a conversation."""
-        return str(tokenizer.apply_chat_template([*messages, {"role": "user", "content": "a"}], tokenize=False, **more))
+    Args:
+        messages: as the template gets them.
+        tools: of the request, empty where none are to be used.
+        tokenizer: the model's.
+    """
 
-    if body.get("tools") and body.get("tool_choice") != "none" and text(tools=body["tools"]) == text():
-        return "tools: the model's chat template has no place for them"
-    said = [item for name in ("messages", "input") if isinstance(items := body.get(name), list) for item in items]
-    roles = {item.get("role") for item in said} & set(OF_SYSTEM)
-    for role in roles | ({OF_SYSTEM[0]} if body.get("instructions") else set()):
-        if MARK not in text({"role": role, "content": MARK}):
-            return f"the model's chat template has no place for a {role} message"
+    def text(index: int = 0, **changes: Any) -> str:
+        """What the template makes of the conversation with one message changed."""
+        changed = [*messages[:index], {**messages[index], **changes}, *messages[index + 1 :]]
+        return str(tokenizer.apply_chat_template(changed, tokenize=False))
+
+    place = "the model's chat template has no place for"
+    if tools and str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)) == text():
+        return f"tools: {place} them"
+    for index, message in enumerate(messages):
+        if message["role"] not in ("user", "assistant") and MARK not in text(index, content=MARK):
+            return f"{place} a {message['role']} message" + (" in this place" if index else "")
+        calls = [
+            {**call, "function": {**call.get("function", {}), "name": MARK}} for call in message.get("tool_calls", ())
+        ]
+        if calls and MARK not in text(index, tool_calls=calls):
+            return f"tool_calls: {place} them"
     return ""
 
 
@@ -220,7 +232,7 @@ def understood(handle: Any) -> Any:
 
 
 def settle_requests(model: ChatModel) -> None:
-    """Make transformers' server refuse what it would leave unheard, sample where it is asked to, and keep to a model.
+    """Make transformers' server keep to a model, sample where it is asked to, and refuse what it would leave unheard.
 
     Args:
         model: the one that is served, loaded; the server would load it again, another way, with what its files have.
@@ -232,16 +244,9 @@ def settle_requests(model: ChatModel) -> None:
 
     from training.utils.model.tokenizer import end_ids
 
-    validate, configure = BaseHandler._validate_request, BaseHandler._build_generation_config
+    configure = BaseHandler._build_generation_config
     weights, tokenizer = model.weights.model, model.tokenizer
     rows = weights.get_input_embeddings().weight.shape[0]
-
-    def validated(handler: Any, body: dict[str, Any]) -> None:
-        """Refuse what is not served, with status 400, and settle what is."""
-        if reason := refusal(body, NEEDED.get(type(handler).__name__, "")) or unwritten(body, tokenizer):
-            raise HTTPException(400, reason)
-        settle(body)
-        validate(handler, body)
 
     def configured(handler: Any, body: dict[str, Any], saved: Any, use_cb: bool = False) -> Any:
         """How a request is answered: its own seed, length, biases of tokens, and sampling where it asks for that.
@@ -262,7 +267,6 @@ def settle_requests(model: ChatModel) -> None:
 
     for kind in (chat_completion.ChatCompletionHandler, completion.CompletionHandler, response.ResponseHandler):
         kind.handle_request = understood(kind.handle_request)
-    BaseHandler._validate_request = validated
     BaseHandler._build_generation_config = configured
     ModelManager.load_model_and_processor = lambda *_, **__: (weights, tokenizer)
     ModelManager.process_model_name = staticmethod(lambda name: name)  # the server's has a revision behind it
@@ -271,7 +275,34 @@ def settle_requests(model: ChatModel) -> None:
     ModelManager.get_gen_models = staticmethod(lambda: [listed])
     build = server.build_server
     server.build_server = lambda *given, **more: settled(build(*given, **more))
+    settle_bodies(tokenizer)
     settle_answers(model.context)
+
+
+def settle_bodies(tokenizer: Any) -> None:
+    """Make transformers' server refuse what it, or the model's chat template, would leave unheard."""
+    from fastapi import HTTPException
+    from transformers.cli.serving.utils import BaseHandler
+
+    validate, converse = BaseHandler._validate_request, BaseHandler.get_processor_inputs_from_messages
+
+    def validated(handler: Any, body: dict[str, Any]) -> None:
+        """Refuse what is not served, with status 400, and settle what is."""
+        if reason := refusal(body, NEEDED.get(type(handler).__name__, "")):
+            raise HTTPException(400, reason)
+        settle(body)
+        TOOLS.set(body.get("tools"))
+        validate(handler, body)
+
+    def conversed(messages: list[dict[str, Any]], modality: Any) -> list[dict[str, Any]]:
+        """The messages as the template gets them, if it writes them."""
+        given = converse(messages, modality)
+        if reason := unwritten(given, TOOLS.get(), tokenizer):
+            raise HTTPException(400, reason)
+        return given
+
+    BaseHandler._validate_request = validated
+    BaseHandler.get_processor_inputs_from_messages = staticmethod(conversed)
 
 
 def settle_answers(context: int | None) -> None:

@@ -22,8 +22,9 @@ from chat_stream import SamplingArguments, stream_answer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tests.inference.conftest import INFERENCE
-from tests.inference.tiny_chat import CHATML, make_tokenizer, save_chat_model
+from tests.inference.tiny_chat import CHATML, save_chat_model
 from tests.signals import hear_signals
+from training.utils.data.template_file import read_template_file
 from training.utils.errors import run_program
 from training.utils.run.folders import python_path
 
@@ -210,23 +211,39 @@ def test_the_other_endpoints_refuse_it_too(field, body, said):
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
 
 
+CALL = {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "{}"}}]}
+TOLD = {"role": "tool", "tool_call_id": "1", "content": "b"}
+SYSTEM, ASKED = {"role": "system", "content": "b"}, USER["messages"][0]
+TALK = [ASKED, {"role": "assistant", "content": "c"}]
+CALLS = CHATML.replace("m['content']", "m['tool_calls'] | string + m['content']")
+LLAMA2 = read_template_file("llama2").template  # a system message stands at the beginning alone
+
+
 @pytest.mark.parametrize(
     ("template", "changes", "said"),
     [
         (CHATML, {"tools": TOOLS}, "tools: the model's chat template has no place"),
         (CHATML, {"tools": TOOLS, "tool_choice": "none"}, ""),
         ("{{ tools }}" + CHATML, {"tools": TOOLS}, ""),
-        (CHATML, {"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]}, ""),
-        (USER_ALONE, {"messages": [{"role": "developer", "content": "a"}]}, "no place for a developer message"),
+        (CHATML, {"messages": [SYSTEM, ASKED]}, ""),
+        (CHATML, {"messages": [ASKED, TOLD]}, ""),
+        (USER_ALONE, {"messages": [SYSTEM | {"role": "developer"}, ASKED]}, "no place for a developer message"),
+        (USER_ALONE, {"messages": [*TALK, TOLD]}, "no place for a tool message"),
+        (LLAMA2, {"messages": [SYSTEM, *TALK, ASKED]}, ""),
+        (LLAMA2, {"messages": [*TALK, SYSTEM, ASKED]}, "no place for a system message in this place"),
+        (CHATML, {"messages": [ASKED, CALL, TOLD]}, "tool_calls: the model's chat template has no place"),
+        (CALLS, {"messages": [ASKED, CALL, TOLD]}, ""),
         (USER_ALONE, {"input": "a", "instructions": "b"}, "no place for a system message"),
-        (USER_ALONE, USER, ""),
+        (CHATML, {"input": "a", "instructions": "b"}, ""),
     ],
 )
-def test_what_the_template_would_leave_unheard_is_refused(template, changes, said):
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = template
-    found = serve.unwritten(changes, tokenizer)
-    assert said in found and bool(said) == bool(found)
+def test_what_the_template_would_leave_unheard_is_refused(template, changes, said, endpoint, load):
+    [model] = load("fox")
+    ask = endpoint(model)
+    model.tokenizer.chat_template = template
+    at, asked = ("responses", {"max_output_tokens": 1}) if "input" in changes else ("chat/completions", USER)
+    reply = ask(f"POST /v1/{at}", asked | changes)
+    assert said in reply.text and reply.status_code == (400 if said else 200), reply.text
 
 
 @pytest.fixture
@@ -239,7 +256,7 @@ def endpoint(monkeypatch):
     from transformers.cli.serving.model_manager import ModelManager
 
     settled = {
-        utils.BaseHandler: ("_validate_request", "_build_generation_config"),
+        utils.BaseHandler: ("_validate_request", "_build_generation_config", "get_processor_inputs_from_messages"),
         utils.GenerateManager: ("generate_streaming", "generate_non_streaming"),
         ModelManager: ("load_model_and_processor", "process_model_name", "get_gen_models"),
         server: ("build_server",),
@@ -249,7 +266,7 @@ def endpoint(monkeypatch):
     }
     for owner, names in settled.items():
         for name in names:
-            monkeypatch.setattr(owner, name, getattr(owner, name))  # put back at the end
+            monkeypatch.setattr(owner, name, vars(owner)[name])  # put back at the end
     monkeypatch.setattr(uvicorn.Server, "run", lambda server: None)
 
     def _of(model):
