@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.step3.hybrid_checks import save_tiny_reward_model
 from training.utils.data.chat import render
@@ -102,13 +102,23 @@ def test_a_foreign_card_without_facts_is_no_error(chat, text):
     assert read_front_matter(chat / "README.md") == {}
 
 
-def test_the_adapters_own_card_loads_it(chat, tiny_model, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("kind", ["sft", "reward"])
+def test_the_adapters_own_card_loads_it(kind, chat, tiny_model, monkeypatch, capsys):
+    """Of a reward model on the language model that it began from."""
     from peft import LoraConfig, get_peft_model
 
-    model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    scores = kind == "reward"
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS" if scores else "CAUSAL_LM",
+                        modules_to_save=["score"] if scores else None, init_lora_weights=False)  # fmt: skip
+    if scores:
+        model = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(tiny_model)
     get_peft_model(model, config).save_pretrained(chat / "adapter")
-    write(chat, "sft", (str(tiny_model), str(tiny_model)))
+    write(chat, kind, (str(tiny_model), str(tiny_model)))
     card = (chat / "adapter" / "README.md").read_text()
     _, found = run_code(card, chat / "adapter", monkeypatch, capsys)
-    assert any("lora" in name for name, _ in found["model"].named_parameters())
+    loaded = dict(found["model"].named_parameters())
+    assert any("lora" in name for name in loaded)
+    saved = {name: value for name, value in loaded.items() if "modules_to_save" in name}
+    assert bool(saved) == scores and all(value.equal(model.score.weight) for value in saved.values())

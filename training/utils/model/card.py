@@ -103,7 +103,7 @@ print(score)
 _ADAPTER = """\
 from peft import CLASS
 
-model = CLASS.from_pretrained(".")
+model = CLASS.from_pretrained("."MORE)
 """
 
 
@@ -162,13 +162,15 @@ def write_model_card(
 
 
 def _adapter_sections(kind: str, origin: Mapping[str, str], started: str) -> list[str]:
-    peft = "AutoPeftModelForSequenceClassification" if KINDS[kind].classifier else "AutoPeftModelForCausalLM"
+    scores = KINDS[kind].classifier  # the base may be a language model, of which transformers makes two outputs
+    peft, more = ("SequenceClassification", ", num_labels=1") if scores else ("CausalLM", "")
+    code = _ADAPTER.replace("CLASS", f"AutoPeftModelFor{peft}").replace("MORE", more)
     return [
         _front_matter(kind, origin),
         f"# LoRA adapter: {KINDS[kind].title}",
         f"The adapter alone, on top of {started}. The folder above holds the same model with the adapter merged into "
         "the weights.",
-        f"## How to load it\n\n```python\n{_ADAPTER.replace('CLASS', peft)}```",
+        f"## How to load it\n\n```python\n{code}```",
         "## Licence\n\n" + _licence(origin),
     ]
 
