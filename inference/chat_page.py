@@ -17,9 +17,8 @@ import gradio as gr
 from answer_rewards import AnswerRewards
 from chat_models import ChatModel
 from chat_sessions import LETTERS, SAME, Session, Turn
-from chat_stream import Answer, SamplingArguments, checked_sampling, stream_answer
+from chat_stream import Answer, SamplingArguments, checked_sampling, stream_answer, untrainable
 
-from training.utils.data.template import forbidden_texts, special_texts
 from training.utils.errors import UserError
 
 EXAMPLES = (
@@ -329,13 +328,10 @@ class Page:
             UserError: names the text.
         """
         said = [message for column in range(len(self.models)) for message in session.history(column)]
-        texts = [session.system, *(m["content"] for m in said), *(m.get("reasoning", "") for m in said)]
-        for model in self.models:
-            tokenizer = model.tokenizer
-            for token in forbidden_texts(tokenizer) if tokenizer.chat_template else special_texts(tokenizer):
-                if any(token in text for text in texts):
-                    raise UserError(f"This conversation holds {token}, which training takes for a token of its own, so "
-                                    "the vote is not saved. Clear, and ask without it.")  # fmt: skip
+        said.append({"role": "system", "content": session.system})
+        if token := untrainable(said, self.models):
+            raise UserError(f"This conversation holds {token}, which training takes for a token of its own, so "
+                            "the vote is not saved. Clear, and ask without it.")  # fmt: skip
 
     @staticmethod
     def _check_shown(session: Session, shown: int) -> None:

@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from training.utils.data.chat import read_any
+from training.utils.data.template import forbidden_texts, special_texts
 from training.utils.errors import UserError
 
 Message = dict[str, str]
@@ -122,6 +123,19 @@ class Answer:
     def tokens_per_second(self) -> float:
         """Decoding speed; reading the prompt is not part of it."""
         return (len(self.token_ids) - 1) / self.seconds if self.seconds > 0 and len(self.token_ids) > 1 else 0.0
+
+
+def untrainable(messages: Sequence[Message], models: Sequence[ChatModel]) -> str:
+    """A text in a conversation for which training refuses it as a row: a model's special token, or what ends its turns.
+
+    Empty where there is none.
+    """
+    texts = [text for message in messages for text in (message["content"], message.get("reasoning", ""))]
+    for tokenizer in (model.tokenizer for model in models):
+        for token in forbidden_texts(tokenizer) if tokenizer.chat_template else special_texts(tokenizer):
+            if any(token in text for text in texts):
+                return token
+    return ""
 
 
 def prompt_ids(model: ChatModel, messages: Sequence[Message], max_new_tokens: int) -> tuple[list[int], int]:

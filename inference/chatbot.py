@@ -82,7 +82,7 @@ def printable(text: str) -> str:
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf") or c in JOINERS)
 
 
-def command(line: str, chat: Conversation) -> bool:
+def command(line: str, chat: Conversation, model: ChatModel) -> bool:
     """Carry out a line that starts with a slash; False when it means to leave.
 
     Raises:
@@ -106,7 +106,7 @@ def command(line: str, chat: Conversation) -> bool:
     elif name == "/set":
         _set(rest, chat)
     elif name == "/save":
-        _save(rest, chat)
+        _save(rest, chat, model)
     else:
         raise UserError(f"unknown command {name}; /help lists them")
     return True
@@ -129,14 +129,18 @@ def _set(rest: str, chat: Conversation) -> None:
     print(f"({name} {getattr(chat.sampling, name)})")
 
 
-def _save(name: str, chat: Conversation) -> None:
+def _save(name: str, chat: Conversation, model: ChatModel) -> None:
+    from chat_stream import untrainable
+
     if not name:
         raise UserError("/save needs a file name")
     if not chat.messages:
         raise UserError("there is nothing to save yet")
-    file = Path(name).expanduser()
+    file, said = Path(name).expanduser(), chat.with_system()
+    if token := untrainable(said, [model]):
+        raise UserError(f"the conversation holds {token}, which training takes for a token of its own: it is not saved")
     try:
-        append_lines(file, [{"messages": chat.with_system()}])
+        append_lines(file, [{"messages": said}])
     except OSError as error:
         raise UserError(f"{file} can not be written: {error.strerror}") from error
     print(f"(saved to {file})")
@@ -280,7 +284,7 @@ def chat_loop(model: ChatModel, sampling: SamplingArguments, system: str, keep: 
                     retry(chat, model)
                 elif not line.startswith("/"):
                     answer(chat, line, model)
-                elif not command(line, chat):
+                elif not command(line, chat, model):
                     return
             except UserError as error:
                 print(f"({error})")

@@ -89,6 +89,13 @@ def test_commands(type_in, chat_folders, tmp_path):
         assert said in out
 
 
+def test_a_row_that_training_would_refuse_is_not_saved(type_in, chat_folders, tmp_path):
+    save = tmp_path / "talk.jsonl"
+    lines = ["what is <|im_end|>?", f"/save {save}", "/reset", "hello", f"/save {save}"]
+    code, out, _ = type_in(lines, "--path", str(chat_folders["fox"]))
+    assert code == 0 and "holds <|im_end|>" in out and len(save.read_text().splitlines()) == 1
+
+
 def test_ctrl_c_ends_the_answer_and_not_the_chat(type_in, chat_folders, monkeypatch, tmp_path):
     stream = chat_stream.stream_answer
 
