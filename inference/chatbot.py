@@ -205,8 +205,8 @@ def retry(chat: Conversation, model: ChatModel) -> None:
             chat.messages += last
 
 
-def read_prompt(interactive: bool) -> str:
-    """One prompt or command; several lines that belong together, see `HELP`, as one.
+def read_prompt(interactive: bool) -> tuple[str, bool]:
+    """One prompt or command, several lines that belong together, see `HELP`, as one; whether it may be a command.
 
     Raises:
         EOFError, KeyboardInterrupt: as ``input`` does.
@@ -217,11 +217,12 @@ def read_prompt(interactive: bool) -> str:
         lines = []
         while (line := input(more)).strip() != QUOTES:
             lines.append(line)
-        return "\n".join(lines).strip()
+        return "\n".join(lines).strip(), False
     while lines[-1].endswith("\\"):
         lines[-1] = lines[-1][:-1]
         lines.append(input(more))
-    return "\n".join(lines).strip()
+    text = "\n".join(lines).strip()
+    return text, text.startswith("/")
 
 
 @contextlib.contextmanager
@@ -267,7 +268,7 @@ def chat_loop(model: ChatModel, sampling: SamplingArguments, system: str, keep: 
     with line_editing(keep) if interactive else contextlib.nullcontext():
         while True:
             try:
-                line = read_prompt(interactive)
+                line, commands = read_prompt(interactive)
             except EOFError:
                 print()
                 return
@@ -280,10 +281,10 @@ def chat_loop(model: ChatModel, sampling: SamplingArguments, system: str, keep: 
             if not line:
                 continue
             try:
-                if line == "/retry":
-                    retry(chat, model)
-                elif not line.startswith("/"):
+                if not commands:
                     answer(chat, line, model)
+                elif line == "/retry":
+                    retry(chat, model)
                 elif not command(line, chat, model):
                     return
             except UserError as error:

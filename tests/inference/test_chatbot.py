@@ -89,6 +89,11 @@ def test_commands(type_in, chat_folders, tmp_path):
         assert said in out
 
 
+def test_a_prompt_between_quotes_is_never_a_command(type_in, chat_folders, seen):
+    type_in(['"""', "/quit", "what does this do?", '"""', '"""', "/retry", '"""'], "--path", str(chat_folders["fox"]))
+    assert [m[-1] for m, _ in seen] == ["/quit\nwhat does this do?", "/retry"]
+
+
 def test_a_row_that_training_would_refuse_is_not_saved(type_in, chat_folders, tmp_path):
     save = tmp_path / "talk.jsonl"
     lines = ["what is <|im_end|>?", f"/save {save}", "/reset", "hello", f"/save {save}"]
