@@ -313,3 +313,16 @@ def test_the_default_warm_up_is_a_share_of_the_steps(tmp_path, rows, width, shar
     assert any(
         "the ranks of all hosts can not be counted here: add --num_warmup_steps N" in line for line in made.lines
     )
+
+
+@pytest.mark.parametrize(
+    ("program", "step"),
+    [
+        ("train_sft.py --strategy colossalai_zero2", "step1_supervised_finetuning"),
+        ("examples/train_reward_model.py --strategy=ddp", "step2_reward_model_finetuning"),
+        ("train_prompts.py --model opt", "step3_rlhf_finetuning"),
+    ],
+)
+def test_a_program_of_2023_names_the_one_here(program, step):
+    with pytest.raises(UserError, match=rf"\.py of ColossalAI's applications/Chat .* flags of training/{step}/main.py"):
+        translate(f"torchrun --nproc_per_node 2 {program} --pretrain m --dataset d")

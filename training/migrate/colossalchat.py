@@ -26,6 +26,14 @@ PLUGIN_3D = "it counts with --plugin 3d, and alone there"
 WIDTHS = {"--tp": "tensor", "--pp": "pipeline", "--sp": "sequence"}
 OUR_WIDTHS = {"--tp": "--tensor_parallel", "--sp": "--sequence_parallel"}  # a program without the flag refuses it
 
+# Programs of applications/Chat, its predecessor of 2023, and --strategy, which all of them took -> our step
+OF_2023 = {
+    **dict.fromkeys(("train_sft.py", "train_peft_sft.py"), "step1"),
+    "train_reward_model.py": "step2",
+    **dict.fromkeys(("train_prompts.py", "train_peft_prompts.py", "train_dummy.py"), "step3"),
+}
+STRATEGY = "--strategy"
+
 # What all of its training scripts take
 COMMON: dict[str, OtherFlag] = {
     "--plugin": OtherFlag(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from training.migrate.colossalchat import OF_2023, STRATEGY
 from training.migrate.devices import launch_of, visible
 from training.migrate.e2e import gpus_here
 from training.migrate.predecessors import PREDECESSORS
@@ -144,6 +145,10 @@ def choose(command: Command, source: str = "") -> tuple[Predecessor, Program, li
     found = ends or [
         (p, program) for p, program in pairs if any(PurePosixPath(path).name == name for path in program.paths)
     ]
+    flags = {word.partition("=")[0] for word in command.arguments}
+    if (step := OF_2023.get(name, "")) and (STRATEGY in flags or not found):
+        raise UserError(f"{command.script} of ColossalAI's applications/Chat (2023) is not translated: write the "
+                        f"command with the flags of {OURS[step].script}")  # fmt: skip
     if not found:
         names = ", ".join(p.name for p in PREDECESSORS)
         raise UserError(f"{command.script}: no program of {source or names} has this name")
