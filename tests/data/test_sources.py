@@ -100,6 +100,7 @@ BROKEN_FILES = {
     "semicolons.csv": (b"prompt;response\na;b\n", r"semicolons\.csv:1: .*separated by semicolons, not commas"),
     "tabs.csv": (b"prompt\tresponse\na\tb\n", "name the file .tsv"),
     "twice.csv": (b"prompt,prompt\na,b\n", "twice in the header"),
+    "latin.csv": (b"prompt,r\xe9ponse\na,b\n", r"latin\.csv:1: invalid UTF-8 in the header: byte 0xe9"),
     "spaces.csv": (b"prompt,prompt \na,b\n", "twice in the header"),
     **{
         f"{codec}.{kind}": (text.encode(codec), f"{codec}.{kind}: the file is in UTF-16, or no text")

@@ -281,6 +281,8 @@ def _header(cells: list[str], delimiter: str, path: Path) -> list[str]:
                     + ("name the file .tsv" if other == "\t" else f"save it with {wanted}")
                 )
     names = [cell.strip() for cell in cells]
+    if wrong := _ESCAPED.search("".join(names)):
+        raise UserError(f"{path}:1: invalid UTF-8 in the header: byte 0x{ord(wrong[0]) - 0xDC00:02x}; save it as UTF-8")
     if twice := next((name for name in names if name and names.count(name) > 1), None):
         raise UserError(f"{path}:1: the column name {twice} stands twice in the header: {', '.join(names)}")
     return names
