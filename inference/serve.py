@@ -231,6 +231,22 @@ def understood(handle: Any) -> Any:
     return handled
 
 
+def ended(stream: Any) -> Any:
+    """A stream of a handler with the line that ends it, for which clients wait; the server leaves it out."""
+
+    async def whole(chunks: Any) -> Any:
+        async for chunk in chunks:
+            yield chunk
+        yield "data: [DONE]\n\n"
+
+    def streaming(*given: Any, **more: Any) -> Any:
+        response = stream(*given, **more)
+        response.body_iterator = whole(response.body_iterator)
+        return response
+
+    return streaming
+
+
 def settle_requests(model: ChatModel) -> None:
     """Make transformers' server keep to a model, sample where it is asked to, and refuse what it would leave unheard.
 
@@ -267,6 +283,8 @@ def settle_requests(model: ChatModel) -> None:
 
     for kind in (chat_completion.ChatCompletionHandler, completion.CompletionHandler, response.ResponseHandler):
         kind.handle_request = understood(kind.handle_request)
+    for kind in (chat_completion.ChatCompletionHandler, completion.CompletionHandler):
+        kind._streaming = ended(kind._streaming)
     BaseHandler._build_generation_config = configured
     ModelManager.load_model_and_processor = lambda *_, **__: (weights, tokenizer)
     ModelManager.process_model_name = staticmethod(lambda name: name)  # the server's has a revision behind it

@@ -260,8 +260,8 @@ def endpoint(monkeypatch):
         utils.GenerateManager: ("generate_streaming", "generate_non_streaming"),
         ModelManager: ("load_model_and_processor", "process_model_name", "get_gen_models"),
         server: ("build_server",),
-        chat_completion.ChatCompletionHandler: ("handle_request",),
-        completion.CompletionHandler: ("handle_request",),
+        chat_completion.ChatCompletionHandler: ("handle_request", "_streaming"),
+        completion.CompletionHandler: ("handle_request", "_streaming"),
         response.ResponseHandler: ("handle_request",),
     }
     for owner, names in settled.items():
@@ -294,6 +294,14 @@ def test_a_model_without_a_template_of_its_own_answers_as_in_the_chat(endpoint, 
     reply = ask("POST /v1/chat/completions", {"model": "fox@2", **USER}).json()
     assert reply["choices"][0]["message"]["content"] == said.text and reply["model"] == "fox@2"
     assert [one["id"] for one in ask("GET /v1/models").json()["data"]] == ["fox@2"]
+
+
+@pytest.mark.parametrize(("at", "asked"), [("chat/completions", USER), ("completions", {"prompt": "a"})])
+def test_a_stream_ends_with_the_line_that_clients_wait_for(at, asked, endpoint, load):
+    [model] = load("fox")
+    reply = endpoint(model)(f"POST /v1/{at}", asked | {"stream": True, "max_tokens": 3})
+    *lines, last = [line for line in reply.text.split("\n") if line]
+    assert last == "data: [DONE]" and "finish_reason" in lines[-1]
 
 
 def test_errors_are_told_as_clients_look_for_them(endpoint, load, monkeypatch):
