@@ -110,7 +110,7 @@ from training.step3_rlhf_finetuning.reward_functions import (  # noqa: E402
     split_weight,
 )
 from training.step3_rlhf_finetuning.reward_sources import RewardMix  # noqa: E402
-from training.step3_rlhf_finetuning.roles import build_rewards  # noqa: E402
+from training.step3_rlhf_finetuning.roles import RewardModelSettings, build_rewards  # noqa: E402
 from training.utils import evaluation_programs, intervals  # noqa: E402
 from training.utils.data.batches import spread_rows  # noqa: E402
 from training.utils.data.prepare import prepare_data  # noqa: E402
@@ -197,6 +197,14 @@ def sources_of_the_run(step: StepArguments, recorded: Mapping[type, Any], folder
         return Sources(sft, "", functions, weight)
     named = step.reward_model_name_or_path, roles.critic_model_name_or_path
     return Sources(sft, of_the_run(*named, trained_in, folder, "step2", flag), functions, weight)
+
+
+def reward_of_the_run(sources: Sources, tokenizer: Any, *, normalize: bool) -> RewardModelSettings | None:
+    """The reward model, its rewards normalised as in the run where its folder has step 2's statistics; None without."""
+    normalize = normalize and (Path(sources.reward_model) / STATS_FILE).is_file()
+    return settings.reward_model_settings(
+        sources.reward_model, tokenizer, normalize=normalize, weight=sources.weight, plan=False
+    )
 
 
 def dpo_of_the_run(given: str, folder: Path) -> dict[str, str]:
@@ -412,10 +420,7 @@ def main(argv: Sequence[str]) -> int:
     chosen_data = evaluation_programs.data_arguments(data, recorded[arguments.DataArguments], folder)
     flags = chosen_data, recorded[arguments.DataArguments]
     *_, tokenizer = [shared_tokenizer(path, sources.sft, *flags) for path in reversed(tuned.values())]
-    normalize = ppo.normalize_reward and (Path(sources.reward_model) / STATS_FILE).is_file()
-    reward = settings.reward_model_settings(
-        sources.reward_model, tokenizer, normalize=normalize, weight=sources.weight, plan=False
-    )
+    reward = reward_of_the_run(sources, tokenizer, normalize=ppo.normalize_reward)
     for path in (*tuned.values(), sources.sft, *([reward.path] if reward and not reward.reads_text else [])):
         check_length(path, whole, "--max_prompt_seq_len + --max_answer_seq_len")
     if not functions and not judge_path:
