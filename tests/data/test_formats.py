@@ -121,6 +121,37 @@ def test_messages_as_context_are_the_whole_prompt():
     assert convert(row)[1][0].prompt == row["context"]
 
 
+SYSTEM, Q1, A1, Q2 = (
+    {"role": role, "content": text}
+    for role, text in (("system", "be kind"), ("user", "Q1"), ("assistant", "A1"), ("user", "Q2"))
+)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "repeated", "whole"),
+    [
+        ("Q1", [SYSTEM, Q1], [SYSTEM, Q1]),
+        ("Q1 \n", [Q1], [Q1]),
+        ("Q2", [Q1, A1, Q2], [Q1, A1, Q2]),
+        ([SYSTEM, Q1], [Q1], [SYSTEM, Q1]),
+        ([SYSTEM, Q1], [SYSTEM, Q1], [SYSTEM, Q1]),
+        ([SYSTEM, Q2], [SYSTEM, Q1, A1, Q2], [SYSTEM, Q1, A1, Q2]),
+    ],
+)
+def test_answers_that_repeat_the_prompt_may_say_more_of_it(prompt, repeated, whole):
+    """Some datasets have the question once more in a column, without what stands before it in the conversations."""
+    good, bad = ({"role": "assistant", "content": text} for text in ("good", "bad"))
+    _, [example] = convert({"prompt": prompt, "chosen": [*repeated, good], "rejected": [*repeated, bad]})
+    assert (example.prompt, example.chosen, example.rejected) == (whole, [good], [bad])
+
+
+def test_a_prompt_and_answers_of_different_systems_are_refused():
+    other = SYSTEM | {"content": "be short"}
+    answers = {name: [other, Q1, A1 | {"content": name}] for name in ("chosen", "rejected")}
+    with pytest.raises(RowError, match="a system turn stands after the first message"):
+        convert({"prompt": [SYSTEM, Q1], **answers})
+
+
 def test_a_prompt_comes_before_other_names_for_one():
     row = {"prompt": "Hi", "instruction": "Rate these.", "question": "Which?", "input": "x", **TWO_ANSWERS}
     name, (example,) = convert(row)

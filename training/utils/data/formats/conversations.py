@@ -483,7 +483,9 @@ def continuation(prompt: list[Message], value: Any, name: str, transcript: bool 
     one = isinstance(value, dict) and value.keys() & {"role", "from"}
     if one or (isinstance(value, list) and not is_parts(value)):
         turns = messages_of(value, name)
-        return turns[len(prompt) :] if turns[: len(prompt)] == prompt else turns  # some datasets repeat the prompt
+        has_system = any(turn["role"] == "system" for turn in turns)
+        before = [message for message in prompt if has_system or message["role"] != "system"]
+        return turns[len(before) :] if turns[: len(before)] == before else turns  # some datasets repeat the prompt
     text = _column_text(value, name)
     turns = parse_transcript(text)
     if turns and turns[: len(said)] != said:

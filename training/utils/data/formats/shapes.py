@@ -54,12 +54,31 @@ def _answers_to(row: Row, prompt: list[Message], transcript: bool) -> list[Examp
     """The answers of a row to its prompt, which was a transcript or not; without a prompt they are conversations."""
     if all(message["role"] == "system" for message in prompt):
         return [with_system(pair, prompt[0]["content"] if prompt else "") for pair in _transcript_pair(row)]
+    prompt = _in_full(row, prompt)
     chosen, rejected, response = (
         continuation(prompt, row.get(name), name, transcript) for name in ("chosen", "rejected", "response")
     )
     if response and not (chosen and rejected):
         return answered(prompt, response)
     return preference(prompt, chosen, rejected, response)
+
+
+def _in_full(row: Row, prompt: list[Message]) -> list[Message]:
+    """The prompt as chosen and rejected repeat it, with the turns that both have before it, such as a system turn."""
+    said = [{**message, "content": message["content"].strip()} for message in prompt if message["role"] != "system"]
+    found = []
+    for name in ("chosen", "rejected"):
+        value = unpacked(row.get(name), name)
+        turns = messages_of(value, name) if isinstance(value, list) and not is_parts(value) else []
+        bare = [{**turn, "content": turn["content"].strip()} for turn in turns]
+        end = next((i for i in range(len(said), len(turns)) if bare[i - len(said) : i] == said), 0)
+        found.append(turns[:end])
+    own = prompt[: prompt[0]["role"] == "system"]
+    if not found[0] or found[0] != found[1]:
+        return prompt
+    if found[0][0]["role"] == "system":
+        return found[0] if own in ([], found[0][:1]) else prompt
+    return [*own, *found[0]]
 
 
 def _asked_pair(asked: Callable[[Row], str | list[Message]]) -> Converter:
