@@ -31,6 +31,13 @@ def test_what_no_step_has_made_is_not_written_over(home, name):
     assert file.read_text() == "mine" and not (home / "out" / folders.LOCK).exists()
 
 
+def test_a_step_is_not_evaluated_where_nothing_can_be_written(home, monkeypatch):
+    (home / "summary.json").write_text("{}")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(UserError, match="--path .* can not be written"):
+        folders.step_folder(str(home), "step1")
+
+
 @pytest.mark.parametrize("mark", [folders.LOCK, folders.CHECKPOINTS])
 def test_a_steps_own_folder_goes_on(home, mark):
     (home / "out").mkdir()

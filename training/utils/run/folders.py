@@ -279,7 +279,7 @@ def step_folder(path: str, step: str) -> Path:
     """The finished output of a step: an evaluation's ``--path``, or the latest run's.
 
     Raises:
-        UserError: it is not there, the step has not finished, or it is another step's.
+        UserError: it is not there or can not be written, the step has not finished, or it is another step's.
     """
     folder = Path(path).expanduser().absolute() if path else latest_output(step)
     if not folder.is_dir():
@@ -291,7 +291,7 @@ def step_folder(path: str, step: str) -> Path:
     if (of := next((name for name, key in SAYS.items() if key in summary), step)) != step:
         program = f"{Path(STEPS[of]).parent}/evaluate.py"
         raise UserError(f"--path {path}: an output of {title(of)}, not of {title(step)}; give it to {program}")
-    return folder
+    return make_dir(folder, "--path")
 
 
 @contextlib.contextmanager
