@@ -218,7 +218,8 @@ def _refuse_other_models(
     for flag in sorted({flag for flag, _ in before ^ now}):
         edited = flag.startswith("--reward_function ") and flag in dict(before) and flag in dict(now)
         if edited and named:
-            say(f"{flag} has been edited since {checkpoint} was written: from here on it rewards as it is now")
+            say(f"{flag} has been edited since {checkpoint} was written: from here on it rewards as it is now, and "
+                "what was answered before, such as by the SFT model, keeps its rewards")  # fmt: skip
             continue
         instead = f"go on with it as it is now by --resume {checkpoint}, " if edited else ""
         raise UserError(
