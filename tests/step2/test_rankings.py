@@ -7,10 +7,10 @@ import pytest
 
 from tests.marks import slow
 from tests.step2.ranking_checks import PAD, fixed_rankings, train_pair_by_pair, train_rankings
-from training.step2_reward_model_finetuning.evaluate import Pair, judge
 from training.step2_reward_model_finetuning.pairs import some_rankings
 from training.step2_reward_model_finetuning.preference import pair_metrics
 from training.utils.data.batches import collate_pairs, element_lengths, rankings_of
+from training.utils.preferences import Pair, judge
 
 TOLERANCE = 1e-6
 
