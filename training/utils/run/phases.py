@@ -1,7 +1,8 @@
 """What this rank is doing, and where its time and memory go: signs of life, and figures by phase.
 
 The watchdog (`training.utils.run.watchdog`) ends a rank whose last `beat` is too long ago; `Phases` adds up seconds and
-peak memory for summary.json and the report. Nothing here needs torch before the first phase ends.
+peak memory for summary.json and the report. Torch is imported where memory is looked at, as programs answer mistakes
+before they import it.
 """
 
 from __future__ import annotations
