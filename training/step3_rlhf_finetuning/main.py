@@ -76,7 +76,7 @@ def loaded_trainer(o: settings.Opened) -> PPOTrainer:
         o.output_dir,
         phases=o.phases,
         pretraining=mix,
-        before_update=o.run.stop_if_asked,
+        stop=o.run.stop_by,
         guard=o.run.guard,
     )
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from training.utils.generation.rollouts import (
     state_values,
 )
 from training.utils.generation.sampling import SamplingConfig
-from training.utils.run.distributed import all_reduce_sum, reduce_sums, say
+from training.utils.run.distributed import all_reduce_sum, asked_to_stop, reduce_sums, say
 from training.utils.run.phases import Phases, beat
 from training.utils.sharing.trial import shares_across
 
@@ -67,7 +67,7 @@ class PPOTrainer:
         dtype: the run's precision, which decides how far sampler and trainer may differ.
         phases: gets the time and memory of generating, scoring and training.
         pretraining: adds its loss to the actor's, None without one.
-        before_update: called between the parts of an iteration as long as no weight has changed; may raise.
+        stop: ends the run by the signal that asks for it, between the parts of an iteration before weights change.
         guard: says when skipped steps must stop the run.
 
     Attributes:
@@ -83,7 +83,7 @@ class PPOTrainer:
         dtype: str,
         phases: Phases | None = None,
         pretraining: PretrainingMix | None = None,
-        before_update: Callable[[], None] = lambda: None,
+        stop: Callable[[int], NoReturn] | None = None,
         guard: engines.SkipGuard | None = None,
     ) -> None:
         self.phases = phases or Phases()
@@ -95,7 +95,7 @@ class PPOTrainer:
         self.train = scoring.train
         self.dtype = dtype
         self.pretraining = pretraining
-        self.before_update = before_update
+        self.stop = stop
         self.scored: list[ScoredBatch] = []
         self.guard = guard or engines.SkipGuard()
         self._checked = self._updated = False
@@ -114,7 +114,7 @@ class PPOTrainer:
             number: of the iteration, from 0.
         """
         metrics = self.make_experience(requests, number)
-        self.before_update()
+        self._stop_if_asked()
         beat("training")
         scored = time.perf_counter()
         metrics |= self.update([batch.experience for batch in self.scored], number)
@@ -130,12 +130,16 @@ class PPOTrainer:
             rollouts = [self.backend.generate(twin, request, self.sampling) for request in requests]
         generated = time.perf_counter()
         self.phases.end("generate")
-        self.before_update()
+        self._stop_if_asked()
         beat("scoring")
         self.scored, metrics = self.scoring.score(rollouts, requests)
         self._check_sampler(self.scored, number)
         self.phases.end("score")
         return metrics | {"time/generate": generated - started, "time/score": time.perf_counter() - generated}
+
+    def _stop_if_asked(self) -> None:
+        if self.stop and (number := asked_to_stop(self.device)):
+            self.stop(number)
 
     def _timing(self, train: float, metrics: Mapping[str, float]) -> dict[str, float]:
         """Seconds of the phases, and the share of each in the time since the last record."""

@@ -25,7 +25,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ from training.utils.checkpoint.engine_state import engine_counters, engine_tenso
 from training.utils.engine.engine import SkipGuard
 from training.utils.errors import RunStopped, UserError
 from training.utils.run.distributed import (
-    all_reduce_max,
+    asked_to_stop,
     barrier,
     gather_objects,
     is_main,
@@ -50,7 +50,7 @@ from training.utils.run.distributed import (
 )
 from training.utils.run.files import set_aside
 from training.utils.run.folders import EVALUATION, SHOWN, same_command, shown
-from training.utils.run.phases import beat, doing
+from training.utils.run.phases import beat
 from training.utils.run.watchdog import loop_begins
 
 METRICS = "metrics.jsonl"
@@ -228,11 +228,16 @@ class Run:
         Raises:
             RunStopped: after a checkpoint was written.
         """
-        strength = {0: 0, signal.SIGTERM: 1, signal.SIGINT: 2}[doing.asked]
-        strength = int(all_reduce_max(torch.tensor(float(strength), device=self._device())).item())
-        if strength:
-            number = signal.SIGINT if strength == 2 else signal.SIGTERM
-            self._stop(f"stopped by {number.name} after step {self.step}", 128 + number)
+        if number := asked_to_stop(self._device()):
+            self.stop_by(number)
+
+    def stop_by(self, number: int) -> NoReturn:
+        """End the run, by a signal that all ranks know of, where the engines stand as after the last step.
+
+        Raises:
+            RunStopped: after a checkpoint was written.
+        """
+        self._stop(f"stopped by {signal.Signals(number).name} after step {self.step}", 128 + number)
 
     def stop_if(self, reason: str, advice: str) -> None:
         """End the run for a reason that all ranks know; does nothing without one.
@@ -243,7 +248,7 @@ class Run:
         if reason:
             self._stop(f"stopped after step {self.step}: {reason}; {advice}", 1)
 
-    def _stop(self, why: str, code: int) -> None:
+    def _stop(self, why: str, code: int) -> NoReturn:
         target = self.folder / store.checkpoint_name(self.step)
         if self._saved_at != self.step:
             target = self.save(self.progress)

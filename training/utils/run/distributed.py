@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import functools
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ import torch.distributed.distributed_c10d as c10d
 from deepspeed.accelerator import get_accelerator
 
 from training.utils.errors import UserError, printable
-from training.utils.run.phases import beat
+from training.utils.run.phases import beat, doing
 from training.utils.run.runtime import has_nvidia
 
 DEFAULT_TIMEOUT = 1800.0
@@ -223,6 +224,13 @@ def all_reduce_max(values: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return largest
+
+
+def asked_to_stop(device: torch.device) -> int:
+    """The signal that asks any rank to stop after this step, SIGINT before SIGTERM, 0 for none; a collective."""
+    signals = (0, signal.SIGTERM, signal.SIGINT)
+    strength = torch.tensor(float(signals.index(doing.asked)), device=device)
+    return signals[int(all_reduce_max(strength).item())]
 
 
 def reduce_sums(sums: Mapping[str, float], device: torch.device) -> dict[str, float]:
