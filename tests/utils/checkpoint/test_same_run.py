@@ -13,6 +13,7 @@ from training.step3_rlhf_finetuning.reward_functions import load_text_function
 from training.utils.arguments import DeepSpeedArguments
 from training.utils.checkpoint import same_run
 from training.utils.errors import UserError
+from training.utils.model import loading
 
 RUN = {
     "step": "step3",
@@ -98,6 +99,25 @@ def test_a_checkpoint_of_an_earlier_version(capsys):
     other = RUN | {"data": {"training": "hashed in another way"}, "models": {}}
     same_run.refuse_other_run(other, RUN | {"fingerprints": 2}, Path("checkpoint"))
     assert "is not checked" in capsys.readouterr().out
+
+
+def test_a_converted_model_is_what_it_was_converted_from(tmp_path, monkeypatch):
+    """Another version of transformers writes another tokenizer.json, and a run goes on after an upgrade."""
+    monkeypatch.setenv("TRIPOD_CACHE", str(tmp_path / "cache"))
+    gguf, found = tmp_path / "a.gguf", []
+
+    def convert(path: Path, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "config.json").write_text(loading.transformers.__version__)
+
+    monkeypatch.setattr(loading, "_write_converted", convert)
+    for content, version in (("one", "5.17.0"), ("one", "5.23.0"), ("two", "5.23.0")):
+        gguf.write_text(content)
+        monkeypatch.setattr(loading.transformers, "__version__", version)
+        found.append(str(loading._convert_gguf(gguf)))
+    assert len(set(found)) == 3
+    before, upgraded, other = map(same_run.input_fingerprint, found)
+    assert before == upgraded != other
 
 
 def test_files_that_another_folder_sees_are_the_same_files(tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from training.utils.run.folders import cache_dir
 
+CONVERTED_FROM = "converted_from.sha256"  # in a converted model's folder: `file_digest` of what it was made of
 _REMEMBERED = 1 << 24  # bytes from which on reading a file again costs more than keeping its hash
 _DIGEST = re.compile("[0-9a-f]{64}")
 

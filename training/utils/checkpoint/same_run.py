@@ -15,7 +15,7 @@ import torch
 
 import training
 from training.utils.arguments import default_of
-from training.utils.checkpoint.digests import file_digest
+from training.utils.checkpoint.digests import CONVERTED_FROM, file_digest
 from training.utils.engine.zero_config import MAX_GRAD_NORM, user_config
 from training.utils.errors import UserError
 from training.utils.run.distributed import data_size, say, world_size
@@ -59,7 +59,7 @@ MODEL_FILES = (
     "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "reward_stats.json",
 )  # fmt: skip
-FINGERPRINTS = 3  # how models and rows are hashed; those of another number can not be compared
+FINGERPRINTS = 4  # how models and rows are hashed; those of another number can not be compared
 _BATCH_ROWS = 1000
 
 
@@ -99,13 +99,16 @@ def _meaning(name: str, value: Any) -> Any:
 def input_fingerprint(path: str) -> str:
     """A hash over a model folder's configuration, tokenizer, weights and own code; or over a Python file.
 
-    Of a Python file the modules count too that it has imported from its own folder.
+    Of a Python file the modules count too that it has imported from its own folder; of a model that was converted the
+    file that it was made of, as another version of transformers writes another tokenizer.json.
     """
     folder = Path(path).expanduser()
     if folder.is_file():
         return _files_digest([folder, *_imported_from(folder.resolve().parent)])
     if not folder.is_dir():
         return path  # a hub name
+    if (source := folder / CONVERTED_FROM).is_file():
+        return source.read_text(encoding="ascii")
     named = [folder / name for name in MODEL_FILES if (folder / name).is_file()]
     return _files_digest(
         [*named, *(file for kind in ("safetensors", "bin", "py") for file in folder.glob(f"*.{kind}"))]

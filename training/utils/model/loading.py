@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import os
 import re
 import shutil
@@ -33,6 +32,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from training.utils.checkpoint.digests import CONVERTED_FROM, file_digest
 from training.utils.engine import four_bit, sequence_parallel
 from training.utils.engine.zero_config import DTYPES
 from training.utils.errors import UserError, disk_failure
@@ -191,11 +191,9 @@ def _embedded_gguf() -> Path:
 
 
 def _convert_gguf(path: Path) -> Path:
-    """Convert a GGUF file to a Hugging Face folder in bf16, once; the folder's name carries the file's identity."""
-    status = path.stat()
-    changed = f"{status.st_mtime_ns}-{status.st_ctime_ns}"  # the latter moves where a copy keeps the former
-    identity = f"{path.name}-{status.st_size}-{changed}-{transformers.__version__}"
-    target = cache_dir() / "models" / f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+    """Convert a GGUF file to a Hugging Face folder in bf16, once for its content and a version of transformers."""
+    digest = file_digest(path)
+    target = cache_dir() / "models" / f"{path.stem}-{digest[:12]}-{transformers.__version__}"
     if (target / "config.json").is_file():
         return target
     make_dir(target.parent, CACHE_FOLDER)
@@ -205,6 +203,7 @@ def _convert_gguf(path: Path) -> Path:
         try:
             if not (target / "config.json").is_file():
                 _write_converted(path, scratch)
+                (scratch / CONVERTED_FROM).write_text(digest, encoding="ascii")
                 scratch.rename(target)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
