@@ -11,9 +11,9 @@ import operator
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from training.migrate.shell.words import LITERAL, NAME, UNREAD, expansion_end, expansions, piece_end
+from training.migrate.shell.words import LITERAL, NAME, UNREAD, expansion_end, left_to_the_shell, piece_end, pieces
 from training.utils.errors import UserError
 
 Value = str | list[str]
@@ -65,13 +65,6 @@ class Variables:
     ends_early: bool = False
     any_case: bool = False
     fixed: set[str] = field(default_factory=set)
-
-    def copy(self) -> Variables:
-        """The same, to go on with apart from these."""
-        arguments = None if self.arguments is None else list(self.arguments)
-        values, exported, undecided = dict(self.values), dict(self.exported), dict(self.undecided)
-        fixed = set(self.fixed)
-        return replace(self, values=values, arguments=arguments, exported=exported, undecided=undecided, fixed=fixed)
 
     def set(self, name: str, value: Value, *, add: bool = False) -> None:
         """Give a variable a value, or add it to the one it has."""
@@ -138,7 +131,7 @@ class Variables:
     def counted(self, name: str) -> list[str] | None:
         """The same, None also where the shell may make several words of one of them."""
         found = self.texts(name)
-        lefts = (one[begin:end] for one in found or () for begin, end in expansions(one))
+        lefts = (left for one in found or () for left in left_to_the_shell(one))
         return found if all(map(_NAME_ALONE.fullmatch, lefts)) else None
 
 
@@ -196,16 +189,15 @@ class _Fields:
 
     def add_split(self, part: str) -> None:
         """A value, of which a shell makes several words; what stays in it for the shell is a part of one."""
-        last, between = 0, f"[{re.escape(self.separators)}]+" if self.separators else "(?!)"
-        for begin, end in [*expansions(part), (len(part), len(part))]:
-            for number, piece in enumerate(re.split(between, part[last:begin])):
+        between = f"[{re.escape(self.separators)}]+" if self.separators else "(?!)"
+        for before, left in pieces(part):
+            for number, piece in enumerate(re.split(between, before)):
                 if number:
                     self.open = False
                 if piece:
                     self.add(piece)
-            if begin < end:
-                self.add(part[begin:end])
-            last = end
+            if left:
+                self.add(left)
 
 
 def _read(word: str, known: Variables, made: _Fields, *, split: bool) -> None:
@@ -315,7 +307,7 @@ def _value(piece: str, known: Variables) -> str | None:
     if value is None or not form:
         return value
     cut = _CUT.fullmatch(form)
-    if cut is None or expansions(value):
+    if cut is None or left_to_the_shell(value):
         return None
     return _cut(value, cut[1], cut[2], known)
 
@@ -325,7 +317,7 @@ def _length(name: str, whole: bool, known: Variables) -> str | None:
         items = known.counted(name)
         return None if items is None else str(len(items))
     value = known.text(name)
-    return None if value is None or expansions(value) else str(len(value))
+    return None if value is None or left_to_the_shell(value) else str(len(value))
 
 
 def _with_default(name: str, form: str, word: str, known: Variables) -> str | None:
@@ -336,7 +328,7 @@ def _with_default(name: str, form: str, word: str, known: Variables) -> str | No
     if value is None and (name in known.undecided or (name in os.environ and (os.environ[name] or ":" not in form))):
         return None
     empty = value is None or (not value and ":" in form)
-    if value is not None and expansions(value) and ":" in form:
+    if value is not None and left_to_the_shell(value) and ":" in form:
         there = in_environment(value, known)
         if there is None:
             return None
@@ -356,7 +348,7 @@ def _cut(value: str, form: str, shape: str, known: Variables) -> str | None:
     """``${NAME%pattern}`` and its like; None for what is not read here."""
     if form in ("/", "//"):
         old, _, new = shape.partition("/")
-        if not old or _GLOB.search(old) or old[0] in "#%\\" or expansions(old):
+        if not old or _GLOB.search(old) or old[0] in "#%\\" or left_to_the_shell(old):
             return None
         return value.replace(text(old, known), text(new, known), -1 if form == "//" else 1)
     found = pattern(shape, known)
@@ -439,18 +431,14 @@ def _command(piece: str, known: Variables) -> str:
 
 
 def in_environment(word: str, known: Variables) -> str | None:
-    """A word with what it leaves to the shell as the environment here has it, empty where it has nothing; None where
-    that is not known."""
-    found, last = "", 0
-    for begin, end in [*expansions(word), (len(word), len(word))]:
-        found += word[last:begin]
-        last = end
-        match = re.fullmatch(r"\$\{?(\w+)\}?", word[begin:end])
-        if begin == end:
-            break
-        if match is None or {match[1], "@" if match[1].isdigit() else ""} & known.undecided.keys() or UNREAD in word:
+    """A word with what it leaves to the shell as the environment here has it; None where that is not known."""
+    found = ""
+    for before, left in pieces(word):
+        match = re.fullmatch(r"\$\{?(\w+)\}?", left)
+        name = match[1] if match else ""
+        if left and (not name or {name, "@" if name.isdigit() else ""} & known.undecided.keys() or UNREAD in word):
             return None
-        found += os.environ.get(match[1], "")
+        found += before + os.environ.get(name, "")
     return found.replace(LITERAL, "$")
 
 
@@ -461,10 +449,11 @@ def final(word: str) -> str:
         UserError: it has a form that is not read here, or a dollar that no shell is to take for its own.
     """
     if UNREAD in word:
-        at = word.index(UNREAD)
-        form = next((word[begin:end] for begin, end in expansions(word) if begin <= at + 1 < end), word[at:])
+        before, form = next(piece for piece in pieces(word) if UNREAD in "".join(piece))
+        if UNREAD in before[:-1] or not form:
+            form = word[word.index(UNREAD) :]
         raise UserError(f"{form.replace(UNREAD, '')} is not read here: write its value in its place")
     plain = word.replace(LITERAL, "$")
-    if LITERAL in word and len(expansions(plain)) > len(expansions(word)):
+    if LITERAL in word and len(left_to_the_shell(plain)) > len(left_to_the_shell(word)):
         raise UserError(f"{plain}: a dollar that is not the shell's can not be written here: give it in a file")
     return plain

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from training.migrate.shell.words import NAME, REDIRECTIONS, Operator, tokens
@@ -105,9 +105,17 @@ class _Parser:
         self.at += 1
         return self.words[self.at - 1]
 
+    def is_operator(self, *operators: str) -> bool:
+        """Whether the next token is one of these, and no word."""
+        return isinstance(self.peek(), Operator) and self.peek() in operators
+
+    def since(self, begin: int) -> str:
+        """What has been read from a place on, in words."""
+        return " ".join(self.words[begin : self.at]).strip("; \n")
+
     def skip(self, *operators: str) -> None:
         """Read over separators."""
-        while isinstance(self.peek(), Operator) and self.peek() in operators:
+        while self.is_operator(*operators):
             self.at += 1
 
     def expect(self, *ends: str) -> str:
@@ -129,33 +137,29 @@ class _Parser:
             if not self.peek() or self.peek() in _ENDS:
                 return nodes
             node = self.chain()
-            behind = isinstance(self.peek(), Operator) and self.peek() == "&"  # a shell of its own does it
-            nodes.append(Body("(", "", [node]) if behind else node)
+            nodes.append(Body("(", "", [node]) if self.is_operator("&") else node)  # a shell of its own does it
             self.skip("&")
+
+    def joined(self, part: Callable[[], Node], *operators: str) -> Node:
+        """Parts with operators between them; a single one as it is."""
+        items = [("", part())]
+        while self.is_operator(*operators):
+            operator = self.take()
+            self.skip("\n")
+            items.append((operator, part()))
+        return Chain(items) if len(items) > 1 else items[0][1]
 
     def chain(self) -> Node:
         """Up to what separates commands."""
-        items = [("", self.pipe())]
-        while isinstance(self.peek(), Operator) and self.peek() in ("&&", "||"):
-            operator = str(self.take())
-            self.skip("\n")
-            items.append((operator, self.pipe()))
-        return Chain(items) if len(items) > 1 else items[0][1]
+        return self.joined(self.pipe, "&&", "||")
 
     def pipe(self) -> Node:
         """Commands of which each reads the last one's output."""
-        if self.peek() == "!":
-            return Chain([(self.take(), self.pipe())])
-        items = [("", self.command())]
-        while isinstance(self.peek(), Operator) and self.peek() in ("|", "|&"):
-            self.take()
-            self.skip("\n")
-            items.append(("|", self.command()))
-        return Chain(items) if len(items) > 1 else items[0][1]
+        return Chain([(self.take(), self.pipe())]) if self.peek() == "!" else self.joined(self.command, "|", "|&")
 
     def command(self) -> Node:
         """One command: a simple one, or a compound such as ``if ... fi``."""
-        begin, first = self.at, self.peek()
+        first = self.peek()
         node: Node
         if first == "if":
             node = self.branches()
@@ -166,25 +170,24 @@ class _Parser:
         elif first == "function":
             self.take()
             node = self.function(self.take() if self.peek() else "")
-        elif first == "{" or (isinstance(first, Operator) and first == "("):
+        elif first == "{" or self.is_operator("("):
             node = Body(str(self.take()), "", self.commands())
             self.expect("}", ")")
         else:
             return self.simple()
-        if isinstance(node, If):
-            node.said = " ".join(self.words[begin : self.words.index("then", begin)]).strip("; \n")
-        while self.redirected():
+        while self.is_operator(*REDIRECTIONS):
             self.redirection()
         return node
 
     def branches(self) -> If:
         """``if``, ``elif`` and ``else``."""
-        node = If([], "")
+        begin, node = self.at, If([], "")
         word = self.take()
         while word != "fi":
             condition: list[Node] = []
             if word != "else":
                 condition = self.commands()
+                node.said = node.said or self.since(begin)
                 self.expect("then")
             node.clauses.append((condition, self.commands()))
             word = self.expect("elif", "else", "fi") if word != "else" else self.expect("fi")
@@ -200,7 +203,7 @@ class _Parser:
                 self.take()
         else:
             condition = self.commands()
-        said = " ".join(self.words[begin : self.at]).strip("; \n")
+        said = self.since(begin)
         self.skip(";", "\n")
         self.expect("do")
         node = Body("loop", said, self.commands(), condition)
@@ -230,10 +233,6 @@ class _Parser:
         self.take()
         return node
 
-    def redirected(self) -> bool:
-        """The next token sends output somewhere."""
-        return isinstance(self.peek(), Operator) and self.peek() in REDIRECTIONS
-
     def redirection(self) -> tuple[str, str]:
         """An operator and its target."""
         operator = str(self.take())
@@ -248,7 +247,7 @@ class _Parser:
         """A command's words, or a function."""
         node = Simple([], [])
         while self.peek():
-            if self.redirected():
+            if self.is_operator(*REDIRECTIONS):
                 node.redirections.append(self.redirection())
             elif not isinstance(self.peek(), Operator):
                 node.words.append(self.take())

@@ -10,6 +10,7 @@ import operator
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -182,7 +183,7 @@ class _Reader:
         """Go round a loop as its condition says, as of arguments; false, and nothing has changed, where that is not
         known, or where it starts programs."""
         state, counts = (self.known, self.folder, self.left, self.pushed), (len(self.found), len(self.notes))
-        self.known = self.known.copy()
+        self.known = deepcopy(self.known)
         self.carried += 1
         done = False
         with contextlib.suppress(_LeftError):
@@ -200,12 +201,7 @@ class _Reader:
         return done
 
     def leave_open(self, names: Mapping[str, bool], why: str) -> None:
-        """From here on the values of these variables are unknown.
-
-        Args:
-            names: variable -> whether programs that the script starts see the change.
-            why: for messages.
-        """
+        """Values are unknown from here on, of variables -> whether programs that the script starts see the change."""
         for name, exported in names.items():
             self.known.leave_open(name, why)
             if exported:
@@ -215,7 +211,7 @@ class _Reader:
     def aside(self) -> Iterator[None]:
         """Within, assignments do not last, and what ends the script ends this alone."""
         state = self.known, self.folder, self.left, self.pushed, self.taken
-        self.known = self.known.copy()
+        self.known = deepcopy(self.known)
         try:
             with contextlib.suppress(_EndedError):
                 yield
@@ -225,16 +221,10 @@ class _Reader:
     def may_run(
         self, nodes: Sequence[Node], taken: str = "", undecided: Mapping[str, bool] | None = None, why: str = ""
     ) -> dict[str, bool]:
-        """Read commands that the script may or may not run.
+        """Read commands that the script may or may not run; the variables that they change, as of `leave_open`.
 
-        Args:
-            nodes: the commands.
-            taken: a note for what is found in them: what has been assumed; empty for none.
-            undecided: variables whose values are unknown when they begin, and whether they are exported.
-            why: these are unknown.
-
-        Returns:
-            The variables that the commands change, and whether these are exported then.
+        ``taken`` is a note for what is found in them: what has been assumed. ``undecided`` are variables whose values
+        are unknown when they begin, and ``why`` that is so.
         """
         before, changed = self.known, dict[str, bool]()
         with self.aside():
@@ -247,16 +237,9 @@ class _Reader:
         return changed
 
     def may_repeat(self, node: Body, inside: str, names: dict[str, bool], why: str) -> dict[str, bool]:
-        """`may_run` of a loop's body, any number of times.
+        """`may_run` of what stands in a loop or a function, any number of times.
 
-        Args:
-            node: the loop, or a function.
-            inside: its name, for messages.
-            names: variables whose values are unknown in each round; so are those that the rounds change.
-            why: these are unknown.
-
-        Returns:
-            All of them.
+        The values of ``names`` are unknown in each round; so are those that the rounds change. All of them come back.
         """
         outer, self.inside = self.inside, inside
         while True:
@@ -278,7 +261,7 @@ class _Reader:
 
     def chain(self, items: Sequence[tuple[str, Node]]) -> bool | None:
         """Read commands joined by ``&&`` and ``||``, by ``|``, or one behind ``!``."""
-        if items[-1][0] == "|":
+        if items[-1][0] in ("|", "|&"):
             for _, node in items:
                 with self.aside():
                     self.one(node)
@@ -297,8 +280,7 @@ class _Reader:
     def first_of(self, clauses: Iterable[tuple[bool | None, Sequence[Node], str]]) -> bool | None:
         """Read what follows the first condition that holds; all that may hold where that is not known.
 
-        Args:
-            clauses: whether it holds, what follows it, and the condition in words.
+        ``clauses`` are whether it holds, what follows it, and the condition in words.
         """
         unknown, changes = "", []
         for status, body, said in clauses:
@@ -388,9 +370,8 @@ class _Reader:
             for one in words[1:]:
                 if "[" in one:
                     self.known.leave_open(one.partition("[")[0], " ".join(words))
-                self.known.values.pop(one, None)
-                self.known.undecided.pop(one, None)
-                self.known.exported.pop(one, None)
+                for known in (self.known.values, self.known.undecided, self.known.exported):
+                    known.pop(one, None)
         elif name == "shift" and self.known.counted("@") is None:
             self.known.leave_open("@", "shift")
         elif name == "shift" and self.known.arguments is not None:
@@ -496,17 +477,13 @@ class _Reader:
         rest = list(words)
         while rest and (rest[0] in BEFORE or ASSIGNMENT.match(rest[0])):
             rest.pop(0)
-        called = rest[:1] and rest[0] in SHELLS
-        is_text = any(map(_IS_TEXT.fullmatch, itertools.takewhile(lambda word: word.startswith("-"), rest[1:])))
-        if not rest or (called and not is_text and any(word.endswith(".py") for word in rest)):
-            return False  # a wrapper hands its arguments on
-        if called:
+        if rest[:1] and rest[0] in SHELLS:
             rest.pop(0)
             while rest and rest[0].startswith("-") and not _IS_TEXT.fullmatch(rest[0]):
                 rest.pop(0)
-        elif not rest[0].endswith(".sh"):
-            return False
-        if not rest:
+            if not rest or (not _IS_TEXT.fullmatch(rest[0]) and any(word.endswith(".py") for word in rest)):
+                return False  # a wrapper hands its arguments on
+        elif not (rest and rest[0].endswith(".sh")):
             return False
         file = ""
         if _IS_TEXT.fullmatch(rest[0]):
@@ -526,16 +503,12 @@ class _Reader:
 
     def handed_on(self, arguments: list[str], words: Sequence[str]) -> Variables:
         """What a script that this one starts knows at its beginning."""
-        known = self.known.copy()
-        known.values = {name: value for name, value in known.values.items() if name in known.exported}
-        known.undecided = {name: why for name, why in known.undecided.items() if name in known.exported}
-        known.arguments, known.all_exported, known.ends_early = list(arguments), False, False
-        known.any_case, known.fixed = False, set()
-        for word in words:
-            if word in BEFORE:
-                continue
-            if not ASSIGNMENT.match(word):
-                break
+        exported = self.known.exported
+        values = {name: value for name, value in self.known.values.items() if name in exported}
+        undecided = {name: why for name, why in self.known.undecided.items() if name in exported}
+        known = Variables(values, list(arguments), dict(exported), undecided)
+        own = (word for word in words if word not in BEFORE)
+        for word in itertools.takewhile(ASSIGNMENT.match, own):
             name, _, value = word.partition("=")
             known.set(name, value)
             known.exported[name] = None
@@ -555,7 +528,7 @@ class _Reader:
             elif (value := known.text(name)) is not None:
                 environment.append(f"{name}={value}")
         empty = {before: word for before, word in itertools.pairwise(node.words) if not fields(word, known)}
-        return Run(words, environment, self.folder, self.inside, known.copy(), self.file, notes, empty)
+        return Run(words, environment, self.folder, self.inside, deepcopy(known), self.file, notes, empty)
 
 
 def _text_of(path: Path) -> str:
@@ -570,10 +543,8 @@ def _starts_one(words: Sequence[str]) -> bool:
 
 def _at_home(word: str) -> list[str]:
     """What is to be said of a word whose tilde is quoted, for all programs here take it for the home folder."""
-    quoted = re.search(r"(?:^|=)([\"'\\]~/.*)", word, re.DOTALL)
-    return (
-        [f"{quoted[1]} begins in the home folder here; there, as it is quoted, in a folder called ~"] if quoted else []
-    )
+    quoted = re.findall(r"(?:^|=)([\"'\\]~/.*)", word, re.DOTALL)
+    return [f"{one} begins in the home folder here; there, as it is quoted, in a folder called ~" for one in quoted]
 
 
 def _said(condition: Sequence[Node], otherwise: str) -> str:

@@ -191,34 +191,31 @@ def _open(text: str, at: int) -> UserError:
 QUOTES = "'\"`"
 
 
-def expansions(word: str) -> list[tuple[int, int]]:
-    """What stays in a word for the shell to fill in: begin and end of each; an open bracket begins none."""
-    found, at = [], 0
+def pieces(word: str) -> list[tuple[str, str]]:
+    """A word taken apart: each text with the expansion behind it, "" behind the last; an open bracket begins none."""
+    found, last, at = [], 0, 0
     while at < len(word):
         try:
             end = expansion_end(word, at)
         except UserError:
             end = 0
         if end:
-            found.append((at, end))
+            found.append((word[last:at], word[at:end]))
+            last = end
         at = end or at + 1
-    return found
+    return [*found, (word[last:], "")]
 
 
 def left_to_the_shell(word: str) -> list[str]:
-    """The texts of `expansions`."""
-    return [word[begin:end] for begin, end in expansions(word)]
+    """What stays in a word for the shell to fill in."""
+    return [left for _, left in pieces(word) if left]
 
 
 def quoted(word: str) -> str:
     """A word for the shell; its variables and its home folder stay for the shell to fill in."""
     if re.fullmatch(r"~?[\w@%+=:,./$\{\}\[\]-]+", word) and not _BRACES.search(word):
         return word
-    found = expansions(word)
-    if not found:
+    if not left_to_the_shell(word):
         return shlex.quote(word)
-    text, last = "", 0
-    for begin, end in [*found, (len(word), len(word))]:
-        text += re.sub(r'(["\\`])', r"\\\1", word[last:begin]) + word[begin:end]
-        last = end
+    text = "".join(re.sub(r'(["\\`])', r"\\\1", before) + left for before, left in pieces(word))
     return f'"{text}"'
