@@ -168,10 +168,8 @@ def show_plans(steps: Sequence[Step], ranks: int, on_this_host: int) -> int:
 def check_later(steps: Sequence[Step], ranks: int, on_this_host: int, hostfile: str) -> None:
     """Ask the programs of later steps what they make of their flags and models, before the first one takes hours.
 
-    Args:
-        steps: those to run, of a plan: what is not made yet is stood in for.
-        ranks, on_this_host: see `show_plans`.
-        hostfile: where others compute than this host, if that has no accelerator: their precision is not its own.
+    ``steps`` are those to run, of a plan: what is not made yet is stood in for. With a ``hostfile`` others may compute
+    than this host, if that has no accelerator: their precision is not its own.
 
     Raises:
         UserError: one would refuse them.

@@ -46,13 +46,9 @@ def gpus_here() -> int:
 
 
 def model_of(flag: str, name: str, steps: Sequence[int], output_dir: str) -> str:
-    """The model that ``--actor-model`` or ``--reward-model`` means.
+    """The model that ``--actor-model`` or ``--reward-model`` means by a size, a name of the hub, or a folder.
 
-    Args:
-        flag: which of them.
-        name: its value: a size, a name of the hub, or a folder.
-        steps: those that run. Where the model's own step does not, an earlier run has made it.
-        output_dir: of that run.
+    Where the model's own step is none of the ``steps`` that run, an earlier run has made it, in ``output_dir``.
 
     Raises:
         UserError: it is not where that run would have left it.
@@ -72,10 +68,7 @@ def model_of(flag: str, name: str, steps: Sequence[int], output_dir: str) -> str
 def as_train_flags(given: Mapping[str, str], steps: Sequence[int], *, hostfile: bool) -> dict[str, str]:
     """Flags of e2e_rlhf.py as flags of train.py; those of single steps are texts in ``--stepN_args``.
 
-    Args:
-        given: flag -> value.
-        steps: those that run.
-        hostfile: the command names one.
+    ``steps`` are those that run; ``hostfile``: the command names one.
 
     Raises:
         UserError: a value can not be had.
@@ -103,8 +96,7 @@ def as_train_flags(given: Mapping[str, str], steps: Sequence[int], *, hostfile: 
 def rewritten(argv: Sequence[str]) -> list[str]:
     """train.py's arguments with e2e_rlhf.py's replaced; what stands for the same beside them wins.
 
-    Args:
-        argv: with ``--stepN_args=TEXT`` as one token each.
+    ``argv`` has ``--stepN_args=TEXT`` as one token each.
 
     Raises:
         UserError: a value that e2e_rlhf.py would not take, or that can not be had.
@@ -142,9 +134,7 @@ def rewritten(argv: Sequence[str]) -> list[str]:
 def script_flags(
     step: int, deployment: str, size: str, ranks: int, source: str = "DeepSpeed-Chat"
 ) -> tuple[str, list[str]] | None:
-    """What a script of e2e_rlhf.py gives its step, as flags here, and what has changed; None if it is not known.
-
-    ``source`` is the project whose step it starts.
+    """What a script of e2e_rlhf.py gives a step of ``source``, as flags here, and what has changed; None if not known.
 
     Raises:
         UserError: it can not be had here.
@@ -176,10 +166,7 @@ def script_flags(
 def settle_e2e(t: Translation, source: str = "DeepSpeed-Chat", split: str = SPLIT) -> None:
     """Take over what the end-to-end script's flags say: models, ZeRO stages, ranks, and the flags of its steps.
 
-    Args:
-        t: the command's translation.
-        source: the project.
-        split: how it divides the data where a step's script does not say.
+    ``source`` is the project, which divides the data by ``split`` where a step's script does not say.
     """
     steps = [int(text) for text in t.given.get("--step", [])] or [1, 2, 3]
     given = {name: str(t.theirs(name)) for name in E2E if name != "--step" and t.theirs(name) not in (None, "")}

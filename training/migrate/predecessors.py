@@ -14,14 +14,6 @@ DIRECT = (DEEPSPEED_CHAT, ALPACA_RLHF)  # whose programs have the same names and
 
 
 def others_of(program: str) -> dict[str, OtherFlag]:
-    """The flags of predecessors that one of our programs takes; those of the first that has a name count.
-
-    Args:
-        program: ``step1``, ``step2``, ``dpo`` or ``step3``.
-    """
-    found: dict[str, OtherFlag] = {}
-    for predecessor in DIRECT:
-        for theirs in predecessor.programs:
-            if theirs.ours == program:
-                found = {**theirs.flags, **found}
-    return found
+    """The flags of predecessors that ``step1``, ``step2``, ``dpo`` or ``step3`` takes; of one name the first one's."""
+    programs = [theirs for predecessor in DIRECT for theirs in predecessor.programs if theirs.ours == program]
+    return {name: flag for theirs in reversed(programs) for name, flag in theirs.flags.items()}

@@ -153,13 +153,10 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a model folder's files, by name; nothing but tensors is read.
 
     Raises:
-        UserError: no weights there, or a file that holds other things too.
+        UserError: a file holds other things too.
     """
-    files = weight_files(folder)
-    if not files:
-        raise UserError(f"{folder}: no weights there (pytorch_model.bin)")
     weights: dict[str, torch.Tensor] = {}
-    for file in files:
+    for file in weight_files(folder):
         try:
             found = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
         except (UnpicklingError, RuntimeError, ValueError, EOFError, OSError) as error:
@@ -240,12 +237,9 @@ def converted(weights: dict[str, torch.Tensor], layout: Layout, config: Any, fol
 
 
 def their_template(tokenizer: Any, layout: Layout, end: str) -> str:
-    """The chat template that writes conversations as they trained on them: a space before an answer belongs to it.
+    """The chat template that writes conversations as they trained on them, with ``end`` behind each answer.
 
-    Args:
-        tokenizer: of the model.
-        layout: whose it is.
-        end: what ends an answer.
+    A space before an answer belongs to it.
     """
     starts = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     turns = {"user": (layout.user, layout.after_user), "assistant": (layout.assistant, end)}

@@ -163,9 +163,7 @@ class Asked:
 def taken_up(groups: Sequence[Any], argv: Sequence[str]) -> Asked:
     """The flags, with what the run that they name has been started with.
 
-    Args:
-        groups: instances of RunArguments, InputArguments, RoundArguments and SharedArguments.
-        argv: as given.
+    ``groups`` are instances of RunArguments, InputArguments, RoundArguments and SharedArguments.
 
     Raises:
         UserError: there is no run to go on with, or a folder or a flag is not usable.

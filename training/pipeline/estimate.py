@@ -6,6 +6,7 @@ train.py does not import torch. On GPUs, on several hosts and for other models n
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -148,15 +149,7 @@ def updated_parameters(lora: LoraArguments, body: int, head: int) -> int:
 
 
 def fine_tuning_work(step: str, groups: Sequence[Any], shape: Shape, rows: Rows, held_out: Rows, ranks: int) -> Work:
-    """The work of step 1, step 2 or DPO.
-
-    Args:
-        step: its name.
-        groups: flags, instances of `arguments.STEP1`, `arguments.STEP2` or `arguments.DPO`.
-        shape: of the model.
-        rows, held_out: to train on and to evaluate with.
-        ranks: how many.
-    """
+    """The work of step 1, step 2 or DPO; ``groups`` are instances of `arguments.STEP1` and so on."""
     _, model, lora, train, *_, own = groups
 
     def one(row: Rows) -> float:
@@ -186,14 +179,9 @@ def fine_tuning_work(step: str, groups: Sequence[Any], shape: Shape, rows: Rows,
 
 
 def rlhf_work(groups: Sequence[Any], shape: Shape, prompts: Rows, held_out: Rows, answer: float, ranks: int) -> Work:
-    """The work of step 3.
+    """The work of step 3, whose roles have one shape.
 
-    Args:
-        groups: flags, instances of `rlhf_arguments.ARGUMENTS`.
-        shape: of all roles.
-        prompts, held_out: to train on and to evaluate with.
-        answer: mean tokens of the SFT model's answers, if none is cut off.
-        ranks: how many.
+    ``groups`` are instances of step 3's ``ARGUMENTS``; ``answer`` is mean tokens of the SFT model's, none cut off.
     """
     roles, _, rollout, ppo, train, zero, evaluation, *_ = groups
     answer, critic = min(answer, rollout.max_answer_seq_len), ppo.advantage == "gae"
@@ -296,8 +284,7 @@ def rows_of(kind: Kind, data: DataArguments, whole: Sequence[str], system: float
     """Training and held-out rows of a step, counted without a tokenizer.
 
     Args:
-        kind: of the rows.
-        data: the flags.
+        kind, data: of the rows, and their flags.
         whole: sources that are not divided among the steps.
         system: tokens of the system message that conversations get.
         limit: the most tokens of a row, or of its prompt where the kind is prompts.
@@ -345,13 +332,12 @@ def _lengths(kind: Kind, source: Source, split: bool, data: DataArguments, syste
 
     columns = parse_column_map(data.column_map)
     for row in source.rows(split):
-        try:
-            if not isinstance(row.values, RowError):
-                for example in convert(row.values, source.name, columns)[1]:
-                    if found := _tokens(kind, example, system, limit):
-                        yield found
-        except (Dropped, RowError):
+        if isinstance(row.values, RowError):
             continue
+        with contextlib.suppress(Dropped, RowError):
+            for example in convert(row.values, source.name, columns)[1]:
+                if found := _tokens(kind, example, system, limit):
+                    yield found
 
 
 def _tokens(kind: Kind, example: Example, system: float, limit: int) -> tuple[float, float] | None:
@@ -465,7 +451,7 @@ def line(argvs: Mapping[str, Sequence[str]], to_run: Sequence[str], ranks: int) 
     Args:
         argvs: each step's flags, those of finished steps too.
         to_run: the steps that are not finished.
-        ranks: how many, all on this machine.
+        ranks: all on this machine.
     """
     shape = embedded_shape() if to_run and of_embedded_model(argvs) and not has_accelerator() else None
     if shape is None:

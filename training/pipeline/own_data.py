@@ -41,9 +41,6 @@ def without_demo(section: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]
 def check_sources(argvs: Mapping[str, Sequence[str]]) -> None:
     """Refuse a run of which some steps have data of their own, while others would train on the demo by default.
 
-    Args:
-        argvs: the arguments of each step that runs.
-
     Raises:
         UserError: names the steps.
     """
@@ -61,10 +58,7 @@ def check_sources(argvs: Mapping[str, Sequence[str]]) -> None:
 def check_paths(argv: Sequence[str], made: Sequence[str], *, weights: bool = True) -> None:
     """Refuse a step's arguments that name a file or folder that is not there, or a model of a hub out of reach.
 
-    Args:
-        argv: its arguments.
-        made: folders that earlier steps will have made by then.
-        weights: whether models need them; a plan does without.
+    Folders that are ``made`` by earlier steps will be there by then. Models need weights, but for a plan.
 
     Raises:
         UserError: names the flag.
@@ -79,9 +73,7 @@ def check_paths(argv: Sequence[str], made: Sequence[str], *, weights: bool = Tru
 def check_reward_model(options: Mapping[str, Any], made: Sequence[str]) -> None:
     """Refuse a folder that step 3 is to take for a reward model, and that holds none or lacks its statistics.
 
-    Args:
-        options: what step 3 makes of its arguments.
-        made: folders that earlier steps will have made by then.
+    Folders that are ``made`` by earlier steps will be there by then.
 
     Raises:
         UserError: names the folder.
@@ -100,10 +92,6 @@ def check_rows(step: str, argv: Sequence[str]) -> None:
     """Refuse sources without rows for step 2, DPO or step 3, to train on and to judge by, but for the hub's.
 
     Step 1, which comes first, says so itself.
-
-    Args:
-        step: its name.
-        argv: its arguments.
 
     Raises:
         UserError: names the sources, and what to do.
@@ -129,13 +117,7 @@ def check_rows(step: str, argv: Sequence[str]) -> None:
 
 
 def _usable(step: str, flag: str, paths: Sequence[str], columns: Sequence[str], enough: int) -> tuple[int, int] | None:
-    """Look at the rows that a step can train on, until there are enough.
-
-    Args:
-        step: that reads them.
-        flag: that names the files.
-        paths, columns: the files, and ``--column_map``.
-        enough: prompts that begin differently.
+    """Look at the rows that a step can train on, until there are enough prompts that begin differently.
 
     Returns:
         How many such prompts there are, and the rows read; None once there are enough.

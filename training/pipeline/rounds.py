@@ -76,10 +76,7 @@ class RoundArguments:
 def check_flags(flags: RoundArguments, given: Collection[str], replaced: Mapping[str, str]) -> None:
     """Ask the programs of a round what they make of their flags, before the steps that come first take hours.
 
-    Args:
-        flags: the rounds'.
-        given: names of the flags of this start.
-        replaced: other programs than `PROGRAMS`, by name, which are not asked.
+    ``given`` are names of the flags of this start; those ``replaced`` of `PROGRAMS` are not asked.
 
     Raises:
         UserError: one would refuse them, or there would be nothing to compare; names the flag of train.py.
@@ -275,10 +272,7 @@ class Rounds:
 def check_run(run: Path, planned: Sequence[str], rounds: int) -> None:
     """Refuse rounds of a run that will have no reward model and actor of its own, or that were made from others.
 
-    Args:
-        run: its folder.
-        planned: steps that are run before the rounds.
-        rounds: how many.
+    ``planned`` are the steps that are run before the rounds.
 
     Raises:
         UserError: names the step, or the round's folder.
@@ -339,12 +333,9 @@ def section_of(argv: Sequence[str], step: str) -> dict[str, Any]:
 
 
 def divide(rankings: Path, answers: Path, folder: Path) -> None:
-    """Divide rankings by their prompts into ``train.jsonl`` and ``eval.jsonl``, the same way in every round.
+    """Divide rankings by their prompts into a folder's train.jsonl and eval.jsonl, the same way in every round.
 
-    Args:
-        rankings: of judge.py or rank.py.
-        answers: what they are of, to say how many prompts have been judged.
-        folder: where the two files go.
+    ``answers`` are what judge.py or rank.py has made rankings of, to say how many prompts have been judged.
 
     Raises:
         UserError: fewer than two prompts have been judged with a difference.

@@ -55,11 +55,7 @@ def parse_step(name: str, argv: Sequence[str]) -> list[Any]:
 
 
 def refuse_flags_of_some_steps(argv: Sequence[str], known: Sequence[type]) -> None:
-    """Say where a flag belongs that only some steps have.
-
-    Args:
-        argv: the arguments of train.py.
-        known: its own groups of flags.
+    """Say where a flag in train.py's arguments belongs that only some steps have; ``known`` are its own groups.
 
     Raises:
         UserError: there is such a flag.

@@ -60,9 +60,7 @@ def judges(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 def answers_text(run: Path, width: int = 0) -> str:
     """The prompts of step 3's samples.json, each with the answer of the base, the SFT and the RLHF model.
 
-    Args:
-        run: the run directory; empty text if there are no samples.
-        width: columns; 0 for the terminal's.
+    Empty without samples. ``width`` is in columns, 0 for the terminal's.
     """
     path = run / "step3" / "samples.json"
     if not path.is_file():

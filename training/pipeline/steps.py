@@ -51,10 +51,7 @@ def plan_steps(asked: Asked, scripts: Mapping[str, str]) -> list[Step]:
     """The steps asked for, with what each takes from the one before it.
 
     Of a flag that is given more than once, ``--stepN_args`` count before ``shared``, and that before the recipe.
-
-    Args:
-        asked: of train.py.
-        scripts: the steps' programs, by the names of `STEPS`.
+    ``scripts`` are the steps' programs, by the names of `STEPS`.
 
     Raises:
         UserError: the recipe or a flag is not usable, or the output of a step that does not run is nowhere.

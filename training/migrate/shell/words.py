@@ -122,10 +122,7 @@ def _word_end(text: str, at: int) -> int:
 def piece_end(text: str, at: int, *, in_quotes: bool = False) -> int:
     """The end of what begins at a place: a quoted text, an escape, an expansion, or one character.
 
-    Args:
-        text: of a script.
-        at: the place.
-        in_quotes: it is between double quotes, where ``$'`` begins nothing.
+    ``in_quotes``: it is between double quotes, where ``$'`` begins nothing.
 
     Raises:
         UserError: a quote or a bracket is open.
