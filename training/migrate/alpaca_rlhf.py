@@ -74,7 +74,7 @@ ALPACA_RLHF = Predecessor(
         ),
         replace(e2e.PROGRAM, settle=partial(e2e.settle_e2e, source="alpaca-rlhf", split="4,4,2")),
         *chat.EVALUATIONS,
-        Program("the chat page", ("llama_chatbot_gradio.py",), "page", {"--path": chat.CHAT["--path"]},
+        Program("the chat page", ("llama_chatbot_gradio.py",), "page", chat.CHAT_SCRIPT,
                 settle=chat.settle_template),
     ),
     ("alpaca_rlhf", "alpaca-rlhf"),

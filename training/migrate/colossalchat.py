@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from collections.abc import Sequence
@@ -10,7 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from training.migrate.program import DROPOUT, Constant, Predecessor, Program, Translation
+from training.migrate.program import (
+    DROPOUT,
+    Constant,
+    Predecessor,
+    Program,
+    Translation,
+    settle_clipping,
+    settle_report,
+)
 from training.migrate.warm_up import settle_warm_up
 from training.utils.arguments import OtherFlag
 
@@ -33,6 +40,8 @@ OF_2023 = {
     **dict.fromkeys(("train_prompts.py", "train_peft_prompts.py", "train_dummy.py"), "step3"),
 }
 STRATEGY = "--strategy"
+
+LORA_FLAGS = "--lora_dim, --lora_alpha, --lora_module_name, --only_optimize_lora"
 
 # What all of its training scripts take
 COMMON: dict[str, OtherFlag] = {
@@ -65,12 +74,8 @@ COMMON: dict[str, OtherFlag] = {
     "--log_dir": OtherFlag(str, said="TensorBoard's files lie in the output folder"),
     "--use_wandb": OtherFlag(bool, said="--report_to wandb, if it is installed", settled=True),
     "--use_flash_attn": OtherFlag(bool, said="--attn_implementation flash_attention_2", settled=True),
-    "--lora_config": OtherFlag(
-        str, said="--lora_dim, --lora_alpha, --lora_module_name, --only_optimize_lora", settled=True
-    ),
-    "--lora_rank": OtherFlag(
-        int, 0, said="--lora_dim, --lora_alpha, --lora_module_name, --only_optimize_lora", minimum=0, settled=True
-    ),  # of 2023 and 2024
+    "--lora_config": OtherFlag(str, said=LORA_FLAGS, settled=True),
+    "--lora_rank": OtherFlag(int, 0, said=LORA_FLAGS, minimum=0, settled=True),  # of 2023 and 2024
     "--merge_lora_weights": OtherFlag(bool, said="a model is saved whole, its adapter beside it"),
 }
 
@@ -113,11 +118,12 @@ DPO = PREFERENCE | {
     "--length_normalization": OtherFlag(bool, said="--loss simpo has it", settled=True),
 }
 ORPO = PREFERENCE | {"--lam": OtherFlag(float, 0.1, "--beta", "the weight of the odds", minimum=0)}
+BALANCED = "pairs have as many good answers as bad ones"
 KTO = PREFERENCE | {
     "--beta": OtherFlag(float, 0.1, "--beta", minimum=0),
-    "--desirable_weight": OtherFlag(float, 1.0, only=(1.0,), said="pairs have as many good answers as bad ones"),
-    "--undesirable_weight": OtherFlag(float, 1.0, only=(1.0,), said="pairs have as many good answers as bad ones"),
-    "--auto_weight": OtherFlag(bool, said="pairs have as many good answers as bad ones"),
+    "--desirable_weight": OtherFlag(float, 1.0, only=(1.0,), said=BALANCED),
+    "--undesirable_weight": OtherFlag(float, 1.0, only=(1.0,), said=BALANCED),
+    "--auto_weight": OtherFlag(bool, said=BALANCED),
 }
 
 SPEED_ONLY = "it changed the speed alone"
@@ -201,15 +207,15 @@ def settle_plugin(t: Translation, stages: Sequence[str], batches: Sequence[str])
         else:
             for name, flag in ours.items():
                 t.set(flag, widths[name], f"{name} {widths[name]}")
-        refused = [name for name in widths if name not in ours]
-        width = math.prod(widths[name] for name in refused)
-        wide = [f"{name} {widths[name]}" for name in refused]
-        if width > 1:
+        refused = {name: ranks for name, ranks in widths.items() if name not in ours}
+        if refused:
+            width = math.prod(refused.values())
             rows = [f"{name} {-(-t.theirs(name) // width)} for {t.theirs(name)}" for name in batches]
+            wide = " ".join(f"{name} {ranks}" for name, ranks in refused.items())
             kinds = " and ".join(WIDTHS[name] for name in refused)
             where = "in step 3" if "--sp" in refused else "here"
             t.refused.append(
-                f"{' '.join(wide)}: no {kinds} parallelism {where}; the nearest is --plugin gemini (ZeRO-3 divides "
+                f"{wide}: no {kinds} parallelism {where}; the nearest is --plugin gemini (ZeRO-3 divides "
                 f"the model over all ranks) without it, and as {width} ranks that shared rows then have their own, "
                 f"{', '.join(rows)}"
             )
@@ -227,16 +233,11 @@ def settle_plugin(t: Translation, stages: Sequence[str], batches: Sequence[str])
 
 def settle_common(t: Translation) -> None:
     """What all scripts have in common."""
-    clip = t.theirs("--grad_clip")
-    if clip != 1.0 and "--deepspeed_config" not in t.values:
-        t.set("--deepspeed_config", json.dumps({"gradient_clipping": clip}), f"--grad_clip {clip:g}")
+    settle_clipping(t, "--grad_clip")
     if t.theirs("--use_flash_attn"):
         t.set("--attn_implementation", "flash_attention_2", "--use_flash_attn")
     if t.theirs("--use_wandb"):
-        if importlib.util.find_spec("wandb"):
-            t.set("--report_to", "wandb", "--use_wandb")
-        else:
-            t.lines.append("--use_wandb: wandb is not installed here; pip install wandb, then add --report_to wandb")
+        settle_report(t, "wandb", "--use_wandb")
 
 
 def settle_tokenizer(t: Translation, flag: str = "--tokenizer_dir", model: str = "--model_name_or_path") -> None:
@@ -262,11 +263,8 @@ def lora_settings(t: Translation) -> dict[str, Any]:
         return {}
     modules = found["target_modules"] or ["all-linear"]
     odd = [name for name in modules if "embed" in name]
-    odd += [
-        f"{key} {given[key]}"
-        for key, value in (("lora_initialization_method", "kaiming_uniform"), ("lora_train_bias", "none"))
-        if given.get(key, value) != value
-    ]
+    for key, value in (("lora_initialization_method", "kaiming_uniform"), ("lora_train_bias", "none")):
+        odd += [f"{key} {given[key]}"] if given.get(key, value) != value else []
     if odd:
         t.refused.append(f"--lora_config {path}: {', '.join(odd)} can not be had here: leave it out of the file")
     return {
@@ -296,9 +294,7 @@ def settle_data(t: Translation) -> None:
     settle_common(t)
     settle_tokenizer(t)
     settle_lora(t, [""])
-    for name in ("--pretrain", "--dataset"):
-        if name not in t.given and t.flags[name].ours not in t.values:
-            t.refused.append(f"{name} is missing")
+    t.need("--pretrain", "--dataset")
     if "--chat_template" not in t.values:
         t.lines.append("rows are rendered here: what prepare_dataset.py had as --conversation_template_config "
                        "is --chat_template")  # fmt: skip
@@ -391,9 +387,7 @@ def settle_rollouts(t: Translation, answers: int) -> None:
             t.set("--critic_gradient_checkpointing", True, "--grad_checkpoint")
     settle_mix(t)
     settle_rewards(t)
-    for name in ("--pretrain", "--prompt_dataset"):
-        if name not in t.given and t.flags[name].ours not in t.values:
-            t.refused.append(f"{name} is missing")
+    t.need("--pretrain", "--prompt_dataset")
 
 
 def settle_mix(t: Translation) -> None:

@@ -276,38 +276,28 @@ def settle_rlhf(t: Translation) -> None:
             t.leave(f"--offload_{model}_model", f"it moves the parameters of --{role}_zero_stage 3")
 
 
-def settle_old_adapters(t: Translation, role: str) -> None:
-    """Adapters of a command of before August 2023, when they had no learning rate of their own."""
-    flag = f"--{role}_lora_learning_rate"
-    if flag not in t.given and flag in t.values:
-        t.leave(flag)
-        t.lines.append(f"adapters learn at --{role}_learning_rate, as they did when step 3 had these names")
-
-
 def settle_step3(t: Translation) -> None:
     """DeepSpeed-Chat's step 3."""
     settle_rlhf(t)
     if {"--per_device_train_batch_size", "--per_device_mini_train_batch_size"} & t.given.keys():
         t.lines.append("kl_ctl was 0.02 until July 2023: give --kl_coef 0.02 to a command of before")
         for role in ("actor", "critic"):
-            settle_old_adapters(t, role)
+            flag = f"--{role}_lora_learning_rate"
+            if flag not in t.given and flag in t.values:
+                t.leave(flag)
+                t.lines.append(f"adapters learn at --{role}_learning_rate, as they did when step 3 had these names")
     settle_accumulation(t, *(old if old in t.given else new for old, new in NAMES_OF_2023.items()))
     if not t.theirs("--enable_test_mode"):
         t.leave("--num_iterations", "--test_stop_step counts with --enable_test_mode")
 
 
-CHAT = {
-    "--path": OtherFlag(str, ours="--path"),
-    "--max_new_tokens": OtherFlag(int, 128, ours="--max_new_tokens", minimum=1),
-}
-CHAT_SCRIPT = {"--path": OtherFlag(str, ours="--path")}
+CHAT_SCRIPT = same("path", str)
+CHAT = CHAT_SCRIPT | same("max_new_tokens", int, 128, minimum=1)
 PROMPT_EVAL = {
     "--model_name_or_path_baseline": OtherFlag(str, ours="--base_model_name_or_path"),
     "--model_name_or_path_finetune": OtherFlag(str, ours="--path", said="the output folder of a step 1"),
 }
-REWARD_EVAL = {
-    "--model_name_or_path": OtherFlag(str, ours="--path", said="the output folder of a step 2"),
-}
+REWARD_EVAL = {"--model_name_or_path": OtherFlag(str, ours="--path", said="the output folder of a step 2")}
 
 EVALUATIONS = (
     Program("evaluation of step 1", ("prompt_eval.py",), "evaluate1", PROMPT_EVAL),

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from functools import partial
 from pathlib import Path
 
-from training.migrate.program import DROPOUT, Constant, Predecessor, Program, Translation
+from training.migrate.program import (
+    DROPOUT,
+    Constant,
+    Predecessor,
+    Program,
+    Translation,
+    settle_clipping,
+    settle_report,
+)
 from training.migrate.warm_up import settle_warm_up
 from training.utils.arguments import SCHEDULES, OtherFlag
 
@@ -95,8 +102,7 @@ def true(t: Translation, name: str) -> bool:
 
 def settle_zero(t: Translation) -> None:
     """FSDP, or the Trainer's own DeepSpeed file."""
-    sharded = (t.theirs("--fsdp") or "").split()
-    if sharded:
+    if sharded := (t.theirs("--fsdp") or "").split():
         stage = 2 if "shard_grad_op" in sharded else 3 if {"full_shard", "hybrid_shard"} & set(sharded) else 0
         t.set("--zero_stage", stage, f"--fsdp {' '.join(sharded)}")
         if "offload" in sharded:
@@ -125,8 +131,7 @@ def settle_trainer(t: Translation) -> None:
         t.set("--resume", "never", "--overwrite_output_dir")
     if true(t, "--gradient_checkpointing"):
         t.set("--gradient_checkpointing", True, "--gradient_checkpointing True")
-    if t.theirs("--max_grad_norm") != 1.0 and "--deepspeed_config" not in t.values:
-        t.set("--deepspeed_config", json.dumps({"gradient_clipping": t.theirs("--max_grad_norm")}), "--max_grad_norm")
+    settle_clipping(t, "--max_grad_norm")
     if t.theirs("--save_strategy") == "no":
         t.set("--save_every", 0, "--save_strategy no")
     elif t.theirs("--save_strategy") == "epoch":
@@ -135,14 +140,9 @@ def settle_trainer(t: Translation) -> None:
         t.leave("--eval_interval", "evaluation is at the start and after each epoch")
     elif "--eval_steps" not in t.given:
         t.lines.append("evaluation is at the start and after each epoch; there every --logging_steps")
-    if t.theirs("--report_to") not in (None, "all"):
-        found = t.theirs("--report_to")
-        if found == "wandb" and not importlib.util.find_spec("wandb"):
-            t.lines.append("--report_to wandb: it is not installed here; pip install wandb, then add it again")
-        else:
-            t.set("--report_to", found, f"--report_to {found}")
-    if "--data_path" not in t.values:
-        t.refused.append("--data_path is missing")
+    if (where := t.theirs("--report_to")) not in (None, "all"):
+        settle_report(t, where, f"--report_to {where}")
+    t.need("--data_path")
     batch, share = t.theirs("--per_device_train_batch_size"), t.theirs("--warmup_ratio")
     if share and t.theirs("--warmup_steps") == 0:
         t.leave("--num_warmup_steps", "the Trainer takes --warmup_ratio where --warmup_steps is 0")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -79,6 +81,11 @@ class Translation:
             self.values[f"--no-{flag[2:]}"] = []
         self.lines.append(f"{why} -> {shown(flag, value)}")
 
+    def need(self, *names: str) -> None:
+        """Refuse a command that has none of these flags of theirs, nor ours in their place."""
+        missing = [name for name in names if name not in self.given and self.flags[name].ours not in self.values]
+        self.refused += [f"{name} is missing" for name in missing]
+
     def leave(self, flag: str, why: str = "") -> None:
         """Do without one of our flags, and say why where that is of interest."""
         self.lines = [line for line in self.lines if not line.startswith(f"{THEIR_DEFAULT} -> {flag} ")]
@@ -98,6 +105,21 @@ def as_text(value: Any) -> list[str]:
 def shown(flag: str, value: Any) -> str:
     """A flag with its value as the command line has it."""
     return f"--no-{flag[2:]}" if value is False else " ".join([flag, *as_text(value)])
+
+
+def settle_clipping(t: Translation, flag: str) -> None:
+    """Their bound of the gradient's norm, which DeepSpeed's configuration has; 1 is its default here, too."""
+    bound = t.theirs(flag)
+    if bound != 1.0 and "--deepspeed_config" not in t.values:
+        t.set("--deepspeed_config", json.dumps({"gradient_clipping": bound}), f"{flag} {bound:g}")
+
+
+def settle_report(t: Translation, where: str, why: str) -> None:
+    """Where metrics are reported; wandb, where it is not installed, is left for the user to add."""
+    if where == "wandb" and not importlib.util.find_spec("wandb"):
+        t.lines.append(f"{why}: wandb is not installed here; pip install wandb, then add --report_to wandb")
+    else:
+        t.set("--report_to", where, why)
 
 
 def nothing(translation: Translation) -> None:

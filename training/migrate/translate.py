@@ -8,6 +8,7 @@ import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -98,11 +99,7 @@ class Translated:
 
 
 def translate(text: str, source: str = "") -> Translated:
-    """The command here for a command of a predecessor.
-
-    Args:
-        text: as a shell takes it.
-        source: the predecessor's name, where the command does not show it.
+    """The command here for a command of a predecessor, whose name is ``source`` where the command does not show it.
 
     Raises:
         UserError: no predecessor has such a program, or the command can not be had here: all reasons, in one line.
@@ -119,13 +116,11 @@ def translate(text: str, source: str = "") -> Translated:
     fill(found, program)
     if found.refused:
         raise UserError("; ".join(found.refused))
-    argv = [word for name, values in found.values.items() for word in (name, *values)]
+    parts = [[name, *values] for name, values in found.values.items()]
+    argv = list(itertools.chain(*parts))
     if ours.groups:
-        known = {
-            name: values for name, values in found.values.items() if "$" not in "".join(values)
-        }  # else the shell's
-        checked = [word for name, values in known.items() for word in (name, *values)]
-        ours.check(arguments.parse(ours.groups, checked, prog=ours.script, description=""))
+        checked = itertools.chain(*(part for part in parts if "$" not in "".join(part)))  # else the shell's
+        ours.check(arguments.parse(ours.groups, list(checked), prog=ours.script, description=""))
     launch = launch_of(command)
     notes = [*command.notes, *(launch.notes if ours.launched else ())]
     environment = launch.environment if ours.launched else command.environment
@@ -221,11 +216,13 @@ def given_flags(flags: Mapping[str, OtherFlag], ours: Ours, command: Command) ->
     hidden: dict[str, Any] = {"default": argparse.SUPPRESS}
     for name, other in flags.items():
         if not name.startswith("-"):
-            parser.add_argument(name, type=_one(other), nargs="?", **hidden)
+            parser.add_argument(name, type=partial(_checked, other), nargs="?", **hidden)
         elif other.kind is bool:
             parser.add_argument(name, dest=name, action="store_const", const=[], **hidden)
         else:
-            parser.add_argument(name, dest=name, type=_checked(other), nargs="*" if other.many else 1, **hidden)
+            parser.add_argument(
+                name, dest=name, type=partial(_checked, other), nargs="*" if other.many else 1, **hidden
+            )
     for name, (hint, _) in arguments.fields_of(ours.groups).items():
         switch: dict[str, Any] = {"action": "store_const", "const": []} if hint is bool else {"nargs": "*"}
         for written in (f"--{name}", f"--no-{name}")[: 2 if hint is bool else 1]:
@@ -245,21 +242,15 @@ def given_flags(flags: Mapping[str, OtherFlag], ours: Ours, command: Command) ->
     if unknown:
         raise UserError(f"{command.script}: unexpected argument {unknown[0]!r}")
     order = {arguments.with_underscores(word, known).partition("=")[0]: i for i, word in enumerate(words)}
-    return dict(sorted(vars(values).items(), key=lambda item: order.get(item[0], 0)))
+    given = {name: [value] if isinstance(value, str) else value for name, value in vars(values).items()}
+    return dict(sorted(given.items(), key=lambda item: order.get(item[0], 0)))
 
 
-def _one(other: OtherFlag) -> Callable[[str], list[str]]:
-    return lambda text: [_checked(other)(text)]
-
-
-def _checked(other: OtherFlag) -> Callable[[str], str]:
-    def check(text: str) -> str:
-        """The text, as a type of `argparse`: it raises if it is no value of the flag."""
-        if "$" not in text:  # else the shell's to say
-            other.value(text)
-        return text
-
-    return check
+def _checked(other: OtherFlag, text: str) -> str:
+    """The text, for a type of `argparse`: it raises if it is no value of the flag."""
+    if "$" not in text:  # else the shell's to say
+        other.value(text)
+    return text
 
 
 def fill(t: Translation, program: Program) -> None:
