@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from training.pipeline.showcase import judges
-from training.report.run import RunRecord, StepRecord, number
+from training.report.run import RunRecord, StepRecord, number, numbers
 from training.report.text import heading
 from training.utils.arguments import flags_in
 from training.utils.health_rules import HEALTHY, LEAST_CHOSEN_CHANGE, LEAST_EOS_RATE, MAX_KL, MOST_KL_PER_TOKEN
@@ -57,11 +57,11 @@ def _asked(run: RunRecord) -> list[str]:
 
 def _step1(step: StepRecord) -> list[str]:
     s = step.summary
-    best, steps = number(s.get("best_step")), number(s.get("steps"))
+    best, steps = numbers(s, "best_step", "steps")
     losses = step.curve("eval/loss")
     if best is None or steps is None:
         return []
-    before, after = number(s.get("loss_before")), number(s.get("loss_after"))
+    before, after = numbers(s, "loss_before", "loss_after")
     if before is not None and after is not None and after >= before:
         return [
             f"Step 1's held-out loss is no lower than before training ({before:.3f} to {after:.3f}): use a lower "
@@ -108,7 +108,7 @@ def _step2(step: StepRecord) -> list[str]:
 
 def _dpo(step: StepRecord) -> list[str]:
     s = step.summary
-    accuracy, change, kl = (number(s.get(key)) for key in ("accuracy_after", "chosen_change", "kl"))
+    accuracy, change, kl = numbers(s, "accuracy_after", "chosen_change", "kl")
     lines = []
     if change is not None and change < LEAST_CHOSEN_CHANGE:
         lines.append(
@@ -125,7 +125,7 @@ def _dpo(step: StepRecord) -> list[str]:
 def _step3(step: StepRecord) -> list[str]:
     s = step.summary
     lines = _drift(step) + _responses(s) + _optimisation(step)
-    before, after = number(s.get("reward_before")), number(s.get("reward_after"))
+    before, after = numbers(s, "reward_before", "reward_after")
     if before is not None and after is not None and after <= before:
         lines.insert(
             0,
@@ -168,7 +168,7 @@ def _responses(s: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"Only {ended:.0%} of the answers end by themselves: raise --max_answer_seq_len or --missing_eos_penalty."
         )
-    before, after = number(s.get("length_before")), number(s.get("length_after"))
+    before, after = numbers(s, "length_before", "length_after")
     if before and after and not 1 / LENGTH_RATIO < after / before < LENGTH_RATIO:
         lines.append(
             f"Answers went from {before:.0f} to {after:.0f} tokens: look at the answers above whether the reward is "

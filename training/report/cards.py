@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from training.pipeline.showcase import judges
 from training.report import advice
 from training.report.charts import figure
-from training.report.run import RunRecord, StepRecord, number
+from training.report.run import RunRecord, StepRecord, interval, number, numbers
 from training.report.text import TITLES, duration, e, heading, plural
 from training.utils.intervals import FEW_ROWS
 from training.utils.run.folders import continued, named_itself
@@ -48,25 +48,23 @@ def cards(run: RunRecord) -> str:
 
 def _card(step: StepRecord) -> str:
     state = f'<span class="state {step.state.replace(" ", "-")}">{step.state}</span>'
-    warned = "".join(f'<p class="warning small">{e(text)}</p>' for text in warnings(step))
     return (
         f'<div class="card"><div class="step"><span>{heading(step.name)} · {TITLES[step.name]}</span>{state}</div>'
-        f"{HEADLINES[step.name](step.summary)}{warned}"
+        f"{HEADLINES[step.name](step.summary)}{marked(warnings(step))}"
         f'<p class="muted small">{PURPOSE[step.name]}{", " + duration(step.seconds) if step.seconds else ""}</p></div>'
     )
 
 
-def _big(now: str, meaning: str, was: str = "", interval: str = "") -> str:
+def _big(now: str, meaning: str, was: str = "", around: str = "") -> str:
     before = f'<span class="was">{e(was)} → </span>' if was else ""
-    around = f' <span class="interval">{e(interval)}</span>' if interval else ""
-    return f'<p class="big">{before}{e(now)}{around}</p><p>{e(meaning)}</p>'
+    ends = f' <span class="interval">{e(around)}</span>' if around else ""
+    return f'<p class="big">{before}{e(now)}{ends}</p><p>{e(meaning)}</p>'
 
 
 def share_text(s: Mapping[str, Any], what: str, low: str, high: str) -> tuple[str, str]:
     """A share and its interval as texts, the latter empty where it is not known; both empty without the share."""
-    share, ends = number(s.get(what)), [number(s.get(key)) for key in (low, high)]
-    interval = f"[{ends[0]:.0%}, {ends[1]:.0%}]" if ends[0] is not None and ends[1] is not None else ""
-    return (f"{share:.1%}", interval) if share is not None else ("", "")
+    share, ends = number(s.get(what)), interval(s, low, high)
+    return (f"{share:.1%}", "[{:.0%}, {:.0%}]".format(*ends) if ends else "") if share is not None else ("", "")
 
 
 def counted(s: Mapping[str, Any], key: str, noun: str) -> str:
@@ -76,7 +74,7 @@ def counted(s: Mapping[str, Any], key: str, noun: str) -> str:
 
 
 def _perplexity(s: Mapping[str, Any]) -> str:
-    before, after, rows = (number(s.get(key)) for key in ("perplexity_before", "perplexity_after", "held_out"))
+    before, after, rows = numbers(s, "perplexity_before", "perplexity_after", "held_out")
     if after is None:
         return ""
     of = f"{plural(int(rows), 'held-out answer')}" if rows is not None else "held-out answers"
@@ -84,41 +82,41 @@ def _perplexity(s: Mapping[str, Any]) -> str:
 
 
 def _accuracy(s: Mapping[str, Any]) -> str:
-    share, interval = share_text(s, "accuracy_after", "accuracy_low", "accuracy_high")
-    before, longer = number(s.get("accuracy_before")), number(s.get("accuracy_longer"))
+    share, around = share_text(s, "accuracy_after", "accuracy_low", "accuracy_high")
+    before, longer = numbers(s, "accuracy_before", "accuracy_longer")
     if not share:
         return ""
     rule = f" (by length alone: {max(longer, 1 - longer):.0%})" if longer is not None else ""
     of = counted(s, "held_out", "pair")
     meaning = f"of held-out pairs judged right{rule}" + (f"; {of}" if of else "")
-    return _big(share, meaning, f"{before:.1%}" if before is not None else "", interval)
+    return _big(share, meaning, f"{before:.1%}" if before is not None else "", around)
 
 
 def _win_rate(s: Mapping[str, Any]) -> str:
-    share, interval = share_text(s, "win_rate", "win_rate_low", "win_rate_high")
+    share, around = share_text(s, "win_rate", "win_rate_low", "win_rate_high")
     if not share:
         return ""
     of = counted(s, "compared" if "compared" in s else "prompts", "prompt")
     text = "of its answers beat step 1's, by the reward model" + (f"; {of}" if of else "")
-    lines = [judge_text(judge) for judge in judges(s)]
-    return _big(share, text, interval=interval) + "".join(f"<p>{e(line)}</p>" for line in lines if line)
+    lines = filter(None, map(judge_text, judges(s)))
+    return _big(share, text, around=around) + "".join(f"<p>{e(line)}</p>" for line in lines)
 
 
 def judge_text(judge: Mapping[str, Any]) -> str:
     """``80.0% [70%, 90%] by manner; 160 prompts, 12 ties``; empty where the judge has no win rate."""
-    share, interval = share_text(judge, "win_rate", "low", "high")
+    share, around = share_text(judge, "win_rate", "low", "high")
     of = counted(judge, "n", "prompt")
-    return f"{share} {interval} by {judge['name']}".replace("  ", " ") + (f"; {of}" if of else "") if share else ""
+    return f"{share} {around} by {judge['name']}".replace("  ", " ") + (f"; {of}" if of else "") if share else ""
 
 
 def _implicit_accuracy(s: Mapping[str, Any]) -> str:
-    share, interval = share_text(s, "accuracy_after", "accuracy_low", "accuracy_high")
+    share, around = share_text(s, "accuracy_after", "accuracy_low", "accuracy_high")
     of, margin = counted(s, "held_out", "pair"), number(s.get("margin_after"))
     text = "of held-out pairs have grown apart the right way" + (f"; {of}" if of else "")
     change = number(s.get("chosen_change"))
     more = f"preferred answers: {change:+.2f} nats per token since the start" if change is not None else ""
     more += f", margin of rewards {margin:.2f}" if more and margin is not None else ""
-    return _big(share, text, interval=interval) + (f"<p>{e(more)}</p>" if more else "") if share else ""
+    return _big(share, text, around=around) + (f"<p>{e(more)}</p>" if more else "") if share else ""
 
 
 HEADLINES = {"step1": _perplexity, "step2": _accuracy, "dpo": _implicit_accuracy, "step3": _win_rate}
@@ -144,18 +142,23 @@ def warnings(step: StepRecord) -> list[str]:
     if ties and count and ties > count / 2:
         found.append(f"{ties:.0f} of {count:.0f} are ties, each counted half: the two hardly differ.")
     if step.name == "step2":
-        low, longer = number(s.get("accuracy_low")), number(s.get("accuracy_longer"))
+        low, longer = numbers(s, "accuracy_low", "accuracy_longer")
         rule = max(longer, 1 - longer) if longer is not None else 0.5
         if low is not None and low <= rule:
             found.append(f"The interval begins at {low:.0%}, no better than length alone or a coin ({rule:.0%}).")
     if step.name == "step3":
-        low, high = number(s.get("win_rate_low")), number(s.get("win_rate_high"))
-        if low is not None and high is not None and low <= 0.5 <= high:
+        ends = interval(s, "win_rate_low", "win_rate_high")
+        if ends and ends[0] <= 0.5 <= ends[1]:
             found.append("The interval includes 50%: no difference is shown.")
         found += remarks(step, ("reward/", "eval/"))
     if step.name == "dpo":
         found += remarks(step, ("eval/",))
     return found
+
+
+def marked(lines: Iterable[str]) -> str:
+    """Warnings as paragraphs."""
+    return "".join(f'<p class="warning small">{e(line)}</p>' for line in lines)
 
 
 def remarks(step: StepRecord, metrics: tuple[str, ...]) -> list[str]:

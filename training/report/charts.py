@@ -19,6 +19,7 @@ SMOOTH_FROM = 60  # points from which a noisy curve gets a moving mean over it
 SMOOTHING = 0.9  # of the moving mean: share of the past
 
 Point = tuple[float, float]
+Share = tuple[str, str, float, tuple[float, float] | None]  # label, what stands below it, share, ends of its interval
 
 
 @dataclass(frozen=True)
@@ -110,14 +111,8 @@ def path_chart(title: str, x_label: str, y_label: str, points: Sequence[Point], 
     return _figure(title, "".join(parts), "", f"{title}: {y_label} against {x_label}")
 
 
-def interval_chart(title: str, rows: Sequence[tuple[str, str, float, float | None, float | None]], middle: str) -> str:
-    """Shares with their intervals, one row each, and a line at one half.
-
-    Args:
-        title: above the chart.
-        rows: label, what stands below it beside the share, share, low and high end of the interval (None without).
-        middle: what one half means.
-    """
+def interval_chart(title: str, rows: Sequence[Share], middle: str) -> str:
+    """Shares with their intervals, one row each, and a line at one half, which means ``middle``."""
     if not rows:
         return ""
     left, right, height = 20, WIDTH - 20, 72 * len(rows) + 50
@@ -129,14 +124,14 @@ def interval_chart(title: str, rows: Sequence[tuple[str, str, float, float | Non
         parts.append(f'<line class="grid{strong}" x1="{x(share)}" x2="{x(share)}" y1="8" y2="{base}"/>')
         parts.append(f'<text class="tick" x="{x(share)}" y="{base + 16}" text-anchor="middle">{share:.0%}</text>')
     parts.append(f'<text class="axis" x="{x(0.5)}" y="{base + 31}" text-anchor="middle">{e(middle)}</text>')
-    for i, (label, beside, share, low, high) in enumerate(rows):
+    for i, (label, beside, share, ends) in enumerate(rows):
         y = 8 + 72 * i + 54
-        text = f"{share:.0%}" + (f" [{low:.0%}, {high:.0%}]" if low is not None and high is not None else "")
+        text = f"{share:.0%}" + (" [{:.0%}, {:.0%}]".format(*ends) if ends else "")
         parts.append(f'<text class="row" x="{left}" y="{y - 32}">{e(label)}</text>')
         parts.append(f'<text class="tick" x="{left}" y="{y - 17}">{e(beside)}</text>')
         parts.append(f'<text class="row value" x="{right}" y="{y - 17}" text-anchor="end">{text}</text>')
-        if low is not None and high is not None:
-            parts.append(f'<line class="whisker c1" x1="{x(low)}" x2="{x(high)}" y1="{y}" y2="{y}"/>')
+        if ends:
+            parts.append(f'<line class="whisker c1" x1="{x(ends[0])}" x2="{x(ends[1])}" y1="{y}" y2="{y}"/>')
         parts.append(f'<circle class="dot c1" cx="{x(share):.1f}" cy="{y}" r="6"><title>{text}</title></circle>')
     return _figure(title, "".join(parts), "", f"{title}, {len(rows)} rows", height)
 

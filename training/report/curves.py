@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from training.report import cards, charts
 from training.report.charts import Series
 from training.report.run import RunRecord, StepRecord
-from training.report.text import TITLES, e, heading
+from training.report.text import TITLES, heading
 
 
 @dataclass(frozen=True)
@@ -85,5 +85,4 @@ def _drawn(figure: Figure, step: StepRecord) -> str:
     series = [Series(one.label, step.curve(one.metric), one.colour, one.dots) for one in figure.curves]
     unit = "iteration" if step.name == "step3" else "optimizer step"
     drawing = charts.line_chart(figure.title, unit, figure.y_label, series, zero_one=figure.zero_one)
-    lines = "".join(f'<p class="warning small">{e(text)}</p>' for text in cards.remarks(step, figure.warned))
-    return drawing.replace("</figure>", f"{lines}</figure>") if lines else drawing
+    return drawing.replace("</figure>", f"{cards.marked(cards.remarks(step, figure.warned))}</figure>")

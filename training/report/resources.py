@@ -20,10 +20,10 @@ def time_and_memory(run: RunRecord) -> str:
             continue
         total = sum(seconds for seconds, _ in phases.values())
         for name, (seconds, peak) in phases.items():
-            names.setdefault(PHASE_NAMES.get(name, name), len(names) % 8 + 1)
+            names.setdefault(name, len(names) % 8 + 1)
             memory = f"{peak:.2f} GiB" if peak is not None else ""
-            rows.append((step.name, PHASE_NAMES.get(name, name), seconds, seconds / total if total else 0.0, memory))
-        parts = [(PHASE_NAMES.get(n, n), seconds, duration(seconds)) for n, (seconds, _) in phases.items()]
+            rows.append((step.name, name, seconds, seconds / total if total else 0.0, memory))
+        parts = [(name, seconds, duration(seconds)) for name, (seconds, _) in phases.items()]
         drawn.append((heading(step.name), parts))
     if not rows:
         return ""
@@ -65,9 +65,8 @@ def _phases(step: StepRecord) -> dict[str, tuple[float, float | None]]:
     if found and step.seconds:
         rest = step.seconds - sum(seconds for seconds, _ in found.values())
         if rest > 0.5:
-            name = "rest" if recorded else "load, evaluate, save"
-            found[name] = (rest, None)
-    return found
+            found["rest" if recorded else "load, evaluate, save"] = (rest, None)
+    return {PHASE_NAMES.get(name, name): phase for name, phase in found.items()}
 
 
 def _phases_by_gaps(step: StepRecord) -> dict[str, tuple[float, float | None]]:

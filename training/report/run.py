@@ -108,6 +108,17 @@ def number(value: Any) -> float | None:
     return found if math.isfinite(found) else None
 
 
+def numbers(found: Mapping[str, Any], *keys: str) -> list[float | None]:
+    """The `number` at each of these keys."""
+    return [number(found.get(key)) for key in keys]
+
+
+def interval(found: Mapping[str, Any], low: str, high: str) -> tuple[float, float] | None:
+    """An interval's ends, by their keys; None unless both are known."""
+    first, last = numbers(found, low, high)
+    return None if first is None or last is None else (first, last)
+
+
 def mapping(value: Any) -> Mapping[str, Any]:
     """An object of JSON, or an empty one for anything else."""
     return value if isinstance(value, Mapping) else {}

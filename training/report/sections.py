@@ -8,7 +8,7 @@ from typing import Any
 from training.pipeline.showcase import judges
 from training.report import advice, cards, charts
 from training.report.charts import Series
-from training.report.run import RunRecord, mapping, number
+from training.report.run import RunRecord, interval, mapping, number
 from training.report.text import cut, duration, e, hardware, heading
 from training.utils.intervals import FEW_ROWS
 
@@ -25,19 +25,15 @@ def lead(run: RunRecord) -> str:
     base = EMBEDDED_NAME if base == "embedded" else base
     recipe = (run.manifest.get("recipe") or {}).get("name")
     seconds = [s.seconds for s in run.steps.values() if s.seconds]
+    starts = sorted(str(s.entry["started"]) for s in run.steps.values() if s.entry.get("started"))
     parts = [
         f"recipe {recipe}" if recipe else "",
         f"starting from {base}" if base else "",
         hardware(run.manifest.get("machine") or {}),
         f"{duration(sum(seconds))} in all" if seconds else "",
-        f"started {_first_start(run)}" if _first_start(run) else "",
+        f"started {starts[0][:16].replace('T', ' ')}" if starts else "",
     ]
     return f'<p class="lead">{e(" · ".join(p for p in parts if p))}</p>'
-
-
-def _first_start(run: RunRecord) -> str:
-    starts = sorted(str(s.entry["started"]) for s in run.steps.values() if s.entry.get("started"))
-    return starts[0][:16].replace("T", " ") if starts else ""
 
 
 def answers(run: RunRecord) -> str:
@@ -100,10 +96,9 @@ def wins(run: RunRecord) -> str:
     own = {**s, "name": "step 2's reward model", "low": s.get("win_rate_low"), "high": s.get("win_rate_high"),
            "n": s.get("compared", s.get("prompts"))}  # fmt: skip
     for judge in (own, *checks):
-        share = number(judge.get("win_rate"))
+        share, of = number(judge.get("win_rate")), cards.counted(judge, "n", "prompt")
         if share is not None:
-            of = cards.counted(judge, "n", "prompt")
-            rows.append((f"RLHF, by {judge['name']}", of, share, number(judge.get("low")), number(judge.get("high"))))
+            rows.append((f"RLHF, by {judge['name']}", of, share, interval(judge, "low", "high")))
     rows += _evaluated_rates(step.evaluation or {})
     intervals = charts.interval_chart("Answers that beat SFT's, 95% intervals", rows, "50%: no difference")
     reward, kl = dict(step.curve("reward/mean")), dict(step.curve("kl/per_sequence"))
@@ -119,12 +114,12 @@ def wins(run: RunRecord) -> str:
         return ""
     kept = mapping(s.get("kept"))
     best = f" The actor of iteration {kept['iteration']} was kept." if number(kept.get("iteration")) is not None else ""
-    text = (
-        f"{s.get('prompts', '')} held-out prompts; a tie counts half; of fewer than {FEW_ROWS} prompts the "
-        f"interval is Wilson's. Rising reward at little KL is learning; rising KL without reward is drift.{best}"
-        if rows
-        else "Rising reward at little KL is learning; rising KL without reward is drift."
-    )
+    text = "Rising reward at little KL is learning; rising KL without reward is drift."
+    if rows:
+        text = (
+            f"{s.get('prompts', '')} held-out prompts; a tie counts half; of fewer than {FEW_ROWS} prompts the "
+            f"interval is Wilson's. {text}{best}"
+        )
     table = _change_table(
         [
             ("mean reward", s.get("reward_before"), s.get("reward_after"), "+.3f"),
@@ -132,10 +127,9 @@ def wins(run: RunRecord) -> str:
             ("answers that end by themselves", s.get("eos_rate_before"), s.get("eos_rate_after"), ".1%"),
         ]
     )
-    warned = "".join(f'<p class="warning small">{e(line)}</p>' for line in cards.warnings(step))
+    warned = cards.marked(cards.warnings(step))
     left = f'<div class="stack">{intervals}{warned}{table}</div>'
-    judged = _judges_table(checks)
-    return f'<p class="muted">{e(text)}</p><div class="grid">{left}{walk}</div>{judged}'
+    return f'<p class="muted">{e(text)}</p><div class="grid">{left}{walk}</div>{_judges_table(checks)}'
 
 
 def _judges_table(checks: Sequence[Mapping[str, Any]]) -> str:
@@ -145,9 +139,9 @@ def _judges_table(checks: Sequence[Mapping[str, Any]]) -> str:
     for check in checks:
         cells = [f"{v:.3f}" if (v := number(check.get(key))) is not None else "" for key in ("base", "before", "after")]
         for key in titles:
-            value, low, high = (number(check.get(k)) for k in (key, f"{key}_low", f"{key}_high"))
-            interval = f" [{low:+.3f}, {high:+.3f}]" if low is not None and high is not None else ""
-            cells.append(f"{value:+.3f}{interval}" if value is not None else "")
+            value, ends = number(check.get(key)), interval(check, f"{key}_low", f"{key}_high")
+            around = " [{:+.3f}, {:+.3f}]".format(*ends) if ends else ""
+            cells.append(f"{value:+.3f}{around}" if value is not None else "")
         if any(cells):
             n = number(check.get("n"))
             rows.append([f"{check['name']}" + (f", {n:.0f} prompts" if n is not None else ""), *cells])
@@ -165,16 +159,16 @@ def _judges_table(checks: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _evaluated_rates(found: Mapping[str, Any]) -> list[tuple[str, str, float, float | None, float | None]]:
+def _evaluated_rates(found: Mapping[str, Any]) -> list[charts.Share]:
     """Win rates over SFT that step 3's evaluate.py found: policies by judges."""
     rows = []
     for policy, entry in mapping(found.get("models")).items():
         for key, value in mapping(entry).items():
-            share, interval = number(value), _numbers(mapping(entry).get(f"{key}_interval"))
+            share, ends = number(value), _numbers(mapping(entry).get(f"{key}_interval"))
             if key.startswith("win_rate_by_") and share is not None:
-                low, high = interval if len(interval) == 2 else (None, None)
                 judge = key.removeprefix("win_rate_by_").replace("_", " ")
-                rows.append((f"evaluated: {policy}, by {judge}", "", share, low, high))
+                known = (ends[0], ends[1]) if len(ends) == 2 else None
+                rows.append((f"evaluated: {policy}, by {judge}", "", share, known))
     return rows[:MOST_RATES]
 
 
@@ -214,7 +208,7 @@ def reward_model(run: RunRecord) -> str:
     drawn = _histograms(found)
     if not (bars or scores or drawn):
         return ""
-    warned = "".join(f'<p class="warning small">{e(line)}</p>' for line in cards.warnings(step))
+    warned = cards.marked(cards.warnings(step))
     note = (
         '<p class="muted">Step 3 follows this judge, so what it can not see, or sees wrongly, step 3 will exploit. The '
         "figures are of the model that was saved, loaded again from disk.</p>"

@@ -58,24 +58,18 @@ svg .name { font-size: 11.5px; fill: var(--muted); }
 svg .row, svg .name, svg .end { paint-order: stroke; stroke: var(--card); stroke-width: 4px; stroke-linejoin: round; }
 svg .row { font-size: 12.5px; } svg .row.value { font-weight: 600; }
 svg .end { font-weight: 600; font-size: 11.5px; }
-.end.c1 { fill: var(--c1); } .end.c2 { fill: var(--c2); } .end.c3 { fill: var(--c3); } .end.c4 { fill: var(--c4); }
+.c1, .m1 { --own: var(--c1); } .c2, .m2 { --own: var(--c2); } .c3 { --own: var(--c3); } .c4, .m4 { --own: var(--c4); }
+.p1 { --own: var(--p1); } .p2 { --own: var(--p2); } .p3 { --own: var(--p3); } .p4 { --own: var(--p4); }
+.p5 { --own: var(--p5); } .p6 { --own: var(--p6); } .p7 { --own: var(--p7); } .p8 { --own: var(--p8); }
+.end, .dot, .bar, .part { fill: var(--own); } .line, .whisker { stroke: var(--own); }
 svg line.grid { stroke: var(--grid); stroke-width: 1; } svg line.half { stroke: var(--muted); stroke-dasharray: 3 3; }
 svg .line { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
 svg .faint { opacity: .35; } svg .whisker { stroke-width: 4; stroke-linecap: round; opacity: .45; }
-.line.c1, .whisker.c1 { stroke: var(--c1); } .line.c2 { stroke: var(--c2); } .line.c3 { stroke: var(--c3); }
-.line.c4 { stroke: var(--c4); }
-.dot.c1, .bar.c1 { fill: var(--c1); } .dot.c2, .bar.c2 { fill: var(--c2); } .dot.c3, .bar.c3 { fill: var(--c3); }
-.dot.c4, .bar.c4 { fill: var(--c4); }
 svg .hit { fill: transparent; } svg .hit:hover { fill: var(--ink); }
 svg .inside { fill: #fff; text-anchor: middle; font-size: 13px; font-weight: 600; }
-.part.p1 { fill: var(--p1); } .part.p2 { fill: var(--p2); } .part.p3 { fill: var(--p3); } .part.p4 { fill: var(--p4); }
-.part.p5 { fill: var(--p5); } .part.p6 { fill: var(--p6); } .part.p7 { fill: var(--p7); } .part.p8 { fill: var(--p8); }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 16px; font-size: .84rem; color: var(--muted); margin: 6px 0 0; }
-.legend i { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 6px; }
-i.c1 { background: var(--c1); } i.c2 { background: var(--c2); } i.c3 { background: var(--c3); }
-i.c4 { background: var(--c4); } i.p1 { background: var(--p1); } i.p2 { background: var(--p2); }
-i.p3 { background: var(--p3); } i.p4 { background: var(--p4); } i.p5 { background: var(--p5); }
-i.p6 { background: var(--p6); } i.p7 { background: var(--p7); } i.p8 { background: var(--p8); }
+.legend i { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 6px;
+  background: var(--own); }
 .sample { background: var(--card); border: 1px solid var(--rule); border-radius: 12px; margin-top: 14px;
   overflow: hidden; }
 .sample .prompt { padding: 12px 18px; background: var(--soft); white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -84,7 +78,7 @@ i.p6 { background: var(--p6); } i.p7 { background: var(--p7); } i.p8 { backgroun
 .sample .answer { padding: 12px 18px 14px; border-left: 1px solid var(--rule); min-width: 0; }
 .sample .answer:first-child { border-left: 0; }
 .sample .who { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 2px 10px; font-size: .84rem; }
-.sample .who b.m4 { color: var(--c4); } .sample .who b.m1 { color: var(--c1); } .sample .who b.m2 { color: var(--c2); }
+.sample .who b { color: var(--own); }
 .sample .text { white-space: pre-wrap; overflow-wrap: anywhere; margin-top: 4px; max-height: 22em; overflow-y: auto; }
 .sample .note { font-size: .8rem; color: var(--muted); }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums;
@@ -97,8 +91,7 @@ td.b { width: 28%; } td.b i { display: block; height: 10px; border-radius: 3px; 
 .scroll { overflow-x: auto; }
 ul.next { padding-left: 0; list-style: none; margin: 10px 0 0; }
 ul.next li { background: var(--card); border: 1px solid var(--rule); border-left: 4px solid var(--c1);
-  border-radius: 8px;
-  padding: 10px 16px; margin-top: 8px; }
+  border-radius: 8px; padding: 10px 16px; margin-top: 8px; }
 details { margin-top: 12px; } summary { cursor: pointer; color: var(--muted); }
 .warn { border-left: 4px solid var(--c2); background: var(--card); padding: 8px 14px; border-radius: 6px;
   margin-top: 16px; }
