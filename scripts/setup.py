@@ -38,6 +38,7 @@ IMPORTED = (
 START = time.monotonic()
 # The set-up is repeated when one of these changes.
 INPUTS = ("requirements.txt", "requirements-dev.txt", "constraints.txt", "pyproject.toml", "scripts/setup.py")
+VERSION = "import sys; print('%d.%d' % sys.version_info[:2])"  # for `ask`
 
 
 class SetupError(Exception):
@@ -71,7 +72,7 @@ def choose_python(candidates: list[str]) -> str:
     """
     for name in candidates:
         path = shutil.which(name)
-        version = ask(path, "import sys; print('%d.%d' % sys.version_info[:2])") if path else None
+        version = ask(path, VERSION) if path else None
         if path and version in SUPPORTED:
             return path
     raise SetupError(
@@ -89,19 +90,13 @@ def torch_of(python: str | Path) -> tuple[str, str] | None:
     return version, build
 
 
-def torch_range() -> tuple[tuple[int, int], tuple[int, int]]:
-    """Lowest version and first version above, (major, minor) each, from requirements.txt."""
+def usable(version: str) -> bool:
+    """Whether a torch version is in the range of requirements.txt."""
     line = re.search(r"^torch>=(\d+)\.(\d+),<(\d+)\.(\d+)", (ROOT / "requirements.txt").read_text(), re.M)
     assert line, "requirements.txt has no line torch>=A.B,<C.D"
     a, b, c, d = map(int, line.groups())
-    return (a, b), (c, d)
-
-
-def usable(version: str) -> bool:
-    """Whether a torch version is in the range of requirements.txt."""
-    low, above = torch_range()
     major, minor = map(int, version.split(".")[:2])
-    return low <= (major, minor) < above
+    return (a, b) <= (major, minor) < (c, d)
 
 
 def has_nvidia() -> bool:
@@ -116,9 +111,8 @@ def make_environment(python: str, venv: Path) -> tuple[str, str] | None:
     torch, the environment sees that interpreter's packages, so that torch is kept.
     """
     inner = venv / "bin" / "python"
-    probe = "import sys; print('%d.%d' % sys.version_info[:2])"
-    version = ask(python, probe)
-    if inner.exists() and ask(inner, probe) == version and ask(inner, "import pip") is not None:
+    version = ask(python, VERSION)
+    if inner.exists() and ask(inner, VERSION) == version and ask(inner, "import pip") is not None:
         return torch_of(inner)
     found = torch_of(python)
     if found and not usable(found[0]):
@@ -130,8 +124,7 @@ def make_environment(python: str, venv: Path) -> tuple[str, str] | None:
         raise SetupError(f"{python} can not make environments; install them: apt-get install python{version}-venv")
     run([python, "-m", "venv", "--clear", *site, venv])
     if found and not torch_of(inner):  # python is itself in a virtual environment, whose packages the flag leaves out
-        outer = ask(python, "import sysconfig; print(sysconfig.get_path('purelib'))")
-        purelib = ask(inner, "import sysconfig; print(sysconfig.get_path('purelib'))")
+        outer, purelib = (ask(one, "import sysconfig; print(sysconfig.get_path('purelib'))") for one in (python, inner))
         Path(str(purelib), "outer.pth").write_text(f"{outer}\n")
     return found
 
