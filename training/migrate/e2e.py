@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from training.migrate.e2e_scripts import SCRIPTS, SINGLE
-from training.migrate.program import Program, Translation, as_text
+from training.migrate.program import Program, Translation, as_text, as_words
 from training.utils.arguments import OtherFlag
 from training.utils.errors import UserError
 from training.utils.run.recipes import GIVEN, read_recipe
@@ -117,11 +118,8 @@ def rewritten(argv: Sequence[str]) -> list[str]:
     if not given:
         return list(argv)
     names = {token.partition("=")[0] for token in rest}
-    at = rest.index("--step") + 1 if "--step" in rest else len(rest)
-    steps = []
-    while at < len(rest) and rest[at].isdigit():
-        steps.append(int(rest[at]))
-        at += 1
+    behind = rest[rest.index("--step") + 1 :] if "--step" in rest else []
+    steps = [int(text) for text in itertools.takewhile(str.isdigit, behind)]
     for name, value in as_train_flags(given, steps or [1, 2, 3], hostfile="--hostfile" in names).items():
         own = next((i for i, token in enumerate(rest) if token.startswith(f"{name}=")), None)
         if name.endswith("_args") and own is not None:  # what the user writes there comes last, and counts
@@ -147,20 +145,14 @@ def script_flags(
     paths = [f"--{name}" for name in GIVEN[f"step{step}"]]  # train.py gives them
     command = ["deepspeed --num_gpus", str(ranks), ours.script, *(f"{flag} PATH" for flag in paths)]
     made = translate(" ".join([*command, SCRIPTS[step][deployment, size]]), source)
-    words, flags = list(made.arguments), dict[str, list[str]]()
-    while words:
-        values = flags.setdefault(words.pop(0), [])
-        while words and not words[0].startswith("--"):
-            values.append(words.pop(0))
-    flags = {name: values for name, values in flags.items() if name not in (*paths, "--data_split")}
+    flags = {name: values for name, values in made.flags.items() if name not in (*paths, "--data_split")}
     if flags.get("--data_path") == [DATA]:
         del flags["--data_path"]
     defaults = defaults_of(ours)
     for name in read_recipe(RECIPE)[1][f"step{step}"]:  # what the script leaves open is not for the recipe to say
         if f"--{name}" not in flags:
             flags[f"--{name}"] = as_text(defaults[f"--{name}"])
-    text = " ".join(word for name, values in flags.items() for word in (name, *values))
-    return text, [line for line in made.lines if "--data_" not in line]
+    return " ".join(as_words(flags)), [line for line in made.lines if "--data_" not in line]
 
 
 def settle_e2e(t: Translation, source: str = "DeepSpeed-Chat", split: str = SPLIT) -> None:

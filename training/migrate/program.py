@@ -102,6 +102,11 @@ def as_text(value: Any) -> list[str]:
     return [f"{value:.10g}" if isinstance(value, float) else str(value)]
 
 
+def as_words(flags: Mapping[str, Sequence[str]]) -> list[str]:
+    """Flags and their values as words of a command."""
+    return [word for name, values in flags.items() for word in (name, *values)]
+
+
 def shown(flag: str, value: Any) -> str:
     """A flag with its value as the command line has it."""
     return f"--no-{flag[2:]}" if value is False else " ".join([flag, *as_text(value)])

@@ -16,7 +16,7 @@ from training.migrate.colossalchat import OF_2023, STRATEGY
 from training.migrate.devices import launch_of, visible
 from training.migrate.e2e import gpus_here
 from training.migrate.predecessors import PREDECESSORS
-from training.migrate.program import THEIR_DEFAULT, Predecessor, Program, Translation, as_text
+from training.migrate.program import THEIR_DEFAULT, Predecessor, Program, Translation, as_text, as_words
 from training.migrate.shell.command import Command, read_command
 from training.migrate.shell.words import quoted
 from training.step3_rlhf_finetuning import arguments as step3
@@ -63,8 +63,9 @@ class Translated:
 
     Attributes:
         predecessor, theirs: where it comes from.
-        environment, starter, launcher, arguments: its parts; the launcher's are the starter's flags.
+        environment, starter, launcher: how it is started; the launcher's are the starter's flags.
         ours: its program.
+        flags: the program's, with dashes -> values, none for a switch.
         lines: what has changed.
     """
 
@@ -74,8 +75,13 @@ class Translated:
     starter: str
     launcher: list[str]
     ours: Ours
-    arguments: list[str]
+    flags: Mapping[str, Sequence[str]]
     lines: list[str]
+
+    @property
+    def arguments(self) -> list[str]:
+        """The flags as words."""
+        return as_words(self.flags)
 
     def start(self) -> list[str]:
         """The words before the arguments, but for the environment; programs are those beside this interpreter."""
@@ -87,11 +93,7 @@ class Translated:
 
     def text(self) -> str:
         """For a terminal or a script: what has changed as comments, then the command, a flag a line."""
-        rows: list[list[str]] = [self.start()]
-        for word in self.arguments:
-            if word.startswith("--") and " " not in word:  # else it is the flags of a step
-                rows.append([])
-            rows[-1].append(word)
+        rows = [self.start(), *([name, *values] for name, values in self.flags.items())]
         head = [f"# {self.predecessor.name}, {self.theirs.title}", *(f"#   {line}" for line in self.lines)]
         entries = (entry.partition("=") for entry in self.environment)
         environment = "".join(f"{name}={quoted(value) if value else ''} " for name, _, value in entries)
@@ -116,16 +118,14 @@ def translate(text: str, source: str = "") -> Translated:
     fill(found, program)
     if found.refused:
         raise UserError("; ".join(found.refused))
-    parts = [[name, *values] for name, values in found.values.items()]
-    argv = list(itertools.chain(*parts))
     if ours.groups:
-        checked = itertools.chain(*(part for part in parts if "$" not in "".join(part)))  # else the shell's
-        ours.check(arguments.parse(ours.groups, list(checked), prog=ours.script, description=""))
+        known = {name: values for name, values in found.values.items() if "$" not in "".join(values)}
+        ours.check(arguments.parse(ours.groups, as_words(known), prog=ours.script, description=""))
     launch = launch_of(command)
     notes = [*command.notes, *(launch.notes if ours.launched else ())]
     environment = launch.environment if ours.launched else command.environment
     lines = [*told, *found.lines, *notes, *(f"not the same: {line}" for line in program.different)]
-    return Translated(predecessor, program, environment, launch.starter, launch.launcher, ours, argv, lines)
+    return Translated(predecessor, program, environment, launch.starter, launch.launcher, ours, found.values, lines)
 
 
 def choose(command: Command, source: str = "") -> tuple[Predecessor, Program, list[str]]:
