@@ -202,8 +202,7 @@ def _started_by_python(words: Sequence[str]) -> tuple[str, list[str]]:
 def _other_launcher(command: Command, launcher: str, flags: Sequence[str]) -> None:
     """The flags of torchrun, ``accelerate launch`` and ``colossalai run`` as deepspeed's.
 
-    Raises:
-        UserError: several hosts, a number of ranks that the command does not tell, or what belongs to the program.
+    Refused are several hosts, a number of ranks that the command does not tell, and what belongs to the program.
     """
     words = [part for word in flags for part in (word.split("=", 1) if word.startswith("--") else [word])]
     words = words[1:] if words[:1] in (["run"], ["launch"]) else words
@@ -252,11 +251,7 @@ def _other_launcher(command: Command, launcher: str, flags: Sequence[str]) -> No
 
 
 def _configuration(path: str, command: Command) -> dict[str, str]:
-    """The flags that a configuration of accelerate's stands for; none, said aloud, where it is not here.
-
-    Raises:
-        UserError: it is no such file.
-    """
+    """The flags that a configuration of accelerate's stands for; none, said aloud, where it is not here."""
     file = Path(path).expanduser()
     if not file.is_file():
         command.notes.append(f"--config_file {path} is not here: what it says of precision, ZeRO and FSDP is left out")

@@ -381,11 +381,7 @@ def arithmetic(written: str, known: Variables) -> int | None:
 
 
 def _computed(node: ast.expr) -> int:
-    """A shell's arithmetic of whole numbers.
-
-    Raises:
-        LookupError: something else is in it.
-    """
+    """A shell's arithmetic of whole numbers; a LookupError where something else is in it."""
     if isinstance(node, ast.Constant) and type(node.value) is int:
         return node.value
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):

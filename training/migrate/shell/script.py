@@ -599,11 +599,7 @@ def _compared(left: str | None, joint: str, right: str | None, number: Callable[
 
 
 def _whole(written: str) -> int:
-    """A number as ``[`` takes it, which does not calculate.
-
-    Raises:
-        ValueError: it is none.
-    """
+    """A number as ``[`` takes it, which does not calculate; a ValueError where it is none."""
     if not re.fullmatch(r"\s*[-+]?[0-9]+\s*", written):
         raise ValueError
     return int(written)

@@ -36,35 +36,31 @@ def tokens(text: str) -> list[str]:
     documents: list[tuple[str, str]] = []  # what may stand before the end of each, and its end
     at = 0
     while at < len(text):
+        token, end = "", at + 1
         if text[at] == "\n" and documents:
-            at = _behind(text, at, documents)
+            token, end = Operator("\n"), _behind(text, at, documents)
             documents = []
-            found.append(Operator("\n"))
         elif text[at] in " \t\r":
-            at += 1
-        elif goes_on := _GOES_ON.match(text, at):
-            at = goes_on.end()
+            pass
+        elif between := _GOES_ON.match(text, at) or _NUMBER.match(text, at):
+            end = between.end()
         elif text[at] == "#":
-            at = _line_end(text, at)
-        elif number := _NUMBER.match(text, at):
-            at = number.end()
+            end = _line_end(text, at)
         elif text.startswith("((", at):
             end = _closed(text, at + 1, "(", ")") + 1
-            found.append(_joined(text[at:end]))
-            at = end
+            token = _joined(text[at:end])
         elif text.startswith(("<(", ">("), at):
             end = _closed(text, at + 1, "(", ")")
-            found.append(UNREAD + text[at:end])
-            at = end
-        elif operator := _operator(text, at, found):
-            found.append(operator)
-            at += len(operator)
+            token = UNREAD + text[at:end]
+        elif token := _operator(text, at, found):
+            end = at + len(token)
         else:
             end = _word_end(text, at)
-            found.append(_joined(text[at:end]))
-            at = end
-            if len(found) > 1 and found[-2] in ("<<", "<<-") and isinstance(found[-2], Operator):
-                documents.append(("\t" * (found[-2] == "<<-"), re.sub(r"[\"'\\]", "", found[-1])))
+            token = _joined(text[at:end])
+            if found and found[-1] in ("<<", "<<-") and isinstance(found[-1], Operator):
+                documents.append(("\t" * (found[-1] == "<<-"), re.sub(r"[\"'\\]", "", token)))
+        found += [token] if token else []
+        at = end
     return found
 
 
