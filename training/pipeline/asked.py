@@ -198,12 +198,8 @@ def taken_up(groups: Sequence[Any], argv: Sequence[str]) -> Asked:
 def _manifest_of(run: Path, given: str) -> dict[str, Any]:
     """The manifest of a run that is there; empty for a folder that is none yet, in which a run can be made.
 
-    Args:
-        run: the folder.
-        given: as the flag has it.
-
-    Raises:
-        UserError: it holds a file, named, that no run has made and that one would write over or add to.
+    One with a file that no run has made and that one would write over or add to is refused. ``given`` is as the flag
+    has it.
     """
     manifest = read_manifest(run)
     if manifest and "started_as" not in manifest:

@@ -117,13 +117,9 @@ def check_rows(step: str, argv: Sequence[str]) -> None:
 
 
 def _usable(step: str, flag: str, paths: Sequence[str], columns: Sequence[str], enough: int) -> tuple[int, int] | None:
-    """Look at the rows that a step can train on, until there are enough prompts that begin differently.
+    """How many prompts that begin differently the rows for a step have, and the rows read; None once there are enough.
 
-    Returns:
-        How many such prompts there are, and the rows read; None once there are enough.
-
-    Raises:
-        UserError: no format has the columns of the first row.
+    The first row is refused where no format has its columns.
     """
     from training.utils.data.formats.columns import UnknownFormat, convert, parse_column_map
     from training.utils.data.formats.conversations import Dropped, beginning
@@ -131,8 +127,7 @@ def _usable(step: str, flag: str, paths: Sequence[str], columns: Sequence[str], 
     from training.utils.data.template import RowError  # jinja2 and the formats take a moment
 
     column_map = parse_column_map(columns)
-    prompts: list[object] = []
-    count = 0
+    prompts, count = list[object](), 0
     for path in paths:
         source = local_source(path, "prompts" if step == "step3" else "pairs", flag)
         if source is None:

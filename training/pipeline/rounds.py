@@ -163,7 +163,8 @@ class Rounds:
             given = ["--answers", shown(answers), "--output", shown(rankings), *shlex.split(self.flags.judge_args)]
             if code := self._start("judge", number, given):
                 return code
-        elif not _has_lines(rankings := folder / PEOPLE / "rankings.jsonl"):  # the page makes the file when it starts
+        elif not (rankings := folder / PEOPLE / "rankings.jsonl").is_file() or not rankings.read_text("utf-8").strip():
+            # the page makes the file when it starts
             given = ["--answers", shown(answers), "--output_dir", shown(folder / PEOPLE)]
             page = shlex.join([shown(sys.executable), self._program("rank"), *given])
             print(f"\nround {number} waits for people to put its answers in an order:  {page}\n"
@@ -245,7 +246,7 @@ class Rounds:
         sft = _summary(self.run)
         before = {"held-out reward, by its own model": sft.get("reward_before")}
         before |= {check["name"]: check.get("before") for check in _checks(sft)}
-        body: list[list[Any]] = [[name, before.get(name), *(row.get(name) for row in rows)] for name in names]
+        body: list[list[Any]] = [[name, *(row.get(name) for row in (before, *rows))] for name in names]
         write_json(self.run / ROUNDS_FILE, known | {"table": [head, *body]})
         cells = [
             [f"{cell:.3f}" if isinstance(cell, float) else str(cell or "") for cell in row] for row in (head, *body)
@@ -292,11 +293,7 @@ def check_run(run: Path, planned: Sequence[str], rounds: int) -> None:
 
 
 def _read_rounds(path: Path) -> dict[str, Any]:
-    """What is known of the rounds so far.
-
-    Raises:
-        UserError: the file is damaged.
-    """
+    """What is known of the rounds so far; a damaged file is refused."""
     known = read_object(path)
     agreement = known.get("agreement", {})
     if not isinstance(agreement, dict) or not all(isinstance(found, dict) for found in agreement.values()):
@@ -310,10 +307,6 @@ def _summary(folder: Path) -> dict[str, Any]:
 
 def _checks(summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return summary.get("eval_functions") or []
-
-
-def _has_lines(file: Path) -> bool:
-    return file.is_file() and bool(file.read_text(encoding="utf-8").strip())
 
 
 def _given(argv: Sequence[str], name: str) -> list[str]:
