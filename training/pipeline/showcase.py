@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from training.utils.run.folders import title
 
 MODELS = (("base", "base"), ("sft", "SFT"), ("rlhf", "RLHF"))
 WIDEST = 110
+Line = tuple[str, str, str, str]  # of the table: name, before, after, and what to hold it against
 
 
 def summary_table(run: Path, seconds: Mapping[str, float]) -> str:
@@ -24,14 +25,14 @@ def summary_table(run: Path, seconds: Mapping[str, float]) -> str:
         run: the run directory; a step without ``summary.json``, and a number that is not in it, is left out.
         seconds: wall time of each step's last start, by ``"step1"`` and so on.
     """
-    rows: list[tuple[str, str, str, str, str]] = []
+    rows: list[tuple[str, ...]] = []
     for step, lines in (("step1", _step1), ("step2", _step2), ("dpo", _dpo), ("step3", _step3)):
         path = run / step / "summary.json"
         if not path.is_file():
             continue
         summary = read_object(path)
         try:
-            found = lines(summary) or [("finished", "", "", "")]
+            found = list(lines(summary)) or [("finished", "", "", "")]
             known = [value for value in (seconds.get(step), summary.get("seconds")) if value is not None]
             time = duration(max(known, default=None))
         except (LookupError, TypeError, ValueError, AttributeError):  # not as a step has written it
@@ -88,78 +89,55 @@ def _sample(sample: Mapping[str, Any], number: int, width: int) -> str:
     return "\n".join(lines)
 
 
-def _step1(s: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    return [
-        *_change("held-out loss", s, "loss_before", "loss_after", ".3f"),
-        *_change("held-out perplexity", s, "perplexity_before", "perplexity_after", ".2f"),
-    ]
+def _step1(s: Mapping[str, Any]) -> Iterator[Line]:
+    yield from _change("held-out loss", s, "loss_before", "loss_after", ".3f")
+    yield from _change("held-out perplexity", s, "perplexity_before", "perplexity_after", ".2f")
 
 
-def _step2(s: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    rules = [f"always {name}: {s[key]:.3f}" for name, key in _RULES if s.get(key) is not None]
-    sure = _sureness(s, "accuracy_low", "accuracy_high", "held_out", "pairs")
-    note = ", ".join(filter(None, [sure, *rules]))
-    rows = _change("held-out accuracy", s, "accuracy_before", "accuracy_after", ".3f", note)
+def _step2(s: Mapping[str, Any]) -> Iterator[Line]:
+    rules = (("the longer", "accuracy_longer"), ("the shorter", "accuracy_shorter"))
+    notes = [_sureness(s, "accuracy_low", "accuracy_high", "held_out", "pairs")]
+    notes += [f"always {name}: {s[key]:.3f}" for name, key in rules if s.get(key) is not None]
+    note = ", ".join(filter(None, notes))
+    yield from _change("held-out accuracy", s, "accuracy_before", "accuracy_after", ".3f", note)
     for kind, found in (s.get("accuracy_by_kind") or {}).items():
-        name = f"accuracy against {kind.replace('_', ' ')}"
-        rows.append((name, "", f"{found['accuracy']:.3f}", f"{found['pairs']} pairs"))
+        yield f"accuracy against {kind.replace('_', ' ')}", "", f"{found['accuracy']:.3f}", f"{found['pairs']} pairs"
     if s.get("chosen_mean") is not None and s.get("rejected_mean") is not None:
-        rows.append(("reward of rejected, chosen", f"{s['rejected_mean']:+.2f}", f"{s['chosen_mean']:+.2f}", ""))
-    verdicts = s.get("verdicts") or {}
-    if verdicts:
+        yield "reward of rejected, chosen", f"{s['rejected_mean']:+.2f}", f"{s['chosen_mean']:+.2f}", ""
+    if verdicts := s.get("verdicts") or {}:
         held = [name.replace("_", " ") for name, value in verdicts.items() if value]
         missed = [name.replace("_", " ") for name, value in verdicts.items() if not value]
         text = f"missed: {', '.join(missed)}" if missed else ", ".join(held)
-        rows.append(("verdicts that hold", "", f"{len(held)} of {len(verdicts)}", text))
-    return rows
+        yield "verdicts that hold", "", f"{len(held)} of {len(verdicts)}", text
 
 
-_RULES = (("the longer", "accuracy_longer"), ("the shorter", "accuracy_shorter"))
-
-
-def _dpo(s: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+def _dpo(s: Mapping[str, Any]) -> Iterator[Line]:
     sure = _sureness(s, "accuracy_low", "accuracy_high", "held_out", "pairs")
     kl = f"KL {s['kl']:.2f} nats per token" if s.get("kl") is not None else ""
-    return [
-        *_change("held-out loss", s, "loss_before", "loss_after", ".3f"),
-        *_change("held-out accuracy", s, "", "accuracy_after", ".3f", sure),
-        *_change("log-prob of chosen", s, "chosen_log_prob_before", "chosen_log_prob_after", ".1f", kl),
-        *_change("log-prob of rejected", s, "rejected_log_prob_before", "rejected_log_prob_after", ".1f"),
-    ]
+    yield from _change("held-out loss", s, "loss_before", "loss_after", ".3f")
+    yield from _change("held-out accuracy", s, "", "accuracy_after", ".3f", sure)
+    yield from _change("log-prob of chosen", s, "chosen_log_prob_before", "chosen_log_prob_after", ".1f", kl)
+    yield from _change("log-prob of rejected", s, "rejected_log_prob_before", "rejected_log_prob_after", ".1f")
 
 
-def _step3(s: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+def _step3(s: Mapping[str, Any]) -> Iterator[Line]:
     own = {**s, "low": s.get("win_rate_low"), "high": s.get("win_rate_high"), "n": s.get("compared", s.get("prompts"))}
-    lines = _change("mean held-out reward", s, "reward_before", "reward_after", "+.3f")
+    yield from _change("mean held-out reward", s, "reward_before", "reward_after", "+.3f")
     for check in judges(s):
-        base = [f"base {check['base']:+.3f}"] if check.get("base") is not None else []
-        note = ", ".join(base + _difference(check))
-        lines += _change(f"mean {check['name']}", check, "before", "after", "+.3f", note)
-    lines += _win_rate("win rate by reward model", own)
-    for check in judges(s):
-        lines += _win_rate(f"win rate by {check['name']}", check)
-    return lines
+        notes = [f"base {check['base']:+.3f}"] if check.get("base") is not None else []
+        if check.get("difference") is not None:
+            low, high = check["difference_low"], check["difference_high"]
+            notes.append(f"difference {check['difference']:+.3f} [{low:+.3f}, {high:+.3f}]")
+        yield from _change(f"mean {check['name']}", check, "before", "after", "+.3f", ", ".join(notes))
+    for name, judge in (("reward model", own), *((check["name"], check) for check in judges(s))):
+        sure = _sureness(judge, "low", "high", "n", "prompts")
+        yield from _change(f"win rate by {name}", judge, "", "win_rate", ".3f", sure)
 
 
-def _difference(check: Mapping[str, Any]) -> list[str]:
-    if check.get("difference") is None:
-        return []
-    low, high = check["difference_low"], check["difference_high"]
-    return [f"difference {check['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"]
-
-
-def _change(
-    title: str, s: Mapping[str, Any], before: str, after: str, form: str, note: str = ""
-) -> list[tuple[str, str, str, str]]:
-    if s.get(after) is None:
-        return []
-    return [(title, format(s[before], form) if s.get(before) is not None else "", format(s[after], form), note)]
-
-
-def _win_rate(title: str, s: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    if s.get("win_rate") is None:
-        return []
-    return [(title, "", f"{s['win_rate']:.3f}", _sureness(s, "low", "high", "n", "prompts"))]
+def _change(name: str, s: Mapping[str, Any], before: str, after: str, form: str, note: str = "") -> Iterator[Line]:
+    """A number after training, and before where it is known; nothing without it."""
+    if s.get(after) is not None:
+        yield name, format(s[before], form) if s.get(before) is not None else "", format(s[after], form), note
 
 
 def _sureness(s: Mapping[str, Any], low: str, high: str, count: str, what: str) -> str:

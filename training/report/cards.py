@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from training.pipeline.showcase import judges
@@ -130,30 +130,29 @@ COUNTED = {
 }
 
 
-def warnings(step: StepRecord) -> list[str]:
+def warnings(step: StepRecord) -> Iterator[str]:
     """What a reader must know about the number on the step's card before believing it."""
     s = step.summary
     key, noun = COUNTED[step.name]
-    count, found = number(s.get(key)), []
+    count = number(s.get(key))
     if count and count < FEW_ROWS:
         weight = "" if step.name == "step1" else f" One of them moves the number by {1 / count:.0%}."
-        found.append(f"Only {plural(int(count), f'held-out {noun}')}.{weight}")
+        yield f"Only {plural(int(count), f'held-out {noun}')}.{weight}"
     ties = number(s.get("ties"))
     if ties and count and ties > count / 2:
-        found.append(f"{ties:.0f} of {count:.0f} are ties, each counted half: the two hardly differ.")
+        yield f"{ties:.0f} of {count:.0f} are ties, each counted half: the two hardly differ."
     if step.name == "step2":
         low, longer = numbers(s, "accuracy_low", "accuracy_longer")
         rule = max(longer, 1 - longer) if longer is not None else 0.5
         if low is not None and low <= rule:
-            found.append(f"The interval begins at {low:.0%}, no better than length alone or a coin ({rule:.0%}).")
+            yield f"The interval begins at {low:.0%}, no better than length alone or a coin ({rule:.0%})."
     if step.name == "step3":
         ends = interval(s, "win_rate_low", "win_rate_high")
         if ends and ends[0] <= 0.5 <= ends[1]:
-            found.append("The interval includes 50%: no difference is shown.")
-        found += remarks(step, ("reward/", "eval/"))
+            yield "The interval includes 50%: no difference is shown."
+        yield from remarks(step, ("reward/", "eval/"))
     if step.name == "dpo":
-        found += remarks(step, ("eval/",))
-    return found
+        yield from remarks(step, ("eval/",))
 
 
 def marked(lines: Iterable[str]) -> str:
