@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from training.report.text import e
 
@@ -27,7 +27,7 @@ class Series:
     """One curve: (x, y) in rising x; ``colour`` 1 to 4 is a CSS variable; ``dots`` marks a few measured points."""
 
     label: str
-    points: Sequence[Point]
+    points: Sequence[Point] = ()
     colour: int = 1
     dots: bool = False
 
@@ -67,10 +67,9 @@ def line_chart(title: str, x_label: str, y_label: str, series: Sequence[Series],
         series: empty ones are left out; "" comes back if none is left.
         zero_one: the values are shares: the y axis runs from 0 to 1.
     """
-    shown = [s for s in series if s.points]
+    shown = [replace(s, points=thinned(s.points)) for s in series if s.points]
     if not shown:
         return ""
-    shown = [Series(s.label, thinned(s.points), s.colour, s.dots) for s in shown]
     xs = [x for s in shown for x, _ in s.points]
     ys = [y for s in shown for _, y in s.points]
     x_ticks, y_ticks = ticks(min(xs), max(xs)), [0, 0.25, 0.5, 0.75, 1] if zero_one else ticks(min(ys), max(ys))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from training.report import cards, charts
 from training.report.charts import Series
@@ -11,38 +12,34 @@ from training.report.text import TITLES, heading
 
 
 @dataclass(frozen=True)
-class Curve:
-    """A metric as a `Series`."""
-
-    label: str
-    metric: str
-    colour: int = 1
-    dots: bool = False
-
-
-@dataclass(frozen=True)
 class Figure:
-    """What one figure shows; the health monitor's warnings about metrics that begin with ``warned`` stand below it."""
+    """What one figure shows: a `Series` for each metric, which gives its points.
+
+    The health monitor's warnings about metrics that begin with ``warned`` stand below it.
+    """
 
     title: str
     y_label: str
-    curves: tuple[Curve, ...]
+    curves: Mapping[str, Series]
     warned: tuple[str, ...] = ()
     zero_one: bool = False
 
 
-def _both(name: str) -> tuple[Curve, ...]:
-    return Curve("training", f"train/{name}"), Curve("held out", f"eval/{name}", 2, dots=True)
+HELD_OUT = Series("held out", colour=2, dots=True)
 
 
-def _rollouts(metric: str, *held_out: str) -> tuple[Curve, ...]:
-    return Curve("rollouts", metric), *(Curve("held out", name, 2, dots=True) for name in held_out)
+def _both(name: str) -> dict[str, Series]:
+    return {f"train/{name}": Series("training"), f"eval/{name}": HELD_OUT}
+
+
+def _rollouts(metric: str, *held_out: str) -> dict[str, Series]:
+    return {metric: Series("rollouts"), **dict.fromkeys(held_out, HELD_OUT)}
 
 
 FIGURES = {
     "step1": [
         Figure("Loss", "nats per token", _both("loss")),
-        Figure("Gradient norm", "norm", (Curve("norm", "train/grad_norm"),)),
+        Figure("Gradient norm", "norm", {"train/grad_norm": Series("norm")}),
     ],
     "step2": [
         Figure("Pairs judged right", "share", _both("accuracy"), zero_one=True),
@@ -52,8 +49,8 @@ FIGURES = {
         Figure("Pairs whose chosen answer has the higher reward", "share", _both("accuracy"), zero_one=True),
         Figure("Loss", "per pair", _both("loss")),
         Figure("Held-out rewards", "beta x log-ratio to the reference",
-               (Curve("chosen", "eval/chosen_reward", 1, dots=True),
-                Curve("rejected", "eval/rejected_reward", 2, dots=True))),
+               {"eval/chosen_reward": Series("chosen", dots=True),
+                "eval/rejected_reward": Series("rejected", colour=2, dots=True)}),
         Figure("How much likelier chosen answers are than before", "nats per token", _both("chosen_change"),
                ("train/chosen_change", "eval/chosen_change", "eval/kl")),
     ],
@@ -64,9 +61,9 @@ FIGURES = {
         Figure("Answer length", "tokens", _rollouts("rollout/length"), ("rollout/length",)),
         Figure("Answers that end by themselves", "share", _rollouts("rollout/eos_rate"), ("rollout/eos_rate",),
                zero_one=True),
-        Figure("Entropy of the policy", "nats per token", (Curve("entropy", "policy/entropy"),), ("policy/entropy",)),
+        Figure("Entropy of the policy", "nats per token", {"policy/entropy": Series("entropy")}, ("policy/entropy",)),
         Figure("Critic: explained variance", "1 is perfect, 0 useless",
-               (Curve("explained", "critic/explained_variance"),), ("critic/",)),
+               {"critic/explained_variance": Series("explained")}, ("critic/",)),
     ],
 }  # fmt: skip
 
@@ -82,7 +79,7 @@ def curves(run: RunRecord) -> str:
 
 
 def _drawn(figure: Figure, step: StepRecord) -> str:
-    series = [Series(one.label, step.curve(one.metric), one.colour, one.dots) for one in figure.curves]
+    series = [replace(one, points=step.curve(metric)) for metric, one in figure.curves.items()]
     unit = "iteration" if step.name == "step3" else "optimizer step"
     drawing = charts.line_chart(figure.title, unit, figure.y_label, series, zero_one=figure.zero_one)
     return drawing.replace("</figure>", f"{cards.marked(cards.remarks(step, figure.warned))}</figure>")
