@@ -292,13 +292,26 @@ def rows_of(kind: Kind, data: DataArguments, whole: Sequence[str], system: float
     Raises:
         UserError: a source is not usable, or not on this machine.
     """
+    from training.utils.data.formats.columns import convert, parse_column_map
+    from training.utils.data.formats.conversations import Dropped
+    from training.utils.data.template import RowError
+
+    columns = parse_column_map(data.column_map)
     shares = shares_of(data.data_split)
     share = shares[KINDS.index(kind)] if shares else 1.0
     train: list[tuple[float, float]] = []
     held_out: list[tuple[float, float]] = []
 
     def lengths(source: Source, split: bool) -> list[tuple[float, float]]:
-        return list(_lengths(kind, source, split, data, system, limit))
+        """Tokens of prompt and answer of each usable row of a source."""
+        found: list[tuple[float, float]] = []
+        for row in source.rows(split):
+            if isinstance(row.values, RowError):
+                continue
+            with contextlib.suppress(Dropped, RowError):
+                examples = convert(row.values, source.name, columns)[1]
+                found += filter(None, (_tokens(kind, example, system, limit) for example in examples))
+        return found
 
     for path in [*data.sources(whole), *whole]:
         source, part = _source(path, kind), 1.0 if path in whole else share
@@ -322,22 +335,6 @@ def _source(path: str, kind: Kind) -> Source:
     if source is None:
         raise UserError(f"{path} is not on this machine")
     return source
-
-
-def _lengths(kind: Kind, source: Source, split: bool, data: DataArguments, system: float, limit: int) -> Any:
-    """Tokens of prompt and answer of each usable row of a source."""
-    from training.utils.data.formats.columns import convert, parse_column_map
-    from training.utils.data.formats.conversations import Dropped
-    from training.utils.data.template import RowError
-
-    columns = parse_column_map(data.column_map)
-    for row in source.rows(split):
-        if isinstance(row.values, RowError):
-            continue
-        with contextlib.suppress(Dropped, RowError):
-            for example in convert(row.values, source.name, columns)[1]:
-                if found := _tokens(kind, example, system, limit):
-                    yield found
 
 
 def _tokens(kind: Kind, example: Example, system: float, limit: int) -> tuple[float, float] | None:
@@ -458,10 +455,9 @@ def line(argvs: Mapping[str, Sequence[str]], to_run: Sequence[str], ranks: int) 
         return ""
     try:
         found = works(argvs, shape, ranks)
+        speeds = {dtype: measure(shape, dtype) for dtype in sorted({found[name][0] for name in to_run})}
     except UserError:  # the step says it
         return ""
-    try:
-        speeds = {dtype: measure(shape, dtype) for dtype in sorted({found[name][0] for name in to_run})}
     except subprocess.SubprocessError as error:
         return f"how long this machine will take is not known: the measurement failed ({type(error).__name__})"
     return sentence({name: estimate(speeds[found[name][0]], found[name][1], ranks) for name in to_run})
