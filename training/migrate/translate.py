@@ -136,12 +136,11 @@ def choose(command: Command, source: str = "") -> tuple[Predecessor, Program, li
     """
     script, name = command.script.lower(), PurePosixPath(command.script).name
     pairs = [(p, program) for p in PREDECESSORS for program in p.programs if source in ("", p.name)]
-    ends = [(p, program) for p, program in pairs if script.endswith(program.paths)]
-    found = ends or [
-        (p, program) for p, program in pairs if any(PurePosixPath(path).name == name for path in program.paths)
+    found = [(p, program) for p, program in pairs if script.endswith(program.paths)] or [
+        (p, program) for p, program in pairs if name in (PurePosixPath(path).name for path in program.paths)
     ]
-    flags = {word.partition("=")[0] for word in command.arguments}
-    if (step := OF_2023.get(name, "")) and (STRATEGY in flags or not found):
+    given = {word.partition("=")[0] for word in command.arguments if word.startswith("--")}
+    if (step := OF_2023.get(name, "")) and (STRATEGY in given or not found):
         raise UserError(f"{command.script} of ColossalAI's applications/Chat (2023) is not translated: write the "
                         f"command with the flags of {OURS[step].script}")  # fmt: skip
     if not found:
@@ -149,7 +148,6 @@ def choose(command: Command, source: str = "") -> tuple[Predecessor, Program, li
         raise UserError(f"{command.script}: no program of {source or names} has this name")
     for place in (script, command.file.lower()):
         found = [(p, program) for p, program in found if any(mark in place for mark in p.marks)] or found
-    given = {word.partition("=")[0] for word in command.arguments if word.startswith("--")}
     missing = [_unknown(given, program) for _, program in found]
     found = [pair for pair, count in zip(found, missing, strict=True) if count == min(missing)]
     folders = PurePosixPath(command.file).parts

@@ -119,11 +119,7 @@ class _Parser:
             self.at += 1
 
     def expect(self, *ends: str) -> str:
-        """Take one of these.
-
-        Raises:
-            UserError: something else stands there.
-        """
+        """Take one of these, and refuse anything else."""
         if self.peek() not in ends:
             before = repr(self.peek()) if self.peek() else "the end"
             raise UserError(f"{' or '.join(ends)} is missing before {before}: give whole commands")

@@ -469,11 +469,7 @@ class _Reader:
         return next((path for path in (Path(self.folder) / name, Path(name)) if path.is_file()), None)
 
     def another(self, words: Sequence[str], prefix: Sequence[str]) -> bool:
-        """Read the script that a command starts, ``bash FILE ARGUMENTS``; false where it starts none.
-
-        Raises:
-            UserError: there is no such file.
-        """
+        """Read the script that a command starts, ``bash FILE ARGUMENTS``; false where it starts none."""
         rest = list(words)
         while rest and (rest[0] in BEFORE or ASSIGNMENT.match(rest[0])):
             rest.pop(0)
