@@ -74,13 +74,12 @@ def _comparisons(row: Row) -> list[Example]:
 
 def _mkqa(language: str) -> Converter:
     def convert(row: Row) -> list[Example]:
-        """The question and its first answer in this language."""
         queries, answers = row["queries"], row["answers"]
         if not isinstance(queries, dict) or not isinstance(answers, dict):
             raise RowError("queries and answers must hold a text for each language, such as zh_cn")
         return answered(
             plain_text(queries.get(language), f"queries.{language}"),
-            first_item(answers.get(language), "text", "answers"),
+            first_item(answers.get(language), "answers"),
         )
 
     return convert
@@ -92,7 +91,7 @@ def _qg_jaquad(row: Row) -> list[Example]:
 
 def _qag_jaquad(row: Row) -> list[Example]:
     """lmqg/qag_jaquad: the first of several questions, answered by the paragraph."""
-    return answered(first_item(row["questions"], "text", "questions"), text_of(row, "paragraph"))
+    return answered(first_item(row["questions"], "questions"), text_of(row, "paragraph"))
 
 
 ADAPTERS: dict[str, tuple[frozenset[str], Converter]] = {

@@ -51,29 +51,24 @@ class UnknownFormat(UserError):
     """No format has these columns; ``short`` says it without the ways to go on."""
 
     def __init__(self, row: Row) -> None:
-        columns = list(row)
+        tokens, around = (next(filter(row.__contains__, names), "") for names in (_TOKENISED, _AROUND_ROWS))
         if _is_table(row):
             self.short = "one object holds all rows, by columns or by numbers"
-            super().__init__(f"{self.short}; write an object for each row, as pandas does with "
-                             "df.to_json(FILE, orient='records', lines=True)")  # fmt: skip
-            return
-        if found := next((name for name in _TOKENISED if name in columns), None):
-            self.short = f"the row holds tokens ({found}) of a tokenizer and a template that it does not name"
-            super().__init__(f"{self.short}; give the conversations that it was prepared from (what ColossalChat's "
-                             "prepare_dataset.py read from --data_input_dirs)")  # fmt: skip
-            return
-        found = next((name for name in _AROUND_ROWS if name in columns), None)
-        if found and {*columns} <= {*_AROUND_ROWS, *_BESIDE_ROWS}:
-            self.short = f"one object is around all rows, which lie in its {found}"
-            super().__init__(f"{self.short}: make that list the file: jq .{found} OLD.json > NEW.json")
-            return
-        self.short = f"no known format has the columns {', '.join(map(str, columns)) or '(none)'}"
-        super().__init__(
-            f"{self.short}; three ways to go on: "
-            "name them with --column_map prompt=COLUMN response=COLUMN (or chosen=, rejected=); "
-            'write the rows as {"messages": [{"role": "user", "content": "..."}, ...]}; '
-            "or add a format to training/utils/data/formats/shapes.py (docs/data.md shows how)"
-        )
+            way = ("; write an object for each row, as pandas does with "
+                   "df.to_json(FILE, orient='records', lines=True)")  # fmt: skip
+        elif tokens:
+            self.short = f"the row holds tokens ({tokens}) of a tokenizer and a template that it does not name"
+            way = ("; give the conversations that it was prepared from (what ColossalChat's prepare_dataset.py read "
+                   "from --data_input_dirs)")  # fmt: skip
+        elif around and row.keys() <= {*_AROUND_ROWS, *_BESIDE_ROWS}:
+            self.short = f"one object is around all rows, which lie in its {around}"
+            way = f": make that list the file: jq .{around} OLD.json > NEW.json"
+        else:
+            self.short = f"no known format has the columns {', '.join(map(str, row)) or '(none)'}"
+            way = ("; three ways to go on: name them with --column_map prompt=COLUMN response=COLUMN (or chosen=, "
+                   'rejected=); write the rows as {"messages": [{"role": "user", "content": "..."}, ...]}; or add a '
+                   "format to training/utils/data/formats/shapes.py (docs/data.md shows how)")  # fmt: skip
+        super().__init__(self.short + way)
 
 
 class ColumnMap:
@@ -166,17 +161,6 @@ def _find(columns: frozenset[str], mapped: Mapping[str, str]) -> Format | None:
         default=None,
         key=lambda format_: (len(format_.columns), sum(reads(format_, name) for name in mapped)),
     )
-
-
-def _is_ids(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(item, int) for item in value)
-
-
-def _check_readable(row: Row, columns: frozenset[str]) -> None:
-    """Raise the error of a cell that could not be read (readers leave it there) if a format reads it."""
-    for name in columns:
-        if isinstance(row.get(name), RowError):
-            raise row[name]
 
 
 _SYSTEM = ("system", "system_prompt", "system_message")
@@ -312,9 +296,13 @@ def convert(
     format_ = None if mapped else _adapter(source, frozenset(columns))
     columns.update({name: value for name, (_, value) in mapped.items()})
     format_ = format_ or _find(frozenset(columns), {name: column for name, (column, _) in mapped.items()})
-    if format_ is None or _is_ids(columns.get("prompt")) or _is_table(row):
+    prompt = columns.get("prompt")
+    is_ids = isinstance(prompt, list) and bool(prompt) and all(isinstance(item, int) for item in prompt)
+    if format_ is None or is_ids or _is_table(row):
         raise UnknownFormat(row)
-    _check_readable(columns, format_.columns.union(_OPTIONAL, _SYSTEM))
+    for name in format_.columns.union(_OPTIONAL, _SYSTEM):
+        if isinstance(columns.get(name), RowError):
+            raise columns[name]  # of a cell that could not be read: readers leave it there
     _check_meaning(columns, "" if format_.columns & mapped.keys() else format_.name)
     used: set[str] = set()
     watched = _Watched(columns, used)

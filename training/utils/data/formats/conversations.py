@@ -52,14 +52,10 @@ class Example:
         return self.answers or ([self.chosen, self.rejected] if self.chosen else [])
 
     def pairs(self) -> list[tuple[int, int]]:
-        """Which of `compared` is better than which; the best against the worst comes first."""
-        return pairs_of_ranks(self.ranks or [1, 2]) if self.chosen else []
-
-
-def pairs_of_ranks(ranks: Sequence[int]) -> list[tuple[int, int]]:
-    """All pairs (better, worse) of places that never fall, best against worst first; a tie gives none."""
-    count = len(ranks)
-    return [(i, j) for i in range(count) for j in reversed(range(i + 1, count)) if ranks[i] < ranks[j]]
+        """Which of `compared` is better than which, a tie is none; the best against the worst comes first."""
+        ranks = self.ranks or ([1, 2] if self.chosen else [])
+        count = len(ranks)
+        return [(i, j) for i in range(count) for j in reversed(range(i + 1, count)) if ranks[i] < ranks[j]]
 
 
 Converter = Callable[[Row], list[Example]]
@@ -172,7 +168,7 @@ def _message(item: Any, where: str) -> Message:
         "content": plain_text(item.get("content", item.get("value")), f"the content of {where}"),
     }
     untrained = not _is_trained(item, where) and message["role"] == "assistant"
-    return {**message, **more, **(NOT_TRAINED if untrained else {})}
+    return message | more | (NOT_TRAINED if untrained else {})
 
 
 NO_TEXT = dict.fromkeys(("images", "image", "videos", "video", "audios", "audio"), "what is no text")
@@ -223,13 +219,18 @@ def _json(value: Any, where: str) -> Any:
     return value
 
 
+def _function(value: Any) -> dict[str, Any]:
+    """A tool, or a call of one, without what OpenAI's form has around it; empty if it has no name."""
+    function = value.get("function", value) if isinstance(value, dict) else None
+    return function if isinstance(function, dict) and isinstance(function.get("name"), str) else {}
+
+
 def _calls(value: Any, where: str) -> str:
     """Calls of tools, in any of their usual forms, as chat templates read them; JSON."""
     found = _json(value, f"the call of a tool in {where}")
     calls = []
     for call in found if isinstance(found, list) else [found]:
-        function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        if not (function := _function(call)):
             raise RowError(f"{where} calls a tool without its name")
         arguments = _json(function.get("arguments") or {}, f"the arguments of {function['name']} in {where}")
         if not isinstance(arguments, dict):
@@ -249,8 +250,7 @@ def with_tools(example: Example, value: Any) -> Example:
     found = _json(value, "the column of tools")
     tools = []
     for tool in found if isinstance(found, list) else [found]:
-        function = tool.get("function", tool) if isinstance(tool, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        if not (function := _function(tool)):
             raise RowError("the column of tools must be a list of functions, each with a name")
         tools.append({"type": "function", "function": function})
     if not example.prompt:
@@ -378,11 +378,8 @@ def _check_turns(messages: Sequence[Message]) -> None:
 
     Tools answer after the assistant, and the assistant goes on after their last answer.
     """
-    turns = list(messages)
-    if turns and turns[0]["role"] == "system":
-        turns = turns[1:]
     before = ""
-    for message in turns:
+    for message in messages[1:] if messages and messages[0]["role"] == "system" else messages:
         role = message["role"]
         if role == "system":
             raise RowError("a system turn stands after the first message")
@@ -460,11 +457,10 @@ def as_prompt(prompt: str | list[Message]) -> list[Message]:
     return prompt
 
 
-def prompt_of(row: Row, name: str) -> list[Message]:
-    """A column that asks, a text, a transcript or messages, as messages."""
+def asked(row: Row, name: str) -> str | list[Message]:
+    """A column that asks, as it is for `as_prompt`: a text, perhaps a transcript, or messages."""
     value = unpacked(row[name], name)
-    messages = isinstance(value, list) and not is_parts(value)
-    return as_prompt(messages_of(value, name) if messages else text_of(row, name))
+    return messages_of(value, name) if isinstance(value, list) and not is_parts(value) else text_of(row, name)
 
 
 def continuation(prompt: list[Message], value: Any, name: str, transcript: bool = False) -> list[Message]:
@@ -554,11 +550,11 @@ def is_parts(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and "type" in value[0]
 
 
-def first_item(value: Any, key: str, name: str) -> str:
-    """The first of a list of texts, or of dicts that hold a text under ``key``; `Dropped` if there is none."""
+def first_item(value: Any, name: str) -> str:
+    """The first of a list of texts, or of dicts that hold a text; `Dropped` if there is none."""
     if value is None or value == []:
         raise Dropped(f"no {name}")
     if not isinstance(value, list):
         raise RowError(f"column {name!r} is {a_kind(value)}, it must be a list")
     item = value[0]
-    return plain_text(item.get(key) if isinstance(item, dict) else item, f"column {name!r}")
+    return plain_text(item.get("text") if isinstance(item, dict) else item, f"column {name!r}")

@@ -19,6 +19,8 @@ from training.utils.data.formats.conversations import (
     Example,
     Row,
     answered,
+    as_prompt,
+    asked,
     assistant_turn,
     continuation,
     conversation,
@@ -26,7 +28,6 @@ from training.utils.data.formats.conversations import (
     parse_transcript,
     plain_text,
     preference,
-    prompt_of,
     unpacked,
     user_turn,
 )
@@ -123,9 +124,8 @@ def _answer(prompt: list[Message], item: Any, name: str, transcript: bool) -> li
 
 
 def _ranked(row: Row, ask: str, name: str, items: Sequence[Any], order: Sequence[float]) -> list[Example]:
-    prompt = prompt_of(row, ask)
-    asked = unpacked(row[ask], ask)
-    transcript = isinstance(asked, str) and bool(parse_transcript(asked))
+    prompt, question = as_prompt(asked(row, ask)), unpacked(row[ask], ask)
+    transcript = isinstance(question, str) and bool(parse_transcript(question))
     answers = [_answer(prompt, item, name, transcript) for item in items]
     return ranking(prompt, answers, order, continuation(prompt, row.get("response"), "response", transcript))
 
@@ -149,7 +149,6 @@ def rated(ask: str, name: str) -> Converter:
     """A prompt and a list of answers with scores or ranks, in a column or in the answers."""
 
     def convert(row: Row) -> list[Example]:
-        """One ranking."""
         items = listed(row[name], name)
         order = _order(row, items)
         if order is None:
@@ -165,7 +164,7 @@ def prompt_answers(row: Row) -> list[Example]:
     if isinstance(answers, str) and not answers.lstrip().startswith("[{"):
         answers = []
     if not isinstance(answers, (str, list)) or _order(row, listed(answers, "answers")) is None:
-        return [conversation(prompt_of(row, "prompt"))]
+        return [conversation(as_prompt(asked(row, "prompt")))]
     return rated("prompt", "answers")(row)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from training.utils.data.formats.conversations import (
@@ -21,6 +22,7 @@ from training.utils.data.formats.conversations import (
     a_kind,
     answered,
     as_prompt,
+    asked,
     assistant_turn,
     continuation,
     conversation,
@@ -31,7 +33,6 @@ from training.utils.data.formats.conversations import (
     parse_transcript,
     plain_text,
     preference,
-    prompt_of,
     text_of,
     truth_of,
     unpacked,
@@ -44,10 +45,10 @@ from training.utils.data.template import Message, RowError
 
 def prompt_chosen_rejected(row: Row, column: str = "prompt") -> list[Example]:
     """A prompt (a text, a transcript or messages) with a chosen and a rejected answer, and a demonstration if given."""
-    asked = unpacked(row[column], column)
-    empty = asked is None or (isinstance(asked, str) and not asked.strip())
-    prompt = [] if empty else as_prompt(messages_of(asked, column))
-    return _answers_to(row, prompt, isinstance(asked, str) and bool(parse_transcript(asked)))
+    value = unpacked(row[column], column)
+    empty = value is None or (isinstance(value, str) and not value.strip())
+    prompt = [] if empty else as_prompt(messages_of(value, column))
+    return _answers_to(row, prompt, isinstance(value, str) and bool(parse_transcript(value)))
 
 
 def _answers_to(row: Row, prompt: list[Message], transcript: bool) -> list[Example]:
@@ -81,26 +82,24 @@ def _in_full(row: Row, prompt: list[Message]) -> list[Message]:
     return [*own, *found[0]]
 
 
-def _asked_pair(asked: Callable[[Row], str | list[Message]]) -> Converter:
+def _asked_pair(question: Callable[[Row], str | list[Message]]) -> Converter:
     """Preferences whose prompt is called otherwise; beside whole conversations such a column is metadata."""
 
     def convert(row: Row) -> list[Example]:
-        """One pair."""
         if _is_conversation(row, "chosen") and _is_conversation(row, "rejected"):
             return _transcript_pair(row)
-        found = asked(row)
+        found = question(row)
         transcript = isinstance(found, str) and bool(parse_transcript(found))
         return _answers_to(row, as_prompt(found) if found else [], transcript)
 
     return convert
 
 
-def _context_pair(asked: Callable[[Row], str | list[Message]]) -> Converter:
+def _context_pair(question: Callable[[Row], str | list[Message]]) -> Converter:
     """`_asked_pair` of a question about a text; a context of messages is the whole prompt."""
-    pair = _asked_pair(asked)
+    pair = _asked_pair(question)
 
     def convert(row: Row) -> list[Example]:
-        """One pair."""
         value = unpacked(row["context"], "context")
         whole = isinstance(value, list) and any(isinstance(part, dict) for part in value)
         return _context_chosen_rejected(row) if whole else pair(row)
@@ -115,17 +114,6 @@ def _is_conversation(row: Row, name: str) -> bool:
         return bool(parse_transcript(value))
     messages = messages_of(value, name) if isinstance(value, list) and not is_parts(value) else []
     return bool(messages) and messages[0]["role"] != "assistant"
-
-
-def _column(name: str) -> Callable[[Row], str | list[Message]]:
-    """A column that asks, as it is for `as_prompt`: a text, or messages."""
-
-    def read(row: Row) -> str | list[Message]:
-        """Its value."""
-        value = unpacked(row[name], name)
-        return messages_of(value, name) if isinstance(value, list) and not is_parts(value) else text_of(row, name)
-
-    return read
 
 
 def _context_chosen_rejected(row: Row) -> list[Example]:
@@ -262,12 +250,11 @@ def _pair_of(prompt: str, response: str) -> Converter:
     """Two columns, one answering the other; each may also be a list of messages."""
 
     def convert(row: Row) -> list[Example]:
-        """One conversation, its answer last."""
         if response != "label":
             _check_not_bad(row)
-        ask, asked = unpacked(row[prompt], prompt), prompt_of(row, prompt)
+        ask, turns = unpacked(row[prompt], prompt), as_prompt(asked(row, prompt))
         transcript = isinstance(ask, str) and bool(parse_transcript(ask))
-        return answered(asked, continuation(asked, _answer(row, response), response, transcript) or assistant_turn(""))
+        return answered(turns, continuation(turns, _answer(row, response), response, transcript) or assistant_turn(""))
 
     return convert
 
@@ -287,12 +274,12 @@ def _text_alone(row: Row) -> list[Example]:
 
 
 def _prompt_only(row: Row) -> list[Example]:
-    return [conversation(prompt_of(row, "prompt"))]
+    return [conversation(as_prompt(asked(row, "prompt")))]
 
 
 def _passages(row: Row) -> list[Example]:
     """miracl: the first passage that answers the query, against the first that does not."""
-    found = [first_item(row[name], "text", name) for name in ("positive_passages", "negative_passages")]
+    found = [first_item(row[name], name) for name in ("positive_passages", "negative_passages")]
     return preference([user_turn(text_of(row, "query"))], assistant_turn(found[0]), assistant_turn(found[1]))
 
 
@@ -321,7 +308,7 @@ def _squad(row: Row) -> list[Example]:
     """Reading comprehension (squad, mlqa): a passage, a question about it, answers."""
     answers = row["answers"]
     texts = answers.get("text") if isinstance(answers, dict) else answers
-    return answered(_passage_and_question(row), first_item(texts, "text", "answers"))
+    return answered(_passage_and_question(row), first_item(texts, "answers"))
 
 
 def _passage_and_answer(row: Row) -> list[Example]:
@@ -330,7 +317,7 @@ def _passage_and_answer(row: Row) -> list[Example]:
 
 
 def _hc3(row: Row) -> list[Example]:
-    return answered(text_of(row, "question"), first_item(row["human_answers"], "text", "human_answers"))
+    return answered(text_of(row, "question"), first_item(row["human_answers"], "human_answers"))
 
 
 @dataclass(frozen=True)
@@ -354,7 +341,9 @@ FORMATS = (
     _format("context/chosen/rejected", _context_chosen_rejected),
     _format("messages/chosen/rejected", _conversations_pair),
     _format("instruction/chosen/rejected", _asked_pair(_instruction)),
-    *(_format(f"{name}/chosen/rejected", _asked_pair(_column(name))) for name in ("question", "query", "input")),
+    _format("question/chosen/rejected", _asked_pair(partial(asked, name="question"))),
+    _format("query/chosen/rejected", _asked_pair(partial(asked, name="query"))),
+    _format("input/chosen/rejected", _asked_pair(partial(asked, name="input"))),
     _format("chosen/rejected", _transcript_pair),
     _format("history/human_ref_A/human_ref_B/labels", _shp),
     _format("question/answer_0/answer_1/score_0/score_1", webgpt),
