@@ -111,16 +111,12 @@ def _pad(sequences: Sequence[Sequence[int]], value: int) -> torch.Tensor:
     return out
 
 
-def _ones(sequences: Sequence[Sequence[int]]) -> list[list[int]]:
-    return [[1] * len(sequence) for sequence in sequences]
-
-
 def collate_sft(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
     """Step 1's rows as input_ids, attention_mask, response_mask, each [B, T] long, right padded."""
     ids = [row["input_ids"] for row in rows]
     return {
         "input_ids": _pad(ids, pad_id),
-        "attention_mask": _pad(_ones(ids), 0),
+        "attention_mask": _pad([[1] * len(row) for row in ids], 0),
         "response_mask": _pad([row["response_mask"] for row in rows], 0),
     }
 

@@ -21,20 +21,12 @@ import pyarrow
 from training.utils.data.kinds import Kind
 from training.utils.errors import UserError
 from training.utils.run.files import read_object
-from training.utils.run.folders import cache_dir
 from training.utils.run.phases import beat
 
 _NOT_CODE = ("__init__.py", "preview.py", "preview_page.py", "batches.py")  # they change no token
 _PATIENCE = 10.0  # seconds at a lock between two signs of life
 _BATCH = 1000  # rows, and
 _MOST_VALUES = 8 << 20  # characters and tokens that are written at once: a batch of long rows would take gigabytes
-
-
-def cache_root(data_output_path: str) -> Path:
-    """Where tokenised data lies: ``--data_output_path``, else the user's cache folder."""
-    if data_output_path:
-        return Path(data_output_path).expanduser()
-    return cache_dir() / "data"
 
 
 def code_version() -> str:
@@ -62,11 +54,6 @@ def tokenizer_version(tokenizer: Any) -> str:
     named = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if name != "pad_token"}
     state = [state, tokenizer.chat_template, named]
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
-def key_of(parts: Mapping[str, Any]) -> str:
-    """The folder name for rows made from ``parts`` (JSON values)."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def cached(root: Path, key: str, build: Callable[[Path], None]) -> tuple[Path, bool]:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,9 @@ import numpy as np
 
 from training.utils.arguments import DataArguments
 from training.utils.data import cache, tokenise
+from training.utils.data.formats.columns import parse_column_map
 from training.utils.data.formats.conversations import Example
-from training.utils.data.kinds import KINDS, Kind
-from training.utils.data.reading.rows import RawRow
+from training.utils.data.kinds import KINDS, Kind, shares_of
 from training.utils.data.reading.sources import DATA_PATH
 from training.utils.data.report import DataReport
 from training.utils.data.selection import (
@@ -38,14 +39,14 @@ from training.utils.data.selection import (
     candidates,
     decide,
     hold_out_of,
-    make_request,
     progress,
+    streams_of,
 )
 from training.utils.data.template import RowError, configure_chat_template, render_text
 from training.utils.errors import UserError, printable
 from training.utils.run.distributed import say
 from training.utils.run.files import read_object
-from training.utils.run.folders import STEPS
+from training.utils.run.folders import STEPS, cache_dir
 
 _BATCH = 512  # rows that are tokenised at once, and
 _MOST_CHARACTERS = 4 << 20  # characters: the tokens of long rows take many times their size
@@ -119,14 +120,21 @@ def prepare_data(
         UserError: a source, a row (with file:line) or a flag is wrong, or no row is left.
     """
     configure_chat_template(tokenizer, **arguments.template)
-    length = (max_prompt_length or max_length) if kind == "prompts" else max_length
-    request = make_request(
-        kind, arguments, sft_only_data_path, seed, length, train_on_prompts, whole_rows, hold_out, flag
+    request = Request(
+        kind=kind,
+        streams=streams_of(kind, arguments, sft_only_data_path, hold_out, flag),
+        column_map=parse_column_map(arguments.column_map),
+        shares=shares_of(arguments.data_split),
+        skip_bad_rows=arguments.on_bad_row == "skip",
+        seed=seed,
+        max_length=(max_prompt_length or max_length) if kind == "prompts" else max_length,
+        train_on_prompts=train_on_prompts and kind == "demonstrations",
+        whole_rows=whole_rows and kind == "prompts",
     )
     fingerprints = [stream.source.fingerprint() for stream in request.streams]
     folder, ready = cache.cached(
-        cache.cache_root(arguments.data_output_path),
-        cache.key_of(_key(request, tokenizer, fingerprints)),
+        Path(arguments.data_output_path).expanduser() if arguments.data_output_path else cache_dir() / "data",
+        _key(request, tokenizer, fingerprints),
         functools.partial(_build_unchanged, request, tokenizer, fingerprints),
     )
     datasets.disable_progress_bars()
@@ -158,14 +166,22 @@ def prepare_pretraining(
         All rows in ``train``; a source's own eval split is left alone.
     """
     whole = dataclasses.replace(arguments, data_path=list(paths), eval_data_path=[], data_split="", column_map=[])
-    options: dict[str, Any] = {"max_length": max_length, "seed": seed, "train_on_prompts": True, "hold_out": False}
-    options["flag"] = "--unsupervised_data_path"
-    return prepare_data("demonstrations", whole, tokenizer, **options)
+    return prepare_data(
+        "demonstrations",
+        whole,
+        tokenizer,
+        max_length=max_length,
+        seed=seed,
+        train_on_prompts=True,
+        hold_out=False,
+        flag="--unsupervised_data_path",
+    )
 
 
-def _key(request: Request, tokenizer: Any, fingerprints: Sequence[str]) -> dict[str, Any]:
+def _key(request: Request, tokenizer: Any, fingerprints: Sequence[str]) -> str:
+    """A folder's name for the rows, from everything that they are made from."""
     probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    return {
+    parts = {
         "code": cache.code_version(),
         "tokenizer": cache.tokenizer_version(tokenizer),
         "rendering": render_text(tokenizer, probe),  # some templates write today's date
@@ -181,6 +197,7 @@ def _key(request: Request, tokenizer: Any, fingerprints: Sequence[str]) -> dict[
         "train_on_prompts": request.train_on_prompts,
         "whole_rows": request.whole_rows,
     }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _build_unchanged(request: Request, tokenizer: Any, fingerprints: Sequence[str], folder: Path) -> None:
@@ -207,7 +224,7 @@ def _build(request: Request, tokenizer: Any, folder: Path) -> None:
     if request.shares:
         record = {"seed": request.seed, "shares": request.shares, "rows": recorded}
         (folder / "data_split.json").write_text(json.dumps(record), encoding="utf-8")
-    decided = report.to_dict()
+    decided = dataclasses.asdict(report)
     fitting = _write(request, tokenizer, folder, report)
     could_train = [(s, (s.decisions == TRAIN) & fits) for s, fits in zip(request.streams, fitting, strict=True)]
     if not report.held_out_rows and hold_out_of(could_train):
@@ -221,7 +238,7 @@ def _build(request: Request, tokenizer: Any, folder: Path) -> None:
         why += [f"--data_split leaves {others} to the other steps"] if others else []
         because = f"; {'; '.join(why)}" if why else ""
         raise UserError(f"{_named(request)}: no {request.kind} to train on are left: {read} rows read{because}")
-    (folder / "report.json").write_text(json.dumps(report.to_dict()), encoding="utf-8")
+    (folder / "report.json").write_text(json.dumps(dataclasses.asdict(report)), encoding="utf-8")
 
 
 def _named(request: Request) -> str:
@@ -282,7 +299,7 @@ def _tokenise(
     batch: list[tuple[int, Candidate]], stream: Stream, request: Request, tokenizer: Any, report: DataReport
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     examples = [candidate.example for _, candidate in batch]
-    results = _robustly(_tokeniser(request, tokenizer, report), examples)
+    results = _rows(examples, request, tokenizer, report)
     for (number, candidate), result in zip(batch, results, strict=True):
         if isinstance(result, RowError):
             bad_row(result, candidate.row.place, stream, request, report, report.sources[stream.name])
@@ -292,16 +309,13 @@ def _tokenise(
             more = {"source": stream.source.name}
             if request.kind == "pairs":
                 _compare_lengths(candidate.example, report)
-                more["rejected_kind"] = _rejected_kind(candidate.row)
+                values = candidate.row.values
+                wrong = values.get("rejected_kind") if isinstance(values, dict) else ""
+                # What is wrong with the rejected answer, a name for analysis: see `accuracy_by_kind` of step 2
+                more["rejected_kind"] = printable(wrong) if isinstance(wrong, str) else ""
             if request.kind == "prompts":
                 more["row"] = candidate.row.original()
             yield number, [{**row, **more} for row in result]
-
-
-def _rejected_kind(row: RawRow) -> str:
-    """What is wrong with the rejected answer, a name for analysis: see `accuracy_by_kind` of step 2."""
-    kind = row.values.get("rejected_kind") if isinstance(row.values, dict) else ""
-    return printable(kind) if isinstance(kind, str) else ""
 
 
 def _compare_lengths(example: Example, report: DataReport) -> None:
@@ -313,28 +327,19 @@ def _compare_lengths(example: Example, report: DataReport) -> None:
         report.longer_chosen += lengths[chosen] > lengths[rejected]
 
 
-Result = list[dict[str, Any]] | str
-Tokeniser = Callable[[Sequence[Example]], list[Result]]
-
-
-def _tokeniser(request: Request, tokenizer: Any, report: DataReport) -> Tokeniser:
-    def run(examples: Sequence[Example]) -> list[Result]:
-        if request.kind == "demonstrations":
-            return tokenise.sft_rows(tokenizer, examples, request.max_length, report, request.train_on_prompts)
-        rows = tokenise.pair_rows if request.kind == "pairs" else tokenise.prompt_rows
-        return rows(tokenizer, examples, request.max_length, report)
-
-    return run
-
-
-def _robustly(run: Tokeniser, examples: Sequence[Example]) -> list[Result | RowError]:
+def _rows(
+    examples: Sequence[Example], request: Request, tokenizer: Any, report: DataReport
+) -> list[list[dict[str, Any]] | str | RowError]:
     """Tokenise all examples at once; one by one if the template refuses a conversation, to find out which."""
+    arguments = (tokenizer, examples, request.max_length, report)
     try:
-        return list(run(examples))
+        if request.kind == "demonstrations":
+            return [*tokenise.sft_rows(*arguments, request.train_on_prompts)]
+        return [*(tokenise.pair_rows if request.kind == "pairs" else tokenise.prompt_rows)(*arguments)]
     except RowError as error:
         if len(examples) == 1:
             return [error]
-        return [result for example in examples for result in _robustly(run, [example])]
+        return [result for example in examples for result in _rows([example], request, tokenizer, report)]
 
 
 def _record_split(made: Path, run_dir: Path) -> None:

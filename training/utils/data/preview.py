@@ -104,6 +104,12 @@ NOTHING_HELD_OUT = (
 _PERCENTILES = (5, 25, 50, 75, 95, 99, 100)
 _COLOURS = {"trained": "\x1b[32m", "untrained": "\x1b[2m", "special": "\x1b[1;35m"}
 _OFF = "\x1b[0m"
+# What a row of each kind reads and what of it trains: side of a pair -> columns of token ids and of the mask
+_READ = {
+    "demonstrations": {"": ("input_ids", "response_mask")},
+    "pairs": {"chosen": ("chosen_ids", "chosen_mask"), "rejected": ("rejected_ids", "rejected_mask")},
+    "prompts": {"": ("prompt_ids", "")},
+}
 
 
 def pieces(tokenizer: Any, ids: Sequence[int], mask: Sequence[int]) -> list[Piece]:
@@ -123,22 +129,11 @@ def shown_rows(data: StepData, tokenizer: Any, count: int) -> Iterator[tuple[str
     for number in spread_rows(total, count):
         row = data.train[number]
         title = f"row {number + 1} of {total}, {row['source']}, {row['length']} tokens"
-        if data.report.kind == "demonstrations":
-            yield title, pieces(tokenizer, row["input_ids"], row["response_mask"])
-        elif data.report.kind == "pairs":
-            title += f", one of {row['pairs']} pairs of its prompt" if row["pairs"] > 1 else ""
-            for name in ("chosen", "rejected"):
-                yield f"{title}, {name}", pieces(tokenizer, row[f"{name}_ids"], row[f"{name}_mask"])
-        else:
-            yield title, pieces(tokenizer, row["prompt_ids"], [0] * len(row["prompt_ids"]))
-
-
-# What a row of each kind reads and what of it trains: name -> columns of token ids and of the mask
-_READ = {
-    "demonstrations": {"": ("input_ids", "response_mask")},
-    "pairs": {"chosen_": ("chosen_ids", "chosen_mask"), "rejected_": ("rejected_ids", "rejected_mask")},
-    "prompts": {"": ("prompt_ids", "")},
-}
+        if data.report.kind == "pairs" and row["pairs"] > 1:
+            title += f", one of {row['pairs']} pairs of its prompt"
+        for name, (ids, mask) in _READ[data.report.kind].items():
+            trained = row[mask] if mask else [0] * len(row[ids])
+            yield ", ".join(filter(None, (title, name))), pieces(tokenizer, row[ids], trained)
 
 
 def decoded_rows(data: StepData, tokenizer: Any) -> Iterator[dict[str, Any]]:
@@ -152,7 +147,8 @@ def decoded_rows(data: StepData, tokenizer: Any) -> Iterator[dict[str, Any]]:
     for split, rows in (("train", data.train), ("held_out", data.held_out)):
         for row in rows:
             found: dict[str, Any] = {"split": split, "source": row["source"], "length": row["length"]}
-            for name, (ids, mask) in _READ[data.report.kind].items():
+            for side, (ids, mask) in _READ[data.report.kind].items():
+                name = f"{side}_" if side else ""
                 found[f"{name}text"] = tokenizer.decode(row[ids], **options)
                 if mask:
                     spans = itertools.groupby(zip(row[mask], row[ids], strict=True), key=lambda pair: bool(pair[0]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 
 from training.utils.data.kinds import Kind
@@ -140,13 +139,9 @@ class DataReport:
         lines.append(f"{self.kind}: {counts}{' from the cache' if self.from_cache else ''}")
         return lines
 
-    def to_dict(self) -> dict:
-        """For JSON."""
-        return dataclasses.asdict(self)
-
     @classmethod
     def from_dict(cls, values: dict) -> DataReport:
-        """The opposite of `to_dict`."""
+        """The opposite of `dataclasses.asdict`."""
         values = dict(values)
         values["sources"] = {name: SourceReport(**source) for name, source in values["sources"].items()}
         values["dropped"] = {reason: Drop(**entry) for reason, entry in values["dropped"].items()}

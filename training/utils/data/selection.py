@@ -19,17 +19,11 @@ from tqdm import tqdm
 
 from training.utils.arguments import DataArguments
 from training.utils.data.division import duplicates, hash_of, hold_out, split_prompts
-from training.utils.data.formats.columns import ColumnMap, UnknownFormat, convert, parse_column_map
-from training.utils.data.formats.conversations import (
-    Dropped,
-    Example,
-    beginning,
-    demonstration,
-    without_marks,
-)
-from training.utils.data.kinds import KINDS, Kind, shares_of
+from training.utils.data.formats.columns import ColumnMap, UnknownFormat, convert
+from training.utils.data.formats.conversations import Dropped, Example, beginning, demonstration, without_marks
+from training.utils.data.kinds import KINDS, Kind
 from training.utils.data.reading.rows import RawRow
-from training.utils.data.reading.sources import DATA_PATH, Source, resolve
+from training.utils.data.reading.sources import Source, resolve
 from training.utils.data.report import IGNORED, READ, REFUSED, DataReport, SourceReport
 from training.utils.data.template import RowError, forbidden_texts
 from training.utils.errors import UserError
@@ -88,36 +82,14 @@ class Candidate:
     example: Example
 
 
-def make_request(
-    kind: Kind,
-    arguments: DataArguments,
-    sft_only_data_path: Sequence[str],
-    seed: int,
-    max_length: int,
-    train_on_prompts: bool,
-    whole_rows: bool,
-    hold_out: bool,
-    flag: str = DATA_PATH,
-) -> Request:
-    """Resolve the sources and check the flags; arguments as those of `training.utils.data.prepare.prepare_data`.
+def streams_of(
+    kind: Kind, arguments: DataArguments, sft_only: Sequence[str], hold_out: bool, flag: str
+) -> list[Stream]:
+    """The sources, resolved; arguments as those of `training.utils.data.prepare.prepare_data`.
 
     Raises:
-        UserError: a source does not exist or a flag's value is wrong.
+        UserError: a source does not exist.
     """
-    return Request(
-        kind=kind,
-        streams=_streams(kind, arguments, sft_only_data_path, hold_out, flag),
-        column_map=parse_column_map(arguments.column_map),
-        shares=shares_of(arguments.data_split),
-        skip_bad_rows=arguments.on_bad_row == "skip",
-        seed=seed,
-        max_length=max_length,
-        train_on_prompts=train_on_prompts and kind == "demonstrations",
-        whole_rows=whole_rows and kind == "prompts",
-    )
-
-
-def _streams(kind: Kind, arguments: DataArguments, sft_only: Sequence[str], hold_out: bool, flag: str) -> list[Stream]:
     found = []
     whole = sft_only if kind == "demonstrations" else ()
     paths = [(path, flag) for path in arguments.sources(whole)] + [(path, SFT_ONLY) for path in whole]

@@ -116,12 +116,6 @@ def _fit(tokenizer: Any, prompts: Sequence[list[Message]], renderings: Rendering
     return fitted
 
 
-def _start_of_text(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts before a plain text: the token that begins a sequence, for those that have one."""
-    ids = tokenizer("a")["input_ids"]
-    return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
-
-
 def sft_rows(
     tokenizer: Any,
     examples: Sequence[Example],
@@ -157,7 +151,8 @@ def sft_rows(
         report.open_turns += not (done or examples[i].response or examples[i].chosen)
         results[i] = [*done, {"input_ids": ids, "response_mask": mask, "length": len(ids)}]
     texts = [i for i, example in enumerate(examples) if example.text]
-    start = _start_of_text(tokenizer) if texts else []
+    # What the tokenizer puts before a plain text: the token that begins a sequence, for those that have one
+    start = [i for i in tokenizer("a")["input_ids"][:1] if i == tokenizer.bos_token_id] if texts else []
     room = max_length - len(start)
     for i, ids in zip(texts, encode(tokenizer, [examples[i].text for i in texts]), strict=True):
         ids = [*ids, tokenizer.eos_token_id]
