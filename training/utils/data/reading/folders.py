@@ -38,11 +38,7 @@ class Files:
 
 
 def files_of(where: str, folder: Path) -> Files:
-    """The data files of a folder.
-
-    Args:
-        where: the flag and what the user wrote, for errors.
-        folder: an existing folder.
+    """The data files of an existing folder; ``where`` is the flag and what the user wrote, for errors.
 
     Raises:
         UserError: no data file, a link to nothing, or a README whose YAML names files that are not there.
@@ -106,7 +102,7 @@ def _names_eval(text: str) -> bool:
     return bool(EVAL_WORDS.intersection(words)) and "train" not in words
 
 
-def split_names(names: Sequence[str]) -> tuple[str | None, str | None]:
+def split_names(names: Iterable[str]) -> tuple[str | None, str | None]:
     """Of a dataset's splits the one to train on and the one to judge by, of several the one called like the first."""
     judging = [name for name in names if _names_eval(name)]
     others = [name for name in names if name not in judging] or judging[1:]
@@ -123,7 +119,7 @@ def _kind_of(split: str) -> frozenset[str]:
 
 
 def _chosen(splits: dict[str, tuple[Path, ...]], others: Iterable[str] = ()) -> Files:
-    train, held_out = split_names(list(splits))
+    train, held_out = split_names(splits)
     assert train is not None
     unread = [f"split {name}" for name in splits if name not in (train, held_out)]
     return Files(splits[train], splits[held_out] if held_out else (), (*unread, *others))

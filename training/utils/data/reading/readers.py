@@ -50,22 +50,10 @@ def type_of(path: Path) -> str:
     return ""
 
 
-def file_type(path: Path, flag: str = "--data_path") -> str:
-    """json, jsonl, csv, tsv, txt, parquet or arrow; ``flag`` is for the message.
-
-    Raises:
-        UserError: another kind of file.
-    """
-    found = type_of(path)
-    if not found:
-        raise UserError(f"{flag} {path}: not a data file; use one of {', '.join(TYPES)}, each also with .gz")
-    return found
-
-
 def _read_table(file: IO[bytes], path: Path) -> Iterator[RawRow]:
-    from training.utils.data.reading import tables  # pyarrow takes a moment
+    from training.utils.data.reading.tables import read_table  # pyarrow takes a moment
 
-    return tables.read_parquet(file, path) if type_of(path) == "parquet" else tables.read_arrow(file, path)
+    return read_table(file, path, type_of(path))
 
 
 def read_file(path: Path) -> Iterator[RawRow]:
@@ -74,15 +62,6 @@ def read_file(path: Path) -> Iterator[RawRow]:
     Raises:
         UserError: the file as a whole can not be read (broken JSON array, cut gzip, wrong delimiter, not parquet).
     """
-    readers: dict[str, Callable[[IO[bytes], Path], Iterator[RawRow]]] = {
-        "json": _read_json,
-        "jsonl": _read_jsonl,
-        "txt": _read_txt,
-        "csv": _read_csv,
-        "tsv": _read_csv,
-        "parquet": _read_table,
-        "arrow": _read_table,
-    }
     number = 0
     try:
         with path.open("rb") as raw:
@@ -92,12 +71,12 @@ def read_file(path: Path) -> Iterator[RawRow]:
                 raise UserError(f"{path}: the file is in UTF-16; save it as UTF-8")
             if file.peek(len(LFS))[: len(LFS)] == LFS:
                 raise UserError(f"{path}: {LFS_SAID}")
-            kind = file_type(path)
+            kind = type_of(path)
             if kind not in ("parquet", "arrow") and b"\0" in file.peek(1):
                 raise UserError(f"{path}: the file is in UTF-16, or no text (it has zero bytes); save it as UTF-8")
             if kind == "jsonl" and file.peek(1).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
                 kind = "json"  # a list of all rows, whatever the file is called
-            for row in readers[kind](file, path):
+            for row in _READERS[kind](file, path):
                 number += 1
                 yield row
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -106,11 +85,11 @@ def read_file(path: Path) -> Iterator[RawRow]:
         raise UserError(f"{path}: {error.strerror or error}") from None
 
 
-def _decode(data: bytes, place: str) -> str | RowError:
+def _decode(data: bytes) -> str | RowError:
     try:
-        return data.decode("utf-8-sig" if data.startswith(b"\xef\xbb\xbf") else "utf-8")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        return RowError(f"invalid UTF-8: byte {error.start + 1} of the line is 0x{data[error.start]:02x}")
+        return RowError(f"invalid UTF-8: byte {error.start + 1} of the line is 0x{error.object[error.start]:02x}")
 
 
 def _lines(file: IO[bytes], path: Path) -> Iterator[tuple[str | RowError, str]]:
@@ -119,25 +98,16 @@ def _lines(file: IO[bytes], path: Path) -> Iterator[tuple[str | RowError, str]]:
         number += 1
         empty = 0 if line.strip() else empty + 1
         _check_not_empty(empty, path, number)
-        place = f"{path}:{number}"
         size = len(line)
         while not line.endswith(b"\n") and (more := file.readline(_CHUNK)):  # skip the rest of a huge line
             size += len(more)
             line = line[:1] if not more.endswith(b"\n") else b"\n"
-        yield (too_big(size) if size > MAX_ROW_CHARACTERS else _decode(line.rstrip(b"\r\n"), place)), place
+        yield (too_big(size) if size > MAX_ROW_CHARACTERS else _decode(line.rstrip(b"\r\n"))), f"{path}:{number}"
 
 
 def _check_not_empty(lines: int, path: Path, number: int) -> None:
     if lines > _MOST_EMPTY_LINES:
         raise UserError(f"{path}:{number}: {lines} empty lines one after the other; is the file damaged?")
-
-
-def _read_jsonl(file: IO[bytes], path: Path) -> Iterator[RawRow]:
-    for line, place in _lines(file, path):
-        if isinstance(line, RowError):
-            yield RawRow(line, place)
-        elif line.strip():
-            yield RawRow(_parse_object(line), place, len(line))
 
 
 def _parse_object(line: str) -> dict[str, Any] | RowError:
@@ -152,20 +122,18 @@ def _parse_object(line: str) -> dict[str, Any] | RowError:
     return _object(value)
 
 
+_JSON_TYPES = {str: "text", list: "list", bool: "boolean", int: "number", float: "number", type(None): "null"}
+
+
 def _object(value: Any) -> dict[str, Any] | RowError:
     if isinstance(value, (dict, RowError)):
         return value
-    return RowError(f"a row must be a JSON object, this is a {_json_type(value)}")
+    return RowError(f"a row must be a JSON object, this is a {_JSON_TYPES[type(value)]}")
 
 
-def _json_type(value: Any) -> str:
-    names = {str: "text", list: "list", bool: "boolean", int: "number", float: "number", type(None): "null"}
-    return names.get(type(value), type(value).__name__)
-
-
-def _read_txt(file: IO[bytes], path: Path) -> Iterator[RawRow]:
-    """One document a line; or JSON lines, where the first line begins with a brace."""
-    json_lines: bool | None = None
+def _read_lines(file: IO[bytes], path: Path) -> Iterator[RawRow]:
+    """An object of JSON a line; in a .txt one document a line, unless the first line begins with a brace."""
+    json_lines = None if type_of(path) == "txt" else True
     for line, place in _lines(file, path):
         if isinstance(line, RowError):
             yield RawRow(line, place)
@@ -181,8 +149,8 @@ def _read_json(file: IO[bytes], path: Path) -> Iterator[RawRow]:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = 1 + data.count(b"\n", 0, error.start)
-        raise UserError(f"{path}:{line}: invalid UTF-8: byte 0x{data[error.start]:02x}") from None
+        line = 1 + error.object.count(b"\n", 0, error.start)
+        raise UserError(f"{path}:{line}: invalid UTF-8: byte 0x{error.object[error.start]:02x}") from None
 
     def behind(at: int) -> int:
         """The place of the next character that is no white space."""
@@ -233,7 +201,7 @@ def _decoded(text: str, at: int) -> tuple[Any, int]:
 
 
 def _read_csv(file: IO[bytes], path: Path) -> Iterator[RawRow]:
-    delimiter = "\t" if file_type(path) == "tsv" else ","
+    delimiter = "\t" if type_of(path) == "tsv" else ","
     csv.field_size_limit(4 * MAX_ROW_CHARACTERS)
     # A byte that is no UTF-8 becomes a surrogate, so that its row can be named, and left out
     text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
@@ -286,3 +254,11 @@ def _header(cells: list[str], delimiter: str, path: Path) -> list[str]:
     if twice := next((name for name in names if name and names.count(name) > 1), None):
         raise UserError(f"{path}:1: the column name {twice} stands twice in the header: {', '.join(names)}")
     return names
+
+
+_READERS: dict[str, Callable[[IO[bytes], Path], Iterator[RawRow]]] = {
+    **dict.fromkeys(("jsonl", "txt"), _read_lines),
+    **dict.fromkeys(("csv", "tsv"), _read_csv),
+    **dict.fromkeys(("parquet", "arrow"), _read_table),
+    "json": _read_json,
+}

@@ -18,7 +18,7 @@ from typing import Any
 
 from training.utils.data.kinds import Kind
 from training.utils.data.reading.folders import files_of, split_names
-from training.utils.data.reading.readers import TYPES, file_type, read_file
+from training.utils.data.reading.readers import TYPES, read_file, type_of
 from training.utils.data.reading.rows import RawRow
 from training.utils.errors import UserError, refusals
 from training.utils.model import hub
@@ -109,11 +109,6 @@ class Source:
 def resolve(text: str, kind: Kind, flag: str = DATA_PATH) -> Source:
     """Find what ``text`` names: ``demo``, a local file or folder, else a hub dataset; ``:N`` limits its rows.
 
-    Args:
-        text: the value of the flag.
-        kind: of the rows.
-        flag: for messages.
-
     Raises:
         UserError: nothing of that name, no data file in the folder, an unknown file type, or a limit of 0.
     """
@@ -141,15 +136,18 @@ def _local(name: str, limit: int, kind: Kind, flag: str) -> Source | None:
         files = files_of(f"{flag} {name}", path)
         return Source(name, files.train, files.held_out, limit, unread=files.unread, flag=flag)
     if os.path.isfile(path):
-        file_type(path, flag)
+        if not type_of(path):
+            raise UserError(f"{flag} {path}: not a data file; use one of {', '.join(TYPES)}, each also with .gz")
         return Source(name, (path,), (), limit, flag=flag)
     if os.path.islink(path):
         raise UserError(f"{flag} {name}: a link to {os.readlink(path)}, which is not there")
     _check_form(name, flag)
     looks_local = name.startswith(("/", "./", "../", "~")) or any(s.lstrip(".") in TYPES for s in path.suffixes[-2:])
     if looks_local or not _HUB_NAME.match(name):
-        near = _nearest(path)
-        raise UserError(f"{flag} {name}: no such file or folder" + (f"; did you mean {near}?" if near else ""))
+        names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, names, n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise UserError(f"{flag} {name}: no such file or folder{hint}")
     return None
 
 
@@ -176,12 +174,6 @@ def _check_form(name: str, flag: str) -> None:
 
 def _is_there(name: str) -> bool:
     return bool(name) and (name == "demo" or os.path.exists(Path(name).expanduser()))
-
-
-def _nearest(path: Path) -> str:
-    names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, names, n=1)
-    return str(path.parent / near[0]) if near else ""
 
 
 def _hub(name: str, limit: int, flag: str) -> Source:
@@ -218,7 +210,7 @@ def _saved(name: str, folder: Path, limit: int, flag: str) -> Source:
 
 
 def _of_splits(name: str, limit: int, splits: Mapping[str, Any], flag: str) -> Source:
-    train, held_out = split_names(list(splits))
+    train, held_out = split_names(splits)
     unread = tuple(f"split {split}" for split in splits if split not in (train, held_out))
     # A format that it was saved with is of tensors or tables, and may show some of the columns alone
     rows = [splits[split].with_format(None) if split else None for split in (train, held_out)]

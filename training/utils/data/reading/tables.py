@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import gzip
 import io
+import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import pyarrow
 import pyarrow.ipc
@@ -25,49 +26,38 @@ _BATCH = 256
 _UNREADABLE = (ValueError, OverflowError, KeyError, OSError, ImportError, pyarrow.ArrowException)
 
 
-def read_parquet(file: IO[bytes], path: Path) -> Iterator[RawRow]:
-    """Every row of a parquet file.
+def read_table(file: Any, path: Path, kind: str) -> Iterator[RawRow]:
+    """Every row of a ``parquet`` or an ``arrow`` file.
 
     Raises:
-        UserError: not parquet, a damaged page, or two columns of one name.
+        UserError: not of that kind, cut off, a damaged page, or two columns of one name.
     """
+    try:
+        batches = _parquet_batches(file, path) if kind == "parquet" else _arrow_batches(file)
+        for number, values in enumerate(itertools.chain.from_iterable(map(_rows, batches)), 1):
+            yield _raw_row(values, f"{path}:{number}")
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not a readable {kind} file: {str(error).splitlines()[0]}") from None
+
+
+def _parquet_batches(file: Any, path: Path) -> Iterator[pyarrow.RecordBatch]:
     zipped = isinstance(getattr(file, "raw", None), gzip.GzipFile)  # parquet is read from its end: unpacked first
-    try:
-        table = pyarrow.parquet.ParquetFile(io.BytesIO(file.read()) if zipped else file)
-        names = table.schema_arrow.names
-        if len(set(names)) != len(names):
-            raise UserError(f"{path}: a column name stands twice: {', '.join(names)}")
-        number = 0
-        for batch in table.iter_batches(batch_size=_BATCH):
-            for values in _rows(batch):
-                number += 1
-                yield _raw_row(values, f"{path}:{number}")
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a readable parquet file: {str(error).splitlines()[0]}") from None
+    table = pyarrow.parquet.ParquetFile(io.BytesIO(file.read()) if zipped else file)
+    names = table.schema_arrow.names
+    if len(set(names)) != len(names):
+        raise UserError(f"{path}: a column name stands twice: {', '.join(names)}")
+    yield from table.iter_batches(batch_size=_BATCH)
 
 
-def read_arrow(file: IO[bytes], path: Path) -> Iterator[RawRow]:
-    """Every row of an arrow file, a stream (as ``save_to_disk`` writes it) or with its table of contents at the end.
-
-    Raises:
-        UserError: not arrow, or cut off.
-    """
-    number = 0
-    try:
-        indexed = cast(io.BufferedReader, file).peek(6)[:6] == b"ARROW1"
-        batches: Iterable[pyarrow.RecordBatch]
-        if indexed:
-            reader = pyarrow.ipc.open_file(pyarrow.BufferReader(file.read()))
-            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-        else:
-            batches = pyarrow.ipc.open_stream(file)
-        for batch in batches:
-            for start in range(0, batch.num_rows, _BATCH):
-                for values in _rows(batch.slice(start, _BATCH)):
-                    number += 1
-                    yield _raw_row(values, f"{path}:{number}")
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a readable arrow file: {str(error).splitlines()[0]}") from None
+def _arrow_batches(file: Any) -> Iterator[pyarrow.RecordBatch]:
+    """Of a stream (as ``save_to_disk`` writes it), or of a file with its table of contents at the end."""
+    if file.peek(6)[:6] == b"ARROW1":
+        reader = pyarrow.ipc.open_file(pyarrow.BufferReader(file.read()))
+        batches: Iterable[pyarrow.RecordBatch] = map(reader.get_batch, range(reader.num_record_batches))
+    else:
+        batches = pyarrow.ipc.open_stream(file)
+    for batch in batches:
+        yield from (batch.slice(start, _BATCH) for start in range(0, batch.num_rows, _BATCH))
 
 
 def hub_rows(split: Any, name: str) -> Iterator[RawRow]:
