@@ -31,18 +31,11 @@ def prompt_id(messages: Sequence[Mapping[str, Any]]) -> str:
 
 
 def read_answers(path: str | Path, flag: str, at_least: int = 2) -> list[Line]:
-    """The lines of a file of answers, checked.
-
-    Args:
-        path: the file.
-        flag: named in messages.
-        at_least: how many answers a prompt must have.
-
-    Returns:
-        One dict for each prompt, ``id`` in each.
+    """The lines of a file of answers, checked: a dict for each prompt, with its ``id``; ``flag`` is named in messages.
 
     Raises:
-        UserError: no such file, a line that is none (with its number), too few answers, or one prompt twice.
+        UserError: no such file, a line that is none (with its number), fewer answers than ``at_least``, or one prompt
+            twice.
     """
     lines: list[Line] = []
     seen: dict[str, int] = {}
@@ -115,8 +108,6 @@ class PartFile:
     Beside it then lies ``NAME.settings``, what it was made with, in JSON.
 
     Args:
-        path: the file to make.
-        flag: names it in messages.
         settings: what its lines depend on; a start with other ones is refused.
     """
 
@@ -208,12 +199,7 @@ class PartFile:
             yield append
 
     def finish(self, lines: Iterable[Mapping[str, Any]], result: Mapping[str, Any]) -> None:
-        """Write the file of these lines and what lies beside it, and remove the parts.
-
-        Args:
-            lines: in their order.
-            result: what else is to be known of the file: counts, times.
-        """
+        """Write the file of these lines, and its settings and ``result`` (counts, times) beside it; the parts go."""
         write_json(self.beside, {"settings": self.settings, "result": dict(result)})
         write_lines(self.path, lines)
         self.clear()

@@ -122,8 +122,6 @@ def flag(
 
     Args:
         default: its value when the flag is absent; a list makes the flag take several values.
-        help: one sentence for ``--help``.
-        choices: the allowed values.
         minimum, maximum: inclusive bounds of a number.
         above: an exclusive lower bound of a number.
         pattern: a regular expression that a text must match.
@@ -368,11 +366,7 @@ class DPOArguments:
 
 
 def check_tensor_parallel(ranks: int, lora_flags: Mapping[str, int]) -> None:
-    """Refuse what can not be had with ``--tensor_parallel``; without torch.
-
-    Args:
-        ranks: its value.
-        lora_flags: name of a flag of adapters -> its value.
+    """Refuse ``ranks`` of ``--tensor_parallel`` beside a flag of adapters (name -> its value); without torch.
 
     Raises:
         UserError: names the flags.
@@ -515,8 +509,6 @@ def parse(
         groups: dataclasses whose fields were made with `flag`; the docstring's first line titles the group.
         argv: the arguments after the program's name. Of a flag that is given twice, the last one counts, which is said
             of those that take several values.
-        prog: the program's name in ``--help`` and in messages.
-        description: what ``--help`` says first.
         others: flags of other programs that are understood, too; `told_others` says what they are taken for.
         recorded: a run was started with these arguments; they are not judged again.
 

@@ -15,12 +15,7 @@ class UserError(Exception):
 
 
 class RunStopped(Exception):
-    """A run ends before its end, all ranks together, with a checkpoint.
-
-    Args:
-        message: why, and how to go on.
-        code: the exit code.
-    """
+    """A run ends before its end, all ranks together, with a checkpoint; the message says why, and how to go on."""
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)

@@ -27,10 +27,6 @@ def recorded_arguments(
     A relative path among them is made absolute if it is found: in the folder that the step was started in, the
     repository, the folders around the run, or here.
 
-    Args:
-        folder: the step's output.
-        groups, others: of the step's program.
-
     Returns:
         Group -> its flags.
     """
@@ -67,8 +63,6 @@ def data_arguments(
     The latter without what the saved tokenizer has (template, system message, stop ids): the files may be gone.
 
     Args:
-        given, recorded: the flags of the evaluation, and those of the step.
-        folder: the step's output.
         more: sources that the step has read beside those of ``--data_path``, to be printed with them.
 
     Raises:

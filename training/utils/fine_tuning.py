@@ -186,7 +186,6 @@ class FineTuning:
         Args:
             kind: of the card: ``sft`` or ``reward``.
             base: the model as the user has named it.
-            results: what the step has to say.
         """
         summary = {
             **results,
@@ -224,8 +223,6 @@ def open_run(
     """Join the ranks, read the data, and open the run or take it up.
 
     Args:
-        step: its name, one of `STEPS`.
-        kind: of the rows that it trains on.
         argv, groups, flags: as given, as parsed, and from `find_model`.
         counted: what an optimizer step takes, such as ``rows``.
         data_options: further arguments of `prepare_data`.
@@ -276,7 +273,6 @@ def build_engine(
     """The model with its adapters, as a DeepSpeed engine at the run's checkpoint if there is one.
 
     Args:
-        tuning: the open run.
         load: makes the model under a DeepSpeed configuration.
         rows: of a micro-batch for each row of the flag (a pair has two).
         wrap: what the engine calls instead of the model.

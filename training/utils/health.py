@@ -45,8 +45,7 @@ class Remark:
 def not_rising(history: Sequence[float]) -> tuple[float, float] | None:
     """Means of the first and the last third of a history, if the last is not above the first by a standard error.
 
-    Args:
-        history: one value for each iteration; fewer than `FIRST_LOOK` give None.
+    None as well for fewer values than `FIRST_LOOK`, one for each iteration.
     """
     third = len(history) // 3
     if len(history) < FIRST_LOOK:
@@ -96,11 +95,9 @@ class HealthMonitor:
         return found
 
     def replay(self, metrics: Path, resumed: bool) -> None:
-        """Take up a resumed run: look at its records again, without a word, and write ``health.jsonl`` anew.
+        """Take up a resumed run: look at its ``metrics.jsonl`` again, without a word, and write ``health.jsonl`` anew.
 
-        Args:
-            metrics: its ``metrics.jsonl``.
-            resumed: whether it is one; nothing to do in a new run.
+        In a new run (not ``resumed``) there is nothing to look at.
         """
         file, self._file = self._file, None
         if file is None:

@@ -25,7 +25,6 @@ def bootstrap_interval(values: Sequence[float], weights: Sequence[float] | None 
     Args:
         values: one for each row; with ``weights``, each row's sum.
         weights: each row's count, for a mean over its parts, such as the tokens of a response.
-        seed: of the resamples.
 
     Returns:
         Lower and upper end.
@@ -71,11 +70,9 @@ def win_rate(ours: Sequence[float], theirs: Sequence[float], *, seed: int) -> di
 
     Args:
         ours, theirs: one value for each prompt, in the same order.
-        seed: of the bootstrap.
 
     Returns:
-        ``win_rate``, ``win_rate_low``, ``win_rate_high`` (see `share_interval`), and how many
-        ``ties``.
+        ``win_rate``, ``win_rate_low``, ``win_rate_high`` (see `share_interval`), and how many ``ties``.
     """
     pairs = list(zip(ours, theirs, strict=True))
     wins = [half_ties(a, b) for a, b in pairs]

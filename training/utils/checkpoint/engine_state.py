@@ -88,7 +88,6 @@ def parts(engine: Any, *, moments: bool) -> Iterator[Part]:
     """This rank's parts of every trained parameter.
 
     Args:
-        engine: a trained role's engine.
         moments: give the moments too; the optimizer must have made them.
 
     Raises:

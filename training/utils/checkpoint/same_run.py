@@ -69,8 +69,6 @@ def describe(
     """A run as JSON, to be compared by `refuse_other_run`, `refuse_other_ranks` and `inexact_because`.
 
     Args:
-        step: ``step1``, ``step2``, ``dpo`` or ``step3``.
-        groups: parsed groups of flags.
         models: flag -> folder or hub name of what the run starts from.
         data: name -> dataset.
         batches: what an optimizer step (step 3: an iteration) consists of over all ranks.
@@ -161,8 +159,7 @@ def refuse_other_run(
     """Refuse a checkpoint of a run whose result would be another one.
 
     Args:
-        before, now: from `describe`.
-        checkpoint: whose run that was before.
+        before, now: from `describe`, of the checkpoint's run and of this one.
         named: whether the user has named it: then reward functions may have been edited.
 
     Raises:
@@ -232,9 +229,6 @@ def _refuse_other_models(
 
 def refuse_other_ranks(descriptions: Sequence[Mapping[str, Any]]) -> None:
     """Refuse to train together what is not the same run on all ranks, such as hosts with other files or versions.
-
-    Args:
-        descriptions: of every rank, in order.
 
     Raises:
         UserError: names a rank and what differs.

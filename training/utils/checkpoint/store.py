@@ -99,9 +99,7 @@ def publish(scratch: Path, files: Mapping[str, Entry], step: int, keep_last: int
     """Turn a written folder into the latest checkpoint, then remove what ``keep_last`` does not keep.
 
     Args:
-        scratch: from `scratch_folder`, with all files in it.
         files: name -> entry of each, those of all ranks.
-        step: how many steps were done.
         keep_last: checkpoints that stay, this one included.
 
     Raises:

@@ -52,13 +52,7 @@ def epoch_batches(
 def batches_after(
     done: int, lengths: Sequence[int], global_batch_size: int, seed: int, epochs: int
 ) -> Iterator[tuple[int, list[int]]]:
-    """The optimizer steps that are left of a run: (number of the step, from 1, its rows), see `epoch_batches`.
-
-    Args:
-        done: steps that were made already.
-        lengths, global_batch_size, seed: see `epoch_batches`.
-        epochs: passes over the rows.
-    """
+    """The optimizer steps that are left after ``done``: (number of the step, from 1, its rows), see `epoch_batches`."""
     number = 0
     for epoch in range(epochs):
         for batch in epoch_batches(lengths, global_batch_size, seed, epoch):
@@ -150,7 +144,6 @@ def collate_answers(
     Args:
         answers: as rows of `collate_sft`.
         groups: which of them answer the same prompt; every one is in one group.
-        pad_id: fills up what is shorter.
         sharing: None where each answer is a row of its own.
 
     Returns:
@@ -227,11 +220,9 @@ def pair_micro_batches(
     A rank that has no ranking left gets a filler of weight 0, so that all make the same number of backward passes.
 
     Args:
-        dataset: pairs.
         rankings: of the step, over all ranks; of those of `rankings_of`.
         batch_size: rankings of a micro-batch.
         pad_id, sharing: see `collate_answers`.
-        device: where the tensors go.
     """
     for mine in rank_micro_batches(rankings, data_rank(), data_size(), batch_size):
         batch = collate_pairs([dataset[row] for rows in mine or rankings[:1] for row in rows], pad_id, sharing)

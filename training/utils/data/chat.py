@@ -151,11 +151,6 @@ def _span_end(full: str, start: int, content: str, structure: Structure) -> int 
 def render(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool = False) -> Rendered:
     """Token ids and response mask of one conversation.
 
-    Args:
-        tokenizer: with a chat template, see `configure_chat_template`.
-        messages: role/content dicts.
-        add_generation_prompt: end with what stands before an assistant's answer.
-
     Raises:
         RowError: the template refuses the conversation, or it can not be masked exactly.
     """

@@ -103,9 +103,7 @@ def prepare_data(
     """The rows of one kind for one step, tokenised once and memory-mapped.
 
     Args:
-        kind: of the rows.
         arguments: the data flags. The tokenizer's chat template is set from them, in place.
-        tokenizer: makes the ids.
         max_length: the most tokens of a row.
         max_prompt_length: the most tokens of a row of prompts; default ``max_length``.
         seed: decides ``--data_split`` and which rows are held out.
@@ -160,7 +158,6 @@ def prepare_pretraining(
         paths: sources of plain text or of conversations.
         arguments: the data flags; those that divide or hold out rows do not apply here, nor does ``--column_map``,
             which names the columns of the prompts.
-        tokenizer, max_length, seed: as in `prepare_data`.
 
     Returns:
         All rows in ``train``; a source's own eval split is left alone.

@@ -132,10 +132,9 @@ def _lengths(lengths: Sequence[int]) -> str:
 def page(
     step: int, rows: Sequence[tuple[str, list[Piece]]], table: Sequence[tuple[str, str]], lengths: Sequence[int]
 ) -> str:
-    """The whole page; all text is escaped.
+    """The whole page of a step, 1 to 3; all text is escaped.
 
     Args:
-        step: 1, 2 or 3.
         rows: (title, pieces) of the rows to show.
         table: (what, how many).
         lengths: tokens of every training row.

@@ -285,15 +285,10 @@ def _places(request: Request, scans: Sequence[_Scan]) -> list[np.ndarray | None]
 
 
 def hold_out_of(streams: Sequence[tuple[Stream, np.ndarray]]) -> bool:
-    """Hold a share of the prompts out of the streams that have no eval split of their own.
+    """Hold a share of the prompts out of the streams that have no eval split of their own; whether any was.
 
-    A prompt that is held out is taken out of the training rows of the other streams, too.
-
-    Args:
-        streams: each with a mask of the examples that may be held out.
-
-    Returns:
-        Whether any was held out.
+    A prompt that is held out is taken out of the training rows of the other streams, too. With each stream comes a mask
+    of the examples that may be held out.
     """
     both = [(stream, np.flatnonzero(mask)) for stream, mask in streams if stream.use == "both"]
     held = hold_out([stream.prompts[rows] for stream, rows in both])

@@ -38,7 +38,6 @@ class RowError(UserError):
     """A row that can not be used; ``--on_bad_row skip`` counts it and goes on.
 
     Args:
-        text: what is wrong.
         about: the column, or the key of a message, that the row is refused for; empty if it is none alone.
     """
 

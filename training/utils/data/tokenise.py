@@ -78,10 +78,7 @@ def _fit(tokenizer: Any, prompts: Sequence[list[Message]], renderings: Rendering
     """Render every row; a row that is too long loses its oldest turns, as few as possible, then text of its longest.
 
     Args:
-        tokenizer: counts a text's tokens.
-        prompts: one for each row.
         renderings: makes each row's renderings from (prompts, the rows' numbers); the longest counts.
-        max_length: in tokens.
     """
     fitted = _Fitted(list(prompts), [[] for _ in prompts], set(), set(), set())
     excess = dict.fromkeys(range(len(prompts)), 1)  # tokens that the rendering which is kept has too many; 0: it fits

@@ -40,12 +40,9 @@ def cache_share(size: int, ranks: int, config: Any) -> int:
 
 
 def cache_bytes(config: Any, tokens: int, item: int) -> int:
-    """Bytes of keys and values in all layers; 0 for a family without attention, whose state is small.
+    """Bytes of keys and values of so many tokens in all layers of a causal LM, ``item`` bytes a number.
 
-    Args:
-        config: a causal LM's.
-        tokens: of all rows.
-        item: bytes of a number.
+    It is 0 for a family without attention, whose state is small.
     """
     text = config.get_text_config()
     if not getattr(text, "num_attention_heads", 0):
@@ -100,7 +97,6 @@ def fits(needed: int, device: torch.device, *, on_host: int = 0) -> bool:
     """Whether every rank has `needed` bytes free; a collective, so that all ranks decide alike.
 
     Args:
-        device: the rank's.
         on_host: bytes that it needs in the host's memory beside an accelerator.
     """
     is_short = needed > FREE_SHARE * free_bytes() or on_host > FREE_SHARE * host_memory()

@@ -175,8 +175,6 @@ def show_plan(title: str, settings: Settings, plan_of: Callable[[Settings], Plan
 
     Args:
         title: what is planned: step, model, precision, ranks.
-        settings: those of the command line.
-        plan_of: the plan with any settings.
         flags: name in `Settings` -> the flags that set it, with ``{}`` for the value.
     """
     available, plan = available_memory(), plan_of(settings)
@@ -272,9 +270,7 @@ def training_phases(
     they become fp32 one by one.
 
     Args:
-        role: its name.
         memory: from `training.utils.memory.zero.trained_memory`.
-        passes: of one micro-batch's forward and backward.
         logits: bytes of its logits, 0 for a role without.
         checkpointing: activations are computed again, and what they were computed with is gathered again.
         accumulates: several micro-batches per step: from the second on, gradients of those before are there.

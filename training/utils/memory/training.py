@@ -36,7 +36,6 @@ class SequenceCosts:
 
     Args:
         model: from `training.utils.memory.plan.fake_role`.
-        length: tokens of every row.
         classifier: the model is a `TokenScorer`; else a causal LM, whose loss is on all tokens.
     """
 
@@ -71,10 +70,6 @@ def sequence_plan(
     """The plan of step 1 (causal LM), of DPO, or of step 2 (`TokenScorer`, reloaded at the end).
 
     Args:
-        costs: of the step's model.
-        settings: what may change.
-        dtype: ``bf16``, ``fp16`` or ``fp32``.
-        overrides: the user's DeepSpeed configuration.
         per_row: answers of a row, 2 of a pair.
         tensor_parallel: ranks that hold the model together; ``costs`` are those of one.
         reference: ``offload`` of DPO's frozen second model; None without one.
@@ -126,13 +121,10 @@ def _phases(
 def show_sequence_plan(step: str, flags: Flags, reference: Mapping[str, Any] | None = None) -> int:
     """Print the plan of step 1, step 2 or DPO; returns the exit code, see `training.utils.memory.plan.show_plan`.
 
-    Args:
-        step: its name, one of `STEPS`.
-        flags: its own, see `find_model`.
-        reference: see `sequence_plan`.
+    ``reference`` is that of `sequence_plan`.
 
     Raises:
-        UserError: no model can be built from it.
+        UserError: no model can be built from the flags.
     """
     path, model, train, ds, resume = flags.path, flags.model, flags.train, flags.ds, flags.reliability.resume
     settle(model, resume_output_dir(resume, flags.output.output_dir), resume)

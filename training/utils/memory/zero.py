@@ -80,10 +80,8 @@ def trained_memory(
     """Memory of a role that trains with AdamW, after its first step.
 
     Args:
-        size: of its model.
         config: from `training.utils.engine.zero_config.deepspeed_config`.
         dtype: ``bf16``, ``fp16`` or ``fp32``.
-        ranks: in the process group.
         on_cpu: DeepSpeed's reduction bucket is reserved whole; on a CPU only what is used of it becomes resident.
         accumulates: several micro-batches per step.
     """
@@ -147,10 +145,7 @@ def frozen_memory(parameters: int, *, zero_stage: int, dtype: str, ranks: int, o
     """Memory of a role that never trains: whole below stage 3, sharded and gathered for each forward at stage 3.
 
     Args:
-        parameters: their number.
         zero_stage: of the trained role that it accompanies.
-        dtype: see `trained_memory`.
-        ranks: in the process group.
         offload: at stage 3 its parameters are in the host's memory.
     """
     width = BYTES[dtype]

@@ -120,11 +120,9 @@ def write_model_card(
     """Write ``README.md`` into a saved model's folder on rank 0, and into its ``adapter/`` where there is one.
 
     Args:
-        folder: where the model has been saved.
         kind: a key of `KINDS`.
         base: the model that training started from, as the user named it (``embedded`` for the packaged one), and
             where it lies: its own card tells the licence and the first model of the chain.
-        argv: its flags.
         data: lines about the rows, such as the data report's.
         results: the step's summary; numbers and yes/no answers are shown, also one level down.
         tokenizer: the saved one; tells which token an answer ends with.

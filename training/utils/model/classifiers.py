@@ -34,7 +34,6 @@ def load_classifier(
         path: a causal LM or a reward model.
         dtype: ``bf16``, ``fp16`` or ``fp32``.
         pad_token_id: goes to the config; plain transformers needs it to find the end of a row.
-        attn_implementation: passed to transformers.
         ds_config, base_bits: see `load_causal_lm`.
         fresh_head_seed: if given, a head that the files do not hold is drawn from N(0, 1 / (d + 1)^2), d the hidden
             size (Stiennon et al. 2020, arXiv 2009.01325, appendix B).

@@ -107,7 +107,6 @@ def save_model(
         tokenizer: saved with its chat template.
         directory: where the model goes; other files in it are left alone.
         stop_ids: EOS and the template's turn end; saved in ``generation_config.json``.
-        config_updates: written into ``config.json``.
         max_shard_size: weights beyond it go into several files and an index.
 
     Raises:

@@ -44,12 +44,10 @@ def is_reachable() -> bool:
 def check_model(name_or_path: str, flag: str) -> None:
     """Refuse the hub name of a model that this machine can have neither from the hub nor from the hub's cache.
 
-    Args:
-        name_or_path: what a flag names; what is no hub name passes.
-        flag: for the message.
+    What is no hub name passes.
 
     Raises:
-        UserError: says what to give instead.
+        UserError: says what to give instead; names ``flag``.
     """
     path = Path(name_or_path).expanduser()
     if name_or_path in ("", "none", "embedded") or path.suffix == ".gguf" or path.exists() or is_reachable():

@@ -26,11 +26,8 @@ def micro_batches(
     """This rank's micro-batches of one global batch; an empty one becomes a filler whose mask is 0.
 
     Args:
-        dataset: step 1's rows.
         indices: the rows of the batch, over all ranks.
-        batch_size: rows in one micro-batch.
         pad_id, sharing: see `collate_answers`; every row is a group of its own.
-        device: where the tensors go.
     """
     for rows in rank_micro_batches(indices, data_rank(), data_size(), batch_size):
         answers = [dataset[i] for i in rows or indices[:1]]

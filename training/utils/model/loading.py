@@ -81,7 +81,6 @@ def load_config(path: str, named: str = "") -> Any:
     """A model's configuration.
 
     Args:
-        path: a folder or hub name.
         named: what the user has called it, for messages; ``path`` when empty.
 
     Raises:
@@ -119,8 +118,6 @@ def resolve_model(name_or_path: str, flag: str = "--model_name_or_path", *, weig
     ``embedded`` and GGUF files are converted into the cache at their first use.
 
     Args:
-        name_or_path: the flag's value.
-        flag: for messages.
         weights: whether they are needed; a plan, or a tokenizer, does without.
 
     Raises:
@@ -154,13 +151,9 @@ def resolve_model(name_or_path: str, flag: str = "--model_name_or_path", *, weig
 
 
 def noted(name_or_path: str, found: str) -> str:
-    """What to note of a model for later: where it was found, but of one that is converted what it is converted from.
+    """What to note of a model for later: where `resolve_model` has ``found`` it, or what it is converted from.
 
     The cache may be emptied, and another version of transformers converts anew.
-
-    Args:
-        name_or_path: as a user has named it.
-        found: what `resolve_model` made of it.
     """
     if name_or_path == EMBEDDED:
         return EMBEDDED
@@ -304,9 +297,7 @@ def check_weights(named: str, model: nn.Module, info: Mapping[str, Any], may_mis
     """Refuse weights of other sizes than the model's, of which ``ignore_mismatched_sizes`` has made no error, and none.
 
     Args:
-        named: the model, for the message.
         model: as it was loaded; what its files miss was drawn.
-        info: what transformers gives for ``output_loading_info``.
         may_miss: a module that the files may be without.
 
     Returns:
@@ -354,7 +345,6 @@ def _check_unexpected(path: str, info: Mapping[str, Any], scores: bool, drawn: b
     """Say which weights of the files the model has no place for.
 
     Args:
-        path, info: the model, and what loading found.
         scores: it is a sequence classifier.
         drawn: its head is not that of the files.
 
@@ -414,9 +404,7 @@ def load_causal_lm(
     """Load a causal language model, with dropout off.
 
     Args:
-        path: from `resolve_model`.
         dtype: ``bf16``, ``fp16`` or ``fp32``.
-        attn_implementation: passed to transformers.
         ds_config: the role's DeepSpeed configuration; at ZeRO-3 parameters are sharded while loading.
         base_bits: 4 for linear layers in 4 bits, see `training.utils.engine.four_bit`.
     """

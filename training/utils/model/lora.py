@@ -30,9 +30,7 @@ def target_modules(model: nn.Module, names: str, flag: str = NAMES_FLAG) -> list
     """Resolve names of layers to the linear layers they mean.
 
     Args:
-        model: the model before injection.
         names: ``all-linear``, or comma-separated parts of module names.
-        flag: that they come from.
 
     Raises:
         UserError: a name that matches no linear layer; the model's own names are listed.
@@ -63,11 +61,6 @@ def _routers(model: nn.Module) -> list[str]:
 def check_lora(model_path: str, lora: LoraArguments, flag: str = NAMES_FLAG) -> None:
     """Check a model that is to train, and the names of layers on one without weights, before the real one is loaded.
 
-    Args:
-        model_path: from `training.utils.model.loading.resolve_model`.
-        lora: the flags.
-        flag: that the names come from.
-
     Raises:
         UserError: as `with_adapters`, or nothing of the model can be kept in 4 bits, or it brings an adapter.
     """
@@ -95,16 +88,11 @@ def _quantised(named: str) -> UserError:
 
 
 def with_adapters(model: PreTrainedModel, lora: LoraArguments, flag: str = NAMES_FLAG) -> Any:
-    """Add adapters to a causal LM or a sequence-classification model, and freeze what they stand for.
+    """Add adapters to a causal LM or a sequence-classification model, in place, and freeze what they stand for.
 
     The adapted layers' own weights are frozen, their biases and everything else (embeddings, norms, the layers without
     an adapter) train, as in DeepSpeed-Chat; with ``only_optimize_lora`` nothing trains but the adapters and the reward
     head of a sequence classifier.
-
-    Args:
-        model: the model; its modules are changed in place.
-        lora: the flags.
-        flag: that the names of layers come from.
 
     Returns:
         A `PeftModel`; the model itself if ``lora_dim`` is 0.

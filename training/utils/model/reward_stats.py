@@ -22,11 +22,7 @@ FEW = 30  # the standard deviation of fewer is off by an eighth and more (1 / sq
 
 
 def few_held_out(pairs: int) -> str:
-    """A warning that the statistics will come from few rewards, empty where there are enough.
-
-    Args:
-        pairs: how many pairs are held out.
-    """
+    """A warning that the statistics will come from so few held-out pairs; empty where there are enough."""
     if pairs >= FEW:
         return ""
     return (

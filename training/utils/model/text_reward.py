@@ -72,7 +72,6 @@ class TextRewardModel:
 
         Args:
             conversations: each ends with the assistant's message that is scored.
-            batch_size: rows in one forward.
         """
         device = next(self.model.parameters()).device
         if self.own_forward and self.tokenizer.pad_token_id is None:
@@ -157,9 +156,7 @@ def load_text_reward_model(
 ) -> TextRewardModel:
     """Load a frozen reward model of any family; a collective at ZeRO-3.
 
-    Args:
-        path: a folder or hub name.
-        dtype, device, zero_stage, offload, attn_implementation: see `training.utils.engine.frozen.load_frozen_scorer`.
+    The arguments are those of `training.utils.engine.frozen.load_frozen_scorer`.
 
     Raises:
         UserError: no model or tokenizer there, no reward head, or more than one output.

@@ -22,10 +22,7 @@ def load_tokenizer(
     """Load a tokenizer with a chat template and a pad token, see `_choose_pad_token`.
 
     Args:
-        path: from `resolve_model`.
         chat_template: a file or a name; the tokenizer's own, or the project's default, when empty.
-        system_message: put before conversations that have none.
-        stop_ids: further tokens that end a response.
         named: what the user has called it, for messages; ``path`` when empty.
 
     Raises:
@@ -44,7 +41,6 @@ def read_tokenizer(path: str, named: str = "") -> PreTrainedTokenizerBase:
     """A tokenizer as its files have it.
 
     Args:
-        path: from `resolve_model`.
         named: what the user has called it, for messages; ``path`` when empty.
 
     Raises:
@@ -125,9 +121,7 @@ def end_ids(tokenizer: PreTrainedTokenizerBase, generation: Any, named: str) -> 
     What the steps save has the same in both; other models name some of them in one place alone.
 
     Args:
-        tokenizer: with a chat template.
         generation: the model's ``generation_config``; None where it has none.
-        named: what the user has called the model, for messages.
 
     Raises:
         UserError: the settings name something else than tokens.

@@ -88,7 +88,6 @@ def check_sources_named(sources: Sequence[str], models: Mapping[str, str]) -> No
     """Refuse to train a model on the demo, or to judge it by the demo, unasked.
 
     Args:
-        sources: those that the flags name.
         models: flag -> the model that training starts from; empty or ``none`` is none.
 
     Raises:

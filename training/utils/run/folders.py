@@ -296,14 +296,10 @@ def step_folder(path: str, step: str) -> Path:
 
 @contextlib.contextmanager
 def locked(folder: Path, who: str) -> Iterator[None]:
-    """Keep a second writer out of a folder, as long as this is open or the process lives.
-
-    Args:
-        folder: of a run or a step.
-        who: would be at work there, in words.
+    """Keep a second writer out of a run's or a step's folder, as long as this is open or the process lives.
 
     Raises:
-        UserError: one is, or the folder can not be locked.
+        UserError: one is there, ``who`` in words, or the folder can not be locked.
     """
     with contextlib.ExitStack() as opened:
         try:
@@ -324,7 +320,6 @@ def prepare_output_dir(output_dir: str, step: str) -> Path:
     Args:
         output_dir: the flag's value; empty for the latest run, or for a new one where the latest run already has
             this step or a later one, so that nothing is overwritten.
-        step: ``"step1"``, ``"step2"``, ``"dpo"`` or ``"step3"``.
 
     Raises:
         UserError: the folder can not be written, holds a finished step, or another process writes to it; or several

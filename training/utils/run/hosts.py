@@ -101,9 +101,7 @@ def with_ranks(launcher: Sequence[str], ranks: int | None, hostfile: str, visibl
     devices: then they are named. It reads numbers alone, so that UUIDs and MIG slices go to ``torchrun``.
 
     Args:
-        launcher: of DeepSpeed.
         ranks: of this host, or of each host; None for one, or for all slots of a hostfile.
-        hostfile: its path, empty for this host.
         visible: ``CUDA_VISIBLE_DEVICES`` on a machine with an accelerator, None where it says nothing.
 
     Raises:

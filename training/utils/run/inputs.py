@@ -37,9 +37,6 @@ GGUF = b"GGUF"  # what such a file begins with
 def check_inputs(groups: Sequence[Any]) -> None:
     """Refuse flags that name something on this machine that is not there; what they stand for is known by their names.
 
-    Args:
-        groups: instances of the argument groups.
-
     Raises:
         UserError: names the flag.
     """
@@ -83,13 +80,8 @@ def names_input(name: str) -> bool:
 def check_model_path(name_or_path: str, flag: str, *, weights: bool = True) -> None:
     """Refuse a path that holds no model; a name without a path's look may be the hub's.
 
-    Args:
-        name_or_path: the flag's value.
-        flag: for messages.
-        weights: whether they are needed too.
-
     Raises:
-        UserError: names the flag.
+        UserError: names ``flag``.
     """
     with refusals(f"{flag} {name_or_path}"):
         _check_model_path(name_or_path, flag, weights)

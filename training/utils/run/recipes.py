@@ -90,7 +90,6 @@ def flags_of(section: Mapping[str, Any], folders: Sequence[Path]) -> list[str]:
     """A recipe's section as command-line arguments: ``true`` is ``--name``, ``false`` ``--no-name``, null is left out.
 
     Args:
-        section: flag without dashes -> value.
         folders: where a relative path may lie that is not there from the current folder.
     """
     argv: list[str] = []
@@ -108,12 +107,7 @@ def flags_of(section: Mapping[str, Any], folders: Sequence[Path]) -> list[str]:
 
 
 def located(value: str, folders: Sequence[Path]) -> str:
-    """A path in a recipe, perhaps with ``:name`` behind it, as seen from the current folder, which comes first.
-
-    Args:
-        value: of a flag that `names_input`.
-        folders: where a relative path may lie that is not there from the current folder.
-    """
+    """A path in a recipe, perhaps with ``:name`` behind it, as seen from here; what is not here lies in the folders."""
     path, colon, suffix = value.partition(":")
     if path in NO_FILES or os.path.isabs(path) or os.path.exists(path):
         return value

@@ -278,8 +278,7 @@ def quiet_libraries() -> None:
 def compile_ops(offload: bool = False) -> None:
     """Compile DeepSpeed's shared-memory collectives now; on a CPU its first start would, in about half a minute.
 
-    Args:
-        offload: and the optimizer of ``--offload``, which takes minutes.
+    With ``offload`` the optimizer of ``--offload`` too, which takes minutes.
     """
     from deepspeed.accelerator import get_accelerator
 

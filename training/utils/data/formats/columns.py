@@ -136,11 +136,8 @@ def _adapter(source: str, columns: frozenset[str]) -> Format | None:
 def _find(columns: frozenset[str], mapped: Mapping[str, str]) -> Format | None:
     """The format of these columns: the first that fits, with ``--column_map`` the fullest that reads what was mapped.
 
-    A mapped column may be read under its own name, too: prompt=question leaves question/answer what it is.
-
-    Args:
-        columns: lower case, ours and theirs.
-        mapped: our name -> their name.
+    A mapped column (our name -> their name) may be read under its own name, too: prompt=question leaves question/answer
+    what it is.
     """
     fitting = (format_ for format_ in FORMATS if format_.columns <= columns)
     if not mapped:
@@ -186,9 +183,7 @@ def _texts(value: Any) -> list[str]:
 def _check_meaning(row: Row, format_: str) -> None:
     """Refuse what a row would lose without a word; other columns that no format reads are metadata.
 
-    Args:
-        row: its columns, in lower case.
-        format_: the name of its format; empty if ``--column_map`` says what is read.
+    The format's name is empty if ``--column_map`` says what is read.
 
     Raises:
         RowError: a column with images or calls of tools has something in it, or one that makes more of a text than
@@ -283,7 +278,6 @@ def convert(
     Args:
         row: the columns as they were read.
         source: the source's name; its last part may choose a named adapter.
-        column_map: from `parse_column_map`.
         read: the names of the columns that were read, in lower case, are added here.
 
     Raises:

@@ -467,8 +467,6 @@ def continuation(prompt: list[Message], value: Any, name: str, transcript: bool 
     """The answer to ``prompt`` in a column: a text, messages or a transcript, with the prompt or without; [] if empty.
 
     Args:
-        prompt: the conversation so far.
-        value, name: the column.
         transcript: the prompt was a transcript, whose answers begin with a space that is none of theirs.
 
     Raises:

@@ -41,13 +41,7 @@ _RANKS, _SCORES = ("rank",), ("score", "overall_score")  # keys and columns wher
 def ranking(
     prompt: list[Message], answers: Sequence[list[Message]], order: Sequence[float], response: Sequence[Message] = ()
 ) -> list[Example]:
-    """A prompt with several answers, checked.
-
-    Args:
-        prompt: the conversation so far.
-        answers: continuations of it.
-        order: of each answer; lower is better, equal ones are tied.
-        response: a demonstration, if there is one.
+    """A prompt with several answers, checked; equal numbers in their ``order``, where lower is better, are ties.
 
     Returns:
         One example: a ranking, a pair if there are two answers, a demonstration if there is one.
