@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from training.step3_rlhf_finetuning.comparison import Answer, Values
+from training.step3_rlhf_finetuning.comparison import Answer
 from training.step3_rlhf_finetuning.experience import ScoredBatch
 from training.step3_rlhf_finetuning.kept_actor import HeldOutEvaluation
 from training.step3_rlhf_finetuning.ppo_trainer import PPOTrainer
@@ -103,54 +103,8 @@ def as_markdown(table: Sequence[tuple[str, str, str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * 3, *rows[1:]])
 
 
-def write_samples(
-    folder: Path, prompts: PromptSet, rows: Sequence[int], answers: Mapping[str, Mapping[int, Answer]], values: Values
-) -> None:
-    """Write ``samples.json``: some prompts answered by each model, with reward and the evaluation functions' values.
-
-    Args:
-        folder: step 3's output.
-        prompts: the held-out prompts.
-        rows: which are shown.
-        answers: model -> row -> answer; a row that a model has not answered is left out.
-        values: what evaluation functions say.
-    """
-    records = []
-    for row in rows:
-        given = {
-            model: asdict(known[row])
-            | {"reward": _finite(known[row].reward), "checks": {name: by[model][row] for name, by in values.items()}}
-            for model, known in answers.items()
-            if row in known
-        }
-        records.append({"prompt": prompts.messages(row), "answers": given})
-    write_json(folder / SAMPLES_FILE, records)
-
-
-def write_all_answers(
-    folder: Path, prompts: PromptSet, answers: Mapping[str, Mapping[int, Answer]], values: Values
-) -> None:
-    """Write ``answers.jsonl``: a line for each held-out prompt that the RLHF model has answered.
-
-    Its keys: ``row``, ``prompt`` (messages), each model's text (null where it has not answered), and by model
-    ``reward`` (null where it is not finite), ``ended``, and in ``scores`` what each evaluation function says.
-    """
-    lines = []
-    for row in answers["rlhf"]:
-        given = {model: known[row] for model, known in answers.items() if row in known}
-        record = {
-            "row": row,
-            "prompt": prompts.messages(row),
-            **{model: given[model].text if model in given else None for model in answers},
-            "scores": {name: {model: by[model][row] for model in given} for name, by in values.items()},
-            "reward": {model: _finite(a.reward) for model, a in given.items()},
-            "ended": {model: a.ended for model, a in given.items()},
-        }
-        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-    write_whole(folder / ANSWERS_FILE, "".join(lines))
-
-
 def _finite(value: float) -> float | None:
+    """A number as JSON has it, which knows neither NaN nor infinity."""
     return value if math.isfinite(value) else None
 
 
@@ -177,12 +131,12 @@ def trace_records(batches: Sequence[ScoredBatch], prompts: PromptSet, iteration:
                 "prompt": prompts.messages(row),
                 "response": prompts.tokenizer.decode(ids, skip_special_tokens=True).strip(),
                 "ended": ended[i],
-                "sources": {name: _number(float(values[i])) for name, values in batch.rewards.items()},
-                "score": _number(float(batch.scores[i])),
+                "sources": {name: _finite(round(float(values[i]), _DIGITS)) for name, values in batch.rewards.items()},
+                "score": _finite(round(float(batch.scores[i]), _DIGITS)),
                 "tokens": [prompts.tokenizer.decode([token]) for token in ids],
                 "ids": ids,
                 **{
-                    name: [_number(value) for value in values[i][mask].tolist()]
+                    name: [_finite(round(value, _DIGITS)) for value in values[i][mask].tolist()]
                     for name, values in (
                         ("log_probs", e.log_probs),
                         ("reference_log_probs", e.reference_log_probs),
@@ -192,11 +146,6 @@ def trace_records(batches: Sequence[ScoredBatch], prompts: PromptSet, iteration:
                     )
                 },
             }
-
-
-def _number(value: float) -> float | None:
-    """A number as JSON has it, which knows neither NaN nor infinity."""
-    return round(value, _DIGITS) if math.isfinite(value) else None
 
 
 def write_trace(folder: Path, batches: Sequence[ScoredBatch], prompts: PromptSet, iteration: int) -> None:
@@ -244,15 +193,45 @@ def publish_actor(output_dir: Path) -> None:
 
 
 def write_answers(output_dir: Path, evaluator: HeldOutEvaluation) -> None:
-    """Write what base, SFT and RLHF model answer: answers.jsonl, samples.json."""
+    """Write what base, SFT and RLHF model answer to held-out prompts: answers.jsonl, and some in samples.json.
+
+    answers.jsonl has a line for each prompt that the RLHF model has answered: ``row``, ``prompt`` (messages), each
+    model's text (null where it has not answered), and by model ``reward``, ``ended``, and in ``scores`` what each
+    evaluation function says. samples.json has the prompts that people are shown with all that is known of each answer.
+    A reward that is not finite is null in both.
+    """
     if not is_main():
         return
-    given = {"base": evaluator.base_answers, "sft": evaluator.before, "rlhf": evaluator.after}
-    answers = {model: {answer.row: answer for answer in found} for model, found in given.items()}
-    rows = [row for row in sample_rows(evaluator.prompts) if row in answers["rlhf"]]
-    rows = rows or list(answers["rlhf"])[:1]
-    write_samples(output_dir, evaluator.prompts, rows, answers, evaluator.values)
-    write_all_answers(output_dir, evaluator.prompts, answers, evaluator.values)
+    prompts, values = evaluator.prompts, evaluator.values
+    models = {"base": evaluator.base_answers, "sft": evaluator.before, "rlhf": evaluator.after}
+    answers = {model: {answer.row: answer for answer in found} for model, found in models.items()}
+    shown = [row for row in sample_rows(prompts) if row in answers["rlhf"]] or list(answers["rlhf"])[:1]
+
+    def given(row: int) -> dict[str, Answer]:
+        return {model: known[row] for model, known in answers.items() if row in known}
+
+    samples = []
+    for row in shown:
+        about = {
+            model: asdict(answer)
+            | {"reward": _finite(answer.reward), "checks": {name: by[model][row] for name, by in values.items()}}
+            for model, answer in given(row).items()
+        }
+        samples.append({"prompt": prompts.messages(row), "answers": about})
+    write_json(output_dir / SAMPLES_FILE, samples)
+    lines = []
+    for row in answers["rlhf"]:
+        found = given(row)
+        record = {
+            "row": row,
+            "prompt": prompts.messages(row),
+            **{model: found[model].text if model in found else None for model in models},
+            "scores": {name: {model: by[model][row] for model in found} for name, by in values.items()},
+            "reward": {model: _finite(answer.reward) for model, answer in found.items()},
+            "ended": {model: answer.ended for model, answer in found.items()},
+        }
+        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    write_whole(output_dir / ANSWERS_FILE, "".join(lines))
 
 
 def write_cards_and_summary(
