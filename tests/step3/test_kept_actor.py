@@ -32,6 +32,12 @@ from training.utils.health_rules import MAX_KL
 from training.utils.model.forward import response_log_probs
 
 
+def answers_of_the_base(base, roles, rows, tokenizer):
+    of = {"base": base, "roles": roles, "prompts": SimpleNamespace(tokenizer=tokenizer)}
+    evaluation = SimpleNamespace(**of, backend=None, sampling=None, sizes=None)
+    return HeldOutEvaluation._answers_of_the_base_model(evaluation, rows)
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 def test_models_from_disk_answer_in_the_runs_precision(tmp_path, monkeypatch, dtype):
     """The base model and the kept actor are held against answers of the engine."""
@@ -56,8 +62,7 @@ def test_models_from_disk_answer_in_the_runs_precision(tmp_path, monkeypatch, dt
     engine = SimpleNamespace(device=torch.device("cpu"), module=torch.nn.Linear(1, 1).to(DTYPES[dtype]))
     actor = SimpleNamespace(engine=engine, another_fits=lambda: True, server=None)
     roles = SimpleNamespace(actor=actor, rewards="mix")
-    asked = SimpleNamespace(tokenizer=None)
-    answers = kept_actor.base_answers(asked, [0, 1, 2, 3], None, None, None, str(tmp_path), roles)
+    answers = answers_of_the_base(str(tmp_path), roles, [0, 1, 2, 3], tokenizer=None)
     assert [answer.row for answer in answers] == [0, 1, 2, 3]
     assert rewarded == {0: "mix", 1: None, 2: "mix", 3: None}, "rewards of the answers that are shown alone"
     with HeldOutEvaluation._saved_actor(SimpleNamespace(roles=roles, actor_dir=tmp_path)):
@@ -68,13 +73,13 @@ def test_a_base_model_that_can_not_be_loaded_is_said_and_left_out(tmp_path, tiny
     engine = SimpleNamespace(device=torch.device("cpu"), module=torch.nn.Linear(1, 1))
     room = SimpleNamespace(actor=SimpleNamespace(engine=engine, another_fits=lambda: True), rewards=None)
     full = SimpleNamespace(actor=SimpleNamespace(engine=engine, another_fits=lambda: False), rewards=None)
-    larger = SimpleNamespace(tokenizer=SimpleNamespace(get_vocab=lambda: {"new": 10_000}))
+    larger = SimpleNamespace(get_vocab=lambda: {"new": 10_000})
     for base, roles, words in (
         (tmp_path / "gone", room, "no such folder"),
         (tiny_model, room, "ids above the model's"),
         (tiny_model, full, "no room"),
     ):
-        assert kept_actor.base_answers(larger, [0], None, None, None, str(base), roles) == []
+        assert answers_of_the_base(str(base), roles, [0], tokenizer=larger) == []
         assert f"the base model {base} does not answer: " in (said := capsys.readouterr().out) and words in said
 
 
@@ -108,7 +113,7 @@ class Scripted:
         )
         dataset = [{"messages": '[{"role": "user", "content": "q"}]', "row": "{}"}] * ROWS
         monkeypatch.setattr(kept_actor, "answer_held_out", self.answer)
-        monkeypatch.setattr(kept_actor, "base_answers", self.base_answers)
+        monkeypatch.setattr(HeldOutEvaluation, "_answers_of_the_base_model", self.base_answers)
         monkeypatch.setattr(HeldOutEvaluation, "_saved_actor", lambda _: contextlib.nullcontext(self.saved[-1]))
         self.evaluation = HeldOutEvaluation(
             PromptSet(dataset, None, (2,), 0),
@@ -137,7 +142,7 @@ class Scripted:
         (path / BEST).mkdir()
         return path
 
-    def base_answers(self, prompts, rows, backend, sampling, sizes, base, roles):
+    def base_answers(self, rows):
         return [Answer(row, "xxx" if row % 2 else "x", -1.0, True, 3) for row in rows]
 
     def train(self, first=1, last=6):

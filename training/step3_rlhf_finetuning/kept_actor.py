@@ -151,7 +151,8 @@ class HeldOutEvaluation:
         The base model answers here too, and not at the end: what can go wrong with it is seen before training.
         """
         with self._timed():
-            self.base_answers = self._answers_of_the_base_model()
+            shown = self.rows if self.functions else sample_rows(self.prompts)
+            self.base_answers = self._answers_of_the_base_model(shown) if self.base else []
             say(f"answering {self._how_many()} held-out prompts with the SFT model ...")
             self.before = self._all_answers(self.roles.actor.generation_mode, measure_kl=False)
             self._log(0, [replace(answer, kl=0.0) for answer in answers_to(self.before, self.running_rows)])
@@ -194,11 +195,26 @@ class HeldOutEvaluation:
         there = len(self.prompts.dataset)
         return str(there) if len(self.rows) == there else f"{len(self.rows)} (evenly spread) of {there}"
 
-    def _answers_of_the_base_model(self) -> list[Answer]:
-        if not self.base:
+    def _answers_of_the_base_model(self, rows: Sequence[int]) -> list[Answer]:
+        """One for each row, under the settings and the noise of the others; none, which is said, without room or model.
+
+        Those of `sample_rows`, which people see, are rewarded: evaluation functions judge the others, no reward does.
+        """
+        actor = self.roles.actor
+        if not actor.another_fits():
+            say(f"the base model {self.base} does not answer: there is no room to load it beside the others")
             return []
-        rows = self.rows if self.functions else sample_rows(self.prompts)
-        return base_answers(self.prompts, rows, self.backend, self.sampling, self.sizes, self.base, self.roles)
+        model = _load_base(self.base, self.prompts, actor.engine)
+        if model is None:
+            return []
+        say(f"answering {len(rows)} held-out prompts with the base model ...")
+        seen = set(sample_rows(self.prompts))
+        answers: list[Answer] = []
+        for shown, rewards in ((True, self.roles.rewards), (False, None)):
+            if asked := [row for row in rows if (row in seen) == shown]:
+                how = self.backend, self.sampling, self.sizes, actor.engine.device
+                answers += answer_held_out(self.prompts, asked, decoding(model, actor.server), rewards, *how)
+        return sorted(answers, key=lambda answer: answer.row)
 
     def _answer_with_the_kept_actor(self, kept: Kept) -> None:
         """Put its answers into ``after``: to all prompts, or those that it was chosen by where no more fits."""
@@ -253,17 +269,9 @@ class HeldOutEvaluation:
 
     def _answers(self, rows: Sequence[int], generation: Any, measure_kl: bool) -> list[Answer]:
         actor = self.roles.actor
-        answers = answer_held_out(
-            self.prompts,
-            rows,
-            generation,
-            self.roles.rewards,
-            self.backend,
-            self.sampling,
-            self.sizes,
-            actor.engine.device,
-            actor.reference_mode() if measure_kl else None,
-        )
+        reference = actor.reference_mode() if measure_kl else None
+        how = self.backend, self.sampling, self.sizes, actor.engine.device
+        answers = answer_held_out(self.prompts, rows, generation, self.roles.rewards, *how, reference)
         return worth_alike(answers, self.before)
 
     def _all_answers(
@@ -328,39 +336,6 @@ def answers_to(answers: Sequence[Answer], rows: Sequence[int]) -> list[Answer]:
 def base_model_of(actor_path: str) -> str:
     """The model that step 1 started from, as its summary says; empty where it does not."""
     return str(read_object(Path(actor_path) / "summary.json").get("base_model") or "")
-
-
-def base_answers(
-    prompts: PromptSet,
-    rows: Sequence[int],
-    backend: RolloutBackend,
-    sampling: SamplingConfig,
-    sizes: BatchSizes,
-    base: str,
-    roles: Roles,
-) -> list[Answer]:
-    """Answers of the model that step 1 started from, under the settings and the noise of the others; a collective.
-
-    Those of `sample_rows`, which people see, are rewarded: evaluation functions judge the others, no reward does.
-
-    Returns:
-        One for each row, in order; none if the model can not be loaded or there is no room for it, which is said.
-    """
-    engine = roles.actor.engine
-    if not roles.actor.another_fits():
-        say(f"the base model {base} does not answer: there is no room to load it beside the others")
-        return []
-    model = _load_base(base, prompts, engine)
-    if model is None:
-        return []
-    say(f"answering {len(rows)} held-out prompts with the base model ...")
-    seen = set(sample_rows(prompts))
-    answers: list[Answer] = []
-    for shown, rewards in ((True, roles.rewards), (False, None)):
-        if asked := [row for row in rows if (row in seen) == shown]:
-            generation = decoding(model, roles.actor.server)
-            answers += answer_held_out(prompts, asked, generation, rewards, backend, sampling, sizes, engine.device)
-    return sorted(answers, key=lambda answer: answer.row)
 
 
 def _load_base(base: str, prompts: PromptSet, engine: Any) -> Any | None:
