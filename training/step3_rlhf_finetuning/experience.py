@@ -92,6 +92,7 @@ class ScoredBatch:
     scores: Tensor
 
 
+@dataclass(eq=False)
 class Scoring:
     """Scores the rollouts of an iteration.
 
@@ -101,20 +102,14 @@ class Scoring:
         ppo, rollout, train: the flags.
     """
 
-    def __init__(
-        self,
-        roles: Roles,
-        prompts: PromptSet,
-        ppo: PPOArguments,
-        rollout: RolloutArguments,
-        train: OptimizationArguments,
-    ) -> None:
-        self.roles = roles
-        self.prompts = prompts
-        self.ppo = ppo
-        self.rollout = rollout
-        self.train = train
-        self._rows = scoring_rows(rollout, train)
+    roles: Roles
+    prompts: PromptSet
+    ppo: PPOArguments
+    rollout: RolloutArguments
+    train: OptimizationArguments
+
+    def __post_init__(self) -> None:
+        self._rows = scoring_rows(self.rollout, self.train)
 
     def score(
         self, rollouts: Sequence[RolloutBatch], requests: Sequence[RolloutRequest]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,6 +44,7 @@ FLAGS = {
 ASLEEP_BYTES = 1 << 30  # of a process that has CUDA and recorded graphs, on its device: an estimate, not measured
 
 
+@dataclass(eq=False)
 class RoleCosts:
     """Passes of the roles without storage, each counted once.
 
@@ -54,18 +55,15 @@ class RoleCosts:
         reward_parameters: of the reward model, 0 without one.
     """
 
-    def __init__(
-        self,
-        actor: FakeModel,
-        critic: FakeModel | None,
-        reward: FakeModel | None,
-        prompt: int,
-        response: int,
-        reward_parameters: int,
-    ) -> None:
-        self.actor, self.critic, self.reward = actor, critic, reward
-        self.prompt, self.response, self.reward_parameters = prompt, response, reward_parameters
-        self.trained = ["actor"] if critic is None else ["actor", "critic"]
+    actor: FakeModel
+    critic: FakeModel | None
+    reward: FakeModel | None
+    prompt: int
+    response: int
+    reward_parameters: int
+
+    def __post_init__(self) -> None:
+        self.trained = ["actor"] if self.critic is None else ["actor", "critic"]
         self.training = functools.cache(self._training)
         self.pretraining = functools.cache(self._pretraining)
         self.scoring = functools.cache(self._scoring)
