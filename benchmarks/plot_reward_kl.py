@@ -19,10 +19,9 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from common import head_of, json_lines, row_of
+from common import head_of, json_lines, kl_to_reach, row_of
 from matplotlib.axes import Axes
 
-from training.step3_rlhf_finetuning.comparison import kl_to_reach
 from training.utils.errors import UserError, run_program
 
 Point = tuple[float, float]  # (KL in nats per response, mean raw reward)

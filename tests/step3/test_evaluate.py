@@ -6,10 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from common import kl_to_reach
 
 from tests.tiny import save_tiny_model
 from training.step3_rlhf_finetuning import evaluate, main as step3, settings
-from training.step3_rlhf_finetuning.comparison import Answer, best_of_kl, chosen_of, kl_to_reach
+from training.step3_rlhf_finetuning.comparison import Answer, best_of_kl, chosen_of
 from training.step3_rlhf_finetuning.evaluate import (
     StepArguments,
     assemble,

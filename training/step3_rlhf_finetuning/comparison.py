@@ -361,22 +361,3 @@ def chosen_of(rewards: Sequence[float], n: int) -> list[int]:
     """
     groups = [range(start, start + n) for start in range(0, len(rewards) - n + 1, n)]
     return [max(group, key=lambda i: rewards[i]) for group in groups]
-
-
-def kl_to_reach(curve: Sequence[tuple[float, float]], reward: float) -> float | None:
-    """The KL at which a run first reaches a reward, between two evaluations on the straight line between them.
-
-    Args:
-        curve: (KL, reward) of each evaluation, in the order of training.
-        reward: to be reached.
-
-    Returns:
-        None if no evaluation reaches it.
-    """
-    for i, (kl, value) in enumerate(curve):
-        if value >= reward:
-            if i == 0 or curve[i - 1][1] >= value:
-                return kl
-            before_kl, before = curve[i - 1]
-            return before_kl + (kl - before_kl) * (reward - before) / (value - before)
-    return None
