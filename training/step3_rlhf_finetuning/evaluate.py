@@ -110,7 +110,7 @@ from training.step3_rlhf_finetuning.reward_functions import (  # noqa: E402
     split_weight,
 )
 from training.step3_rlhf_finetuning.reward_sources import RewardMix  # noqa: E402
-from training.step3_rlhf_finetuning.roles import RewardModelSettings, build_rewards  # noqa: E402
+from training.step3_rlhf_finetuning.roles import build_rewards  # noqa: E402
 from training.utils import evaluation_programs, intervals  # noqa: E402
 from training.utils.data.batches import spread_rows  # noqa: E402
 from training.utils.data.prepare import prepare_data  # noqa: E402
@@ -128,6 +128,8 @@ from training.utils.model.tokenizer import load_tokenizer, same_tokenizer  # noq
 from training.utils.run.distributed import init_distributed, say  # noqa: E402
 
 TITLES = {"sft": "SFT", "rlhf": "RLHF", "dpo": "DPO"}
+Draws = Sequence[Sequence[Answer]]  # [prompt][draw]
+Values = Sequence[Sequence[float]]  # of such answers
 DRAW_SEED = 7_919  # best-of-n draws under other noise than the answers that it is held against
 
 
@@ -197,14 +199,6 @@ def sources_of_the_run(step: StepArguments, recorded: Mapping[type, Any], folder
         return Sources(sft, "", functions, weight)
     named = step.reward_model_name_or_path, roles.critic_model_name_or_path
     return Sources(sft, of_the_run(*named, trained_in, folder, "step2", flag), functions, weight)
-
-
-def reward_of_the_run(sources: Sources, tokenizer: Any, *, normalize: bool) -> RewardModelSettings | None:
-    """The reward model, its rewards normalised as in the run where its folder has step 2's statistics; None without."""
-    normalize = normalize and (Path(sources.reward_model) / STATS_FILE).is_file()
-    return settings.reward_model_settings(
-        sources.reward_model, tokenizer, normalize=normalize, weight=sources.weight, plan=False
-    )
 
 
 def dpo_of_the_run(given: str, folder: Path) -> dict[str, str]:
@@ -277,9 +271,9 @@ class Evaluator:
 
 
 def judged_by(
-    judge: Callable[[Sequence[Answer]], list[float]], tables: Mapping[str, Sequence[Sequence[Answer]]]
+    judge: Callable[[Sequence[Answer]], list[float]], tables: Mapping[str, Draws]
 ) -> dict[str, list[list[float]]]:
-    """Call a judge once for all answers, the same one once: ``[model][prompt][draw]`` answers -> values.
+    """Call a judge once for all models' answers, the same one once.
 
     Beside other rows a judge's numbers are rounded otherwise, and an answer would win or lose against itself.
     """
@@ -288,14 +282,12 @@ def judged_by(
     return {name: [[values[answer.said] for answer in row] for row in table] for name, table in tables.items()}
 
 
-def per_prompt(values: Sequence[Sequence[float]], chosen: Sequence[Sequence[int]]) -> list[float]:
-    """Mean over a prompt's chosen answers: ``values[prompt][draw]``, ``chosen[prompt]`` -> one value a prompt."""
+def per_prompt(values: Values, chosen: Sequence[Sequence[int]]) -> list[float]:
+    """Mean over each prompt's chosen answers."""
     return [intervals.mean([row[i] for i in picks]) for row, picks in zip(values, chosen, strict=True)]
 
 
-def wins(
-    values: Sequence[Sequence[float]], chosen: Sequence[Sequence[int]], baseline: Sequence[float], seed: int
-) -> dict[str, Any]:
+def wins(values: Values, chosen: Sequence[Sequence[int]], baseline: Sequence[float], seed: int) -> dict[str, Any]:
     """Win rate of the chosen answers over one baseline answer a prompt; a tie half, several answers averaged."""
     shares = [
         intervals.mean([intervals.half_ties(row[i], base) for i in picks])
@@ -305,8 +297,8 @@ def wins(
 
 
 def described(
-    draws: Sequence[Sequence[Answer]],
-    judged: Mapping[str, Sequence[Sequence[float]]],
+    draws: Draws,
+    judged: Mapping[str, Values],
     chosen: Sequence[Sequence[int]],
     baseline: Mapping[str, Sequence[float]],
     kl: float,
@@ -315,8 +307,8 @@ def described(
     """One policy's entry in evaluation.json.
 
     Args:
-        draws: ``[prompt][draw]`` answers.
-        judged: judge -> ``[prompt][draw]`` values; ``reward`` among them.
+        draws: the answers.
+        judged: judge -> values of them; ``reward`` among them.
         chosen: ``[prompt]`` -> which draws the policy answers with; a mean over them is taken.
         baseline: judge -> the SFT model's value for each prompt; empty for the SFT model itself.
         kl: to the SFT model, nats per answer.
@@ -324,17 +316,10 @@ def described(
     """
     lengths = per_prompt([[float(a.length) for a in row] for row in draws], chosen)
     ended = per_prompt([[float(a.ended) for a in row] for row in draws], chosen)
-    entry: dict[str, Any] = {
-        "kl": kl,
-        "length": intervals.mean(lengths),
-        "eos_rate": intervals.mean(ended),
-    }
+    entry: dict[str, Any] = {"kl": kl, "length": intervals.mean(lengths), "eos_rate": intervals.mean(ended)}
     for name, values in judged.items():
         means = per_prompt(values, chosen)
-        entry |= {
-            name: intervals.mean(means),
-            f"{name}_interval": intervals.bootstrap_interval(means, seed=seed),
-        }
+        entry |= {name: intervals.mean(means), f"{name}_interval": intervals.bootstrap_interval(means, seed=seed)}
         if baseline:
             won = wins(values, chosen, baseline[name], seed)
             entry |= {f"win_rate_by_{name}": won["rate"], f"win_rate_by_{name}_interval": won["interval"]}
@@ -342,14 +327,9 @@ def described(
 
 
 def draw(
-    evaluator: Evaluator,
-    rewards: RewardMix,
-    sft_path: str,
-    tuned: Mapping[str, str],
-    draws_per_prompt: int,
-    seed: int,
+    evaluator: Evaluator, rewards: RewardMix, sft_path: str, tuned: Mapping[str, str], draws_per_prompt: int, seed: int
 ) -> dict[str, list[list[Answer]]]:
-    """Answers ``[model][prompt][draw]`` of ``sft``, of the ``tuned`` models and, if there are draws, of ``best_of``."""
+    """Answers of ``sft``, of the ``tuned`` models and, if there are draws, of ``best_of``."""
     sft = evaluator.model(sft_path)
     say(f"answering {len(evaluator.rows)} held-out prompts with the SFT model, {draws_per_prompt} times more for "
         f"best-of-n, and with the {' and the '.join(TITLES[name] for name in tuned)} model ...")  # fmt: skip
@@ -367,12 +347,9 @@ def draw(
 
 
 def all_judges(
-    evaluator: Evaluator,
-    drawn: Mapping[str, Sequence[Sequence[Answer]]],
-    functions: Sequence[EvalFunction],
-    judge_path: str,
+    evaluator: Evaluator, drawn: Mapping[str, Draws], functions: Sequence[EvalFunction], judge_path: str
 ) -> dict[str, dict[str, list[list[float]]]]:
-    """Values ``[judge][model][prompt][draw]`` by the training reward (known) and by each different judge given."""
+    """Values of all models' answers by the training reward (known) and by each different judge given."""
     prompts = evaluator.prompts
     judged = {"reward": judged_by(lambda answers: [a.reward for a in answers], drawn)}
     for function in functions:
@@ -389,18 +366,6 @@ def all_judges(
     return judged
 
 
-def judge_model(name: str) -> str:
-    """The folder of a second reward model that judges; empty without one.
-
-    Raises:
-        UserError: there is none, or no reward model.
-    """
-    path = loading.resolve_model(name, "--judge_model_name_or_path") if name else ""
-    if path:
-        classifiers.check_reward_head(path)
-    return path
-
-
 def main(argv: Sequence[str]) -> int:
     """Evaluate; returns the exit code. See the module's docstring for what it writes."""
     args, step, data = parse_flags(argv)
@@ -414,13 +379,19 @@ def main(argv: Sequence[str]) -> int:
     actor_path = loading.resolve_model(str(folder / "actor"), "--path")
     sources = sources_of_the_run(step, recorded, folder)
     tuned = {"rlhf": actor_path} | dpo_of_the_run(step.dpo_model_name_or_path, folder)
-    judge_path = judge_model(step.judge_model_name_or_path)
+    judge_path = step.judge_model_name_or_path
+    if judge_path:
+        judge_path = loading.resolve_model(judge_path, "--judge_model_name_or_path")
+        classifiers.check_reward_head(judge_path)
     longest = step.max_answer_seq_len or rollout.max_answer_seq_len
     whole, rows_together = rollout.max_prompt_seq_len + longest, args.per_device_eval_batch_size
     chosen_data = evaluation_programs.data_arguments(data, recorded[arguments.DataArguments], folder)
     flags = chosen_data, recorded[arguments.DataArguments]
     *_, tokenizer = [shared_tokenizer(path, sources.sft, *flags) for path in reversed(tuned.values())]
-    reward = reward_of_the_run(sources, tokenizer, normalize=ppo.normalize_reward)
+    normalize = ppo.normalize_reward and (Path(sources.reward_model) / STATS_FILE).is_file()  # one given may lack it
+    reward = settings.reward_model_settings(
+        sources.reward_model, tokenizer, normalize=normalize, weight=sources.weight, plan=False
+    )
     for path in (*tuned.values(), sources.sft, *([reward.path] if reward and not reward.reads_text else [])):
         check_length(path, whole, "--max_prompt_seq_len + --max_answer_seq_len")
     if not functions and not judge_path:
@@ -461,7 +432,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def samples_of(evaluator: Evaluator, drawn: Mapping[str, Sequence[Sequence[Answer]]]) -> list[dict[str, str | float]]:
+def samples_of(evaluator: Evaluator, drawn: Mapping[str, Draws]) -> list[dict[str, str | float]]:
     """The entry ``samples`` of evaluation.json: each prompt with the first answer of each model and its reward."""
     return [
         {
@@ -474,12 +445,9 @@ def samples_of(evaluator: Evaluator, drawn: Mapping[str, Sequence[Sequence[Answe
 
 
 def assemble(
-    drawn: Mapping[str, Sequence[Sequence[Answer]]],
-    judged: Mapping[str, Mapping[str, Sequence[Sequence[float]]]],
-    counts: Sequence[int],
-    seed: int,
+    drawn: Mapping[str, Draws], judged: Mapping[str, Mapping[str, Values]], counts: Sequence[int], seed: int
 ) -> dict[str, Any]:
-    """The entry ``models`` of evaluation.json, from answers ``[model][prompt][draw]`` and ``[judge][model]...``."""
+    """The entry ``models`` of evaluation.json, from each model's answers and what each judge says of them."""
     only = [[0]] * len(drawn["sft"])
     baseline = {judge: [row[0] for row in tables["sft"]] for judge, tables in judged.items()}
 
