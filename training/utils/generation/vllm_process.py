@@ -132,19 +132,14 @@ class Worker:
         Raises:
             RolloutsLost: see `ask`.
         """
-        lost: RolloutsLost | None = None
+        left = iter(weights)
         bucket: list[list[Any]] = []
         offset = 0
         try:
             self._send({"do": "weights"})
-        except RolloutsLost as error:
-            lost = error
-        for name, tensor in weights:
-            beat()
-            if lost is not None:
-                continue
-            size = tensor.numel() * tensor.element_size()
-            try:
+            for name, tensor in left:
+                beat()
+                size = tensor.numel() * tensor.element_size()
                 if bucket and offset + size > BUCKET_BYTES:
                     self._send_bucket(bucket)
                     bucket, offset = [], 0
@@ -153,12 +148,12 @@ class Worker:
                 self.memory.at(offset, size).copy_(raw)
                 bucket.append([name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), offset, size])
                 offset += -(-size // 64) * 64  # tensors begin where any type may
-            except RolloutsLost as error:
-                lost = error
-        if lost is not None:
-            raise lost
-        self._send_bucket(bucket)
-        self.ask({"bucket": []})
+            self._send_bucket(bucket)
+            self.ask({"bucket": []})
+        except RolloutsLost:
+            for _ in left:
+                beat()
+            raise
 
     def _send_bucket(self, bucket: list[list[Any]]) -> None:
         self.ask({"bucket": bucket, "size": len(self.memory)})
