@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -175,19 +174,6 @@ def joined(own: torch.Tensor, width: int) -> torch.Tensor:
     return _Joined.apply(own)[:, :width]
 
 
-@dataclass
-class _Asked:
-    """What an output layer is to give instead of logits.
-
-    Attributes:
-        targets: ``[B, C]``: log-probs of these tokens; None: its inputs.
-        temperature: by which logits are divided.
-    """
-
-    targets: torch.Tensor | None
-    temperature: float = 1.0
-
-
 def mlps_in_pieces(model: Any) -> None:
     """Let a model's MLPs go over columns in `PIECES`, and its output layer give log-probs where it is asked for them.
 
@@ -201,7 +187,7 @@ def mlps_in_pieces(model: Any) -> None:
     if mlps:
         set_z3_leaf_modules(model, [type(mlps[0])])
     if (head := model.get_output_embeddings()) is not None:
-        head.asked = None
+        head.asked = None  # else the arguments of `asked`
         head.forward = functools.partial(_answer, head)
 
 
@@ -234,10 +220,10 @@ def _answer(head: Any, hidden: torch.Tensor) -> torch.Tensor:
     """Logits ``[B, C, V]``, or what is asked for: hidden states ``[B, C, H]``, or log-probs ``[B, C, 1]``."""
     if head.asked is None:
         return type(head).forward(head, hidden)
-    if head.asked.targets is None:
+    targets, temperature = head.asked
+    if targets is None:
         return hidden
-    targets = head.asked.targets
-    found = _HeadLogProbs.apply(hidden.flatten(0, 1), head.weight, head.bias, targets.flatten(), head.asked.temperature)
+    found = _HeadLogProbs.apply(hidden.flatten(0, 1), head.weight, head.bias, targets.flatten(), temperature)
     return found.view(*targets.shape, 1)
 
 
@@ -251,7 +237,7 @@ def asked(model: Any, targets: torch.Tensor | None, temperature: float = 1.0) ->
         temperature: see `training.utils.model.forward.response_log_probs`.
     """
     head = model.get_output_embeddings()
-    head.asked = _Asked(targets, temperature)
+    head.asked = targets, temperature
     try:
         yield
     finally:
