@@ -31,6 +31,7 @@ from transformers import (
 from training.utils.data.chat import read_any
 from training.utils.data.template import forbidden_texts, special_texts
 from training.utils.errors import UserError
+from training.utils.model.forward import without_adapters
 
 Message = dict[str, str]
 INCOMPLETE = "\ufffd"  # what a tokenizer decodes half a character to
@@ -195,19 +196,15 @@ def stream_answer(model: ChatModel, messages: Sequence[Message], sampling: Sampl
         sequence = torch.cat([sequence, token], dim=-1)
         cache = getattr(output, "past_key_values", None)
         fed = token if cache is not None else sequence  # a family without this kind of cache reads all of it again
-        _take(answer, int(token), model.stop_ids, limit)
+        if int(token) in model.stop_ids:
+            answer.ended = "stop"
+        else:
+            answer.token_ids.append(int(token))
+            if len(answer.token_ids) >= limit:
+                answer.ended = "length"
         if len(answer.token_ids) > 1:
             answer.seconds += time.perf_counter() - started
         yield answer
-
-
-def _take(answer: Answer, token: int, stop_ids: frozenset[int], limit: int) -> None:
-    if token in stop_ids:
-        answer.ended = "stop"
-        return
-    answer.token_ids.append(token)
-    if len(answer.token_ids) >= limit:
-        answer.ended = "length"
 
 
 def _processors(sampling: SamplingArguments) -> Any:
@@ -228,5 +225,5 @@ def _processors(sampling: SamplingArguments) -> Any:
 
 def _last_logits_only(network: Any) -> dict[str, int]:
     """A long prompt's logits are [1, T, V]; most families can be asked for the last row alone."""
-    inner = network.get_base_model() if hasattr(network, "get_base_model") else network
-    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(inner.forward).parameters else {}
+    takes = inspect.signature(without_adapters(network).forward).parameters
+    return {"logits_to_keep": 1} if "logits_to_keep" in takes else {}

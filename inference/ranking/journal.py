@@ -141,12 +141,10 @@ class RowsFile:
                     append_bytes(file, data)
             self._size = size + len(data)
         else:
-            self._size = self._write(b"".join(self.rows.values()))
-
-    def _write(self, data: bytes) -> int:
-        try:
-            with whole_file(self.path) as file:
-                file.write(data)
-        except OSError as error:
-            raise UserError(f"{shown(self.path)}: {error.strerror}") from error
-        return len(data)
+            data = b"".join(self.rows.values())
+            try:
+                with whole_file(self.path) as file:
+                    file.write(data)
+            except OSError as error:
+                raise UserError(f"{shown(self.path)}: {error.strerror}") from error
+            self._size = len(data)
