@@ -222,7 +222,6 @@ def understood(handle: Any) -> Any:
     from jinja2 import TemplateError
 
     async def handled(handler: Any, body: dict[str, Any], request_id: str) -> Any:
-        """``handle``, whose errors become status 400."""
         try:
             return await handle(handler, body, request_id)
         except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, TemplateError) as error:
@@ -305,7 +304,6 @@ def settle_bodies(tokenizer: Any) -> None:
     validate, converse = BaseHandler._validate_request, BaseHandler.get_processor_inputs_from_messages
 
     def validated(handler: Any, body: dict[str, Any]) -> None:
-        """Refuse what is not served, with status 400, and settle what is."""
         if reason := refusal(body, NEEDED.get(type(handler).__name__, "")):
             raise HTTPException(400, reason)
         settle(body)
@@ -313,7 +311,6 @@ def settle_bodies(tokenizer: Any) -> None:
         validate(handler, body)
 
     def conversed(messages: list[dict[str, Any]], modality: Any) -> list[dict[str, Any]]:
-        """The messages as the template gets them, if it writes them."""
         given = converse(messages, modality)
         if reason := unwritten(given, TOOLS.get(), tokenizer):
             raise HTTPException(400, reason)
@@ -358,7 +355,6 @@ def settle_answers(context: int | None) -> None:
             return torch.full((len(ids),), gone.is_set(), device=ids.device)
 
         async def work() -> Any:
-            """Check, seed and answer."""
             begin(manager, model, inputs, config)
             return await answer(manager, model, processor, {**inputs, "stopping_criteria": [ends]}, config, **more)
 

@@ -44,7 +44,6 @@ class Headers:
         """Pass a request on."""
 
         async def with_headers(message: Message) -> None:
-            """Send a message; one that starts a response gets `HEADERS`."""
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(HEADERS)
             await send(message)
@@ -93,7 +92,6 @@ def _judging(ledger: Ledger) -> list[Route]:
     """What judges do; each answer is what the page shows next."""
 
     def state(judge: str, item: Item | None, before: Event | None = None) -> JSONResponse:
-        """What the page shows next."""
         found: dict[str, Any] = {"item": None, "progress": ledger.progress(judge), "warning": ledger.behind}
         if item is not None:
             order = item.shuffled(judge)
@@ -154,7 +152,6 @@ def _static() -> list[Route]:
     """The page's files, and whether the server is there."""
 
     async def ping(request: Request) -> Response:
-        """Whether the server is there."""
         return Response("here")
 
     async def static(request: Request) -> Response:
@@ -172,7 +169,6 @@ def _answered(act: Callable[[Mapping[str, Any]], JSONResponse]) -> Callable[[Req
     """A handler for requests with an object in JSON; what is wrong comes back as a line, with status 400."""
 
     async def handler(request: Request) -> Response:
-        """What an act answers, or a line that says what is wrong."""
         body = b""
         async for part in request.stream():
             body += part

@@ -90,7 +90,6 @@ def main(argv: Sequence[str]) -> int:
     rouge = RougeJudge(*asked) if step.best_by == "rouge" else None
 
     def load(config: dict[str, Any]) -> Any:
-        """The causal language model."""
         made: dict[str, Any] = {"attn_implementation": flags.attention, "base_bits": flags.lora.base_bits}
         return loading.load_causal_lm(flags.path, dtype=flags.model.dtype, ds_config=config, **made)
 

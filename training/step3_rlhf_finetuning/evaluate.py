@@ -358,7 +358,6 @@ def all_judges(
         judge = load_text_reward_model(judge_path, dtype=evaluator.dtype, device=evaluator.device)
 
         def judge_answers(answers: Sequence[Answer]) -> list[float]:
-            """The judge model's rewards of the conversations that end with these answers."""
             said = [[*prompts.messages(a.row), {"role": "assistant", "content": a.text}] for a in answers]
             return judge.rewards(said, evaluator.batch_size).tolist()
 

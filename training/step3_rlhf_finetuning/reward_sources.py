@@ -30,17 +30,14 @@ class RewardSource(Protocol):
     @property
     def name(self) -> str:
         """For metrics and traces."""
-        ...
 
     @property
     def weight(self) -> float:
         """In the sum of all sources."""
-        ...
 
     @property
     def stats(self) -> RewardStats | None:
         """What its rewards are normalised with, None for nothing."""
-        ...
 
     def score(self, rollout: RolloutBatch, rows: Sequence[int], prompts: PromptSet, batch_size: int) -> Tensor:
         """Raw rewards ``[B]``, fp32 on the rollout's device.
@@ -49,7 +46,6 @@ class RewardSource(Protocol):
             rollout: responses to ``rows`` of ``prompts``, in that order.
             batch_size: rows in one forward.
         """
-        ...
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,6 @@ def _prefill(
     everyone = torch.arange(len(ids), device=device)
 
     def aim(column: int, past: int, target: Tensor, source: Tensor) -> None:
-        """`DecodeLayer.aim` of every layer."""
         for layer in layers:
             layer.aim(column, past, target, source)
 

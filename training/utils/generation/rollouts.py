@@ -131,7 +131,6 @@ class RolloutBackend(Protocol):
 
     def generate(self, model: nn.Module, request: RolloutRequest, sampling: SamplingConfig) -> RolloutBatch:
         """Decode a response for each row of the request; see `RolloutBatch` for the layout."""
-        ...
 
 
 def full_response_mask(mask: Tensor, total_length: int) -> Tensor:

@@ -105,7 +105,6 @@ def _why_not(
     states: list[torch.Tensor] = []
 
     def look(rows: Batch) -> None:
-        """One forward."""
         with _hidden_states(inner, states):
             answers_of(model, rows)
 
@@ -136,7 +135,6 @@ def _hidden_states(model: Any, states: list[torch.Tensor]) -> Iterator[None]:
     found: list[torch.Tensor] = []
 
     def keep(_: Any, __: Any, output: Any) -> None:
-        """The states in a module's output."""
         if hasattr(output, "last_hidden_state"):
             found.append(output.last_hidden_state)
 
