@@ -17,6 +17,15 @@ function tripodToken() { // this tab's name for its conversation on the server
   return made;
 }
 
+function tripodDownload(text) { // a conversation, to be saved
+  if (!text) return;
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([text], { type: "application/json" }));
+  link.download = "conversation.json";
+  link.click();
+  URL.revokeObjectURL(link.href);
+}
+
 (() => {
   // chat_page.py puts an invisible character into answers, so that their markup is shown: a copy is without it
   const copy = navigator.clipboard?.writeText?.bind(navigator.clipboard);

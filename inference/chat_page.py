@@ -31,51 +31,10 @@ GONE_SECONDS = 5.0  # that a reload waits for the answers of before to end
 REFRESH_SECONDS = 0.1  # between two updates of the browser, which take time from the models on a small machine
 VISITORS_AT_ONCE = 2  # whose answers grow at the same time; the others queue
 
+_HERE = Path(__file__).parent
 # Fonts of the visitor's system: gradio's default theme fetches its own from the network.
 _FONT = ["ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "sans-serif"]
 _MONO = ["ui-monospace", "Menlo", "Consolas", "monospace"]
-_CSS = """
-.gradio-container {width: 100%; max-width: 1280px !important; margin: 0 auto !important;}
-footer {display: none !important;}
-#title h1 {margin: 0; font-size: 1.35rem;}
-#title p {margin: .1rem 0 0; color: var(--body-text-color-subdued);}
-.heading p {margin: 0; font-weight: 600; font-size: 1.05rem;}
-.chat .message:has(.note) {background: none !important; border: none !important; box-shadow: none !important;}
-.chat .message:has(.note) {padding: 0;}
-/* beside the copy button of the answer */
-.chat .message-row:has(.note) {margin: -23px 0 16px 52px !important;}
-.chat .note {color: var(--body-text-color-subdued); font-size: .85rem; font-variant-numeric: tabular-nums;}
-/* the bin would empty one column in the browser alone; Clear empties the conversation */
-.chat .top-panel, .chat .message-buttons-right {display: none !important;}
-.chat .message.user:has(.typed) {padding: 6px 12px !important; border-radius: 8px !important;}
-.chat .message.user:has(.typed) {background: var(--color-accent-soft) !important;}
-.chat .typed {white-space: pre-wrap; overflow-wrap: anywhere;}
-/* above the prompt to the eye, after it for the keyboard: Tab leads from the prompt to the votes */
-#ask {gap: 8px;}
-#votes {order: -1;}
-#notice {order: -2;}
-#gone {padding: .5rem .8rem; border-radius: 8px; order: -3;}
-#gone {background: var(--error-background-fill); color: var(--error-text-color);}
-@media (max-width: 640px) {
-  .gradio-container main {padding: 8px !important;}
-  #actions {gap: 6px;}
-  #title p {display: none;}
-  #columns {flex-wrap: nowrap !important; overflow-x: auto; scroll-snap-type: x mandatory;}
-  #columns > .column {flex: 0 0 92% !important; min-width: 0 !important; scroll-snap-align: start;}
-  #columns > .column:only-child {flex-basis: 100% !important;}
-  .chat {height: calc(100dvh - 330px) !important; min-height: 200px !important;}
-  #votes {flex-wrap: nowrap; gap: 6px;}
-  #votes button {min-width: 0 !important; padding: 8px 4px !important;}
-  #ask {position: sticky; bottom: 0; z-index: 5; padding: 6px 0; background: var(--body-background-fill);}
-}
-#actions {align-items: center;}
-#actions > button {flex: 0 0 auto !important;}
-#actions > :last-child {flex: 0 0 auto !important; width: auto; border: none;}
-#actions > :last-child, #actions > :last-child * {background: none;}
-#actions input:checked {background: var(--color-accent);}
-#blind {width: auto; border-width: 0 !important; overflow: visible;}
-#notice p {margin: 0; padding: .5rem .8rem; border-radius: 8px; background: var(--color-accent-soft);}
-"""
 # No request leaves for another host, whatever an answer contains: an image in Markdown would tell its owner.
 _HEAD = (
     "<meta http-equiv=\"Content-Security-Policy\" content=\"img-src 'self' data: blob:; media-src 'self' data: blob:; "
@@ -83,19 +42,9 @@ _HEAD = (
 )
 STYLE = {
     "theme": gr.themes.Default(primary_hue="indigo", neutral_hue="slate", font=_FONT, font_mono=_MONO),
-    "css": _CSS,
-    "head": _HEAD + f"<script>{(Path(__file__).parent / 'chat_page.js').read_text(encoding='utf-8')}</script>",
+    "css": (_HERE / "chat_page.css").read_text(encoding="utf-8"),
+    "head": _HEAD + f"<script>{(_HERE / 'chat_page.js').read_text(encoding='utf-8')}</script>",
 }
-_DOWNLOAD = """(text) => {
-    if (!text) return;
-    const link = document.createElement("a");
-    link.href = URL.createObjectURL(new Blob([text], {type: "application/json"}));
-    link.download = "conversation.json";
-    link.click();
-    URL.revokeObjectURL(link.href);
-}"""
-
-
 # A tab's own name for its conversation, which the server keeps: the tab finds it again after a reload
 _TOKEN = "() => [tripodToken()]"
 MOST_SESSIONS = 1000  # conversations that are kept; the one that was longest unused goes
@@ -597,5 +546,5 @@ def _connect(blocks: gr.Blocks, page: Page, w: Widgets, others: dict[str, Any]) 
     others["edit"].click(page.edit, seen, w.outputs, **quiet)
     w.unvote.click(page.unvote, seen, w.outputs, **quiet)
     others["export"].click(page.export, [w.session], [w.download, w.notice], **quiet).then(
-        None, [w.download], None, js=_DOWNLOAD, **quiet
+        None, [w.download], None, js="(text) => tripodDownload(text)", **quiet
     )
