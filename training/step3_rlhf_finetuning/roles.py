@@ -196,39 +196,28 @@ def build_rewards(
     functions: Mapping[str, tuple[TextFunction, float]],
     *,
     pad_token_id: int,
-    dtype: str,
-    device: torch.device,
-    attn_implementation: str = "sdpa",
-    zero_stage: int = 0,
-    offload: bool = False,
     tensor_parallel: int = 1,
     shares: bool = False,
+    **load: Any,
 ) -> RewardMix:
     """Load the reward model, if there is one, and put it together with the functions; a collective.
 
     Args:
         reward, functions: see `build_roles`.
         pad_token_id: of the actor's tokenizer.
-        dtype, device, attn_implementation, zero_stage, offload: see `training.utils.engine.frozen.load_frozen_scorer`.
         tensor_parallel: ranks that hold it together; one that reads the text is whole on each rank.
         shares: see `Build`.
+        load: dtype and device, and as needed attn_implementation, zero_stage and offload, see
+            `training.utils.engine.frozen.load_frozen_scorer`.
     """
     sources: list[RewardSource] = []
     if reward is not None:
-        load: dict[str, Any] = {
-            "zero_stage": zero_stage,
-            "dtype": dtype,
-            "attn_implementation": attn_implementation,
-            "offload": offload,
-            "device": device,
-        }
         if reward.reads_text:
             say("reward model: another tokenizer, chat template or family than the actor's, so it reads the text")
             model = load_text_reward_model(reward.path, **load)
             sources.append(TextReward(model, reward.stats, reward.weight))
         else:
-            shared: dict[str, Any] = {"pad_token_id": pad_token_id, "tensor_parallel": tensor_parallel}
-            scorer = load_frozen_scorer(reward.path, **shared, **load)
+            scorer = load_frozen_scorer(reward.path, pad_token_id=pad_token_id, tensor_parallel=tensor_parallel, **load)
             sharing = find_sharing(scorer, answer_rewards, pad_token_id, "the reward model") if shares else None
             sources.append(TokenReward(scorer, reward.stats, reward.weight, sharing))
     sources += [FunctionReward(function, name, weight) for name, (function, weight) in functions.items()]
