@@ -223,7 +223,10 @@ def check(groups: list[Any]) -> list[Any]:
     """
     _, _, rollout, ppo, train, zero, _, output, _ = groups
     check_batches(rollout, train)
-    check_advantage(ppo, rollout)
+    if ppo.advantage != "gae" and rollout.samples_per_prompt < 2:
+        raise UserError(
+            f"--advantage {ppo.advantage} compares answers to the same prompt: --samples_per_prompt must be at least 2"
+        )
     adapters = {name: getattr(zero, name) for name in ("actor_lora_dim", "critic_lora_dim")}
     arguments.check_tensor_parallel(zero.tensor_parallel, adapters)
     if zero.tensor_parallel > 1 and rollout.rollout_engine == "vllm":
@@ -292,15 +295,3 @@ def scoring_rows(rollout: RolloutArguments, train: OptimizationArguments) -> int
 def scored_alike(rollout: RolloutArguments, train: OptimizationArguments) -> bool:
     """Whether rows are scored in the pieces they are trained in, which alone makes old and new log-probs equal."""
     return scoring_rows(rollout, train) == train.per_device_training_batch_size
-
-
-def check_advantage(ppo: PPOArguments, rollout: RolloutArguments) -> None:
-    """Refuse an advantage over other answers where each prompt is answered once.
-
-    Raises:
-        UserError: names the two flags.
-    """
-    if ppo.advantage != "gae" and rollout.samples_per_prompt < 2:
-        raise UserError(
-            f"--advantage {ppo.advantage} compares answers to the same prompt: --samples_per_prompt must be at least 2"
-        )
