@@ -216,7 +216,7 @@ class Session:
     def _preference_rows(self, winner: int) -> list[dict[str, Any]]:
         """The winner against every other column that said something else, each a row of step 2."""
         rows = []
-        chosen = self.history(winner)
+        chosen, chosen_model = self.history(winner), self.names[self.order[winner]]
         for loser in range(len(self.names)):
             rejected = self.history(loser)
             if loser == winner or rejected == chosen:
@@ -229,23 +229,19 @@ class Session:
                     "prompt": chosen[:shared],
                     "chosen": _continuation(chosen[shared:]),
                     "rejected": _continuation(rejected[shared:]),
-                    "vote": self._about(winner, loser),
+                    "vote": {"chosen_model": chosen_model, "rejected_model": self.names[self.order[loser]]}
+                    | self._how(),
                 }
             )
         return rows
 
     def _same_row(self) -> list[dict[str, Any]]:
-        columns = range(len(self.names))
-        about = {"models": [self.names[self.order[c]] for c in columns], "blind": self._is_blind, "time": _now()}
-        return [{"conversations": [self.history(c) for c in columns], "vote": about}]
+        about = {"models": [self.names[model] for model in self.order]} | self._how()
+        return [{"conversations": [self.history(column) for column in range(len(self.names))], "vote": about}]
 
-    def _about(self, winner: int, loser: int) -> dict[str, Any]:
-        chosen, rejected = self.names[self.order[winner]], self.names[self.order[loser]]
-        return {"chosen_model": chosen, "rejected_model": rejected, "blind": self._is_blind, "time": _now()}
-
-    @property
-    def _is_blind(self) -> bool:
-        return self.blind and not self.seen
+    def _how(self) -> dict[str, Any]:
+        """What every row says of its vote."""
+        return {"blind": self.blind and not self.seen, "time": _now()}
 
     def export(self) -> str:
         """The whole conversation as JSON; in blind mode without names, rewards and speeds before the vote."""

@@ -267,9 +267,5 @@ def verdict_in(text: str) -> str | None:
             continue
         if said.get("better") is not None:  # what else it holds may quote braces, or other objects
             value, at = said["better"], end
-    return _word(text if value is None else str(value))
-
-
-def _word(text: str) -> str | None:
-    word = text.strip().strip("\"'`*.()[]").lower()
+    word = (text if value is None else str(value)).strip().strip("\"'`*.()[]").lower()
     return {"a": "A", "b": "B", "tie": "tie"}.get(word)

@@ -236,8 +236,11 @@ class VllmBackend:
         Raises:
             RolloutsLost: on every rank, where ranks work together.
         """
-        if without_adapters(unwrap(model)).config.vocab_size != self._vocabulary:
-            return self._decoded_here(model, request, sampling)
+        if without_adapters(unwrap(model)).config.vocab_size != self._vocabulary:  # as where step 1 has added tokens
+            if not self._said:
+                say("vLLM was started for another vocabulary than this model's: --rollout_engine fast decodes it")
+                self._said = True
+            return FastBackend().generate(model, request, sampling)
         if self._held is None or self._held() is not model:
             self.take(model)
         if self._to_verify:
@@ -254,13 +257,6 @@ class VllmBackend:
         if changed or (sampling.greedy and sampling.temperature != 1):  # vLLM's are of the distribution it drew from
             return _rescored(model, rollout, sampling.temperature)
         return rollout
-
-    def _decoded_here(self, model: nn.Module, request: RolloutRequest, sampling: SamplingConfig) -> RolloutBatch:
-        """A model with other embeddings, such as a base model to which step 1 has added tokens."""
-        if not self._said:
-            say("vLLM was started for another vocabulary than this model's: --rollout_engine fast decodes it")
-            self._said = True
-        return FastBackend().generate(model, request, sampling)
 
     def rest(self) -> None:
         """The round is over: weights may change, and training may have the memory; nothing if it rests already."""
