@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -95,17 +95,13 @@ def decode_attention_enabled(model: nn.Module) -> Iterator[bool]:
     Yields:
         whether it is on.
     """
-    weight = next(model.parameters())
-    if weight.device.type != "cpu" or getattr(model.config, "_attn_implementation", None) != "sdpa":
-        yield False
-        return
-    if model not in _serves:
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    fits = on_cpu and getattr(model.config, "_attn_implementation", None) == "sdpa"
+    if fits and model not in _serves:
         _serves[model] = _gives_the_same(model)
-    if not _serves[model]:
-        yield False
-        return
-    with _named(model):
-        yield True
+    serves = fits and _serves[model]
+    with _named(model) if serves else nullcontext():
+        yield serves
 
 
 _serves: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()

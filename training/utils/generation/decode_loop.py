@@ -148,7 +148,7 @@ def _some_rank_goes_on(mine: bool, device: torch.device) -> bool:
     return all_reduce_max(torch.tensor(float(mine), device=device)).item() > 0
 
 
-def _keep_company(model: Any, device: torch.device) -> None:
+def keep_company(model: Any, device: torch.device) -> None:
     """Make forwards of a single token until every rank has ended: a forward gathers layers from all ranks."""
     token = torch.zeros(1, 1, dtype=torch.long, device=device)
     while _some_rank_goes_on(False, device):
@@ -172,25 +172,11 @@ def decode(
         request, sampling: see `training.utils.generation.engines`.
         out: filled in; at entry every length is the limit.
         transposed_keys: lay the key cache out for `decode_attention`.
-        synced: every forward is a collective: all ranks make the same number of them, prompts in one.
+        synced: every forward is a collective, prompts in one; `keep_company` then waits for the other ranks.
         still: from the second token on as `cuda_graphs` does it, where enough are to come.
     """
-    device = request.prompt_ids.device
-    if len(request.prompt_ids):
-        _decode_rows(model, request, sampling, out, transposed_keys, synced, still)
-    if synced:
-        _keep_company(model, device)
-
-
-def _decode_rows(
-    model: Any,
-    request: RolloutRequest,
-    sampling: SamplingConfig,
-    out: Responses,
-    transposed_keys: bool,
-    synced: bool,
-    still: bool,
-) -> None:
+    if not len(request.prompt_ids):
+        return
     start = time.perf_counter()
     width = int(request.prompt_mask.sum(1).max())
     seen, mask, shared = request.prompt_ids[:, -width:], request.prompt_mask[:, -width:].long(), 0

@@ -3,10 +3,9 @@
 `hf` is transformers' own ``generate``: the reference. `fast` is a loop of our own over the same model
 (`training.utils.generation.decode_loop`), which does no work that a rollout does not need.
 
-Both return one layout: prompts left-padded as they came, responses right-padded to the longest of the batch, rows in
-the order of the request. Kept log-probs are those of the temperature-scaled distribution before any truncation or
-penalty, because that is the policy which the training forward sees. The model arrives in eval mode with its
-parameters in place; a backend changes neither its flags nor its configuration.
+Both return the layout of `training.utils.generation.rollouts`. Kept log-probs are those of the temperature-scaled
+distribution before any truncation or penalty, because that is the policy which the training forward sees. The model
+arrives in eval mode with its parameters in place; a backend changes neither its flags nor its configuration.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from training.utils.errors import UserError
 from training.utils.generation.cuda_graphs import SWITCH, why_not
 from training.utils.generation.decode_attention import decode_attention_enabled
-from training.utils.generation.decode_loop import decode, seconds_since
+from training.utils.generation.decode_loop import decode, keep_company, seconds_since
 from training.utils.generation.packed_linear import packed_linear
 from training.utils.generation.rollouts import Responses, RolloutBackend, RolloutBatch, RolloutRequest, assemble
 from training.utils.generation.sampling import SamplingConfig, penalise_repetition, row_keys
@@ -197,6 +196,8 @@ class FastBackend:
             # DeepSpeed counts a step at the outermost module's forward, so the hooked model is called as a whole
             callee = model if self.synced else inner
             decode(callee, request, sampling, out, transposed_keys=own_attention, synced=self.synced, still=still)
+            if self.synced:
+                keep_company(callee, device)
         return assemble(request, out.ids, out.lengths, out.logprobs, out.prefill_seconds)
 
     def _by_graphs(self, model: nn.Module, device: torch.device) -> bool:
