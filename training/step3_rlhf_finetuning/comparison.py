@@ -129,39 +129,6 @@ def worth_alike(answers: Sequence[Answer], known: Sequence[Answer]) -> list[Answ
     return [replace(answer, reward=rewards.get(answer.said, answer.reward)) for answer in answers]
 
 
-def answers_of(
-    prompts: PromptSet,
-    rows: Sequence[int],
-    rollout: RolloutBatch,
-    rewards: RewardMix | None,
-    batch_size: int,
-    kl: torch.Tensor | None = None,
-) -> list[Answer]:
-    """The answers in a rollout of these rows, rewarded; a collective.
-
-    Args:
-        prompts, rows, rollout: the rollout is of these rows.
-        rewards: what answers are worth, None not to ask.
-        batch_size: rows in one forward of the reward model.
-        kl: ``[B]``, from `sequence_kl`.
-    """
-    worth = [math.nan] * len(rows)
-    if rewards is not None:
-        worth = rewards.score(rollout, rows, prompts, batch_size)[0].tolist()
-    return [
-        Answer(*values)
-        for values in zip(
-            rows,
-            response_texts(rollout, prompts.tokenizer),
-            worth,
-            has_ended(rollout, prompts.stop_ids).tolist(),
-            rollout.response_mask.sum(1).tolist(),
-            [None] * len(rows) if kl is None else kl.tolist(),
-            strict=True,
-        )
-    ]
-
-
 def sequence_kl(reference: Any, rollout: RolloutBatch, temperature: float, batch_size: int) -> torch.Tensor:
     """Monte-Carlo KL of each response, ``[B]`` in nats: its sampled tokens' log-probs minus the reference's.
 
@@ -210,11 +177,15 @@ def answer_held_out(
     if reference is not None:
         with reference as model:
             divergences = [sequence_kl(model, rollout, sampling.temperature, sizes.scored) for rollout in rollouts]
-    answers = [
-        answer
-        for batch, rollout, kl in zip(batches, rollouts, divergences, strict=True)
-        for answer in answers_of(prompts, batch, rollout, rewards, sizes.scored, kl)
-    ]
+    answers = []
+    for batch, rollout, kl in zip(batches, rollouts, divergences, strict=True):
+        worth = [math.nan] * len(batch)
+        if rewards is not None:
+            worth = rewards.score(rollout, batch, prompts, sizes.scored)[0].tolist()
+        texts, ended = response_texts(rollout, prompts.tokenizer), has_ended(rollout, prompts.stop_ids).tolist()
+        lengths = rollout.response_mask.sum(1).tolist()
+        kls = [None] * len(batch) if kl is None else kl.tolist()
+        answers += [Answer(*of) for of in zip(batch, texts, worth, ended, lengths, kls, strict=True)]
     by_row = {answer.row: answer for answer in gather_rows(answers)}
     return [by_row[i] for i in rows]
 
