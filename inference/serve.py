@@ -185,21 +185,17 @@ def settled(app: Any) -> Any:
     app.router.routes = [route for route in app.router.routes if route.path in SERVED]
     for error in (HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(error, told)
-    return Leaving(app)
+    return leaving(app)
 
 
-class Leaving:
-    """ASGI middleware that ends the work on a request whose client has gone; the server ends that on streams alone."""
+def leaving(app: Any) -> Any:
+    """An application that ends the work on a request whose client has gone; the server ends that on streams alone."""
 
-    def __init__(self, app: Any) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Pass a request on, and watch its client meanwhile."""
+    async def watched(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
-            return await self.app(scope, receive, send)
+            return await app(scope, receive, send)
         said: asyncio.Queue[Any] = asyncio.Queue()
-        work = asyncio.ensure_future(self.app(scope, said.get, send))
+        work = asyncio.ensure_future(app(scope, said.get, send))
 
         async def listen() -> None:
             """Hand on what the client sends, until it has gone."""
@@ -214,6 +210,8 @@ class Leaving:
                 await work
         finally:
             listening.cancel()
+
+    return watched
 
 
 def understood(handle: Any) -> Any:

@@ -34,21 +34,18 @@ HEADERS = {
 }
 
 
-class Headers:
+def with_headers(app: ASGIApp) -> ASGIApp:
     """ASGI middleware that adds `HEADERS` to every answer: the page fetches nothing from anywhere else."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on."""
-
-        async def with_headers(message: Message) -> None:
+    async def handled(scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(HEADERS)
             await send(message)
 
-        await self.app(scope, receive, with_headers)
+        await app(scope, receive, send_with_headers)
+
+    return handled
 
 
 class Password:
@@ -85,7 +82,7 @@ def build_app(ledger: Ledger, hosts: frozenset[str], login: tuple[str, str] | No
     """
     routes = [*_judging(ledger), *_reading(ledger), *_static()]
     guards = [Middleware(PageGuard, hosts=hosts)] + ([Middleware(Password, login=login)] if login else [])
-    return Starlette(routes=routes, middleware=[Middleware(Headers), *guards])
+    return Starlette(routes=routes, middleware=[Middleware(with_headers), *guards])
 
 
 def _judging(ledger: Ledger) -> list[Route]:

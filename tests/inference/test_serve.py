@@ -354,7 +354,7 @@ def test_a_request_leaves_nothing_running(ends):
             sent.append(message)
 
         try:
-            await asyncio.wait_for(serve.Leaving(app)({"type": "http"}, said.get, send), 10)
+            await asyncio.wait_for(serve.leaving(app)({"type": "http"}, said.get, send), 10)
         except ValueError as error:
             sent.append(str(error))
         await asyncio.sleep(0)
