@@ -86,20 +86,17 @@ def read_material(answers: str, against: str = "") -> Material:
         UserError: a file that can not be read, or nothing in it to compare.
     """
     items = _pairs(answers, against) if against else _all_answers(answers)
-    told, same, judged = [], [], []
+    same, judged = [], []
     for item in items:
         if len(item.texts) > 1:
             judged.append(item)
         elif against:
             same.append((item.answers[0]["model"], item.answers[1]["model"]))
-    alike = len(items) - len(judged)
-    if alike:
-        told.append(
-            f"{alike} prompts have answers that are all the same: they {'are ties' if against else 'are left out'}"
-        )
     if not judged:
         raise UserError(f"--answers {answers}: no prompt has two different answers, there is nothing to judge")
-    return Material(judged, same, told)
+    alike, become = len(items) - len(judged), "are ties" if against else "are left out"
+    told = f"{alike} prompts have answers that are all the same: they {become}"
+    return Material(judged, same, [told] if alike else [])
 
 
 def _all_answers(answers: str) -> list[Item]:

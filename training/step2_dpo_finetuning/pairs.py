@@ -137,12 +137,8 @@ class Preferences:
             batches = pair_micro_batches(dataset, step, batch_size, pad_id, self.engine.device, self.sharing)
             for mine, batch in zip(places, batches, strict=True):
                 reference, policy = self.reference(batch), answer_log_probs(self.engine, batch)
-                parts = [
-                    batch["weights"][None],
-                    policy,
-                    answer_tokens(batch),
-                    *([] if reference is None else [reference]),
-                ]
+                parts = [batch["weights"][None], policy, answer_tokens(batch)]
+                parts += [] if reference is None else [reference]
                 columns = torch.cat([part.double().cpu() for part in parts])
                 pairs = [row for rows in mine for row in rows]
                 found += zip(pairs, columns.T.tolist(), strict=False)  # a filler's pairs are nobody's

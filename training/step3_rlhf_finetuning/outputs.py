@@ -136,14 +136,8 @@ def trace_records(batches: Sequence[ScoredBatch], prompts: PromptSet, iteration:
                 "tokens": [prompts.tokenizer.decode([token]) for token in ids],
                 "ids": ids,
                 **{
-                    name: [_finite(round(value, _DIGITS)) for value in values[i][mask].tolist()]
-                    for name, values in (
-                        ("log_probs", e.log_probs),
-                        ("reference_log_probs", e.reference_log_probs),
-                        ("values", e.values),
-                        ("rewards", e.rewards),
-                        ("advantages", e.advantages),
-                    )
+                    name: [_finite(round(value, _DIGITS)) for value in getattr(e, name)[i][mask].tolist()]
+                    for name in ("log_probs", "reference_log_probs", "values", "rewards", "advantages")
                 },
             }
 

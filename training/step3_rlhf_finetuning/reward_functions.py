@@ -182,7 +182,8 @@ def call_text_function(
         returned.close()
         raise UserError(f"{flag}: an async function; name one that returns asyncio.run(...) of it")
     if values is None:
-        raise UserError(f"{flag}: returned {_short(returned)} for {len(responses)} responses, not a number for each")
+        short = textwrap.shorten(repr(returned), 80)
+        raise UserError(f"{flag}: returned {short} for {len(responses)} responses, not a number for each")
     if len(values) != len(responses):
         raise UserError(f"{flag}: returned {len(values)} values for {len(responses)} responses")
     for i, value in enumerate(values):
@@ -207,10 +208,6 @@ def _failing_row(
 def _is_in_order(values: Any) -> bool:
     """Whether these can be a number for each response: of a dictionary or a set nobody knows which is whose."""
     return isinstance(values, Iterable) and not isinstance(values, (Mapping, Set)) and getattr(values, "ndim", 1) > 0
-
-
-def _short(value: Any) -> str:
-    return textwrap.shorten(repr(value), 80)
 
 
 def _is_finite(value: Any) -> bool:
