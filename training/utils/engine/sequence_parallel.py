@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from deepspeed import comm
 from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledMLP, UlyssesSPAttentionHF
 from deepspeed.utils import set_z3_leaf_modules
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -55,13 +55,8 @@ def _exchange(size: int, rows: int, heads: int, key_heads: int, width: int) -> U
 
 
 def _attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    **settings: Any,
-) -> tuple[torch.Tensor, None]:
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
+) -> tuple[Tensor, None]:
     """Causal attention of a rank's columns to all columns before them, for transformers.
 
     Args:
@@ -92,13 +87,11 @@ def _attention(
     return output.view(rows, columns, heads, width), None
 
 
-def _as_large(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **settings: Any
-) -> tuple[torch.Tensor, None]:
+def _as_large(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> tuple[Tensor, None]:
     """What stands for `_attention` in a memory plan: tensors of the same sizes, of no other rank."""
     size = ranks_of_a_row()
 
-    def whole(own: torch.Tensor) -> torch.Tensor:
+    def whole(own: Tensor) -> Tensor:
         """``[B, heads, C, D]`` -> ``[B, heads / ranks, T, D]``."""
         rows, heads, columns, width = own.shape
         if heads % size:
@@ -126,7 +119,7 @@ def whole_rows(model: Any) -> Iterator[None]:
             model.config._attn_implementation = ULYSSES
 
 
-def own_columns(tensor: torch.Tensor) -> torch.Tensor:
+def own_columns(tensor: Tensor) -> Tensor:
     """This rank's piece ``[B, C]`` of ``[B, T]``; where T can not be divided, zeros follow."""
     size = ranks_of_a_row()
     columns = -(-tensor.shape[1] // size)
@@ -134,7 +127,7 @@ def own_columns(tensor: torch.Tensor) -> torch.Tensor:
     return F.pad(tensor, (0, columns * size - tensor.shape[1]))[:, start : start + columns]
 
 
-def check_right_padded(attention_mask: torch.Tensor) -> None:
+def check_right_padded(attention_mask: Tensor) -> None:
     """Refuse what attention without a mask would compute in silence as something else.
 
     Args:
@@ -154,7 +147,7 @@ class _Joined(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, own: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, own: Tensor) -> Tensor:
         """``[B, C]`` -> ``[B, C x ranks]``; a collective."""
         size = ranks_of_a_row()
         parts = [torch.empty_like(own) for _ in range(size)]
@@ -164,12 +157,12 @@ class _Joined(torch.autograd.Function):
         return torch.cat(parts, dim=1)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
         """The own columns of the gradient."""
         return grads[0][:, ctx.columns]
 
 
-def joined(own: torch.Tensor, width: int) -> torch.Tensor:
+def joined(own: Tensor, width: int) -> Tensor:
     """Whole rows ``[B, width]`` from each rank's columns ``[B, C]``, on all ranks of them; a collective."""
     return _Joined.apply(own)[:, :width]
 
@@ -191,7 +184,7 @@ def mlps_in_pieces(model: Any) -> None:
         head.forward = functools.partial(_answer, head)
 
 
-def _tiled(mlp: Any, hidden: torch.Tensor) -> torch.Tensor:
+def _tiled(mlp: Any, hidden: Tensor) -> Tensor:
     """The MLP of ``[B, C, H]``."""
     parameters = list(mlp.parameters())
     few = hidden.shape[:-1].numel() < PIECES**2  # TiledMLP may make fewer pieces than it counts, and lose gradients
@@ -207,7 +200,7 @@ def _drops(mlp: nn.Module) -> bool:
     return any(module.training and module.p for module in mlp.modules() if isinstance(module, nn.Dropout))
 
 
-def _of_piece(mlp: Any, hidden: torch.Tensor) -> torch.Tensor:
+def _of_piece(mlp: Any, hidden: Tensor) -> Tensor:
     """The MLP of some columns, put side by side first.
 
     Where they lie apart torch multiplies by weights that train otherwise than by frozen ones (`should_fold` of its
@@ -216,7 +209,7 @@ def _of_piece(mlp: Any, hidden: torch.Tensor) -> torch.Tensor:
     return type(mlp).forward(mlp, hidden.contiguous())
 
 
-def _answer(head: Any, hidden: torch.Tensor) -> torch.Tensor:
+def _answer(head: Any, hidden: Tensor) -> Tensor:
     """Logits ``[B, C, V]``, or what is asked for: hidden states ``[B, C, H]``, or log-probs ``[B, C, 1]``."""
     if head.asked is None:
         return type(head).forward(head, hidden)
@@ -228,7 +221,7 @@ def _answer(head: Any, hidden: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def asked(model: Any, targets: torch.Tensor | None, temperature: float = 1.0) -> Iterator[None]:
+def asked(model: Any, targets: Tensor | None, temperature: float = 1.0) -> Iterator[None]:
     """Inside, a model's forward gives, where its logits would be, log-probs of tokens or the output layer's inputs.
 
     Args:
@@ -249,13 +242,8 @@ class _HeadLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        targets: torch.Tensor,
-        temperature: float,
-    ) -> torch.Tensor:
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float
+    ) -> Tensor:
         """Hidden states ``[N, H]``, weight ``[V, H]``, bias ``[V]``, tokens ``[N]`` -> ``[N]`` fp32."""
         ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.temperature = temperature
@@ -266,7 +254,7 @@ class _HeadLogProbs(torch.autograd.Function):
         ])  # fmt: skip
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient ``[N]`` of the log-probs -> those of hidden states, weight and bias."""
         hidden, weight, bias, targets = ctx.saved_tensors
         of_hidden = torch.empty_like(hidden)
@@ -291,9 +279,7 @@ class _HeadLogProbs(torch.autograd.Function):
         )
 
 
-def head_log_softmax(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, temperature: float = 1.0
-) -> torch.Tensor:
+def head_log_softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float = 1.0) -> Tensor:
     """Log-softmax ``[N, V]`` in fp32 of an output layer's logits: ``hidden`` ``[N, H]``, ``weight`` ``[V, H]``."""
     logits = hidden @ weight.T if bias is None else torch.addmm(bias, hidden, weight.T)
     return torch.log_softmax(logits.to(torch.float32) / temperature, dim=-1)

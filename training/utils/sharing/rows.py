@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 # Of token masks: 0 padding, 1 the root, m * PROMPT prompt m (from 1), m * PROMPT + n its answer n (from 1)
 PROMPT = 1 << 16
@@ -45,7 +46,7 @@ class Sharing:
         return self.cost(*shared) < self.cost(*separate) and shared[1] <= self.longest
 
 
-def tree_mask(parts: torch.Tensor) -> torch.Tensor:
+def tree_mask(parts: Tensor) -> Tensor:
     """Which token sees which: ``[B, 1, T, T]`` bool, rows of the last two dimensions see columns.
 
     Args:
@@ -58,7 +59,7 @@ def tree_mask(parts: torch.Tensor) -> torch.Tensor:
     return (causal & on_the_way | itself)[:, None]
 
 
-def ways_back(parts: torch.Tensor) -> list[list[range]]:
+def ways_back(parts: Tensor) -> list[list[range]]:
     """For each run of tokens with one place in the tree the path from the root to it, as runs of token numbers.
 
     Tokens are numbered over all rows: row 1 begins with number T.
@@ -86,7 +87,7 @@ def shared_length(answers: Sequence[Mapping[str, Any]]) -> int:
     return common + sum(len(row["input_ids"]) - common for row in answers)
 
 
-def _in_common(tokens: torch.Tensor, may: torch.Tensor, same: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _in_common(tokens: Tensor, may: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
     """How many columns the answers of each one's group begin with in common ``[S, 1]``, and how many all answers do.
 
     Args:
@@ -111,13 +112,13 @@ class _Deal:
         longest: tokens of the longest row.
     """
 
-    rows: torch.Tensor
-    row: torch.Tensor
-    before: torch.Tensor
-    longest: torch.Tensor
+    rows: Tensor
+    row: Tensor
+    before: Tensor
+    longest: Tensor
 
 
-def _dealt(sizes: torch.Tensor, group: torch.Tensor, groups: torch.Tensor, to_a_row: int) -> _Deal:
+def _dealt(sizes: Tensor, group: Tensor, groups: Tensor, to_a_row: int) -> _Deal:
     """Deal groups over rows so that these become about equally long; with one group to a row, in the groups' order.
 
     The groups are dealt from the largest to the smallest, first along the rows, then back, and so on.
@@ -142,12 +143,7 @@ def _dealt(sizes: torch.Tensor, group: torch.Tensor, groups: torch.Tensor, to_a_
 
 
 def _cheapest(
-    sizes: torch.Tensor,
-    group: torch.Tensor,
-    groups: torch.Tensor,
-    root: torch.Tensor,
-    longest: torch.Tensor,
-    sharing: Sharing,
+    sizes: Tensor, group: Tensor, groups: Tensor, root: Tensor, longest: Tensor, sharing: Sharing
 ) -> tuple[int, int, _Deal] | None:
     """The cheapest way to put groups into rows: number and length of rows, and the deal; None for a row each.
 
@@ -168,13 +164,8 @@ def _cheapest(
 
 
 def behind_beginnings(
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    response_mask: torch.Tensor,
-    groups: torch.Tensor,
-    pad_id: int,
-    sharing: Sharing,
-) -> dict[str, torch.Tensor]:
+    input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor, groups: Tensor, pad_id: int, sharing: Sharing
+) -> dict[str, Tensor]:
     """Answers as shared rows, in which those of a group are behind what they have in common at their beginning.
 
     That ends before the first response token of any of them, and at least one token before the shortest does. Where
@@ -226,9 +217,7 @@ def behind_beginnings(
     }
 
 
-def _laid(
-    values: torch.Tensor, blank: int, target: tuple[torch.Tensor, torch.Tensor], rows: int, width: int
-) -> torch.Tensor:
+def _laid(values: Tensor, blank: int, target: tuple[Tensor, Tensor], rows: int, width: int) -> Tensor:
     """``[S, T]`` -> ``[R, W]``; answers agree on what they have in common."""
     out = values.new_full((rows, width + 1), blank)
     out[target] = values

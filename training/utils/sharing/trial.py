@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from training.utils.data.batches import collate_pairs
 from training.utils.model.forward import module_of, without_adapters
@@ -20,7 +21,7 @@ from training.utils.run.distributed import gather_objects, say
 from training.utils.sharing.attention import by_blocks
 from training.utils.sharing.rows import Sharing
 
-Batch = dict[str, torch.Tensor]
+Batch = dict[str, Tensor]
 # What each token's hidden state may be off, as a share of what it would be off if its answer saw those before it and
 # went on counting from them: a quantile of the tokens, and its limit. In 16 bit single tokens of a trained model may be
 # off by that much from rounding alone, but three quarters by 0.07 at most in bf16; of families that can not share, a
@@ -42,7 +43,7 @@ def shares_across(device: torch.device) -> bool:
 
 @torch.no_grad()
 def find_sharing(
-    model: Any, answers_of: Callable[[Any, Batch], torch.Tensor], pad_id: int, name: str = "the model"
+    model: Any, answers_of: Callable[[Any, Batch], Tensor], pad_id: int, name: str = "the model"
 ) -> Sharing | None:
     """Find out whether a model computes the same if answers stand behind their common beginning, and say so.
 
@@ -88,7 +89,7 @@ def _why_never(model: Any) -> str:
 
 
 def _why_not(
-    model: Any, answers_of: Callable[[Any, Batch], torch.Tensor], inner: Any, pad_id: int, device: torch.device
+    model: Any, answers_of: Callable[[Any, Batch], Tensor], inner: Any, pad_id: int, device: torch.device
 ) -> str:
     """What is wrong with a small batch of shared rows, empty if nothing is.
 
@@ -102,7 +103,7 @@ def _why_not(
         return "its attention does not reach across a row"
     alone = {name: tensor for name, tensor in batch.items() if not name.startswith("shared_")}
     leaking = batch | {"shared_mask": batch["shared_mask"].clamp(max=1), "shared_positions": places}
-    states: list[torch.Tensor] = []
+    states: list[Tensor] = []
 
     def look(rows: Batch) -> None:
         with _hidden_states(inner, states):
@@ -127,12 +128,12 @@ def _why_not(
 
 
 @contextlib.contextmanager
-def _hidden_states(model: Any, states: list[torch.Tensor]) -> Iterator[None]:
+def _hidden_states(model: Any, states: list[Tensor]) -> Iterator[None]:
     """Adds the last hidden states ``[B, T, H]`` of the forward that is made inside, fp32, if the backbone says any.
 
     OPT's language model calls its backbone's decoder, not its backbone.
     """
-    found: list[torch.Tensor] = []
+    found: list[Tensor] = []
 
     def keep(_: Any, __: Any, output: Any) -> None:
         if hasattr(output, "last_hidden_state"):
