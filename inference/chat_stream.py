@@ -8,7 +8,6 @@ would need a thread per answer and a flag to end it.
 
 from __future__ import annotations
 
-import inspect
 import time
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
@@ -31,6 +30,7 @@ from transformers import (
 from training.utils.data.chat import read_any
 from training.utils.data.template import forbidden_texts, special_texts
 from training.utils.errors import UserError
+from training.utils.generation.cache import accepted_inputs
 from training.utils.model.forward import without_adapters
 
 Message = dict[str, str]
@@ -225,5 +225,5 @@ def _processors(sampling: SamplingArguments) -> Any:
 
 def _last_logits_only(network: Any) -> dict[str, int]:
     """A long prompt's logits are [1, T, V]; most families can be asked for the last row alone."""
-    takes = inspect.signature(without_adapters(network).forward).parameters
-    return {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+    kind: Any = type(without_adapters(network))
+    return {"logits_to_keep": 1} if "logits_to_keep" in accepted_inputs(kind) else {}

@@ -218,9 +218,9 @@ def test_a_shared_beginning_is_computed_once(family: str, monkeypatch: pytest.Mo
     asked = shared_beginnings(request(stop_ids=tuple(range(5, 15))), 9)
     plain = FastBackend().generate(model, asked, sampling)
     shapes = []
-    original = decode_loop._forward
+    original = decode_loop.last_logits
     monkeypatch.setitem(decode_loop.PREFILL_TOKENS, "cpu", 20)
-    monkeypatch.setattr(decode_loop, "_forward", lambda *a: shapes.append(tuple(a[1].shape)) or original(*a))
+    monkeypatch.setattr(decode_loop, "last_logits", lambda *a: shapes.append(tuple(a[1].shape)) or original(*a))
     shared = FastBackend().generate(model, asked, sampling)
     assert_same(shared, plain)
     torch.testing.assert_close(shared.logprobs, full_forward_logprobs(model, shared, 2.0), atol=1e-4, rtol=0)
@@ -259,8 +259,8 @@ def test_equal_prompts_and_small_groups_change_nothing(monkeypatch: pytest.Monke
     asked = RolloutRequest(asked.prompt_ids, asked.prompt_mask, torch.arange(8), 0, 0, tuple(range(5, 15)), PAD)
     alone = [responses(FastBackend().generate(model, choose(asked, [row]), sampling))[0] for row in range(8)]
     widths = []
-    original = decode_loop._forward
-    monkeypatch.setattr(decode_loop, "_forward", lambda *a: widths.append(tuple(a[1].shape)) or original(*a))
+    original = decode_loop.last_logits
+    monkeypatch.setattr(decode_loop, "last_logits", lambda *a: widths.append(tuple(a[1].shape)) or original(*a))
     monkeypatch.setitem(decode_loop.PREFILL_TOKENS, "cpu", 8)
     assert responses(FastBackend().generate(model, asked, sampling)) == alone
     assert widths[:4] == [(2, 3), (1, 6), (1, 9), (1, 9)], "five distinct prompts, a group is full at 8 tokens"
@@ -329,8 +329,9 @@ def fault_mask(ids: Tensor, mask: Tensor, positions: Tensor) -> tuple[Tensor, Te
 )
 def test_planted_fault_in_the_inputs_is_noticed(family: str, fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, sampling = build(family), SamplingConfig(6, greedy=True)
-    original = decode_loop._forward
-    monkeypatch.setattr(decode_loop, "_forward", lambda model, i, m, p, cache: original(model, *fault(i, m, p), cache))
+    original = decode_loop.last_logits
+    faulty = lambda model, i, m, p, cache: original(model, *fault(i, m, p), cache)  # noqa: E731
+    monkeypatch.setattr(decode_loop, "last_logits", faulty)
     batch = FastBackend().generate(model, request(), sampling)
     assert (batch.logprobs - full_forward_logprobs(model, batch)).abs().max() > 1e-2
 
@@ -376,7 +377,7 @@ def test_decoding_leaves_no_trace_on_models_that_share_a_config(monkeypatch: pyt
         decode_attention.AttentionInterface._global_mapping, decode_attention.DECODE_ATTENTION, counting
     )
     forwards = []
-    real_forward = decode_loop._forward
+    real_forward = decode_loop.last_logits
 
     def forward_of_both(*given: Any) -> Tensor:
         before = len(singles)
@@ -384,7 +385,7 @@ def test_decoding_leaves_no_trace_on_models_that_share_a_config(monkeypatch: pyt
         forwards.append(len(singles) - before)
         return real_forward(*given)
 
-    monkeypatch.setattr(decode_loop, "_forward", forward_of_both)
+    monkeypatch.setattr(decode_loop, "last_logits", forward_of_both)
     modules = {name: dict(module.__dict__) for name, module in twin.named_modules()}
     FastBackend().generate(twin, request(), SamplingConfig(20))
     assert sum(singles) == 19 * 2 and set(forwards) == {0}
@@ -401,7 +402,7 @@ def test_an_exception_while_decoding_leaves_no_trace(monkeypatch: pytest.MonkeyP
         assert model.config._attn_implementation == decode_attention.DECODE_ATTENTION
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(decode_loop, "_forward", broken)
+    monkeypatch.setattr(decode_loop, "last_logits", broken)
     with pytest.raises(RuntimeError, match="out of memory"):
         FastBackend().generate(model, request(), SamplingConfig(20))
     assert all("forward" not in module.__dict__ for module in model.modules())

@@ -5,6 +5,8 @@ transformers' own cache grows by concatenation, which copies all of it at every 
 
 from __future__ import annotations
 
+import functools
+import inspect
 from typing import Any
 
 import torch
@@ -13,6 +15,24 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from training.utils.model.forward import without_adapters
+
+
+@functools.cache
+def accepted_inputs(model_class: Any) -> frozenset[str]:
+    """The names of the arguments that the forward of a model's class takes."""
+    return frozenset(inspect.signature(model_class.forward).parameters)
+
+
+def last_logits(model: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+    """Logits [B, V] of the last position of ids [B, T], given all columns' mask and these tokens' positions."""
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
+    model_class: Any = type(without_adapters(model))
+    accepted = accepted_inputs(model_class)
+    if "position_ids" in accepted:  # BLOOM has none: its bias by distance is computed from the mask
+        inputs["position_ids"] = positions
+    if "logits_to_keep" in accepted:
+        inputs["logits_to_keep"] = 1
+    return model(**inputs).logits[:, -1]
 
 
 class DecodeLayer(DynamicLayer):

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
-from training.utils.generation.cache import decode_layers, keep_rows, make_cache
+from training.utils.generation.cache import decode_layers, keep_rows, last_logits, make_cache
 from training.utils.generation.decode_attention import within_rounding
 from training.utils.generation.rollouts import Responses
 from training.utils.generation.sampling import SamplingConfig, next_tokens
@@ -85,10 +85,7 @@ class _Steps:
         self.seen.index_fill_(1, self.column, True)
         bias = torch.zeros(self.seen.shape, dtype=self.dtype, device=self.seen.device)
         bias = bias.masked_fill_(~self.seen, torch.finfo(self.dtype).min)[:, None, None]
-        inputs: dict[str, Any] = {"input_ids": self.ids, "attention_mask": bias, "position_ids": self.positions}
-        if "logits_to_keep" in inspect.signature(type(self.model).forward).parameters:
-            inputs["logits_to_keep"] = 1
-        return self.model(**inputs, past_key_values=self.cache, use_cache=True).logits[:, -1]
+        return last_logits(self.model, self.ids, bias, self.positions, self.cache)
 
     def once(self, sampling: SamplingConfig, stop_ids: Tensor, out: Responses) -> None:
         """A token for every row that is still going, and all that the next step needs."""
@@ -235,8 +232,7 @@ def _reason_found(model: Any) -> str:
 
     def plain(columns: slice, cache: Cache) -> Tensor:
         """Logits ``[2, V]`` behind these columns, by the model's usual forward."""
-        inputs = {"attention_mask": mask[:, : columns.stop], "position_ids": positions[:, columns]}
-        return model(ids[:, columns], **inputs, past_key_values=cache, use_cache=True).logits[:, -1].float()
+        return last_logits(model, ids[:, columns], mask[:, : columns.stop], positions[:, columns], cache).float()
 
     usual = DynamicCache(config=model.config)
     plain(slice(0, prompt), usual)

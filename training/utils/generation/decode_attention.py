@@ -12,7 +12,6 @@ which shares the original configuration object never sees it.
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -25,6 +24,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from training.utils.generation.cache import last_logits
 from training.utils.sharing.attention import BEYOND_MASK
 
 DECODE_ATTENTION = "tripod_decode"
@@ -135,17 +135,15 @@ def _gives_the_same(model: Any) -> bool:
     ids = torch.arange(1, 11).reshape(2, 5) % model.config.get_text_config().vocab_size
     mask = torch.ones_like(ids)
     mask[0, :2] = 0
-    takes = inspect.signature(model.forward).parameters
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
 
     @torch.no_grad()
     def logits() -> Tensor:
         """``[2, 2, V]``: of the prompts' last token and of the token after it."""
         cache, found = DynamicCache(config=model.config), []
         for columns in (slice(0, 4), slice(4, 5)):
-            seen = mask[:, : columns.stop]
-            more = {"position_ids": (seen.cumsum(1) - 1).clamp(min=0)[:, columns]} if "position_ids" in takes else {}
-            out = model(ids[:, columns], attention_mask=seen, past_key_values=cache, use_cache=True, **more)
-            found.append(out.logits[:, -1].float())
+            part = last_logits(model, ids[:, columns], mask[:, : columns.stop], positions[:, columns], cache)
+            found.append(part.float())
         return torch.stack(found)
 
     with _named(model):

@@ -8,8 +8,6 @@ into memory reserved once (`DecodeLayer`).
 
 from __future__ import annotations
 
-import functools
-import inspect
 import time
 from typing import Any
 
@@ -17,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-from training.utils.generation.cache import decode_layers, keep_rows, make_cache
+from training.utils.generation.cache import decode_layers, keep_rows, last_logits, make_cache
 from training.utils.generation.cuda_graphs import COLUMNS_ALIGNED, TOKENS_WORTH_A_GRAPH, Rows, decode_still
 from training.utils.generation.rollouts import Responses, RolloutRequest
 from training.utils.generation.sampling import SamplingConfig, next_tokens, row_keys
@@ -39,24 +37,6 @@ def seconds_since(start: float, device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
-
-
-@functools.cache
-def _accepted_inputs(model_class: Any) -> frozenset[str]:
-    """The names of the arguments that the forward of a model's class takes."""
-    return frozenset(inspect.signature(model_class.forward).parameters)
-
-
-def _forward(model: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
-    """Logits [B, V] of the last position of ids [B, T], given all columns' mask and these tokens' positions."""
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
-    model_class: Any = type(without_adapters(model))
-    accepted = _accepted_inputs(model_class)
-    if "position_ids" in accepted:  # BLOOM has none: its bias by distance is computed from the mask
-        inputs["position_ids"] = positions
-    if "logits_to_keep" in accepted:
-        inputs["logits_to_keep"] = 1
-    return model(**inputs).logits[:, -1]
 
 
 def prefill_tokens(device: torch.device) -> int:
@@ -109,7 +89,7 @@ def _prefill(
     """
     layers = decode_layers(cache)
     if not layers:
-        return _forward(model, ids, mask, positions, cache)
+        return last_logits(model, ids, mask, positions, cache)
     width, device = ids.shape[1], ids.device
     everyone = torch.arange(len(ids), device=device)
 
@@ -119,7 +99,7 @@ def _prefill(
 
     if shared:
         aim(0, 0, everyone, torch.zeros_like(everyone))
-        _forward(model, ids[:1, :shared], mask[:1, :shared], positions[:1, :shared], cache)
+        last_logits(model, ids[:1, :shared], mask[:1, :shared], positions[:1, :shared], cache)
     distinct, member = torch.unique(torch.stack([ids * mask, mask]), dim=1, return_inverse=True)
     first = torch.full((distinct.shape[1],), len(ids), device=device).scatter_reduce_(0, member, everyone, "amin")
     lengths = (distinct[1].sum(1) - shared).tolist()
@@ -133,7 +113,7 @@ def _prefill(
         aim(start, shared, target, source)
         rows = first[group]
         seen = torch.cat([mask[rows, :shared], mask[rows, start:]], dim=1)
-        part = _forward(model, ids[rows, start:], seen, positions[rows, start:], cache)
+        part = last_logits(model, ids[rows, start:], seen, positions[rows, start:], cache)
         if logits is None:
             logits = part.new_empty(len(ids), part.shape[1])
         logits[target] = part[source]
@@ -152,7 +132,7 @@ def keep_company(model: Any, device: torch.device) -> None:
     """Make forwards of a single token until every rank has ended: a forward gathers layers from all ranks."""
     token = torch.zeros(1, 1, dtype=torch.long, device=device)
     while _some_rank_goes_on(False, device):
-        _forward(model, token, token + 1, token, DynamicCache(config=without_adapters(model).config))
+        last_logits(model, token, token + 1, token, DynamicCache(config=without_adapters(model).config))
 
 
 def decode(
@@ -224,4 +204,4 @@ def decode(
             seen = torch.cat([seen, tokens[:, None]], dim=1)
         if synced:
             _some_rank_goes_on(True, device)
-        logits = _forward(model, tokens[:, None], mask, positions, cache)
+        logits = last_logits(model, tokens[:, None], mask, positions, cache)
