@@ -25,14 +25,13 @@ def bradley_terry_loss(chosen: torch.Tensor, rejected: torch.Tensor, kind: str) 
     return torch.nn.functional.softplus(rejected - chosen)
 
 
-def pair_metrics(pairs: Sequence[tuple[float, float]], weights: Sequence[float] = ()) -> dict[str, float]:
+def pair_metrics(pairs: Sequence[tuple[float, float]], weights: Sequence[float]) -> dict[str, float]:
     """Accuracy (a tie counts half), mean rewards, margin and loss of (chosen, rejected) rewards.
 
     Args:
         pairs: (chosen, rejected) rewards.
-        weights: of each pair, see `training.utils.data.batches.collate_pairs`; empty where all have the same.
+        weights: of each pair, see `training.utils.data.batches.collate_pairs`.
     """
-    weights = weights or [1.0] * len(pairs)
     chosen, rejected = (mean(side, weights) for side in zip(*pairs, strict=True))
     losses = bradley_terry_loss(torch.tensor([c for c, _ in pairs]), torch.tensor([r for _, r in pairs]), "log_sig")
     weighed = losses * torch.tensor(weights)
@@ -46,7 +45,7 @@ def pair_metrics(pairs: Sequence[tuple[float, float]], weights: Sequence[float] 
 
 
 def accuracy_by_kind(
-    pairs: Sequence[tuple[float, float]], kinds: Sequence[str], weights: Sequence[float] = ()
+    pairs: Sequence[tuple[float, float]], kinds: Sequence[str], weights: Sequence[float]
 ) -> dict[str, dict[str, float]]:
     """How often the chosen answer wins against each kind of rejected answer, such as an answer to another prompt.
 
@@ -61,7 +60,7 @@ def accuracy_by_kind(
     found = {}
     for kind in sorted(set(kinds) - {""}):
         rows = [i for i, other in enumerate(kinds) if other == kind]
-        metrics = pair_metrics([pairs[i] for i in rows], [weights[i] for i in rows if weights])
+        metrics = pair_metrics([pairs[i] for i in rows], [weights[i] for i in rows])
         found[kind] = {"accuracy": metrics["accuracy"], "pairs": len(rows)}
     return found
 
@@ -82,7 +81,7 @@ def verdicts(metrics: dict[str, float]) -> dict[str, bool]:
 
 
 def judgement(
-    pairs: Sequence[tuple[float, float]], kinds: Sequence[str], longer: float, weights: Sequence[float] = ()
+    pairs: Sequence[tuple[float, float]], kinds: Sequence[str], longer: float, weights: Sequence[float]
 ) -> dict[str, Any]:
     """What the summary says of a finished reward model.
 
@@ -93,7 +92,7 @@ def judgement(
         weights: see `pair_metrics`; a ranking counts as one that is held out.
     """
     metrics = pair_metrics(pairs, weights)
-    prompts = round(sum(weights)) if weights else len(pairs)
+    prompts = round(sum(weights))
     low, high = wilson_interval(metrics["accuracy"], prompts)
     return {
         "held_out": prompts,
