@@ -204,14 +204,10 @@ class VllmBackend:
 
     def _on_all(self, work: Any) -> Any:
         """Do something at which a worker may be lost; then it is on all ranks."""
-        result, problem = None, ""
         try:
-            result = work()
-        except RolloutsLost as lost:
-            problem = str(lost)
-        if problems := [text for text in (gather_objects([problem]) if self.together else [problem]) if text]:
-            raise RolloutsLost(problems[0])
-        return result
+            return on_all_ranks(work) if self.together else work()
+        except UserError as lost:  # of another rank, perhaps
+            raise RolloutsLost(str(lost)) from None
 
     @torch.no_grad()
     def take(self, model: nn.Module) -> None:
