@@ -48,28 +48,27 @@ def with_headers(app: ASGIApp) -> ASGIApp:
     return handled
 
 
-class Password:
+def with_password(app: ASGIApp, login: tuple[str, str]) -> ASGIApp:
     """ASGI middleware that asks for a user and a password (RFC 7617)."""
+    expected = ":".join(login).encode()
 
-    def __init__(self, app: ASGIApp, login: tuple[str, str]) -> None:
-        self.app = app
-        self.expected = ":".join(login).encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or ask for the password."""
-        if scope["type"] != "http" or secrets.compare_digest(self._given(scope), self.expected):
-            await self.app(scope, receive, send)
+    async def handled(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or secrets.compare_digest(_login_of(scope), expected):
+            await app(scope, receive, send)
         else:
             asked = {"WWW-Authenticate": 'Basic realm="Tripod", charset="UTF-8"'}
             await Response("a password is needed", 401, asked)(scope, receive, send)
 
-    @staticmethod
-    def _given(scope: Scope) -> bytes:
-        scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
-        try:
-            return base64.b64decode(given, validate=True) if scheme.lower() == b"basic" else b""
-        except binascii.Error:
-            return b""
+    return handled
+
+
+def _login_of(scope: Scope) -> bytes:
+    """What a request gives, ``user:password``."""
+    scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+    try:
+        return base64.b64decode(given, validate=True) if scheme.lower() == b"basic" else b""
+    except binascii.Error:
+        return b""
 
 
 def build_app(ledger: Ledger, hosts: frozenset[str], login: tuple[str, str] | None = None) -> Starlette:
@@ -81,7 +80,7 @@ def build_app(ledger: Ledger, hosts: frozenset[str], login: tuple[str, str] | No
         login: user and password that visitors must give.
     """
     routes = [*_judging(ledger), *_reading(ledger), *_static()]
-    guards = [Middleware(PageGuard, hosts=hosts)] + ([Middleware(Password, login=login)] if login else [])
+    guards = [Middleware(PageGuard, hosts=hosts)] + ([Middleware(with_password, login=login)] if login else [])
     return Starlette(routes=routes, middleware=[Middleware(with_headers), *guards])
 
 
