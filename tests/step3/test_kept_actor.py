@@ -32,9 +32,9 @@ from training.utils.health_rules import MAX_KL
 from training.utils.model.forward import response_log_probs
 
 
-def answers_of_the_base(base, roles, rows, tokenizer):
-    of = {"base": base, "roles": roles, "prompts": SimpleNamespace(tokenizer=tokenizer)}
-    evaluation = SimpleNamespace(**of, backend=None, sampling=None, sizes=None)
+def answers_of_the_base(base, roles, rows, tokenizer, answer=None):
+    asking, prompts = SimpleNamespace(answers=answer), SimpleNamespace(tokenizer=tokenizer)
+    evaluation = SimpleNamespace(base=base, roles=roles, prompts=prompts, asking=asking)
     return HeldOutEvaluation._answers_of_the_base_model(evaluation, rows)
 
 
@@ -53,16 +53,15 @@ def test_models_from_disk_answer_in_the_runs_precision(tmp_path, monkeypatch, dt
     )
     rewarded = {}
 
-    def answer(prompts, rows, generation, rewards, *_):
+    def answer(rows, generation, rewards):
         rewarded.update(dict.fromkeys(rows, rewards))
         return [Answer(row, "", 0.0, True, 1) for row in rows]
 
-    monkeypatch.setattr(kept_actor, "answer_held_out", answer)
     monkeypatch.setattr(kept_actor, "sample_rows", lambda _: [2, 0])
     engine = SimpleNamespace(device=torch.device("cpu"), module=torch.nn.Linear(1, 1).to(DTYPES[dtype]))
     actor = SimpleNamespace(engine=engine, another_fits=lambda: True, server=None)
     roles = SimpleNamespace(actor=actor, rewards="mix")
-    answers = answers_of_the_base(str(tmp_path), roles, [0, 1, 2, 3], tokenizer=None)
+    answers = answers_of_the_base(str(tmp_path), roles, [0, 1, 2, 3], None, answer)
     assert [answer.row for answer in answers] == [0, 1, 2, 3]
     assert rewarded == {0: "mix", 1: None, 2: "mix", 3: None}, "rewards of the answers that are shown alone"
     with HeldOutEvaluation._saved_actor(SimpleNamespace(roles=roles, actor_dir=tmp_path)):
@@ -112,15 +111,11 @@ class Scripted:
             another_fits=lambda: self.room,
         )
         dataset = [{"messages": '[{"role": "user", "content": "q"}]', "row": "{}"}] * ROWS
-        monkeypatch.setattr(kept_actor, "answer_held_out", self.answer)
         monkeypatch.setattr(HeldOutEvaluation, "_answers_of_the_base_model", self.base_answers)
         monkeypatch.setattr(HeldOutEvaluation, "_saved_actor", lambda _: contextlib.nullcontext(self.saved[-1]))
         self.evaluation = HeldOutEvaluation(
-            PromptSet(dataset, None, (2,), 0),
+            SimpleNamespace(prompts=PromptSet(dataset, None, (2,), 0), answers=lambda *asked: self.answer(*asked)),
             SimpleNamespace(actor=actor, rewards=None),
-            None,
-            None,
-            None,
             self.log,
             every=every,
             iterations=iterations,
@@ -133,7 +128,7 @@ class Scripted:
             save=lambda: self.saved.append(self.now),
         )
 
-    def answer(self, prompts, rows, generation, reward, backend, sampling, sizes, device, reference):
+    def answer(self, rows, generation, reward, reference):
         with generation as policy:
             value, kl = self.policies[policy]
         return [Answer(row, "x" * policy, value, True, policy, kl if reference else None) for row in rows]
@@ -301,8 +296,7 @@ def test_an_answer_does_not_win_against_itself(monkeypatch):
     """Its reward depends on the rows beside it in the last digits."""
     world = Scripted({0: (0.0, 0), 2: (1e-7, 0), 4: (-1e-7, 0), 6: (1e-7, 0)}, monkeypatch)
     answer = world.answer
-    same = lambda *args: [replace(a, text="the same", length=3) for a in answer(*args)]  # noqa: E731
-    monkeypatch.setattr(kept_actor, "answer_held_out", same)
+    world.answer = lambda *asked: [replace(a, text="the same", length=3) for a in answer(*asked)]
     world.evaluation.begin()
     world.train()
     summary = world.evaluation.finish()

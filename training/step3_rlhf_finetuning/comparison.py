@@ -50,19 +50,6 @@ from training.utils.run.phases import beat
 
 
 @dataclass(frozen=True)
-class BatchSizes:
-    """Rows per rank that are done together: what fits in training fits here too.
-
-    Attributes:
-        decoded: prompts that the policy answers together.
-        scored: rows in one forward of the reference or the reward model.
-    """
-
-    decoded: int
-    scored: int
-
-
-@dataclass(frozen=True)
 class EvalFunction:
     """An independent measure of answers, one value of ``--eval_function``.
 
@@ -138,56 +125,69 @@ def sequence_kl(reference: Any, rollout: RolloutBatch, temperature: float, batch
     return ((rollout.logprobs - reference_log_probs) * rollout.response_mask).sum(1)
 
 
-def answer_held_out(
-    prompts: PromptSet,
-    rows: Sequence[int],
-    generation: AbstractContextManager[Any],
-    rewards: RewardMix | None,
-    backend: RolloutBackend,
-    sampling: SamplingConfig,
-    sizes: BatchSizes,
-    device: torch.device,
-    reference: AbstractContextManager[Any] | None = None,
-) -> list[Answer]:
-    """Answer held-out prompts, on all ranks together; a collective.
+@dataclass(frozen=True)
+class Asking:
+    """How models answer held-out prompts.
 
-    Args:
+    Attributes:
         prompts: the prompts.
-        rows: which of them; at least one.
-        generation: gives the policy, such as ``HybridEngine.generation_mode()``.
-        rewards: what answers are worth, None not to ask.
         backend, sampling: how to decode.
-        sizes: how many rows at a time.
+        decoded: prompts per rank that the policy answers together; what fits in training fits here too.
+        scored: rows per rank in one forward of the reference or the reward model.
         device: this rank's.
-        reference: gives the SFT model, such as ``HybridEngine.reference_mode()``, to measure the KL to it.
-
-    Returns:
-        One answer for each row, in the order of ``rows``, the same on all ranks.
     """
-    # Every rank makes the same number of forwards of a sharded model: the last rows may be done twice
-    by_length = sorted(rows, key=lambda i: prompts.dataset[i]["length"])
-    while len(by_length) % data_size():
-        by_length.append(by_length[-1])
-    mine = by_length[data_rank() :: data_size()]
-    batches = [mine[piece] for piece in row_slices(sizes.decoded, len(mine))]
-    beat("answering held-out prompts")
-    with generation as model:
-        rollouts = [backend.generate(model, prompts.request(batch, device), sampling) for batch in batches]
-    divergences: list[torch.Tensor | None] = [None] * len(batches)
-    if reference is not None:
-        with reference as model:
-            divergences = [sequence_kl(model, rollout, sampling.temperature, sizes.scored) for rollout in rollouts]
-    answers = []
-    for batch, rollout, kl in zip(batches, rollouts, divergences, strict=True):
-        worth = [math.nan] * len(batch)
-        if rewards is not None:
-            worth = rewards.score(rollout, batch, prompts, sizes.scored)[0].tolist()
-        texts, ended = response_texts(rollout, prompts.tokenizer), has_ended(rollout, prompts.stop_ids).tolist()
-        lengths = rollout.response_mask.sum(1).tolist()
-        kls = [None] * len(batch) if kl is None else kl.tolist()
-        answers += [Answer(*of) for of in zip(batch, texts, worth, ended, lengths, kls, strict=True)]
-    by_row = {answer.row: answer for answer in gather_rows(answers)}
-    return [by_row[i] for i in rows]
+
+    prompts: PromptSet
+    backend: RolloutBackend
+    sampling: SamplingConfig
+    decoded: int
+    scored: int
+    device: torch.device
+
+    def answers(
+        self,
+        rows: Sequence[int],
+        generation: AbstractContextManager[Any],
+        rewards: RewardMix | None,
+        reference: AbstractContextManager[Any] | None = None,
+    ) -> list[Answer]:
+        """One answer to each prompt, on all ranks together; a collective.
+
+        Args:
+            rows: of the prompts; at least one.
+            generation: gives the policy, such as ``HybridEngine.generation_mode()``.
+            rewards: what answers are worth, None not to ask.
+            reference: gives the SFT model, such as ``HybridEngine.reference_mode()``, to measure the KL to it.
+
+        Returns:
+            In the order of ``rows``, the same on all ranks.
+        """
+        prompts, scored = self.prompts, self.scored
+        # Every rank makes the same number of forwards of a sharded model: the last rows may be done twice
+        by_length = sorted(rows, key=lambda i: prompts.dataset[i]["length"])
+        while len(by_length) % data_size():
+            by_length.append(by_length[-1])
+        mine = by_length[data_rank() :: data_size()]
+        batches = [mine[piece] for piece in row_slices(self.decoded, len(mine))]
+        beat("answering held-out prompts")
+        with generation as model:
+            requests = (prompts.request(batch, self.device) for batch in batches)
+            rollouts = [self.backend.generate(model, request, self.sampling) for request in requests]
+        divergences: list[torch.Tensor | None] = [None] * len(batches)
+        if reference is not None:
+            with reference as model:
+                divergences = [sequence_kl(model, each, self.sampling.temperature, scored) for each in rollouts]
+        answers = []
+        for batch, rollout, kl in zip(batches, rollouts, divergences, strict=True):
+            worth = [math.nan] * len(batch)
+            if rewards is not None:
+                worth = rewards.score(rollout, batch, prompts, scored)[0].tolist()
+            texts, ended = response_texts(rollout, prompts.tokenizer), has_ended(rollout, prompts.stop_ids).tolist()
+            lengths = rollout.response_mask.sum(1).tolist()
+            kls = [None] * len(batch) if kl is None else kl.tolist()
+            answers += [Answer(*of) for of in zip(batch, texts, worth, ended, lengths, kls, strict=True)]
+        by_row = {answer.row: answer for answer in gather_rows(answers)}
+        return [by_row[i] for i in rows]
 
 
 def checks(prompts: PromptSet, answers: Sequence[Answer], function: EvalFunction) -> list[float]:

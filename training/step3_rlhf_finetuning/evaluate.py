@@ -91,9 +91,8 @@ from transformers import set_seed  # noqa: E402
 from training.step3_rlhf_finetuning import main as step3, settings  # noqa: E402
 from training.step3_rlhf_finetuning.comparison import (  # noqa: E402
     Answer,
-    BatchSizes,
+    Asking,
     EvalFunction,
-    answer_held_out,
     best_of_kl,
     checks,
     chosen_of,
@@ -116,7 +115,6 @@ from training.utils.data.batches import spread_rows  # noqa: E402
 from training.utils.data.prepare import prepare_data  # noqa: E402
 from training.utils.data.template import stop_token_ids  # noqa: E402
 from training.utils.engine import precision  # noqa: E402
-from training.utils.generation.rollouts import RolloutBackend  # noqa: E402
 from training.utils.generation.sampling import SamplingConfig  # noqa: E402
 from training.utils.generation.vllm import VllmBackend, VllmOptions, started_backend  # noqa: E402
 from training.utils.metrics import progress_bar  # noqa: E402
@@ -234,40 +232,26 @@ class Evaluator:
     """Answers prompts by models from disk and judges the answers.
 
     Args:
-        prompts: the held-out prompts.
-        rows: which of them.
-        sampling: as in training.
-        batch_size: rows that are done together.
-        dtype, device: of every model.
-        backend: what decodes.
+        asking: how answers are asked for, sampled as in training.
+        rows: of the prompts.
+        dtype: of every model.
     """
 
-    prompts: PromptSet
+    asking: Asking
     rows: Sequence[int]
-    sampling: SamplingConfig
-    batch_size: int
     dtype: str
-    device: torch.device
-    backend: RolloutBackend
 
     def model(self, path: str) -> Any:
         """A causal LM from disk."""
-        return loading.load_causal_lm(path, dtype=self.dtype).to(self.device).eval()
+        return loading.load_causal_lm(path, dtype=self.dtype).to(self.asking.device).eval()
 
     def answers(self, model: Any, rewards: RewardMix, seed: int, reference: Any | None = None) -> list[Answer]:
         """One answer to each prompt; with ``reference`` its KL too."""
+        asking = replace(self.asking, prompts=replace(self.asking.prompts, seed=seed))
+        server = asking.backend if isinstance(asking.backend, VllmBackend) else None
+        beside = contextlib.nullcontext(reference) if reference is not None else None
         with torch.no_grad():
-            return answer_held_out(
-                replace(self.prompts, seed=seed),
-                self.rows,
-                decoding(model, self.backend if isinstance(self.backend, VllmBackend) else None),
-                rewards,
-                self.backend,
-                self.sampling,
-                BatchSizes(self.batch_size, self.batch_size),
-                self.device,
-                contextlib.nullcontext(reference) if reference is not None else None,
-            )
+            return asking.answers(self.rows, decoding(model, server), rewards, beside)
 
 
 def judged_by(
@@ -350,16 +334,16 @@ def all_judges(
     evaluator: Evaluator, drawn: Mapping[str, Draws], functions: Sequence[EvalFunction], judge_path: str
 ) -> dict[str, dict[str, list[list[float]]]]:
     """Values of all models' answers by the training reward (known) and by each different judge given."""
-    prompts = evaluator.prompts
+    prompts = evaluator.asking.prompts
     judged = {"reward": judged_by(lambda answers: [a.reward for a in answers], drawn)}
     for function in functions:
         judged[function.name] = judged_by(partial(checks, prompts, function=function), drawn)
     if judge_path:
-        judge = load_text_reward_model(judge_path, dtype=evaluator.dtype, device=evaluator.device)
+        judge = load_text_reward_model(judge_path, dtype=evaluator.dtype, device=evaluator.asking.device)
 
         def judge_answers(answers: Sequence[Answer]) -> list[float]:
             said = [[*prompts.messages(a.row), {"role": "assistant", "content": a.text}] for a in answers]
-            return judge.rewards(said, evaluator.batch_size).tolist()
+            return judge.rewards(said, evaluator.asking.scored).tolist()
 
         judged["judge"] = judged_by(judge_answers, drawn)
     return judged
@@ -414,7 +398,8 @@ def main(argv: Sequence[str]) -> int:
     asked = spread_rows(len(rows), args.max_prompts or len(rows))
     options = VllmOptions(step.vllm_python, sources.sft, sources.sft, args.dtype, rows_together, whole)
     backend = started_backend(step.rollout_engine, options, tokenizer, device)  # vLLM serves all models alike
-    evaluator = Evaluator(prompts, asked, sampling, rows_together, args.dtype, device, backend)
+    asking = Asking(prompts, backend, sampling, rows_together, rows_together, device)
+    evaluator = Evaluator(asking, asked, args.dtype)
     rewards = build_rewards(
         reward, sources.functions, pad_token_id=tokenizer.pad_token_id, dtype=args.dtype, device=device
     )
@@ -435,7 +420,7 @@ def samples_of(evaluator: Evaluator, drawn: Mapping[str, Draws]) -> list[dict[st
     """The entry ``samples`` of evaluation.json: each prompt with the first answer of each model and its reward."""
     return [
         {
-            "prompt": evaluator.prompts.messages(row)[-1]["content"],
+            "prompt": evaluator.asking.prompts.messages(row)[-1]["content"],
             **{name: drawn[name][i][0].text for name in TITLES if name in drawn},
             **{f"{name}_reward": drawn[name][i][0].reward for name in TITLES if name in drawn},
         }

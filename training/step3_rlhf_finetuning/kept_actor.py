@@ -20,10 +20,9 @@ from typing import Any
 from training.step3_rlhf_finetuning.arguments import scoring_rows
 from training.step3_rlhf_finetuning.comparison import (
     Answer,
-    BatchSizes,
+    Asking,
     EvalFunction,
     Values,
-    answer_held_out,
     checks,
     compare,
     compare_rewards,
@@ -40,8 +39,6 @@ from training.utils.checkpoint.same_run import input_fingerprint
 from training.utils.data.batches import spread_rows
 from training.utils.engine.engine import dtype_name
 from training.utils.errors import UserError
-from training.utils.generation.rollouts import RolloutBackend
-from training.utils.generation.sampling import SamplingConfig
 from training.utils.health_rules import MAX_KL
 from training.utils.intervals import mean, win_rate
 from training.utils.metrics import MetricsLogger
@@ -90,10 +87,8 @@ class HeldOutEvaluation:
     """Evaluates the actor on held-out prompts during and after training.
 
     Args:
-        prompts: the held-out prompts.
+        asking: how answers are asked for, as in training.
         roles: the actor, its reference and the rewards.
-        backend, sampling: how answers are decoded, as in training.
-        sizes: how many rows at a time, as in training.
         logger: gets the metrics ``eval/...``.
         every: iterations between two evaluations, 0 for one at the end only.
         iterations: how many there are.
@@ -103,6 +98,7 @@ class HeldOutEvaluation:
         save: writes the actor there; a collective.
 
     Attributes:
+        prompts: the held-out prompts.
         rows: of the prompts that first and last answers are to: all, or `MOST_PROMPTS` and those that are shown.
         base_answers: of the model that step 1 started from, with functions to all of them, else to those that are
             shown; empty where it can not answer.
@@ -115,11 +111,8 @@ class HeldOutEvaluation:
         due: the iteration whose evaluation has begun and not ended, 0 for none.
     """
 
-    prompts: PromptSet
+    asking: Asking
     roles: Roles
-    backend: RolloutBackend
-    sampling: SamplingConfig
-    sizes: BatchSizes
     logger: MetricsLogger
     every: int
     iterations: int
@@ -139,7 +132,7 @@ class HeldOutEvaluation:
     _started: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
-        prompts = self.prompts
+        prompts = self.prompts = self.asking.prompts
         self.running_rows = spread_rows(len(prompts.dataset), RUNNING_PROMPTS)
         self.rows = sorted({*spread_rows(len(prompts.dataset), MOST_PROMPTS), *sample_rows(prompts)})
         self.other_rows = sorted({*self.rows} - {*self.running_rows})
@@ -212,8 +205,7 @@ class HeldOutEvaluation:
         answers: list[Answer] = []
         for shown, rewards in ((True, self.roles.rewards), (False, None)):
             if asked := [row for row in rows if (row in seen) == shown]:
-                how = self.backend, self.sampling, self.sizes, actor.engine.device
-                answers += answer_held_out(self.prompts, asked, decoding(model, actor.server), rewards, *how)
+                answers += self.asking.answers(asked, decoding(model, actor.server), rewards)
         return sorted(answers, key=lambda answer: answer.row)
 
     def _answer_with_the_kept_actor(self, kept: Kept) -> None:
@@ -270,9 +262,7 @@ class HeldOutEvaluation:
     def _answers(self, rows: Sequence[int], generation: Any, measure_kl: bool) -> list[Answer]:
         actor = self.roles.actor
         reference = actor.reference_mode() if measure_kl else None
-        how = self.backend, self.sampling, self.sizes, actor.engine.device
-        answers = answer_held_out(self.prompts, rows, generation, self.roles.rewards, *how, reference)
-        return worth_alike(answers, self.before)
+        return worth_alike(self.asking.answers(rows, generation, self.roles.rewards, reference), self.before)
 
     def _all_answers(
         self, generation: Callable[[], contextlib.AbstractContextManager[Any]], measure_kl: bool = True
@@ -366,12 +356,10 @@ def open_evaluation(
         save_model(roles.actor.engine, o.models.tokenizer, best, stop_ids=stop_ids, max_shard_size=shards)
         o.phases.end("save")
 
+    sizes = rollout.per_device_generation_batch_size, scoring_rows(rollout, train)
     evaluator = HeldOutEvaluation(
-        o.held_out,
+        Asking(o.held_out, trainer.backend, trainer.sampling, *sizes, roles.actor.engine.device),
         roles,
-        trainer.backend,
-        trainer.sampling,
-        BatchSizes(rollout.per_device_generation_batch_size, scoring_rows(rollout, train)),
         logger,
         every=o.flags.evaluate.eval_every,
         iterations=len(o.schedule),
