@@ -67,7 +67,7 @@ class Answer:
     Attributes:
         token_ids: the sampled tokens, the stop token left out.
         ended: "" while it grows; "stop" (the model ended it), "length" (the limit did) or "cancelled".
-        seconds: time spent in the model after the prompt was read.
+        seconds: time that the model took for all these tokens but the first, which it gives when it reads the prompt.
         dropped: messages of the conversation that no longer fit and were left out, the oldest ones.
         marks: what stands around a reasoning; without them the whole text is the answer.
         opened: the generation prompt has begun the reasoning.
@@ -202,7 +202,7 @@ def stream_answer(model: ChatModel, messages: Sequence[Message], sampling: Sampl
             answer.token_ids.append(int(token))
             if len(answer.token_ids) >= limit:
                 answer.ended = "length"
-        if len(answer.token_ids) > 1:
+        if len(answer.token_ids) > 1 and answer.ended != "stop":  # the end token is none of them
             answer.seconds += time.perf_counter() - started
         yield answer
 

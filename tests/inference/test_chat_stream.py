@@ -1,5 +1,7 @@
 import dataclasses
+import itertools
 
+import chat_stream
 import pytest
 import torch
 from chat_models import LoadArguments, load_chat_models
@@ -186,6 +188,15 @@ def test_speed_leaves_the_prompt_out(load):
     answer = final(model, temperature=0, max_new_tokens=10)
     assert answer.tokens_per_second == pytest.approx(9 / answer.seconds)
     assert final(model, temperature=0, max_new_tokens=1).tokens_per_second == 0
+
+
+def test_speed_is_of_the_tokens_that_it_counts(load, monkeypatch):
+    clock = itertools.count()  # a second for each forward
+    monkeypatch.setattr(chat_stream.time, "perf_counter", lambda: float(next(clock)))
+    for name, ended in (("sft", "length"), ("house", "stop")):
+        [model] = load(name)
+        answer = final(model, temperature=0, max_new_tokens=5 if name == "sft" else 50)
+        assert answer.ended == ended and answer.tokens_per_second == 1
 
 
 def test_options_from_a_request_are_held_to_the_flags_ranges():
