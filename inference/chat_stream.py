@@ -150,17 +150,26 @@ def prompt_ids(model: ChatModel, messages: Sequence[Message], max_new_tokens: in
     Raises:
         UserError: the last prompt alone does not fit, or the chat template refuses the conversation.
     """
-    kept = list(messages)
-    start = 1 if kept and kept[0]["role"] == "system" else 0
-    while True:
-        ids = read_any(model.tokenizer, kept, add_generation_prompt=True)
-        if model.context is None or len(ids) + min(max_new_tokens, model.context // 2) <= model.context:
-            return ids, len(messages) - len(kept)
-        if len(kept) - start <= 1:  # the last prompt alone: a shorter answer is better than none
-            if len(ids) >= model.context:
-                raise UserError(f"the prompt has {len(ids):,} tokens, the model reads at most {model.context - 1:,}")
-            return ids, len(messages) - len(kept)
-        del kept[start : start + 2]
+    start = 1 if messages and messages[0]["role"] == "system" else 0
+    most = (len(messages) - start - 1) // 2  # turns before the last prompt
+
+    @functools.cache
+    def read(turns: int) -> list[int]:
+        """The ids without so many of the oldest turns."""
+        kept = [*messages[:start], *messages[start + 2 * turns :]]
+        return read_any(model.tokenizer, kept, add_generation_prompt=True)
+
+    def fits(turns: int) -> bool:
+        """Whether an answer has room behind what is left."""
+        context = model.context
+        return context is None or len(read(turns)) + min(max_new_tokens, context // 2) <= context
+
+    # halving: each conversation takes as long to read as it is, and hundreds of turns may have to go
+    turns = 0 if fits(0) else bisect_left(range(most), True, key=fits)
+    ids = read(turns)
+    if model.context is not None and len(ids) >= model.context:  # a shorter answer is better than none
+        raise UserError(f"the prompt has {len(ids):,} tokens, the model reads at most {model.context - 1:,}")
+    return ids, 2 * turns
 
 
 def stream_answer(model: ChatModel, messages: Sequence[Message], sampling: SamplingArguments) -> Iterator[Answer]:

@@ -140,6 +140,17 @@ def test_the_oldest_turns_leave_and_the_system_message_stays(load):
     assert final(model, messages, max_new_tokens=8).dropped > 0
 
 
+def test_as_many_turns_leave_as_must_and_few_conversations_are_read_for_it(load, monkeypatch):
+    [model] = load("sft")
+    read, asked = chat_stream.read_any, []
+    monkeypatch.setattr(chat_stream, "read_any", lambda *a, **more: asked.append(1) or read(*a, **more))
+    messages = conversation(100, words=3)
+    ids, dropped = prompt_ids(model, messages, 64)
+    assert len(asked) <= 9  # of 100 turns
+    one_more = [messages[0], *messages[1 + dropped - 2 :]]
+    assert len(ids) + 64 <= model.context < 64 + len(read(model.tokenizer, one_more, add_generation_prompt=True))
+
+
 def test_a_prompt_that_does_not_fit_is_said(load):
     [model] = load("sft")
     with pytest.raises(UserError, match=r"the prompt has [\d,]+ tokens, the model reads at most 511"):
