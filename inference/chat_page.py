@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import logging
 import re
+import sys
 import threading
 import time
 from collections import OrderedDict
@@ -19,6 +21,11 @@ from chat_models import ChatModel
 from chat_sessions import LETTERS, SAME, Session, Turn
 from chat_stream import Answer, SamplingArguments, checked_sampling, stream_answer, untrainable
 
+from training.utils.data.formats.columns import convert
+from training.utils.data.formats.conversations import Dropped
+from training.utils.data.report import DataReport
+from training.utils.data.template import RowError
+from training.utils.data.tokenise import pair_rows
 from training.utils.errors import UserError
 
 EXAMPLES = (
@@ -270,17 +277,27 @@ class Page:
         session.blind, session.revealed, session.seen = False, True, True
         return self.view(session)
 
-    def _check_trainable(self, session: Session) -> None:
-        """Refuse a vote on what step 2 would refuse: texts that hold a token which ends a turn or a text.
+    def _check_trainable(self, session: Session, winner: int) -> None:
+        """Refuse a vote on what step 2 would refuse, such as texts that hold a token which ends a turn or a text.
 
         Raises:
-            UserError: names the text.
+            UserError: names the text, or what else is in the way.
         """
         said = [message for column in range(len(self.models)) for message in session.history(column)]
         said.append({"role": "system", "content": session.system})
         if token := untrainable(said, self.models):
             raise UserError(f"This conversation holds {token}, which training takes for a token of its own, so "
                             "the vote is not saved. Clear, and ask without it.")  # fmt: skip
+        examples = []
+        try:
+            for row in [] if winner == SAME else session.preference_rows(winner):
+                with contextlib.suppress(Dropped):  # step 2 leaves it out, and goes on
+                    examples += convert(row)[1]
+            for model in self.models:
+                pair_rows(model.tokenizer, examples, sys.maxsize, DataReport("pairs"))
+        except RowError as error:
+            raise UserError(f"Step 2 would refuse this vote, so it is not saved: {error}. Clear, and vote on first "
+                            "answers.") from error  # fmt: skip
 
     @staticmethod
     def _check_shown(session: Session, shown: int) -> None:
@@ -297,7 +314,8 @@ class Page:
         session = session or self.new_session()
         try:
             self._check_shown(session, shown)
-            self._check_trainable(session)
+            if session.can_vote:
+                self._check_trainable(session, winner)
             rows = session.vote(winner, self.votes)
         except UserError as error:
             return self.view(session, str(error))

@@ -189,7 +189,7 @@ class Session:
                 raise UserError("There is nothing to vote on: wait for whole answers, one vote for each round.")
             if winner != SAME and not 0 <= winner < len(self.names):
                 raise UserError("There is no such answer.")
-            rows = self._same_row() if winner == SAME else self._preference_rows(winner)
+            rows = self._same_row() if winner == SAME else self.preference_rows(winner)
             append_rows(ties_file(file) if winner == SAME else file, rows)
             self.turns[-1].vote, self.turns[-1].rows = winner, rows
             self.revealed = self.seen = True
@@ -213,7 +213,7 @@ class Session:
             remove_rows(ties_file(file) if turn.vote == SAME else file, turn.rows)
             turn.vote, turn.rows = None, []
 
-    def _preference_rows(self, winner: int) -> list[dict[str, Any]]:
+    def preference_rows(self, winner: int) -> list[dict[str, Any]]:
         """The winner against every other column that said something else, each a row of step 2."""
         rows = []
         chosen, chosen_model = self.history(winner), self.names[self.order[winner]]

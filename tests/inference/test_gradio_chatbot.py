@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import chat_page
@@ -430,6 +431,19 @@ def test_a_vote_that_step_2_would_refuse_is_not_saved(page):
     notice = notice_of(p.vote(session, 1, session.last), p)
     assert "<pad>" not in notice and "holds <pad>" in notice.replace(chat_page.JOINER, ""), "a tag would not be seen"
     assert not p.votes.exists()
+
+
+def test_a_vote_on_several_answers_that_the_template_writes_in_another_way_is_not_saved(page):
+    p, session = page("fox", "house")
+    template = (Path(__file__).parents[1] / "data" / "chat_templates" / "qwen3.jinja").read_text()
+    for model in p.models:
+        model.tokenizer.chat_template = template
+    list(p.send(session, session.last, "hello", "", *OPTIONS))
+    assert "Saved" in notice_of(p.vote(session, 1, session.last), p)
+    list(p.send(session, session.last, "and now?", "", *OPTIONS))
+    assert "not saved: the chat template writes an earlier turn" in notice_of(p.vote(session, 0, session.last), p)
+    assert len(p.votes.read_text().splitlines()) == 1 and session.can_vote
+    assert "Saved" in notice_of(p.vote(session, SAME, session.last), p)
 
 
 def test_an_address_of_ipv6_stands_in_brackets():
