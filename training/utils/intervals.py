@@ -50,12 +50,12 @@ def wilson_interval(share: float, count: float) -> list[float]:
 
 
 def share_interval(values: Sequence[float], *, seed: int) -> list[float]:
-    """95% interval of a mean of shares, each 0 to 1: the bootstrap's, below `FEW_ROWS` rows Wilson's.
+    """95% interval of a mean of shares, each 0 to 1: the bootstrap's, below `FEW_ROWS` rows or of equal ones Wilson's.
 
     The bootstrap of a few rows is too narrow, and a point where they all agree. Wilson's takes each row for a yes or a
     no; values between 0 and 1 spread less than these, so the interval is at worst too wide.
     """
-    if len(values) < FEW_ROWS:
+    if len(values) < FEW_ROWS or len(set(values)) == 1:
         return wilson_interval(mean(values), len(values))
     return bootstrap_interval(values, seed=seed)
 
