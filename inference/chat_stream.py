@@ -8,6 +8,7 @@ would need a thread per answer and a flag to end it.
 
 from __future__ import annotations
 
+import functools
 import time
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
@@ -195,8 +196,10 @@ def stream_answer(model: ChatModel, messages: Sequence[Message], sampling: Sampl
     fed, cache, processors = sequence, None, _processors(sampling)
     while not answer.ended:
         started = time.perf_counter()
+        positions = torch.arange(sequence.shape[1], device=model.device)[None, -fed.shape[1] :]
         with model.weights.use(model.adapter) as network:
-            output = network(input_ids=fed, past_key_values=cache, use_cache=True, **_last_logits_only(network))
+            options = _taken(network, logits_to_keep=1, position_ids=positions)
+            output = network(input_ids=fed, past_key_values=cache, use_cache=True, **options)
         scores = processors(sequence, output.logits[:, -1].float())
         if sampling.temperature == 0:
             token = scores.argmax(-1, keepdim=True)
@@ -232,7 +235,11 @@ def _processors(sampling: SamplingArguments) -> Any:
     return processors
 
 
-def _last_logits_only(network: Any) -> dict[str, int]:
-    """A long prompt's logits are [1, T, V]; most families can be asked for the last row alone."""
+def _taken(network: Any, **options: Any) -> dict[str, Any]:
+    """What of these a family's forward takes.
+
+    A long prompt's logits are [1, T, V], of which the last row is enough; positions are given as ``generate`` does, as
+    some families (Bamba) count them from 0 in every forward.
+    """
     kind: Any = type(without_adapters(network))
-    return {"logits_to_keep": 1} if "logits_to_keep" in accepted_inputs(kind) else {}
+    return {name: value for name, value in options.items() if name in accepted_inputs(kind)}

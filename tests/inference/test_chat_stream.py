@@ -8,6 +8,7 @@ from chat_models import LoadArguments, load_chat_models
 from chat_stream import SamplingArguments, checked_sampling, prompt_ids, stream_answer
 from transformers import AutoModelForCausalLM
 
+from tests import families
 from tests.inference.tiny_chat import save_chat_model, save_parrot
 from training.utils.errors import UserError
 
@@ -36,6 +37,11 @@ def test_greedy_equals_generate(load, penalty):
     answer = final(model, temperature=0, repetition_penalty=penalty, max_new_tokens=40)
     assert answer.token_ids == generated(model, do_sample=False, repetition_penalty=penalty)
     assert len(answer.token_ids) > 5
+
+
+def test_a_family_that_counts_no_positions_answers_as_generate_does(tmp_path):
+    [model] = load_chat_models({"m": families.save("bamba", tmp_path)}, LoadArguments(), lambda line: None)
+    assert final(model, temperature=0, max_new_tokens=40).token_ids == generated(model, do_sample=False)
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 0.5}, {"top_k": 7, "top_p": 0.8}])
