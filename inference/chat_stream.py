@@ -8,7 +8,6 @@ would need a thread per answer and a flag to end it.
 
 from __future__ import annotations
 
-import functools
 import time
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
@@ -28,7 +27,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from training.utils.data.chat import read_any
+from training.utils.data.chat import read_what_fits
 from training.utils.data.template import forbidden_texts, special_texts
 from training.utils.errors import UserError
 from training.utils.generation.cache import accepted_inputs
@@ -151,26 +150,12 @@ def prompt_ids(model: ChatModel, messages: Sequence[Message], max_new_tokens: in
     Raises:
         UserError: the last prompt alone does not fit, or the chat template refuses the conversation.
     """
-    start = 1 if messages and messages[0]["role"] == "system" else 0
-    most = (len(messages) - start - 1) // 2  # turns before the last prompt
-
-    @functools.cache
-    def read(turns: int) -> list[int]:
-        """The ids without so many of the oldest turns."""
-        kept = [*messages[:start], *messages[start + 2 * turns :]]
-        return read_any(model.tokenizer, kept, add_generation_prompt=True)
-
-    def fits(turns: int) -> bool:
-        """Whether an answer has room behind what is left."""
-        context = model.context
-        return context is None or len(read(turns)) + min(max_new_tokens, context // 2) <= context
-
-    # halving: each conversation takes as long to read as it is, and hundreds of turns may have to go
-    turns = 0 if fits(0) else bisect_left(range(most), True, key=fits)
-    ids = read(turns)
-    if model.context is not None and len(ids) >= model.context:  # a shorter answer is better than none
-        raise UserError(f"the prompt has {len(ids):,} tokens, the model reads at most {model.context - 1:,}")
-    return ids, 2 * turns
+    context = model.context
+    limit = None if context is None else context - min(max_new_tokens, context // 2)
+    ids, dropped = read_what_fits(model.tokenizer, messages, limit, add_generation_prompt=True)
+    if context is not None and len(ids) >= context:  # a shorter answer is better than none
+        raise UserError(f"the prompt has {len(ids):,} tokens, the model reads at most {context - 1:,}")
+    return ids, dropped
 
 
 def stream_answer(model: ChatModel, messages: Sequence[Message], sampling: SamplingArguments) -> Iterator[Answer]:

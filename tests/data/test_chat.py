@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 
 from tests.data import families
-from training.utils.data import template
+from training.utils.data import chat, template
 from training.utils.data.chat import read_any, render
 from training.utils.data.template import RowError, configure_chat_template, stop_token_ids
 from training.utils.data.template_file import template_names
@@ -338,3 +338,18 @@ def test_any_answer_can_be_scored_and_continued(answer):
     assert (
         read_any(tok, [ask, {**said, "content": "Yes."}]) == render(tok, [ask, {**said, "content": "Yes."}]).input_ids
     )
+
+
+@pytest.mark.parametrize("system", ["", "Be kind."])
+@pytest.mark.parametrize("asked", [True, False])
+def test_the_oldest_turns_go_as_far_as_they_must_and_few_conversations_are_read_for_it(tok, monkeypatch, system, asked):
+    messages = chat_of(*("Why? " * (1 + n % 5) for n in range(41 if asked else 40)), system=system)
+    start, reads = bool(system), []
+    left = [[*messages[:start], *messages[start + dropped :]] for dropped in range(0, len(messages) - start, 2)]
+    rendered = [read_any(tok, kept, add_generation_prompt=asked) for kept in left]
+    monkeypatch.setattr(chat, "read_any", lambda *given: reads.append(1) or read_any(*given))
+    for limit in (None, 1, 25, 100, 200, len(rendered[0]) - 1, len(rendered[0])):
+        turns = next((n for n, ids in enumerate(rendered) if limit is None or len(ids) <= limit), len(rendered) - 1)
+        reads.clear()
+        assert chat.read_what_fits(tok, messages, limit, asked) == (rendered[turns], 2 * turns), limit
+        assert len(reads) <= 7  # of 20 turns

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from tests import families
 from tests.inference.tiny_chat import save_chat_model, save_parrot
+from training.utils.data import chat
 from training.utils.errors import UserError
 
 HELLO = [{"role": "user", "content": "tell me a story"}]
@@ -148,8 +149,8 @@ def test_the_oldest_turns_leave_and_the_system_message_stays(load):
 
 def test_as_many_turns_leave_as_must_and_few_conversations_are_read_for_it(load, monkeypatch):
     [model] = load("sft")
-    read, asked = chat_stream.read_any, []
-    monkeypatch.setattr(chat_stream, "read_any", lambda *a, **more: asked.append(1) or read(*a, **more))
+    read, asked = chat.read_any, []
+    monkeypatch.setattr(chat, "read_any", lambda *a, **more: asked.append(1) or read(*a, **more))
     messages = conversation(100, words=3)
     ids, dropped = prompt_ids(model, messages, 64)
     assert len(asked) <= 9  # of 100 turns

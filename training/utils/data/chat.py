@@ -9,7 +9,9 @@ response are exactly the ids of the generation prompt: what a rollout sees is wh
 
 from __future__ import annotations
 
+import functools
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -209,6 +211,40 @@ def read_any(tokenizer: Any, messages: Sequence[Message], add_generation_prompt:
     if messages[-1]["role"] == "assistant" and not add_generation_prompt and end in text:
         text = text[: text.rindex(end) + len(end)]
     return encode(tokenizer, [text])[0]
+
+
+def read_what_fits(
+    tokenizer: Any, messages: Sequence[Message], limit: int | None, add_generation_prompt: bool = False
+) -> tuple[list[int], int]:
+    """`read_any` of a conversation without its oldest turns, question and answer together, as far as they must go.
+
+    A system message and the last question stay, whether they fit or not.
+
+    Args:
+        tokenizer, messages, add_generation_prompt: of `read_any`.
+        limit: tokens that there is room for; None for any number.
+
+    Returns:
+        the ids, and how many messages were left out.
+
+    Raises:
+        RowError: see `read_any`.
+    """
+    start = 1 if messages and messages[0]["role"] == "system" else 0
+    most = (len(messages) - start - 1) // 2  # turns before the last question
+
+    @functools.cache
+    def read(turns: int) -> list[int]:
+        """The ids without so many of the oldest turns."""
+        return read_any(tokenizer, [*messages[:start], *messages[start + 2 * turns :]], add_generation_prompt)
+
+    def fits(turns: int) -> bool:
+        """Whether there is room for what is left."""
+        return limit is None or len(read(turns)) <= limit
+
+    # halving: each conversation takes as long to read as it is, and hundreds of turns may have to go
+    turns = 0 if fits(0) else bisect_left(range(most), True, key=fits)
+    return read(turns), 2 * turns
 
 
 def _lay_out(

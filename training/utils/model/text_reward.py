@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from training.utils.data.chat import read_any
+from training.utils.data.chat import read_what_fits
 from training.utils.engine.frozen import frozen_role, load_frozen_scorer
 from training.utils.engine.zero_config import frozen_config
 from training.utils.model import classifiers
@@ -56,12 +56,7 @@ class TextRewardModel:
 
     def encode(self, messages: Messages) -> list[int]:
         """Token ids in the chat template; without room the oldest turns go first, then the left side."""
-        kept = list(messages)
-        start = 1 if kept[0]["role"] == "system" else 0
-        ids = read_any(self.tokenizer, kept)
-        while self.limit is not None and len(ids) > self.limit and len(kept) - start > 2:
-            del kept[start : start + 2]
-            ids = read_any(self.tokenizer, kept)
+        ids, _ = read_what_fits(self.tokenizer, messages, self.limit)
         return ids if self.limit is None else ids[-self.limit :]
 
     @torch.no_grad()
