@@ -3,11 +3,13 @@
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from tests import templates
 from tests.step3.hybrid_checks import save_tiny_reward_model
 from training.utils.data.chat import render
 from training.utils.model import classifiers
@@ -69,6 +71,16 @@ def test_the_reward_models_code_gives_the_projects_score(tiny_model, tmp_path, m
         planted_fault = found["model"](**whole).logits[0, 0].item()
     assert float(printed) == pytest.approx(expected[-1].item(), abs=1e-5)
     assert planted_fault != pytest.approx(expected[-1].item(), abs=1e-3)
+
+
+@pytest.mark.parametrize("family", ["glm4", "llama2", "gpt-oss"])
+def test_the_reward_models_code_reads_the_whole_answer_in_any_template(family, chat, monkeypatch, capsys):
+    """GLM-4's leaves the last answer open: the token that ends it stands before the question, too."""
+    tokenizer, model = templates.tokenizer_of(family), lambda **_: SimpleNamespace(logits=torch.zeros(1, 1))
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda _: tokenizer)
+    monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", lambda _: model)
+    _, found = run_code(write(chat, "reward", ("embedded", str(chat))), chat, monkeypatch, capsys)
+    assert found["inputs"]["input_ids"][0].tolist() == render(tokenizer, TALK).input_ids
 
 
 def test_what_it_says(chat):

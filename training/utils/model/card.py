@@ -13,6 +13,7 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from training.utils.data.chat import render
+from training.utils.data.template import structure_of
 from training.utils.model.loading import EMBEDDED
 from training.utils.run.distributed import is_main
 from training.utils.run.files import write_whole
@@ -94,7 +95,7 @@ messages = [
     {"role": "assistant", "content": "Because air scatters blue light more than red."},
 ]
 end = END  # the score stands at the token that ends an answer; the template may write more behind it
-text = tokenizer.apply_chat_template(messages, tokenize=False)
+text = tokenizer.apply_chat_template(messages, tokenize=False)CLOSED
 inputs = tokenizer(text[: text.rindex(end) + len(end)], add_special_tokens=False, return_tensors="pt")
 with torch.no_grad():
     score = model(**inputs).logits[0, 0].item()
@@ -130,7 +131,7 @@ def write_model_card(
     if not is_main():
         return
     about, origin, program = KINDS[kind], _origin(*base), STEPS[KINDS[kind].step]
-    code = _SCORE.replace("END", repr(_end_token(tokenizer))) if about.classifier else _GENERATE
+    code = _scoring_code(tokenizer) if about.classifier else _GENERATE
     first = origin.get("base_model", "")
     name = shown(base[0]) if Path(base[0]).is_dir() else base[0]
     started = f"`{name}`" + (f", which goes back to {first}" if first and first != name else "")
@@ -197,9 +198,11 @@ def _origin(base: str, base_folder: str) -> dict[str, str]:
     return known | ({"base_model": first} if isinstance(first, str) else {})
 
 
-def _end_token(tokenizer: PreTrainedTokenizerBase) -> str:
+def _scoring_code(tokenizer: PreTrainedTokenizerBase) -> str:
     turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    return str(tokenizer.convert_ids_to_tokens(render(tokenizer, turn).input_ids[-1]))
+    end = tokenizer.convert_ids_to_tokens(render(tokenizer, turn).input_ids[-1])
+    closed = " + end" if structure_of(tokenizer).closes else ""  # GLM-4's template leaves a last answer open
+    return _SCORE.replace("END", repr(str(end))).replace("CLOSED", closed)
 
 
 def _front_matter(kind: str, origin: Mapping[str, str]) -> str:
