@@ -9,6 +9,7 @@ import time
 import pytest
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 
+from tests import templates
 from tests.data import families
 from training.utils.data import chat, template
 from training.utils.data.chat import read_any, render
@@ -338,6 +339,11 @@ def test_any_answer_can_be_scored_and_continued(answer):
     assert (
         read_any(tok, [ask, {**said, "content": "Yes."}]) == render(tok, [ask, {**said, "content": "Yes."}]).input_ids
     )
+
+
+def test_an_answer_that_the_template_leaves_open_is_read_whole_without_the_reasoning_that_it_loses():
+    tok, (ask, said) = templates.tokenizer_of("glm4"), chat_of("Why?", "So.")
+    assert read_any(tok, [ask, said | {"reasoning": "Hm."}]) == render(tok, [ask, said]).input_ids
 
 
 @pytest.mark.parametrize("system", ["", "Be kind."])

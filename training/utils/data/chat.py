@@ -207,9 +207,11 @@ def read_any(tokenizer: Any, messages: Sequence[Message], add_generation_prompt:
         text = render_text(tokenizer, messages, add_generation_prompt)
         if add_generation_prompt:
             check_no_turn_lost(text, [message for message in messages if message["role"] != "assistant"])
-    end = structure_of(tokenizer).end_token
-    if messages[-1]["role"] == "assistant" and not add_generation_prompt and end in text:
-        text = text[: text.rindex(end) + len(end)]
+    structure = structure_of(tokenizer)
+    if messages[-1]["role"] == "assistant" and not add_generation_prompt:
+        text += _closing(structure, messages[-1])
+        end = text.rfind(structure.end_token)
+        text = text if end < 0 else text[: end + len(structure.end_token)]
     return encode(tokenizer, [text])[0]
 
 
