@@ -97,6 +97,7 @@ BROKEN_FILES = {
     "trailing.json": (b'[{"a": 1},]', "a comma before the end"),
     "after.json": (b'[{"a": 1}] 3', "something follows the list"),
     "utf8.json": (b'[{"a": 1},\n{"a": "\xff"}]', r"utf8\.json:2: invalid UTF-8: byte 0xff"),
+    "marked.json": (b'\xef\xbb\xbf[{"a": "\xff"}]', r"marked\.json:1: invalid UTF-8: byte 0xff"),
     "semicolons.csv": (b"prompt;response\na;b\n", r"semicolons\.csv:1: .*separated by semicolons, not commas"),
     "tabs.csv": (b"prompt\tresponse\na\tb\n", "name the file .tsv"),
     "twice.csv": (b"prompt,prompt\na,b\n", "twice in the header"),
@@ -139,6 +140,7 @@ BROKEN_LINES = {
     '"x"': "this is a text",
     "[" * 100_000: "broken JSON",
     b'{"a": "\xff"}': "invalid UTF-8: byte 8 of the line is 0xff",
+    b'\xef\xbb\xbf{"a": "\xff"}': "invalid UTF-8: byte 8 of the line is 0xff",
     '{"a": "' + "x" * 10_000_000 + '"}': "the row has 10.0 MB, the limit is 4.2 MB",
 }
 
