@@ -12,11 +12,11 @@ from transformers import AutoTokenizer
 from tests.data import families
 from tests.data.test_chat import chat_of
 from tests.data.test_prepare import prepare, sft, write
-from training.utils.data import template
 from training.utils.data.chat import render
 from training.utils.data.report import IGNORED
 from training.utils.data.template import configure_chat_template, stop_token_ids
 from training.utils.errors import UserError
+from training.utils.run.distributed import say_once
 
 # As a user of ColossalChat writes it: the turns end with a token of the tokenizer's own
 JINJA = (
@@ -114,7 +114,7 @@ def test_the_template_may_be_another_model_s(tmp_path):
 
 
 def test_an_end_of_several_tokens_is_written_as_eos_and_said(tmp_path, capsys):
-    template._tell.cache_clear()
+    say_once.cache_clear()
     tok = no_end_token()
     pieces = tok("<|im_end|>")["input_ids"]
     assert len(pieces) > 1
@@ -128,7 +128,7 @@ def test_an_end_of_several_tokens_is_written_as_eos_and_said(tmp_path, capsys):
 
 
 def test_an_end_that_the_template_does_not_write(tmp_path, capsys):
-    template._tell.cache_clear()
+    say_once.cache_clear()
     tok = families._fast(families.byte_bpe(), eos_token="<|endoftext|>")
     configure_chat_template(tok, saved(tmp_path, end_of_assistant="<|endoftext|>"))  # EOS ends a response anyway
     assert "'<|endoftext|>' ends a response, too" in capsys.readouterr().out

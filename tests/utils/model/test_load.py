@@ -32,6 +32,7 @@ from training.utils.errors import UserError
 from training.utils.model import classifiers, loading
 from training.utils.model.limits import check_length
 from training.utils.model.tokenizer import load_tokenizer
+from training.utils.run.distributed import say_once
 
 # Every name that these families give to a kind of dropout
 DROPOUT = {
@@ -94,7 +95,7 @@ def test_a_family_without_sdpa_takes_eager_by_itself(family, tmp_path, capsys):
     """Everywhere: samples, held-out answers and the evaluate programs load models too, and ask for nothing."""
     (tmp_path / "model").mkdir()
     path = save_family(family, tmp_path / "model")
-    loading._tell_eager.cache_clear()
+    say_once.cache_clear()
     made = [
         loading.load_causal_lm(path, dtype="fp32"),
         classifiers.load_classifier(path, dtype="fp32", pad_token_id=0, fresh_head_seed=1),

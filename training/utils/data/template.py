@@ -13,7 +13,6 @@ import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,6 @@ Message = dict[str, str]
 DEFAULT_TEMPLATE = "human_assistant"
 _SYSTEM_START, _SYSTEM_END = "{#- system message -#}", "{#- end of system message -#}"
 _STOP_IDS = re.compile(r"\{# stop ids: ([\d ]+) #\}\n?")
-_END_OF_THOUGHT = "</think>"
 _PROBES = ("Kwzhia", "Mvtrqe", "Zplodu", "Gnybis")
 
 
@@ -130,7 +128,7 @@ def configure_chat_template(
     template = template or read_template_file(DEFAULT_TEMPLATE).template
     further = [*file.stop_ids, *stop_ids]
     if file.end_of_assistant not in ("", *added_texts(tokenizer)):
-        template, further = _ended_by_eos(tokenizer, template, file.end_of_assistant, chat_template, further)
+        template, further = _ended_by_eos(tokenizer, template, file.end_of_assistant, further)
     if further:
         _check_stop_ids(tokenizer, further)
         template = _with_stop_ids(template, further)
@@ -140,21 +138,15 @@ def configure_chat_template(
     structure_of(tokenizer)
     _check_end_of_assistant(tokenizer, file.end_of_assistant, chat_template)
     for key in file.unread:
-        _tell(f"note: {chat_template}: {key} is for ColossalChat's own reward functions and is not read here")
+        from training.utils.run.distributed import say_once  # imports torch
+
+        say_once(f"note: {chat_template}: {key} is for ColossalChat's own reward functions and is not read here")
     if message.strip() not in render_text(tokenizer, [{"role": "user", "content": _PROBES[0]}]):
         whose = "--system_message" if system_message else f"--chat_template {chat_template}"
         raise UserError(
             f"{whose}: the chat template writes no system turn, so the message would be lost; "
             "choose another --chat_template"
         )
-
-
-@cache
-def _tell(line: str) -> None:
-    """Say a line once: programs configure a tokenizer where they load it, and again where they prepare data."""
-    from training.utils.run.distributed import say
-
-    say(line)
 
 
 def _template_of(file: str, model: str) -> str:
@@ -172,7 +164,7 @@ def _template_of(file: str, model: str) -> str:
     return str(template)
 
 
-def _ended_by_eos(tokenizer: Any, template: str, end: str, file: str, stop_ids: list[int]) -> tuple[str, list[int]]:
+def _ended_by_eos(tokenizer: Any, template: str, end: str, stop_ids: list[int]) -> tuple[str, list[int]]:
     """A template whose turns end with EOS instead of a text of several tokens, by which no model could be stopped.
 
     Returns:
@@ -204,17 +196,19 @@ def _check_end_of_assistant(tokenizer: Any, end: str, file: str) -> None:
     written, tokens = structure_of(tokenizer).end_token, _ids_of(tokenizer, end)
     if end in ("", written):
         return
+    from training.utils.run.distributed import say_once  # imports torch
+
     if end not in added_texts(tokenizer):
         what = f"{len(tokens)} tokens of this tokenizer, and one must end a response"
         if written != tokenizer.eos_token:
             raise UserError(f"--chat_template {file}: end_of_assistant {end!r} is {what}; chat_template ends an answer "
                             f"with {written!r}, so name that")  # fmt: skip
-        _tell(f"note: {file}: end_of_assistant {end!r} is {what}: every answer ends with {written!r} in its place")
+        say_once(f"note: {file}: end_of_assistant {end!r} is {what}: every answer ends with {written!r} in its place")
     elif tokens[-1] not in stop_token_ids(tokenizer):
         raise UserError(f"--chat_template {file}: end_of_assistant is {end!r}, and chat_template ends an answer with "
                         f"{written!r}; write the same in both")  # fmt: skip
     else:
-        _tell(f"note: {file}: chat_template ends an answer with {written!r}; {end!r} ends a response, too")
+        say_once(f"note: {file}: chat_template ends an answer with {written!r}; {end!r} ends a response, too")
 
 
 def _ids_of(tokenizer: Any, text: str) -> list[int]:
@@ -341,10 +335,10 @@ def _first_added(text: str, added: Sequence[str]) -> tuple[int, str] | None:
 class _Around:
     """What stands around one answer of a probe; ``end`` is empty where no special token follows."""
 
-    lead: str
-    tail: str
-    end: str
-    rest: str
+    lead: str = ""
+    tail: str = ""
+    end: str = ""
+    rest: str = ""
 
 
 def structure_of(tokenizer: Any) -> Structure:
@@ -377,7 +371,7 @@ def structure_of(tokenizer: Any) -> Structure:
         )
     (end_token,) = ends
     call = _end_of_call(tokenizer, added, open_=bool(closes))
-    stops = [tokenizer.eos_token, end_token, call.end]
+    stops = [tokenizer.eos_token, end_token, call]
     ids = [int(tokenizer.convert_tokens_to_ids(token)) for token in stops if token]
     ids += _further_stop_ids(tokenizer.chat_template)
     found = Structure(
@@ -386,7 +380,7 @@ def structure_of(tokenizer: Any) -> Structure:
         leads=tuple(sorted({around.lead for around in last}, key=len, reverse=True)),
         tails=tuple(sorted({around.tail for around in last}, key=len, reverse=True)),
         closes=closes,
-        closes_call=(call.tail + call.end or closes) if closes else "",
+        closes_call=closes and (call or closes),
         rewrites=(earlier.lead, earlier.tail, earlier.end) not in {(a.lead, a.tail, a.end) for a in last},
         adds_prefix=_adds_prefix(tokenizer),
         takes_blanks=tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.rstrip),
@@ -409,7 +403,7 @@ def _probe(tokenizer: Any, turns: int, index: int, added: Sequence[str]) -> _Aro
     except RowError:
         if index == turns - 1:
             raise
-        return _Around("", "", "", "")  # as the last answer alone it may be masked
+        return _Around()  # as the last answer alone it may be masked
     content = messages[index]["content"]
     at = full.index(content, start)
     if any(message["content"] in full[start:at] for message in messages[:index]):
@@ -421,24 +415,23 @@ def _probe(tokenizer: Any, turns: int, index: int, added: Sequence[str]) -> _Aro
     return _Around(full[start:at], rest[:position], token, rest)
 
 
-def _end_of_call(tokenizer: Any, added: Sequence[str], open_: bool) -> _Around:
+def _end_of_call(tokenizer: Any, added: Sequence[str], open_: bool) -> str:
     """What ends a turn that calls a tool: its last special token, or where turns are open the first behind it."""
     function = {"name": _PROBES[1], "arguments": {_PROBES[2]: _PROBES[3]}}
     calls = json.dumps([{"type": "function", "id": "a" * 9, "function": function}])
     messages = [{"role": "user", "content": _PROBES[0]}, {"role": "assistant", "content": "", "tool_calls": calls}]
     if open_:
         messages.append({"role": "tool", "content": _PROBES[0], "tool_call_id": "a" * 9})
-    nothing = _Around("", "", "", "")
     try:
         text = render_text(tokenizer, messages)
     except UserError:
-        return nothing
+        return ""
     if not 0 <= text.find(_PROBES[1]) < text.find(_PROBES[3]):
-        return nothing
+        return ""
     rest = text[text.find(_PROBES[3]) + len(_PROBES[3]) :]
     if open_:
-        return _Around("", "", (_first_added(rest, added) or (0, ""))[1], rest)
-    return _Around("", "", max((t for t in special_texts(tokenizer) if t in rest), key=rest.rfind, default=""), rest)
+        return (_first_added(rest, added) or (0, ""))[1]
+    return max((token for token in special_texts(tokenizer) if token in rest), key=rest.rfind, default="")
 
 
 def _adds_prefix(tokenizer: Any) -> bool:
@@ -457,7 +450,7 @@ def check_no_turn_lost(full: str, messages: Sequence[Message]) -> None:
         content = message["content"].strip()
         forms = [content, json.dumps(content, ensure_ascii=False)[1:-1]]
         if message["role"] == "assistant":
-            forms.append(content.rpartition(_END_OF_THOUGHT)[2].strip())
+            forms.append(content.rpartition("</think>")[2].strip())
         elif message["role"] != "tool":
             forms = forms[:1]
         found, form = next(((at, form) for form in forms if (at := full.find(form, position)) >= 0), (-1, ""))

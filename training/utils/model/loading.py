@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import re
 import shutil
@@ -37,7 +36,7 @@ from training.utils.engine import four_bit, sequence_parallel
 from training.utils.engine.zero_config import DTYPES
 from training.utils.errors import UserError, disk_failure
 from training.utils.model import hub
-from training.utils.run.distributed import say
+from training.utils.run.distributed import say, say_once
 from training.utils.run.folders import CACHE_FOLDER, cache_dir, installing, make_dir
 from training.utils.run.inputs import check_model_path
 
@@ -262,7 +261,6 @@ def load_strictly(
         setattr(config, name, value)
 
     def load(attention: str) -> tuple[PreTrainedModel, dict[str, Any]]:
-        """The model with this attention, and what loading found."""
         return factory.from_pretrained(
             path,
             config=config,
@@ -327,18 +325,9 @@ def with_attention(build: Callable[[str], T], attention: str) -> T:
     except ValueError as error:
         if attention != "sdpa" or NO_ATTENTION not in str(error):
             raise
-        _tell_eager(re.split(r"For[A-Z]|LMHead", str(error).split()[0])[0])
+        family = re.split(r"For[A-Z]|LMHead", str(error).split()[0])[0]
+        say_once(f"{family} has no sdpa attention in transformers: it runs with --attn_implementation eager")
         return build("eager")
-
-
-@functools.cache  # once for all roles of a family
-def _tell_eager(family: str) -> None:
-    say(f"{family} has no sdpa attention in transformers: it runs with --attn_implementation eager")
-
-
-@functools.cache  # once for all roles of a model
-def _tell_router(path: str) -> None:
-    say(f"note: {path} asks for its router's auxiliary loss (output_router_logits): the programs here train without it")
 
 
 def _check_unexpected(path: str, info: Mapping[str, Any], scores: bool, drawn: bool) -> None:
@@ -430,7 +419,8 @@ def config_without_dropout(path: str) -> Any:
                 setattr(part, name, type(value)(0))  # some configurations check the type
         if getattr(part, "output_router_logits", False):
             part.output_router_logits = False
-            _tell_router(path)
+            say_once(f"note: {path} asks for its router's auxiliary loss (output_router_logits): the programs here "
+                     "train without it")  # fmt: skip
     return config
 
 

@@ -208,6 +208,12 @@ def say(message: str) -> None:
         tqdm.write(printable(message))
 
 
+@functools.cache
+def say_once(message: str) -> None:
+    """`say`, but of the same message only once: for all roles of a model, or where a tokenizer is set up again."""
+    say(message)
+
+
 def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
     """Sum a tensor over all shares of the rows; returns a new one of the same shape, in float64 on its device."""
     total = values.detach().to(torch.float64).clone()
