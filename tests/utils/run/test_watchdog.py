@@ -116,7 +116,7 @@ def test_signals_are_passed_on_to_ranks_and_not_to_what_they_fork(monkeypatch):
     """Launcher 1 has made the ranks 2 and 3, of which one has forked a worker of the same environment."""
     parents, heard = {1: 0, 2: 1, 3: 1, 4: 3}, []
     monkeypatch.setattr(processes, "_members", lambda _: list(parents))
-    monkeypatch.setattr(processes, "_environment", lambda pid: b"" if pid == 1 else b"LOCAL_RANK=0\0")
+    monkeypatch.setattr(processes, "of_process", lambda pid, _: b"" if pid == 1 else b"LOCAL_RANK=0\0")
     monkeypatch.setattr(processes, "parent_of", parents.__getitem__)
     monkeypatch.setattr(processes.os, "kill", lambda pid, number: heard.append((pid, number)))
     processes._signal_ranks(1, signal.SIGTERM)

@@ -198,7 +198,7 @@ def _signal_ranks(group: int, number: int) -> None:
 
     What a rank has forked has its environment, and may be needed for the step that the rank finishes.
     """
-    ranks = [pid for pid in _members(group) if b"\0LOCAL_RANK=" in b"\0" + _environment(pid)]
+    ranks = [pid for pid in _members(group) if b"\0LOCAL_RANK=" in b"\0" + of_process(pid, "environ")]
     if not ranks:
         _signal_group(group, number)
     for pid in (pid for pid in ranks if parent_of(pid) not in ranks):
@@ -206,12 +206,18 @@ def _signal_ranks(group: int, number: int) -> None:
             os.kill(pid, number)
 
 
+def of_process(pid: int, what: str) -> bytes:
+    """What a file of /proc says about a process; empty if it has ended, or there is no /proc."""
+    try:
+        return Path(f"/proc/{pid}/{what}").read_bytes()
+    except OSError:
+        return b""
+
+
 def parent_of(pid: int) -> int:
     """A process's parent, 0 if it has ended or there is no /proc."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except (OSError, ValueError, IndexError):
-        return 0
+    status = of_process(pid, "stat").rpartition(b")")[2].split()
+    return int(status[1]) if status else 0
 
 
 def _members(group: int) -> list[int]:
@@ -224,13 +230,6 @@ def _group_of(pid: int) -> int:
         return os.getpgid(pid)
     except ProcessLookupError:
         return -1
-
-
-def _environment(pid: int) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/environ").read_bytes()
-    except OSError:  # it has ended
-        return b""
 
 
 def _signal_group(group: int, number: int) -> bool:

@@ -23,12 +23,12 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from training.utils.errors import RunStopped, UserError, disk_failure, leave_process_group, print_last, run_program
 from training.utils.run import phases
 from training.utils.run.folders import same_command, take_back
-from training.utils.run.processes import STARTED_BY, parent_of
+from training.utils.run.processes import STARTED_BY, of_process, parent_of
 
 _end = os._exit  # the system's own: inside reward_functions.no_exit another stands in its place
 ECHO = 2.0  # seconds: one Ctrl-C reaches a rank as SIGINT from the terminal and as SIGTERM from DeepSpeed's launcher
@@ -92,7 +92,7 @@ def watch(folder: Path, hang_timeout: float) -> None:
     if _rank() == 0:
         (folder / FAILURE_FILE).unlink(missing_ok=True)
     _state.known = {}
-    for path in (p for kind in (NOTE, ABORT) for p in folder.glob(kind.format("*"))):
+    for path in _notes(folder):
         number = _number(path)
         if number == _rank() or (_rank() == 0 and number >= int(os.environ.get("WORLD_SIZE", "1"))):
             path.unlink(missing_ok=True)  # its own, or of a rank that there is no more
@@ -132,10 +132,8 @@ def run_training(main: Callable[[Sequence[str]], int]) -> int:
         if _state.folder is None:  # --help, or flags that were refused
             raise
         _fail(RuntimeError(f"something called sys.exit({error.code}) before the step was done"))
-        raise AssertionError("unreachable: _fail ends the process") from error
     except Exception as error:
         _fail(error)
-        raise AssertionError("unreachable: _fail ends the process") from error
     _state.ending = True
     if _state.abort is not None:
         faulthandler.disable()
@@ -216,7 +214,6 @@ def _noting_errors(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[s
     """``main``, with a note for the other ranks if it meets bad input: this rank may be the only one."""
 
     def run(argv: Sequence[str]) -> int:
-        """The program, its errors noted."""
         try:
             return main(argv)
         except UserError as error:
@@ -265,7 +262,7 @@ def _exit(code: int) -> None:
     _end(code)
 
 
-def _fail(error: Exception) -> None:
+def _fail(error: Exception) -> NoReturn:
     """Tell why this rank ends, in the log and in a note, and end it; what another rank has caused is not told twice."""
     _state.ending = True
     if _is_lost_connection(error):
@@ -276,13 +273,11 @@ def _fail(error: Exception) -> None:
                 _end(1)
             time.sleep(0.2)
         reason = str(error).strip().splitlines()[0]
-        text = f"{phases.doing}: the connection to another rank is lost (killed? out of memory?): {reason}"
-        _leave_note("lost", text)
-        print_last(text)
-        _end(1)
-    text = f"{phases.doing}:\n{''.join(traceback.format_exception(error))}"
-    _leave_note("error", text)
-    print_last(text)
+        kind, text = "lost", f" the connection to another rank is lost (killed? out of memory?): {reason}"
+    else:
+        kind, text = "error", f"\n{''.join(traceback.format_exception(error))}"
+    _leave_note(kind, f"{phases.doing}:{text}")
+    print_last(f"{phases.doing}:{text}")
     _end(1)
 
 
@@ -307,17 +302,17 @@ def _leave_note(kind: str, text: str) -> None:
 
 def _other_notes() -> list[dict[str, Any]]:
     """What other ranks have left since this run began."""
-    found = []
-    if _state.folder is not None:
-        for path in _state.folder.glob(NOTE.format("*")):
-            with contextlib.suppress(OSError, ValueError):  # it is being replaced
-                if path.name != NOTE.format(_rank()) and _state.known.get(path.name) != path.stat().st_mtime_ns:
-                    found.append(json.loads(path.read_text(encoding="utf-8")))
-        for path in _state.folder.glob(ABORT.format("*")):
-            with contextlib.suppress(OSError):
-                if path.name != ABORT.format(_rank()) and _state.known.get(path.name) != path.stat().st_mtime_ns:
-                    found += _aborted(path)
+    found: list[dict[str, Any]] = []
+    for path in _notes(_state.folder) if _state.folder is not None else ():
+        with contextlib.suppress(OSError, ValueError):  # it is being replaced
+            if _number(path) != _rank() and _state.known.get(path.name) != path.stat().st_mtime_ns:
+                found += [json.loads(path.read_text(encoding="utf-8"))] if path.suffix == ".json" else _aborted(path)
     return found
+
+
+def _notes(folder: Path) -> list[Path]:
+    """The notes in a folder, and the files of fault handlers."""
+    return [path for kind in (NOTE, ABORT) for path in folder.glob(kind.format("*"))]
 
 
 def _number(path: Path) -> int:
@@ -405,7 +400,4 @@ def _is_orphan() -> bool:
 
 
 def _command(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-    except OSError:
-        return ""
+    return of_process(pid, "cmdline").replace(b"\0", b" ").decode(errors="replace")
