@@ -56,7 +56,6 @@ class LiveMemory(TorchDispatchMode):
         held = storage.nbytes() if size is None else size
 
         def freed(_: object) -> None:
-            """Called when the storage is gone."""
             self.bytes -= held
             self._alive.pop(key, None)
 
@@ -114,11 +113,7 @@ class FakeModel:
         self._device = device
         with torch.device("meta"):  # PEFT moves its layers, which a fake tensor does not allow; a meta tensor does
             self.module = build()
-        self._make_fake()
-
-    def _make_fake(self) -> None:
-        """Replace meta tensors by fake ones on the device; what is tied stays tied."""
-        made: dict[int, torch.Tensor] = {}
+        made: dict[int, torch.Tensor] = {}  # fake tensors in place of meta ones; what is tied stays tied
         with self._mode:
             for module in self.module.modules():
                 for tensors in (module._parameters, module._buffers):
@@ -169,7 +164,6 @@ class FakeModel:
         with self.counting() as memory, contextlib.ExitStack() as hooks:
 
             def whole(parameter: torch.Tensor) -> None:
-                """Counts a gradient that the backward has finished."""
                 assert parameter.grad is not None
                 wide = 4 * parameter.grad.numel()
                 if parameter.grad.nbytes < wide:  # it is there in both precisions for a moment

@@ -145,29 +145,14 @@ def host_memory() -> int:
     return max(free, 0) // local_ranks()
 
 
-def role_lines(plan: Plan) -> list[str]:
-    """What each role holds, in MiB."""
-    lines = []
-    for name, role in plan.roles.items():
-        parts = [f"{part} {_mib(size)}" for part, size in role.resident.items() if size]
-        lines.append(f"  {name:<12}{_mib(role.total):>8}   {', '.join(parts)}")
-        if role.host and not plan.on_cpu:
-            lines.append(f"  {'':<20}   in the host's memory: {', '.join(sorted(role.host))}")
-    return lines
-
-
-def phase_lines(plan: Plan) -> list[str]:
-    """What each phase adds and needs in all, in MiB."""
-    lines = []
-    for phase in plan.phases:
-        parts = phase.parts | (phase.host if plan.on_cpu else {})
-        shown = ", ".join(f"{part} {_mib(size)}" for part, size in parts.items() if size)
-        lines.append(f"  {phase.name:<20}{_mib(plan.need(phase)):>8}   {shown}")
-    return lines
-
-
 def _mib(size: int) -> str:
     return f"{size / MIB:,.0f}"
+
+
+def _row(name: str, width: int, total: int, parts: Mapping[str, int]) -> str:
+    """What a role or a phase needs in all, and the parts of that, in MiB."""
+    shown = ", ".join(f"{part} {_mib(size)}" for part, size in parts.items() if size)
+    return f"  {name:<{width}}{_mib(total):>8}   {shown}"
 
 
 def show_plan(title: str, settings: Settings, plan_of: Callable[[Settings], Plan], flags: Mapping[str, str]) -> int:
@@ -182,9 +167,15 @@ def show_plan(title: str, settings: Settings, plan_of: Callable[[Settings], Plan
     fits = plan.peak() <= available
     by_stage = {stage: plan_of(replace(settings, zero_stage=stage)).peak() for stage in range(4)}
     least = next((stage for stage, peak in by_stage.items() if peak <= available), None)
-    lines = [f"Memory plan of {title}; for each rank, in MiB", "", "  held all the time", *role_lines(plan), ""]
-    lines += ["  phase                 total   of it, for that time", *phase_lines(plan), ""]
-    lines += [f"  {note}" for note in plan.notes]
+    lines = [f"Memory plan of {title}; for each rank, in MiB", "", "  held all the time"]
+    for name, role in plan.roles.items():
+        lines.append(_row(name, 12, role.total, role.resident))
+        if role.host and not plan.on_cpu:
+            lines.append(f"  {'':<20}   in the host's memory: {', '.join(sorted(role.host))}")
+    lines += ["", "  phase                 total   of it, for that time"]
+    for phase in plan.phases:
+        lines.append(_row(phase.name, 20, plan.need(phase), phase.parts | (phase.host if plan.on_cpu else {})))
+    lines += ["", *(f"  {note}" for note in plan.notes)]
     lines.append(
         f"  peak {_mib(plan.peak())} in {at.name}; free for this rank ({device().type}): {_mib(available)}: "
         + ("it fits" if fits else "it does NOT fit")
@@ -313,7 +304,6 @@ def fake_role(
     factory: Any = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
 
     def build() -> Any:
-        """The model, on whatever device is in force."""
         config = config_without_dropout(path)
         if classifier:
             config.num_labels, config.pad_token_id = 1, 0
