@@ -33,22 +33,14 @@ def run_program(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None
         if argv is None:
             leave_process_group()
         return code
-    except UserError as error:
-        if _speaks():
-            print_last(f"error: {' '.join(str(error).split())}")
-        return 2
     except Exception as error:
-        if not (reason := disk_failure(error)):
+        reason = " ".join(str(error).split()) if isinstance(error, UserError) else disk_failure(error)
+        if not reason and not isinstance(error, UserError):
             raise
-        if _speaks():
+        rank = os.environ.get("RANK", "0")
+        if not rank.isdecimal() or int(rank) == 0:  # RANK may be no number: then the error is about that
             print_last(f"error: {reason}")
         return 2
-
-
-def _speaks() -> bool:
-    """Whether this is rank 0, or ``RANK`` is no number, which is what the error is about then."""
-    rank = os.environ.get("RANK", "0")
-    return not rank.isdecimal() or int(rank) == 0
 
 
 def run_resumable(main: Callable[[Sequence[str]], int]) -> int:

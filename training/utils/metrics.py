@@ -41,7 +41,7 @@ class MetricsLogger:
         seconds: float = 0.0,
     ) -> None:
         self._watch = watch
-        self._file = self._writer = self._wandb = self._page = None
+        self._file = self._writer = self._wandb = None
         self._start = time.monotonic() - seconds
         if not is_main():
             return
@@ -54,7 +54,6 @@ class MetricsLogger:
         elif report_to == "wandb":
             import wandb
 
-            self._page = wandb.Html
             self._wandb = wandb.init(
                 project="tripod",
                 name=name,
@@ -82,9 +81,11 @@ class MetricsLogger:
         """Record a text, such as a sample answer or a table in Markdown."""
         if self._writer is not None:
             self._writer.add_text(name, content, step)
-        if self._wandb is not None and self._page is not None:  # which shows no Markdown, and a model wrote the text
+        if self._wandb is not None:  # which shows no Markdown, and a model wrote the text
+            import wandb
+
             shown = f'<pre style="white-space: pre-wrap">{html.escape(content)}</pre>'
-            self._wandb.log({name: self._page(shown)}, step=step)
+            self._wandb.log({name: wandb.Html(shown)}, step=step)
 
     def close(self) -> None:
         """Flush and close every sink."""

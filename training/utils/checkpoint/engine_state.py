@@ -69,17 +69,6 @@ class Part:
         return parameter.reshape(-1)[self.start : self.start + self.values[MASTER].numel()]
 
 
-def _link_moments(zero: Any) -> None:
-    """Let DeepSpeed map parameters to their moments again.
-
-    At ZeRO 1 and 2 version 0.19 does so only once, after the first group of parameters has stepped: too early for the
-    second group, which has no moments yet.
-    """
-    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
-        zero._hp_optimizer_states_linked = False
-        zero._lazy_init_hp_params_optimizer_state()
-
-
 def _has_moments(zero: Any) -> bool:
     return all(adam_of(zero).state.get(flat) for flat in flat_partitions(zero))
 
@@ -97,8 +86,11 @@ def parts(engine: Any, *, moments: bool) -> Iterator[Part]:
     if getattr(zero, "swap_optimizer", False):
         raise UserError("optimizer states on NVMe can not be saved; offload them to CPU memory: --offload")
     keys = (None, *MOMENTS) if moments else (None,)
-    if moments:
-        _link_moments(zero)
+    if moments and hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+        # Of ZeRO 1 and 2 DeepSpeed 0.19 maps parameters to their moments only once, after the first group of them has
+        # stepped: too early for the second group, which has no moments yet
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
     for name, parameter in engine.module.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -141,7 +133,13 @@ def _editing(zero: Any) -> Iterator[None]:
         zero.checkpoint_event_prologue()  # ZeRO 3: what is whole on every rank now would hide what is written
     with torch.no_grad():
         yield
-        _round_weights(zero)
+        if hasattr(zero, "masters"):
+            round_weights(zero)
+        elif hasattr(zero, "fp32_partitioned_groups_flat"):
+            for group in range(len(zero.fp32_partitioned_groups_flat)):
+                zero._reassign_or_swap_out_partitioned_parameters(group)
+        else:
+            zero.update_lp_params()
     if hasattr(zero, "checkpoint_event_epilogue"):
         zero.checkpoint_event_epilogue()
 
@@ -270,18 +268,6 @@ def load_engine(engine: Any, files: list[Path], counters: dict[str, Any]) -> Non
             for kind, view in part.values.items():
                 view.copy_(saved.read(part, kind))
     _load_counters(engine, counters, moments)
-
-
-def _round_weights(zero: Any) -> None:
-    """Make the model's weights from the masters, as an optimizer step does at its end."""
-    if hasattr(zero, "masters"):
-        round_weights(zero)
-        return
-    if not hasattr(zero, "fp32_partitioned_groups_flat"):
-        zero.update_lp_params()
-        return
-    for group in range(len(zero.fp32_partitioned_groups_flat)):
-        zero._reassign_or_swap_out_partitioned_parameters(group)
 
 
 def _load_counters(engine: Any, counters: dict[str, Any], moments: bool) -> None:

@@ -74,9 +74,12 @@ def describe(
         batches: what an optimizer step (step 3: an iteration) consists of over all ranks.
     """
     fields = [(group, field) for group in groups for field in dataclasses.fields(group)]
+    flags = {field.name: getattr(group, field.name) for group, field in fields}
+    if "deepspeed_config" in flags:
+        flags["deepspeed_config"] = user_config(flags["deepspeed_config"]) or ""
     return {
         "step": step,
-        "flags": {field.name: _meaning(field.name, getattr(group, field.name)) for group, field in fields},
+        "flags": flags,
         "defaults": {field.name: default_of(field) for _, field in fields},
         "fingerprints": FINGERPRINTS,
         "models": {flag: input_fingerprint(path) for flag, path in models.items()},
@@ -88,10 +91,6 @@ def describe(
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
-
-
-def _meaning(name: str, value: Any) -> Any:
-    return user_config(value) or "" if name == "deepspeed_config" else value
 
 
 def input_fingerprint(path: str) -> str:

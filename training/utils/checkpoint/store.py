@@ -75,15 +75,11 @@ def link_file(source: Path, target: Path) -> Entry:
         shutil.copyfile(source, target)
         with target.open("rb") as file:
             os.fsync(file.fileno())
-    return {"size": target.stat().st_size, "sha256": _remembered_digest(target)}
-
-
-def _remembered_digest(path: Path) -> str:
-    stat = path.stat()
+    stat = target.stat()
     key = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
     if key not in _known:
-        _known[key] = read_digest(path)
-    return _known[key]
+        _known[key] = read_digest(target)
+    return {"size": stat.st_size, "sha256": _known[key]}
 
 
 def scratch_folder(folder: Path, step: int) -> Path:

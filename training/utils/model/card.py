@@ -135,11 +135,13 @@ def write_model_card(
     first = origin.get("base_model", "")
     name = shown(base[0]) if Path(base[0]).is_dir() else base[0]
     started = f"`{name}`" + (f", which goes back to {first}" if first and first != name else "")
+    precision = results.get("precision")
+    inside = f", in {precision['dtype']}" if isinstance(precision, Mapping) and "dtype" in precision else ""
     made = f"{datetime.date.today().isoformat()} with Tripod {version_of('tripod') or ''}".rstrip()
     sections = [
         _front_matter(kind, origin),
         f"# {folder.parent.name}/{folder.name}: {about.title}",
-        f"{about.sentence} Trained on {made}{_in_precision(results)}, from {started}.",
+        f"{about.sentence} Trained on {made}{inside}, from {started}.",
         "## Data\n\n" + "\n".join(f"- {line}" for line in data),
         f"## Flags\n\n```\n{shlex.join([program, *argv])}\n```\n\nFlags that are not named had their defaults; "
         f"`{program} --help` lists them.",
@@ -209,11 +211,6 @@ def _front_matter(kind: str, origin: Mapping[str, str]) -> str:
     task = "text-classification" if KINDS[kind].classifier else "text-generation"
     head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": task, **origin, "tags": ["tripod", kind]}
     return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---"
-
-
-def _in_precision(results: Mapping[str, Any]) -> str:
-    found = results.get("precision")
-    return f", in {found['dtype']}" if isinstance(found, Mapping) and "dtype" in found else ""
 
 
 def _table(results: Mapping[str, Any]) -> str:

@@ -63,7 +63,9 @@ def check_flag(name: str, values: Sequence[Any], *, weights: bool = True) -> Non
             if name.endswith(MODELS):
                 check_model_path(text, f"--{name}", weights=weights and name != TOKENIZER)
             elif name.endswith(DATA):
-                _check_data_path(text, f"--{name}")
+                from training.utils.data.reading.sources import local_source  # its imports take a moment
+
+                local_source(text, "demonstrations", f"--{name}")
             elif name in FUNCTIONS:
                 check_function(text, f"--{name}")
             elif name == "chat_template":
@@ -184,12 +186,6 @@ def _of_another_project(folder: Path) -> bool:
     with zipfile.ZipFile(file) as opened:
         names = (opened.read(name) for name in opened.namelist() if name.endswith("data.pkl"))
         return any(_THEIR_BACKBONE.search(found) for found in names)
-
-
-def _check_data_path(text: str, flag: str) -> None:
-    from training.utils.data.reading.sources import local_source  # its imports take a moment
-
-    local_source(text, "demonstrations", flag)
 
 
 def check_function(spec: str, flag: str) -> None:

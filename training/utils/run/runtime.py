@@ -54,7 +54,6 @@ def prepare_runtime() -> None:
     """
 
     def check(_: object) -> int:
-        """What can not be mended here."""
         if wrong := wrong_variable():
             raise UserError(wrong)
         put_bin_on_path()
@@ -139,7 +138,7 @@ def remove_stale_build_locks() -> None:
     if not Path("/proc/self/cwd").exists():
         return
     for lock in [*root.glob("*/lock"), *root.glob("*/*/lock")]:
-        while lock.exists() and str(lock.parent.resolve()) not in _working_folders():
+        while lock.exists() and str(lock.parent.resolve()) not in _of_processes(lambda p: os.readlink(p / "cwd")):
             with contextlib.suppress(FileNotFoundError):  # its compilation may end at any time
                 if abs(time.time() - lock.stat().st_mtime) > BUILD_START:  # or the clock was set back
                     lock.unlink()
@@ -160,10 +159,6 @@ def remove_abandoned_buffers() -> None:
     for path in ours:
         if f"{path}\n" not in mapped:
             path.unlink(missing_ok=True)
-
-
-def _working_folders() -> set[str]:
-    return set(_of_processes(lambda process: os.readlink(process / "cwd")))
 
 
 def _of_processes(read: Callable[[Path], str]) -> Iterator[str]:

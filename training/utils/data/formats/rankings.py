@@ -124,19 +124,14 @@ def _ranked(row: Row, ask: str, name: str, items: Sequence[Any], order: Sequence
     return ranking(prompt, answers, order, continuation(prompt, row.get("response"), "response", transcript))
 
 
-def in_order(row: Row, ask: str, name: str) -> list[Example]:
-    """A list of answers, best first; those that stand in a list of their own are tied."""
+def prompt_ranking(row: Row) -> list[Example]:
+    """InstructGPT's data: a prompt and its answers, best first; those that stand in a list of their own are tied."""
     items, order = [], []
-    for place, item in enumerate(listed(row[name], name)):
+    for place, item in enumerate(listed(row["ranking"], "ranking")):
         tied = item if isinstance(item, list) and not _is_conversation(item) else [item]
         items += tied
         order += [float(place)] * len(tied)
-    return _ranked(row, ask, name, items, order)
-
-
-def prompt_ranking(row: Row) -> list[Example]:
-    """InstructGPT's data: a prompt, and its answers from the best to the worst."""
-    return in_order(row, "prompt", "ranking")
+    return _ranked(row, "prompt", "ranking", items, order)
 
 
 def rated(ask: str, name: str) -> Converter:

@@ -118,13 +118,6 @@ def _kind_of(split: str) -> frozenset[str]:
     return frozenset(re.split(r"[^a-z]+", split.lower())) - EVAL_WORDS - {"train", "training"}
 
 
-def _chosen(splits: dict[str, tuple[Path, ...]], others: Iterable[str] = ()) -> Files:
-    train, held_out = split_names(splits)
-    assert train is not None
-    unread = [f"split {name}" for name in splits if name not in (train, held_out)]
-    return Files(splits[train], splits[held_out] if held_out else (), (*unread, *others))
-
-
 def _of_readme(where: str, folder: Path) -> Files | None:
     """The files that a hub dataset's README names in its YAML; None if it names none."""
     readme = folder / "README.md"
@@ -157,7 +150,11 @@ def _of_readme(where: str, folder: Path) -> Files | None:
     wrong = next((split for split, patterns in splits if not patterns or names.count(split) > 1), None)
     if wrong is not None:  # of one that is named twice load_dataset reads nothing either
         raise UserError(f"{where}: README.md must name the split {wrong} once, with its files")
-    return _chosen({split: _matching(where, folder, root, patterns) for split, patterns in splits}, others)
+    found = {split: _matching(where, folder, root, patterns) for split, patterns in splits}
+    train, held_out = split_names(found)
+    assert train is not None
+    unread = [f"split {name}" for name in found if name not in (train, held_out)]
+    return Files(found[train], found[held_out] if held_out else (), (*unread, *others))
 
 
 def _splits(config: dict[str, Any]) -> list[tuple[str, list[str]]]:

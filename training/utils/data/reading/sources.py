@@ -64,9 +64,8 @@ class Source:
         Raises:
             UserError: a file as a whole can not be read.
         """
-        rows = self._all_rows(held_out)
         try:
-            yield from itertools.islice(rows, self.limit) if self.limit else rows
+            yield from itertools.islice(self._all_rows(held_out), self.limit or None)
         except UserError as error:
             raise UserError(f"{self.flag} {error}") from error
 
