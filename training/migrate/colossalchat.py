@@ -247,44 +247,39 @@ def settle_tokenizer(t: Translation, flag: str = "--tokenizer_dir", model: str =
         t.refused.append(f"{flag} {tokenizer} is not the model's folder: copy its files to {path}")
 
 
-def lora_settings(t: Translation) -> dict[str, Any]:
-    """dim, alpha, dropout and modules that ``--lora_rank`` or ``--lora_config`` ask for; empty without adapters."""
-    if rank := t.theirs("--lora_rank"):
-        return {"dim": rank, "alpha": 1, "dropout": 0.0, "modules": "all-linear"}
+def lora_config(t: Translation) -> dict[str, Any]:
+    """What ``--lora_rank`` or the file of ``--lora_config`` asks for, as the file has it; without adapters r is 0."""
+    found = {"r": t.theirs("--lora_rank"), "lora_alpha": 1, "linear_lora_dropout": 0.0, "target_modules": None}
     path = t.theirs("--lora_config")
-    if path is None:
-        return {}
+    if found["r"] or path is None:
+        return found
     instead = "give --lora_rank N, or the flags here that have lora in their names"
     try:
         given = json.loads(Path(path).read_text(encoding="utf-8"))
-        found = {"r": 0, "lora_alpha": 32, "linear_lora_dropout": 0.1, "target_modules": None} | given
+        whole = found | {"lora_alpha": 32, "linear_lora_dropout": 0.1} | given
     except (OSError, ValueError, TypeError, RecursionError) as error:
         t.refused.append(f"--lora_config {path} can not be read here ({type(error).__name__}): {instead}")
-        return {}
-    modules = found["target_modules"] or ["all-linear"]
-    odd = [name for name in modules if "embed" in name]
+        return found
+    odd = [name for name in whole["target_modules"] or [] if "embed" in name]
     for key, value in (("lora_initialization_method", "kaiming_uniform"), ("lora_train_bias", "none")):
         odd += [f"{key} {given[key]}"] if given.get(key, value) != value else []
     if odd:
         t.refused.append(f"--lora_config {path}: {', '.join(odd)} can not be had here: leave it out of the file")
-    return {
-        "dim": found["r"], "alpha": found["lora_alpha"], "dropout": found["linear_lora_dropout"],
-        "modules": ",".join(modules),
-    }  # fmt: skip
+    return whole
 
 
 def settle_lora(t: Translation, roles: Sequence[str]) -> None:
     """Adapters; there nothing else trains with them."""
-    found = lora_settings(t)
-    if not found.get("dim"):
+    found = lora_config(t)
+    if not found["r"]:
         return
     why = "--lora_rank" if t.theirs("--lora_rank") else "--lora_config"
     for role in roles:
-        t.set(f"--{role}lora_dim", found["dim"], why)
-        t.set(f"--{role}lora_module_name", found["modules"], why)
-    t.set("--lora_alpha", found["alpha"], why)
-    if found["dropout"] and "" in roles:
-        t.set("--lora_dropout", found["dropout"], why)
+        t.set(f"--{role}lora_dim", found["r"], why)
+        t.set(f"--{role}lora_module_name", ",".join(found["target_modules"] or ["all-linear"]), why)
+    t.set("--lora_alpha", found["lora_alpha"], why)
+    if found["linear_lora_dropout"] and "" in roles:
+        t.set("--lora_dropout", found["linear_lora_dropout"], why)
     t.set("--only_optimize_lora", True, why)
 
 

@@ -256,7 +256,7 @@ def their_template(tokenizer: Any, layout: Layout, end: str) -> str:
     )
 
 
-def load_their_tokenizer(path: str, folder: Path, layout: Layout, args: ConversionArguments, template: str) -> Any:
+def load_their_tokenizer(folder: Path, layout: Layout, args: ConversionArguments, template: str) -> Any:
     """The tokenizer, with their chat template unless another one is given.
 
     Raises:
@@ -270,7 +270,7 @@ def load_their_tokenizer(path: str, folder: Path, layout: Layout, args: Conversi
             f"{folder}: no tokenizer_config.json, so its special tokens are not known; name the base model's tokenizer "
             "with --tokenizer_name_or_path"
         )
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(args.tokenizer_name_or_path or str(folder))
     if not template:
         end = args.end_token or (END_OF_TEXT if END_OF_TEXT in tokenizer.get_vocab() else tokenizer.eos_token)
         tokenizer.chat_template = their_template(tokenizer, layout, end)
@@ -284,9 +284,7 @@ def main(argv: Sequence[str]) -> int:
     folder, output = Path(args.path).expanduser(), Path(args.output_dir).expanduser()
     config, weights = read_config(config_folder(args)), read_weights(folder)
     layout = layout_of(weights, folder)
-    tokenizer = load_their_tokenizer(
-        args.tokenizer_name_or_path or str(folder), folder, layout, args, data.chat_template
-    )
+    tokenizer = load_their_tokenizer(folder, layout, args, data.chat_template)
     model = converted(weights, layout, config, folder)
     if max(tokenizer.get_vocab().values()) >= config.vocab_size:
         raise UserError(f"the tokenizer has ids above the model's {config.vocab_size} embeddings; give its own")

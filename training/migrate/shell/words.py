@@ -69,13 +69,9 @@ def _joined(word: str) -> str:
 
     def without(match: re.Match[str]) -> str:
         """What is quoted by single quotes as it stands, the rest without a backslash before the end of a line."""
-        return match[0] if match[0][0] in "$'" else re.sub(r"\\(.)", _kept, match[0], flags=re.DOTALL)
+        return match[0] if match[0][0] in "$'" else re.sub(r"\\\n|(\\.)", r"\1", match[0], flags=re.DOTALL)
 
     return _QUOTED.sub(without, word)
-
-
-def _kept(escape: re.Match[str]) -> str:
-    return "" if escape[1] == "\n" else escape[0]
 
 
 def _operator(text: str, at: int, found: list[str]) -> str:
