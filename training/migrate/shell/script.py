@@ -34,14 +34,7 @@ _IS_TEXT = re.compile("-[a-z]*c")  # bash -lc TEXT
 _TRUE = ("true", ":", "echo", "cd", "mkdir", "set", "printf", "pushd", "popd", "ulimit", "umask", "local", "shift")
 _OUTPUT = (">", ">>", "&>", "&>>", ">|")
 _DECLARE = ("export", "declare", "typeset", "readonly")  # not "local": what it sets ends with its function
-_NUMBERS: dict[str, Callable[[int, int], bool]] = {
-    "-eq": operator.eq,
-    "-ne": operator.ne,
-    "-lt": operator.lt,
-    "-le": operator.le,
-    "-gt": operator.gt,
-    "-ge": operator.ge,
-}
+_NUMBERS = {f"-{name}": getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")}
 _EQUAL = ("=", "==", "!=")
 _OPEN = ("=~", "<", ">", "-nt", "-ot", "-ef")  # comparisons that are not made here
 _PLACED = re.compile(r"\[[^\]]*\]\+?=")  # an array's text with its place, or its name

@@ -47,10 +47,10 @@ def tokens(text: str) -> list[str]:
         elif text[at] == "#":
             end = _line_end(text, at)
         elif text.startswith("((", at):
-            end = _closed(text, at + 1, "(", ")") + 1
+            end = _closed(text, at + 1) + 1
             token = _joined(text[at:end])
         elif text.startswith(("<(", ">("), at):
-            end = _closed(text, at + 1, "(", ")")
+            end = _closed(text, at + 1)
             token = UNREAD + text[at:end]
         elif token := _operator(text, at, found):
             end = at + len(token)
@@ -105,7 +105,7 @@ def _word_end(text: str, at: int) -> int:
         if text[at] == "(":
             if not (_ARRAY.fullmatch(text[begin:at]) or text[at - 1] in "?*+@!" and at > begin):
                 break
-            at = _closed(text, at, "(", ")")
+            at = _closed(text, at)
         else:
             at = piece_end(text, at)
     return at
@@ -148,18 +148,15 @@ def expansion_end(text: str, at: int) -> int:
     Raises:
         UserError: a quote or a bracket in it is open.
     """
-    if text.startswith("$(", at):
-        return _closed(text, at + 1, "(", ")")
-    if text.startswith("$[", at):
-        return _closed(text, at + 1, "[", "]")
-    if text.startswith("${", at):
-        return _closed(text, at + 1, "{", "}")
+    if text.startswith(("$(", "$[", "${"), at):
+        return _closed(text, at + 1)
     match = _SIMPLE.match(text, at)
     return match.end() if match else 0
 
 
-def _closed(text: str, begin: int, opening: str, closing: str) -> int:
-    """The place behind the bracket that closes one."""
+def _closed(text: str, begin: int) -> int:
+    """The place behind the bracket that closes the one at a place."""
+    opening, closing = text[begin], {"(": ")", "[": "]", "{": "}"}[text[begin]]
     depth, at = 1, begin + 1
     while at < len(text):
         if text[at] == "#" and opening == "(" and text[at - 1] in " \t\n(":  # a remark
