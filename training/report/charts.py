@@ -85,8 +85,8 @@ def line_chart(title: str, x_label: str, y_label: str, series: Sequence[Series],
     return _figure(title, "".join(parts), legend, f"{title}: {y_label} by {x_label}")
 
 
-def path_chart(title: str, x_label: str, y_label: str, points: Sequence[Point], noun: str) -> str:
-    """A walk through a plane, its points growing stronger with time; the first and the last are named."""
+def path_chart(title: str, x_label: str, y_label: str, points: Sequence[Point]) -> str:
+    """A walk through a plane, a point for each iteration, the later the stronger; the first and the last are named."""
     if not points:
         return ""
     points = thinned(points)
@@ -97,7 +97,7 @@ def path_chart(title: str, x_label: str, y_label: str, points: Sequence[Point], 
     parts = [plane.frame(x_ticks, y_ticks, x_label, y_label), f'<polyline class="line faint c1" points="{route}"/>']
     for i, (x, y) in enumerate(points):
         strength = 0.25 + 0.75 * i / max(len(points) - 1, 1)
-        tip = e(f"{noun} {i + 1}: {x_label} {figure(x)}, {y_label} {figure(y)}")
+        tip = e(f"iteration {i + 1}: {x_label} {figure(x)}, {y_label} {figure(y)}")
         parts.append(
             f'<circle class="dot c1" cx="{plane.x(x):.1f}" cy="{plane.y(y):.1f}" r="5" opacity="{strength:.2f}">'
             f"<title>{tip}</title></circle>"

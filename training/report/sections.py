@@ -104,11 +104,7 @@ def wins(run: RunRecord) -> str:
     reward, kl = dict(step.curve("reward/mean")), dict(step.curve("kl/per_sequence"))
     path = [(kl[i], reward[i]) for i in sorted(set(reward) & set(kl))]
     walk = charts.path_chart(
-        "Reward against KL, one dot per iteration",
-        "KL to the SFT model, nats per response",
-        "mean reward",
-        path,
-        "iteration",
+        "Reward against KL, one dot per iteration", "KL to the SFT model, nats per response", "mean reward", path
     )
     if not intervals and not walk:
         return ""
