@@ -58,10 +58,10 @@ class Translation:
             UserError: it is a number that the shell is to fill in.
         """
         other = self.flags[name]
-        if name not in self.given:
-            return bool(other.default) if other.kind is bool else other.default
         if other.kind is bool:
-            return True
+            return name in self.given or bool(other.default)
+        if name not in self.given:
+            return other.default
         unknown = [text for text in self.given[name] if "$" in text]
         if unknown and other.kind is not str:
             raise UserError(

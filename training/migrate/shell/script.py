@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 
@@ -61,9 +61,9 @@ class Run:
     folder: str
     inside: str
     known: Variables
-    file: str = ""
-    notes: list[str] = field(default_factory=list)
-    empty: Mapping[str, str] = field(default_factory=dict)
+    file: str
+    notes: list[str]
+    empty: Mapping[str, str]
 
 
 class _EndedError(Exception):
@@ -426,17 +426,18 @@ class _Reader:
     def declare(self, written: Sequence[str]) -> None:
         """``export`` and its like."""
         options = [word for word in written[1:] if word.startswith("-")]
-        exports = written[0] == "export" or any("x" in option for option in options)
+        letters = "".join(options)
+        exports = written[0] == "export" or "x" in letters
         for word in (word for word in written[1:] if word not in options):
             match = ASSIGNMENT.match(word)
             name = match[1] if match else text(word, self.known)
-            if written[0] not in ("export", "readonly") and any("n" in option for option in options):
+            if written[0] not in ("export", "readonly") and "n" in letters:
                 raise UserError(f"{' '.join(written)}: another name of a variable is not read here, write its own")
-            if set("".join(options)) & set("ilu"):
+            if set(letters) & set("ilu"):
                 self.shaped.add(name)
             if match:
                 self.assign(word)
-            if written[0] == "readonly" or any("r" in option for option in options):
+            if written[0] == "readonly" or "r" in letters:
                 self.known.fixed.add(name)
             if exports and not NAME.fullmatch(name):
                 self.notes.append(f"{written[0]} {word} is left out: what it sets is not known here")
