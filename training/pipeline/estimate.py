@@ -82,12 +82,10 @@ class Shape:
 
     @property
     def products(self) -> list[tuple[int, int]]:
-        """Inputs and outputs of one layer's matrices."""
-        return [
-            *[(self.hidden, self.queries), (self.hidden, self.keys), (self.hidden, self.keys)],
-            *[(self.queries, self.hidden), (self.hidden, self.intermediate), (self.hidden, self.intermediate)],
-            (self.intermediate, self.hidden),
-        ]
+        """Inputs and outputs of one layer's matrices: of attention four, of the feed-forward part three."""
+        hidden, queries, keys, inner = self.hidden, self.queries, self.keys, self.intermediate
+        attention = [(hidden, queries), (hidden, keys), (hidden, keys), (queries, hidden)]
+        return [*attention, (hidden, inner), (hidden, inner), (inner, hidden)]
 
     @property
     def body(self) -> int:

@@ -42,8 +42,7 @@ HELD_OUT = 5  # one prompt in so many judges the reward models
 SAMPLED_LIKE = (
     *("data_path", "data_split", "eval_data_path", "column_map", "on_bad_row", "data_output_path", "seed"),
     *("max_prompt_seq_len", "max_answer_seq_len", "per_device_generation_batch_size", "rollout_engine"),
-    "vllm_python",
-    *("temperature", "top_p", "top_k", "dtype"),
+    *("vllm_python", "temperature", "top_p", "top_k", "dtype"),
 )
 
 
@@ -196,7 +195,7 @@ class Rounds:
         """How far reward models agree with held-out judgements: the new one with all, the one before with the new."""
         path = self.run / ROUNDS_FILE
         known = _read_rounds(path)
-        if str(number) in known.get("agreement", {}):
+        if str(number) in known["agreement"]:
             return 0
         found: dict[str, Any] = {}
         for model, rounds in ((number - 1, [number]), (number, range(1, number + 1))):
@@ -211,14 +210,14 @@ class Rounds:
                 for i, source in zip(rounds, rankings, strict=True)
                 if source in by_source
             }
-        known["agreement"] = known.get("agreement", {}) | {str(number): found}
+        known["agreement"][str(number)] = found
         write_json(path, known)
         return 0
 
     def _forget(self, number: int) -> None:
         """Drop what is known of a round that was removed and comes again."""
         known = _read_rounds(self.run / ROUNDS_FILE)
-        if known.get("agreement", {}).pop(str(number), None) is not None:
+        if known["agreement"].pop(str(number), None) is not None:
             write_json(self.run / ROUNDS_FILE, known)
 
     def _program(self, name: str) -> str:
@@ -264,7 +263,7 @@ class Rounds:
         found["KL to where it started"] = summary.get("kept", {}).get("kl")
         found["tokens of an answer"] = summary.get("length_after")
         for judged_in in (number, number + 1):
-            agreed = known.get("agreement", {}).get(str(judged_in), {})
+            agreed = known["agreement"].get(str(judged_in), {})
             for source, value in agreed.get(f"reward model of round {number}", {}).items():
                 found[f"reward model right on judgements of {source}"] = value["accuracy"]
         return found
@@ -294,8 +293,8 @@ def check_run(run: Path, planned: Sequence[str], rounds: int) -> None:
 
 def _read_rounds(path: Path) -> dict[str, Any]:
     """What is known of the rounds so far; a damaged file is refused."""
-    known = read_object(path)
-    agreement = known.get("agreement", {})
+    known = {"agreement": {}} | read_object(path)
+    agreement = known["agreement"]
     if not isinstance(agreement, dict) or not all(isinstance(found, dict) for found in agreement.values()):
         raise UserError(f"{shown(path)} is damaged: agreement is not what a round writes; remove the file")
     return known
