@@ -82,7 +82,7 @@ class Translation:
         self.lines.append(f"{why} -> {shown(flag, value)}")
 
     def need(self, *names: str) -> None:
-        """Refuse a command that has none of these flags of theirs, nor ours in their place."""
+        """Refuse a command without one of these flags of theirs, unless it has ours in its place."""
         missing = [name for name in names if name not in self.given and self.flags[name].ours not in self.values]
         self.refused += [f"{name} is missing" for name in missing]
 

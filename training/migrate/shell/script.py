@@ -194,7 +194,7 @@ class _Reader:
         return done
 
     def leave_open(self, names: Mapping[str, bool], why: str) -> None:
-        """Values are unknown from here on, of variables -> whether programs that the script starts see the change."""
+        """The values of ``names`` are unknown from here on; each says whether programs that are started see that."""
         for name, exported in names.items():
             self.known.leave_open(name, why)
             if exported:
