@@ -10,6 +10,7 @@ Votes are appended to a file that step 2 trains on as it is (--data_path). The p
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import threading
@@ -29,10 +30,9 @@ from training.utils.run.inputs import check_model_path
 
 if TYPE_CHECKING:
     import gradio as gr
-    from answer_rewards import AnswerRewards
-    from chat_models import ChatModel
 
 MAX_MODELS = 4  # columns that stay readable on a laptop
+_say = functools.partial(print, flush=True)
 
 
 @dataclass
@@ -65,7 +65,7 @@ def serve(
     """Start the server in a thread; returns its address and, with ``--share``, the public one."""
     port = free_port(server.host, server.port)
     if port != server.port:
-        print(f"port {server.port} is in use, taking {port}", flush=True)
+        _say(f"port {server.port} is in use, taking {port}")
     _, local, public = page.launch(
         server_name=server.host,
         server_port=port,
@@ -111,32 +111,6 @@ def models_of(page: PageArguments) -> tuple[dict[str, str], str]:
     return paths, reward_path
 
 
-def load(paths: dict[str, str], reward_path: str, models: Any) -> tuple[list[ChatModel], AnswerRewards | None]:
-    """Load what the page shows, one after another.
-
-    Args:
-        paths, reward_path: from `models_of`.
-        models: `chat_models.LoadArguments`.
-
-    Raises:
-        UserError: a path without a model.
-    """
-    import torch
-    from answer_rewards import AnswerRewards
-    from chat_models import load_chat_models
-
-    judge = AnswerRewards(reward_path, []) if reward_path else None  # what it lacks is said before the loading
-    loaded = load_chat_models(paths, models, _say)
-    if judge is not None:
-        _say(f"loading the reward model from {reward_path} ...")
-        judge.load(torch.device("cuda:0" if torch.cuda.is_available() else "cpu"))
-    return loaded, judge
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
-
-
 def main(argv: Sequence[str]) -> int:
     """Parse, load, serve until Ctrl-C."""
     from chat_arguments import LoadArguments, SamplingArguments, check_loading
@@ -160,19 +134,26 @@ def main(argv: Sequence[str]) -> int:
     _say("starting ...")  # the imports below take seconds
     # before gradio is imported: it reads the switch then
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    import torch
+    from answer_rewards import AnswerRewards
+    from chat_models import load_chat_models
     from chat_page import STYLE, build_page
 
-    loaded, judge = load(paths, reward_path, models)
+    judge = AnswerRewards(reward_path, []) if reward_path else None  # what it lacks is said before the loading
+    loaded = load_chat_models(paths, models, _say)
+    if judge is not None:
+        _say(f"loading the reward model from {reward_path} ...")
+        judge.load(torch.device("cuda:0" if torch.cuda.is_available() else "cpu"))
     blocks = build_page(loaded, judge, sampling, votes, blind=page.blind, system=page.system)
     blocks.queue(max_size=server.max_queue)
     local, public = serve(blocks, server, login, STYLE)
     if len(loaded) > 1:
-        print(f"votes go to {shown(votes)}", flush=True)
-    print(f"open {local}" + (f" or {public}" if public else "") + "   (Ctrl-C ends)", flush=True)
+        _say(f"votes go to {shown(votes)}")
+    _say(f"open {local}" + (f" or {public}" if public else "") + "   (Ctrl-C ends)")
     try:
         threading.Event().wait()
     except KeyboardInterrupt:
-        print("\nbye", flush=True)
+        _say("\nbye")
     finally:
         blocks.close(verbose=False)
     return 0
