@@ -56,17 +56,6 @@ from training.utils.run.distributed import init_distributed, say  # noqa: E402
 from training.utils.sharing.trial import find_sharing  # noqa: E402
 
 
-def reference_path(given: str, recorded: str, beside: str) -> str:
-    """Where the reference lies: the flag's, else what the run was started with, else step 1 beside it.
-
-    Raises:
-        UserError: it is not known.
-    """
-    if not (given or recorded or beside):
-        raise UserError("what DPO started from is not known: give --reference_model_name_or_path")
-    return loading.resolve_model(given or recorded or beside, "--reference_model_name_or_path")
-
-
 def main(argv: Sequence[str]) -> int:
     """Evaluate; returns the exit code. See the module's docstring for what it writes."""
     args, reference, data = parse_flags(argv)
@@ -75,8 +64,11 @@ def main(argv: Sequence[str]) -> int:
     model_args, seed = recorded[arguments.ModelArguments], recorded[arguments.TrainingArguments].seed
     settings, beside = recorded[arguments.DPOArguments], folder.parent / "step1"
     check_length(str(folder), model_args.max_seq_len, "--max_seq_len of DPO")
-    started = str(beside) if is_finished(beside) else ""
-    path = reference_path(reference.reference_model_name_or_path, model_args.model_name_or_path, started)
+    started = reference.reference_model_name_or_path or model_args.model_name_or_path
+    started = started or (str(beside) if is_finished(beside) else "")
+    if not started:
+        raise UserError("what DPO started from is not known: give --reference_model_name_or_path")
+    path = loading.resolve_model(started, "--reference_model_name_or_path")
     tokenizer = load_tokenizer(str(folder))
     chosen = evaluation_programs.data_arguments(data, recorded[arguments.DataArguments], folder)
     rows = prepare_data("pairs", chosen, tokenizer, max_length=model_args.max_seq_len, seed=seed).to_judge_by()
