@@ -270,13 +270,8 @@ class _HeadLogProbs(torch.autograd.Function):
                 of_weight += logits.T @ hidden[piece]
             if of_bias is not None:
                 of_bias += logits.sum(0)
-        return (
-            of_hidden,
-            None if of_weight is None else of_weight.to(weight.dtype),
-            None if of_bias is None else of_bias.to(weight.dtype),
-            None,
-            None,
-        )
+        of_layer = (None if summed is None else summed.to(weight.dtype) for summed in (of_weight, of_bias))
+        return of_hidden, *of_layer, None, None
 
 
 def head_log_softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float = 1.0) -> Tensor:
