@@ -5,10 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.families import save
 from tests.step3.hybrid_checks import of
-from training.step3_rlhf_finetuning import settings
-from training.step3_rlhf_finetuning.arguments import ARGUMENTS, RoleZeroArguments, RolloutArguments
+from training.step3_rlhf_finetuning import reward_examples, settings
+from training.step3_rlhf_finetuning.arguments import ARGUMENTS, RolloutArguments
 from training.utils.errors import UserError
 
 
@@ -69,11 +68,13 @@ def test_a_gpu_that_would_mostly_wait_is_said(monkeypatch, capsys, device, rows,
 
 
 @pytest.mark.parametrize("role", ["actor", "critic"])
-def test_a_name_of_no_layer_is_refused_by_the_roles_own_flag(tmp_path, role):
-    model = save("llama", tmp_path / "model")
-    zero = of(RoleZeroArguments, {f"{role}_lora_dim": 4, f"{role}_lora_module_name": "nothing"})
+def test_a_name_of_no_layer_is_refused_by_the_roles_own_flag(tiny_model, role):
+    """The critic starts from the actor's model, too."""
+    reward = {"critic_model_name_or_path": "none", "reward_function": [f"{reward_examples.__file__}:exact_answer"]}
+    adapters = {f"{role}_lora_dim": 4, f"{role}_lora_module_name": "nothing"}
+    values = {"actor_model_name_or_path": str(tiny_model)} | reward | adapters
     with pytest.raises(UserError, match=f"^--{role}_lora_module_name nothing matches no linear layer"):
-        settings.check_models(model, model, None, zero, None, 8)
+        settings.find_models(settings.Flags(*(of(group, values) for group in ARGUMENTS)))
 
 
 @pytest.mark.parametrize("flag", settings.OF_THE_CRITIC)

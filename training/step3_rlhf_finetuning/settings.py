@@ -160,23 +160,34 @@ def find_models(flags: Flags) -> Models:
     """Find what the flags name and check it, before anything is loaded.
 
     Raises:
-        UserError: names the flag.
+        UserError: names the flag: a path holds no model, or the actor's one that writes no answers; there would be no
+            reward; a model can not read the actor's tokens or the longest sequence; adapters match nothing.
     """
-    args, ppo, zero = flags.roles, flags.ppo, flags.zero
+    args, ppo, zero, plan = flags.roles, flags.ppo, flags.zero, flags.output.plan
     functions, weight = parse_reward_functions(ppo.reward_function, "--reward_function")
     overrides = read_user_config(zero.deepspeed_config, flags.reliability.save_every)
     if flags.train.enable_ema and states_on_nvme(overrides):
         raise UserError("--enable_ema averages weights that --deepspeed_config puts on NVMe: use --offload instead")
-    actor, reward_path = model_paths(args, ppo.reward_function, weights=not flags.output.plan)
+    named, reward_path = args.actor_model_name_or_path or str(latest_output("step1")), ""
+    actor = loading.resolve_policy(named, "--actor_model_name_or_path", weights=not plan)
+    if args.critic_model_name_or_path == NONE:
+        check_without_model(ppo.reward_function, "--critic_model_name_or_path")
+    else:
+        named = args.critic_model_name_or_path or str(latest_output("step2"))
+        reward_path = loading.resolve_model(named, "--critic_model_name_or_path", weights=not plan)
     source = loading.resolve_model(args.tokenizer_name_or_path or actor, "--tokenizer_name_or_path", weights=False)
     tokenizer = load_tokenizer(source, **flags.data.template)
-    reward = reward_model_settings(
-        reward_path, tokenizer, normalize=ppo.normalize_reward, weight=weight, plan=flags.output.plan
-    )
+    reward = reward_model_settings(reward_path, tokenizer, normalize=ppo.normalize_reward, weight=weight, plan=plan)
     critic = starts_from(actor, reward) if ppo.advantage == "gae" else ""
-    check_models(actor, critic, reward, zero, tokenizer, flags.length)
+    for role, path in (("actor", actor), ("critic", critic)):
+        if path:
+            check_lora(path, zero.lora(role), f"--{role}_lora_module_name")
     scored = reward.path if reward and not reward.reads_text else ""
-    divide_model(zero.tensor_parallel, *filter(None, dict.fromkeys([actor, critic, scored])))
+    readers = list(filter(None, dict.fromkeys([actor, critic, scored])))  # of the actor's tokens
+    for path in readers:
+        check_length(path, flags.length, "--max_prompt_seq_len + --max_answer_seq_len")
+        check_vocabulary(path, tokenizer)
+    divide_model(zero.tensor_parallel, *readers)
     check_division(flags.rollout.vllm_tensor_parallel, actor)
     return Models(actor, critic, reward, functions, tokenizer, overrides)
 
@@ -386,27 +397,6 @@ def idle_flags(flags: Flags) -> dict[str, str]:
     return {name: why for name, why in found.items() if name in changed}
 
 
-def model_paths(args: RoleArguments, functions: Sequence[str], *, weights: bool = True) -> tuple[str, str]:
-    """Folders or hub names of actor and reward model; the latter empty if there is none.
-
-    Args:
-        args: the flags.
-        functions: the values of ``--reward_function``.
-        weights: whether they are needed too; a plan does without.
-
-    Raises:
-        UserError: a path holds no model, or the actor's one that writes no answers; there would be no reward at all;
-            or a reward model that is not there has a weight.
-    """
-    named = args.actor_model_name_or_path or str(latest_output("step1"))
-    actor = loading.resolve_policy(named, "--actor_model_name_or_path", weights=weights)
-    if args.critic_model_name_or_path == NONE:
-        check_without_model(functions, "--critic_model_name_or_path")
-        return actor, ""
-    named = args.critic_model_name_or_path or str(latest_output("step2"))
-    return actor, loading.resolve_model(named, "--critic_model_name_or_path", weights=weights)
-
-
 def origins(actor_path: str, reward_path: str, functions: Sequence[str]) -> dict[str, str]:
     """What a run's result depends on beside data and flags, by the flag that names it: models and function files."""
     files = {f"--reward_function {spec}": split_weight(spec)[0].rpartition(":")[0] for spec in functions if ":" in spec}
@@ -420,7 +410,7 @@ def reward_model_settings(
     """How the reward model serves: on tokens, or on texts where its tokenizer, template or family is another one.
 
     Args:
-        path: from `model_paths`; empty gives None.
+        path: folder or hub name, resolved; empty gives None.
         tokenizer: the actor's, with the chat template that will be in force.
         normalize, weight: the flags'.
         plan: only ``--plan`` is asked for, which needs no statistics.
@@ -440,35 +430,6 @@ def reward_model_settings(
     own = tokenizer if stands_in else load_reward_tokenizer(path)
     reads_text = not classifiers.scores_tokens(path) or not same_tokenizer(tokenizer, own)
     return RewardModelSettings(path, stats, weight, reads_text)
-
-
-def check_models(
-    actor: str,
-    critic: str,
-    reward: RewardModelSettings | None,
-    zero: RoleZeroArguments,
-    tokenizer: Any,
-    length: int,
-) -> None:
-    """Refuse models that can not read the actor's tokens, or whose adapters match nothing, before any is loaded.
-
-    Args:
-        actor, critic: what they start from, the latter empty where there is no critic.
-        reward: None without one.
-        zero: the flags.
-        tokenizer: of the prompts and answers.
-        length: the longest sequence in tokens.
-
-    Raises:
-        UserError: too few positions or embeddings, or a LoRA name without a match.
-    """
-    for role, path in (("actor", actor), ("critic", critic)):
-        if path:
-            check_lora(path, zero.lora(role), f"--{role}_lora_module_name")
-    readers = [actor, critic, reward.path if reward and not reward.reads_text else ""]
-    for path in dict.fromkeys(filter(None, readers)):
-        check_length(path, length, "--max_prompt_seq_len + --max_answer_seq_len")
-        check_vocabulary(path, tokenizer)
 
 
 def steps_per_iteration(ppo: PPOArguments, rollout: RolloutArguments, train: OptimizationArguments) -> int:
