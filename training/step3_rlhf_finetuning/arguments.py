@@ -268,16 +268,10 @@ def check_batches(rollout: RolloutArguments, train: OptimizationArguments) -> No
         UserError: names the two flags.
     """
     generation, training = rollout.per_device_generation_batch_size, train.per_device_training_batch_size
-    if generation % rollout.samples_per_prompt:
-        raise UserError(
-            f"--per_device_generation_batch_size {generation} is not a multiple of "
-            f"--samples_per_prompt {rollout.samples_per_prompt}"
-        )
-    if generation % training:
-        raise UserError(
-            f"--per_device_generation_batch_size {generation} is not a multiple of "
-            f"--per_device_training_batch_size {training}"
-        )
+    divisors = {"samples_per_prompt": rollout.samples_per_prompt, "per_device_training_batch_size": training}
+    for name, part in divisors.items():
+        if generation % part:
+            raise UserError(f"--per_device_generation_batch_size {generation} is not a multiple of --{name} {part}")
     pieces = generation * rollout.generation_batches // training
     if pieces % train.gradient_accumulation_steps:
         times = train.gradient_accumulation_steps // math.gcd(pieces, train.gradient_accumulation_steps)
