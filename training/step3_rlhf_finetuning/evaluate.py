@@ -271,15 +271,6 @@ def per_prompt(values: Values, chosen: Sequence[Sequence[int]]) -> list[float]:
     return [intervals.mean([row[i] for i in picks]) for row, picks in zip(values, chosen, strict=True)]
 
 
-def wins(values: Values, chosen: Sequence[Sequence[int]], baseline: Sequence[float], seed: int) -> dict[str, Any]:
-    """Win rate of the chosen answers over one baseline answer a prompt; a tie half, several answers averaged."""
-    shares = [
-        intervals.mean([intervals.half_ties(row[i], base) for i in picks])
-        for row, picks, base in zip(values, chosen, baseline, strict=True)
-    ]
-    return {"rate": intervals.mean(shares), "interval": intervals.share_interval(shares, seed=seed)}
-
-
 def described(
     draws: Draws,
     judged: Mapping[str, Values],
@@ -305,8 +296,12 @@ def described(
         means = per_prompt(values, chosen)
         entry |= {name: intervals.mean(means), f"{name}_interval": intervals.bootstrap_interval(means, seed=seed)}
         if baseline:
-            won = wins(values, chosen, baseline[name], seed)
-            entry |= {f"win_rate_by_{name}": won["rate"], f"win_rate_by_{name}_interval": won["interval"]}
+            shares = [  # a tie half, several answers averaged
+                intervals.mean([intervals.half_ties(row[i], base) for i in picks])
+                for row, picks, base in zip(values, chosen, baseline[name], strict=True)
+            ]
+            entry[f"win_rate_by_{name}"] = intervals.mean(shares)
+            entry[f"win_rate_by_{name}_interval"] = intervals.share_interval(shares, seed=seed)
     return entry
 
 
