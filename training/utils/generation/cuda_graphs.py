@@ -249,7 +249,8 @@ def _reason_found(model: Any) -> str:
     for number in range(tokens):
         steps.ids.copy_(ids[:, prompt + number, None])
         try:
-            with _no_waiting(number > 0 and weight.is_cuda):  # a model may settle things at its first token
+            settled = number > 0 and weight.is_cuda  # a model may settle things at its first token
+            with _no_waiting() if settled else contextlib.nullcontext():
                 found.append(steps.logits().float())
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             if isinstance(error, torch.OutOfMemoryError):
@@ -262,11 +263,8 @@ def _reason_found(model: Any) -> str:
 
 
 @contextlib.contextmanager
-def _no_waiting(on: bool) -> Iterator[None]:
+def _no_waiting() -> Iterator[None]:
     """Inside, what makes the host wait for a GPU is an error, as it would be in a capture."""
-    if not on:
-        yield
-        return
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Synchronization debug mode")  # is a prototype, torch says
