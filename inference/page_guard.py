@@ -10,6 +10,7 @@ from __future__ import annotations
 import ipaddress
 import secrets
 import socket
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -24,6 +25,7 @@ INSTANCE = secrets.token_hex(8)
 THIS_MACHINE = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
+@dataclass(eq=False)
 class PageGuard:
     """ASGI middleware that answers 403 to what is not the page's own.
 
@@ -32,25 +34,23 @@ class PageGuard:
         hosts: names that the page goes by; empty for any, where visitors give a password instead.
     """
 
-    def __init__(self, app: ASGIApp, hosts: frozenset[str]) -> None:
-        self.app = app
-        self.hosts = hosts
+    app: ASGIApp
+    hosts: frozenset[str]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
         reason = self.refusal(scope) if scope["type"] in ("http", "websocket") else ""
-        if not reason and scope["type"] == "http" and scope["path"] == ALIVE:
-            from starlette.responses import PlainTextResponse
-
-            await PlainTextResponse(INSTANCE, headers={"Cache-Control": "no-store"})(scope, receive, send)
-        elif not reason:
-            await self.app(scope, receive, send)
-        elif scope["type"] == "websocket":
+        if reason and scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008, "reason": reason})
-        else:
+        elif reason or (scope["type"] == "http" and scope["path"] == ALIVE):
             from starlette.responses import PlainTextResponse
 
-            await PlainTextResponse(reason, 403)(scope, receive, send)
+            answer = PlainTextResponse(reason, 403)
+            if not reason:
+                answer = PlainTextResponse(INSTANCE, headers={"Cache-Control": "no-store"})
+            await answer(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
 
     def refusal(self, scope: Scope) -> str:
         """Why a request is not served; empty if it is."""
