@@ -300,6 +300,7 @@ def backward(engine: Any, loss_sum: Tensor, global_count: float) -> None:
     engine.backward(loss_sum * (engine.dp_world_size / max(global_count, 1.0)), scale_wrt_gas=False)
 
 
+@dataclass(eq=False)
 class SkipGuard:
     """Counts optimizer steps in a row at which a trained role learned nothing, and says when it is time to stop.
 
@@ -308,9 +309,8 @@ class SkipGuard:
         reason: why the run must stop; empty while it may go on.
     """
 
-    def __init__(self, in_a_row: int = 0) -> None:
-        self.reason = ""
-        self.in_a_row = in_a_row
+    in_a_row: int = 0
+    reason: str = ""
 
     def count(self, causes: Sequence[str]) -> None:
         """Take in one step: why it was skipped, empty if it was not. All ranks must say the same."""

@@ -14,6 +14,7 @@ import contextlib
 import inspect
 import os
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -91,6 +92,7 @@ class _KeepPolicy(LogitsProcessor):
         return scores
 
 
+@dataclass(eq=False)
 class HfBackend:
     """transformers' ``generate``, with every default that would shape the distribution switched off.
 
@@ -98,8 +100,7 @@ class HfBackend:
     have ended go on taking part in the gathers.
     """
 
-    def __init__(self, synced_gpus: bool = False) -> None:
-        self.synced_gpus = synced_gpus
+    synced_gpus: bool = False
 
     @torch.no_grad()
     def generate(self, model: nn.Module, request: RolloutRequest, sampling: SamplingConfig) -> RolloutBatch:
@@ -147,6 +148,7 @@ def _keeps_keys_and_values_alone(model: Any) -> bool:
     return all(issubclass(kind, DynamicLayer) for kind in kinds) and not any(linear)
 
 
+@dataclass(eq=False)
 class FastBackend:
     """Our own decode loop over the model; `training.utils.generation.decode_loop` says what it saves.
 
@@ -157,17 +159,12 @@ class FastBackend:
     None: on a GPU. On a CPU the same steps without a graph.
     """
 
-    def __init__(
-        self,
-        synced: bool = False,
-        pack_weights: bool = True,
-        decode_attention: bool = True,
-        graphs: bool | None = None,
-    ) -> None:
-        self.graphs = graphs
-        self.synced = synced
-        self.pack_weights = pack_weights and not synced
-        self.decode_attention = decode_attention
+    synced: bool = False
+    pack_weights: bool = True
+    decode_attention: bool = True
+    graphs: bool | None = None
+
+    def __post_init__(self) -> None:
         self._said = False
 
     @torch.no_grad()
@@ -189,7 +186,7 @@ class FastBackend:
         )
         still = sampling.repetition_penalty == 1.0 and self._by_graphs(inner, device)
         with contextlib.ExitStack() as stack:
-            if self.pack_weights and rows and limit >= MIN_STEPS_TO_PACK:
+            if self.pack_weights and not self.synced and rows and limit >= MIN_STEPS_TO_PACK:
                 stack.enter_context(packed_linear(inner, rows))
             own_attention = self.decode_attention and not (self.synced or still)
             own_attention = own_attention and stack.enter_context(decode_attention_enabled(inner))
