@@ -271,40 +271,6 @@ def per_prompt(values: Values, chosen: Sequence[Sequence[int]]) -> list[float]:
     return [intervals.mean([row[i] for i in picks]) for row, picks in zip(values, chosen, strict=True)]
 
 
-def described(
-    draws: Draws,
-    judged: Mapping[str, Values],
-    chosen: Sequence[Sequence[int]],
-    baseline: Mapping[str, Sequence[float]],
-    kl: float,
-    seed: int,
-) -> dict[str, Any]:
-    """One policy's entry in evaluation.json.
-
-    Args:
-        draws: the answers.
-        judged: judge -> values of them; ``reward`` among them.
-        chosen: ``[prompt]`` -> which draws the policy answers with; a mean over them is taken.
-        baseline: judge -> the SFT model's value for each prompt; empty for the SFT model itself.
-        kl: to the SFT model, nats per answer.
-        seed: of the bootstrap.
-    """
-    lengths = per_prompt([[float(a.length) for a in row] for row in draws], chosen)
-    ended = per_prompt([[float(a.ended) for a in row] for row in draws], chosen)
-    entry: dict[str, Any] = {"kl": kl, "length": intervals.mean(lengths), "eos_rate": intervals.mean(ended)}
-    for name, values in judged.items():
-        means = per_prompt(values, chosen)
-        entry |= {name: intervals.mean(means), f"{name}_interval": intervals.bootstrap_interval(means, seed=seed)}
-        if baseline:
-            shares = [  # a tie half, several answers averaged
-                intervals.mean([intervals.half_ties(row[i], base) for i in picks])
-                for row, picks, base in zip(values, chosen, baseline[name], strict=True)
-            ]
-            entry[f"win_rate_by_{name}"] = intervals.mean(shares)
-            entry[f"win_rate_by_{name}_interval"] = intervals.share_interval(shares, seed=seed)
-    return entry
-
-
 def draw(
     evaluator: Evaluator, rewards: RewardMix, sft_path: str, tuned: Mapping[str, str], draws_per_prompt: int, seed: int
 ) -> dict[str, list[list[Answer]]]:
@@ -428,20 +394,33 @@ def assemble(
 ) -> dict[str, Any]:
     """The entry ``models`` of evaluation.json, from each model's answers and what each judge says of them."""
     only = [[0]] * len(drawn["sft"])
-    baseline = {judge: [row[0] for row in tables["sft"]] for judge, tables in judged.items()}
 
-    def entry(name: str, chosen: Sequence[Sequence[int]], kl: float, against: Mapping[str, Sequence[float]]) -> Any:
-        values = {judge: tables[name] for judge, tables in judged.items()}
-        return described(drawn[name], values, chosen, against, kl, seed)
+    def entry(name: str, chosen: Sequence[Sequence[int]], kl: float) -> dict[str, Any]:
+        """Of a policy: ``chosen`` are the draws that it answers each prompt with, of which the mean is taken."""
+        lengths = per_prompt([[float(a.length) for a in row] for row in drawn[name]], chosen)
+        ended = per_prompt([[float(a.ended) for a in row] for row in drawn[name]], chosen)
+        found: dict[str, Any] = {"kl": kl, "length": intervals.mean(lengths), "eos_rate": intervals.mean(ended)}
+        for judge, tables in judged.items():
+            means = per_prompt(tables[name], chosen)
+            found[judge] = intervals.mean(means)
+            found[f"{judge}_interval"] = intervals.bootstrap_interval(means, seed=seed)
+            if name != "sft":
+                shares = [  # of wins over the SFT model's first answer, a tie half
+                    intervals.mean([intervals.half_ties(row[i], sft[0]) for i in picks])
+                    for row, picks, sft in zip(tables[name], chosen, tables["sft"], strict=True)
+                ]
+                found[f"win_rate_by_{judge}"] = intervals.mean(shares)
+                found[f"win_rate_by_{judge}_interval"] = intervals.share_interval(shares, seed=seed)
+        return found
 
-    found = {"SFT": entry("sft", only, 0.0, {})}
+    models = {"SFT": entry("sft", only, 0.0)}
     for name in ("rlhf", "dpo"):
         if name in drawn:
-            found[TITLES[name]] = entry(name, only, intervals.mean([row[0].kl or 0.0 for row in drawn[name]]), baseline)
+            models[TITLES[name]] = entry(name, only, intervals.mean([row[0].kl or 0.0 for row in drawn[name]]))
     for n in counts:
         chosen = [chosen_of(row, n) for row in judged["reward"]["best_of"]]
-        found[f"best of {n}"] = entry("best_of", chosen, best_of_kl(n), baseline)
-    return {"models": found}
+        models[f"best of {n}"] = entry("best_of", chosen, best_of_kl(n))
+    return {"models": models}
 
 
 def result_table(found: Mapping[str, Mapping[str, Any]]) -> str:
