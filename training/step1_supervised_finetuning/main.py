@@ -88,12 +88,9 @@ def main(argv: Sequence[str]) -> int:
     pad_id, response_tokens = tuning.tokenizer.pad_token_id, predicted_tokens(rows.train)
     asked = (rows.held_out, tuning.tokenizer, flags.model.max_seq_len, train.per_device_eval_batch_size)
     rouge = RougeJudge(*asked) if step.best_by == "rouge" else None
-
-    def load(config: dict[str, Any]) -> Any:
-        made: dict[str, Any] = {"attn_implementation": flags.attention, "base_bits": flags.lora.base_bits}
-        return loading.load_causal_lm(flags.path, dtype=flags.model.dtype, ds_config=config, **made)
-
-    engine = build_engine(tuning, load)
+    load: dict[str, Any] = {"dtype": flags.model.dtype, "attn_implementation": flags.attention}
+    load["base_bits"] = flags.lora.base_bits
+    engine = build_engine(tuning, lambda config: loading.load_causal_lm(flags.path, ds_config=config, **load))
     sharing = find_sharing(engine, answer_sums, pad_id) if shares_across(device) else None
     progress = run.progress or {"lowest_loss": math.inf, "best_step": 0}
     tuning.start_logging()
