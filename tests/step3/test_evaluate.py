@@ -44,6 +44,12 @@ def test_counts():
             parse_counts(text)
 
 
+@pytest.mark.parametrize("flag", ["--temperature", "--max_answer_seq_len"])
+def test_nothing_that_is_given_stands_for_the_runs_own(flag):
+    with pytest.raises(UserError, match=f"{flag} is 0"):
+        evaluate.parse_flags([flag, "0"])
+
+
 def test_groups_of_n_choose_by_reward():
     rewards = [0.1, 0.9, 0.5, 0.5]
     assert chosen_of(rewards, 1) == [0, 1, 2, 3]

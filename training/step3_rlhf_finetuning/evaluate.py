@@ -42,8 +42,8 @@ class StepArguments:
     judge_model_name_or_path: str = arguments.flag("", "a different reward model to judge by")
     eval_function: list[str] = arguments.flag([], "file.py:name ..., rules to judge by (default: the run's own)")
     best_of: str = arguments.flag("1,4,16", "draw best-of-n from the SFT model for these n, empty for none")
-    max_answer_seq_len: int = arguments.flag(0, "longest answer in tokens (default: the run's)", minimum=0)
-    temperature: float = arguments.flag(0.0, "sampling temperature (default: the run's)", minimum=0)
+    max_answer_seq_len: int | None = arguments.flag(None, "longest answer in tokens (default: the run's)", minimum=1)
+    temperature: float | None = arguments.flag(None, "sampling temperature (default: the run's)", above=0)
     rollout_engine: str = arguments.flag("fast", "how tokens are decoded", choices=arguments.ROLLOUT_ENGINES)
     vllm_python: str = arguments.flag("", "interpreter that has vLLM (default: that of make setup-vllm, else this one)")
 
