@@ -1,11 +1,14 @@
 """Step 1's evaluation: ROUGE as the library has it, perplexity by hand, prompts cut out of conversations."""
 
+import json
 import math
+import shutil
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from training.step1_supervised_finetuning import evaluate
 from training.step1_supervised_finetuning.evaluate import greedy_answers, last_turn, likelihoods
 from training.step1_supervised_finetuning.rouge import normalise, rouge_scores
 from training.utils.data.template import stop_token_ids
@@ -31,6 +34,19 @@ def test_rouge_by_hand():
 
 def test_the_last_response_is_cut_off():
     assert last_turn([5, 6, 7, 8, 9], [0, 1, 0, 1, 1]) == ([5, 6, 7], [8, 9])
+    assert last_turn([5, 6, 7, 8, 9], [0, 1, 1, 0, 0]) == ([5], [6, 7]), "an answer that is not trained ends it"
+    assert last_turn([5, 6], [0, 0]) == ([], [])
+
+
+def test_of_plain_texts_it_tells_the_perplexity_alone(tiny_model, tmp_path):
+    step1 = shutil.copytree(tiny_model, tmp_path / "step1")
+    (step1 / "summary.json").write_text(json.dumps({"base_model": str(tiny_model)}))
+    rows = [json.dumps({"text": f"the fox {n} slept until the morning came"}) for n in range(5)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(rows))
+    assert evaluate.main(["--path", str(step1), "--eval_data_path", str(tmp_path / "texts.jsonl")]) == 0
+    found = json.loads((step1 / "evaluation.json").read_text())
+    assert (found["rows"], found["prompts"]) == (5, 0) and "rouge1" not in found["models"]["sft"]
+    assert found["models"]["sft"]["perplexity"] == found["models"]["base"]["perplexity"]
 
 
 def test_likelihood_and_answers_do_not_depend_on_the_batch(tiny_model):

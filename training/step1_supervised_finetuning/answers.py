@@ -25,11 +25,14 @@ ROUGE_TOKENS = 128  # longest answer to them
 
 
 def last_turn(input_ids: Sequence[int], response_mask: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Split a rendered conversation before its last response: prompt ids, and response ids with the end token."""
-    start = len(response_mask)
+    """The last response that is trained of a rendered conversation: prompt ids, and response ids with the end token."""
+    end = len(response_mask)
+    while end and not response_mask[end - 1]:  # behind it stands an answer of weight 0
+        end -= 1
+    start = end
     while start and response_mask[start - 1]:
         start -= 1
-    return list(input_ids[:start]), list(input_ids[start:])
+    return list(input_ids[:start]), list(input_ids[start:end])
 
 
 def decoded(

@@ -131,7 +131,8 @@ def main(argv: Sequence[str]) -> int:
     settled = precision.settle(args)
     limit = (max_positions(base_path) or sys.maxsize) - step.max_answer_seq_len
     turns = [last_turn(row["input_ids"], row["response_mask"]) for row in rows]
-    turns = [turn for turn in turns if len(turn[0]) <= limit][: args.max_prompts or None]
+    # a plain text is all response
+    turns = [turn for turn in turns if turn[1] and 0 < len(turn[0]) <= limit][: args.max_prompts or None]
     prompts = [prompt for prompt, _ in turns]
     references = [tokenizer.decode(response, skip_special_tokens=True).strip() for _, response in turns]
 
@@ -148,7 +149,7 @@ def main(argv: Sequence[str]) -> int:
             "perplexity": math.exp(loss),
             "perplexity_interval": [math.exp(end) for end in interval],
         }
-        for kind, values in rouge_scores(answers[name], references).items():
+        for kind, values in rouge_scores(answers[name], references).items() if prompts else ():
             interval = intervals.bootstrap_interval(values, seed=seed)
             results[name] |= {kind: intervals.mean(values), f"{kind}_interval": interval}
         del model
