@@ -114,6 +114,8 @@ def test_an_adapter_folder_and_its_base_are_the_model_or_it_is_not_written(tiny_
     fresh = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     loaded = PeftModel.from_pretrained(fresh, tmp_path / "m" / "adapter").eval()
     torch.testing.assert_close(loaded(ids).logits, expected, atol=1e-5, rtol=1e-5)
+    for name in ("chat_template.jinja", "tokenizer_config.json", "generation_config.json"):  # those of the base differ
+        assert (tmp_path / "m" / "adapter" / name).read_bytes() == (tmp_path / "m" / name).read_bytes()
 
 
 @pytest.mark.parametrize(

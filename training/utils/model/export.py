@@ -100,7 +100,7 @@ def save_model(
     """Write a role as a folder that plain transformers loads, then load it and compare every tensor.
 
     Files are written into a folder of ``directory`` and moved up when all are there; a collective. With LoRA the folder
-    ``adapter`` in it holds the adapter alone, if that and the base model are the whole model.
+    ``adapter`` in it holds the adapter alone with the tokenizer, if that and the base model are the whole model.
 
     Args:
         engine: the role's engine (or bare model).
@@ -178,6 +178,10 @@ def _write(
     # it empties the dictionary it is given
     write_model(plain, scratch, state_dict=dict(weights), max_shard_size=max_shard_size)
     tokenizer.save_pretrained(scratch)
+    if (adapter := scratch / "adapter").is_dir():  # on its base it is asked in the template that it has learned
+        tokenizer.save_pretrained(adapter)
+        if getattr(plain, "generation_config", None) is not None:
+            plain.generation_config.save_pretrained(adapter)
 
 
 def _generation_config(original: GenerationConfig, stop_ids: Sequence[int], pad_id: int) -> GenerationConfig:
