@@ -113,8 +113,8 @@ def wins(run: RunRecord) -> str:
     text = "Rising reward at little KL is learning; rising KL without reward is drift."
     if rows:
         text = (
-            f"{s.get('prompts', '')} held-out prompts; a tie counts half; of fewer than {FEW_ROWS} prompts the "
-            f"interval is Wilson's. {text}{best}"
+            f"{s.get('prompts', '')} held-out prompts; a tie counts half; of fewer than {FEW_ROWS} prompts, "
+            f"or where all agree, the interval is Wilson's. {text}{best}"
         )
     table = _change_table(
         [
