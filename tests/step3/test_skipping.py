@@ -32,9 +32,9 @@ class Faulty(torch.nn.Module):
         return scores.masked_fill(torch.isin(first, self.bad), float("nan"))
 
 
-def one_iteration(actor, reward, *, bad_prompts=(), nan_loss_on=None, of="policy", stage=2, **changes):
-    """Eight rows, divided over the ranks; the prompts of that number get NaN, or rank ``nan_loss_on`` a NaN loss of
-    the ``policy`` or of the ``value``."""
+def one_iteration(actor, reward, *, bad_prompts=(), nan_loss_on=None, of="policy", stage=2, rows=range(8), **changes):
+    """Some of eight rows, divided over the ranks; the prompts of that number get NaN, or rank ``nan_loss_on`` a NaN
+    loss of the ``policy`` or of the ``value``."""
     made = build(stage, 1e-3)
     torch.manual_seed(0)
     everything = prompts(8)
@@ -47,7 +47,7 @@ def one_iteration(actor, reward, *, bad_prompts=(), nan_loss_on=None, of="policy
     )
     trainer = PPOTrainer(roles, scoring(roles, **changes), rollout_backend("fast"), SamplingConfig(5), "fp32")
     before = {name: t.clone() for name, t in full_state_dict(roles.actor.engine).items()}
-    mine = list(range(8))[rank() * 8 // world_size() : (rank() + 1) * 8 // world_size()]
+    mine = list(rows)[rank() * len(rows) // world_size() : (rank() + 1) * len(rows) // world_size()]
     policy_loss, value_loss = ppo.policy_loss, ppo.value_loss
     if nan_loss_on == rank() and of == "policy":
         ppo_trainer.ppo.policy_loss = lambda *a, **k: (policy_loss(*a, **k)[0] * float("nan"), policy_loss(*a, **k)[1])
@@ -80,6 +80,14 @@ def test_a_bad_reward_costs_its_minibatch_alone(tiny_model, reward):
     assert all(torch.tensor(value).isfinite() for value in metrics.values())
     without = one_iteration(str(tiny_model), reward)["metrics"]
     assert (without["reward/not_finite"], without["ppo/skipped"]) == (0, 0)
+
+
+def test_means_over_tokens_are_over_the_rows_that_are_finite(tiny_model, reward):
+    """Half the rows left out must not look like half the entropy."""
+    all_but_one = one_iteration(str(tiny_model), reward, bad_prompts=range(1, 8), importance_cap=0.5)["metrics"]
+    alone = one_iteration(str(tiny_model), reward, rows=[0], importance_cap=0.5)["metrics"]
+    for name in ("policy/entropy", "kl/per_token", "rollout/importance", "rollout/capped"):
+        assert all_but_one[name] == pytest.approx(alone[name], rel=1e-4, abs=1e-5), name
 
 
 @pytest.mark.parametrize("scored", ["score_values", "score_log_probs"])

@@ -130,7 +130,7 @@ class Scoring:
             sums = {name: sums.get(name, 0.0) + value for name, value in part.items()}
         total = reduce_sums(sums, rollouts[0].input_ids.device)
         batches, metrics = self._with_advantages(batches)
-        rows, tokens, finite = total["rows"], max(total["tokens"], 1.0), max(total["finite"], 1.0)
+        rows, tokens, finite = total["rows"], max(total["finite_tokens"], 1.0), max(total["finite"], 1.0)
 
         def moments(name: str) -> tuple[float, float]:
             """Mean and standard deviation over responses."""
@@ -193,6 +193,7 @@ class Scoring:
             part.masked_fill(~finite.unsqueeze(1), 0.0)
             for part in (log_probs, reference_log_probs, entropy, rollout.logprobs)
         )
+        taken = mask & finite.unsqueeze(1)
         importance = None
         if flags.importance_cap:
             importance = ppo.truncated_importance(own, sampled, mask, cap=flags.importance_cap)
@@ -220,6 +221,7 @@ class Scoring:
             "rows": float(len(reward)),
             "finite": finite.sum().item(),
             "tokens": mask.sum().item(),
+            "finite_tokens": taken.sum().item(),
             "reward": reward.sum().item(),
             "clipped": held.double().sum().item(),
             "clipped_squared": held.double().square().sum().item(),
@@ -232,8 +234,8 @@ class Scoring:
             "difference": ((sampled - own).abs() * mask).sum().item(),
         }
         if importance is not None:
-            sums["importance"] = (importance * mask).sum().item()
-            sums["capped"] = ((importance >= flags.importance_cap) & mask).sum().item()
+            sums["importance"] = (importance * taken).sum().item()
+            sums["capped"] = ((importance >= flags.importance_cap) & taken).sum().item()
         for source in self.roles.rewards.sources:
             if source.stats is not None:  # the reward model: the one source with statistics
                 normalised = source.stats.normalise(raw[source.name]).masked_fill(~finite, 0.0)
