@@ -78,7 +78,8 @@ def arguments_of(step: int, model: str, stage: int, data: Path, length: int, bat
         *("--actor_model_name_or_path", model, "--no-normalize_reward"),
         *("--critic_model_name_or_path", str(data / REWARD)),
         *("--actor_zero_stage", str(stage), "--critic_zero_stage", str(stage), "--num_iterations", "2"),
-        *("--max_prompt_seq_len", half, "--max_answer_seq_len", half, "--eval_data_path", f"{data}/step3_eval.jsonl"),
+        *("--eval_data_path", f"{data}/step3_eval.jsonl:{rows}"),
+        *("--max_prompt_seq_len", half, "--max_answer_seq_len", half),
         *("--per_device_generation_batch_size", str(batch), "--per_device_training_batch_size", str(batch), *common),
     ]
 
