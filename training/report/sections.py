@@ -47,8 +47,8 @@ def answers(run: RunRecord) -> str:
     return (
         '<p class="muted">Prompts that no step was trained on, answered by each model under the same settings. '
         "<b>Reward</b> is what PPO maximises: for step 2's reward model alone, normalised, 0 is its mean preferred "
-        "answer and 1 a standard deviation above it. Other numbers are of evaluation functions, which training never sees."
-        "</p>"
+        "answer and 1 a standard deviation above it. Other numbers are of evaluation functions, which training never "
+        "sees.</p>"
         + "".join(drawn[:OPEN_SAMPLES])
         + hidden
         + (f'<p class="muted small">{left} more prompts are in samples.json.</p>' if left else "")
