@@ -109,7 +109,7 @@ from training.step3_rlhf_finetuning.reward_functions import (  # noqa: E402
     split_weight,
 )
 from training.step3_rlhf_finetuning.reward_sources import RewardMix  # noqa: E402
-from training.step3_rlhf_finetuning.roles import build_rewards  # noqa: E402
+from training.step3_rlhf_finetuning.roles import RewardModelSettings, build_rewards  # noqa: E402
 from training.utils import evaluation_programs, intervals  # noqa: E402
 from training.utils.data.batches import spread_rows  # noqa: E402
 from training.utils.data.prepare import prepare_data  # noqa: E402
@@ -197,6 +197,14 @@ def sources_of_the_run(step: StepArguments, recorded: Mapping[type, Any], folder
         return Sources(sft, "", functions, weight)
     named = step.reward_model_name_or_path, roles.critic_model_name_or_path
     return Sources(sft, of_the_run(*named, trained_in, folder, "step2", flag), functions, weight)
+
+
+def reward_of_the_run(sources: Sources, tokenizer: Any, *, normalize: bool) -> RewardModelSettings | None:
+    """The reward model, its rewards normalised as in the run where its folder has step 2's statistics; None without."""
+    normalize = normalize and (Path(sources.reward_model) / STATS_FILE).is_file()
+    return settings.reward_model_settings(
+        sources.reward_model, tokenizer, normalize=normalize, weight=sources.weight, plan=False
+    )
 
 
 def dpo_of_the_run(given: str, folder: Path) -> dict[str, str]:
@@ -303,11 +311,24 @@ def all_judges(
         judge = load_text_reward_model(judge_path, dtype=evaluator.dtype, device=evaluator.asking.device)
 
         def judge_answers(answers: Sequence[Answer]) -> list[float]:
+            """The judge model's rewards of the conversations that end with these answers."""
             said = [[*prompts.messages(a.row), {"role": "assistant", "content": a.text}] for a in answers]
             return judge.rewards(said, evaluator.asking.scored).tolist()
 
         judged["judge"] = judged_by(judge_answers, drawn)
     return judged
+
+
+def judge_model(name: str) -> str:
+    """The folder of a second reward model that judges; empty without one.
+
+    Raises:
+        UserError: there is none, or no reward model.
+    """
+    path = loading.resolve_model(name, "--judge_model_name_or_path") if name else ""
+    if path:
+        classifiers.check_reward_head(path)
+    return path
 
 
 def main(argv: Sequence[str]) -> int:
@@ -323,19 +344,13 @@ def main(argv: Sequence[str]) -> int:
     actor_path = loading.resolve_model(str(folder / "actor"), "--path")
     sources = sources_of_the_run(step, recorded, folder)
     tuned = {"rlhf": actor_path} | dpo_of_the_run(step.dpo_model_name_or_path, folder)
-    judge_path = step.judge_model_name_or_path
-    if judge_path:
-        judge_path = loading.resolve_model(judge_path, "--judge_model_name_or_path")
-        classifiers.check_reward_head(judge_path)
+    judge_path = judge_model(step.judge_model_name_or_path)
     longest = step.max_answer_seq_len or rollout.max_answer_seq_len
     whole, rows_together = rollout.max_prompt_seq_len + longest, args.per_device_eval_batch_size
     chosen_data = evaluation_programs.data_arguments(data, recorded[arguments.DataArguments], folder)
     flags = chosen_data, recorded[arguments.DataArguments]
     *_, tokenizer = [shared_tokenizer(path, sources.sft, *flags) for path in reversed(tuned.values())]
-    normalize = ppo.normalize_reward and (Path(sources.reward_model) / STATS_FILE).is_file()  # one given may lack it
-    reward = settings.reward_model_settings(
-        sources.reward_model, tokenizer, normalize=normalize, weight=sources.weight, plan=False
-    )
+    reward = reward_of_the_run(sources, tokenizer, normalize=ppo.normalize_reward)
     for path in (*tuned.values(), sources.sft, *([reward.path] if reward and not reward.reads_text else [])):
         check_length(path, whole, "--max_prompt_seq_len + --max_answer_seq_len")
     if not functions and not judge_path:

@@ -92,6 +92,14 @@ class ScoredBatch:
     scores: Tensor
 
 
+def _finite_rows(reward: Tensor, by_token: Sequence[Tensor], mask: Tensor) -> Tensor:
+    """Which rows have a finite reward [B] and finite numbers at their response tokens [B, T]: bool [B]."""
+    finite = reward.isfinite()
+    for numbers in by_token:
+        finite = finite & (numbers.isfinite() | ~mask).all(1)
+    return finite
+
+
 @dataclass(eq=False)
 class Scoring:
     """Scores the rollouts of an iteration.
@@ -184,9 +192,7 @@ class Scoring:
     ) -> tuple[ScoredBatch, dict[str, float]]:
         flags, mask = self.ppo, rollout.response_mask
         log_probs, entropy, values, reward, raw = self._asked(rollout, request)
-        finite = reward.isfinite()
-        for by_token in (log_probs, reference_log_probs, values):
-            finite = finite & (by_token.isfinite() | ~mask).all(1)
+        finite = _finite_rows(reward, (log_probs, reference_log_probs, values), mask)
         # a row that is left out must not reach the sums over all rows through 0 * NaN
         reward = reward.masked_fill(~finite, 0.0)
         own, reference, spread, sampled = (

@@ -136,17 +136,22 @@ def prepare_data(
         functools.partial(_build_unchanged, request, tokenizer, fingerprints),
     )
     datasets.disable_progress_bars()
-    try:
-        report = DataReport.from_dict(json.loads((folder / "report.json").read_text(encoding="utf-8")))
-        train, held_out = (datasets.Dataset.from_file(str(folder / f"{part}.arrow")) for part in ("train", "held_out"))
-    except ValueError as error:  # of JSON and of Arrow
-        raise UserError(f"the prepared rows in {folder} are damaged ({error}): delete that folder") from error
+    train, held_out, report = _read(folder)
     report.from_cache = ready
     if "bad row" in report.dropped and not request.skip_bad_rows:  # made by a run that was allowed to skip
         raise UserError(f"{report.dropped['bad row'].places[0]} (--on_bad_row skip leaves such rows out)")
     if run_dir is not None and request.shares:
         _record_split(folder / "data_split.json", run_dir)
     return StepData(train, held_out, report, tuple(arguments.eval_data_path))
+
+
+def _read(folder: Path) -> tuple[datasets.Dataset, datasets.Dataset, DataReport]:
+    """What `_build` has written: the rows to train on, those held out, and the report."""
+    try:
+        train, held_out = (datasets.Dataset.from_file(str(folder / f"{part}.arrow")) for part in ("train", "held_out"))
+        return train, held_out, DataReport.from_dict(json.loads((folder / "report.json").read_text(encoding="utf-8")))
+    except ValueError as error:  # of JSON and of Arrow
+        raise UserError(f"the prepared rows in {folder} are damaged ({error}): delete that folder") from error
 
 
 def prepare_pretraining(

@@ -9,13 +9,14 @@ into memory reserved once (`DecodeLayer`).
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-from training.utils.generation.cache import decode_layers, keep_rows, last_logits, make_cache
+from training.utils.generation.cache import DecodeLayer, decode_layers, keep_rows, last_logits, make_cache
 from training.utils.generation.cuda_graphs import COLUMNS_ALIGNED, TOKENS_WORTH_A_GRAPH, Rows, decode_still
 from training.utils.generation.rollouts import Responses, RolloutRequest
 from training.utils.generation.sampling import SamplingConfig, next_tokens, row_keys
@@ -94,6 +95,7 @@ def _prefill(
     everyone = torch.arange(len(ids), device=device)
 
     def aim(column: int, past: int, target: Tensor, source: Tensor) -> None:
+        """`DecodeLayer.aim` of every layer."""
         for layer in layers:
             layer.aim(column, past, target, source)
 
@@ -135,6 +137,27 @@ def keep_company(model: Any, device: torch.device) -> None:
         last_logits(model, token, token + 1, token, DynamicCache(config=without_adapters(model).config))
 
 
+def _written_down(
+    out: Responses, alive: Tensor, step: int, tokens: Tensor, logprobs: Tensor, stop_ids: Tensor
+) -> list[bool]:
+    """Put token number ``step`` of the rows ``alive`` into ``out``; which of them go on."""
+    out.ids[alive, step] = tokens
+    out.logprobs[alive, step] = logprobs
+    going = ~torch.isin(tokens, stop_ids)
+    out.lengths[alive] = torch.where(going, out.lengths[alive], step + 1)
+    return going.tolist()  # here the host waits for the device, once per token
+
+
+def _without_padding(mask: Tensor, seen: Tensor, layers: Sequence[DecodeLayer]) -> tuple[Tensor, Tensor]:
+    """Mask and tokens [B, T] without the columns that only rows which have left were using; the cache likewise."""
+    padding = int(mask.argmax(1).min())
+    if not padding or not layers:
+        return mask, seen
+    for layer in layers:
+        layer.drop_columns(padding)
+    return mask[:, padding:], seen[:, padding:]
+
+
 def decode(
     model: Any,
     request: RolloutRequest,
@@ -149,14 +172,12 @@ def decode(
 
     Args:
         model: a causal LM in eval mode.
-        request, sampling: see `training.utils.generation.engines`.
+        request, sampling: see `training.utils.generation.engines`; at least one row.
         out: filled in; at entry every length is the limit.
         transposed_keys: lay the key cache out for `decode_attention`.
         synced: every forward is a collective, prompts in one; `keep_company` then waits for the other ranks.
         still: from the second token on as `cuda_graphs` does it, where enough are to come.
     """
-    if not len(request.prompt_ids):
-        return
     start = time.perf_counter()
     width = int(request.prompt_mask.sum(1).max())
     seen, mask, shared = request.prompt_ids[:, -width:], request.prompt_mask[:, -width:].long(), 0
@@ -179,22 +200,14 @@ def decode(
         beat()
         tokens, logprobs = next_tokens(logits, keys, step, sampling, seen, mask)
         tokens, logprobs = agree(tokens), agree(logprobs)
-        out.ids[alive, step] = tokens
-        out.logprobs[alive, step] = logprobs
-        going = ~torch.isin(tokens, stop_ids)
-        out.lengths[alive] = torch.where(going, out.lengths[alive], step + 1)
-        goes_on = going.tolist()  # here the host waits for the device, once per token
+        goes_on = _written_down(out, alive, step, tokens, logprobs, stop_ids)
         if step + 1 == sampling.max_new_tokens or not any(goes_on):
             return
         if not all(goes_on):
             kept = keep_rows(cache, goes_on, device)
             alive, keys, tokens, mask = alive[kept], keys[kept], tokens[kept], mask[kept]
             positions, seen = positions[kept], seen[kept]
-            padding = int(mask.argmax(1).min())  # columns that only rows which have left were using
-            if padding and layers:
-                mask, seen = mask[:, padding:], seen[:, padding:]
-                for layer in layers:
-                    layer.drop_columns(padding)
+            mask, seen = _without_padding(mask, seen, layers)
         if still:
             rows = Rows(alive, keys, tokens, positions[:, -1], mask)
             return decode_still(model, cache, rows, step + 1, sampling, stop_ids, out)

@@ -192,7 +192,8 @@ class FastBackend:
             own_attention = own_attention and stack.enter_context(decode_attention_enabled(inner))
             # DeepSpeed counts a step at the outermost module's forward, so the hooked model is called as a whole
             callee = model if self.synced else inner
-            decode(callee, request, sampling, out, transposed_keys=own_attention, synced=self.synced, still=still)
+            if rows:
+                decode(callee, request, sampling, out, transposed_keys=own_attention, synced=self.synced, still=still)
             if self.synced:
                 keep_company(callee, device)
         return assemble(request, out.ids, out.lengths, out.logprobs, out.prefill_seconds)

@@ -277,6 +277,7 @@ class VllmBackend:
         own, _ = response_log_probs(model, ids, mask, mask)
 
         def compare() -> None:
+            """Ask this rank's vLLM, and hold its answer against ``own``."""
             found = self.worker.ask({"do": "score", "rows": self._fixed})["logprobs"]
             theirs = torch.tensor([value for row in found for value in row])
             difference = (theirs - own[:, 1:][mask[:, 1:].bool()].cpu()).abs()
