@@ -192,6 +192,7 @@ def leaving(app: Any) -> Any:
     """An application that ends the work on a request whose client has gone; the server ends that on streams alone."""
 
     async def watched(scope: Any, receive: Any, send: Any) -> None:
+        """The request, which ends with its client."""
         if scope["type"] != "http":
             return await app(scope, receive, send)
         said: asyncio.Queue[Any] = asyncio.Queue()
@@ -220,6 +221,7 @@ def understood(handle: Any) -> Any:
     from jinja2 import TemplateError
 
     async def handled(handler: Any, body: dict[str, Any], request_id: str) -> Any:
+        """``handle``, whose errors become status 400."""
         try:
             return await handle(handler, body, request_id)
         except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, TemplateError) as error:
@@ -232,11 +234,13 @@ def ended(stream: Any) -> Any:
     """A stream of a handler with the line that ends it, for which clients wait; the server leaves it out."""
 
     async def whole(chunks: Any) -> Any:
+        """The chunks and the line."""
         async for chunk in chunks:
             yield chunk
         yield "data: [DONE]\n\n"
 
     def streaming(*given: Any, **more: Any) -> Any:
+        """The handler's answer, whose body is whole."""
         response = stream(*given, **more)
         response.body_iterator = whole(response.body_iterator)
         return response
@@ -302,6 +306,7 @@ def settle_bodies(tokenizer: Any) -> None:
     validate, converse = BaseHandler._validate_request, BaseHandler.get_processor_inputs_from_messages
 
     def validated(handler: Any, body: dict[str, Any]) -> None:
+        """Refuse what is not served, with status 400, and settle what is."""
         if reason := refusal(body, NEEDED.get(type(handler).__name__, "")):
             raise HTTPException(400, reason)
         settle(body)
@@ -309,6 +314,7 @@ def settle_bodies(tokenizer: Any) -> None:
         validate(handler, body)
 
     def conversed(messages: list[dict[str, Any]], modality: Any) -> list[dict[str, Any]]:
+        """The messages as the template gets them, if it writes them."""
         given = converse(messages, modality)
         if reason := unwritten(given, TOOLS.get(), tokenizer):
             raise HTTPException(400, reason)
@@ -353,6 +359,7 @@ def settle_answers(context: int | None) -> None:
             return torch.full((len(ids),), gone.is_set(), device=ids.device)
 
         async def work() -> Any:
+            """Check, seed and answer."""
             begin(manager, model, inputs, config)
             return await answer(manager, model, processor, {**inputs, "stopping_criteria": [ends]}, config, **more)
 

@@ -38,7 +38,10 @@ def with_headers(app: ASGIApp) -> ASGIApp:
     """ASGI middleware that adds `HEADERS` to every answer: the page fetches nothing from anywhere else."""
 
     async def handled(scope: Scope, receive: Receive, send: Send) -> None:
+        """The request, its answer with the headers."""
+
         async def send_with_headers(message: Message) -> None:
+            """A part of the answer; its start gets the headers."""
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(HEADERS)
             await send(message)
@@ -53,6 +56,7 @@ def with_password(app: ASGIApp, login: tuple[str, str]) -> ASGIApp:
     expected = ":".join(login).encode()
 
     async def handled(scope: Scope, receive: Receive, send: Send) -> None:
+        """The request, or a question for the password."""
         if scope["type"] != "http" or secrets.compare_digest(_login_of(scope), expected):
             await app(scope, receive, send)
         else:
@@ -88,6 +92,7 @@ def _judging(ledger: Ledger) -> list[Route]:
     """What judges do; each answer is what the page shows next."""
 
     def state(judge: str, item: Item | None, before: Event | None = None) -> JSONResponse:
+        """What the page shows next."""
         found: dict[str, Any] = {"item": None, "progress": ledger.progress(judge), "warning": ledger.behind}
         if item is not None:
             order = item.shuffled(judge)
@@ -148,6 +153,7 @@ def _static() -> list[Route]:
     """The page's files, and whether the server is there."""
 
     async def ping(request: Request) -> Response:
+        """Whether the server is there."""
         return Response("here")
 
     async def static(request: Request) -> Response:
@@ -165,6 +171,7 @@ def _answered(act: Callable[[Mapping[str, Any]], JSONResponse]) -> Callable[[Req
     """A handler for requests with an object in JSON; what is wrong comes back as a line, with status 400."""
 
     async def handler(request: Request) -> Response:
+        """What an act answers, or a line that says what is wrong."""
         body = b""
         async for part in request.stream():
             body += part

@@ -403,6 +403,7 @@ def measured(shape: Shape, dtype: str) -> Speeds:
         inputs = {width: matrix(rows, width, kind) for w in weights for width in w.shape}
 
         def work() -> None:
+            """A forward's product and a backward's two for each matrix."""
             for w in weights:
                 x, gradient = inputs[w.shape[1]], inputs[w.shape[0]]
                 _ = x @ w.T, gradient @ w, gradient.T @ x

@@ -88,6 +88,7 @@ def main(argv: Sequence[str]) -> int:
     made = {"dtype": flags.model.dtype, "pad_token_id": pad_id, "attn_implementation": flags.attention}
 
     def load(config: dict[str, Any]) -> Any:
+        """The backbone with one output for each token."""
         new: dict[str, Any] = {"fresh_head_seed": train.seed, "base_bits": flags.lora.base_bits}
         return classifiers.load_classifier(flags.path, ds_config=config, **new, **made)
 

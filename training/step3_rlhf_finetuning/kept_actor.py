@@ -351,6 +351,7 @@ def open_evaluation(
     best, shards = o.output_dir / BEST, o.flags.reliability.max_shard_size
 
     def save_actor() -> None:
+        """Keep the actor as it is, as the best so far."""
         o.phases.end("evaluate")
         stop_ids = o.training.stop_ids
         save_model(roles.actor.engine, o.models.tokenizer, best, stop_ids=stop_ids, max_shard_size=shards)

@@ -72,6 +72,7 @@ def no_exit() -> Iterator[None]:
     original, this = os._exit, os.getpid()
 
     def leave(code: int) -> None:
+        """In place of ``os._exit``."""
         if os.getpid() != this:
             original(code)
         raise SystemExit(code)

@@ -162,6 +162,7 @@ def plain_adamw(
     optimizer.masters = dict(zip(weights, (m for group in groups for m in group["params"]), strict=True))
 
     def before(optimizer: Any, *_: Any) -> None:
+        """Norm, finiteness, clipping."""
         masters = list(optimizer.masters.values())
         for master in masters:
             if master.grad is None:  # an expert that no token went to: decays like all others
@@ -189,6 +190,7 @@ def _with_master(weight: nn.Parameter) -> Tensor:
     master = weight.detach().float()
 
     def take(weight: Tensor) -> None:
+        """Add a gradient that is whole."""
         assert weight.grad is not None, "another engine trains this weight"
         if master.grad is None:
             master.grad = weight.grad.float()

@@ -56,6 +56,7 @@ class LiveMemory(TorchDispatchMode):
         held = storage.nbytes() if size is None else size
 
         def freed(_: object) -> None:
+            """Called when the storage is gone."""
             self.bytes -= held
             self._alive.pop(key, None)
 
@@ -164,6 +165,7 @@ class FakeModel:
         with self.counting() as memory, contextlib.ExitStack() as hooks:
 
             def whole(parameter: torch.Tensor) -> None:
+                """Counts a gradient that the backward has finished."""
                 assert parameter.grad is not None
                 wide = 4 * parameter.grad.numel()
                 if parameter.grad.nbytes < wide:  # it is there in both precisions for a moment

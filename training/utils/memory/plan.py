@@ -304,6 +304,7 @@ def fake_role(
     factory: Any = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
 
     def build() -> Any:
+        """The model, on whatever device is in force."""
         config = config_without_dropout(path)
         if classifier:
             config.num_labels, config.pad_token_id = 1, 0

@@ -261,6 +261,7 @@ def load_strictly(
         setattr(config, name, value)
 
     def load(attention: str) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """The model with this attention, and what loading found."""
         return factory.from_pretrained(
             path,
             config=config,

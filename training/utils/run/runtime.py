@@ -54,6 +54,7 @@ def prepare_runtime() -> None:
     """
 
     def check(_: object) -> int:
+        """What can not be mended here."""
         if wrong := wrong_variable():
             raise UserError(wrong)
         put_bin_on_path()

@@ -214,6 +214,7 @@ def _noting_errors(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[s
     """``main``, with a note for the other ranks if it meets bad input: this rank may be the only one."""
 
     def run(argv: Sequence[str]) -> int:
+        """The program, its errors noted."""
         try:
             return main(argv)
         except UserError as error:

@@ -106,6 +106,7 @@ def _why_not(
     states: list[Tensor] = []
 
     def look(rows: Batch) -> None:
+        """One forward."""
         with _hidden_states(inner, states):
             answers_of(model, rows)
 
@@ -136,6 +137,7 @@ def _hidden_states(model: Any, states: list[Tensor]) -> Iterator[None]:
     found: list[Tensor] = []
 
     def keep(_: Any, __: Any, output: Any) -> None:
+        """The states in a module's output."""
         if hasattr(output, "last_hidden_state"):
             found.append(output.last_hidden_state)
 

@@ -74,6 +74,7 @@ def _comparisons(row: Row) -> list[Example]:
 
 def _mkqa(language: str) -> Converter:
     def convert(row: Row) -> list[Example]:
+        """The question and its first answer in this language."""
         queries, answers = row["queries"], row["answers"]
         if not isinstance(queries, dict) or not isinstance(answers, dict):
             raise RowError("queries and answers must hold a text for each language, such as zh_cn")

@@ -138,6 +138,7 @@ def rated(ask: str, name: str) -> Converter:
     """A prompt and a list of answers with scores or ranks, in a column or in the answers."""
 
     def convert(row: Row) -> list[Example]:
+        """One ranking."""
         items = listed(row[name], name)
         order = _order(row, items)
         if order is None:

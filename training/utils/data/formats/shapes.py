@@ -86,6 +86,7 @@ def _asked_pair(question: Callable[[Row], str | list[Message]]) -> Converter:
     """Preferences whose prompt is called otherwise; beside whole conversations such a column is metadata."""
 
     def convert(row: Row) -> list[Example]:
+        """One pair."""
         if _is_conversation(row, "chosen") and _is_conversation(row, "rejected"):
             return _transcript_pair(row)
         found = question(row)
@@ -100,6 +101,7 @@ def _context_pair(question: Callable[[Row], str | list[Message]]) -> Converter:
     pair = _asked_pair(question)
 
     def convert(row: Row) -> list[Example]:
+        """One pair."""
         value = unpacked(row["context"], "context")
         whole = isinstance(value, list) and any(isinstance(part, dict) for part in value)
         return _context_chosen_rejected(row) if whole else pair(row)
@@ -250,6 +252,7 @@ def _pair_of(prompt: str, response: str) -> Converter:
     """Two columns, one answering the other; each may also be a list of messages."""
 
     def convert(row: Row) -> list[Example]:
+        """One conversation, its answer last."""
         if response != "label":
             _check_not_bad(row)
         ask, turns = unpacked(row[prompt], prompt), as_prompt(asked(row, prompt))
