@@ -86,9 +86,9 @@ def _own_weights(model: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(model.config._name_or_path, dtype=torch.float32).eval()
 
 
-def _behind_each_other(parts: torch.Tensor) -> list[list[range]]:
+def _behind_each_other(seen_until: torch.Tensor) -> list[list[range]]:
     """The ways of a plain row: each answer sees those before it."""
-    return ways_back(parts.clamp(max=1))
+    return ways_back(torch.where(seen_until > 0, seen_until.shape[1], 0))
 
 
 _backward, _initialize, _values = engines.backward, engines.initialize_engine, experience.score_values

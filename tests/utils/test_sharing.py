@@ -24,7 +24,7 @@ from training.utils.model.forward import TokenScorer, answer_rewards, enable_gra
 from training.utils.model.lora import with_adapters
 from training.utils.run.distributed import init_distributed, reduce_sums
 from training.utils.sharing import attention, trial as sharings
-from training.utils.sharing.rows import PROMPT, Sharing, behind_beginnings, shared_length, tree_mask
+from training.utils.sharing.rows import Sharing, behind_beginnings, tree_mask, tree_size, ways_back
 
 ANY = Sharing(sys.maxsize, 1 << 20)  # so wide that attention costs nothing
 ACROSS = Sharing(sys.maxsize, 1 << 20, across=True)
@@ -89,51 +89,35 @@ def test_shared_rows_hold_every_answer(sharing, rows):
     assert_every_answer_is_there(batch)
 
 
-def test_a_beginning_ends_before_the_first_response_token():
-    batch = collate_pairs([pair([5, 6, 7], [8, 9], [8, 9, 4])], 0, ANY)
-    assert batch["shared_ids"].tolist() == [[5, 6, 7, 8, 9, 8, 9, 4]]
-    assert batch["shared_mask"].tolist() == [[1, 1, 1, *[PROMPT + 1] * 2, *[PROMPT + 2] * 3]]
-    assert batch["shared_positions"].tolist() == [[0, 1, 2, 3, 4, 3, 4, 5]]
+def test_answers_part_where_they_differ():
+    batch = collate_pairs([pair([5, 6, 7], [8, 9, 1], [8, 4, 4])], 0, ANY)
+    assert batch["shared_ids"].tolist() == [[5, 6, 7, 8, 4, 4, 9, 1]]
+    assert batch["shared_mask"].tolist() == [[8, 8, 8, 8, 6, 6, 8, 8]]
+    assert batch["shared_positions"].tolist() == [[0, 1, 2, 3, 4, 5, 4, 5]]
     cut = collate_pairs([{**pair([5, 6, 7], [8], [9]), "rejected_ids": [5, 1, 7, 9]}], 0, Sharing(99, 99))
-    assert cut["shared_mask"].tolist() == [[1, *[PROMPT + 1] * 3, *[PROMPT + 2] * 3]], "beginnings that were cut differ"
+    assert cut["shared_ids"].tolist() == [[5, 1, 7, 9, 6, 7, 8]], "beginnings that were cut differ"
 
 
-def test_prompts_stand_behind_what_all_begin_with():
-    rows = [pair([5, 6, 7], [8, 9], [8]), pair([5, 6, 4, 4], [3], [2])]
+def test_an_answer_may_be_the_beginning_of_another_or_be_given_twice():
+    answers = [{"input_ids": [5, 6, *own], "response_mask": [0, 0, *[1] * len(own)]} for own in ([7, 8], [7], [7, 8])]
+    batch = collate_answers(answers, [[0, 1, 2]], 0, ANY)
+    assert batch["shared_ids"].tolist() == [[5, 6, 7, 8]] and batch["shared_mask"].tolist() == [[4] * 4]
+    assert batch["shared_columns"].tolist() == [[0, 1, 2, 3], [0, 1, 2, 0], [0, 1, 2, 3]]
+
+
+def test_prompts_stand_behind_what_they_have_in_common():
+    rows = [pair([5, 6, 7], [8, 9], [1]), pair([5, 6, 4, 4], [3], [2]), pair([5, 6, 4, 5], [1], [1, 2])]
     batch = collate_pairs(rows, 0, ACROSS)
-    assert batch["shared_ids"].tolist() == [[5, 6, 7, 8, 9, 8, 4, 4, 3, 2]]
-    first, second = PROMPT, 2 * PROMPT
-    parts = [1, 1, first, first + 1, first + 1, first + 2, second, second, second + 1, second + 2]
-    assert batch["shared_mask"].tolist() == [parts]
-    assert batch["shared_positions"].tolist() == [[0, 1, 2, 3, 4, 3, 2, 3, 4, 4]]
-    assert batch["shared_row"].tolist() == [0] * 4, "chosen, then rejected"
-    assert len(collate_pairs(rows, 0, ANY)["shared_ids"]) == 2
+    assert batch["shared_ids"].tolist() == [[5, 6, 4, 4, 2, 3, 5, 1, 2, 7, 1, 8, 9]]
+    assert batch["shared_mask"].tolist() == [[13, 13, 9, 6, 5, 6, 9, 9, 9, 13, 11, 13, 13]]
+    assert batch["shared_positions"].tolist() == [[0, 1, 2, 3, 4, 4, 3, 4, 5, 2, 3, 3, 4]]
+    assert batch["shared_row"].tolist() == [0] * 6, "chosen, then rejected"
+    assert len(collate_pairs(rows, 0, ANY)["shared_ids"]) == 3
 
 
-def end_of_beginning(answers):
-    """How many tokens answers have in common before any of them says something or ends."""
-    texts = [answer["input_ids"] for answer in answers]
-    own = [n for answer in answers for n, own in enumerate(answer["response_mask"]) if own]
-    end = min([len(text) - 1 for text in texts] + own)
-    return next(n for n in range(99) if n == end or len({text[n] for text in texts}) > 1)
-
-
-def by_hand(answers, groups):
-    """Ids, parts and positions of the shared rows, token by token; where each answer's tokens went."""
-    root = end_of_beginning(answers)
-    ids, parts, positions, where = [], [], [], [[] for _ in answers]
-    for row, members in enumerate(groups):
-        start, prompt = end_of_beginning([answers[i] for i in members]), (row + 1) * PROMPT
-        ids.append(answers[members[0]]["input_ids"][:start])
-        parts.append([1] * root + [prompt] * (start - root))
-        positions.append(list(range(start)))
-        for part, i in enumerate(members, prompt + 1):
-            text = answers[i]["input_ids"]
-            where[i] = [(row, n if n < start else len(ids[-1]) + n - start) for n in range(len(text))]
-            ids[-1] = ids[-1] + text[start:]
-            parts[-1] += [part] * len(text[start:])
-            positions[-1] += range(start, len(text))
-    return ids, parts, positions, where
+def beginnings(texts):
+    """The nodes of the tree of these texts: what any of them begins with."""
+    return {tuple(text[: n + 1]) for text in texts for n in range(len(text))}
 
 
 def answers_at_random(random, most):
@@ -151,54 +135,40 @@ def answers_at_random(random, most):
 
 
 def padded_on_both_sides(random, answers):
-    """As rows of `collate_sft` that are moved to the right by one to three columns less than they are padded by."""
+    """As rows of `collate_sft` that are moved to the right by up to three columns."""
     left = [random.randint(0, 3) for _ in answers]
     moved = {name: torch.nn.functional.pad(tensor, (3, 0)) for name, tensor in collate_sft(answers, PAD).items()}
-    return left, {n: torch.stack([row.roll(-by) for row, by in zip(t, left, strict=True)]) for n, t in moved.items()}
+    return {n: torch.stack([row.roll(-by) for row, by in zip(t, left, strict=True)]) for n, t in moved.items()}
 
 
-def test_shared_rows_are_those_made_by_hand():
-    random = Random(1)
-    for _ in range(200):
-        answers, prompts = answers_at_random(random, 4)
-        groups = [[i for i, n in enumerate(prompts) if n == number] for number in dict.fromkeys(prompts)]
-        ids, parts, positions, where = by_hand(answers, groups)
-        assert [shared_length([answers[i] for i in members]) for members in groups] == [len(row) for row in ids]
-        left, moved = padded_on_both_sides(random, answers)
-        shared = behind_beginnings(**moved, groups=torch.tensor(prompts), pad_id=PAD, sharing=ANY)
-        if not shared:
-            assert len(ids) * max(map(len, ids)) >= collate_sft(answers, PAD)["input_ids"].numel()
-            continue
-        for name, rows in (("ids", ids), ("mask", parts), ("positions", positions)):
-            blank = PAD if name == "ids" else 0
-            width = shared["shared_ids"].shape[1]
-            assert shared[f"shared_{name}"].tolist() == [row + [blank] * (width - len(row)) for row in rows], name
-        for i, places in enumerate(where):
-            at = slice(3 - left[i], 3 - left[i] + len(places))
-            assert [(shared["shared_row"][i], n) for n in shared["shared_columns"][i, at]] == places
-
-
-def test_rows_across_prompts_hold_every_answer_in_fewer_tokens():
-    random, joined = Random(2), 0
+@pytest.mark.parametrize("sharing", [ANY, ACROSS, Sharing(14, 1 << 20, across=True)])
+def test_shared_rows_hold_every_answer_and_nothing_twice(sharing):
+    random, shapes = Random(1), set()
     for _ in range(200):
         answers, prompts = answers_at_random(random, 9)
-        _, moved = padded_on_both_sides(random, answers)
-        one, several = (
-            behind_beginnings(**moved, groups=torch.tensor(prompts), pad_id=PAD, sharing=how) for how in (ANY, ACROSS)
-        )
-        if not several:
-            assert not one
+        groups = [[i for i, n in enumerate(prompts) if n == number] for number in dict.fromkeys(prompts)]
+        moved = padded_on_both_sides(random, answers)
+        shared = behind_beginnings(moved["input_ids"], moved["attention_mask"], groups, PAD, sharing)
+        texts = [answer["input_ids"] for answer in answers]
+        apart = len(texts) * max(map(len, texts))
+        of_groups = [tree_size(texts[i] for i in members) for members in groups]
+        assert of_groups == [len(beginnings(texts[i] for i in members)) for members in groups]
+        if not shared:
+            rows = len(groups) if sharing is ANY else 1
+            least = max(of_groups) * len(groups) if sharing is ANY else len(beginnings(texts))
+            assert least >= apart or max(least // rows, *of_groups) > sharing.longest
             continue
-        assert_every_answer_is_there(moved | several)
-        tokens = several["shared_ids"].numel()
-        assert tokens <= min(shared["shared_ids"].numel() if (shared := one) else tokens, moved["input_ids"].numel())
-        groups = [[answers[i] for i, n in enumerate(prompts) if n == number] for number in set(prompts)]
-        root = end_of_beginning(answers)
-        rows = len(several["shared_ids"])
-        real = rows * root + sum(shared_length(members) - root for members in groups)
-        assert (several["shared_mask"] > 0).sum() == real, "nothing twice, nothing left out"
-        joined += rows < len(groups)
-    assert joined > 50
+        assert_every_answer_is_there(moved | shared)
+        ids, row_of = shared["shared_ids"], shared["shared_row"].tolist()
+        assert ids.numel() < apart and ids.shape[1] <= sharing.longest
+        for row in range(len(ids)):
+            mine = [text for text, at in zip(texts, row_of, strict=True) if at == row]
+            assert (shared["shared_mask"][row] > 0).sum() == tree_size(mine) == len(beginnings(mine))
+        for members in groups:
+            assert len({row_of[i] for i in members}) == 1
+        assert sharing is not ACROSS or len(ids) == 1
+        shapes.add((len(groups), len(ids)))
+    assert len(shapes) > 5
 
 
 def test_rows_are_shared_where_that_is_cheaper():
@@ -315,8 +285,13 @@ def test_dpo_at_zero_3_on_two_ranks(tiny_model, rank_pair):
 def test_a_leak_between_answers_would_not_pass(model_of):
     model, batch = model_of("llama", "reward"), collate_pairs(fixed_rankings(), PAD, ACROSS)
     counting = torch.arange(batch["shared_ids"].shape[1]).expand_as(batch["shared_ids"])
-    parts = batch["shared_mask"]
-    leaks = parts.clamp(max=1), torch.where(parts == 1, 1, parts - parts % PROMPT)  # of prompts, of answers
+    until = batch["shared_mask"]
+    to_the_end = torch.full_like(until, until.shape[1])
+    to_siblings = until.clone()
+    for *_, before, own in filter(lambda way: len(way) > 1, ways_back(until)):
+        to_siblings[0, own.start : own.stop] = until[0, before.stop - 1]
+    assert not torch.equal(to_siblings, until) and not torch.equal(to_siblings, to_the_end)
+    leaks = to_the_end, to_siblings
     for fault in (*({"shared_mask": leak} for leak in leaks), {"shared_positions": counting}):
         with pytest.raises(AssertionError):
             assert_equal_with_gradients(model, answer_rewards, batch | fault, 2e-5)

@@ -18,7 +18,7 @@ from training.utils.data.batches import (
 from training.utils.metrics import watched
 from training.utils.model.forward import answer_rewards
 from training.utils.run.distributed import data_rank, data_size, gather_rows
-from training.utils.sharing.rows import Sharing, shared_length
+from training.utils.sharing.rows import Sharing, tree_size
 
 # Held-out pairs that a model is judged by before it is trained: most have a fresh head, whose accuracy is a coin's
 PAIRS_BEFORE = 64
@@ -94,7 +94,7 @@ def _units(
         answers, _, sides = distinct_answers([dataset[row] for row in rows])
         places += [((ranking, chosen), (ranking, rejected)) for chosen, rejected in zip(*sides, strict=True)]
         alone = [len(answer["input_ids"]) for answer in answers]
-        together = shared_length(answers)
+        together = tree_size(answer["input_ids"] for answer in answers)
         if sharing is not None and sharing.pays((len(answers), max(alone)), (1, together)):
             units.append((ranking, range(len(answers))))
             lengths.append(together)

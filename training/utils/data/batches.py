@@ -153,10 +153,7 @@ def collate_answers(
     batch = collate_sft(answers, pad_id)
     if sharing is None:
         return batch
-    group_of = torch.empty(len(answers), dtype=torch.long)
-    for number, group in enumerate(groups):
-        group_of[list(group)] = number
-    return batch | behind_beginnings(**batch, groups=group_of, pad_id=pad_id, sharing=sharing)
+    return batch | behind_beginnings(batch["input_ids"], batch["attention_mask"], groups, pad_id, sharing)
 
 
 def distinct_answers(

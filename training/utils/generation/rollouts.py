@@ -156,8 +156,9 @@ def behind_prompts(
         return None
     response = full_response_mask(mask, input_ids.shape[1])
     prompts = input_ids.masked_fill(response | (attention_mask == 0), -1)[:, : input_ids.shape[1] - mask.shape[1]]
-    groups = torch.unique(prompts, dim=0, return_inverse=True)[1]
-    return behind_beginnings(input_ids, attention_mask, response, groups, 0, sharing) or None
+    numbers = torch.unique(prompts, dim=0, return_inverse=True)[1].tolist()
+    groups = [[i for i, other in enumerate(numbers) if other == number] for number in dict.fromkeys(numbers)]
+    return behind_beginnings(input_ids, attention_mask, groups, 0, sharing) or None
 
 
 class Seen(NamedTuple):

@@ -104,7 +104,7 @@ class Blocks:
         return found
 
 
-_rows_of: Any = WeakTensorKeyDictionary()  # parts and blocks of each `block_mask`, while it is in use
+_rows_of: Any = WeakTensorKeyDictionary()  # of each `block_mask` what it was made from and its blocks, while in use
 
 
 def by_blocks(model: Any, device: torch.device) -> bool:
@@ -113,17 +113,18 @@ def by_blocks(model: Any, device: torch.device) -> bool:
     return device.type == "cpu" and model.config._attn_implementation == "sdpa" and calls_interface
 
 
-def block_mask(parts: Tensor) -> Tensor:
+def block_mask(seen_until: Tensor) -> Tensor:
     """What a model gets as attention mask, ``[R, 1, W, W]``, so that `shared_attention` goes block by block.
 
     One number in the memory of one: the tensor itself says which rows it stands for.
 
     Args:
-        parts: ``[R, W]``, see `tree_mask`.
+        seen_until: ``[R, W]``, see `tree_mask`.
     """
-    pieces = list(_pieces(ways_back(parts), parts.numel()))
-    mask = torch.ones(1, dtype=torch.bool).expand(len(parts), 1, parts.shape[1], parts.shape[1])
-    _rows_of[mask] = parts, Blocks(pieces, *parts.shape)
+    rows, width = seen_until.shape
+    pieces = list(_pieces(ways_back(seen_until), rows * width))
+    mask = torch.ones(1, dtype=torch.bool).expand(rows, 1, width, width)
+    _rows_of[mask] = seen_until, Blocks(pieces, rows, width)
     return mask
 
 
@@ -196,9 +197,9 @@ def shared_attention(
     Returns:
         ``[R, W, heads, D]``, 0 for padding, and None in place of the weights, as the interface wants.
     """
-    parts, blocks = (None, None) if attention_mask is None else _rows_of.get(attention_mask, (None, None))
+    seen_until, blocks = (None, None) if attention_mask is None else _rows_of.get(attention_mask, (None, None))
     if blocks is None or dropout or any(kwargs.get(name) is not None for name in BEYOND_MASK):
-        attention_mask = attention_mask if parts is None else tree_mask(parts)
+        attention_mask = attention_mask if seen_until is None else tree_mask(seen_until)
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     return _BlockAttention.apply(
         query, key, value, blocks, query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -102,7 +102,8 @@ def _why_not(
     if places.shape[1] > _longest(inner):
         return "its attention does not reach across a row"
     alone = {name: tensor for name, tensor in batch.items() if not name.startswith("shared_")}
-    leaking = batch | {"shared_mask": batch["shared_mask"].clamp(max=1), "shared_positions": places}
+    to_the_end = torch.where(batch["shared_mask"] > 0, places.shape[1], 0)
+    leaking = batch | {"shared_mask": to_the_end, "shared_positions": places}
     states: list[Tensor] = []
 
     def look(rows: Batch) -> None:
