@@ -151,7 +151,7 @@ def test_shared_rows_hold_every_answer_and_nothing_twice(sharing):
         shared = behind_beginnings(moved["input_ids"], moved["attention_mask"], groups, PAD, sharing)
         texts = [answer["input_ids"] for answer in answers]
         apart = len(texts) * max(map(len, texts))
-        of_groups = [tree_size(texts[i] for i in members) for members in groups]
+        of_groups = [tree_size([texts[i] for i in members]) for members in groups]
         assert of_groups == [len(beginnings(texts[i] for i in members)) for members in groups]
         if not shared:
             rows = len(groups) if sharing is ANY else 1

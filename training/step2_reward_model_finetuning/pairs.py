@@ -94,7 +94,7 @@ def _units(
         answers, _, sides = distinct_answers([dataset[row] for row in rows])
         places += [((ranking, chosen), (ranking, rejected)) for chosen, rejected in zip(*sides, strict=True)]
         alone = [len(answer["input_ids"]) for answer in answers]
-        together = tree_size(answer["input_ids"] for answer in answers)
+        together = tree_size([answer["input_ids"] for answer in answers])
         if sharing is not None and sharing.pays((len(answers), max(alone)), (1, together)):
             units.append((ranking, range(len(answers))))
             lengths.append(together)

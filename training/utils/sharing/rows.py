@@ -8,7 +8,6 @@ positions count along that way, so each answer gets the log-probs that it has in
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,8 +15,6 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-
-Text = list[int]  # the tokens of an answer and of what stands before it
 
 
 @dataclass(frozen=True)
@@ -77,14 +74,38 @@ def ways_back(seen_until: Tensor) -> list[list[range]]:
     return ways
 
 
-def tree_size(texts: Iterable[Text]) -> int:
+def tree_size(texts: Sequence[Sequence[int]]) -> int:
     """Tokens of a row that holds these."""
-    ordered = sorted(texts)
-    return sum(map(len, ordered)) - sum(_in_common(*two) for two in pairwise(ordered))
+    return _Tree.of([torch.tensor(text) for text in texts], range(len(texts))).width
 
 
-def _in_common(one: Text, other: Text) -> int:
-    return len(os.path.commonprefix([one, other]))
+@dataclass(frozen=True)
+class _Tree:
+    """Texts in the order of their tokens, as they lie in a row.
+
+    Attributes:
+        texts: their numbers.
+        known: how many tokens of each the one before it has already.
+        width: tokens of all without these.
+    """
+
+    texts: list[int]
+    known: list[int]
+    width: int
+
+    @classmethod
+    def of(cls, texts: Sequence[Tensor], members: Iterable[int]) -> _Tree:
+        """The tree of some texts, ``[T]`` each."""
+        order = sorted(members, key=lambda i: texts[i].tolist())
+        known = [0, *(_in_common(texts[i], texts[j]) for i, j in pairwise(order))]
+        return cls(order, known, sum(len(texts[i]) for i in order) - sum(known))
+
+
+def _in_common(one: Tensor, other: Tensor) -> int:
+    """How many tokens two texts begin with alike."""
+    length = min(len(one), len(other))
+    differ = (one[:length] != other[:length]).nonzero()
+    return int(differ[0]) if len(differ) else length
 
 
 def behind_beginnings(
@@ -107,48 +128,47 @@ def behind_beginnings(
         are: ``shared_row`` [S], and ``shared_columns`` [S, T] of their tokens.
     """
     real = attention_mask.bool().cpu()
-    texts = [ids[own].tolist() for ids, own in zip(input_ids.cpu(), real, strict=True)]
-    rows = _dealt(texts, groups, sharing)
-    if rows is None:
+    texts = [ids[own] for ids, own in zip(input_ids.cpu(), real, strict=True)]
+    trees = _dealt(texts, groups, sharing)
+    if trees is None:
         return {}
-    return {name: tensor.to(input_ids.device) for name, tensor in _laid(texts, rows, real, pad_id).items()}
+    return {name: tensor.to(input_ids.device) for name, tensor in _laid(texts, trees, real, pad_id).items()}
 
 
-def _dealt(texts: Sequence[Text], groups: Sequence[Sequence[int]], sharing: Sharing) -> list[list[int]] | None:
-    """Which answers stand in which row, None if each needs one of its own."""
-    alone = len(texts), max(map(len, texts))
-    sizes = [tree_size(texts[i] for i in group) for group in groups]
-    from_largest = sorted(zip(sizes, groups, strict=True), key=lambda sized: -sized[0])
-    powers = [1 << n for n in range(len(groups).bit_length()) if sharing.across and 1 << n < len(groups)]
-    for count in (*powers, len(groups)):
+def _dealt(texts: Sequence[Tensor], groups: Sequence[Sequence[int]], sharing: Sharing) -> list[_Tree] | None:
+    """Which texts stand in which row, None if each needs one of its own."""
+
+    def pay(trees: Sequence[_Tree]) -> bool:
+        """Whether a row for each of them is cheaper than one for each text."""
+        return sharing.pays((len(texts), max(map(len, texts))), (len(trees), max(tree.width for tree in trees)))
+
+    apart = [_Tree.of(texts, group) for group in groups]
+    from_largest = sorted(apart, key=lambda tree: -tree.width)
+    for count in (1 << n for n in range(len(groups).bit_length()) if sharing.across and 1 << n < len(groups)):
         rows: list[list[int]] = [[] for _ in range(count)]
         filled = [0] * count
-        for size, group in from_largest:
+        for tree in from_largest:
             emptiest = filled.index(min(filled))
-            rows[emptiest] += group
-            filled[emptiest] += size
-        if sharing.pays(alone, (count, _width(texts, rows))):
-            return rows
-    return None
+            rows[emptiest] += tree.texts
+            filled[emptiest] += tree.width
+        if pay(trees := [_Tree.of(texts, row) for row in rows]):
+            return trees
+    return apart if pay(apart) else None
 
 
-def _width(texts: Sequence[Text], rows: Sequence[Sequence[int]]) -> int:
-    return max(tree_size(texts[i] for i in row) for row in rows)
-
-
-def _laid(texts: Sequence[Text], rows: Sequence[Sequence[int]], real: Tensor, pad_id: int) -> dict[str, Tensor]:
-    """`behind_beginnings`, of rows that hold these texts; ``real`` says where the tokens of ``[S, T]`` are."""
-    shape = len(rows), _width(texts, rows)
+def _laid(texts: Sequence[Tensor], trees: Sequence[_Tree], real: Tensor, pad_id: int) -> dict[str, Tensor]:
+    """`behind_beginnings`, of a row for each tree; ``real`` says where the tokens of ``[S, T]`` are."""
+    shape = len(trees), max(tree.width for tree in trees)
     ids, (positions, until) = torch.full(shape, pad_id), torch.zeros(2, *shape, dtype=torch.long)
     row_of, columns = torch.zeros(len(texts), dtype=torch.long), torch.zeros(real.shape, dtype=torch.long)
-    for row, members in enumerate(rows):
-        before, way, width = Text(), torch.arange(0), 0
-        for i in sorted(members, key=texts.__getitem__):
-            text = texts[i]
-            known = _in_common(before, text)
-            start, width = width, width + len(text) - known
+    for row, tree in enumerate(trees):
+        way, width = torch.arange(0), 0
+        for i, known in zip(tree.texts, tree.known, strict=True):
+            start, width = width, width + len(texts[i]) - known
             way = torch.cat([way[:known], torch.arange(start, width)])
-            ids[row, way], positions[row, way], until[row, way] = torch.tensor(text), torch.arange(len(text)), width
-            row_of[i], columns[i, real[i]], before = row, way, text
+            ids[row, start:width] = texts[i][known:]
+            positions[row, start:width] = torch.arange(known, len(texts[i]))
+            until[row].index_fill_(0, way, width)
+            columns[i, real[i]], row_of[i] = way, row
     laid = {"ids": ids, "mask": until, "positions": positions, "row": row_of, "columns": columns}
     return {f"shared_{name}": tensor for name, tensor in laid.items()}
