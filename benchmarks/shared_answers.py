@@ -41,7 +41,7 @@ from training.utils.model.tokenizer import load_tokenizer  # noqa: E402
 from training.utils.sharing.rows import Sharing  # noqa: E402
 
 Piece = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # ids and attention mask [B, T], response mask [B, R]
-WAYS = ("all columns", "columns with a token", "answers behind their prompt", "and prompts behind what all begin with")
+WAYS = ("all columns", "columns with a token", "answers behind their prompt", "all behind what they begin with")
 
 
 def answered(model: Any, path: str, arguments: argparse.Namespace) -> list[rollouts.RolloutBatch]:

@@ -1,4 +1,4 @@
-"""Answers behind a common beginning that is forwarded once: the same numbers and gradients as a row for each answer."""
+"""Answers behind what they begin with, which is forwarded once: the same numbers and gradients as a row for each answer."""
 
 import functools
 import math
@@ -154,9 +154,8 @@ def test_shared_rows_hold_every_answer_and_nothing_twice(sharing):
         of_groups = [tree_size([texts[i] for i in members]) for members in groups]
         assert of_groups == [len(beginnings(texts[i] for i in members)) for members in groups]
         if not shared:
-            rows = len(groups) if sharing is ANY else 1
-            least = max(of_groups) * len(groups) if sharing is ANY else len(beginnings(texts))
-            assert least >= apart or max(least // rows, *of_groups) > sharing.longest
+            shapes_tried = [(len(groups), max(of_groups))] + [(1, len(beginnings(texts)))] * (sharing is not ANY)
+            assert all(rows * width >= apart or width > sharing.longest for rows, width in shapes_tried)
             continue
         assert_every_answer_is_there(moved | shared)
         ids, row_of = shared["shared_ids"], shared["shared_row"].tolist()
@@ -183,6 +182,18 @@ def test_rows_are_shared_where_that_is_cheaper():
     assert "shared_ids" in collate_pairs(even, 0, Sharing(999, 64))
     uneven = [*even, pair([3] * 2, [4] * 48, [5] * 48)]
     assert "shared_ids" not in collate_pairs(uneven, 0, Sharing(999, 64)), "padding is counted"
+
+
+def test_rows_are_as_many_as_is_cheapest_and_equally_long():
+    def rows(sizes, longest):
+        answers = [{"input_ids": [3] * 300 + [n] * size, "response_mask": []} for n, size in enumerate(sizes)]
+        batch = collate_answers([a | {"response_mask": [1] * len(a["input_ids"])} for a in answers],
+                                [[n] for n in range(len(sizes))], 0, Sharing(longest, 64, across=True))  # fmt: skip
+        return batch["shared_ids"].shape
+
+    assert rows([20] * 5, 340) == (3, 340), "not four"
+    assert rows([60, 10, 10, 50, 20, 10], 999) == (1, 460)
+    assert rows([60, 10, 50, 10, 20, 10], 380) == (2, 380), "each as it comes would take rows of 300 + 130"
 
 
 def test_rows_grow_across_prompts_as_long_as_they_may():

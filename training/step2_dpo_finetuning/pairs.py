@@ -50,7 +50,7 @@ class Preferences:
         engine: the policy's.
         frozen: see `training.utils.engine.frozen.load_reference`.
         settings: the loss and its constants.
-        sharing: whether both forward the common beginning of answers once, see `collate_answers`.
+        sharing: whether both forward what answers begin with once, see `collate_answers`.
     """
 
     engine: Any

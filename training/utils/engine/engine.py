@@ -25,7 +25,7 @@ from training.utils.run.phases import beat
 bf16_optimizer.see_memory_usage = lambda *_args, **_kwargs: None
 
 ADAM_BETAS = (0.9, 0.95)  # DeepSpeed-Chat's and InstructGPT's
-NORM_CHUNK = 262_144  # elements whose fp64 copies stay in a processor's cache: many times as fast as a matrix at once
+NORM_CHUNK = 131_072  # elements whose fp64 copy stays in a processor's cache: many times as fast as a matrix at once
 CAST = (torch.float16, torch.float32, torch.float64)  # what DeepSpeed casts to bf16, buffers left as they are
 MAX_SKIPPED = 10  # optimizer steps in a row; a single one is noise, ten are a run that learns nothing any more
 
@@ -215,12 +215,15 @@ def round_weights(optimizer: Any) -> None:
 
 def global_norm(optimizer: torch.optim.Optimizer) -> Tensor:
     """Norm of all gradients, fp32: summed in fp64, rounded once for each parameter group, as DeepSpeed does it."""
-    norms = []
+    norms, room = [], torch.empty(NORM_CHUNK, dtype=torch.float64)
     for group in optimizer.param_groups:
         gradients = [parameter.grad.reshape(-1) for parameter in group["params"]]
         if gradients[0].device.type == "cpu":
-            gradients = [piece for gradient in gradients for piece in gradient.split(NORM_CHUNK)]
-        squares = torch.stack(torch._foreach_norm(gradients, 2, torch.float64)).square()
+            pieces = (piece for gradient in gradients for piece in gradient.split(NORM_CHUNK))
+            in_fp64 = (room[: len(piece)].copy_(piece) for piece in pieces)
+            squares = torch.stack([torch.dot(piece, piece) for piece in in_fp64])
+        else:
+            squares = torch.stack(torch._foreach_norm(gradients, 2, torch.float64)).square()
         norms.append(squares.sum().float().sqrt())
     return torch.linalg.vector_norm(torch.stack(norms))
 

@@ -50,8 +50,8 @@ def forward_inputs(
         model: the module whose ``forward`` will be called; families that place positions from the mask
             themselves (BLOOM) take no ``position_ids``.
         input_ids, attention_mask: ``[B, T]``.
-        position_ids: ``[B, T]`` of rows with several answers behind one beginning, whose ``attention_mask`` says what
-            belongs together, see `training.utils.data.batches.collate_answers`.
+        position_ids: ``[B, T]`` of shared rows, whose ``attention_mask`` is what `tree_mask` takes; see
+            `training.utils.sharing.rows.behind_beginnings`.
     """
     if is_split(model):
         sequence_parallel.check_right_padded(attention_mask)
@@ -108,7 +108,7 @@ def response_log_probs(
         response_mask: ``[B, T]``, true on the tokens wanted; column 0 is left out, as nothing predicts it.
         temperature: logits are divided by it, as the sampler does.
         entropy: also give the entropy of the distribution at each response token, in nats.
-        shared: the same rows behind their common beginnings, which then is what the model sees: the ``shared_`` tensors
+        shared: the same rows behind what they begin with, which then is what the model sees: the ``shared_`` tensors
             of `training.utils.data.batches.collate_answers`.
 
     Returns:

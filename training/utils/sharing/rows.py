@@ -60,7 +60,7 @@ def ways_back(seen_until: Tensor) -> list[list[range]]:
     Tokens are numbered over all rows: row 1 begins with number T.
 
     Args:
-        seen_until: ``[B, T]``, as for `tree_mask`, whose mask says the same.
+        seen_until: ``[B, T]``, as for `tree_mask`, whose mask says the same; padding is at the end of a row.
     """
     ways = []
     for row, until in enumerate(seen_until.tolist()):
@@ -113,8 +113,8 @@ def behind_beginnings(
 ) -> dict[str, Tensor]:
     """Answers as shared rows, in which each stands behind what it has in common with those before it.
 
-    Those of a group share a row. Where ``sharing`` lets several groups stand in one, there are as few rows as it may
-    have.
+    Those of a group share a row. Where ``sharing`` lets several groups stand in one, there are as many to a row as is
+    cheapest.
 
     Args:
         input_ids, attention_mask: ``[S, T]`` of the answers behind their prompts, padded on either side.
@@ -137,23 +137,26 @@ def behind_beginnings(
 
 def _dealt(texts: Sequence[Tensor], groups: Sequence[Sequence[int]], sharing: Sharing) -> list[_Tree] | None:
     """Which texts stand in which row, None if each needs one of its own."""
-
-    def pay(trees: Sequence[_Tree]) -> bool:
-        """Whether a row for each of them is cheaper than one for each text."""
-        return sharing.pays((len(texts), max(map(len, texts))), (len(trees), max(tree.width for tree in trees)))
-
     apart = [_Tree.of(texts, group) for group in groups]
-    from_largest = sorted(apart, key=lambda tree: -tree.width)
-    for count in (1 << n for n in range(len(groups).bit_length()) if sharing.across and 1 << n < len(groups)):
-        rows: list[list[int]] = [[] for _ in range(count)]
-        filled = [0] * count
-        for tree in from_largest:
-            emptiest = filled.index(min(filled))
-            rows[emptiest] += tree.texts
-            filled[emptiest] += tree.width
-        if pay(trees := [_Tree.of(texts, row) for row in rows]):
-            return trees
-    return apart if pay(apart) else None
+    counts = {-(-len(groups) >> n) for n in range(len(groups).bit_length() + 1)} if sharing.across else set()
+    cheapest, least = None, (len(texts), max(map(len, texts)))
+    for count in (len(groups), *counts):
+        trees = apart if count == len(groups) else _in_rows(texts, apart, count)
+        shape = count, max(tree.width for tree in trees)
+        if sharing.pays(least, shape):
+            cheapest, least = trees, shape
+    return cheapest
+
+
+def _in_rows(texts: Sequence[Tensor], groups: Sequence[_Tree], count: int) -> list[_Tree]:
+    """Groups in so many rows of about one length: from the largest on, each goes where least is."""
+    rows: list[list[int]] = [[] for _ in range(count)]
+    filled = [0] * count
+    for group in sorted(groups, key=lambda group: -group.width):
+        emptiest = filled.index(min(filled))
+        rows[emptiest] += group.texts
+        filled[emptiest] += group.width
+    return [_Tree.of(texts, row) for row in rows]
 
 
 def _laid(texts: Sequence[Tensor], trees: Sequence[_Tree], real: Tensor, pad_id: int) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Whether a model can forward the common beginning of several answers once, found by trying it.
+"""Whether a model can forward what several answers begin with once, found by trying it.
 
 Families that place tokens by themselves (ALiBi), keep a state instead of keys and values, or whose kernels take no such
 mask as `training.utils.sharing.rows.tree_mask` get a row for each answer.
@@ -45,7 +45,7 @@ def shares_across(device: torch.device) -> bool:
 def find_sharing(
     model: Any, answers_of: Callable[[Any, Batch], Tensor], pad_id: int, name: str = "the model"
 ) -> Sharing | None:
-    """Find out whether a model computes the same if answers stand behind their common beginning, and say so.
+    """Find out whether a model computes the same if answers stand behind what they begin with, and say so.
 
     Args:
         model: an engine or a model that trains or is frozen; left in evaluation mode. A collective.
