@@ -1,4 +1,4 @@
-"""Answers behind what they begin with, which is forwarded once: the same numbers and gradients as a row for each answer."""
+"""Answers behind what they begin with, forwarded once: the same numbers and gradients as a row for each answer."""
 
 import functools
 import math
