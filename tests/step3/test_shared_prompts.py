@@ -32,12 +32,12 @@ def rollout():
 def test_shared_rows_hold_every_answer_in_the_columns_of_the_rollout():
     ids, mask, response = rollout()
     shared = rollouts.behind_prompts(ids, mask, response, ALWAYS)
-    assert len(shared["shared_ids"]) == 3 and (shared["shared_mask"] > 0).sum() < mask.sum()
+    assert len(shared["shared_ids"]) == 3 and (shared["shared_seen_until"] > 0).sum() < mask.sum()
     own, real = (shared["shared_row"][:, None], shared["shared_columns"]), mask == 1
     assert torch.equal(shared["shared_ids"][own][real], ids[real])
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     assert torch.equal(shared["shared_positions"][own][real], positions[real])
-    seen = tree_mask(shared["shared_mask"])[:, 0]
+    seen = tree_mask(shared["shared_seen_until"])[:, 0]
     for row, columns, own_tokens in zip(shared["shared_row"], shared["shared_columns"], real, strict=True):
         mine = columns[own_tokens].tolist()
         for i, column in enumerate(mine):

@@ -72,7 +72,7 @@ def assert_every_answer_is_there(batch):
     assert torch.equal(batch["shared_ids"][own][real], batch["input_ids"][real])
     places = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
     assert torch.equal(batch["shared_positions"][own][real], places[real]), "positions go on behind the beginning"
-    seen = tree_mask(batch["shared_mask"])[:, 0]
+    seen = tree_mask(batch["shared_seen_until"])[:, 0]
     for row, columns, tokens in zip(batch["shared_row"], batch["shared_columns"], real, strict=True):
         columns = columns[tokens].tolist()
         for i, column in enumerate(columns):
@@ -85,14 +85,14 @@ def test_shared_rows_hold_every_answer(sharing, rows):
     batch, alone = collate_pairs(pairs, PAD, sharing), collate_pairs(pairs, PAD)
     assert all(torch.equal(tensor, batch[name]) for name, tensor in alone.items())
     assert len(batch["shared_ids"]) == rows
-    assert (batch["shared_mask"] > 0).sum() < batch["attention_mask"].sum()
+    assert (batch["shared_seen_until"] > 0).sum() < batch["attention_mask"].sum()
     assert_every_answer_is_there(batch)
 
 
 def test_answers_part_where_they_differ():
     batch = collate_pairs([pair([5, 6, 7], [8, 9, 1], [8, 4, 4])], 0, ANY)
     assert batch["shared_ids"].tolist() == [[5, 6, 7, 8, 4, 4, 9, 1]]
-    assert batch["shared_mask"].tolist() == [[8, 8, 8, 8, 6, 6, 8, 8]]
+    assert batch["shared_seen_until"].tolist() == [[8, 8, 8, 8, 6, 6, 8, 8]]
     assert batch["shared_positions"].tolist() == [[0, 1, 2, 3, 4, 5, 4, 5]]
     cut = collate_pairs([{**pair([5, 6, 7], [8], [9]), "rejected_ids": [5, 1, 7, 9]}], 0, Sharing(99, 99))
     assert cut["shared_ids"].tolist() == [[5, 1, 7, 9, 6, 7, 8]], "beginnings that were cut differ"
@@ -101,7 +101,7 @@ def test_answers_part_where_they_differ():
 def test_an_answer_may_be_the_beginning_of_another_or_be_given_twice():
     answers = [{"input_ids": [5, 6, *own], "response_mask": [0, 0, *[1] * len(own)]} for own in ([7, 8], [7], [7, 8])]
     batch = collate_answers(answers, [[0, 1, 2]], 0, ANY)
-    assert batch["shared_ids"].tolist() == [[5, 6, 7, 8]] and batch["shared_mask"].tolist() == [[4] * 4]
+    assert batch["shared_ids"].tolist() == [[5, 6, 7, 8]] and batch["shared_seen_until"].tolist() == [[4] * 4]
     assert batch["shared_columns"].tolist() == [[0, 1, 2, 3], [0, 1, 2, 0], [0, 1, 2, 3]]
 
 
@@ -109,7 +109,7 @@ def test_prompts_stand_behind_what_they_have_in_common():
     rows = [pair([5, 6, 7], [8, 9], [1]), pair([5, 6, 4, 4], [3], [2]), pair([5, 6, 4, 5], [1], [1, 2])]
     batch = collate_pairs(rows, 0, ACROSS)
     assert batch["shared_ids"].tolist() == [[5, 6, 4, 4, 2, 3, 5, 1, 2, 7, 1, 8, 9]]
-    assert batch["shared_mask"].tolist() == [[13, 13, 9, 6, 5, 6, 9, 9, 9, 13, 11, 13, 13]]
+    assert batch["shared_seen_until"].tolist() == [[13, 13, 9, 6, 5, 6, 9, 9, 9, 13, 11, 13, 13]]
     assert batch["shared_positions"].tolist() == [[0, 1, 2, 3, 4, 4, 3, 4, 5, 2, 3, 3, 4]]
     assert batch["shared_row"].tolist() == [0] * 6, "chosen, then rejected"
     assert len(collate_pairs(rows, 0, ANY)["shared_ids"]) == 3
@@ -162,10 +162,12 @@ def test_shared_rows_hold_every_answer_and_nothing_twice(sharing):
         assert ids.numel() < apart and ids.shape[1] <= sharing.longest
         for row in range(len(ids)):
             mine = [text for text, at in zip(texts, row_of, strict=True) if at == row]
-            assert (shared["shared_mask"][row] > 0).sum() == tree_size(mine) == len(beginnings(mine))
+            assert (shared["shared_seen_until"][row] > 0).sum() == tree_size(mine) == len(beginnings(mine))
         for members in groups:
             assert len({row_of[i] for i in members}) == 1
-        assert sharing is not ACROSS or len(ids) == 1
+        if sharing is ACROSS:
+            one = behind_beginnings(moved["input_ids"], moved["attention_mask"], groups, PAD, ANY)
+            assert len(ids) == 1 and ids.numel() <= one.get("shared_ids", moved["input_ids"]).numel()
         shapes.add((len(groups), len(ids)))
     assert len(shapes) > 5
 
@@ -186,10 +188,12 @@ def test_rows_are_shared_where_that_is_cheaper():
 
 def test_rows_are_as_many_as_is_cheapest_and_equally_long():
     def rows(sizes, longest):
-        answers = [{"input_ids": [3] * 300 + [n] * size, "response_mask": []} for n, size in enumerate(sizes)]
-        batch = collate_answers([a | {"response_mask": [1] * len(a["input_ids"])} for a in answers],
-                                [[n] for n in range(len(sizes))], 0, Sharing(longest, 64, across=True))  # fmt: skip
-        return batch["shared_ids"].shape
+        answers = [
+            {"input_ids": [3] * 300 + [n] * size, "response_mask": [0] * 300 + [1] * size}
+            for n, size in enumerate(sizes)
+        ]
+        groups, sharing = [[n] for n in range(len(sizes))], Sharing(longest, 64, across=True)
+        return collate_answers(answers, groups, 0, sharing)["shared_ids"].shape
 
     assert rows([20] * 5, 340) == (3, 340), "not four"
     assert rows([60, 10, 10, 50, 20, 10], 999) == (1, 460)
@@ -296,14 +300,14 @@ def test_dpo_at_zero_3_on_two_ranks(tiny_model, rank_pair):
 def test_a_leak_between_answers_would_not_pass(model_of):
     model, batch = model_of("llama", "reward"), collate_pairs(fixed_rankings(), PAD, ACROSS)
     counting = torch.arange(batch["shared_ids"].shape[1]).expand_as(batch["shared_ids"])
-    until = batch["shared_mask"]
+    until = batch["shared_seen_until"]
     to_the_end = torch.full_like(until, until.shape[1])
     to_siblings = until.clone()
     for *_, before, own in filter(lambda way: len(way) > 1, ways_back(until)):
         to_siblings[0, own.start : own.stop] = until[0, before.stop - 1]
     assert not torch.equal(to_siblings, until) and not torch.equal(to_siblings, to_the_end)
     leaks = to_the_end, to_siblings
-    for fault in (*({"shared_mask": leak} for leak in leaks), {"shared_positions": counting}):
+    for fault in (*({"shared_seen_until": leak} for leak in leaks), {"shared_positions": counting}):
         with pytest.raises(AssertionError):
             assert_equal_with_gradients(model, answer_rewards, batch | fault, 2e-5)
 

@@ -215,10 +215,11 @@ def round_weights(optimizer: Any) -> None:
 
 def global_norm(optimizer: torch.optim.Optimizer) -> Tensor:
     """Norm of all gradients, fp32: summed in fp64, rounded once for each parameter group, as DeepSpeed does it."""
-    norms, room = [], torch.empty(NORM_CHUNK, dtype=torch.float64)
+    norms = []
     for group in optimizer.param_groups:
         gradients = [parameter.grad.reshape(-1) for parameter in group["params"]]
         if gradients[0].device.type == "cpu":
+            room = torch.empty(NORM_CHUNK, dtype=torch.float64)
             pieces = (piece for gradient in gradients for piece in gradient.split(NORM_CHUNK))
             in_fp64 = (room[: len(piece)].copy_(piece) for piece in pieces)
             squares = torch.stack([torch.dot(piece, piece) for piece in in_fp64])

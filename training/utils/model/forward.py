@@ -128,7 +128,7 @@ def response_log_probs(
         before = shared["shared_columns"][:, columns - 1]  # where the token before each is, [B, C]
         some = before[kept] if rows.numel() else before[:1, 0]
         wanted = some.unique()
-        tree = (shared["shared_ids"], shared["shared_mask"])
+        tree = (shared["shared_ids"], shared["shared_seen_until"])
         logits = _logits_at(model, *tree, wanted, shared["shared_positions"])
         at = (shared["shared_row"][rows], torch.searchsorted(wanted, before[rows, cols]))
     if rows.numel() == 0:
@@ -418,7 +418,7 @@ def token_scores(
     """
     if shared is None:
         return scorer(input_ids, attention_mask)
-    scores = scorer(shared["shared_ids"], shared["shared_mask"], shared["shared_positions"])
+    scores = scorer(shared["shared_ids"], shared["shared_seen_until"], shared["shared_positions"])
     return scores[shared["shared_row"][:, None], shared["shared_columns"]]
 
 

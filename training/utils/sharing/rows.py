@@ -124,8 +124,8 @@ def behind_beginnings(
 
     Returns:
         Nothing where that does not pay. Else, on the device of the inputs, [R, W] long: ``shared_ids``;
-        ``shared_mask``, see `tree_mask`; ``shared_positions``, which count along each answer; and where the answers
-        are: ``shared_row`` [S], and ``shared_columns`` [S, T] of their tokens.
+        ``shared_seen_until``, see `tree_mask`; ``shared_positions``, which count along each answer; and where the
+        answers are: ``shared_row`` [S], and ``shared_columns`` [S, T] of their tokens.
     """
     real = attention_mask.bool().cpu()
     texts = [ids[own] for ids, own in zip(input_ids.cpu(), real, strict=True)]
@@ -173,5 +173,5 @@ def _laid(texts: Sequence[Tensor], trees: Sequence[_Tree], real: Tensor, pad_id:
             positions[row, start:width] = torch.arange(known, len(texts[i]))
             until[row].index_fill_(0, way, width)
             columns[i, real[i]], row_of[i] = way, row
-    laid = {"ids": ids, "mask": until, "positions": positions, "row": row_of, "columns": columns}
+    laid = {"ids": ids, "seen_until": until, "positions": positions, "row": row_of, "columns": columns}
     return {f"shared_{name}": tensor for name, tensor in laid.items()}

@@ -102,8 +102,8 @@ def _why_not(
     if places.shape[1] > _longest(inner):
         return "its attention does not reach across a row"
     alone = {name: tensor for name, tensor in batch.items() if not name.startswith("shared_")}
-    to_the_end = torch.where(batch["shared_mask"] > 0, places.shape[1], 0)
-    leaking = batch | {"shared_mask": to_the_end, "shared_positions": places}
+    to_the_end = torch.where(batch["shared_seen_until"] > 0, places.shape[1], 0)
+    leaking = batch | {"shared_seen_until": to_the_end, "shared_positions": places}
     states: list[Tensor] = []
 
     def look(rows: Batch) -> None:
