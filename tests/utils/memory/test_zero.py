@@ -5,6 +5,7 @@ import pytest
 from tests.marks import slow
 from tests.utils.memory.memory_checks import BUCKET, deepspeed_memory, save_wide_model
 from training.utils.arguments import LoraArguments
+from training.utils.engine.engine import NORM_CHUNK
 from training.utils.engine.zero_config import deepspeed_config, is_plain
 from training.utils.memory.plan import fake_role, training_phases
 from training.utils.memory.training import SequenceCosts
@@ -106,7 +107,8 @@ def test_one_rank_in_bf16_sums_gradients_in_fp32_as_they_come(tmp_path, accumula
     exact = {"abs": measured["size"].parameters * 2 / 100}
     assert measured["resident"] == pytest.approx(role.total, **exact)
     assert measured["backward"] - measured["resident"] == pytest.approx(backward, **exact)
-    assert measured["step"] - measured["resident"] == pytest.approx(role.step, **exact)
+    norm = 8 * NORM_CHUNK  # 1 MiB for models of any size, which no plan counts
+    assert measured["step"] - measured["resident"] == pytest.approx(role.step + norm, **exact)
 
 
 @pytest.mark.parametrize(

@@ -219,14 +219,19 @@ def global_norm(optimizer: torch.optim.Optimizer) -> Tensor:
     for group in optimizer.param_groups:
         gradients = [parameter.grad.reshape(-1) for parameter in group["params"]]
         if gradients[0].device.type == "cpu":
-            room = torch.empty(NORM_CHUNK, dtype=torch.float64)
-            pieces = (piece for gradient in gradients for piece in gradient.split(NORM_CHUNK))
-            in_fp64 = (room[: len(piece)].copy_(piece) for piece in pieces)
-            squares = torch.stack([torch.dot(piece, piece) for piece in in_fp64])
+            squares = _squares_in_cache(gradients)
         else:
             squares = torch.stack(torch._foreach_norm(gradients, 2, torch.float64)).square()
         norms.append(squares.sum().float().sqrt())
     return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def _squares_in_cache(gradients: list[Tensor]) -> Tensor:
+    """Sums of squares, fp64, of pieces of ``NORM_CHUNK`` elements: each copied in turn to the one place they share."""
+    room = torch.empty(NORM_CHUNK, dtype=torch.float64)
+    pieces = (piece for gradient in gradients for piece in gradient.split(NORM_CHUNK))
+    in_fp64 = (room[: len(piece)].copy_(piece) for piece in pieces)
+    return torch.stack([torch.dot(piece, piece) for piece in in_fp64])
 
 
 def initialized(model: nn.Module, config: dict[str, Any], **trained_by: Any) -> Any:
