@@ -76,7 +76,7 @@ def test_order_of_the_samples(models, recorded, fault, order):
 @pytest.mark.parametrize(
     ("stage", "critic_stage", "micro_batch", "accumulation", "fault"),
     [
-        (1, 1, 1, 4, ""),
+        slow(1, 1, 1, 4, ""),
         (2, 2, 2, 2, ""),
         (3, 3, 4, 1, ""),
         (1, 1, 4, 1, "each rank for itself"),
@@ -103,7 +103,7 @@ def test_stages_on_one_rank(models, recorded, stage):
     assert_same(history, replayed(*models, rows, stage=stage, micro_batch=8))
 
 
-@pytest.mark.parametrize(("scored", "forwards"), [slow(0, 4), (3, 3), slow(8, 1), (100, 1)])
+@pytest.mark.parametrize(("scored", "forwards"), [slow(0, 4), slow(3, 3), slow(8, 1), (100, 1)])
 def test_rows_that_are_scored_together(models, recorded, monkeypatch, scored, forwards):
     """Each forward of the reward model is a pass over its weights; it scores eight rows five times."""
     history, rows = recorded

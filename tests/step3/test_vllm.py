@@ -60,7 +60,8 @@ def test_greedy_tokens_equal_before_and_after_steps_on_two_ranks(tiny_model, ran
             torch.testing.assert_close(seen["logprobs"]["vllm"], seen["logprobs"]["fast"], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(("stage", "ranks"), [(3, 1), slow(0, 1), slow(3, 2)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "ranks"), [(3, 1), (0, 1), (3, 2)])
 def test_a_base_in_4_bits_is_served_as_it_would_be_saved(tiny_model, rank_pair, stage, ranks):
     pytest.importorskip("bitsandbytes", reason="requirements-optional.txt")
     settings = {"stage": stage, "lora": 4, "base_bits": 4, "ranks": ranks}
@@ -71,7 +72,8 @@ def test_a_base_in_4_bits_is_served_as_it_would_be_saved(tiny_model, rank_pair, 
             torch.testing.assert_close(seen["logprobs"]["vllm"], seen["logprobs"]["fast"], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(("stage", "lora"), [(3, 4), slow(2, 0)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "lora"), [(3, 4), (2, 0)])
 def test_ppo_is_the_same_as_with_fast(tiny_model, tiny_reward, rank_pair, stage, lora):
     own, served = (
         rank_pair.run(trajectory, str(tiny_model), str(tiny_reward), stage=stage, lora=lora, engine=engine)[0]

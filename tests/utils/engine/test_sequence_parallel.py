@@ -70,7 +70,7 @@ def save_llama(folder, *, num_attention_heads, num_key_value_heads):
 
 CASES = [
     slow(1, {"stage": 2}),
-    (1, {"stage": 3, "lora": True, "checkpointing": True}),
+    slow(1, {"stage": 3, "lora": True, "checkpointing": True}),
     (2, {"stage": 1, "lora": True}),
     ("dpo", {"stage": 3, "micro_batch": 3}),
 ]
