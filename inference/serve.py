@@ -162,10 +162,11 @@ def settle(body: dict[str, Any]) -> None:
         body["logit_bias"] = {token: float(bias) for token, bias in body["logit_bias"].items()}
 
 
-def settled(app: Any) -> Any:
+def settled(app: Any, listed: dict[str, Any]) -> Any:
     """The server's application with nothing but what is served, errors in OpenAI's words, and clients that may leave.
 
-    Its clients look for ``error``: the one for JavaScript says "400 status code (no body)" of anything else.
+    ``listed`` is the model as the list of models has it. Clients look for ``error``: the one for JavaScript says "400
+    status code (no body)" of anything else.
     """
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse
@@ -182,7 +183,14 @@ def settled(app: Any) -> Any:
         said = said.encode(errors="replace").decode()  # it may repeat half a character of the request
         return JSONResponse({"error": {"message": said, "type": kind, "param": None, "code": None}}, status)
 
+    def one_model(name: str) -> dict[str, Any]:
+        """The model by its name, which the server itself only lists."""
+        if name != listed["id"]:
+            raise HTTPException(404, f"{name} is not served here, {listed['id']} is")
+        return listed
+
     app.router.routes = [route for route in app.router.routes if route.path in SERVED]
+    app.get("/v1/models/{name:path}")(one_model)
     for error in (HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(error, told)
     return leaving(app)
@@ -293,7 +301,7 @@ def settle_requests(model: ChatModel) -> None:
     listed = {"id": model.name, "object": "model", "owned_by": "", "created": 0}
     ModelManager.get_gen_models = staticmethod(lambda: [listed])
     build = server.build_server
-    server.build_server = lambda *given, **more: settled(build(*given, **more))
+    server.build_server = lambda *given, **more: settled(build(*given, **more), listed)
     settle_bodies(tokenizer)
     settle_answers(model.context)
 

@@ -293,7 +293,10 @@ def test_a_model_without_a_template_of_its_own_answers_as_in_the_chat(endpoint, 
     *_, said = stream_answer(model, USER["messages"], SamplingArguments(temperature=0))
     reply = ask("POST /v1/chat/completions", {"model": "fox@2", **USER}).json()
     assert reply["choices"][0]["message"]["content"] == said.text and reply["model"] == "fox@2"
-    assert [one["id"] for one in ask("GET /v1/models").json()["data"]] == ["fox@2"]
+    [listed] = ask("GET /v1/models").json()["data"]
+    assert listed["id"] == "fox@2" and ask("GET /v1/models/fox@2").json() == listed
+    other = ask("GET /v1/models/no-one/fox")
+    assert other.status_code == 404 and "no-one/fox is not served here, fox@2 is" in other.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(("at", "asked"), [("chat/completions", USER), ("completions", {"prompt": "a"})])
