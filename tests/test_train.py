@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 import train
+from tests.marks import slow
 from tests.signals import as_in_the_background, hear_signals
 from tests.utils.run.test_hosts import stand_in
 from training.pipeline import estimate
@@ -807,9 +808,9 @@ def call_reward_model(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--step", "2", "3", "--actor_model_name_or_path", "reward"],
+        slow(["--step", "2", "3", "--actor_model_name_or_path", "reward"],
          "^step 3: --actor_model_name_or_path .*reward is a LlamaForSequenceClassification, a reward model"),
-        (["--step", "1", "2", "--reward_model_name_or_path", "mute"],
+        slow(["--step", "1", "2", "--reward_model_name_or_path", "mute"],
          "^step 2: .*mute: no tokenizer can be loaded from it"),
         (["--step1_args", "--chat_template chatml", "--step3_args", "--max_prompt_seq_len 500"],
          r"^step 3: --max_prompt_seq_len \+ --max_answer_seq_len asks for 628 tokens, the model has positions for 512"),

@@ -77,7 +77,7 @@ def test_order_of_the_samples(models, recorded, fault, order):
     ("stage", "critic_stage", "micro_batch", "accumulation", "fault"),
     [
         slow(1, 1, 1, 4, ""),
-        (2, 2, 2, 2, ""),
+        slow(2, 2, 2, 2, ""),
         (3, 3, 4, 1, ""),
         (1, 1, 4, 1, "each rank for itself"),
         slow(0, 0, 4, 1, ""),

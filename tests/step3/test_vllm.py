@@ -223,7 +223,8 @@ def test_what_a_process_of_a_group_is_given(tiny_model, monkeypatch):
     assert seen == ["3", "2,3", "0,1,2,3", "1", "GPU-3a,1"]
 
 
-@pytest.mark.parametrize("ranks", [slow(1), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_worker_killed_on_one_rank_is_lost_on_both(tiny_model, rank_pair, ranks):
     first, second = rank_pair.run(killed_on_rank_1, str(tiny_model), ranks=ranks)
     assert first == second and len(first) == 2

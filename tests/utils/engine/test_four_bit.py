@@ -123,7 +123,7 @@ def test_four_bits_are_another_model_than_sixteen(matrix):
     assert all(abs(a - b) > 1e-3 for a, b in pairs)
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [slow(0), 3])
 def test_the_twin_gives_the_tokens_of_the_exported_model(tiny_model, rank_pair, stage):
     results = rank_pair.run(twin_equals_engine, str(tiny_model), stage=stage, lora=4, base_bits=4)
     check_twin(tiny_model, results)

@@ -72,7 +72,7 @@ CASES = [
     slow(1, {"stage": 2}),
     slow(1, {"stage": 3, "lora": True, "checkpointing": True}),
     (2, {"stage": 1, "lora": True}),
-    ("dpo", {"stage": 3, "micro_batch": 3}),
+    slow("dpo", {"stage": 3, "micro_batch": 3}),
 ]
 ALL = [
     (step, {"stage": stage, "lora": lora, "checkpointing": checkpointing, "dtype": dtype})

@@ -46,7 +46,7 @@ def one_rank(tiny_model, untied_model):
     }
 
 
-@pytest.mark.parametrize(("stage", "norm"), [(0, 1e6), (1, 1.0), (2, 1.0), (3, 1.0), (3, 1e6)])
+@pytest.mark.parametrize(("stage", "norm"), [(0, 1e6), slow(1, 1.0), (2, 1.0), (3, 1.0), slow(3, 1e6)])
 @pytest.mark.parametrize("tied", [True, False])
 def test_two_ranks_hold_a_model_as_one_rank_does(tiny_model, untied_model, one_rank, rank_pair, stage, norm, tied):
     model = tiny_model if tied else untied_model
