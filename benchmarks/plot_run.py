@@ -1,6 +1,6 @@
 """Draw the training curves of a run from its metrics.jsonl files.
 
-python benchmarks/plot_run.py output/latest docs/images/curves.png
+python benchmarks/plot_run.py output/seeds/seed-1 docs/images/curves.png
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ from training.utils.run.files import read_object
 RUNNING_PROMPTS = 32
 # The last evaluation, the SFT model and the base model answer all prompts, but of a large set only so many, evenly
 # spread: a win rate is then known to 0.03, and the first update comes after minutes, not hours. A multiple of
-# `RUNNING_PROMPTS`, so that the running ones are among them. evaluate.py takes all.
+# `RUNNING_PROMPTS`, so that the running ones are among them. evaluate.py --max_prompts 0 takes all.
 MOST_PROMPTS = 1024
 
 
@@ -216,7 +216,7 @@ class HeldOutEvaluation:
             return
         say(
             f"the actor of iteration {kept.iteration} is kept, and there is no room to load it beside the others: the "
-            f"numbers are those of its {len(self.kept_answers)} prompts; evaluate.py takes all"
+            f"numbers are those of its {len(self.kept_answers)} prompts; evaluate.py --max_prompts 0 takes all"
         )
         self.after = self.kept_answers
 
