@@ -80,6 +80,18 @@ def test_a_deepspeed_configuration_is_compared_by_what_it_says(tmp_path):
     same_run.refuse_other_run(described(""), described('{"gradient_clipping": 1.0}'), Path("checkpoint"))
 
 
+def test_a_run_that_other_ranks_took_up_goes_on_with_them_again():
+    """Its checkpoints keep the rows of a step that its first ranks had, which the flags no longer make."""
+    flags = RUN["flags"] | {"gradient_accumulation_steps": 2}
+    first, now = ({"flags": flags, "batches": {"rows per step": rows}, "data_size": rows // 4} for rows in (4, 8))
+    taken_up = now | {"batches": first["batches"]}
+    same_run.refuse_other_run(RUN | first, RUN | now, Path("checkpoint"))
+    same_run.refuse_other_run(RUN | taken_up, RUN | now, Path("checkpoint"))
+    other = now | {"flags": flags | {"gradient_accumulation_steps": 4}, "batches": {"rows per step": 16}}
+    with pytest.raises(UserError, match="4 rows per step, these flags .--gradient_accumulation_steps. and"):
+        same_run.refuse_other_run(RUN | taken_up, RUN | other, Path("checkpoint"))
+
+
 def test_what_was_not_there_before_is_another_run():
     before = RUN | {"data": {"training": "1", "held-out": "2"}, "flags": RUN["flags"] | {"unsupervised_data_path": []}}
     with pytest.raises(UserError, match="other pre-training rows than --unsupervised_data_path gives"):

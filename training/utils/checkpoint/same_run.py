@@ -200,8 +200,7 @@ def refuse_other_run(
                 f"again, {over}"
             )
     same_flags = all(before["flags"].get(name) == now["flags"].get(name) for name in BATCH)
-    shares = before.get("data_size", before["world_size"])
-    if before["batches"] != now["batches"] and not (same_flags and shares != now["data_size"]):
+    if before["batches"] != now["batches"] and not same_flags:  # the same make others on other ranks, now or earlier
         name, old = next((n, v) for n, v in before["batches"].items() if now["batches"].get(n) != v)
         changed = [f"--{n}" for n in sorted(BATCH) if before["flags"].get(n) != now["flags"].get(n)]
         raise UserError(
