@@ -318,6 +318,14 @@ def test_families_that_need_a_row_for_each_answer(model_of, family, capsys):
     assert OWN_ROWS[family] in capsys.readouterr().out
 
 
+def test_the_environment_can_give_each_answer_a_row_of_its_own(model_of, monkeypatch, capsys):
+    model = model_of("llama", "language")
+    assert sharings.find_sharing(model, answer_log_probs, PAD) is not None
+    monkeypatch.setenv("TRIPOD_SHARED_ROWS", "0")
+    assert sharings.find_sharing(model, answer_log_probs, PAD) is None
+    assert "answers go through the model each by itself: TRIPOD_SHARED_ROWS=0" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_family_is_tried_whatever_its_configuration_says(model_of, monkeypatch, capsys, dtype):
     """Windows shorter than the trial's rows, were they not known by name; and a forward that fails."""

@@ -21,10 +21,10 @@ SIZE = RoleSize(N, N, 1000)
         (0, "bf16", 1, 2 + 4 + 8),  # weights, master, moments
         (1, "bf16", 4, 2 + 1 + 2 + 4),  # and whole fp32 gradients
         (2, "bf16", 4, 2 + 1 + 2),
-        (3, "bf16", 4, 0.5 + 1 + 2 + 1),
+        (3, "bf16", 4, 0.5 + 1 + 2 + 1 + 2),  # and a bucket for gradients, whole on each rank
         (1, "fp32", 1, 4 + 8),  # the weights are the masters
         (1, "fp32", 2, 4 + 2 + 4),
-        (3, "fp32", 2, 2 + 2 + 4 + 2),
+        (3, "fp32", 2, 2 + 2 + 4 + 2 + 4),
     ],
 )
 def test_resident_bytes_per_parameter(stage, dtype, ranks, held):
@@ -90,25 +90,46 @@ def test_one_rank_as_deepspeed_allocates(wide_model, stage, dtype):
     check(deepspeed_memory(str(wide_model), stage=stage, dtype=dtype), dtype, 1)
 
 
+def planned(wide_model, measured, dtype, ranks, accumulation):
+    """The role of what was measured, and bytes of its backward by the plan's own passes."""
+    accumulates = accumulation > 1
+    role = trained_memory(
+        measured["size"], config=measured["config"], dtype=dtype, ranks=ranks, on_cpu=False, accumulates=accumulates
+    )
+    fake = fake_role(str(wide_model), dtype, "sdpa", LoraArguments(), classifier=False)
+    passes = SequenceCosts(fake, 5, classifier=False).training(1, False)
+    phases = training_phases("model", role, passes, 0, accumulates=accumulates)
+    return role, max(sum(phase.parts.values()) for phase in phases[:2])
+
+
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_one_rank_in_bf16_sums_gradients_in_fp32_as_they_come(tmp_path, accumulation, tie):
     """The plan's own passes, to a hundredth of the model: a gradient that were kept in bf16 would show."""
     wide_model = save_wide_model(tmp_path, tie=tie)
     measured = deepspeed_memory(str(wide_model), stage=0, dtype="bf16", accumulation=accumulation)
-    role = trained_memory(
-        measured["size"], config=measured["config"], dtype="bf16", ranks=1, on_cpu=False, accumulates=accumulation > 1
-    )
-    passes = SequenceCosts(
-        fake_role(str(wide_model), "bf16", "sdpa", LoraArguments(), classifier=False), 5, classifier=False
-    ).training(1, False)
-    planned = training_phases("model", role, passes, 0, accumulates=accumulation > 1)
-    backward = max(sum(phase.parts.values()) for phase in planned[:2])
+    role, backward = planned(wide_model, measured, "bf16", 1, accumulation)
     exact = {"abs": measured["size"].parameters * 2 / 100}
     assert measured["resident"] == pytest.approx(role.total, **exact)
     assert measured["backward"] - measured["resident"] == pytest.approx(backward, **exact)
     norm = 8 * NORM_CHUNK  # 1 MiB for models of any size, which no plan counts
     assert measured["step"] - measured["resident"] == pytest.approx(role.step + norm, **exact)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "dtype", "offload"),
+    [(1, "fp32", False), (2, "fp32", False), (2, "bf16", False), slow(2, "fp32", True)],
+)
+def test_gradients_are_added_to_those_of_earlier_micro_batches_one_by_one(wide_model, rank_pair, ranks, dtype, offload):
+    """To a hundredth of the model: gradients of a whole micro-batch beside the sum of the others would show."""
+    settings = {"stage": 1, "dtype": dtype, "accumulation": 2, "offload": offload}
+    measure = (
+        deepspeed_memory if ranks == 1 else lambda *given, **more: rank_pair.run(deepspeed_memory, *given, **more)[0]
+    )
+    measured = measure(str(wide_model), **settings)
+    _, backward = planned(wide_model, measured, dtype, ranks, 2)
+    exact = {"abs": measured["size"].parameters * 4 / 100}
+    assert measured["backward"] - measured["resident"] == pytest.approx(backward, **exact)
 
 
 @pytest.mark.parametrize(

@@ -271,7 +271,8 @@ def training_phases(
     if memory.releases:
         gradients = {"activations": passes.lean - logits, "gradients and buckets": memory.reduction - memory.gathered}
     else:
-        here = passes.peak if not memory.widens else passes.lean if accumulates else passes.wide
+        alone = passes.wide if memory.widens else passes.peak
+        here = passes.lean if accumulates and memory.adds else alone
         gradients = {
             "activations and gradients": here - logits,
             "gradients of earlier micro-batches": memory.pending if accumulates else 0,

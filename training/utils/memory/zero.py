@@ -56,6 +56,7 @@ class RoleMemory:
         step: the most in the optimizer step, ``pending`` included.
         releases: gradients are reduced and let go during the backward, whenever a bucket is full.
         widens: each gradient is added to its fp32 sum during the backward as soon as it is whole, and let go.
+        adds: ``pending`` are the gradients themselves, to which those of the next micro-batch are added one by one.
     """
 
     resident: dict[str, int]
@@ -66,6 +67,7 @@ class RoleMemory:
     step: int = 0
     releases: bool = False
     widens: bool = False
+    adds: bool = False
     kept: int = 0
 
     @property
@@ -106,11 +108,12 @@ def trained_memory(
     if stage == 1 and dtype == "bf16" and not offload:  # DeepSpeed's BF16_Optimizer: whole fp32 gradients on each rank
         held["gradients"] = 4 * trained
         # its norm is in fp64 for all parameters at once
-        return RoleMemory(held, pending=width * trained, reduction=width * trained, step=8 * trained)
+        return RoleMemory(held, pending=width * trained, reduction=width * trained, step=8 * trained, adds=True)
     if stage == 1:
         pending = 4 * trained + 4 * bucket
         copies = 4 * trained if offload else 0
-        return RoleMemory(held, host, 0, pending, pending + (2 * used if width == 2 else 0), pending + copies + norm)
+        reduction = pending + (2 * used if width == 2 else 0)
+        return RoleMemory(held, host, 0, pending, reduction, pending + copies + norm, adds=True)
     if stage == 2:
         pending = 4 * share
         alias = width == 4 and ranks == 1 and not accumulates  # then the gradient itself is kept
@@ -120,13 +123,12 @@ def trained_memory(
     held["parameters"] = -(-size.weights(width) // ranks) + size.scales
     if not offload:
         held["gradients"] = 4 * share
-    if not on_cpu:
-        held["reduction bucket"] = width * bucket
+    held["reduction bucket"] = width * bucket
     live = int(zero.get("stage3_max_live_parameters", LIVE)) * width
     gathered = min(size.weights(width), live) if ranks > 1 else 0
     kept = max(size.packed // 2 - gathered, 0) if ranks > 1 else 0
     cast = width * -(-used // ranks) if ranks > 1 else 4 * used
-    reduction = width * used * (1 + on_cpu) + cast + gathered
+    reduction = width * used + cast + gathered
     step = norm if offload else 4 * share
     return RoleMemory(held, host, gathered, 0, reduction, step, releases=full, kept=kept)
 
@@ -138,7 +140,7 @@ def _plain_memory(size: RoleSize, held: dict[str, int], width: int, adds_on_cpu:
         del held[MASTER]
     # its gradient is there twice, and once more where a CPU adds bf16 to fp32
     last = (width + 4 * adds_on_cpu) * size.largest if width == 2 else 0
-    return RoleMemory(held, pending=gradients, reduction=gradients + last, step=gradients, widens=width == 2)
+    return RoleMemory(held, pending=gradients, reduction=gradients + last, step=gradients, widens=width == 2, adds=True)
 
 
 def frozen_memory(parameters: int, *, zero_stage: int, dtype: str, ranks: int, offload: bool = False) -> RoleMemory:

@@ -1,13 +1,15 @@
 """Whether a model can forward what several answers begin with once, found by trying it.
 
 Families that place tokens by themselves (ALiBi), keep a state instead of keys and values, or whose kernels take no such
-mask as `training.utils.sharing.rows.tree_mask` get a row for each answer.
+mask as `training.utils.sharing.rows.tree_mask` get a row for each answer; with TRIPOD_SHARED_ROWS=0 in the environment
+all do.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,6 +23,7 @@ from training.utils.run.distributed import gather_objects, say
 from training.utils.sharing.attention import by_blocks
 from training.utils.sharing.rows import Sharing
 
+SWITCH = "TRIPOD_SHARED_ROWS"
 Batch = dict[str, Tensor]
 # What each token's hidden state may be off, as a share of what it would be off if its answer saw those before it and
 # went on counting from them: a quantile of the tokens, and its limit. In 16 bit single tokens of a trained model may be
@@ -77,7 +80,9 @@ def _longest(model: Any) -> int:
 
 
 def _why_never(model: Any) -> str:
-    """What a model's class and configuration say against shared rows, else empty."""
+    """What the user, or a model's class and configuration, say against shared rows, else empty."""
+    if os.environ.get(SWITCH) == "0":
+        return f"{SWITCH}=0"
     config = model.config.get_text_config()
     if model.config._attn_implementation not in ("sdpa", "eager"):
         return f"{model.config._attn_implementation} takes no such attention mask"
