@@ -123,10 +123,10 @@ def test_one_rank_in_bf16_sums_gradients_in_fp32_as_they_come(tmp_path, accumula
 def test_gradients_are_added_to_those_of_earlier_micro_batches_one_by_one(wide_model, rank_pair, ranks, dtype, offload):
     """To a hundredth of the model: gradients of a whole micro-batch beside the sum of the others would show."""
     settings = {"stage": 1, "dtype": dtype, "accumulation": 2, "offload": offload}
-    measure = (
-        deepspeed_memory if ranks == 1 else lambda *given, **more: rank_pair.run(deepspeed_memory, *given, **more)[0]
-    )
-    measured = measure(str(wide_model), **settings)
+    if ranks == 1:
+        measured = deepspeed_memory(str(wide_model), **settings)
+    else:
+        measured, _ = rank_pair.run(deepspeed_memory, str(wide_model), **settings)
     _, backward = planned(wide_model, measured, dtype, ranks, 2)
     exact = {"abs": measured["size"].parameters * 4 / 100}
     assert measured["backward"] - measured["resident"] == pytest.approx(backward, **exact)
